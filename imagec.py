@@ -1,0 +1,3854 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""imagec: container images onto a host that has nothing but Python, every byte proved.
+
+    python3 imagec.py pull alpine
+
+One file, standard library only, CPython 3.6 or newer. Data flows one way,
+
+    reference -> registry -> manifest -> blobs -> output
+
+and so does this file: a room uses only the rooms above it (1 and 2 are free to all).
+
+     1  Limits and media types   every number and literal, with its unit and source
+     2  Errors                   what can go wrong, as fields and as one sentence
+     3  Names                    text -> value: references, digests, platforms
+     4  Documents                bytes -> JSON value, read strictly
+     5  Signatures               libtrust pretty signatures: what a schema1 digest covers
+     6  Manifests                bytes -> value: manifests, indexes, configs
+     7  Verification             push-style proof of a blob and of what it unpacks to
+     8  Credentials              who we are to a registry
+     9  Transport                one safe HTTP exchange; knows nothing of images
+    10  Authorization            challenge -> token
+    11  Registry                 the distribution API of one host
+    12  Download                 one verified blob onto disk
+    13  Outputs                  the layouts others load
+    14  Pull                     the steps from a reference to an output
+    15  Command line             arguments, progress, exit statuses
+
+Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
+`OSError` of the local disk come out of its public functions. It logs to
+`logging.getLogger("imagec")`. What is in `__all__` is meant to be used by others.
+"""
+
+import base64
+import collections
+import contextlib
+import errno
+import hashlib
+import http.client
+import io
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from typing import NamedTuple, Optional, Tuple
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # Errors
+    "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
+    "LimitExceeded", "VerificationError", "DigestMismatch", "SizeMismatch",
+    "Unsupported", "TransportError", "TLSError", "CertificateError", "UnsafeRedirect",
+    "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
+    "RateLimited", "OutputError",
+    # Names
+    "Digest", "Platform", "Reference",
+    # Documents
+    "Document",
+    # Signatures
+    "PrettySignature",
+    # Manifests
+    "Descriptor", "Manifest", "Index", "Schema1Layer", "Schema1Manifest",
+    "decode_manifest", "matching", "ImageConfig", "Layer", "list_layers",
+    # Verification
+    "BlobVerifier", "Unpacked", "LayerVerifier",
+    # Credentials
+    "Credentials",
+    # Transport
+    "Transport",
+    # Authorization
+    "Challenge", "Token", "fetch_token",
+    # Registry
+    "Registry",
+    # Pull
+    "Image", "Session", "pull",
+    # Command line
+    "main",
+]
+
+log = logging.getLogger("imagec")
+
+
+# --------------------------------------------------------------------------------------
+# 1  Limits and media types: every number and literal, with its unit and source
+# --------------------------------------------------------------------------------------
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30  # bytes
+
+MANIFEST_LIMIT = 4 * MIB  # bytes; distribution-spec: "at least 4 megabytes"
+CONFIG_LIMIT = 4 * MIB  # bytes; what containers/image allows
+TOKEN_LIMIT = 1 * MIB  # bytes of a token server's reply; containers/image
+TOKEN_LENGTH_LIMIT = 64 * KIB  # characters; far over any JWT, under header limits
+ERROR_BODY_LIMIT = 64 * KIB  # bytes; go-containerregistry
+ERROR_TEXT_LIMIT = 300  # characters of a server's own words in a message
+HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
+NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
+INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 8259, 6)
+LAYER_COUNT_LIMIT = 2048  # layers of an image; docker itself stops at 127
+INDEX_COUNT_LIMIT = 16384  # entries of one index
+INDEX_DEPTH_LIMIT = 8  # indexes inside indexes; two are seen in the field
+TAG_COUNT_LIMIT = 1000000  # tags of one repository
+TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
+REFERENCE_LENGTH_LIMIT = 1024  # characters
+PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
+
+CHUNK = 256 * KIB  # bytes read from a socket or file at once
+INFLATE_SLICE = 32 * KIB  # bytes given to a decompressor at once: it copies what is left
+XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
+ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
+LAYER_SIZE_LIMIT = 64 * GIB  # bytes one layer may unpack to, unless told otherwise
+TAR_BLOCK = 512  # bytes; POSIX.1-2001 pax
+TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
+
+TIMEOUT = 3600  # seconds for a whole command
+IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
+STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
+CONNECT_TIMEOUT = 30  # seconds; docker's dialler
+ATTEMPTS = 5  # per request, the first included; docker's
+BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
+RETRY_AFTER_LIMIT = 60.0  # seconds; containers/image
+PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth it
+REDIRECT_LIMIT = 10  # hops; Go's net/http
+RETRIED_STATUSES = frozenset([408, 429, 500, 502, 503, 504, 522])
+REDIRECTS = frozenset([301, 302, 303, 307, 308])
+TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
+TOKEN_LIFETIME_LIMIT = 86400  # seconds; a larger claim is not believed
+TOKEN_MARGIN = 5  # seconds before its end at which a token counts as over; regclient
+
+JOBS = 4  # layers at once
+USER_AGENT = "imagec/" + __version__
+API_VERSION_HEADER = "Docker-Distribution-API-Version"  # a hint; many leave it out
+
+DOCKER_HUB = "docker.io"
+DOCKER_HUB_API = "registry-1.docker.io"
+#: A registry and the token server known to be its own, for password safety.
+KNOWN_REALMS = {DOCKER_HUB_API: "auth.docker.io"}
+
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+json"
+DOCKER_SCHEMA1_SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+SCHEMA1_LAYER = "application/vnd.docker.container.image.rootfs.diff+x-gtar"
+
+#: Media type of a manifest -> its shape.
+MANIFEST_SHAPES = {
+    OCI_INDEX: "index", DOCKER_LIST: "index",
+    OCI_MANIFEST: "image", DOCKER_MANIFEST: "image",
+    DOCKER_SCHEMA1_SIGNED: "schema1", DOCKER_SCHEMA1: "schema1",
+}
+#: One header, comma-joined: where several are sent, proxies keep one, and a registry
+#: that sees too few types answers schema1 without a word.
+ACCEPT = ", ".join(MANIFEST_SHAPES)
+#: Config types old registries and builders gave to real images (moby's list).
+ODD_CONFIG_TYPES = ("application/octet-stream", "application/json", "text/html", "")
+IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.container")
+
+EMPTY_LAYER_DIFF_ID = (
+    "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
+)  # 1024 zero bytes: a tar of nothing
+
+
+# --------------------------------------------------------------------------------------
+# 2  Errors: what can go wrong, as fields and as one sentence
+# --------------------------------------------------------------------------------------
+
+def printable(text, limit=None):
+    """`text` with everything a terminal might obey, or could not show, escaped.
+
+    Control, format (bidi among them) and surrogate characters become `\\xNN` or
+    `\\uNNNN`; over `limit` characters the rest becomes `...`.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = text[:limit] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
+                   for c in text)
+
+
+class ImagecError(Exception):
+    """The base of every error this module raises on purpose.
+
+    `source` is where the offending thing came from (host and object), or None;
+    `hint` is what to try, or None; `retryable` says that the same request may succeed
+    later, `retry_after` how many seconds the server asked for, or None.
+    """
+
+    source = None
+    retryable = False
+    retry_after = None
+
+    def __init__(self, message, hint=None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self):
+        text = self.message
+        if self.source:
+            text += ", from %s" % self.source
+        if self.hint:
+            text += "; %s" % self.hint
+        return printable(text)
+
+
+@contextlib.contextmanager
+def naming(source):
+    """Errors raised inside learn that what they speak of came from `source`."""
+    try:
+        yield
+    except ImagecError as error:
+        # Those of the network name their URL themselves.
+        if error.source is None and not isinstance(error, (TransportError,
+                                                           RegistryError)):
+            error.source = source
+        raise
+
+
+class UsageError(ImagecError, ValueError):
+    """The caller asked for something that makes no sense."""
+
+
+class InvalidReference(UsageError):
+    """A text that is no image reference, digest or platform."""
+
+
+class InvalidDocument(ImagecError):
+    """A document or stream that is malformed, or can be read in two ways."""
+
+
+class LimitExceeded(InvalidDocument):
+    """Something from outside is larger than we are willing to take."""
+
+
+class VerificationError(ImagecError):
+    """What came is not what was promised."""
+
+
+class DigestMismatch(VerificationError):
+    """`expected` and `actual` are Digests, `what` names the object."""
+
+    def __init__(self, what, expected, actual, hint=None):
+        super().__init__("%s: expected digest %s, got %s" % (what, expected, actual),
+                         hint)
+        self.what, self.expected, self.actual = what, expected, actual
+
+
+class SizeMismatch(VerificationError):
+    """`expected` and `actual` are bytes; `actual` is a floor where reading stopped."""
+
+    def __init__(self, what, expected, actual):
+        more = "at least " if actual > expected else ""
+        super().__init__("%s: expected %d bytes, got %s%d"
+                         % (what, expected, more, actual))
+        self.what, self.expected, self.actual = what, expected, actual
+
+
+class Unsupported(ImagecError):
+    """Well-formed, but not something this host or program can handle."""
+
+
+class TransportError(ImagecError):
+    """No complete answer came."""
+
+    def __init__(self, message, hint=None, retryable=False):
+        super().__init__(message, hint)
+        self.retryable = retryable
+
+
+class TLSError(TransportError):
+    """The server could not prove who it is, or does not speak TLS."""
+
+
+class CertificateError(TLSError):
+    """The server's certificate is not to be trusted."""
+
+
+class UnsafeRedirect(TransportError):
+    """A server sent us to a URL we will not follow."""
+
+
+class Timeout(TransportError):
+    """An answer was too slow, or the whole command was."""
+
+
+class Cancelled(TransportError):
+    """Another part of the same work failed, or the user gave up."""
+
+
+class RegistryError(ImagecError):
+    """An HTTP error of a registry: `status`, its error `codes`, the `url` without query."""
+
+    def __init__(self, message, status=None, codes=(), url=None, hint=None):
+        super().__init__(message, hint)
+        self.status, self.codes, self.url = status, tuple(codes), url
+        self.retryable = status in RETRIED_STATUSES
+
+
+class NotFound(RegistryError):
+    """The repository, tag, manifest or blob is not there."""
+
+
+class NoMatchingPlatform(NotFound):
+    """The index has nothing for the platform wanted; `available` is what it has."""
+
+    def __init__(self, wanted, available):
+        listed = ", ".join(sorted(set(map(str, available)))) or "none"
+        super().__init__("no image for platform %s; there is: %s" % (wanted, listed),
+                         hint="choose with --platform")
+        self.wanted, self.available = wanted, tuple(available)
+
+
+class AccessDenied(RegistryError):
+    """The registry or its token server does not let us."""
+
+
+class RateLimited(RegistryError):
+    """Too many requests, and waiting did not help."""
+
+
+class OutputError(ImagecError):
+    """The destination `path` cannot take what was pulled."""
+
+    def __init__(self, path, message, hint=None):
+        super().__init__("%s: %s" % (path, message), hint)
+        self.path = path
+
+
+# --------------------------------------------------------------------------------------
+# 3  Names: text -> value: references, digests, platforms
+# --------------------------------------------------------------------------------------
+# Grammar: github.com/distribution/reference. ASCII classes and fullmatch throughout:
+# \d takes Arabic digits and $ a final newline.
+
+_PATH_COMPONENT = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
+_HOST_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::[0-9]+)?".format(_HOST_LABEL)
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+_REFERENCE = re.compile(
+    r"(?P<host>{0})/(?P<repository>{1}(?:/{1})*)(?::(?P<tag>{2}))?(?:@(?P<digest>.+))?"
+    .format(_HOST, _PATH_COMPONENT, _TAG), re.DOTALL)
+_HEX64 = re.compile(r"[a-f0-9]{64}")
+_DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
+
+
+class Digest(NamedTuple):
+    """A content digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
+
+    algorithm: str
+    hex: str
+
+    @classmethod
+    def parse(cls, text):
+        """The Digest that `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
+        algorithm, _, value = str(text).partition(":")
+        length = _DIGEST_LENGTHS.get(algorithm)
+        if length is None:
+            raise InvalidReference("invalid digest %r: expected sha256:<64 hex digits>"
+                                   % printable(text, 80))
+        if not re.fullmatch("[a-f0-9]{%d}" % length, value):
+            raise InvalidReference("invalid digest %r: expected %d lowercase hex digits "
+                                   "after %s:" % (printable(text, 150), length, algorithm))
+        return cls(algorithm, value)
+
+    @classmethod
+    def of(cls, data, algorithm="sha256"):
+        """The Digest of the bytes `data`."""
+        return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
+
+    def check(self, data, what):
+        """Raises DigestMismatch unless `data` has this digest."""
+        actual = Digest.of(data, self.algorithm)
+        if actual != self:
+            raise DigestMismatch(what, self, actual)
+
+    def __str__(self):
+        return "%s:%s" % self
+
+
+class Reference(NamedTuple):
+    """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or None,
+    `digest` or None. With both, the digest decides and the tag is only a name.
+    """
+
+    host: str
+    repository: str
+    tag: Optional[str]
+    digest: Optional[Digest]
+
+    @classmethod
+    def parse(cls, text):
+        """The Reference a user means by `text`, defaults filled in.
+
+        Follows distribution/reference's ParseDockerRef; raises InvalidReference.
+        """
+        if _HEX64.fullmatch(text):
+            raise InvalidReference("invalid reference %r: looks like an image ID" % text)
+        if len(text) > REFERENCE_LENGTH_LIMIT:
+            raise InvalidReference("invalid reference: longer than %d characters"
+                                   % REFERENCE_LENGTH_LIMIT)
+        host, remainder = cls._split_host(text)
+        name = remainder.partition(":")[0]
+        if name != name.lower():
+            raise InvalidReference("invalid reference %r: a repository must be lowercase"
+                                   % printable(text))
+        match = _REFERENCE.fullmatch(host + "/" + remainder)
+        if not match:
+            raise InvalidReference("invalid reference %r: expected "
+                                   "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
+                                   % printable(text))
+        return cls._checked(*match.group("host", "repository", "tag", "digest"))
+
+    @classmethod
+    def _split_host(cls, text):
+        first, slash, rest = text.partition("/")
+        if not slash:
+            return DOCKER_HUB, "library/" + text
+        if first in (DOCKER_HUB, "index.docker.io"):
+            return DOCKER_HUB, rest if "/" in rest else "library/" + rest
+        if first == "localhost" or first != first.lower() or set(".:") & set(first):
+            return first, rest
+        return DOCKER_HUB, text
+
+    @classmethod
+    def _checked(cls, host, repository, tag, digest):
+        if len(repository) > PATH_LENGTH_LIMIT:
+            raise InvalidReference("invalid reference: repository longer than %d "
+                                   "characters" % PATH_LENGTH_LIMIT)
+        if (host, repository) == (DOCKER_HUB, "library/scratch"):
+            raise InvalidReference("invalid reference: 'scratch' is a reserved name, "
+                                   "there is no such image")
+        port = re.search(r":([0-9]+)\Z", host)
+        if port and not 0 < int(port.group(1)[-6:]) < 65536:
+            raise InvalidReference("invalid reference: port %s is not in 1..65535"
+                                   % port.group(1))
+        if digest is not None:
+            digest = Digest.parse(digest)
+        elif tag is None:
+            tag = "latest"
+        return cls(host, repository, tag, digest)
+
+    @property
+    def tag_or_digest(self):
+        """What to ask the registry for: the digest if there is one, else the tag."""
+        return str(self.digest) if self.digest else self.tag
+
+    @property
+    def api_host(self):
+        """The host that serves this reference's registry API."""
+        return DOCKER_HUB_API if self.host == DOCKER_HUB else self.host
+
+    @property
+    def name(self):
+        """Host and repository, without tag and digest."""
+        return "%s/%s" % (self.host, self.repository)
+
+    def __str__(self):
+        return "%s%s%s" % (self.name, ":" + self.tag if self.tag else "",
+                           "@" + str(self.digest) if self.digest else "")
+
+
+_OS_ALIASES = {"": "linux", "macos": "darwin"}
+_ARCHITECTURES = {  # alias -> (architecture, variant it implies or None)
+    "i386": ("386", None), "i486": ("386", None), "i586": ("386", None),
+    "i686": ("386", None), "x86_64": ("amd64", None), "x86-64": ("amd64", None),
+    "aarch64": ("arm64", None), "arm64v8": ("arm64", None), "armv8l": ("arm", "v8"),
+    "armhf": ("arm", "v7"), "armel": ("arm", "v6"), "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"), "arm32v7": ("arm", "v7"), "arm32v6": ("arm", "v6"),
+    "arm32v5": ("arm", "v5"), "armv5tel": ("arm", "v5"), "armv5tejl": ("arm", "v5"),
+    "loongarch64": ("loong64", None), "mips64el": ("mips64le", None),
+}
+_KNOWN_OSES = frozenset(["linux", "windows", "darwin", "freebsd", "netbsd", "openbsd",
+                         "solaris", "illumos", "aix", "android", "plan9", "js", "wasip1"])
+
+
+class Platform(NamedTuple):
+    """What an image runs on (OCI image-spec, image-index.md); "" for an absent part."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+    os_version: str = ""
+
+    @classmethod
+    def normal(cls, os, architecture, variant="", os_version=""):
+        """A Platform in containerd's normal form: aliases folded, implied variants out."""
+        os, variant = os.lower(), variant.lower()
+        arch, implied = _ARCHITECTURES.get(architecture.lower(),
+                                           (architecture.lower(), None))
+        variant = variant or implied or ""
+        if arch == "arm":
+            variant = {"": "v7", "5": "v5", "6": "v6", "7": "v7", "8": "v8"}.get(
+                variant, variant)
+        elif arch == "arm64":
+            variant = {"8": "", "v8": "", "v8.0": "", "9": "v9", "9.0": "v9",
+                       "v9.0": "v9"}.get(variant, variant)
+        elif arch == "amd64" and variant == "v1":
+            variant = ""
+        return cls(_OS_ALIASES.get(os, os), arch, variant, os_version)
+
+    @classmethod
+    def parse(cls, text):
+        """The Platform meant by `OS/ARCH[/VARIANT]`, or by `OS` or `ARCH` alone.
+
+        Raises InvalidReference.
+        """
+        parts = text.split("/")
+        if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", p) for p in parts):
+            raise InvalidReference("invalid platform %r: expected OS/ARCH[/VARIANT], for "
+                                   "example linux/arm64" % printable(text, 80))
+        if len(parts) == 1:
+            if _OS_ALIASES.get(text.lower(), text.lower()) in _KNOWN_OSES:
+                return cls.host()._replace(os=_OS_ALIASES.get(text.lower(), text.lower()))
+            return cls.normal("linux", text)
+        return cls.normal(*parts)
+
+    @classmethod
+    def host(cls):
+        """This host's architecture, with os linux: what runs containers here."""
+        import platform
+        machine = platform.machine().lower()
+        if struct.calcsize("P") == 4:  # a 32-bit Python runs 32-bit programs
+            machine = {"x86_64": "386", "amd64": "386", "aarch64": "armv7l",
+                       "arm64": "armv7l"}.get(machine, machine)
+        return cls.normal("linux", machine or "amd64")
+
+    def candidates(self):
+        """Platforms that can run here, best first, in the order docker tries them."""
+        numbers = re.fullmatch(r"v([0-9])(?:\.([0-9]))?", self.variant)
+        major = int(numbers.group(1)) if numbers else 0
+        minor = int(numbers.group(2) or 0) if numbers else 0
+        chain = [self.variant]
+        tail = []
+        if self.architecture == "amd64":
+            chain += ["v%d" % v if v > 1 else "" for v in range(major - 1, 0, -1)]
+            tail = [("386", "")]
+        elif self.architecture == "arm":
+            chain += ["v%d" % v for v in range(major - 1, 4, -1)]
+        elif self.architecture == "arm64":
+            chain += ["v9.%d" % m if m else "v9" for m in range(minor - 1, -1, -1)
+                      if major == 9]
+            eighth = min(minor + 5, 9) if major == 9 else minor - 1 if major == 8 else -1
+            chain += ["v8.%d" % m if m else "" for m in range(eighth, -1, -1)]
+            tail = [("arm", "v%d" % v) for v in (8, 7, 6, 5)]
+        ways = [(self.architecture, variant) for variant in chain] + tail
+        return [self._replace(architecture=a, variant=v) for a, v in ways]
+
+    def __str__(self):
+        text = "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return text + (" (%s)" % self.os_version if self.os_version else "")
+
+
+# --------------------------------------------------------------------------------------
+# 4  Documents: bytes -> JSON value, read strictly
+# --------------------------------------------------------------------------------------
+# Two programs that read one document differently can be played against each other
+# (CVE-2021-41190), so whatever Go's, Python's and others' parsers disagree on is refused.
+
+def parse_json(raw, what):
+    """The value of the JSON text in the bytes `raw`; raises InvalidDocument.
+
+    Refuses what json.loads lets pass: other encodings, duplicate keys, NaN and
+    Infinity, numbers no other parser holds, and nesting beyond the stack.
+    """
+    def pairs(items):
+        value = dict(items)
+        if len(value) != len(items):
+            raise ValueError("a key stands twice in one object")
+        return value
+
+    def integer(text):
+        if len(text) > NUMBER_LIMIT:
+            raise ValueError("a number of %d digits" % len(text))
+        return int(text)
+
+    def real(text):
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise ValueError("a number out of range")
+        return value
+
+    def constant(text):
+        raise ValueError("%s is not JSON" % text)
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
+                          parse_int=integer, parse_float=real, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        reason = ("nested too deep" if isinstance(error, RecursionError)
+                  else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error)
+        hint = None
+        if raw.lstrip()[:1] == b"<":
+            hint = "it looks like HTML: is that host a registry?"
+        raise InvalidDocument("%s is not valid JSON: %s" % (what, reason), hint) from None
+
+
+def canonical_json(value):
+    """`value` as compact JSON bytes, keys sorted: the same on every Python."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"),
+                      ensure_ascii=False).encode("utf-8")
+
+
+class Document:
+    """A JSON object whose members are read by name and type, never by luck.
+
+    `value` is the dict, `where` its place in words. Null counts as absent. A key that
+    differs from the one asked for only by case is refused: Go would read it.
+    """
+
+    def __init__(self, value, where):
+        if type(value) is not dict:
+            raise InvalidDocument("%s is not a JSON object" % where)
+        self.value = value
+        self.where = where
+        self._folded = collections.Counter(key.casefold() for key in value)
+
+    @classmethod
+    def parse(cls, raw, what):
+        """The Document in the bytes `raw`; raises InvalidDocument."""
+        return cls(parse_json(raw, what), what)
+
+    def get(self, name, kind, default=None):
+        """Member `name`, of exactly the type `kind`; `default` where it is absent."""
+        if self._folded.get(name.casefold(), 0) != (name in self.value):
+            raise InvalidDocument("%s has '%s' in another case: ambiguous"
+                                  % (self.where, name))
+        value = self.value.get(name)
+        if value is None:
+            return default
+        if type(value) is not kind:
+            raise InvalidDocument("%s: '%s' must be a JSON %s" % (
+                self.where, name,
+                {dict: "object", list: "array", str: "string", int: "integer",
+                 bool: "boolean"}[kind]))
+        if kind is str and re.search("[\ud800-\udfff]", value):
+            raise InvalidDocument("%s: '%s' is not valid Unicode" % (self.where, name))
+        return value
+
+    def need(self, name, kind):
+        """Member `name`, which must be there."""
+        value = self.get(name, kind)
+        if value is None:
+            raise InvalidDocument("%s has no '%s'" % (self.where, name))
+        return value
+
+    def size(self, name):
+        """Member `name` as a number of bytes."""
+        value = self.need(name, int)
+        if not 0 <= value < INTEGER_LIMIT:
+            raise InvalidDocument("%s: '%s' is %d: not a size" % (self.where, name, value))
+        return value
+
+    def digest(self, name):
+        """Member `name` as a Digest."""
+        return self.as_digest(self.need(name, str), "%s.%s" % (self.where, name))
+
+    @staticmethod
+    def as_digest(value, where):
+        """`value` (anything) as a Digest; raises InvalidDocument naming `where`."""
+        try:
+            return Digest.parse(value)
+        except InvalidReference as error:
+            raise InvalidDocument("%s: %s" % (where, error.message)) from None
+
+    def child(self, name):
+        """Member `name` as a Document, or None."""
+        value = self.get(name, dict)
+        return None if value is None else Document(value, "%s.%s" % (self.where, name))
+
+    def children(self, name, limit):
+        """Member `name`, an array of at most `limit` objects, as a list of Documents."""
+        values = self.need(name, list)
+        if len(values) > limit:
+            raise LimitExceeded("%s: '%s' has %d entries, more than the limit of %d"
+                                % (self.where, name, len(values), limit))
+        return [Document(value, "%s.%s[%d]" % (self.where, name, i))
+                for i, value in enumerate(values)]
+
+
+# --------------------------------------------------------------------------------------
+# 5  Signatures: libtrust pretty signatures: what a schema1 digest covers
+# --------------------------------------------------------------------------------------
+
+def _base64url(text, what):
+    """Bytes of a base64url text, as libtrust reads it: no padding, line breaks allowed."""
+    text = re.sub("[\r\n ]", "", text).rstrip("=")
+    if not re.fullmatch("[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
+        raise InvalidDocument("%s is not base64url" % what)
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+class PrettySignature(NamedTuple):
+    """A schema1 body taken apart: `payload` is what was signed and what its digest covers.
+
+    `signed` tells whether there were signatures. Whatever else the body holds is not
+    covered by anything (CVE-2014-8179): parse the payload, never the body.
+    """
+
+    payload: bytes
+    signed: bool
+
+    @classmethod
+    def parse(cls, body, what="manifest"):
+        """The PrettySignature in the bytes `body`; raises InvalidDocument.
+
+        Source: docker/libtrust, jsonsign.go, ParsePrettySignature.
+        """
+        document = Document.parse(body, what)
+        if document.get("signatures", list) is None:
+            return cls(body, False)
+        entries = document.children("signatures", LAYER_COUNT_LIMIT)
+        formats = {cls._format(entry) for entry in entries}
+        if len(formats) != 1:
+            raise InvalidDocument("%s: %s" % (what, "its signatures disagree on the payload"
+                                              if formats else "no signatures in its list"))
+        length, tail = formats.pop()
+        if length > len(body):
+            raise InvalidDocument("%s: formatLength %d is beyond its end" % (what, length))
+        return cls(body[:length] + tail, True)
+
+    @staticmethod
+    def _format(entry):
+        where = entry.where + ".protected"
+        protected = Document.parse(_base64url(entry.need("protected", str), where), where)
+        return (protected.size("formatLength"),
+                _base64url(protected.need("formatTail", str), where + ".formatTail"))
+
+
+# --------------------------------------------------------------------------------------
+# 6  Manifests: bytes -> value: manifests, indexes, configs
+# --------------------------------------------------------------------------------------
+
+class Descriptor(NamedTuple):
+    """A pointer to content (OCI image-spec, descriptor.md).
+
+    `size` is in bytes, None where the manifest does not say (schema1). `platform` is
+    None where there is none; `urls` are where a foreign layer may also be found.
+    """
+
+    media_type: str
+    digest: Digest
+    size: Optional[int]
+    platform: Optional[Platform] = None
+    urls: Tuple[str, ...] = ()
+    annotations: dict = {}
+
+    @classmethod
+    def from_document(cls, document):
+        """The Descriptor a Document holds; raises InvalidDocument."""
+        urls = document.get("urls", list, [])
+        if not all(type(url) is str for url in urls):
+            raise InvalidDocument("%s: 'urls' must be strings" % document.where)
+        platform = document.child("platform")
+        return cls(document.get("mediaType", str, ""), document.digest("digest"),
+                   document.size("size"), platform and cls._platform(platform),
+                   tuple(urls), document.get("annotations", dict, {}))
+
+    @staticmethod
+    def _platform(document):
+        return Platform.normal(*(document.get(name, str, "") for name in (
+            "os", "architecture", "variant", "os.version")))
+
+
+class Manifest(NamedTuple):
+    """A schema2 or OCI image manifest: `raw` bytes as received, and what they say."""
+
+    raw: bytes
+    media_type: str
+    digest: Digest
+    config: Descriptor
+    layers: Tuple[Descriptor, ...]
+
+    def require_image(self):
+        """Raises Unsupported where this is an artifact or a plugin, not an image."""
+        kind = self.config.media_type
+        if kind not in ODD_CONFIG_TYPES and not kind.startswith(IMAGE_TYPE_PREFIXES):
+            raise Unsupported("not a container image: its config is of type %s"
+                              % printable(kind, 100))
+
+
+class Index(NamedTuple):
+    """A docker manifest list or OCI image index."""
+
+    raw: bytes
+    media_type: str
+    digest: Digest
+    manifests: Tuple[Descriptor, ...]
+
+
+class Schema1Layer(NamedTuple):
+    """One history entry of a schema1 manifest and its blob."""
+
+    id: str
+    blob: Descriptor
+    v1_compatibility: str
+    throwaway: bool
+
+
+class Schema1Manifest(NamedTuple):
+    """A docker schema1 manifest; `layers` oldest first, repeated entries taken out.
+
+    `digest` covers the payload of its pretty signature, not `raw`.
+    """
+
+    raw: bytes
+    media_type: str
+    digest: Digest
+    name: str
+    tag: str
+    architecture: str
+    layers: Tuple[Schema1Layer, ...]
+
+
+_SHAPE_KEYS = {"schema1": {"fsLayers", "history"}, "image": {"config", "layers"},
+               "index": {"manifests"}}
+
+
+def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
+    """The Manifest, Index or Schema1Manifest in the bytes `raw`.
+
+    `content_type` is the HTTP header, None where there was none; `digest` is what it
+    must have, None to take the digest it has. Its kind is decided by the header, the
+    body's `mediaType`, and its shape, and all that speak must agree. Raises
+    DigestMismatch, InvalidDocument.
+    """
+    algorithm = digest.algorithm if digest else "sha256"
+    signature = None
+    if digest is not None and Digest.of(raw, algorithm) != digest:
+        # Only a pretty signature may have a digest that is not its body's.
+        signature = _signature_or_none(raw)
+        digest.check(signature.payload if signature else raw, what)
+    document = Document.parse(signature.payload if signature else raw, what)
+    media_type, shape = _media_type(document, content_type)
+    if shape == "schema1":
+        signature = signature or PrettySignature.parse(raw, what)
+        return _decode_schema1(raw, signature, algorithm, what)
+    if signature:
+        raise InvalidDocument("%s: signed, but not schema1" % what)
+    return (_decode_index if shape == "index" else _decode_image)(
+        document, raw, media_type, Digest.of(raw, algorithm))
+
+
+def _signature_or_none(raw):
+    try:
+        signature = PrettySignature.parse(raw)
+    except InvalidDocument:
+        return None
+    return signature if signature.signed else None
+
+
+def _media_type(document, content_type):
+    """(media type, shape) of a manifest, or InvalidDocument where the signs disagree."""
+    shape = _shape(document)
+    header = (content_type or "").partition(";")[0].strip().lower()
+    claimed = document.get("mediaType", str)
+    if claimed is not None and claimed not in MANIFEST_SHAPES:
+        raise Unsupported("%s is of type %s: not an image"
+                          % (document.where, printable(claimed, 100)))
+    if header in MANIFEST_SHAPES and claimed not in (None, header):
+        raise InvalidDocument("%s was sent as %s but calls itself %s"
+                              % (document.where, header, claimed))
+    media_type = claimed or (header if header in MANIFEST_SHAPES else None)
+    if media_type is None:
+        media_type = _guess_media_type(document, shape)
+    if MANIFEST_SHAPES[media_type] != shape:
+        raise InvalidDocument("%s claims to be %s but has the shape of a %s manifest"
+                              % (document.where, media_type, shape))
+    version = document.need("schemaVersion", int)
+    if version != (1 if shape == "schema1" else 2):
+        raise InvalidDocument("%s: schemaVersion is %d" % (document.where, version))
+    return media_type, shape
+
+
+def _shape(document):
+    present = {key for keys in _SHAPE_KEYS.values() for key in keys
+               if document.get(key, type(document.value.get(key))) is not None}
+    shapes = [shape for shape, keys in _SHAPE_KEYS.items() if present and present <= keys]
+    if not shapes:
+        raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
+                              % " and ".join(sorted(present)) if present else
+                              "is no manifest: it has neither layers nor manifests"))
+    return shapes[0]
+
+
+def _guess_media_type(document, shape):
+    if shape == "schema1":
+        signed = document.get("signatures", list) is not None
+        return DOCKER_SCHEMA1_SIGNED if signed else DOCKER_SCHEMA1
+    if shape == "image":
+        config = document.child("config")
+        docker = config is not None and config.get("mediaType", str) == DOCKER_CONFIG
+        return DOCKER_MANIFEST if docker else OCI_MANIFEST
+    return OCI_INDEX
+
+
+def _decode_image(document, raw, media_type, digest):
+    config = document.child("config")
+    if config is None:
+        raise InvalidDocument("%s has no 'config'" % document.where)
+    layers = tuple(Descriptor.from_document(layer)
+                   for layer in document.children("layers", LAYER_COUNT_LIMIT))
+    sizes = {}
+    for layer in layers:
+        if sizes.setdefault(layer.digest, layer.size) != layer.size:
+            raise InvalidDocument("%s gives two sizes for %s"
+                                  % (document.where, layer.digest))
+    return Manifest(raw, media_type, digest, Descriptor.from_document(config), layers)
+
+
+def _decode_index(document, raw, media_type, digest):
+    entries = document.children("manifests", INDEX_COUNT_LIMIT)
+    return Index(raw, media_type, digest, tuple(map(Descriptor.from_document, entries)))
+
+
+def _decode_schema1(raw, signature, algorithm, what):
+    document = Document.parse(signature.payload, what)
+    if _shape(document) != "schema1":
+        raise InvalidDocument("%s: its signed payload is no schema1 manifest" % what)
+    if document.need("schemaVersion", int) != 1:
+        raise InvalidDocument("%s: schemaVersion of the payload is not 1" % what)
+    blobs = document.children("fsLayers", LAYER_COUNT_LIMIT)
+    history = document.children("history", LAYER_COUNT_LIMIT)
+    if not blobs or len(blobs) != len(history):
+        raise InvalidDocument("%s: %d layers and %d history entries; they must be as many "
+                              "and not none" % (what, len(blobs), len(history)))
+    layers = _schema1_chain([_schema1_layer(*pair) for pair in zip(blobs, history)], what)
+    return Schema1Manifest(
+        raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1,
+        Digest.of(signature.payload, algorithm), document.get("name", str, ""),
+        document.get("tag", str, ""), document.get("architecture", str, ""), layers)
+
+
+def _schema1_layer(blob, history):
+    """(layer, parent id or None) of one pair of entries."""
+    text = history.need("v1Compatibility", str)
+    v1 = Document.parse(text.encode("utf-8"), history.where + ".v1Compatibility")
+    for name in ("id", "parent"):
+        value = v1.get(name, str)
+        if value is not None and not _HEX64.fullmatch(value) and (value or name == "id"):
+            raise InvalidDocument("%s: '%s' is not 64 lowercase hex digits"
+                                  % (v1.where, name))
+    descriptor = Descriptor(SCHEMA1_LAYER, blob.digest("blobSum"), None)
+    layer = Schema1Layer(v1.need("id", str), descriptor, text,
+                         v1.get("throwaway", bool, False))
+    return layer, v1.get("parent", str) or None
+
+
+def _schema1_chain(pairs, what):
+    """The layers oldest first: docker's checks (distribution/pull_v2_unix.go, fixups)."""
+    if pairs[-1][1] is not None:
+        raise InvalidDocument("%s: its base layer names a parent" % what)
+    chain = [pairs[-1][0]]
+    seen = {chain[0].id}
+    for layer, parent in reversed(pairs[:-1]):
+        if layer.id == chain[-1].id:
+            # The list holds an id twice in a row: docker drops the newer, keeps the older.
+            continue
+        if layer.id in seen:
+            raise InvalidDocument("%s: layer id %s stands twice" % (what, layer.id))
+        if parent != chain[-1].id:
+            raise InvalidDocument("%s: layer %s does not name the layer below it as its "
+                                  "parent" % (what, layer.id))
+        seen.add(layer.id)
+        chain.append(layer)
+    return tuple(chain)
+
+
+def matching(index, platform):
+    """The descriptors of `index` that fit the Platform, best first.
+
+    docker's rule: its fallback order, then place in the index; an entry without a
+    platform (a nested index, say) fits, but last. Attestations ("unknown/unknown") never
+    fit. Index entries of other than manifest types are passed over.
+    """
+    order = {(p.os, p.architecture, p.variant): rank
+             for rank, p in enumerate(platform.candidates())}
+
+    def rank(entry):
+        found = entry.platform
+        if found is None or not (found.os or found.architecture):
+            return len(order)
+        if platform.os_version and not _same_build(platform, found):
+            return None
+        return order.get((found.os, found.architecture, found.variant))
+
+    ranked = [(rank(entry), entry) for entry in index.manifests
+              if entry.media_type in MANIFEST_SHAPES]
+    return [entry for place, entry in sorted(
+        ((place, entry) for place, entry in ranked if place is not None),
+        key=lambda pair: pair[0])]
+
+
+def _same_build(wanted, found):
+    """Windows images fit by the first three parts of os.version (regclient's rule)."""
+    return wanted.os_version.split(".")[:3] == found.os_version.split(".")[:3]
+
+
+class ImageConfig(NamedTuple):
+    """An image config (OCI image-spec, config.md): `raw` bytes, `value` the JSON object."""
+
+    raw: bytes
+    value: dict
+    platform: Platform
+    diff_ids: Tuple[Digest, ...]
+
+    @classmethod
+    def parse(cls, raw, what="config"):
+        """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
+        document = Document.parse(raw, what)
+        rootfs = document.child("rootfs")
+        if rootfs is None:
+            raise InvalidDocument("%s has no 'rootfs'" % what)
+        if rootfs.get("type", str, "layers") != "layers":
+            raise InvalidDocument("%s: rootfs.type must be 'layers'" % what)
+        diff_ids = tuple(Document.as_digest(value, "%s.rootfs.diff_ids[%d]" % (what, i))
+                         for i, value in enumerate(rootfs.get("diff_ids", list, [])))
+        platform = Platform.normal(*(document.get(name, str, "") for name in (
+            "os", "architecture", "variant", "os.version")))
+        return cls(raw, document.value, platform, diff_ids)
+
+
+class Layer(NamedTuple):
+    """One layer of an image about to be fetched.
+
+    `id` is the v1 id for schema1, else the hex of the OCI chainID; `diff_id` is None
+    where only unpacking tells (schema1); `v1_json` is its v1 image JSON, as text.
+    """
+
+    id: str
+    blob: Descriptor
+    diff_id: Optional[Digest]
+    v1_json: str
+
+
+def list_layers(manifest, config=None):
+    """The Layers of an image, oldest first.
+
+    `config` is its ImageConfig, None for schema1. Raises VerificationError where it does
+    not have as many diffIDs as the manifest has layers.
+    """
+    if isinstance(manifest, Schema1Manifest):
+        return tuple(Layer(layer.id, layer.blob, None, layer.v1_compatibility)
+                     for layer in manifest.layers)
+    if len(config.diff_ids) != len(manifest.layers):
+        raise VerificationError("config lists %d diffIDs, the manifest %d layers"
+                                % (len(config.diff_ids), len(manifest.layers)))
+    chain = list(_chain_ids(config.diff_ids))
+    history = _layer_history(config, len(chain))
+    return tuple(
+        Layer(chain[i].hex, blob, diff_id, _v1_json(config, chain, history, i))
+        for i, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids)))
+
+
+def _chain_ids(diff_ids):
+    """OCI image-spec, config.md, "Layer ChainID"."""
+    chain = None
+    for diff_id in diff_ids:
+        chain = diff_id if chain is None else Digest.of(
+            ("%s %s" % (chain, diff_id)).encode("ascii"))
+        yield chain
+
+
+def _layer_history(config, count):
+    """The history entries of the layers, or empty ones where they do not line up."""
+    entries = [entry for entry in config.value.get("history") or []
+               if isinstance(entry, dict) and entry.get("empty_layer") is not True]
+    return entries if len(entries) == count else [{}] * count
+
+
+def _v1_json(config, chain, history, i):
+    """The v1 image JSON docker would keep for layer `i`; the top has the whole config."""
+    value = {}
+    if i == len(chain) - 1:
+        value = {key: member for key, member in config.value.items()
+                 if key not in ("rootfs", "history")}
+    value.update((key, history[i][key]) for key in ("created", "author", "comment")
+                 if key in history[i])
+    value.setdefault("created", "1970-01-01T00:00:00Z")
+    value.setdefault("os", config.platform.os)
+    if "created_by" in history[i] and "container_config" not in value:
+        value["container_config"] = {"Cmd": [history[i]["created_by"]]}
+    value["id"] = chain[i].hex
+    if i:
+        value["parent"] = chain[i - 1].hex
+    return canonical_json(value).decode("utf-8")
+
+
+# --------------------------------------------------------------------------------------
+# 7  Verification: push-style proof of a blob and of what it unpacks to
+# --------------------------------------------------------------------------------------
+
+class BlobVerifier:
+    """Proves one blob as its bytes pass; `received` counts them.
+
+    `size` is None where the manifest does not say.
+    """
+
+    def __init__(self, digest, size=None, what=None):
+        self.digest, self.size = digest, size
+        self.what = what or "blob " + str(digest)
+        self.received = 0
+        self._hash = hashlib.new(digest.algorithm)
+
+    def update(self, data):
+        """Takes the next bytes; raises SizeMismatch as soon as there are too many."""
+        self.received += len(data)
+        if self.size is not None and self.received > self.size:
+            raise SizeMismatch(self.what, self.size, self.received)
+        self._hash.update(data)
+
+    def finish(self):
+        """Raises SizeMismatch or DigestMismatch unless what passed is the blob."""
+        if self.size is not None and self.received != self.size:
+            raise SizeMismatch(self.what, self.size, self.received)
+        actual = Digest(self.digest.algorithm, self._hash.hexdigest())
+        if actual != self.digest:
+            raise DigestMismatch(self.what, self.digest, actual)
+
+
+class _Gzip:
+    """zlib in the shape of bz2's and lzma's decompressors: one gzip member."""
+
+    def __init__(self):
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    def decompress(self, data, limit):
+        return self._inflate.decompress(self._inflate.unconsumed_tail + data, limit)
+
+    @property
+    def eof(self):
+        return self._inflate.eof
+
+    @property
+    def unused_data(self):
+        return self._inflate.unused_data
+
+    @property
+    def needs_input(self):
+        return not self._inflate.unconsumed_tail
+
+
+class _Stored:
+    """The decompressor of what is not compressed."""
+
+    eof, needs_input, unused_data = False, True, b""
+
+    def decompress(self, data, limit):
+        return data
+
+
+def _bzip2():
+    import bz2
+    return bz2.BZ2Decompressor()
+
+
+def _xz():
+    import lzma
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY_LIMIT)
+
+
+def _zstd():
+    from compression import zstd
+    return zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
+
+
+_MAGIC_LENGTH = 6  # bytes; the longest below
+_CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
+    (rb"\x1f\x8b\x08", "gzip", _Gzip),
+    (rb"BZh", "bzip2", _bzip2),
+    (rb"\xfd7zXZ\x00", "xz", _xz),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd", _zstd),
+    (rb"", "tar", _Stored),
+)
+
+
+def _codec(head):
+    """(name, decompressor) of a stream that begins with `head`."""
+    for magic, name, opener in _CODECS:
+        if re.match(magic, head):
+            return name, opener
+    raise AssertionError("the last row matches everything")
+
+
+class _Members:
+    """Unpacks a stream of compressed members or frames, one after the other, to `sink`.
+
+    Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
+    new member are an error, for another tool would read them otherwise.
+    """
+
+    def __init__(self, sink, name, opener, what):
+        self._sink, self._name, self._opener, self._what = sink, name, opener, what
+        self._member = opener()
+        self._began = False
+
+    def update(self, data):
+        """Takes the next bytes of the stream."""
+        view = memoryview(data)
+        try:
+            for start in range(0, len(view), INFLATE_SLICE):
+                self._feed(bytes(view[start:start + INFLATE_SLICE]))
+        except ImagecError:
+            raise
+        except Exception as error:  # each codec has errors of its own
+            raise InvalidDocument("%s: corrupt %s data: %s"
+                                  % (self._what, self._name, error)) from None
+
+    def _feed(self, data):
+        while data:
+            if self._member is None:
+                data = data.lstrip(b"\0")
+                if not data:
+                    return
+                self._member, self._began = self._opener(), False
+            self._began = True
+            self._push(self._member.decompress(data, CHUNK))
+            while not (self._member.eof or self._member.needs_input):
+                self._push(self._member.decompress(b"", CHUNK))
+            data = b""
+            if self._member.eof:
+                data, self._member = self._member.unused_data, None
+
+    def _push(self, data):
+        if data:
+            self._sink.update(data)
+
+    def finish(self):
+        """Raises InvalidDocument where the last member is cut short."""
+        whole = self._member is None or not self._began or self._opener is _Stored
+        if not whole:
+            raise InvalidDocument("%s: truncated %s data" % (self._what, self._name))
+
+    def abort(self):
+        """Nothing to give back."""
+
+
+class _ZstdProgram:
+    """Unpacks zstd through the `zstd` program, where Python has no `compression.zstd`."""
+
+    def __init__(self, sink, what):
+        import shutil
+        import subprocess
+        program = shutil.which("zstd")
+        if program is None or not os.path.isabs(program):
+            raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
+                              % what, hint="install the zstd program, or use Python 3.14")
+        self._what, self._sink, self._error = what, sink, None
+        self._process = subprocess.Popen(
+            [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._reader = threading.Thread(target=self._drain, daemon=True)
+        self._reader.start()
+
+    def _drain(self):
+        try:
+            for data in iter(lambda: self._process.stdout.read1(CHUNK), b""):
+                self._sink.update(data)
+        except Exception as error:  # carried to the thread that feeds us
+            self._error = error
+            self._process.kill()
+
+    def update(self, data):
+        """Takes the next bytes of the stream."""
+        try:
+            self._process.stdin.write(data)
+        except OSError:
+            self._ended()
+
+    def finish(self):
+        """Raises InvalidDocument where the stream is corrupt or cut short."""
+        self._ended()
+
+    def _ended(self):
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._reader.join()
+        words = self._process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
+        self.abort()
+        if self._error is not None:
+            raise self._error
+        if self._process.returncode:
+            raise InvalidDocument("%s: corrupt zstd data: %s"
+                                  % (self._what, words.strip() or "zstd failed"))
+
+    def abort(self):
+        """Ends the program."""
+        if self._process.poll() is None and self._reader.is_alive():
+            self._process.kill()
+        self._reader.join()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+class _Unpacker:
+    """A layer blob's bytes in, its tar's bytes out to `sink`; what it is, magic tells."""
+
+    def __init__(self, sink, what):
+        self._sink, self._what = sink, what
+        self._head = b""
+        self._stream = None
+
+    def update(self, data):
+        """Takes the next bytes of the blob."""
+        if self._stream is not None:
+            return self._stream.update(data)
+        self._head += bytes(data)
+        if len(self._head) >= _MAGIC_LENGTH:
+            self._begin()
+
+    def _begin(self):
+        name, opener = _codec(self._head)
+        if opener is _zstd and not _has_zstd_module():
+            self._stream = _ZstdProgram(self._sink, self._what)
+        else:
+            self._stream = _Members(self._sink, name, opener, self._what)
+        self._stream.update(self._head)
+
+    def finish(self):
+        """Raises InvalidDocument where the stream is cut short."""
+        if self._stream is None:
+            self._begin()
+        self._stream.finish()
+
+    def abort(self):
+        """Gives back what the codec holds."""
+        if self._stream is not None:
+            self._stream.abort()
+
+
+def _has_zstd_module():
+    try:
+        import compression.zstd  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class TarWalker:
+    """Walks a tar as its bytes pass and adds up what its members hold.
+
+    tarfile is not used for the walk: it ends without a word at a broken header, so that
+    whatever follows is lost (seen on 3.6 to 3.13). It reads the single headers.
+    `size` is the sum of the logical sizes in the headers, in bytes; `members` counts.
+    """
+
+    def __init__(self, what):
+        import tarfile
+        self._tarfile = tarfile
+        self._what = what
+        self.size = self.members = 0
+        self._block = bytearray()  # of the header or extension being collected
+        self._want = TAR_BLOCK
+        self._skip = 0  # bytes of data and padding still to pass
+        self._take = self._header  # what the block collected is for
+        self._pax = {}  # extended header for the next member
+        self._long = set()  # GNU long name or link pending
+        self._zeros = 0
+
+    def update(self, data):
+        """Takes the next bytes; raises InvalidDocument where they are no tar."""
+        view = memoryview(data)
+        while len(view) and self._zeros < 2:
+            if self._skip:
+                passed = min(self._skip, len(view))
+                self._skip -= passed
+            else:
+                passed = min(self._want - len(self._block), len(view))
+                self._block += view[:passed]
+                if len(self._block) == self._want:
+                    block, self._block, self._want = self._block, bytearray(), TAR_BLOCK
+                    self._take(bytes(block))
+            view = view[passed:]
+
+    def finish(self):
+        """Raises InvalidDocument where the tar ends in the middle of a member."""
+        if self._zeros < 2 and (self._skip or self._block or self._take != self._header
+                                or self._pax or self._long):
+            raise InvalidDocument("%s: the tar in it is cut short" % self._what)
+
+    def _bad(self, why):
+        return InvalidDocument("%s: not a valid tar after %d members: %s"
+                               % (self._what, self.members, why))
+
+    def _header(self, block):
+        if not block.strip(b"\0"):
+            self._zeros += 1
+            return
+        if self._zeros:
+            raise self._bad("data after a zero block")
+        try:
+            info = self._tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (self._tarfile.HeaderError, ValueError) as error:
+            raise self._bad(error) from None
+        if info.size < 0:
+            raise self._bad("a negative size")
+        if info.type in b"xXgLK":
+            self._extension(info)
+        else:
+            self._member(info)
+
+    def _extension(self, info):
+        if info.size > TAR_EXTENSION_LIMIT:
+            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of %d"
+                                % (self._what, info.size, TAR_EXTENSION_LIMIT))
+        kind, size = info.type, info.size
+
+        def take(block):
+            self._take = self._header
+            if kind in b"LK":
+                self._long.add(kind)
+            else:
+                self._records(block[:size], kind == b"g")
+
+        self._want = -(-size // TAR_BLOCK) * TAR_BLOCK
+        self._take = take
+        if not self._want:
+            self._want = TAR_BLOCK
+            take(b"")
+
+    def _records(self, data, everywhere):
+        """Pax records, "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax, "Extended Header")."""
+        while data:
+            match = re.match(rb"([0-9]{1,7}) ([^=]+)=", data)
+            length = int(match.group(1)) if match else 0
+            record = data[:length]
+            if not match or length <= match.end() or record[-1:] != b"\n":
+                raise self._bad("a malformed pax header")
+            if len(record) != length:
+                raise self._bad("a pax header that is cut short")
+            key = match.group(2)
+            if not everywhere:
+                self._pax[key] = record[match.end():-1]
+            elif key in (b"path", b"linkpath", b"size"):
+                raise self._bad("a global pax header that renames every member")
+            data = data[length:]
+
+    def _number(self, key, default):
+        text = self._pax.get(key)
+        if text is None:
+            return default
+        if not re.fullmatch(rb"[0-9]{1,18}", text):
+            raise self._bad("pax %s is not a size" % key.decode("ascii", "replace"))
+        return int(text)
+
+    def _member(self, info):
+        """A member proper: its logical size counts, its stored bytes are passed over."""
+        tar = self._tarfile
+        stored = self._number(b"size", info.size)
+        logical = self._number(b"GNU.sparse.realsize",
+                               self._number(b"GNU.sparse.size", stored))
+        if info.type == tar.GNUTYPE_SPARSE:
+            _, extended, logical = info._sparse_structs
+            if logical < 0:
+                raise self._bad("a negative size")
+            if extended:
+                self._take = self._sparse_block
+        if info.type in (tar.LNKTYPE, tar.SYMTYPE, tar.CHRTYPE, tar.BLKTYPE, tar.DIRTYPE,
+                         tar.FIFOTYPE):
+            stored = logical = 0  # POSIX: no data follows, whatever the header says
+        self.members += 1
+        self.size += logical
+        self._skip_after = -(-stored // TAR_BLOCK) * TAR_BLOCK
+        if self._take == self._header:
+            self._skip = self._skip_after
+        self._pax, self._long = {}, set()
+
+    def _sparse_block(self, block):
+        """The old GNU sparse map goes on in blocks of 21 entries; byte 504 says "more"."""
+        if not block[504]:
+            self._take = self._header
+            self._skip = self._skip_after
+
+
+class Unpacked(NamedTuple):
+    """What a layer unpacks to: its `diff_id`, the `size` in its tar headers in bytes (0
+    for the empty layer), and how many `bytes` of tar there are.
+    """
+
+    diff_id: Digest
+    size: int
+    bytes: int
+
+
+class LayerVerifier:
+    """Unpacks a layer as its blob's bytes pass, to learn its diffID and size.
+
+    Memory stays flat whatever it unpacks to. The verdict comes with `finish`: a corrupt
+    stream is reported there, so that a wrong blob digest can be reported first.
+    """
+
+    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT):
+        self._what, self._limit = what, limit
+        self._hash = hashlib.sha256()
+        self._walker = TarWalker(what)
+        self._bytes = 0
+        self._error = None
+        self._unpacker = _Unpacker(_Sink(self._take), what)
+
+    def _take(self, data):
+        self._bytes += len(data)
+        if self._bytes > self._limit:
+            raise LimitExceeded("%s unpacks to more than the limit of %d bytes"
+                                % (self._what, self._limit),
+                                hint="raise it with --max-layer-size")
+        self._hash.update(data)
+        self._walker.update(data)
+
+    def update(self, data):
+        """Takes the next bytes of the blob; raises LimitExceeded only."""
+        if self._error is None:
+            try:
+                self._unpacker.update(data)
+            except LimitExceeded:
+                raise
+            except ImagecError as error:
+                self._error = error
+
+    def finish(self):
+        """The Unpacked; raises InvalidDocument, LimitExceeded, Unsupported."""
+        if self._error is not None:
+            raise self._error
+        self._unpacker.finish()
+        self._walker.finish()
+        return Unpacked(Digest("sha256", self._hash.hexdigest()), self._walker.size,
+                        self._bytes)
+
+    def abort(self):
+        """Gives up; may be called at any time."""
+        self._unpacker.abort()
+
+
+class _Sink(NamedTuple):
+    """A function in the shape of a push-style consumer."""
+
+    update: object
+
+
+# --------------------------------------------------------------------------------------
+# 8  Credentials: who we are to a registry
+# --------------------------------------------------------------------------------------
+
+class Credentials:
+    """A user name and password. Not a tuple: its repr must not show the secret."""
+
+    __slots__ = ("username", "password")
+
+    def __init__(self, username, password):
+        self.username, self.password = username, password
+
+    def basic(self):
+        """The value of an Authorization header (RFC 7617, UTF-8)."""
+        pair = "%s:%s" % (self.username, self.password)
+        return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+
+    def __repr__(self):
+        return "Credentials(%r, ***)" % self.username
+
+
+# --------------------------------------------------------------------------------------
+# 9  Transport: one safe HTTP exchange; knows nothing of images
+# --------------------------------------------------------------------------------------
+# urllib.request gives proxies and request objects. Four of its habits are replaced here:
+# it opens a connection for every request; it sends Authorization along redirects to any
+# host, and follows some to ftp; a short body is no error (http.client, bpo-115997); and a
+# socket's timeout is for each recv, so a byte a minute keeps a request alive for ever.
+
+def loopback(host):
+    """Whether `host[:port]` names this machine by a loopback address or as localhost."""
+    name = urllib.parse.urlsplit("//" + host).hostname or ""
+    return name == "localhost" or _address_rank(name) == _LOOPBACK
+
+
+_PUBLIC, _PRIVATE, _LOOPBACK, _LINK_LOCAL = range(4)  # how near an address is
+
+
+def _address_rank(address):
+    """How near an IP address is, None for what is none."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_link_local or ip.is_multicast:
+        return _LINK_LOCAL  # the metadata services of clouds among them
+    if ip.is_loopback or ip.is_unspecified:
+        return _LOOPBACK
+    return _PRIVATE if ip.is_private else _PUBLIC
+
+
+def checked_url(url, base=None):
+    """`url`, relative to `base` if given, taken apart; raises UnsafeRedirect.
+
+    Servers choose these URLs, and parsers disagree on odd ones, so odd ones are refused.
+    """
+    if base is not None:
+        url = urllib.parse.urljoin(base, url)
+    shown = bare_url(url)
+    if len(url) > 8 * KIB or re.search(r"[\x00-\x20\\\x7f-\uffff]", url):
+        raise UnsafeRedirect("a URL with characters that are not allowed: " + shown)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise UnsafeRedirect("a URL that is not valid: " + shown) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise UnsafeRedirect("a URL that is not http or https: " + shown)
+    if "@" in parts.netloc:
+        raise UnsafeRedirect("a URL with user information: " + shown)
+    return parts
+
+
+def bare_url(url):
+    """`url` fit for messages: without query and user information, which hold secrets."""
+    text = re.split("[?#]", url, 1)[0]
+    return printable(re.sub("//[^/]*@", "//", text), 200)
+
+
+def origin(parts):
+    """(scheme, host, port) of a taken-apart URL: what credentials are bound to."""
+    return (parts.scheme, parts.hostname,
+            parts.port or (443 if parts.scheme == "https" else 80))
+
+
+class _Watch:
+    """The patience of one connection: an end to wait for, and a least speed."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self.until = None  # monotonic seconds at which the headers must be in
+        self._window, self._count = transport.clock(), 0
+
+    def start(self):
+        """A new exchange begins: its headers may take as long as one silence."""
+        self._window, self._count = self._transport.clock(), 0
+        self.until = self._window + self._transport.idle_timeout
+
+    def patience(self):
+        """Seconds the next read may take; raises Timeout where there are none left."""
+        self._transport.check()
+        now = self._transport.clock()
+        left = min(self._transport.deadline, self.until or float("inf")) - now
+        if left <= 0:
+            raise socket.timeout("too slow")
+        return min(left, self._transport.idle_timeout)
+
+    def count(self, received):
+        """Raises Timeout where a whole window has brought next to nothing."""
+        self._count += received
+        now = self._transport.clock()
+        if now - self._window >= self._transport.idle_timeout:
+            if self._count < STALL_BYTES:
+                raise socket.timeout("stalled")
+            self._window, self._count = now, 0
+
+
+class _Wire(io.RawIOBase):
+    """What http.client reads a response from: a socket under a _Watch."""
+
+    def __init__(self, sock, watch):
+        super().__init__()
+        self._sock, self._watch = sock, watch
+        # http.client closes the socket under a response that is the connection's last;
+        # a file made from it keeps it open until the body is read.
+        self._file = sock.makefile("rb", buffering=0)
+
+    def readable(self):
+        return True
+
+    def makefile(self, *_args, **_kwargs):
+        return io.BufferedReader(self, 16 * KIB)
+
+    def readinto(self, buffer):
+        self._sock.settimeout(self._watch.patience())
+        received = self._file.readinto(buffer)
+        self._watch.count(received)
+        return received
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+class _Kept:
+    """What both kinds of kept connection add to http.client's."""
+
+    used = False  # has carried an exchange: its server may have closed it since
+    rank = None  # how near its peer's address is; None through a proxy
+    peer = None  # its socket, known before http.client knows it and after it let go
+
+    def prepare(self, transport, allowed, proxied):
+        """Binds it to a transport; it may connect to addresses `allowed` near."""
+        self.watch = _Watch(transport)
+        self._allowed, self._proxied = allowed, proxied
+        self.response_class = self._response
+        self._create_connection = self._connect_socket
+        return self
+
+    def _response(self, sock, *args, **kwargs):
+        self.peer = sock
+        return http.client.HTTPResponse(_Wire(sock, self.watch), *args, **kwargs)
+
+    def _connect_socket(self, address, _timeout=None, _source=None):
+        """Tries every address of the host; refuses to reach nearer than allowed."""
+        host, port = address
+        error = None
+        for family, kind, protocol, _, target in socket.getaddrinfo(
+                host, port, 0, socket.SOCK_STREAM):
+            rank = _address_rank(target[0])
+            if self._allowed is not None and not self._may_reach(rank):
+                raise UnsafeRedirect(
+                    "%s resolves to %s, which a server elsewhere must not send us to"
+                    % (host, target[0]))
+            sock = self.peer = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
+                sock.connect(target)
+                self.rank = None if self._proxied else rank
+                return sock
+            except OSError as reason:
+                error = reason
+                sock.close()
+        raise error or OSError("no address for %s" % host)
+
+    def _may_reach(self, rank):
+        return rank == self._allowed or rank != _LINK_LOCAL and rank <= self._allowed
+
+    def stale(self):
+        """Whether an idle connection has been closed, or has sent what nobody asked."""
+        if self.sock is None:
+            return True
+        import select
+        if hasattr(select, "poll"):  # select() cannot take descriptors over 1023
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            return bool(poll.poll(0))
+        return bool(select.select([self.sock], [], [], 0)[0])
+
+    def abort(self):
+        """Ends it from another thread: whoever waits for it wakes with an error."""
+        sock = self.peer
+        with contextlib.suppress(OSError):
+            if sock is not None:
+                # Not SSLSocket's shutdown: that takes TLS away from under the reader.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class _KeptHTTP(_Kept, http.client.HTTPConnection):
+    pass
+
+
+class _KeptHTTPS(_Kept, http.client.HTTPSConnection):
+    pass
+
+
+class _ProxyHandler(urllib.request.ProxyHandler):
+    """The environment's proxies, but NO_PROXY understood the way Go does (CIDR, ports,
+    leading dots), and never for loopback.
+    """
+
+    def proxy_open(self, req, proxy, type):
+        kind = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy).scheme
+        if bypasses_proxy(req.host, urllib.request.getproxies().get("no", "")):
+            return None
+        if kind not in ("", "http"):
+            raise UsageError("proxy of scheme '%s' for %s is not supported"
+                             % (printable(kind, 20), req.host), "use an http:// proxy")
+        return super().proxy_open(req, proxy, type)
+
+
+def bypasses_proxy(host, no_proxy):
+    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`.
+
+    Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
+    `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
+    `:port` or without.
+    """
+    parts = urllib.parse.urlsplit("//" + host)
+    name, port = (parts.hostname or "").rstrip("."), parts.port
+    if loopback(host):
+        return True
+    for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):
+        entry, _, wanted = (entry.rpartition(":") if re.search(r"[^:]:[0-9]+$", entry)
+                            and "/" not in entry else (entry, "", ""))
+        if wanted and port is not None and int(wanted) != port:
+            continue
+        if entry == "*" or _names_host(entry.strip("[]"), name):
+            return True
+    return False
+
+
+def _names_host(entry, name):
+    if _address_rank(name) is not None:
+        try:
+            return ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return False
+    subdomains = entry.lstrip("*") if entry.startswith(("*.", ".")) else "." + entry
+    return name == entry or name.endswith(subdomains)
+
+
+class _PooledHandler(urllib.request.AbstractHTTPHandler):
+    """Opens http and https URLs over kept connections."""
+
+    def __init__(self, transport):
+        super().__init__()
+        self._transport = transport
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, req):
+        return self._transport.exchange(req)
+
+    https_open = http_open
+
+
+class _Request(urllib.request.Request):
+    """`allowed` is how near its address may be, None for anywhere."""
+
+    def __init__(self, url, method, headers, data=None, allowed=None):
+        super().__init__(url, data, headers, method=method)
+        self.allowed = allowed
+
+
+class Response:
+    """An HTTP response whose body is still to be read.
+
+    `status`; `headers` (email.message.Message); `url` it finally came from.
+    """
+
+    def __init__(self, transport, connection, reply, request):
+        self._transport, self._connection, self._keep = transport, connection, True
+        self._reply, self.url = reply, request.full_url
+        self.status, self.headers = reply.status, reply.headers
+        self.length = self._framing(request.get_method())
+        self.rank = connection.rank
+
+    def _framing(self, method):
+        """The body's length or None; raises TransportError where framing is ambiguous."""
+        lengths = set(self.headers.get_all("Content-Length", []))
+        coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
+        encoding = self.headers.get("Content-Encoding", "identity").lower()
+        if (len(lengths) > 1 or lengths and coding or coding not in ([], ["chunked"])
+                or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
+            self.close()
+            raise TransportError("%s sent a response whose length is ambiguous"
+                                 % self.place())
+        if encoding not in ("identity", ""):
+            self.close()
+            raise TransportError(
+                "%s sent a response with Content-Encoding %s, which was not asked for"
+                % (self.place(), printable(encoding, 40)),
+                "a proxy on the way may be changing what passes")
+        if method == "HEAD":
+            return 0
+        return int(lengths.pop()) if lengths else None
+
+    def place(self):
+        """The host and path it came from, for messages."""
+        return bare_url(self.url)
+
+    def chunks(self, size=CHUNK):
+        """The body's bytes in pieces; raises TransportError where it ends early."""
+        received = 0
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while True:
+            with self._transport.translating(self.url):
+                count = self._reply.readinto(view)
+            if not count:
+                break
+            received += count
+            yield view[:count]
+        if self.length is not None and received != self.length:
+            self.close()
+            raise TransportError("%s sent %d bytes of %d and ended"
+                                 % (self.place(), received, self.length), retryable=True)
+        self._finish()
+
+    def read(self, limit, what):
+        """The whole body, at most `limit` bytes; raises LimitExceeded, TransportError."""
+        if self.length is not None and self.length > limit:
+            self.close()
+            raise LimitExceeded("%s is %d bytes, more than the limit of %d"
+                                % (what, self.length, limit))
+        body = bytearray()
+        for chunk in self.chunks(16 * KIB):
+            body += chunk
+            if len(body) > limit:
+                self.close()
+                raise LimitExceeded("%s is more than the limit of %d bytes"
+                                    % (what, limit))
+        return bytes(body)
+
+    def discard(self):
+        """Reads a small rest, so that the connection can be used again, or closes it."""
+        with contextlib.suppress(ImagecError):
+            if self.length is not None and self.length > ERROR_BODY_LIMIT:
+                return self.close()
+            self.read(ERROR_BODY_LIMIT, "response")
+
+    def _finish(self):
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._transport.release(connection, self._keep and not self._reply.will_close)
+
+    def close(self):
+        """Gives up the rest of the body and the connection with it."""
+        self._keep = False
+        self._finish()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.close()
+
+
+class Transport:
+    """Safe HTTP exchanges over kept connections; may be used by many threads.
+
+    `timeout` bounds everything done with it, `idle_timeout` each silence, in seconds.
+    `skip_verify` takes any certificate; `cacert` is a PEM file of roots added to the
+    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR).
+    """
+
+    def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
+                 cacert=None, clock=time.monotonic, sleep=None):
+        self.clock, self._sleep = clock, sleep
+        self.timeout, self.idle_timeout = timeout, idle_timeout
+        self.deadline = clock() + timeout
+        self._contexts = {}
+        self._skip_verify, self._cacert = skip_verify, cacert
+        self._idle = collections.defaultdict(list)  # key -> connections, newest last
+        self._live = set()
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.addheaders = [("User-Agent", USER_AGENT)]
+        for handler in (_ProxyHandler(), _PooledHandler(self)):
+            self._opener.add_handler(handler)
+
+    # -- the life of the whole
+
+    def check(self):
+        """Raises Cancelled or Timeout where work should not go on."""
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled")
+        if self.clock() >= self.deadline:
+            raise Timeout("not done within %g seconds" % self.timeout,
+                          hint="allow more with --timeout")
+
+    def cancel(self):
+        """Ends every exchange under way, from any thread."""
+        self._cancelled.set()
+        with self._lock:
+            live = list(self._live)
+        for connection in live:
+            connection.abort()
+
+    def close(self):
+        """Closes every connection."""
+        self.cancel()
+        with self._lock:
+            idle = [c for kept in self._idle.values() for c in kept]
+            self._idle.clear()
+        for connection in idle:
+            connection.close()
+
+    def retrying(self, action):
+        """`action()`, tried again while it raises errors that may pass."""
+        budget = Budget(self)
+        while True:
+            try:
+                return action()
+            except ImagecError as error:
+                budget.spend(error)
+
+    def wait(self, seconds):
+        """Sleeps, but not beyond the deadline or a cancel."""
+        if self._sleep is not None:
+            self._sleep(seconds)
+        else:
+            self._cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
+        self.check()
+
+    # -- one exchange
+
+    def open(self, method, url, headers=None, data=None, trusting=None,
+             follow=lambda parts: True):
+        """The Response to one request, redirects followed; raises TransportError.
+
+        `trusting` is how near (see _address_rank) the server that chose this URL is; None
+        where the user chose it. Authorization stays with the origin it was meant for.
+        `follow(parts)` may forbid a redirect.
+        """
+        headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
+        first = checked_url(url)
+        seen = {url}
+        for _ in range(REDIRECT_LIMIT + 1):
+            response = self._once(_Request(url, method, headers, data, trusting))
+            location = response.headers.get("Location")
+            if response.status not in REDIRECTS or location is None or data is not None:
+                return response
+            response.discard()
+            parts = checked_url(location, url)
+            if url.startswith("https:") and parts.scheme != "https":
+                raise UnsafeRedirect("%s redirects from https to http" % response.place())
+            if not follow(parts):
+                raise UnsafeRedirect("%s redirects to another host, %s"
+                                     % (response.place(), parts.hostname))
+            url = parts.geturl()
+            if url in seen:
+                raise UnsafeRedirect("%s redirects in a loop" % response.place())
+            seen.add(url)
+            if origin(parts) != origin(first):
+                headers.pop("Authorization", None)
+                trusting = response.rank if trusting is None else trusting
+        raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
+                                                             REDIRECT_LIMIT))
+
+    def _once(self, request):
+        log.debug("%s %s", request.get_method(), bare_url(request.full_url))
+        url = request.full_url
+        with self.translating(url):
+            response = self._opener.open(request, timeout=self.idle_timeout)
+        log.debug("%d from %s", response.status, response.place())
+        return response
+
+    def exchange(self, request):
+        """One request over a connection, kept or new: the handler's part."""
+        key = (request.type, request.host, getattr(request, "_tunnel_host", None))
+        while True:
+            connection = self._take(key, request)
+            try:
+                return self._send(connection, request)
+            except (http.client.RemoteDisconnected, ConnectionError):
+                # A kept connection may have been closed by its server meanwhile: that is
+                # no failed try, another connection tells.
+                self.release(connection, False)
+                if not connection.used:
+                    raise
+            except BaseException:
+                self.release(connection, False)
+                raise
+
+    def _send(self, connection, request):
+        headers = dict(request.unredirected_hdrs, **request.headers)
+        tunnel = getattr(request, "_tunnel_host", None)
+        if tunnel and connection.sock is None:
+            proxy = headers.pop("Proxy-authorization", None)
+            connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy}
+                                  if proxy else {})
+        elif tunnel:
+            headers.pop("Proxy-authorization", None)
+        connection.watch.start()
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.watch.patience())
+        connection.request(request.get_method(), request.selector, request.data, headers)
+        reply = connection.getresponse()
+        connection.watch.until = None
+        response = Response(self, connection, reply, request)
+        connection.used = True
+        return response
+
+    def _take(self, key, request):
+        """An idle connection to where the request goes, or a new one."""
+        proxied = bool(request.has_proxy() or getattr(request, "_tunnel_host", None))
+        allowed = None if proxied else request.allowed
+        while True:
+            with self._lock:
+                kept = self._idle[key]
+                connection = kept.pop() if kept else None
+            if connection is None:
+                break
+            if not connection.stale() and (allowed is None
+                                           or connection.rank in (None, allowed)
+                                           or connection.rank < allowed):
+                break
+            connection.close()
+        if connection is None:
+            connection = self._new(request).prepare(self, allowed, proxied)
+            connection.key = key
+        with self._lock:
+            self._live.add(connection)
+        self.check()
+        return connection
+
+    def _new(self, request):
+        if request.type == "https":
+            return _KeptHTTPS(request.host, timeout=self.idle_timeout,
+                              context=self._context())
+        return _KeptHTTP(request.host, timeout=self.idle_timeout)
+
+    def release(self, connection, keep):
+        """Takes a connection back; `keep` where another exchange may use it."""
+        with self._lock:
+            self._live.discard(connection)
+            keep = keep and not self._cancelled.is_set()
+            if keep:
+                self._idle[connection.key].append(connection)
+        if not keep:
+            connection.close()
+
+    # -- TLS and errors
+
+    def skip_verify(self):
+        """From now on any certificate is taken."""
+        self._skip_verify = True
+
+    def _context(self):
+        with self._lock:
+            if self._skip_verify not in self._contexts:
+                self._contexts[self._skip_verify] = self._new_context()
+            return self._contexts[self._skip_verify]
+
+    def _new_context(self):
+        context = ssl.create_default_context()
+        # 3.6 has no minimum_version, and its default allows TLS 1.0.
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if self._cacert is not None:
+            try:
+                context.load_verify_locations(self._cacert)
+            except (OSError, ssl.SSLError) as error:
+                raise UsageError("cannot read CA certificates from %s: %s"
+                                 % (self._cacert, _reason(error)),
+                                 "--cacert wants a PEM file") from None
+        if self._skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    @contextlib.contextmanager
+    def translating(self, url):
+        """What sockets, ssl and http.client raise inside comes out as TransportError."""
+        try:
+            yield
+        except ImagecError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.check()
+            raise _transport_error(error, bare_url(url), self.idle_timeout) from error
+
+
+def _reason(error):
+    """The words of an OSError, without the "[Errno N]" in front."""
+    return printable(getattr(error, "strerror", None) or error or type(error).__name__,
+                     ERROR_TEXT_LIMIT)
+
+
+def _transport_error(error, url, idle_timeout):
+    """The TransportError for what a library raised while talking to `url`."""
+    host = urllib.parse.urlsplit(url).netloc or url
+    # ssl.CertificateError is a ValueError of its own on 3.6, an SSLError later.
+    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error):
+        why = getattr(error, "verify_message", "") or error
+        return CertificateError(
+            "%s: its certificate is not to be trusted: %s" % (host, why),
+            "add its CA with --cacert FILE, check this host's clock, or take any "
+            "certificate with --insecure-skip-verify")
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return TransportError("%s closed the TLS connection" % host, retryable=True)
+    if isinstance(error, socket.timeout) or str(error).endswith("timed out"):
+        return Timeout("%s: next to nothing came for %g seconds" % (url, idle_timeout),
+                       retryable=True)
+    if isinstance(error, ssl.SSLError):
+        return TLSError("%s: TLS failed: %s" % (host, _reason(error)),
+                        "it may speak plain http: --insecure-allow-http")
+    if isinstance(error, socket.gaierror):
+        return TransportError("cannot resolve host %s: %s" % (host, _reason(error)),
+                              "check the name, the DNS and the proxy settings",
+                              retryable=error.errno == getattr(socket, "EAI_AGAIN", None))
+    if isinstance(error, http.client.HTTPException) and not isinstance(
+            error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
+        return TransportError("%s did not answer in HTTP: %s: %s" % (
+            url, type(error).__name__, printable(error, 100)), retryable=True)
+    return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
+
+
+class Budget:
+    """The tries one piece of work has: exponential with jitter, renewed by progress."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self._failures = 0
+
+    def spend(self, error, progress=0):
+        """Waits for the next try, or raises `error` where there is none left.
+
+        `progress` is the bytes that came since the last failure.
+        """
+        if not error.retryable:
+            raise error
+        if progress >= PROGRESS_BYTES:
+            self._failures = 0
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            error.retryable = False  # for whoever has tries of its own around this
+            raise error
+        seconds = min(BACKOFF * 2 ** (self._failures - 1), BACKOFF_LIMIT)
+        seconds *= random.uniform(0.8, 1.2)
+        if error.retry_after is not None:
+            seconds = min(error.retry_after, RETRY_AFTER_LIMIT)
+        log.info("%s; trying again in %.1f s", error, seconds)
+        self._transport.wait(seconds)
+
+
+def retry_after(value):
+    """Seconds a Retry-After header asks for (RFC 7231, 7.1.3), None for none or junk."""
+    import email.utils
+    if value is None:
+        return None
+    if re.fullmatch("[0-9]{1,9}", value.strip()):
+        return int(value)
+    try:
+        when = email.utils.mktime_tz(email.utils.parsedate_tz(value))
+        return max(0, when - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+# --------------------------------------------------------------------------------------
+# 10  Authorization: challenge -> token
+# --------------------------------------------------------------------------------------
+
+_TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z))")
+_AUTH_PARAM = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
+    r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)', re.DOTALL)
+_AUTH_SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:[ \t]+|(?=,)|\Z)")
+
+
+class Challenge(NamedTuple):
+    """One challenge of a WWW-Authenticate header: lowercase `scheme`, and `parameters`."""
+
+    scheme: str
+    parameters: dict
+
+    @classmethod
+    def parse(cls, values):
+        """The Challenges in the header's values, in order (RFC 7235, 2.1 and 4.1).
+
+        Takes several to a header and several headers; what follows an irregularity in a
+        header is not read.
+        """
+        return [challenge for value in values if len(value) <= HEADER_LIMIT
+                for challenge in cls._parse_value(value)]
+
+    @classmethod
+    def _parse_value(cls, value):
+        found, at = [], 0
+        while True:
+            at = re.compile(r"[\s,]*").match(value, at).end()
+            parameter = found and _AUTH_PARAM.match(value, at)
+            scheme = not parameter and _AUTH_SCHEME.match(value, at)
+            if parameter:
+                name, quoted, plain = parameter.groups()
+                if quoted is not None:
+                    plain = re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL)
+                found[-1].parameters.setdefault(name.lower(), plain)
+                at = parameter.end()
+            elif scheme:
+                found.append(cls(scheme.group(1).lower(), {}))
+                at = scheme.end()
+                token68 = _TOKEN68.match(value, at)
+                at = token68.end() if token68 else at
+            else:
+                return found
+
+    @classmethod
+    def choose(cls, challenges):
+        """The one to answer, Bearer before Basic; None where we know neither."""
+        for scheme in ("bearer", "basic"):
+            for challenge in challenges:
+                if challenge.scheme == scheme:
+                    return challenge
+        return None
+
+
+class Token:
+    """A bearer token, good until the monotonic time `expires`. Its repr hides it."""
+
+    __slots__ = ("value", "expires")
+
+    def __init__(self, value, expires):
+        self.value, self.expires = value, expires
+
+    def __repr__(self):
+        return "Token(***, expires=%r)" % self.expires
+
+
+def auth_url(challenge, scope, registry_url):
+    """The URL to GET a token from, as the Bearer `challenge` of a registry says.
+
+    The scope is ours, whatever the challenge says: a registry must not widen what a token
+    is good for. Raises InvalidDocument, UnsafeRedirect.
+    """
+    realm = challenge.parameters.get("realm")
+    if not realm:
+        raise InvalidDocument("%s asks for a token but names no realm to get it from"
+                              % bare_url(registry_url))
+    parts = checked_url(realm, registry_url)
+    if registry_url.startswith("https:") and parts.scheme != "https":
+        raise UnsafeRedirect("%s asks to fetch a token without TLS, from %s"
+                             % (bare_url(registry_url), bare_url(realm)))
+    query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    if challenge.parameters.get("service"):
+        query.append(("service", challenge.parameters["service"]))
+    query.append(("scope", scope))
+    return parts._replace(query=urllib.parse.urlencode(query), fragment="").geturl()
+
+
+def fetch_token(transport, url, credentials=None, trusting=None):
+    """The Token that the token server at `url` (see auth_url) gives.
+
+    Anonymous where `credentials` is None. `trusting`: see Transport.open. Raises
+    AccessDenied, TransportError, InvalidDocument. Source: distribution, token spec.
+    """
+    headers = {"Authorization": credentials.basic()} if credentials else {}
+    here = origin(checked_url(url))
+
+    def fetch():
+        with transport.open("GET", url, headers, trusting=trusting,
+                            follow=lambda parts: origin(parts) == here) as response:
+            raise_for_status(response, "token")
+            return response.read(TOKEN_LIMIT, "token reply")
+
+    started = transport.clock()
+    with naming(bare_url(url)):
+        document = Document.parse(transport.retrying(fetch), "token reply")
+        value = document.get("token", str) or document.get("access_token", str)
+        if not value:
+            raise InvalidDocument("token reply holds no token")
+        if not re.fullmatch("[!-~]{1,%d}" % TOKEN_LENGTH_LIMIT, value):
+            raise InvalidDocument("token reply holds a token that is not printable ASCII")
+    return Token(value, started + _lifetime(document.value.get("expires_in")))
+
+
+def _lifetime(seconds):
+    """Seconds until a token counts as over."""
+    if type(seconds) is not int or seconds <= 0:
+        seconds = TOKEN_LIFETIME
+    seconds = min(seconds, TOKEN_LIFETIME_LIMIT)
+    return seconds - TOKEN_MARGIN if seconds > 2 * TOKEN_MARGIN else seconds
+
+
+class Authorizer:
+    """Answers the challenges of one registry, and keeps its tokens by scope."""
+
+    def __init__(self, transport, registry_url, credentials=None, token_hosts=()):
+        self._transport, self._registry_url = transport, registry_url
+        self._credentials, self._token_hosts = credentials, frozenset(token_hosts)
+        self._challenge = None
+        self._tokens = {}
+        self._lock = threading.Lock()
+        self.rank = None  # how near the registry's address is
+
+    @property
+    def challenged(self):
+        """The Challenge in force, None while the registry has asked for nothing."""
+        return self._challenge
+
+    def learn(self, headers):
+        """Takes a 401's challenges; raises AccessDenied where we can answer none."""
+        challenge = Challenge.choose(Challenge.parse(
+            headers.get_all("WWW-Authenticate", [])))
+        if challenge is None:
+            raise AccessDenied("%s wants authentication of a kind we do not know"
+                               % bare_url(self._registry_url), status=401)
+        self._challenge = challenge
+
+    def header(self, scope):
+        """The Authorization value for `scope`, None where none is asked for."""
+        challenge = self._challenge
+        if challenge is None:
+            return None
+        if challenge.scheme == "basic":
+            return self._basic()
+        with self._lock:
+            token = self._tokens.get(scope)
+            if token is None or token.expires <= self._transport.clock():
+                token = self._tokens[scope] = self._fetch(challenge, scope)
+        return "Bearer " + token.value
+
+    def refused(self, scope, header):
+        """The registry did not take `header`: its token is not used again."""
+        with self._lock:
+            token = self._tokens.get(scope)
+            if token is not None and header == "Bearer " + token.value:
+                del self._tokens[scope]
+
+    def _basic(self):
+        if self._credentials is None:
+            raise AccessDenied("%s wants a user name and password"
+                               % bare_url(self._registry_url), status=401,
+                               hint="give them with -u USER --password-stdin")
+        return self._credentials.basic()
+
+    def _fetch(self, challenge, scope):
+        url = auth_url(challenge, scope, self._registry_url)
+        credentials = self._credentials
+        if credentials and not self._trusts(urllib.parse.urlsplit(url)):
+            log.warning("no password sent to %s, which is not a token server of %s: "
+                        "fetching an anonymous token; allow it with --token-host",
+                        bare_url(url), urllib.parse.urlsplit(self._registry_url).netloc)
+            credentials = None
+        try:
+            return fetch_token(self._transport, url, credentials, self.rank)
+        except AccessDenied as error:
+            who = "user " + credentials.username if credentials else "anonymous access"
+            error.message += " (%s)" % printable(who, 80)
+            raise
+
+    def _trusts(self, realm):
+        """Whether the password may go to this token server.
+
+        A registry chooses the realm; one that is tampered with must not be able to send
+        the password elsewhere. Trusted are the registry's own host, the host known to
+        serve its tokens, one in the same domain over TLS, and what the user allowed.
+        """
+        home = urllib.parse.urlsplit(self._registry_url)
+        if realm.hostname == home.hostname or realm.hostname in self._token_hosts:
+            return True
+        if KNOWN_REALMS.get(home.hostname) == realm.hostname:
+            return True
+        if realm.scheme != "https" or _address_rank(home.hostname) is not None:
+            return False
+        domain = home.hostname.partition(".")[2]
+        return "." in domain and ("." + realm.hostname).endswith("." + domain)
+
+
+# --------------------------------------------------------------------------------------
+# 11  Registry: the distribution API of one host
+# --------------------------------------------------------------------------------------
+
+def raise_for_status(response, what, expected=(200,)):
+    """Raises the RegistryError for a `response` whose status is not expected."""
+    if response.status in expected:
+        return
+    raise registry_error(response, what)
+
+
+def registry_error(response, what):
+    """The RegistryError for a response, in the server's own words where it has some."""
+    codes, words = _error_body(response)
+    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound,
+            429: RateLimited}.get(response.status, RegistryError)
+    if "DENIED" in codes or "UNAUTHORIZED" in codes:
+        kind = AccessDenied
+    meaning = {AccessDenied: "access denied", NotFound: "not found",
+               RateLimited: "too many requests"}.get(kind, "unexpected answer")
+    hint = {AccessDenied: "it may not exist, or need other credentials",
+            RateLimited: "wait, or log in with -u"}.get(kind)
+    error = kind("%s: %s: %s" % (what, meaning, words or "HTTP %d" % response.status),
+                 response.status, codes, response.place(), hint)
+    error.source = response.place()
+    error.retry_after = retry_after(response.headers.get("Retry-After"))
+    return error
+
+
+def _error_body(response):
+    """(codes, words) of an error's body: distribution-spec, "Error Codes"."""
+    try:
+        body = response.read(ERROR_BODY_LIMIT, "error")
+        errors = Document.parse(body, "error").children("errors", 100)
+        pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
+                 for e in errors]
+    except ImagecError:
+        pairs = []
+    words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
+    if words:
+        words = "HTTP %d, %s" % (response.status, printable(words, ERROR_TEXT_LIMIT))
+    return [code for code, _ in pairs], words
+
+
+class Registry:
+    """The pull part of the distribution API at `host` (`HOST[:PORT]`).
+
+    `allow_http` lets the probe fall back to unverified https and to http; a loopback host
+    may fall back to http without it. `token_hosts` may be sent the password though they
+    are not the registry's own.
+    """
+
+    def __init__(self, host, transport, credentials=None, allow_http=False,
+                 token_hosts=()):
+        self.host, self.transport = host, transport
+        self._credentials, self._allow_http = credentials, allow_http
+        self._token_hosts = token_hosts
+        self._authorizer = None
+        self._url = None
+        self._lock = threading.Lock()
+
+    # -- who and where
+
+    def learn_registry_url(self):
+        """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
+
+        Raises TransportError where no registry answers.
+        """
+        with self._lock:
+            if self._url is None:
+                self._url = self.transport.retrying(self._probe)
+            return self._url
+
+    def _probe(self):
+        ways = [("https", False)]
+        if self._allow_http:
+            ways += [("https", True), ("http", False)]
+        elif loopback(self.host):
+            ways += [("http", False)]
+        first = None
+        for scheme, skip_verify in ways:
+            if skip_verify:
+                self.transport.skip_verify()
+            try:
+                return self._probe_url("%s://%s/v2/" % (scheme, self.host))
+            except RegistryError as error:
+                # It answers HTTP: another scheme would only hide what it said, and this
+                # answer would hide a certificate that was refused.
+                raise first if isinstance(first, CertificateError) else error
+            except TransportError as error:
+                log.debug("%s by %s: %s", self.host, scheme, error)
+                first = first or error
+        if isinstance(first.__cause__, ConnectionRefusedError):
+            first.retryable = False  # nothing listens there
+        raise first
+
+    def _probe_url(self, url):
+        with self.transport.open("HEAD", url) as response:
+            if response.status not in (200, 401):
+                error = registry_error(response, "%s is no registry" % self.host)
+                error.hint = "check the host name; its /v2/ should answer 200 or 401"
+                raise error
+            final = urllib.parse.urlsplit(response.url)
+            home = urllib.parse.urlsplit(url)
+            if final.hostname == home.hostname:  # http -> https, or another port
+                url = "%s://%s/v2/" % (final.scheme, final.netloc)
+            self._authorizer = Authorizer(self.transport, url, self._credentials,
+                                          self._token_hosts)
+            self._authorizer.rank = response.rank
+            if response.status == 401 and final.hostname == home.hostname:
+                with contextlib.suppress(AccessDenied):
+                    # One that we cannot answer may not be meant for what we ask next.
+                    self._authorizer.learn(response.headers)
+            response.discard()
+            log.debug("%s is a registry (%s)", url, response.headers.get(
+                API_VERSION_HEADER, "no version header"))
+        return url
+
+    def learn_auth_url(self, repository, reference):
+        """The URL that gives a token to pull `reference` (a tag or digest), or None.
+
+        None where no token is needed. Raises NotFound where there is no such image, and
+        AccessDenied where access is by other means than a token.
+        """
+        url = self.learn_registry_url()
+        scope = pull_scope(repository)
+        if self._authorizer.challenged is None:
+            with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
+                               None, {"Accept": ACCEPT}) as response:
+                if response.status == 200:
+                    return None
+                if response.status != 401:
+                    raise registry_error(response, "%s:%s" % (repository, reference))
+                self._authorizer.learn(response.headers)
+        if self._authorizer.challenged.scheme != "bearer":
+            raise AccessDenied("%s wants a user name and password, not a token" % self.host)
+        return auth_url(self._authorizer.challenged, scope, url)
+
+    # -- exchanges
+
+    def _request(self, method, path, authorization, headers):
+        url = self.learn_registry_url() + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
+        if authorization:
+            headers = dict(headers, Authorization=authorization)
+        return self.transport.open(method, url, headers)
+
+    def _exchange(self, method, path, repository, what, headers=None, expected=(200,)):
+        """The Response to a request for `repository`, authorized as the registry asks.
+
+        A 401 is answered once: with the token it asks for, or a fresh one.
+        """
+        home = self.learn_registry_url()
+        scope = pull_scope(repository)
+        for attempt in (1, 2):
+            authorization = self._authorizer.header(scope)
+            response = self._request(method, path, authorization, headers or {})
+            ours = origin(checked_url(response.url)) == origin(checked_url(home))
+            if response.status != 401 or attempt == 2 or not ours:
+                break
+            if authorization and authorization.startswith("Basic"):
+                break
+            response.discard()
+            self._authorizer.learn(response.headers)
+            self._authorizer.refused(scope, authorization)
+        try:
+            raise_for_status(response, what, expected)
+        except ImagecError:
+            response.close()
+            raise
+        return response
+
+    def fetch_manifest(self, repository, reference, size=None):
+        """The manifest `reference` (a tag, or a Digest) names, decoded.
+
+        By Digest its digest is checked, and its `size` where that is not None; by tag, a
+        Docker-Content-Digest header must agree with the body. Raises NotFound,
+        AccessDenied, VerificationError, InvalidDocument, TransportError.
+        """
+        digest = reference if isinstance(reference, Digest) else None
+        what = "manifest %s%s%s" % (repository, "@" if digest else ":", reference)
+
+        def fetch():
+            with self._exchange("GET", "%s/manifests/%s" % (repository, reference),
+                                repository, what, {"Accept": ACCEPT}) as response:
+                return response.headers, response.read(MANIFEST_LIMIT, what)
+
+        with naming(self.host):
+            headers, raw = self.transport.retrying(fetch)
+            if size is not None and len(raw) != size:
+                raise SizeMismatch(what, size, len(raw))
+            manifest = decode_manifest(raw, headers.get("Content-Type"), digest, what)
+            self._check_header(headers.get("Docker-Content-Digest"), manifest, digest,
+                               what)
+        return manifest
+
+    @staticmethod
+    def _check_header(claimed, manifest, asked, what):
+        """The header is no proof, but one that lies is a sign of tampering.
+
+        Where it names another algorithm than the digest asked for, there is nothing to
+        compare: the body has been proved already.
+        """
+        if claimed is None:
+            return
+        claimed = Document.as_digest(claimed, what + ": Docker-Content-Digest")
+        if claimed.algorithm != manifest.digest.algorithm and asked is None:
+            body = (PrettySignature.parse(manifest.raw).payload
+                    if isinstance(manifest, Schema1Manifest) else manifest.raw)
+            claimed.check(body, what)
+        elif claimed.algorithm == manifest.digest.algorithm and (
+                claimed != manifest.digest):
+            raise DigestMismatch(what, claimed, manifest.digest,
+                                 "the registry's header and its body disagree")
+
+    def fetch_config(self, repository, descriptor):
+        """The ImageConfig a manifest's config Descriptor points to, checked."""
+        what = "config " + str(descriptor.digest)
+        if descriptor.size > CONFIG_LIMIT:
+            raise LimitExceeded("%s is %d bytes, more than the limit of %d"
+                                % (what, descriptor.size, CONFIG_LIMIT))
+
+        def fetch():
+            with self.open_blob(repository, descriptor.digest) as response:
+                verifier = BlobVerifier(descriptor.digest, descriptor.size, what)
+                body = bytearray()
+                for chunk in response.chunks(16 * KIB):
+                    verifier.update(chunk)
+                    body += chunk
+                verifier.finish()
+                return bytes(body)
+
+        with naming(self.host):
+            return ImageConfig.parse(self.transport.retrying(fetch), what)
+
+    def open_blob(self, repository, digest, offset=0):
+        """A Response with the blob's bytes from `offset` on.
+
+        Its status is 206 where the server honours the offset, 200 where it sends all,
+        416 where it has nothing there.
+        """
+        headers = {"Range": "bytes=%d-" % offset} if offset else {}
+        return self._exchange("GET", "%s/blobs/%s" % (repository, digest), repository,
+                              "blob " + str(digest), headers,
+                              (200, 206, 416) if offset else (200,))
+
+    def tags(self, repository):
+        """Yields the repository's tags, page by page (distribution-spec, "Listing Tags").
+
+        What is no tag by the grammar is passed over with a warning.
+        """
+        path = "%s/tags/list?n=%d" % (repository, TAG_PAGE)
+        seen, count = set(), 0
+        while path is not None:
+            if path in seen:
+                raise InvalidDocument("%s: the tag list leads back to itself" % self.host)
+            seen.add(path)
+            tags, path = self.transport.retrying(lambda: self._tag_page(repository, path))
+            for tag in tags:
+                count += 1
+                if count > TAG_COUNT_LIMIT:
+                    raise LimitExceeded("%s: more than %d tags"
+                                        % (repository, TAG_COUNT_LIMIT))
+                if type(tag) is str and re.fullmatch(_TAG, tag):
+                    yield tag
+                else:
+                    log.warning("%s: not a tag, passed over: %s", self.host,
+                                printable(tag, 80))
+
+    def _tag_page(self, repository, path):
+        with naming(self.host), self._exchange(
+                "GET", path, repository, "tags of " + repository) as response:
+            body = response.read(MANIFEST_LIMIT, "tag list")
+            tags = Document.parse(body, "tag list").get("tags", list, [])
+            return tags, self._next_page(response)
+
+    def _next_page(self, response):
+        """The path of the next page as the server gives it, None at the end (RFC 8288)."""
+        link = re.match(r"\s*<([^<>]*)>([^<>,]*)",
+                        response.headers.get("Link", "")[:HEADER_LIMIT])
+        if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2)):
+            return None
+        home = self.learn_registry_url()
+        url = checked_url(link.group(1), response.url)
+        if (origin(url) != origin(checked_url(home))
+                or not url.path.startswith("/v2/")):
+            raise UnsafeRedirect("%s: the tag list goes on at another host, %s"
+                                 % (self.host, url.hostname))
+        return url.path[len("/v2/"):] + ("?" + url.query if url.query else "")
+
+
+def pull_scope(repository):
+    """The token scope that reading a repository takes (distribution, token scope)."""
+    return "repository:%s:pull" % repository
+
+
+# --------------------------------------------------------------------------------------
+# 12  Download: one verified blob onto disk
+# --------------------------------------------------------------------------------------
+
+PARTIAL = ".partial"  # suffix of what is not yet proved
+_O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
+_O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Event(NamedTuple):
+    """Something to tell who watches: docker's event stream, as a value.
+
+    `id` is the short name of a layer, "" for the whole; `current` and `total` are bytes,
+    None where they mean nothing.
+    """
+
+    status: str
+    id: str = ""
+    current: Optional[int] = None
+    total: Optional[int] = None
+
+
+class Partial:
+    """A file on its way to the name `final`: written as FINAL.partial, locked.
+
+    The lock makes a second pull of the same thing wait for the first instead of writing
+    into its file. `wait(seconds)` is how to wait, and may raise.
+    """
+
+    def __init__(self, final, wait=time.sleep):
+        self.final = final
+        self.path = final + PARTIAL
+        waiting = False
+        while True:
+            self._fd = self._open()
+            if _try_lock(self._fd) and self._still_there():
+                break
+            os.close(self._fd)
+            if not waiting:
+                log.info("waiting for another pull of %s", final)
+                waiting = True
+            wait(0.1)
+
+    def _open(self):
+        flags = os.O_RDWR | os.O_CREAT | _O_NOFOLLOW | _O_BINARY
+        try:
+            fd = os.open(self.path, flags, 0o666)
+        except OSError:
+            if not os.path.islink(self.path):
+                raise
+            os.unlink(self.path)  # a link planted there must not choose where we write
+            return self._open()
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(fd)
+            os.unlink(self.path)
+            return self._open()
+        return fd
+
+    def _still_there(self):
+        """Whoever held the lock may have renamed or removed the file meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def size(self):
+        """Bytes it holds."""
+        return os.fstat(self._fd).st_size
+
+    def chunks(self):
+        """The bytes it holds, in pieces, from the start."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        return iter(lambda: os.read(self._fd, CHUNK), b"")
+
+    def truncate(self):
+        """Starts over."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        os.ftruncate(self._fd, 0)
+
+    def write(self, data):
+        """Appends `data`."""
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(self._fd, view):]
+
+    def commit(self):
+        """Gives it its final name, on disk before the name is."""
+        os.fsync(self._fd)
+        if os.name == "nt":
+            self.close()  # Windows does not rename open files
+        os.replace(self.path, self.final)
+        sync_directory(os.path.dirname(self.final))
+
+    def discard(self):
+        """Removes it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def close(self):
+        """Leaves it as it is, for another run to go on with."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.close()
+
+
+def _try_lock(fd):
+    """Takes the file's lock; False where another holds it. No lock where there is none."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def sync_directory(path):
+    """Makes the names in a directory durable, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_file(path, data):
+    """Puts the bytes `data` at `path`, whole or not at all."""
+    with Partial(path) as partial:
+        partial.truncate()
+        partial.write(data)
+        partial.commit()
+
+
+class Fetched(NamedTuple):
+    """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it was
+    not unpacked), and whether it was there already.
+    """
+
+    size: int
+    unpacked: Optional[Unpacked]
+    reused: bool
+
+
+class _Proof:
+    """The running verification of one blob and, if asked for, of what it unpacks to."""
+
+    def __init__(self, blob, diff_id, unpack, limit):
+        what = "layer " + str(blob.digest)
+        self._what, self._diff_id = what, diff_id
+        self._blob = BlobVerifier(blob.digest, blob.size, what)
+        self._layer = LayerVerifier(what, limit) if unpack else None
+
+    @property
+    def received(self):
+        return self._blob.received
+
+    def update(self, data):
+        self._blob.update(data)
+        if self._layer is not None:
+            self._layer.update(data)
+
+    def finish(self):
+        """The Unpacked or None. A wrong blob digest is told before what follows from it."""
+        self._blob.finish()
+        if self._layer is None:
+            return None
+        unpacked = self._layer.finish()
+        if self._diff_id is not None and unpacked.diff_id != self._diff_id:
+            raise DigestMismatch(self._what + " unpacked (diffID)", self._diff_id,
+                                 unpacked.diff_id, "the config and the layer disagree")
+        return unpacked
+
+    def abort(self):
+        if self._layer is not None:
+            self._layer.abort()
+
+
+class Download:
+    """Fetches one blob of `repository` to the file `path`; `run` does it.
+
+    `diff_id` is what it must unpack to, None where that is not known; `unpack` whether to
+    look. `notify(Event)` hears of progress under the name `name`.
+    """
+
+    def __init__(self, registry, repository, blob, path, unpack=False, diff_id=None,
+                 limit=LAYER_SIZE_LIMIT, notify=lambda event: None, name=None):
+        self._registry, self._repository, self._blob = registry, repository, blob
+        self._path, self._notify = path, notify
+        self._name = name or blob.digest.hex[:12]
+        self._new_proof = lambda: _Proof(blob, diff_id, unpack, limit)
+        self._proof = None
+        self._resumed = False
+
+    def run(self):
+        """The Fetched. Raises ImagecError and OSError, and leaves then no file `path`
+        that was not there, but maybe PATH.partial to go on with.
+        """
+        found = self._existing()
+        if found:
+            return found
+        with Partial(self._path, self._registry.transport.wait) as partial:
+            found = self._existing()  # another pull may have finished while we waited
+            if found:
+                partial.discard()
+                return found
+            try:
+                unpacked = self._receive(partial)
+            except (VerificationError, InvalidDocument):
+                partial.discard()
+                raise
+            finally:
+                self._proof.abort()
+            size = partial.size()
+            self._tell("Verifying Checksum")
+            partial.commit()
+        self._tell("Download complete")
+        return Fetched(size, unpacked, False)
+
+    def _tell(self, status, current=None):
+        self._notify(Event(status, self._name, current, self._blob.size))
+
+    def _existing(self):
+        """The Fetched where a good blob is at `path` already: a name proves nothing."""
+        if not os.path.isfile(self._path) or os.path.islink(self._path):
+            return None
+        self._tell("Verifying")
+        proof = self._new_proof()
+        try:
+            with open(self._path, "rb") as file:
+                for data in iter(lambda: file.read(CHUNK), b""):
+                    self._registry.transport.check()
+                    proof.update(data)
+            unpacked = proof.finish()
+        except (VerificationError, InvalidDocument) as error:
+            log.warning("%s is corrupt and will be fetched again: %s", self._path, error)
+            return None
+        finally:
+            proof.abort()
+        self._tell("Already exists")
+        return Fetched(proof.received, unpacked, True)
+
+    def _receive(self, partial):
+        self._proof = self._new_proof()
+        self._take_up(partial)
+        budget = Budget(self._registry.transport)
+        while True:
+            before = self._proof.received
+            try:
+                if before != self._blob.size or not before:
+                    self._pour(partial)
+                return self._proof.finish()
+            except (VerificationError, InvalidDocument) as error:
+                if not self._resumed:
+                    raise
+                log.info("%s; starting over", error)
+                self._start_over(partial)
+            except ImagecError as error:
+                budget.spend(error, self._proof.received - before)
+
+    def _take_up(self, partial):
+        """Goes on where an earlier run ended: what it left is hashed again, not believed."""
+        if self._blob.size is not None and partial.size() > self._blob.size:
+            partial.truncate()
+        for data in partial.chunks():
+            self._registry.transport.check()
+            self._proof.update(data)
+        if self._proof.received:
+            self._resumed = True
+            self._tell("Resuming", self._proof.received)
+
+    def _start_over(self, partial):
+        self._proof.abort()
+        self._proof = self._new_proof()
+        self._resumed = False
+        partial.truncate()
+
+    def _pour(self, partial):
+        """One try: what the registry still has of the blob, onto disk and into the proof."""
+        offset = self._proof.received
+        with self._registry.open_blob(self._repository, self._blob.digest,
+                                      offset) as response:
+            if offset and not self._continues(response, offset):
+                self._start_over(partial)
+                if response.status != 200:
+                    raise TransportError(
+                        "%s: cannot go on at byte %d (HTTP %d, Content-Range %s)" % (
+                            response.place(), offset, response.status,
+                            printable(response.headers.get("Content-Range"), 60)),
+                        retryable=True)
+            self._resumed = self._proof.received > 0
+            for chunk in response.chunks():
+                self._proof.update(chunk)
+                partial.write(chunk)
+                self._tell("Downloading", self._proof.received)
+            short = self._blob.size and self._proof.received < self._blob.size
+            if short and response.length is None:  # only the size tells it was cut
+                raise TransportError("%s ended at byte %d of %d" % (
+                    response.place(), self._proof.received, self._blob.size),
+                    retryable=True)
+
+    def _continues(self, response, offset):
+        """Whether a 206 holds exactly the bytes from `offset` on (RFC 7233, 4.2)."""
+        ranges = response.headers.get_all("Content-Range", [])
+        match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
+                             ranges[0] if len(ranges) == 1 else "")
+        if response.status != 206 or not match or int(match.group(1)) != offset:
+            return False
+        end, total = int(match.group(2)) + 1, match.group(3)
+        size = self._blob.size or (end if total == "*" else int(total))
+        return end == size and total in ("*", str(size))
+
+
+# --------------------------------------------------------------------------------------
+# 13  Outputs: the layouts others load
+# --------------------------------------------------------------------------------------
+# An output never sees the network. It says where each blob goes, and is told when all
+# are there; only then does it write what makes them an image.
+
+class ResolvedImage(NamedTuple):
+    """An image as its registry describes it, before any layer is fetched.
+
+    `indexes` are the ones that led to `manifest`, outermost first; `config` is None for
+    schema1; `platform` is what the image says it is for.
+    """
+
+    reference: Reference
+    registry_url: str
+    indexes: Tuple[Index, ...]
+    manifest: object
+    config: Optional[ImageConfig]
+    platform: Platform
+    layers: Tuple[Layer, ...]
+
+    @property
+    def digest(self):
+        """The digest the reference stands for: the outermost document's."""
+        return (self.indexes + (self.manifest,))[0].digest
+
+    @property
+    def image_id(self):
+        """docker's image ID; for schema1 the v1 id of the top layer."""
+        if self.config is not None:
+            return str(self.manifest.config.digest)
+        return "sha256:" + self.layers[-1].id
+
+
+def check_writable(path):
+    """Raises OutputError unless the directory `path` can be, or be made, written to."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise OutputError(there, "is there and is not a directory",
+                          "choose another place with -o")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(there, "no permission to write there",
+                          "choose another place with -o")
+
+
+def make_directory(base, *parts):
+    """The directory BASE/PARTS..., made where it is missing.
+
+    `base` is the user's choice and may be a link; what is below it may not.
+    """
+    os.makedirs(base, exist_ok=True)
+    path = base
+    for part in parts:
+        path = os.path.join(path, part)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise OutputError(path, "is in the way: not a directory") from None
+    return path
+
+
+def same_file(source, path):
+    """Makes `path` the same file as the verified `source`: a hard link, else a copy."""
+    if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
+        return
+    with Partial(path) as partial:
+        try:
+            os.unlink(partial.path)
+            os.link(source, partial.path)
+            os.replace(partial.path, path)
+        except OSError:  # no hard links here
+            with Partial(path) as copy, open(source, "rb") as file:
+                copy.truncate()
+                for data in iter(lambda: file.read(CHUNK), b""):
+                    copy.write(data)
+                copy.commit()
+
+
+class LayersOutput:
+    """DEST/SCHEME/HOST/v2/REPOSITORY/TAG/: a directory a layer, and the documents.
+
+    `<id>/<id>.tar` is the blob as received, `<id>/<id>.json` its v1 image JSON,
+    `manifest.json` and `config.json` the exact bytes, `index.json` (and `index.1.json`,
+    ... where indexes nest) those of the index that led there. The manifest comes last:
+    where it is, everything is.
+    """
+
+    format = "layers"
+    unpacks = True
+
+    def __init__(self, path):
+        self.destination = path
+        check_writable(path)
+
+    def open(self, image):
+        """Makes the place for `image`."""
+        url = urllib.parse.urlsplit(image.registry_url)
+        host = url.netloc.replace(":", "_") if os.name == "nt" else url.netloc
+        reference = image.reference
+        name = ("%s-%s" % reference.digest if reference.digest else reference.tag)
+        self.path = make_directory(self.destination, url.scheme, host, "v2",
+                                   *reference.repository.split("/") + [name])
+
+    def blob_path(self, layer):
+        """Where the blob of `layer` must go."""
+        return os.path.join(make_directory(self.path, layer.id), layer.id + ".tar")
+
+    def close(self, image):
+        """All blobs are there: writes the documents. The path of the whole."""
+        first = {}
+        for layer in image.layers:
+            path = self.blob_path(layer)
+            source = first.setdefault(layer.blob.digest, path)
+            if source != path:
+                same_file(source, path)
+            self._write(layer.v1_json.encode("utf-8"), layer.id, layer.id + ".json")
+        for depth, index in enumerate(image.indexes):
+            self._write(index.raw, "index.%d.json" % depth if depth else "index.json")
+        if image.config is not None:
+            self._write(image.config.raw, "config.json")
+        self._write(image.manifest.raw, "manifest.json")
+        return self.path
+
+    def _write(self, data, *parts):
+        write_file(os.path.join(self.path, *parts), data)
+
+
+OUTPUTS = {output.format: output for output in (LayersOutput,)}
+
+
+# --------------------------------------------------------------------------------------
+# 14  Pull: the steps from a reference to an output
+# --------------------------------------------------------------------------------------
+
+class PulledLayer(NamedTuple):
+    """One layer of a pulled image, oldest first in its Image.
+
+    `size` is the sum of the sizes in its tar headers, `blob_size` what was transferred,
+    both in bytes; `diff_id` and `size` are None where the layer was not unpacked.
+    """
+
+    id: str
+    digest: Digest
+    diff_id: Optional[Digest]
+    size: Optional[int]
+    blob_size: int
+
+
+class Image(NamedTuple):
+    """What a pull made: `digest` is what the reference stands for, `path` where it is."""
+
+    reference: Reference
+    digest: Digest
+    image_id: str
+    platform: Platform
+    format: str
+    path: str
+    layers: Tuple[PulledLayer, ...]
+
+
+class Session:
+    """The registries one command talks to, and how.
+
+    `username` and `password` are for the registry of the first reference asked for, and
+    no other. Times are in seconds. For `insecure_allow_http` and `token_hosts` see
+    Registry, for the others Transport. To be closed, or used in `with`.
+    """
+
+    def __init__(self, username=None, password=None, timeout=TIMEOUT,
+                 idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
+                 insecure_allow_http=False, cacert=None, token_hosts=(), jobs=JOBS,
+                 max_layer_size=LAYER_SIZE_LIMIT, notify=None):
+        if (username is None) != (password is None):
+            raise UsageError("a user name and a password go together")
+        if jobs < 1:
+            raise UsageError("%d jobs: at least one is needed" % jobs)
+        self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert)
+        self._credentials = None if username is None else Credentials(username, password)
+        self._credentials_host = None
+        self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
+        self._jobs, self._max_layer_size = jobs, max_layer_size
+        self._notify = notify or (lambda event: None)
+        self._registries = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.transport.close()
+
+    def registry(self, host):
+        """The Registry at the API host `host`."""
+        if host not in self._registries:
+            self._registries[host] = Registry(
+                host, self.transport, self._credentials_for(host), self._allow_http,
+                self._token_hosts)
+        return self._registries[host]
+
+    def _credentials_for(self, host):
+        if self._credentials is None:
+            return None
+        self._credentials_host = self._credentials_host or host
+        if host != self._credentials_host:
+            raise UsageError("one user name and password, but two registries: %s and %s"
+                             % (self._credentials_host, host), "pull from one at a time")
+        return self._credentials
+
+    def manifest(self, reference):
+        """What `reference` names, decoded: a Manifest, Index or Schema1Manifest."""
+        registry = self.registry(reference.api_host)
+        return registry.fetch_manifest(reference.repository,
+                                       reference.digest or reference.tag)
+
+    def resolve(self, reference, platform=None):
+        """The ResolvedImage of `reference` for `platform` (None: this host's).
+
+        Raises NoMatchingPlatform, Unsupported, and what Registry.fetch_manifest raises.
+        """
+        wanted = platform or Platform.host()
+        registry = self.registry(reference.api_host)
+        repository = reference.repository
+        found = self._choose(registry, repository, [self.manifest(reference)], wanted)
+        manifest, config, actual = found[-1], None, None
+        with naming(registry.host):
+            if isinstance(manifest, Manifest):
+                manifest.require_image()
+                config = registry.fetch_config(repository, manifest.config)
+                actual = config.platform
+            elif manifest.architecture:
+                actual = Platform.normal("linux", manifest.architecture)
+            layers = list_layers(manifest, config)
+        if actual is None or not actual.architecture:
+            actual = wanted
+        elif actual not in wanted.candidates():
+            log.warning("%s is for %s, not for %s", reference, actual, wanted)
+        return ResolvedImage(reference, registry.learn_registry_url(), tuple(found[:-1]),
+                             manifest, config, actual, layers)
+
+    def _choose(self, registry, repository, trail, platform):
+        """`trail` (indexes, outermost first) followed down to an image manifest."""
+        index = trail[-1]
+        if not isinstance(index, Index):
+            return trail
+        if len(trail) > INDEX_DEPTH_LIMIT:
+            raise LimitExceeded("%s: more than %d indexes inside one another"
+                                % (repository, INDEX_DEPTH_LIMIT))
+        for entry in matching(index, platform):
+            child = registry.fetch_manifest(repository, entry.digest, entry.size)
+            try:
+                return self._choose(registry, repository, trail + [child], platform)
+            except NoMatchingPlatform:  # of a nested index: the next entry may do
+                continue
+        error = NoMatchingPlatform(platform, [
+            entry.platform for entry in index.manifests
+            if entry.platform and entry.platform.os not in ("", "unknown")])
+        error.source = "%s/%s" % (registry.host, repository)
+        raise error
+
+    def pull(self, reference, output, platform=None):
+        """Pulls `reference` into `output` (an object of the Outputs room): the Image.
+
+        Every byte is checked before anything has its final name.
+        """
+        # 1. What is it, and for which platform?
+        image = self.resolve(reference, platform)
+        self._notify(Event("Pulling from " + reference.repository,
+                           reference.tag_or_digest))
+        # 2. A place for it.
+        output.open(image)
+        # 3. Its layers, each blob once, the largest first: they decide when we are done.
+        wanted = {}
+        for layer in image.layers:
+            if layer.blob.digest not in wanted:
+                wanted[layer.blob.digest] = layer
+                self._notify(Event("Pulling fs layer", layer.blob.digest.hex[:12]))
+        order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
+        registry = self.registry(reference.api_host)
+        results = self._in_parallel([
+            Download(registry, reference.repository, layer.blob, output.blob_path(layer),
+                     output.unpacks, layer.diff_id, self._max_layer_size, self._notify)
+            for layer in order])
+        fetched = {layer.blob.digest: result for layer, result in zip(order, results)}
+        # 4. All are proved: the documents that make them an image.
+        path = output.close(image)
+        self._notify(Event("Digest: %s" % str(image.digest)))
+        return Image(reference, image.digest, image.image_id, image.platform,
+                     output.format, path, tuple(_pulled(layer, fetched)
+                                                for layer in image.layers))
+
+    def _in_parallel(self, downloads):
+        """Their results, in order; the first error ends the others and comes out."""
+        import concurrent.futures
+        with concurrent.futures.ThreadPoolExecutor(self._jobs) as executor:
+            futures = [executor.submit(download.run) for download in downloads]
+            try:
+                done, _ = concurrent.futures.wait(
+                    futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+                if all(future in done and not future.exception() for future in futures):
+                    return [future.result() for future in futures]
+            except BaseException:
+                self._give_up(futures)
+                raise
+            self._give_up(futures)
+        errors = [future.exception() for future in futures if not future.cancelled()]
+        raise min(filter(None, errors), key=lambda error: isinstance(error, Cancelled))
+
+    def _give_up(self, futures):
+        for future in futures:
+            future.cancel()
+        self.transport.cancel()
+
+
+def _pulled(layer, fetched):
+    result = fetched[layer.blob.digest]
+    unpacked = result.unpacked
+    return PulledLayer(layer.id, layer.blob.digest,
+                       unpacked.diff_id if unpacked else layer.diff_id,
+                       unpacked.size if unpacked else None, result.size)
+
+
+def pull(reference, output="images", format="layers", platform=None, progress=None,
+         **options):
+    """Pulls an image, every byte checked; the Image.
+
+    `reference` is a text such as "alpine:3.20"; `output` a path; `format` a name in
+    OUTPUTS; `platform` a text such as "linux/arm64", None for this host's;
+    `progress(Event)` is told what happens, from several threads; `options` are
+    Session's. Raises ImagecError, and OSError of the local disk.
+    """
+    reference = Reference.parse(reference)
+    platform = Platform.parse(platform) if platform is not None else None
+    if format not in OUTPUTS:
+        raise UsageError("unknown format %r: expected one of %s"
+                         % (format, ", ".join(sorted(OUTPUTS))))
+    with Session(notify=progress, **options) as session:
+        return session.pull(reference, OUTPUTS[format](output), platform)
+
+
+# --------------------------------------------------------------------------------------
+# 15  Command line: arguments, progress, exit statuses
+# --------------------------------------------------------------------------------------
+
+#: First row whose class fits gives the status.
+EXIT_STATUSES = (
+    (UsageError, 2),
+    (AccessDenied, 5),
+    (NotFound, 4),
+    (VerificationError, 3),
+    (InvalidDocument, 3),
+    (ImagecError, 1),
+    (OSError, 1),
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
+
+
+class PlainProgress:
+    """A line an event, on standard error; of a download only its begin and its end."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._seen = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, event):
+        with self._lock:
+            if event.current is not None:
+                if (event.id, event.status) in self._seen:
+                    return
+                self._seen.add((event.id, event.status))
+            total = " (%s)" % human_size(event.total) if event.current is not None and (
+                event.total) else ""
+            self._stream.write("%s%s%s\n" % (event.id and event.id + ": ", event.status,
+                                             total))
+
+    def close(self):
+        """Nothing to put right."""
+
+
+class JSONProgress:
+    """docker's event stream: a JSON object a line, `status`, `id`, `progressDetail`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def __call__(self, event):
+        value = collections.OrderedDict(status=event.status)
+        if event.id:
+            value["id"] = event.id
+        if event.current is not None:
+            value["progressDetail"] = {
+                key: number for key, number in (("current", event.current),
+                                                ("total", event.total))
+                if number is not None}
+        with self._lock:
+            self._stream.write(json.dumps(value) + "\n")
+
+    def close(self):
+        """Nothing to put right."""
+
+
+class BarProgress:
+    """A bar a layer, redrawn in place: done, rate, time left. ASCII only."""
+
+    interval = 0.1  # seconds between two drawings
+
+    def __init__(self, stream, clock=time.monotonic):
+        self._stream, self._clock = stream, clock
+        self._layers = collections.OrderedDict()  # id -> (event, time and bytes at start)
+        self._drawn = 0  # lines on the screen
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, event):
+        with self._lock:
+            now = self._clock()
+            if not event.id or event.status.startswith("Pulling from"):
+                self._draw([("%s %s" % (event.status, event.id)).rstrip()])
+            else:
+                old = self._layers.get(event.id)
+                fresh = old is None or old[0].status != event.status
+                self._layers[event.id] = (event, now, event.current or 0) if fresh else (
+                    event, old[1], old[2])
+                if fresh or now >= self._next:
+                    self._draw([])
+                    self._next = now + self.interval
+
+    def _draw(self, above):
+        import shutil
+        width, height = shutil.get_terminal_size()
+        rows = [self._row(*row) for row in self._layers.values()]
+        rows = rows[-max(1, height - 2):]
+        up = "\x1b[%dA" % self._drawn if self._drawn else ""
+        lines = [line[:width - 1] + "\x1b[K\n" for line in above + rows]
+        self._stream.write(up + "".join(lines))
+        self._stream.flush()
+        self._drawn = len(rows)
+
+    def _row(self, event, since, already):
+        text = "%s: %-18s" % (event.id, event.status)
+        if event.current is None or not event.total:
+            return text
+        rate = (event.current - already) / max(self._clock() - since, 0.001)
+        filled = 20 * event.current // event.total
+        left = (event.total - event.current) / rate if rate else 0
+        return "%s [%-20s] %s/%s %s/s %s" % (
+            text, "=" * filled + ">" * (filled < 20), human_size(event.current),
+            human_size(event.total), human_size(rate), "%d:%02d" % divmod(left, 60))
+
+    def close(self):
+        """Draws the last state."""
+        with self._lock:
+            if self._layers:
+                self._draw([])
+
+
+def human_size(size):
+    """Bytes as people read them, in powers of 1000 as docker does."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return "%.3g%s" % (size, unit)
+        size /= 1000
+    return "%.4gTB" % size
+
+
+def new_progress(kind, stream):
+    """The listener for `--progress kind`, None for none."""
+    if stream is None or kind == "none":
+        return None
+    if kind == "auto":
+        kind = "bar" if stream.isatty() and os.name == "posix" else "plain"
+    return {"bar": BarProgress, "plain": PlainProgress, "json": JSONProgress}[kind](stream)
+
+
+def image_json(image):
+    """An Image as a JSON-able dict, as `pull --json` prints it."""
+    return collections.OrderedDict([
+        ("reference", str(image.reference)), ("digest", str(image.digest)),
+        ("image_id", image.image_id), ("platform", str(image.platform)),
+        ("format", image.format), ("path", image.path),
+        ("layers", [collections.OrderedDict([
+            ("id", layer.id), ("digest", str(layer.digest)),
+            ("diff_id", layer.diff_id and str(layer.diff_id)), ("size", layer.size),
+            ("blob_size", layer.blob_size)]) for layer in image.layers])])
+
+
+def pinned(reference, digest):
+    """`NAME:TAG@DIGEST`: the reference with what it stood for."""
+    return str(reference._replace(digest=digest))
+
+
+def run_pull(args, session):
+    """imagec.py pull"""
+    output = OUTPUTS[args.format or "layers"](args.output)
+    for reference in args.references:
+        image = session.pull(reference, output, args.platform)
+        print(json.dumps(image_json(image)) if args.json
+              else pinned(reference, image.digest))
+
+
+def run_layers(args, session):
+    """imagec.py layers"""
+    image = session.resolve(args.reference, args.platform)
+    for layer in image.layers:
+        if args.json:
+            print(json.dumps(collections.OrderedDict([
+                ("id", layer.id), ("digest", str(layer.blob.digest)),
+                ("diff_id", layer.diff_id and str(layer.diff_id)),
+                ("blob_size", layer.blob.size)])))
+        else:
+            print(layer.id, str(layer.blob.digest),
+                  "-" if layer.blob.size is None else layer.blob.size)
+
+
+def run_inspect(args, session):
+    """imagec.py inspect"""
+    if args.raw and args.platform is None:
+        return write_bytes(session.manifest(args.reference).raw)
+    image = session.resolve(args.reference, args.platform)
+    if args.raw:
+        return write_bytes(image.manifest.raw)
+    if args.config:
+        if image.config is None:
+            raise Unsupported("%s is a schema1 image: it has no config" % args.reference,
+                              "see its layers' v1 JSON with inspect --raw")
+        return write_bytes(image.config.raw)
+    print(json.dumps(inspection(image), indent=2))
+
+
+def inspection(image):
+    """A ResolvedImage as a JSON-able dict, as `inspect` prints it."""
+    value = collections.OrderedDict([
+        ("reference", pinned(image.reference, image.digest)),
+        ("digest", str(image.digest)),
+        ("media_type", (image.indexes + (image.manifest,))[0].media_type),
+        ("manifest_digest", str(image.manifest.digest)),
+        ("image_id", image.image_id), ("platform", str(image.platform)),
+        ("layers", [collections.OrderedDict([
+            ("id", layer.id), ("digest", str(layer.blob.digest)),
+            ("diff_id", layer.diff_id and str(layer.diff_id)),
+            ("blob_size", layer.blob.size)]) for layer in image.layers])])
+    if image.config is not None:
+        for key in ("created", "author", "config"):
+            if image.config.value.get(key) is not None:
+                value[key] = image.config.value[key]
+    if image.indexes:
+        value["platforms"] = [str(entry.platform) for index in image.indexes
+                              for entry in index.manifests
+                              if entry.platform and entry.platform.os != "unknown"]
+    return value
+
+
+def run_digest(args, session):
+    """imagec.py digest"""
+    if args.platform is None:
+        print(session.manifest(args.reference).digest)
+    else:
+        print(session.resolve(args.reference, args.platform).manifest.digest)
+
+
+def run_tags(args, session):
+    """imagec.py tags"""
+    registry = session.registry(args.reference.api_host)
+    for tag in registry.tags(args.reference.repository):
+        print(tag)
+
+
+def write_bytes(data):
+    """Exact bytes to standard output."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def argument_parser():
+    """The command line contract as an argparse parser."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(message, "see %s --help" % self.prog)
+
+    parser = Parser("imagec.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version="imagec " + __version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND",
+                                     parser_class=Parser)
+    commands.required = True  # 3.6 has no argument for it
+    common = Parser(add_help=False)
+    _add_common_arguments(common)
+    for name, (run, explained, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, parents=[common], help=explained,
+                                      description=explained)
+        command.set_defaults(run=run)
+        for flags, options in arguments:
+            command.add_argument(*flags, **options)
+    return parser
+
+
+def _add_common_arguments(parser):
+    add = parser.add_argument
+    add("--platform", metavar="OS/ARCH[/VARIANT]", type=Platform.parse,
+        help="default: this host's")
+    add("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or")
+    add("--password-stdin", action="store_true", help="from standard input")
+    add("--token-host", action="append", default=[], metavar="HOST",
+        help="may be sent the password to give tokens")
+    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help="for the whole command; default %(default)s")
+    add("--cacert", metavar="FILE", help="PEM roots to trust besides the system's")
+    add("--insecure-skip-verify", action="store_true", help="take any TLS certificate")
+    add("--insecure-allow-http", action="store_true",
+        help="fall back to unverified https, then to http")
+    add("-q", "--quiet", action="store_true", help="no progress, no warnings")
+    add("--debug", action="store_true", help="log each step; tracebacks of errors")
+
+
+def _row(*flags, **options):
+    return flags, options
+
+
+_REFERENCE_ARGUMENT = _row("reference", type=Reference.parse, metavar="REF",
+                           help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
+_JSON_ARGUMENT = _row("--json", action="store_true", help="results as JSON")
+#: Command -> (function, help, arguments of its own).
+COMMANDS = collections.OrderedDict([
+    ("pull", (run_pull, "fetch images, every byte checked", [
+        _row("references", nargs="+", type=Reference.parse, metavar="REF",
+             help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"),
+        _row("-o", "--output", default="images", metavar="PATH",
+             help="default: %(default)s"),
+        _row("--format", choices=sorted(OUTPUTS), help="default: layers"),
+        _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
+             "%(default)s"),
+        _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
+             help="refuse layers that unpack to more; default %(default)s"),
+        _row("--progress", choices=("auto", "bar", "plain", "json", "none"),
+             default="auto"),
+        _JSON_ARGUMENT])),
+    ("layers", (run_layers, "list an image's layers, oldest first: id, digest, bytes",
+                [_REFERENCE_ARGUMENT, _JSON_ARGUMENT])),
+    ("inspect", (run_inspect, "say what an image is", [
+        _REFERENCE_ARGUMENT,
+        _row("--raw", action="store_true", help="the manifest's exact bytes"),
+        _row("--config", action="store_true", help="the config's exact bytes")])),
+    ("digest", (run_digest, "print the manifest's digest", [_REFERENCE_ARGUMENT])),
+    ("tags", (run_tags, "list a repository's tags", [
+        _row("reference", type=Reference.parse, metavar="REPO",
+             help="[HOST[:PORT]/]REPOSITORY")])),
+])
+
+
+def read_password(args):
+    """The password that goes with -u; None where there is no -u."""
+    if args.username is None:
+        if args.password_stdin:
+            raise UsageError("--password-stdin without -u")
+        return None
+    if args.password_stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    password = os.environ.get("IMAGEC_PASSWORD")
+    if password is None:
+        raise UsageError("no password for user %s" % args.username,
+                         "give it in IMAGEC_PASSWORD or with --password-stdin")
+    return password
+
+
+def new_session(args, progress):
+    """The Session the arguments ask for."""
+    return Session(
+        args.username, read_password(args), args.timeout,
+        insecure_skip_verify=args.insecure_skip_verify,
+        insecure_allow_http=args.insecure_allow_http, cacert=args.cacert,
+        token_hosts=args.token_host, jobs=getattr(args, "jobs", JOBS),
+        max_layer_size=getattr(args, "max_layer_size", LAYER_SIZE_LIMIT),
+        notify=progress)
+
+
+class _LineHandler(logging.Handler):
+    """Log records as lines like our own, on whatever standard error is now."""
+
+    def emit(self, record):
+        complain("%s: " % record.levelname.lower() if record.levelno != logging.INFO
+                 else "", record.getMessage())
+
+
+def complain(kind, text):
+    """One line on standard error, whatever its encoding; nothing where it is closed."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        line = "imagec: %s%s\n" % (kind, printable(text))
+        encoding = sys.stderr.encoding or "ascii"
+        sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stderr.flush()
+
+
+def exit_status(error):
+    """The exit status an error means; None for one that is a defect of ours."""
+    return next((status for kind, status in EXIT_STATUSES if isinstance(error, kind)),
+                None)
+
+
+def main(argv=None):
+    """Runs the command line `argv` (None: sys.argv); the exit status."""
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    handler = _LineHandler()
+    handler.setLevel(logging.DEBUG if debug else logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(handler.level)
+    try:
+        return _run(argv, handler)
+    except KeyboardInterrupt:
+        complain("", "interrupted")
+        return 130
+    except Terminated:
+        complain("", "ended by SIGTERM")
+        return 143
+    except (ImagecError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            _forget_output()  # who read our output has had enough
+            return 1
+        if debug:
+            log.debug("the error came from here", exc_info=True)
+        complain("", error if isinstance(error, ImagecError) else _local_words(error))
+        return exit_status(error)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _run(argv, handler):
+    args = argument_parser().parse_args(argv)
+    if args.quiet and not args.debug:
+        handler.setLevel(logging.ERROR)
+    progress = None
+    if not args.quiet:
+        progress = new_progress(getattr(args, "progress", "none"), sys.stderr)
+    with _terminating(), new_session(args, progress) as session:
+        try:
+            args.run(args, session)
+            sys.stdout.flush()
+        finally:
+            if progress is not None:
+                progress.close()
+    return 0
+
+
+@contextlib.contextmanager
+def _terminating():
+    """SIGTERM unwinds the stack, so that nothing half-made stays behind."""
+    import signal
+
+    def terminate(_number, _frame):
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _local_words(error):
+    """An OSError of this host in words: which file, what is wrong."""
+    name = "%s: " % error.filename if error.filename else ""
+    hint = {errno.ENOSPC: "; free some space or choose another place with -o",
+            errno.EDQUOT: "; free some space or choose another place with -o",
+            errno.EACCES: "; choose another place with -o"}.get(error.errno, "")
+    return "%s%s%s" % (name, _reason(error), hint)
+
+
+def _forget_output():
+    """Python flushes standard output at exit and would complain about it again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
