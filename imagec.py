@@ -1630,7 +1630,7 @@ def checked_url(url, base=None):
 
 def bare_url(url):
     """`url` fit for messages: without query and user information, which hold secrets."""
-    text = re.split("[?#]", url, 1)[0]
+    text = re.split("[?#]", url, maxsplit=1)[0]
     return printable(re.sub("//[^/]*@", "//", text), 200)
 
 
@@ -2134,8 +2134,10 @@ class Transport:
 
     def _new_context(self):
         context = ssl.create_default_context()
-        # 3.6 has no minimum_version, and its default allows TLS 1.0.
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:  # 3.6, whose default takes TLS 1.0
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         if self._cacert is not None:
             try:
                 context.load_verify_locations(self._cacert)
