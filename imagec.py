@@ -22,9 +22,13 @@ and so does this file: a room uses only the rooms above it (1 and 2 are free to 
     10  Authorization            challenge -> token
     11  Registry                 the distribution API of one host
     12  Download                 one verified blob onto disk
-    13  Outputs                  the layouts others load
-    14  Pull                     the steps from a reference to an output
-    15  Command line             arguments, progress, exit statuses
+    13  Flattening               layers -> one file tree
+    14  Outputs                  the layouts others load
+    15  Reading back             what a pull wrote, re-checked offline
+    16  Pull                     the steps from a reference to an output
+    17  Serve                    a read-only registry over what was pulled
+    18  Self-test                prove that this host can pull
+    19  Command line             arguments, progress, exit statuses
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
@@ -64,7 +68,7 @@ __all__ = [
     "LimitExceeded", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "TLSError", "CertificateError", "UnsafeRedirect",
     "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
-    "RateLimited", "OutputError",
+    "RateLimited", "CredentialsError", "OutputError",
     # Names
     "Digest", "Platform", "Reference",
     # Documents
@@ -74,18 +78,27 @@ __all__ = [
     # Manifests
     "Descriptor", "Manifest", "Index", "Schema1Layer", "Schema1Manifest",
     "decode_manifest", "matching", "ImageConfig", "Layer", "list_layers",
+    "modern_config", "modern_manifest",
     # Verification
-    "BlobVerifier", "Unpacked", "LayerVerifier",
+    "BlobVerifier", "Entry", "TarWalker", "Unpacked", "LayerVerifier",
     # Credentials
-    "Credentials",
+    "Credentials", "Keyring",
     # Transport
     "Transport",
     # Authorization
     "Challenge", "Token", "fetch_token",
     # Registry
-    "Registry",
+    "Endpoint", "Registry", "Source",
+    # Flattening
+    "Tree",
+    # Outputs
+    "OUTPUTS",
+    # Reading back
+    "Audit",
     # Pull
-    "Image", "Session", "pull",
+    "PulledLayer", "Image", "Session", "Puller", "pull",
+    # Serve
+    "Shelf", "new_server", "serving",
     # Command line
     "main",
 ]
@@ -117,6 +130,8 @@ REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
+STAGE_DIRECT = 256 * KIB  # bytes before a stage gets a thread: most layers are small
+STAGE_DEPTH = 4  # pieces between two stages
 INFLATE_SLICE = 32 * KIB  # bytes given to a decompressor at once: it copies what is left
 XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
@@ -139,6 +154,9 @@ TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's toke
 TOKEN_LIFETIME_LIMIT = 86400  # seconds; a larger claim is not believed
 TOKEN_MARGIN = 5  # seconds before its end at which a token counts as over; regclient
 
+SERVE_THREADS = 256  # connections served at once
+SERVE_TIMEOUT = 60  # seconds a client may be silent, or take nothing
+HELPER_TIMEOUT = 30  # seconds for a credential helper; some ask a person or a cloud
 JOBS = 4  # layers at once
 USER_AGENT = "imagec/" + __version__
 API_VERSION_HEADER = "Docker-Distribution-API-Version"  # a hint; many leave it out
@@ -157,6 +175,8 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 SCHEMA1_LAYER = "application/vnd.docker.container.image.rootfs.diff+x-gtar"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 #: Media type of a manifest -> its shape.
 MANIFEST_SHAPES = {
