@@ -216,12 +216,13 @@ def printable(text, limit=None):
 class ImagecError(Exception):
     """The base of every error this module raises on purpose.
 
-    `source` is where the offending thing came from (host and object), or None;
-    `hint` is what to try, or None; `retryable` says that the same request may succeed
+    `source` is where the offending thing came from (host and object), or None, `proxied`
+    whether through a proxy; `hint` is what to try, or None; `retryable` says that the same request may succeed
     later, `retry_after` how many seconds the server asked for, or None.
     """
 
     source = None
+    proxied = False
     retryable = False
     retry_after = None
 
@@ -245,9 +246,9 @@ def naming(source):
     try:
         yield
     except ImagecError as error:
-        # Those of the network name their URL themselves.
-        if error.source is None and not isinstance(error, (TransportError,
-                                                           RegistryError)):
+        # Those of the network name their URL themselves; the user's are of no host.
+        if error.source is None and not isinstance(error, (TransportError, RegistryError,
+                                                           UsageError)):
             error.source = source
         raise
 
@@ -308,7 +309,7 @@ class TLSError(TransportError):
 
 
 class CertificateError(TLSError):
-    """The server's certificate is not to be trusted."""
+    """A certificate, the server's or ours, does not do for the other side."""
 
 
 class UnsafeRedirect(TransportError):
@@ -352,6 +353,10 @@ class AccessDenied(RegistryError):
 
 class RateLimited(RegistryError):
     """Too many requests, and waiting did not help."""
+
+
+class CredentialsError(AccessDenied):
+    """Where credentials should come from is broken."""
 
 
 class OutputError(ImagecError):
