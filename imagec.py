@@ -396,10 +396,10 @@ class Digest(NamedTuple):
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
         if length is None:
-            raise InvalidReference("invalid digest %r: expected sha256:<64 hex digits>"
+            raise InvalidReference("invalid digest '%s': expected sha256:<64 hex digits>"
                                    % printable(text, 80))
         if not re.fullmatch("[a-f0-9]{%d}" % length, value):
-            raise InvalidReference("invalid digest %r: expected %d lowercase hex digits "
+            raise InvalidReference("invalid digest '%s': expected %d lowercase hex digits "
                                    "after %s:" % (printable(text, 150), length, algorithm))
         return cls(algorithm, value)
 
@@ -435,18 +435,18 @@ class Reference(NamedTuple):
         Follows distribution/reference's ParseDockerRef; raises InvalidReference.
         """
         if _HEX64.fullmatch(text):
-            raise InvalidReference("invalid reference %r: looks like an image ID" % text)
+            raise InvalidReference("invalid reference '%s': looks like an image ID" % text)
         if len(text) > REFERENCE_LENGTH_LIMIT:
             raise InvalidReference("invalid reference: longer than %d characters"
                                    % REFERENCE_LENGTH_LIMIT)
         host, remainder = cls._split_host(text)
         name = remainder.partition(":")[0]
         if name != name.lower():
-            raise InvalidReference("invalid reference %r: a repository must be lowercase"
+            raise InvalidReference("invalid reference '%s': a repository must be lowercase"
                                    % printable(text))
         match = _REFERENCE.fullmatch(host + "/" + remainder)
         if not match:
-            raise InvalidReference("invalid reference %r: expected "
+            raise InvalidReference("invalid reference '%s': expected "
                                    "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
                                    % printable(text))
         return cls._checked(*match.group("host", "repository", "tag", "digest"))
@@ -471,7 +471,7 @@ class Reference(NamedTuple):
             raise InvalidReference("invalid reference: 'scratch' is a reserved name, "
                                    "there is no such image")
         port = re.search(r":([0-9]+)\Z", host)
-        if port and not 0 < int(port.group(1)[-6:]) < 65536:
+        if port and not 0 < int(port.group(1)) < 65536:
             raise InvalidReference("invalid reference: port %s is not in 1..65535"
                                    % port.group(1))
         if digest is not None:
@@ -547,7 +547,7 @@ class Platform(NamedTuple):
         """
         parts = text.split("/")
         if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", p) for p in parts):
-            raise InvalidReference("invalid platform %r: expected OS/ARCH[/VARIANT], for "
+            raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], for "
                                    "example linux/arm64" % printable(text, 80))
         if len(parts) == 1:
             if _OS_ALIASES.get(text.lower(), text.lower()) in _KNOWN_OSES:
