@@ -636,9 +636,17 @@ def parse_json(raw, what):
 
 
 def canonical_json(value):
-    """`value` as compact JSON bytes, keys sorted: the same on every Python."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"),
-                      ensure_ascii=False).encode("utf-8")
+    """`value` as compact JSON bytes, keys sorted: the same on every Python.
+
+    Raises InvalidDocument for what was read, but cannot be written.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"),
+                          ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise InvalidDocument("a JSON value is nested too deep") from None
+    except UnicodeEncodeError:
+        raise InvalidDocument("a JSON value is not valid Unicode") from None
 
 
 class Document:
