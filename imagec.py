@@ -806,8 +806,9 @@ class Descriptor(NamedTuple):
 
     @staticmethod
     def _platform(document):
-        return Platform.normal(*(document.get(name, str, "") for name in (
-            "os", "architecture", "variant", "os.version")))
+        parts = [document.get(name, str, "") for name in (
+            "os", "architecture", "variant", "os.version")]
+        return Platform.normal(*parts) if any(parts) else None  # docker's rule
 
 
 class Manifest(NamedTuple):
@@ -882,6 +883,8 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
     media_type, shape = _media_type(document, content_type)
     if shape == "schema1":
         signature = signature or PrettySignature.parse(raw, what)
+        if digest is not None:
+            digest.check(signature.payload, what)
         return _decode_schema1(raw, signature, algorithm, what)
     if signature:
         raise InvalidDocument("%s: signed, but not schema1" % what)
@@ -1026,7 +1029,7 @@ def matching(index, platform):
 
     def rank(entry):
         found = entry.platform
-        if found is None or not (found.os or found.architecture):
+        if found is None:
             return len(order)
         if platform.os_version and not _same_build(platform, found):
             return None
@@ -1072,13 +1075,15 @@ class Layer(NamedTuple):
     """One layer of an image about to be fetched.
 
     `id` is the v1 id for schema1, else the hex of the OCI chainID; `diff_id` is None
-    where only unpacking tells (schema1); `v1_json` is its v1 image JSON, as text.
+    where only unpacking tells (schema1); `v1_json` is its v1 image JSON, as text. A
+    `throwaway` layer (schema1) changed nothing: modern formats leave it out.
     """
 
     id: str
     blob: Descriptor
     diff_id: Optional[Digest]
     v1_json: str
+    throwaway: bool = False
 
 
 def list_layers(manifest, config=None):
@@ -1088,8 +1093,8 @@ def list_layers(manifest, config=None):
     not have as many diffIDs as the manifest has layers.
     """
     if isinstance(manifest, Schema1Manifest):
-        return tuple(Layer(layer.id, layer.blob, None, layer.v1_compatibility)
-                     for layer in manifest.layers)
+        return tuple(Layer(layer.id, layer.blob, None, layer.v1_compatibility,
+                           layer.throwaway) for layer in manifest.layers)
     if len(config.diff_ids) != len(manifest.layers):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
@@ -1111,7 +1116,8 @@ def _chain_ids(diff_ids):
 
 def _layer_history(config, count):
     """The history entries of the layers, or empty ones where they do not line up."""
-    entries = [entry for entry in config.value.get("history") or []
+    history = config.value.get("history")
+    entries = [entry for entry in (history if isinstance(history, list) else [])
                if isinstance(entry, dict) and entry.get("empty_layer") is not True]
     return entries if len(entries) == count else [{}] * count
 
@@ -1132,6 +1138,179 @@ def _v1_json(config, chain, history, i):
     if i:
         value["parent"] = chain[i - 1].hex
     return canonical_json(value).decode("utf-8")
+
+
+def _members(text):
+    """The top-level members of a JSON object as (key, raw text) pairs, the last wins.
+
+    The texts are as they stand, but without insignificant white space and with the
+    characters escaped that Go escapes: what encoding/json makes of a json.RawMessage.
+    """
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[\s,:]*")
+    members = {}
+    at = space.match(text, text.index("{") + 1).end()
+    while text[at] != "}":
+        key, at = decoder.raw_decode(text, at)
+        start = space.match(text, at).end()
+        _, end = decoder.raw_decode(text, start)
+        members[key] = _go_escape(re.sub(
+            r'("(?:[^"\\]|\\.)*")|\s+', lambda match: match.group(1) or "",
+            text[start:end]))
+        at = space.match(text, end).end()
+    return members
+
+
+def _go_escape(text):
+    """JSON text with what Go's encoding/json escapes besides what JSON wants escaped."""
+    return re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()), text)
+
+
+def _go_json(value):
+    """JSON text of strings, numbers, lists and ordered dicts as Go writes it."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # as Go reads half a pair
+    # Go of that time had no short forms for these two.
+    return _go_escape(re.sub(r"\\[\\bf]", lambda match: {
+        "\\b": "\\u0008", "\\f": "\\u000c"}.get(match.group(), match.group()), text))
+
+
+def _go_time(text):
+    """A time as Go's RFC3339Nano writes it; None gives Go's zero time."""
+    if text is None:
+        return "0001-01-01T00:00:00Z"
+    match = type(text) is str and re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)",
+                         text, re.ASCII)
+    if not match:
+        raise InvalidDocument("'created' is not an RFC 3339 time: " + printable(text, 60))
+    seconds, fraction, zone = match.groups()
+    fraction = (fraction or "")[:9].rstrip("0")
+    zone = "Z" if zone in ("+00:00", "-00:00") else zone
+    return seconds + ("." + fraction if fraction else "") + zone
+
+
+#: Go's struct container.Config: (key, zero value, left out when empty).
+_GO_CONFIG = (
+    ("Hostname", "", False), ("Domainname", "", False), ("User", "", False),
+    ("AttachStdin", False, False), ("AttachStdout", False, False),
+    ("AttachStderr", False, False), ("ExposedPorts", None, True), ("Tty", False, False),
+    ("OpenStdin", False, False), ("StdinOnce", False, False), ("Env", None, False),
+    ("Cmd", None, False), ("Healthcheck", None, True), ("ArgsEscaped", False, True),
+    ("Image", "", False), ("Volumes", None, False), ("WorkingDir", "", False),
+    ("Entrypoint", None, False), ("NetworkDisabled", False, True),
+    ("MacAddress", "", True), ("OnBuild", None, False), ("Labels", None, False),
+    ("StopSignal", "", True), ("StopTimeout", None, True), ("Shell", None, True),
+)
+#: What of a v1 image survives docker's old re-encoding, besides the two configs.
+_V1_KEPT = ("id", "parent", "comment", "container", "docker_version", "author",
+            "architecture", "variant", "os", "Size")
+
+
+def _go_config(value):
+    """A container config through Go's struct: its order, its zero values."""
+    if value is not None and type(value) is not dict:
+        raise InvalidDocument("a container config is not a JSON object")
+    folded = {key.lower(): member for key, member in (value or {}).items()}
+    ordered = collections.OrderedDict()
+    for key, zero, omitted in _GO_CONFIG:
+        member = folded.get(key.lower())
+        if key in ("Cmd", "Entrypoint", "Shell") and type(member) is str:
+            member = [member]
+        if type(member) is dict:
+            member = collections.OrderedDict(sorted(member.items()))
+        member = zero if member is None else member
+        if member or not omitted:
+            ordered[key] = member
+    return ordered
+
+
+def _reencoded(v1):
+    """The members of a v1 image as docker before 1.8.3 made others re-encode them."""
+    members = {key: _go_json(v1[key]) for key in _V1_KEPT if v1.get(key)}
+    members["created"] = _go_json(_go_time(v1.get("created")))
+    members["container_config"] = _go_json(_go_config(v1.get("container_config")))
+    if v1.get("config") is not None:
+        members["config"] = _go_json(_go_config(v1["config"]))
+    return members
+
+
+def _older(version, than):
+    """docker's versions.LessThan: dotted integers, anything else counts as 0."""
+    def numbers(text):
+        found = [int(part) if re.fullmatch("[0-9]{1,9}", part) else 0
+                 for part in text.split(".")]
+        return found + [0] * (len(than.split(".")) - len(found))
+    return numbers(version) < numbers(than)
+
+
+def _go_history(v1):
+    """One entry of a config's history, from a v1 image."""
+    command = (v1.get("container_config") or {}).get("Cmd") or []
+    fields = (("author", v1.get("author")),
+              ("created_by", command if type(command) is str else " ".join(command)),
+              ("comment", v1.get("comment")),
+              ("empty_layer", v1.get("throwaway") is True))
+    return collections.OrderedDict(
+        [("created", _go_time(v1.get("created")))] + [pair for pair in fields if pair[1]])
+
+
+def modern_config(manifest, diff_ids):
+    """The ImageConfig docker gives to a Schema1Manifest.
+
+    `diff_ids` are those of its layers that are not throwaway, oldest first. Its digest is
+    the image ID that containers/image computes, byte for byte (manifest/docker_schema1.go,
+    ToSchema2Config). Raises InvalidDocument.
+    """
+    images = [parse_json(layer.v1_compatibility.encode("utf-8"), "v1Compatibility")
+              for layer in manifest.layers]
+    newest = images[-1]
+    version = newest.get("docker_version") or ""
+    if version and _older(str(version), "1.8.3"):
+        members = _reencoded(newest)
+    else:
+        members = _members(manifest.layers[-1].v1_compatibility)
+    for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
+        members.pop(key, None)
+    rootfs = collections.OrderedDict(type="layers")
+    if diff_ids:
+        rootfs["diff_ids"] = [str(diff_id) for diff_id in diff_ids]
+    members["rootfs"] = _go_json(rootfs)
+    try:
+        members["history"] = _go_json([_go_history(image) for image in images])
+    except (TypeError, AttributeError):
+        raise InvalidDocument("a v1Compatibility has members of the wrong type") from None
+    try:
+        raw = ("{%s}" % ",".join("%s:%s" % (_go_json(key), members[key]) for key in sorted(
+            members, key=lambda key: key.encode("utf-8")))).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidDocument("a v1Compatibility is not valid Unicode") from None
+    return ImageConfig.parse(raw)
+
+
+def modern_manifest(config, layers):
+    """A schema2 Manifest for an ImageConfig and its layers' Descriptors."""
+    def described(descriptor):
+        return collections.OrderedDict([("mediaType", descriptor.media_type),
+                                        ("size", descriptor.size),
+                                        ("digest", str(descriptor.digest))])
+
+    pointer = Descriptor(DOCKER_CONFIG, Digest.of(config.raw), len(config.raw))
+    raw = json.dumps(collections.OrderedDict([
+        ("schemaVersion", 2), ("mediaType", DOCKER_MANIFEST),
+        ("config", described(pointer)), ("layers", list(map(described, layers)))]),
+        separators=(",", ":")).encode("ascii")
+    return Manifest(raw, DOCKER_MANIFEST, Digest.of(raw), pointer, tuple(layers))
+
+
+def with_layers(manifest, layers):
+    """A Manifest like `manifest`, its layers' Descriptors replaced by `layers`."""
+    document = json.loads(manifest.raw.decode("utf-8"),
+                          object_pairs_hook=collections.OrderedDict)
+    for member, layer in zip(document["layers"], layers):
+        member.update(mediaType=layer.media_type, size=layer.size,
+                      digest=str(layer.digest))
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return manifest._replace(raw=raw, digest=Digest.of(raw), layers=tuple(layers))
 
 
 # --------------------------------------------------------------------------------------
