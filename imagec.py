@@ -1437,7 +1437,8 @@ class _Members:
     def _feed(self, data):
         while data:
             if self._member is None:
-                data = data.lstrip(b"\0")
+                if self._name in ("gzip", "xz"):
+                    data = data.lstrip(b"\0")
                 if not data:
                     return
                 self._member, self._began = self._opener(), False
@@ -1463,6 +1464,47 @@ class _Members:
         """Nothing to give back."""
 
 
+def _zstd_parts():
+    """Yields how many bytes each part of a zstd stream has, and is sent the first four
+    of them (RFC 8878, 3.1). Raises ValueError where no frame begins.
+    """
+    while True:
+        magic = yield 4
+        if re.fullmatch(rb"[\x50-\x5f]\x2a\x4d\x18", magic):
+            yield struct.unpack("<I", (yield 4))[0]
+            continue
+        if magic != b"\x28\xb5\x2f\xfd":
+            raise ValueError("no frame begins with %s" % magic.hex())
+        flags = (yield 1)[0]
+        single = flags >> 5 & 1
+        yield 1 - single + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
+        last = 0
+        while not last:
+            block = int.from_bytes((yield 3), "little")
+            last = block & 1
+            yield 1 if block >> 1 & 3 == 1 else block >> 3
+        yield 4 * (flags >> 2 & 1)
+
+
+class _ZstdFrames:
+    """Sees to it that a stream has zstd frames only: the program unpacks gzip and xz too."""
+
+    def __init__(self):
+        self._parts = _zstd_parts()
+        self._left, self._first = next(self._parts), b""
+
+    def update(self, data):
+        """Takes the next bytes; raises ValueError where they begin no frame."""
+        view = memoryview(data)
+        while view or not self._left:
+            if not self._left:
+                self._left, self._first = self._parts.send(self._first), b""
+            passed = view[:self._left]
+            self._first += bytes(passed[:4 - len(self._first)])
+            self._left -= len(passed)
+            view = view[len(passed):]
+
+
 class _ZstdProgram:
     """Unpacks zstd through the `zstd` program, where Python has no `compression.zstd`."""
 
@@ -1474,6 +1516,7 @@ class _ZstdProgram:
             raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
                               % what, hint="install the zstd program, or use Python 3.14")
         self._what, self._sink, self._error = what, sink, None
+        self._frames = _ZstdFrames()
         self._process = subprocess.Popen(
             [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1491,7 +1534,11 @@ class _ZstdProgram:
     def update(self, data):
         """Takes the next bytes of the stream."""
         try:
+            self._frames.update(data)
             self._process.stdin.write(data)
+        except ValueError as error:
+            raise InvalidDocument("%s: corrupt zstd data: %s"
+                                  % (self._what, error)) from None
         except OSError:
             self._ended()
 
@@ -1543,7 +1590,11 @@ class _Unpacker:
         if opener is _zstd and not _has_zstd_module():
             self._stream = _ZstdProgram(self._sink, self._what)
         else:
-            self._stream = _Members(self._sink, name, opener, self._what)
+            try:
+                self._stream = _Members(self._sink, name, opener, self._what)
+            except ImportError:
+                raise Unsupported("%s is compressed with %s, which this Python was built "
+                                  "without" % (self._what, name)) from None
         self._stream.update(self._head)
 
     def finish(self):
@@ -1558,6 +1609,24 @@ class _Unpacker:
             self._stream.abort()
 
 
+def codec_of(path):
+    """The name of what the file at `path` is compressed with, "tar" for nothing."""
+    with open(path, "rb") as file:
+        return _codec(file.read(_MAGIC_LENGTH))[0]
+
+
+def pour(path, write):
+    """Unpacks the layer blob at `path` into `write(bytes)`; raises InvalidDocument."""
+    unpacker = _Unpacker(_Sink(write), path)
+    try:
+        with open(path, "rb") as file:
+            for data in iter(lambda: file.read(CHUNK), b""):
+                unpacker.update(data)
+        unpacker.finish()
+    finally:
+        unpacker.abort()
+
+
 def _has_zstd_module():
     try:
         import compression.zstd  # noqa: F401
@@ -1566,32 +1635,69 @@ def _has_zstd_module():
     return True
 
 
+class Entry(NamedTuple):
+    """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
+
+    `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is logical, in
+    bytes; `mtime` is in nanoseconds; `link` is the target of a link; `device` is (major,
+    minor); `sparse` is where a sparse file has data, as (offset, length) pairs, or None.
+    """
+
+    path: bytes
+    kind: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+    link: bytes = b""
+    device: Tuple[int, int] = (0, 0)
+    xattrs: Tuple[Tuple[bytes, bytes], ...] = ()
+    sparse: Optional[tuple] = None
+
+
+_KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
+          b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
+_XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
+
+
+_PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+
+
 class TarWalker:
     """Walks a tar as its bytes pass and adds up what its members hold.
 
     tarfile is not used for the walk: it ends without a word at a broken header, so that
     whatever follows is lost (seen on 3.6 to 3.13). It reads the single headers.
     `size` is the sum of the logical sizes in the headers, in bytes; `members` counts.
+    A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored for
+    it, `finish()` after the last, and `abort()` when no more will come. Members may not hold more than `limit` bytes, holes
+    included.
     """
 
-    def __init__(self, what):
+    def __init__(self, what, visitor=None, limit=LAYER_SIZE_LIMIT):
         import tarfile
         self._tarfile = tarfile
-        self._what = what
+        self._what, self._visitor, self._limit = what, visitor, limit
         self.size = self.members = 0
         self._block = bytearray()  # of the header or extension being collected
         self._want = TAR_BLOCK
-        self._skip = 0  # bytes of data and padding still to pass
+        self._data = self._skip = 0  # bytes of data, then of padding, still to pass
         self._take = self._header  # what the block collected is for
         self._pax = {}  # extended header for the next member
-        self._long = set()  # GNU long name or link pending
+        self._long = {}  # GNU long name (L) and link (K) for the next member
         self._zeros = 0
 
     def update(self, data):
         """Takes the next bytes; raises InvalidDocument where they are no tar."""
         view = memoryview(data)
         while len(view) and self._zeros < 2:
-            if self._skip:
+            if self._data:
+                passed = min(self._data, len(view))
+                self._data -= passed
+                if self._visitor is not None:
+                    self._visitor.data(view[:passed])
+            elif self._skip:
                 passed = min(self._skip, len(view))
                 self._skip -= passed
             else:
@@ -1604,8 +1710,8 @@ class TarWalker:
 
     def finish(self):
         """Raises InvalidDocument where the tar ends in the middle of a member."""
-        if self._zeros < 2 and (self._skip or self._block or self._take != self._header
-                                or self._pax or self._long):
+        if self._zeros < 2 and (self._data or self._skip or self._block or self._pax
+                                or self._long or self._take != self._header):
             raise InvalidDocument("%s: the tar in it is cut short" % self._what)
 
     def _bad(self, why):
@@ -1614,6 +1720,8 @@ class TarWalker:
 
     def _header(self, block):
         if not block.strip(b"\0"):
+            if self._pax or self._long:
+                raise self._bad("an extended header of no member")
             self._zeros += 1
             return
         if self._zeros:
@@ -1624,82 +1732,203 @@ class TarWalker:
             raise self._bad(error) from None
         if info.size < 0:
             raise self._bad("a negative size")
+        if not (block[124] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", block[124:136])):
+            raise self._bad("a size that is not octal")  # int() takes 1_0 and +1
         if info.type in b"xXgLK":
             self._extension(info)
         else:
-            self._member(info)
+            self._member(info, block)
 
     def _extension(self, info):
         if info.size > TAR_EXTENSION_LIMIT:
             raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of %d"
                                 % (self._what, info.size, TAR_EXTENSION_LIMIT))
         kind, size = info.type, info.size
+        if kind in b"xX" and self._pax:
+            raise self._bad("two extended headers of one member")
 
         def take(block):
             self._take = self._header
             if kind in b"LK":
-                self._long.add(kind)
+                self._long[kind] = block[:size].partition(b"\0")[0]
             else:
                 self._records(block[:size], kind == b"g")
 
-        self._want = -(-size // TAR_BLOCK) * TAR_BLOCK
-        self._take = take
-        if not self._want:
-            self._want = TAR_BLOCK
+        if size:
+            self._want, self._take = -(-size // TAR_BLOCK) * TAR_BLOCK, take
+        else:
             take(b"")
 
     def _records(self, data, everywhere):
         """Pax records, "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax, "Extended Header")."""
-        while data:
-            match = re.match(rb"([0-9]{1,7}) ([^=]+)=", data)
-            length = int(match.group(1)) if match else 0
-            record = data[:length]
-            if not match or length <= match.end() or record[-1:] != b"\n":
+        place = 0
+        while place < len(data):
+            match = _PAX_RECORD.match(data, place)
+            end = place + int(match.group(1)) if match else 0
+            if not match or end <= match.end() or data[end - 1:end] not in b"\n":
                 raise self._bad("a malformed pax header")
-            if len(record) != length:
+            if end > len(data):
                 raise self._bad("a pax header that is cut short")
-            key = match.group(2)
-            if not everywhere:
-                self._pax[key] = record[match.end():-1]
-            elif key in (b"path", b"linkpath", b"size"):
+            key, value = match.group(2), data[match.end():end - 1]
+            if everywhere and key in (b"path", b"linkpath", b"size"):
                 raise self._bad("a global pax header that renames every member")
-            data = data[length:]
+            if not everywhere and key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+                self._pax.setdefault("map", []).append(value)  # 0.0 repeats its keys
+            elif not everywhere:
+                self._pax[key] = value
+            place = end
 
     def _number(self, key, default):
-        text = self._pax.get(key)
-        if text is None:
-            return default
+        return default if key not in self._pax else self._integer(self._pax[key], key)
+
+    def _integer(self, text, key):
         if not re.fullmatch(rb"[0-9]{1,18}", text):
-            raise self._bad("pax %s is not a size" % key.decode("ascii", "replace"))
+            raise self._bad("pax %s is not a number" % key.decode("ascii", "replace"))
         return int(text)
 
-    def _member(self, info):
-        """A member proper: its logical size counts, its stored bytes are passed over."""
-        tar = self._tarfile
+    def _member(self, info, block):
+        """A member proper: its logical size counts, its stored bytes follow."""
         stored = self._number(b"size", info.size)
         logical = self._number(b"GNU.sparse.realsize",
                                self._number(b"GNU.sparse.size", stored))
-        if info.type == tar.GNUTYPE_SPARSE:
-            _, extended, logical = info._sparse_structs
+        kind = _KINDS.get(info.type)
+        name = self._long.get(b"L") or self._pax.get(b"path")
+        if block[156:157] == b"\0" and name:  # tarfile sees the short name only
+            kind = "dir" if name.endswith(b"/") else "file"
+        if info.type == b"S":
+            logical = info._sparse_structs[2]
             if logical < 0:
                 raise self._bad("a negative size")
-            if extended:
-                self._take = self._sparse_block
-        if info.type in (tar.LNKTYPE, tar.SYMTYPE, tar.CHRTYPE, tar.BLKTYPE, tar.DIRTYPE,
-                         tar.FIFOTYPE):
+        if kind not in ("file", None):
             stored = logical = 0  # POSIX: no data follows, whatever the header says
         self.members += 1
         self.size += logical
-        self._skip_after = -(-stored // TAR_BLOCK) * TAR_BLOCK
-        if self._take == self._header:
-            self._skip = self._skip_after
-        self._pax, self._long = {}, set()
+        if self.size > self._limit:  # which a sparse file reaches in a few bytes
+            raise LimitExceeded("%s holds files of more than the limit of %d bytes"
+                                % (self._what, self._limit),
+                                hint="raise it with --max-layer-size")
+        entry = None
+        if self._visitor is not None:
+            entry = self._entry(info, kind or "unknown", logical)
+        self._pax, self._long = {}, {}
+        if info.type == b"S":
+            pairs = [pair for pair in info._sparse_structs[0]]
+            self._old_sparse(pairs, block[482], entry, stored)
+        else:
+            self._begin(entry, stored)
 
-    def _sparse_block(self, block):
-        """The old GNU sparse map goes on in blocks of 21 entries; byte 504 says "more"."""
-        if not block[504]:
+    def _begin(self, entry, stored):
+        """The member's data comes next; 1.0 sparse files begin it with their map."""
+        self._skip = -stored % TAR_BLOCK
+        if entry is not None and entry.sparse == "inline":
+            if stored < TAR_BLOCK:
+                raise self._bad("a sparse file without a map")
+            return self._inline_sparse(entry, stored, b"")
+        self._data = stored
+        if self._visitor is not None:
+            if entry is None or entry.sparse and sum(
+                    length for _, length in entry.sparse) != stored:
+                if entry is not None:
+                    raise self._bad("a sparse map that does not fit the data")
+                self._skip, self._data = self._skip + stored, 0
+            else:
+                self._visitor.entry(entry)
+
+    def _old_sparse(self, pairs, more, entry, stored):
+        """Old GNU sparse: four entries in the header, 21 in each block that follows."""
+        def take(block):
             self._take = self._header
-            self._skip = self._skip_after
+            try:
+                pairs.extend((self._tarfile.nti(block[at:at + 12]),
+                              self._tarfile.nti(block[at + 12:at + 24]))
+                             for at in range(0, 504, 24)
+                             if block[at + 12:at + 24].strip(b"\0"))
+            except self._tarfile.HeaderError as error:
+                raise self._bad(error) from None
+            if len(pairs) > TAR_EXTENSION_LIMIT // 24:
+                raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
+            self._old_sparse(pairs, block[504], entry, stored)
+
+        if more:
+            self._take = take
+        else:
+            self._begin(entry and entry._replace(sparse=self._pairs(pairs, entry.size)),
+                        stored)
+
+    def _inline_sparse(self, entry, stored, text):
+        """GNU sparse 1.0: decimal lines before the data, padded to a block."""
+        def take(block):
+            self._take = self._header
+            self._inline_sparse(entry, stored - TAR_BLOCK, text + block)
+
+        lines = text.split(b"\n")
+        count = self._integer(lines[0], b"GNU.sparse.map") if len(lines) > 1 else None
+        if count is None or len(lines) - 1 < 1 + 2 * count:
+            if stored < TAR_BLOCK or len(text) > TAR_EXTENSION_LIMIT:
+                raise self._bad("a sparse map that does not end")
+            self._take, self._data, self._skip = take, 0, 0
+            return
+        numbers = [self._integer(line, b"GNU.sparse.map")
+                   for line in lines[1:1 + 2 * count]]
+        pairs = self._pairs(zip(numbers[::2], numbers[1::2]), entry.size)
+        self._begin(entry._replace(sparse=pairs), stored)
+
+    def _pairs(self, pairs, size):
+        """A sparse map, in order, without overlap and within the file."""
+        found, at = [], 0
+        for offset, length in pairs:
+            if offset < at or length < 0 or offset + length > size:
+                raise self._bad("a sparse map that makes no sense")
+            at = offset + length
+            if length:
+                found.append((offset, length))
+        return tuple(found)
+
+    def _entry(self, info, kind, size):
+        """The Entry of a header and the extensions before it."""
+        pax = self._pax
+        name = pax.get(b"GNU.sparse.name", pax.get(b"path", self._long.get(
+            b"L", info.name.encode("utf-8", "surrogateescape"))))
+        link = pax.get(b"linkpath", self._long.get(
+            b"K", info.linkname.encode("utf-8", "surrogateescape")))
+        if b"\0" in name + link:
+            raise self._bad("a name with a NUL byte")
+        xattrs = tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
+                              if type(key) is bytes and key.startswith(_XATTR)))
+        return Entry(name, kind, size, info.mode & 0o7777,
+                     self._number(b"uid", max(info.uid, 0)),
+                     self._number(b"gid", max(info.gid, 0)), _nanoseconds(info.mtime, self._pax.get(b"mtime")),
+                     link, (max(info.devmajor, 0), max(info.devminor, 0)), xattrs,
+                     self._pax_sparse(size))
+
+    def _pax_sparse(self, size):
+        """The map of a pax sparse file: 0.0, 0.1, or "inline" for 1.0; else None."""
+        if self._pax.get(b"GNU.sparse.major") == b"1":
+            return "inline"
+        values = self._pax.get("map")
+        if b"GNU.sparse.map" in self._pax:
+            values = self._pax[b"GNU.sparse.map"].split(b",")
+        if values is None:
+            return None
+        numbers = [self._integer(value, b"GNU.sparse.map") for value in values]
+        return self._pairs(zip(numbers[::2], numbers[1::2]), size)
+
+
+def _nanoseconds(seconds, text):
+    """A member's time from its header's `seconds`, or the pax record `text` if it has one.
+
+    What no file system could hold counts as 0.
+    """
+    nanoseconds = 0
+    if text is not None:
+        match = re.fullmatch(rb"(-?[0-9]{1,18})(?:\.([0-9]*))?", text)
+        if not match:
+            return 0
+        seconds = int(match.group(1))
+        nanoseconds = int((match.group(2) or b"").ljust(9, b"0")[:9])
+        if text.startswith(b"-"):
+            nanoseconds = -nanoseconds
+    return seconds * 10 ** 9 + nanoseconds if abs(seconds) < 1 << 40 else 0
 
 
 class Unpacked(NamedTuple):
@@ -1712,20 +1941,80 @@ class Unpacked(NamedTuple):
     bytes: int
 
 
+class Stage:
+    """Runs a push-style consumer in a thread of its own, a few pieces behind.
+
+    zlib, hashlib and sockets release the interpreter lock, so stages of one layer really
+    run side by side; the short queue keeps memory flat. The first pieces are handed over
+    directly: what ends there needs no thread.
+    """
+
+    def __init__(self, consumer):
+        self._consumer = consumer
+        self._direct = STAGE_DIRECT  # bytes still to be handed over directly
+        self._queue = self._thread = self._error = None
+
+    def update(self, data):
+        """Takes the next bytes; raises what an earlier piece made the consumer raise."""
+        if self._direct > 0:
+            self._direct -= len(data)
+            return self._consumer.update(data)
+        if self._thread is None:
+            import queue
+            self._queue = queue.Queue(STAGE_DEPTH)
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        if self._error is not None:
+            raise self._error
+        self._queue.put(bytes(data))  # the caller may use its buffer again
+
+    def _run(self):
+        for data in iter(self._queue.get, None):
+            if self._error is None:  # else only drained, so that nobody waits for room
+                try:
+                    self._consumer.update(data)
+                except Exception as error:  # carried to the thread that feeds us
+                    self._error = error
+
+    def stop(self):
+        """Waits until everything has passed."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+            self._direct = float("inf")
+
+    def finish(self):
+        """Everything has been given: the consumer's `finish`."""
+        self.stop()
+        if self._error is not None:
+            raise self._error
+        return self._consumer.finish()
+
+    def abort(self):
+        """Gives up what has not passed yet."""
+        if self._error is None:
+            self._error = Cancelled("cancelled")
+        self.stop()
+
+
 class LayerVerifier:
     """Unpacks a layer as its blob's bytes pass, to learn its diffID and size.
 
-    Memory stays flat whatever it unpacks to. The verdict comes with `finish`: a corrupt
+    Memory stays flat whatever it unpacks to. For `visitor` see TarWalker. The verdict comes with `finish`: a corrupt
     stream is reported there, so that a wrong blob digest can be reported first.
     """
 
-    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT):
+    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT, visitor=None):
         self._what, self._limit = what, limit
         self._hash = hashlib.sha256()
-        self._walker = TarWalker(what)
+        self._visitor = visitor
+        self._walker = TarWalker(what, visitor, limit)
         self._bytes = 0
         self._error = None
-        self._unpacker = _Unpacker(_Sink(self._take), what)
+        self._tail = Stage(_Sink(self._take, lambda: None))
+        self._unpacker = _Unpacker(self._tail, what)
+        self._head = Stage(self._unpacker)
 
     def _take(self, data):
         self._bytes += len(data)
@@ -1740,7 +2029,7 @@ class LayerVerifier:
         """Takes the next bytes of the blob; raises LimitExceeded only."""
         if self._error is None:
             try:
-                self._unpacker.update(data)
+                self._head.update(data)
             except LimitExceeded:
                 raise
             except ImagecError as error:
@@ -1750,20 +2039,28 @@ class LayerVerifier:
         """The Unpacked; raises InvalidDocument, LimitExceeded, Unsupported."""
         if self._error is not None:
             raise self._error
-        self._unpacker.finish()
+        self._head.finish()
+        self._tail.finish()
         self._walker.finish()
+        if self._visitor is not None:
+            self._visitor.finish()
         return Unpacked(Digest("sha256", self._hash.hexdigest()), self._walker.size,
                         self._bytes)
 
     def abort(self):
         """Gives up; may be called at any time."""
+        self._head.abort()
+        self._tail.abort()
         self._unpacker.abort()
+        if self._visitor is not None:
+            self._visitor.abort()
 
 
 class _Sink(NamedTuple):
-    """A function in the shape of a push-style consumer."""
+    """Functions in the shape of a push-style consumer."""
 
     update: object
+    finish: object = None
 
 
 # --------------------------------------------------------------------------------------
