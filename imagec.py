@@ -2066,22 +2066,311 @@ class _Sink(NamedTuple):
 # --------------------------------------------------------------------------------------
 # 8  Credentials: who we are to a registry
 # --------------------------------------------------------------------------------------
+# Found where docker and podman keep them. A secret is offered only to the very host its
+# entry names (CVE-2021-41092 was an entry falling back to another), and shown to nobody.
+
+DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
+_HUB_NAMES = frozenset([DOCKER_HUB, "index.docker.io", DOCKER_HUB_API])
+_HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
+_HELPER_EMPTY = ("credentials not found in native keychain", "no credentials server URL",
+                 "no credentials username")
+
 
 class Credentials:
-    """A user name and password. Not a tuple: its repr must not show the secret."""
+    """Who we are to one registry: a user name and password, an identity token (a refresh
+    token for its token server), or a ready registry token. What is not there is None.
 
-    __slots__ = ("username", "password")
+    `source` says in words where they were found. Not a tuple: its repr must not show the
+    secrets. Also the simplest keyring: it gives itself for every host.
+    """
 
-    def __init__(self, username, password):
+    __slots__ = ("username", "password", "identity_token", "registry_token", "source")
+
+    def __init__(self, username=None, password=None, identity_token=None,
+                 registry_token=None, source="given"):
         self.username, self.password = username, password
+        self.identity_token, self.registry_token = identity_token, registry_token
+        self.source = source
 
     def basic(self):
-        """The value of an Authorization header (RFC 7617, UTF-8)."""
-        pair = "%s:%s" % (self.username, self.password)
-        return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+        """The value of an Authorization header (RFC 7617, UTF-8); None without both."""
+        if not self.username or not self.password:
+            return None
+        return basic_header(self.username, self.password)
+
+    def lookup(self, _host, _repository):
+        """These Credentials."""
+        return self
+
+    def __str__(self):
+        kind = ("a registry token" if self.registry_token else
+                "an identity token" if self.identity_token else "a password")
+        who = "user %s with %s" % (self.username, kind) if self.username else kind
+        return "%s, from %s" % (who, self.source)
 
     def __repr__(self):
-        return "Credentials(%r, ***)" % self.username
+        return "Credentials(%r, ***, source=%r)" % (self.username, self.source)
+
+
+def basic_header(username, password):
+    """The value of a Basic Authorization header (RFC 7617, UTF-8)."""
+    pair = "%s:%s" % (username, password)
+    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+
+
+class Keyring:
+    """The credential sources of this host, in the order they are asked.
+
+    1. `given` Credentials, which are for the host of the first lookup and no other;
+    2. `authfile`, or the file REGISTRY_AUTH_FILE names: nothing after it is asked;
+    3. DOCKER_AUTH_CONFIG, the text of such a file;
+    4. $DOCKER_CONFIG/config.json, else ~/.docker/config.json;
+    5. podman's auth.json in its places; 6. ~/.dockercfg.
+
+    With `anonymous` there are none. `environ` is a mapping, None for the process's own.
+    """
+
+    def __init__(self, given=None, authfile=None, anonymous=False, environ=None):
+        self._given, self._authfile, self._anonymous = given, authfile, anonymous
+        self._environ = os.environ if environ is None else environ
+        self._given_host = None
+        self._lock = threading.Lock()
+        self._found = {}
+
+    def lookup(self, host, repository=""):
+        """The Credentials for a repository at `host[:port]`, None for none.
+
+        Raises CredentialsError where a source is broken, UsageError where given
+        credentials would be for two hosts.
+        """
+        host = DOCKER_HUB if host in _HUB_NAMES else host
+        with self._lock:
+            if self._given is not None:
+                self.claim(host)
+                return self._given
+            if (host, repository) not in self._found:
+                self._found[host, repository] = self._search(host, repository)
+            return self._found[host, repository]
+
+    def claim(self, host):
+        """`host` is one of the registries that will be asked.
+
+        Raises UsageError where given credentials would be for two.
+        """
+        host = DOCKER_HUB if host in _HUB_NAMES else host
+        if self._given is not None:
+            self._given_host = self._given_host or host
+            if host != self._given_host:
+                raise UsageError("one user name and password, but two registries: %s and "
+                                 "%s" % (self._given_host, host),
+                                 "pull from one at a time")
+
+    def _search(self, host, repository):
+        if self._anonymous:
+            return None
+        for name, config in self.sources():
+            found = config and _find_in_config(name, config, host, repository)
+            if found:
+                return found
+        return None
+
+    def sources(self):
+        """Yields (where, config) of each source, in order; config is a dict or None."""
+        env = self._environ.get
+        only = self._authfile or env("REGISTRY_AUTH_FILE")
+        if only:
+            yield only, _read_config(only, True)
+            return
+        if env("DOCKER_AUTH_CONFIG"):
+            try:
+                yield "DOCKER_AUTH_CONFIG", _parse_config(
+                    env("DOCKER_AUTH_CONFIG").encode("utf-8", "surrogateescape"),
+                    "DOCKER_AUTH_CONFIG")
+            except InvalidDocument as error:
+                log.warning("credentials passed over: %s", error)
+        home = env("HOME") or os.path.expanduser("~")
+        yield self._file(env("DOCKER_CONFIG") or os.path.join(home, ".docker"),
+                         "config.json")
+        uid = os.getuid() if hasattr(os, "getuid") else 0
+        runtime = env("XDG_RUNTIME_DIR")
+        yield self._file(*(runtime, "containers") if runtime else (
+            "/run/containers", str(uid)), "auth.json")
+        yield self._file(env("XDG_CONFIG_HOME") or os.path.join(home, ".config"),
+                         "containers", "auth.json")
+        path, config = self._file(home, ".dockercfg")
+        yield path, config and {"auths": config}
+
+    @staticmethod
+    def _file(*parts):
+        path = os.path.join(*parts)
+        return path, _read_config(path) if os.path.isfile(path) else None
+
+
+def _read_config(path, named=False):
+    """A credentials file as a dict; None, and a warning, where it cannot be read.
+
+    Raises CredentialsError instead where the user `named` it.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _parse_config(file.read(CONFIG_LIMIT), path)
+    except (OSError, InvalidDocument) as error:
+        text = "%s: %s" % (path, error.strerror if isinstance(error, OSError) else error)
+        if named:
+            raise CredentialsError("credentials not read: " + text) from None
+        log.warning("credentials passed over: %s", text)
+        return None
+
+
+def _parse_config(raw, name):
+    return Document.parse(raw, name).value
+
+
+def _object(config, key):
+    """Member `key` of a config, {} where it is not an object."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _find_in_config(name, config, host, repository):
+    """What one file says. Its helpers come before its entries, and rule them out."""
+    hub = host == DOCKER_HUB
+    server = DOCKER_HUB_KEY if hub else host
+    helpers = _object(config, "credHelpers")
+    for key in ([DOCKER_HUB_KEY, "docker.io", "index.docker.io"] if hub else [host]):
+        if isinstance(helpers.get(key), str) and helpers[key]:
+            return _ask_helper(helpers[key], server, "%s (credHelpers)" % name)
+    store = config.get("credsStore")
+    if isinstance(store, str) and store:
+        return _ask_helper(store, server, "%s (credsStore)" % name)
+    auths = _object(config, "auths")
+    for key in _config_keys(auths, host, repository):
+        found = _entry_credentials(auths[key], "%s (%s)" % (name, key))
+        if found:
+            return found
+    return None
+
+
+def _config_keys(auths, host, repository):
+    """The keys of `auths` that are for this repository, most to least specific.
+
+    As containers/image does it: host/namespace/.../repository, up to host; then keys that
+    are URLs, by their host. Docker Hub goes by its legacy key too.
+    """
+    names = [host] if host != DOCKER_HUB else [DOCKER_HUB, "index.docker.io",
+                                               DOCKER_HUB_API]
+    parts = [part for part in repository.split("/") if part]
+    wanted = ["/".join([name] + parts[:count]) for count in range(len(parts), -1, -1)
+              for name in names]
+    if host == DOCKER_HUB:
+        wanted.append(DOCKER_HUB_KEY)
+    found = [key for key in wanted if key in auths]
+    for key in auths:
+        bare = re.sub(r"^https?://", "", key)
+        if bare != key and bare.partition("/")[0] in names and key not in found:
+            found.append(key)
+    return found
+
+
+def _entry_credentials(entry, source):
+    """The Credentials in one entry of `auths`, None where it has none (podman leaves
+    such where it keeps the secret elsewhere)."""
+    if not isinstance(entry, dict):
+        return None
+    values = {key: value for key, value in entry.items()
+              if isinstance(value, str) and value}
+    username, password = values.get("username"), values.get("password")
+    if "auth" in values:
+        try:
+            text = values["auth"]
+            pair = base64.b64decode(text + "=" * (-len(text) % 4),
+                                    validate=True).decode("utf-8")
+        except ValueError:
+            pair = ""
+        name, colon, secret = pair.partition(":")
+        if not name or not colon:
+            log.warning("%s: 'auth' is not base64 of user:password: passed over", source)
+        else:
+            username, password = name, secret.rstrip("\0")
+    token, ready = values.get("identitytoken"), values.get("registrytoken")
+    if not (username and password or token or ready):
+        return None
+    return Credentials(username, password, token, ready, source)
+
+
+def _ask_helper(suffix, server, source):
+    """What docker-credential-SUFFIX says of `server`; None where it has nothing.
+
+    The protocol of github.com/docker/docker-credential-helpers: the server on standard
+    input, JSON back. The helper is a program of the user's, run without a shell.
+    """
+    import shutil
+    program = "docker-credential-" + suffix
+    if not _HELPER_NAME.fullmatch(suffix):
+        raise CredentialsError("%s: not a name of a credential helper: %s"
+                               % (source, printable(suffix, 80)))
+    path = shutil.which(program)
+    if path is None or not os.path.isabs(path):  # never one that lies in this directory
+        raise CredentialsError("%s names the credential helper %s, which is not on the "
+                               "PATH" % (source, program),
+                               hint="install it, or pull with --no-creds")
+    status, output = _run_helper([path, "get"], server, program)
+    if status:
+        text = output.decode("utf-8", "replace").strip()
+        if text in _HELPER_EMPTY:
+            return None
+        raise CredentialsError("%s failed for %s (status %d)" % (program, server, status),
+                               hint="run it by hand, or pull with --no-creds")
+    try:
+        answer = Document.parse(output, program)
+        username = answer.get("Username", str, "")
+        secret = answer.get("Secret", str, "")
+    except InvalidDocument:
+        raise CredentialsError("%s answered for %s what is not its protocol"
+                               % (program, server)) from None
+    if not secret:
+        return None
+    source = "%s, %s" % (source, program)
+    if username == "<token>":
+        return Credentials(identity_token=secret, source=source)
+    return Credentials(username, secret, source=source)
+
+
+def _run_helper(command, text, program):
+    """(exit status, output) of a helper, bounded in time and size."""
+    import subprocess
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    except OSError as error:
+        raise CredentialsError("%s: cannot be run: %s" % (command[0], error.strerror),
+                               hint="pull with --no-creds") from None
+    output = []
+
+    def talk():
+        with contextlib.suppress(OSError):
+            process.stdin.write(text.encode("utf-8"))
+            process.stdin.close()
+        output.append(process.stdout.read(TOKEN_LIMIT + 1))
+
+    # A thread, because what the helper started may hold the pipe open after it is killed.
+    reader = threading.Thread(target=talk, daemon=True)
+    reader.start()
+    reader.join(HELPER_TIMEOUT)
+    slow = reader.is_alive()
+    if not slow and len(output[0]) <= TOKEN_LIMIT:
+        try:
+            process.wait(HELPER_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            slow = True
+    if slow or len(output[0]) > TOKEN_LIMIT:
+        process.kill()
+        process.wait()
+        raise CredentialsError(
+            "%s did not answer within %g seconds" % (program, HELPER_TIMEOUT) if slow else
+            "%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
+    process.stdout.close()
+    return process.wait(), output[0]
 
 
 # --------------------------------------------------------------------------------------
