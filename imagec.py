@@ -2409,13 +2409,13 @@ def checked_url(url, base=None):
 
     Servers choose these URLs, and parsers disagree on odd ones, so odd ones are refused.
     """
-    if base is not None:
-        url = urllib.parse.urljoin(base, url)
     shown = bare_url(url)
+    # Looked at before urljoin, which drops tabs and newlines without a word.
     if len(url) > 8 * KIB or re.search(r"[\x00-\x20\\\x7f-\uffff]", url):
         raise UnsafeRedirect("a URL with characters that are not allowed: " + shown)
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(url if base is None
+                                      else urllib.parse.urljoin(base, url))
         port = parts.port
     except ValueError:
         raise UnsafeRedirect("a URL that is not valid: " + shown) from None
@@ -2489,6 +2489,9 @@ class _Wire(io.RawIOBase):
     def readinto(self, buffer):
         self._sock.settimeout(self._watch.patience())
         received = self._file.readinto(buffer)
+        if not received and self._watch.until is not None:
+            # http.client takes headers that end early for whole ones.
+            raise ConnectionResetError("closed the connection before its headers ended")
         self._watch.count(received)
         return received
 
@@ -2504,10 +2507,11 @@ class _Kept:
     rank = None  # how near its peer's address is; None through a proxy
     peer = None  # its socket, known before http.client knows it and after it let go
 
-    def prepare(self, transport, allowed, proxied):
-        """Binds it to a transport; it may connect to addresses `allowed` near."""
+    def prepare(self, transport, request):
+        """Binds it to a transport, to go where the request goes."""
         self.watch = _Watch(transport)
-        self._allowed, self._proxied = allowed, proxied
+        self._allowed = None if request.proxy else request.allowed
+        self._proxied, self._socks = bool(request.proxy), request.socks
         self.response_class = self._response
         self._create_connection = self._connect_socket
         return self
@@ -2519,6 +2523,8 @@ class _Kept:
     def _connect_socket(self, address, _timeout=None, _source=None):
         """Tries every address of the host; refuses to reach nearer than allowed."""
         host, port = address
+        if self._socks:
+            host, port = self._socks.hostname, self._socks.port or 1080
         error = None
         for family, kind, protocol, _, target in socket.getaddrinfo(
                 host, port, 0, socket.SOCK_STREAM):
@@ -2527,15 +2533,21 @@ class _Kept:
                 raise UnsafeRedirect(
                     "%s resolves to %s, which a server elsewhere must not send us to"
                     % (host, target[0]))
+            patience = min(self.watch.patience(), CONNECT_TIMEOUT)
             sock = self.peer = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
+                sock.settimeout(patience)
                 sock.connect(target)
+                if self._socks:
+                    socks_connect(sock, self._socks, *address)
                 self.rank = None if self._proxied else rank
                 return sock
             except OSError as reason:
                 error = reason
                 sock.close()
+            except ImagecError:
+                sock.close()
+                raise
         raise error or OSError("no address for %s" % host)
 
     def _may_reach(self, rank):
@@ -2570,22 +2582,111 @@ class _KeptHTTPS(_Kept, http.client.HTTPSConnection):
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
-    """The environment's proxies, but NO_PROXY understood the way Go does (CIDR, ports,
-    leading dots), and never for loopback.
+    """The environment's proxies, or the one given; NO_PROXY understood the way Go does
+    (CIDR, ports, leading dots). The environment's are never used for loopback.
     """
 
+    def __init__(self, proxy=None):
+        self._given = proxy is not None
+        super().__init__({"http": proxy, "https": proxy} if self._given else None)
+
     def proxy_open(self, req, proxy, type):
-        kind = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy).scheme
-        if bypasses_proxy(req.host, urllib.request.getproxies().get("no", "")):
+        port = "" if re.search(":[0-9]+$", req.host) else (
+            ":443" if req.type == "https" else ":80")
+        if bypasses_proxy(req.host + port, urllib.request.getproxies_environment().get(
+                "no", ""), not self._given):
             return None
-        if kind not in ("", "http"):
-            raise UsageError("proxy of scheme '%s' for %s is not supported"
-                             % (printable(kind, 20), req.host), "use an http:// proxy")
-        return super().proxy_open(req, proxy, type)
+        parts = split_proxy(proxy)
+        req.proxy = "%s:%d" % (parts.hostname, parts.port or (
+            80 if parts.scheme == "http" else 1080))
+        if parts.scheme in ("socks5", "socks5h"):
+            req.socks = parts
+        else:
+            user = urllib.parse.unquote(parts.username or "")
+            req.set_proxy("%s:%d" % (parts.hostname, parts.port or 80), "http")
+            if user:
+                secret = urllib.parse.unquote(parts.password or "")
+                req.add_unredirected_header("Proxy-authorization",
+                                            basic_header(user, secret))
+        return None
 
 
-def bypasses_proxy(host, no_proxy):
-    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`.
+def split_proxy(url):
+    """A proxy's URL taken apart; raises UsageError."""
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        secrets = [urllib.parse.unquote(text or "").encode("utf-8")
+                   for text in (parts.username, parts.password)]
+        if parts.scheme in ("http", "socks5", "socks5h") and parts.hostname and (
+                parts.port != 0 and max(map(len, secrets)) < 256) and not (
+                    parts.path.strip("/") or parts.query or parts.fragment):
+            return parts
+    except ValueError:
+        pass
+    # Not shown: where a URL is malformed, who can tell which part is the password?
+    raise UsageError("the proxy's URL is not one we can use",
+                     "expected http://, socks5:// or socks5h://[USER:PASSWORD@]HOST:PORT")
+
+
+def _receive(sock, count):
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise ConnectionResetError(errno.ECONNRESET, "the SOCKS proxy hung up")
+        data += piece
+    return data
+
+
+_SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the network",
+                  4: "cannot reach the host", 5: "was refused by the host",
+                  6: "gave up waiting", 7: "cannot do it", 8: "cannot take that address"}
+
+
+def socks_connect(sock, proxy, host, port):
+    """Asks the SOCKS5 server at the other end of `sock` to connect (RFC 1928, RFC 1929).
+
+    `proxy` is its taken-apart URL; with socks5 the name is resolved here, with socks5h
+    there. Raises TransportError, AccessDenied.
+    """
+    place = "SOCKS proxy %s:%d" % (proxy.hostname, proxy.port or 1080)
+    user = urllib.parse.unquote(proxy.username or "").encode("utf-8")
+    secret = urllib.parse.unquote(proxy.password or "").encode("utf-8")
+    sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
+    version, method = _receive(sock, 2)
+    if version != 5:
+        raise TransportError("%s does not speak SOCKS5" % place)
+    if method == 2 and user:
+        sock.sendall(b"\1" + bytes([len(user)]) + user + bytes([len(secret)]) + secret)
+        if _receive(sock, 2)[1]:
+            raise AccessDenied("%s does not take the user name and password" % place)
+    elif method:
+        raise AccessDenied("%s wants a user name and password" % place,
+                           hint="put them in its URL")
+    address = host
+    if proxy.scheme == "socks5":
+        address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0][4][0]
+    sock.sendall(b"\5\1\0" + _socks_address(address) + struct.pack(">H", port))
+    _, status, _, kind = _receive(sock, 4)
+    if status:
+        raise TransportError("%s: %s:%d: it %s" % (
+            place, host, port, _SOCKS_REPLIES.get(status, "failed")),
+            retryable=status not in (2, 7, 8))
+    _receive(sock, 2 + {1: 4, 4: 16}.get(kind) if kind != 3 else 2 + _receive(sock, 1)[0])
+
+
+def _socks_address(address):
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        name = address.encode("idna")
+        return b"\3" + bytes([len(name)]) + name
+    return (b"\1" if ip.version == 4 else b"\4") + ip.packed
+
+
+def bypasses_proxy(host, no_proxy, loopback_too=True):
+    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`, as is
+    a loopback host where `loopback_too`.
 
     Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
     `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
@@ -2593,11 +2694,12 @@ def bypasses_proxy(host, no_proxy):
     """
     parts = urllib.parse.urlsplit("//" + host)
     name, port = (parts.hostname or "").rstrip("."), parts.port
-    if loopback(host):
+    if loopback_too and loopback(host):
         return True
     for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):
         entry, _, wanted = (entry.rpartition(":") if re.search(r"[^:]:[0-9]+$", entry)
-                            and "/" not in entry else (entry, "", ""))
+                            and "/" not in entry and _address_rank(entry) is None
+                            else (entry, "", ""))
         if wanted and port is not None and int(wanted) != port:
             continue
         if entry == "*" or _names_host(entry.strip("[]"), name):
@@ -2631,11 +2733,14 @@ class _PooledHandler(urllib.request.AbstractHTTPHandler):
 
 
 class _Request(urllib.request.Request):
-    """`allowed` is how near its address may be, None for anywhere."""
+    """`allowed` is how near its address may be, None for anywhere; `proxy` the host and
+    port of the proxy it goes through, None for none; `socks` its URL if it is SOCKS.
+    """
 
     def __init__(self, url, method, headers, data=None, allowed=None):
         super().__init__(url, data, headers, method=method)
         self.allowed = allowed
+        self.proxy = self.socks = None
 
 
 class Response:
@@ -2648,6 +2753,8 @@ class Response:
         self._transport, self._connection, self._keep = transport, connection, True
         self._reply, self.url = reply, request.full_url
         self.status, self.headers = reply.status, reply.headers
+        self._sent = request.get_header("Authorization") or ""
+        self.proxy = request.proxy
         self.length = self._framing(request.get_method())
         self.rank = connection.rank
 
@@ -2675,22 +2782,35 @@ class Response:
         """The host and path it came from, for messages."""
         return bare_url(self.url)
 
+    def redact(self, text):
+        """`text` of the server's without what was sent to it as proof of who we are."""
+        scheme, _, secret = self._sent.partition(" ")
+        secrets = [secret]
+        if scheme == "Basic":
+            pair = base64.b64decode(secret).decode("utf-8")
+            secrets += [pair, pair.partition(":")[2]]
+        for secret in filter(None, secrets):
+            text = text.replace(secret, "***")
+        return text
+
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
         received = 0
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        while True:
+        while received != self.length:
+            # Not readinto: it fills the buffer, and loses what it has when it fails.
+            left = size if self.length is None else min(size, self.length - received)
             with self._transport.translating(self.url):
-                count = self._reply.readinto(view)
-            if not count:
+                data = self._reply.read1(left)
+            if not data:
                 break
-            received += count
-            yield view[:count]
+            received += len(data)
+            yield data
+        self._transport.check()  # TLS takes a cancel for the end of the body
         if self.length is not None and received != self.length:
             self.close()
             raise TransportError("%s sent %d bytes of %d and ended"
                                  % (self.place(), received, self.length), retryable=True)
+        self._reply.close()  # of the response, not of its connection
         self._finish()
 
     def read(self, limit, what):
@@ -2718,6 +2838,8 @@ class Response:
     def _finish(self):
         connection, self._connection = self._connection, None
         if connection is not None:
+            if not self._keep:
+                self._reply.close()  # http.client has let go of one that ends its socket
             self._transport.release(connection, self._keep and not self._reply.will_close)
 
     def close(self):
@@ -2732,28 +2854,81 @@ class Response:
         self.close()
 
 
+class TLSSettings:
+    """What certificates are good enough, host by host; see Transport for the arguments."""
+
+    def __init__(self, skip_verify=False, cacert=None, client_pair=None, certs_dirs=None):
+        self._skip_verify, self._cacert = skip_verify, cacert
+        self._client_pair = client_pair
+        self._certs_dirs = default_certs_dirs() if certs_dirs is None else certs_dirs
+        self._unverified = set()  # hosts whose certificates need not be good
+        self._named = set()  # hosts the user named: they may see the client certificate
+        self._contexts = {}
+        self._lock = threading.Lock()
+
+    def skip_verify(self, host):
+        """From now on any certificate is taken of `host` (`HOST[:PORT]`)."""
+        log.warning("the certificate of %s is not verified", host)
+        self._unverified.add(host)
+
+    def name(self, host):
+        """The user named `host` (`HOST[:PORT]`): it may see the client certificate."""
+        self._named.add(host)
+
+    def context(self, host):
+        """The TLS settings for one host, made once."""
+        verify = not (self._skip_verify or host in self._unverified)
+        with self._lock:
+            if (host, verify) not in self._contexts:
+                self._contexts[host, verify] = self._new_context(host, verify)
+            return self._contexts[host, verify]
+
+    def _new_context(self, host, verify):
+        context = ssl.create_default_context()
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:  # 3.6, whose default takes TLS 1.0
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        roots, pairs = host_certificates(host, self._certs_dirs)
+        if self._cacert is not None:
+            roots.append(self._cacert)
+        if self._client_pair is not None and host in self._named:
+            pairs.append(self._client_pair)
+        for path in roots:
+            _load(path, context.load_verify_locations, path)
+        for certificate, key in pairs:
+            _load(certificate, context.load_cert_chain, certificate, key, _no_password)
+        if not verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
 class Transport:
     """Safe HTTP exchanges over kept connections; may be used by many threads.
 
     `timeout` bounds everything done with it, `idle_timeout` each silence, in seconds.
     `skip_verify` takes any certificate; `cacert` is a PEM file of roots added to the
-    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR).
+    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR); `client_pair` is a certificate
+    and a key file shown to the hosts that `tls.name` is told of. `certs_dirs` are the places of
+    HOST[:PORT]/ directories of more of these (None: docker's and podman's). `proxy` is a
+    URL, None for the environment's.
     """
 
     def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
-                 cacert=None, clock=time.monotonic, sleep=None):
+                 cacert=None, client_pair=None, proxy=None, certs_dirs=None,
+                 clock=time.monotonic, sleep=None):
         self.clock, self._sleep = clock, sleep
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = clock() + timeout
-        self._contexts = {}
-        self._skip_verify, self._cacert = skip_verify, cacert
+        self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
         self._idle = collections.defaultdict(list)  # key -> connections, newest last
         self._live = set()
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", USER_AGENT)]
-        for handler in (_ProxyHandler(), _PooledHandler(self)):
+        for handler in (_ProxyHandler(proxy), _PooledHandler(self)):
             self._opener.add_handler(handler)
 
     # -- the life of the whole
@@ -2838,14 +3013,25 @@ class Transport:
     def _once(self, request):
         log.debug("%s %s", request.get_method(), bare_url(request.full_url))
         url = request.full_url
-        with self.translating(url):
-            response = self._opener.open(request, timeout=self.idle_timeout)
+        try:
+            with self.translating(url, request):
+                response = self._opener.open(request, timeout=self.idle_timeout)
+        except (TransportError, AccessDenied) as error:
+            if request.proxy and not isinstance(error, Cancelled):
+                error.message += " (through the proxy %s)" % request.proxy
+                error.proxied = True
+            raise
+        if response.status == 407:
+            response.close()
+            raise AccessDenied("the proxy %s wants a user name and password (HTTP 407)"
+                               % request.proxy, 407, hint="put them in its URL")
         log.debug("%d from %s", response.status, response.place())
         return response
 
     def exchange(self, request):
         """One request over a connection, kept or new: the handler's part."""
-        key = (request.type, request.host, getattr(request, "_tunnel_host", None))
+        key = (request.type, request.host, getattr(request, "_tunnel_host", None),
+               request.proxy)
         while True:
             connection = self._take(key, request)
             try:
@@ -2881,8 +3067,7 @@ class Transport:
 
     def _take(self, key, request):
         """An idle connection to where the request goes, or a new one."""
-        proxied = bool(request.has_proxy() or getattr(request, "_tunnel_host", None))
-        allowed = None if proxied else request.allowed
+        allowed = None if request.proxy else request.allowed
         while True:
             with self._lock:
                 kept = self._idle[key]
@@ -2895,17 +3080,17 @@ class Transport:
                 break
             connection.close()
         if connection is None:
-            connection = self._new(request).prepare(self, allowed, proxied)
+            connection = self._new(request).prepare(self, request)
             connection.key = key
         with self._lock:
             self._live.add(connection)
-        self.check()
         return connection
 
     def _new(self, request):
         if request.type == "https":
             return _KeptHTTPS(request.host, timeout=self.idle_timeout,
-                              context=self._context())
+                              context=self.tls.context(
+                                  getattr(request, "_tunnel_host", None) or request.host))
         return _KeptHTTP(request.host, timeout=self.idle_timeout)
 
     def release(self, connection, keep):
@@ -2918,38 +3103,8 @@ class Transport:
         if not keep:
             connection.close()
 
-    # -- TLS and errors
-
-    def skip_verify(self):
-        """From now on any certificate is taken."""
-        self._skip_verify = True
-
-    def _context(self):
-        with self._lock:
-            if self._skip_verify not in self._contexts:
-                self._contexts[self._skip_verify] = self._new_context()
-            return self._contexts[self._skip_verify]
-
-    def _new_context(self):
-        context = ssl.create_default_context()
-        if hasattr(ssl, "TLSVersion"):
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-        else:  # 3.6, whose default takes TLS 1.0
-            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-        if self._cacert is not None:
-            try:
-                context.load_verify_locations(self._cacert)
-            except (OSError, ssl.SSLError) as error:
-                raise UsageError("cannot read CA certificates from %s: %s"
-                                 % (self._cacert, _reason(error)),
-                                 "--cacert wants a PEM file") from None
-        if self._skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
     @contextlib.contextmanager
-    def translating(self, url):
+    def translating(self, url, request=None):
         """What sockets, ssl and http.client raise inside comes out as TransportError."""
         try:
             yield
@@ -2957,7 +3112,62 @@ class Transport:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.check()
-            raise _transport_error(error, bare_url(url), self.idle_timeout) from error
+            raise _transport_error(error, bare_url(url), self.idle_timeout,
+                                   request is not None and request.proxy) from error
+
+
+def default_certs_dirs():
+    """Where podman, then docker keep certificates by registry, for this user."""
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"),
+                                                               ".config")
+    return (os.path.join(config, "containers", "certs.d"), "/etc/containers/certs.d",
+            os.path.join(config, "docker", "certs.d"), "/etc/docker/certs.d")
+
+
+def host_certificates(host, certs_dirs):
+    """(CA files, (certificate, key) pairs) of the first HOST directory of `certs_dirs`.
+
+    docker's rules: *.crt are CAs, X.cert goes with X.key, and half a pair is an error:
+    UsageError.
+    """
+    if "/" in host or host.startswith("."):
+        return [], []
+    hosts = [host, host[:-len(":443")]] if host.endswith(":443") else [host]
+    if host == DOCKER_HUB_API:
+        hosts.append(DOCKER_HUB)
+    for directory in (os.path.join(base, name) for base in certs_dirs for name in hosts):
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError:  # not there, or not for us
+            continue
+        roots = [os.path.join(directory, n) for n in names if n.endswith(".crt")]
+        pairs = []
+        for name in names:
+            stem, kind = os.path.splitext(name)
+            other = stem + {".cert": ".key", ".key": ".cert"}.get(kind, kind)
+            if other not in names:
+                raise UsageError("%s has no %s beside it" % (os.path.join(
+                    directory, name), other), "a client certificate and its key go together")
+            if kind == ".cert":
+                pairs.append((os.path.join(directory, name),
+                              os.path.join(directory, other)))
+        return roots, pairs
+    return [], []
+
+
+def _load(path, load, *args):
+    """Loads a PEM file; raises UsageError where it is none."""
+    try:
+        load(*args)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError("cannot read certificates or keys from %s: %s" % (
+            path, _reason(error)), "--cacert, --cert, --key and certs.d want PEM files, "
+            "keys not encrypted") from None
+
+
+def _no_password():
+    """For an encrypted key: never ask on a terminal. 3.6 cannot take an exception here."""
+    return ""
 
 
 def _reason(error):
@@ -2966,17 +3176,22 @@ def _reason(error):
                      ERROR_TEXT_LIMIT)
 
 
-def _transport_error(error, url, idle_timeout):
+def _transport_error(error, url, idle_timeout, proxy=None):
     """The TransportError for what a library raised while talking to `url`."""
     host = urllib.parse.urlsplit(url).netloc or url
     # ssl.CertificateError is a ValueError of its own on 3.6, an SSLError later.
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error):
         why = getattr(error, "verify_message", "") or error
         return CertificateError(
-            "%s: its certificate is not to be trusted: %s" % (host, why),
-            "add its CA with --cacert FILE, check this host's clock, or take any "
+            "%s: its certificate (%s) is not to be trusted: %s" % (
+                host, "behind the proxy" if proxy else _fingerprint(host), why),
+            "check this host's clock, add its CA with --cacert FILE, or take any "
             "certificate with --insecure-skip-verify")
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+    if "alert" in str(error) and "CERTIFICATE" in str(error).upper():
+        return CertificateError("%s wants a client certificate, or another one: %s" % (
+            host, _reason(error)), "give it with --cert FILE --key FILE, or in certs.d")
+    if (isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+            or "unexpected eof" in str(error).lower()):  # 3.6 with a newer OpenSSL
         return TransportError("%s closed the TLS connection" % host, retryable=True)
     if isinstance(error, socket.timeout) or str(error).endswith("timed out"):
         return Timeout("%s: next to nothing came for %g seconds" % (url, idle_timeout),
@@ -2984,6 +3199,13 @@ def _transport_error(error, url, idle_timeout):
     if isinstance(error, ssl.SSLError):
         return TLSError("%s: TLS failed: %s" % (host, _reason(error)),
                         "it may speak plain http: --insecure-allow-http")
+    if "Tunnel connection failed" in str(error):
+        if " 407" in str(error):
+            return AccessDenied("%s: the proxy wants a user name and password (HTTP 407)"
+                                % host, 407,
+                                hint="put them in its URL")
+        return TransportError("%s: the proxy does not connect: %s" % (
+            host, printable(error, 100)), retryable=" 50" in str(error))
     if isinstance(error, socket.gaierror):
         return TransportError("cannot resolve host %s: %s" % (host, _reason(error)),
                               "check the name, the DNS and the proxy settings",
@@ -2993,6 +3215,19 @@ def _transport_error(error, url, idle_timeout):
         return TransportError("%s did not answer in HTTP: %s: %s" % (
             url, type(error).__name__, printable(error, 100)), retryable=True)
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
+
+
+def _fingerprint(host):
+    """The SHA-256 of the certificate a host shows, to compare it with what it should."""
+    parts = urllib.parse.urlsplit("//" + host)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 443), 5) as sock:
+            with context.wrap_socket(sock, server_hostname=parts.hostname) as tls:
+                return "SHA-256 " + hashlib.sha256(tls.getpeercert(True)).hexdigest()
+    except (OSError, ValueError):
+        return "not seen"
 
 
 class Budget:
@@ -3035,6 +3270,61 @@ def retry_after(value):
         return max(0, when - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def raise_for_status(response, what, expected=(200,)):
+    """Raises the RegistryError for a `response` whose status is not expected."""
+    if response.status in expected:
+        return
+    raise registry_error(response, what)
+
+
+def registry_error(response, what, kind=None):
+    """The RegistryError for a response, in the server's own words where it has some.
+
+    Of the class its status and codes mean, or of `kind` where that is not None.
+    """
+    codes, words = _error_body(response)
+    kind = kind or {401: AccessDenied, 403: AccessDenied, 404: NotFound,
+            429: RateLimited}.get(response.status, RegistryError)
+    if kind is not RegistryError and {"DENIED", "UNAUTHORIZED"} & set(codes):
+        kind = AccessDenied
+    meaning = {AccessDenied: "access denied", NotFound: "not found",
+               RateLimited: "too many requests"}.get(kind, "unexpected answer")
+    hint = {AccessDenied: "it may not exist, or need other credentials",
+            RateLimited: "wait, or log in with -u"}.get(kind)
+    error = kind("%s: %s: %s" % (what, meaning, words or "HTTP %d" % response.status),
+                 response.status, codes, response.place(), hint)
+    error.source = response.place() + (
+        " (through the proxy %s)" % response.proxy if response.proxy else "")
+    error.retry_after = retry_after(response.headers.get("Retry-After"))
+    limit = rate_limit(response.headers)
+    if limit and kind is RateLimited:
+        error.message += " (%s)" % limit
+    return error
+
+
+def rate_limit(headers):
+    """What Docker Hub says of its limit in a response's headers, "" where nothing."""
+    names = ("ratelimit-limit", "ratelimit-remaining", "docker-ratelimit-source")
+    return ", ".join("%s: %s" % (name, printable(headers[name], 60))
+                     for name in names if headers.get(name))
+
+
+def _error_body(response):
+    """(codes, words) of an error's body: distribution-spec, "Error Codes"."""
+    try:
+        body = response.read(ERROR_BODY_LIMIT, "error")
+        errors = Document.parse(body, "error").children("errors", 100)
+        pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
+                 for e in errors]
+    except ImagecError:
+        pairs = []
+    words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
+    if words:
+        words = "HTTP %d, %s" % (response.status, printable(response.redact(words),
+                                                            ERROR_TEXT_LIMIT))
+    return [response.redact(code) for code, _ in pairs], words
 
 
 # --------------------------------------------------------------------------------------
