@@ -3421,17 +3421,29 @@ def auth_url(challenge, scope, registry_url):
 def fetch_token(transport, url, credentials=None, trusting=None):
     """The Token that the token server at `url` (see auth_url) gives.
 
-    Anonymous where `credentials` is None. `trusting`: see Transport.open. Raises
-    AccessDenied, TransportError, InvalidDocument. Source: distribution, token spec.
+    Anonymous where `credentials` is None. With an identity token it is asked by POST, as
+    OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
+    Transport.open. Raises AccessDenied, TransportError, InvalidDocument. Source:
+    distribution, token spec and OAuth2 token spec.
     """
-    headers = {"Authorization": credentials.basic()} if credentials else {}
+    basic = credentials.basic() if credentials else None
+    headers = {"Authorization": basic} if basic else {}
     here = origin(checked_url(url))
 
-    def fetch():
-        with transport.open("GET", url, headers, trusting=trusting,
+    def exchange(method, url, headers, data=None):
+        with transport.open(method, url, headers, data, trusting=trusting,
                             follow=lambda parts: origin(parts) == here) as response:
             raise_for_status(response, "token")
             return response.read(TOKEN_LIMIT, "token reply")
+
+    def fetch():
+        if credentials and credentials.identity_token:
+            try:
+                return exchange("POST", *_oauth_form(url, credentials.identity_token))
+            except RegistryError as error:
+                if error.status not in (404, 405):
+                    raise
+        return exchange("GET", url, headers)
 
     started = transport.clock()
     with naming(bare_url(url)):
@@ -3441,7 +3453,22 @@ def fetch_token(transport, url, credentials=None, trusting=None):
             raise InvalidDocument("token reply holds no token")
         if not re.fullmatch("[!-~]{1,%d}" % TOKEN_LENGTH_LIMIT, value):
             raise InvalidDocument("token reply holds a token that is not printable ASCII")
+        renewed = document.get("refresh_token", str)
+        if renewed and credentials and credentials.identity_token:
+            credentials.identity_token = renewed  # the old one may be good no longer
     return Token(value, started + _lifetime(document.value.get("expires_in")))
+
+
+def _oauth_form(url, identity_token):
+    """(url, headers, body) of a POST that says what the GET of `url` would."""
+    parts = urllib.parse.urlsplit(url)
+    query = dict(urllib.parse.parse_qsl(parts.query))
+    form = urllib.parse.urlencode([
+        ("grant_type", "refresh_token"), ("refresh_token", identity_token),
+        ("service", query.get("service", "")), ("scope", query.get("scope", "")),
+        ("client_id", "imagec")])
+    return (parts._replace(query="").geturl(),
+            {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
 
 
 def _lifetime(seconds):
@@ -3452,16 +3479,26 @@ def _lifetime(seconds):
     return seconds - TOKEN_MARGIN if seconds > 2 * TOKEN_MARGIN else seconds
 
 
-class Authorizer:
-    """Answers the challenges of one registry, and keeps its tokens by scope."""
+def pull_scope(repository):
+    """The token scope that reading a repository takes (distribution, token scope)."""
+    return "repository:%s:pull" % repository
 
-    def __init__(self, transport, registry_url, credentials=None, token_hosts=()):
+
+class Authorizer:
+    """Answers the challenges of one registry, and keeps its tokens by repository.
+
+    `keyring` has `lookup(host, repository)` (see Keyring); None for no credentials.
+    `rank` is how near the registry's address is.
+    """
+
+    def __init__(self, transport, registry_url, keyring=None, token_hosts=(), rank=None):
         self._transport, self._registry_url = transport, registry_url
-        self._credentials, self._token_hosts = credentials, frozenset(token_hosts)
+        self._host = urllib.parse.urlsplit(registry_url).netloc
+        self._keyring, self._token_hosts = keyring, frozenset(token_hosts)
+        self.rank = rank
         self._challenge = None
         self._tokens = {}
         self._lock = threading.Lock()
-        self.rank = None  # how near the registry's address is
 
     @property
     def challenged(self):
@@ -3477,36 +3514,48 @@ class Authorizer:
                                % bare_url(self._registry_url), status=401)
         self._challenge = challenge
 
-    def header(self, scope):
-        """The Authorization value for `scope`, None where none is asked for."""
+    def header(self, repository):
+        """The Authorization value for `repository`, None where none is asked for.
+
+        The keyring is not asked before the registry asks.
+        """
         challenge = self._challenge
         if challenge is None:
             return None
-        if challenge.scheme == "basic":
-            return self._basic()
         with self._lock:
-            token = self._tokens.get(scope)
+            credentials = self._keyring and self._keyring.lookup(self._host, repository)
+            if credentials and credentials.registry_token:
+                return "Bearer " + credentials.registry_token
+            if challenge.scheme == "basic":
+                return self._basic(credentials)
+            token = self._tokens.get(repository)
             if token is None or token.expires <= self._transport.clock():
-                token = self._tokens[scope] = self._fetch(challenge, scope)
+                token = self._fetch(challenge, repository, credentials)
+                self._tokens[repository] = token
         return "Bearer " + token.value
 
-    def refused(self, scope, header):
+    def refused(self, repository, header):
         """The registry did not take `header`: its token is not used again."""
         with self._lock:
-            token = self._tokens.get(scope)
+            token = self._tokens.get(repository)
             if token is not None and header == "Bearer " + token.value:
-                del self._tokens[scope]
+                del self._tokens[repository]
 
-    def _basic(self):
-        if self._credentials is None:
+    def who(self, repository):
+        """Who we are to the registry, in words."""
+        found = self._keyring and self._keyring.lookup(self._host, repository)
+        return printable(str(found), 200) if found else "anonymous"
+
+    def _basic(self, credentials):
+        basic = credentials and credentials.basic()
+        if not basic:
             raise AccessDenied("%s wants a user name and password"
                                % bare_url(self._registry_url), status=401,
                                hint="give them with -u USER --password-stdin")
-        return self._credentials.basic()
+        return basic
 
-    def _fetch(self, challenge, scope):
-        url = auth_url(challenge, scope, self._registry_url)
-        credentials = self._credentials
+    def _fetch(self, challenge, repository, credentials):
+        url = auth_url(challenge, pull_scope(repository), self._registry_url)
         if credentials and not self._trusts(urllib.parse.urlsplit(url)):
             log.warning("no password sent to %s, which is not a token server of %s: "
                         "fetching an anonymous token; allow it with --token-host",
@@ -3515,8 +3564,8 @@ class Authorizer:
         try:
             return fetch_token(self._transport, url, credentials, self.rank)
         except AccessDenied as error:
-            who = "user " + credentials.username if credentials else "anonymous access"
-            error.message += " (%s)" % printable(who, 80)
+            error.message += " (%s)" % printable(credentials or "anonymous", 200)
+            error.hint = "check the user name and password, or where they come from"
             raise
 
     def _trusts(self, realm):
@@ -3534,6 +3583,8 @@ class Authorizer:
         if realm.scheme != "https" or _address_rank(home.hostname) is not None:
             return False
         domain = home.hostname.partition(".")[2]
+        if re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain):
+            return False  # co.uk and the like: a suffix that strangers share
         return "." in domain and ("." + realm.hostname).endswith("." + domain)
 
 
