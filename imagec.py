@@ -3592,64 +3592,37 @@ class Authorizer:
 # 11  Registry: the distribution API of one host
 # --------------------------------------------------------------------------------------
 
-def raise_for_status(response, what, expected=(200,)):
-    """Raises the RegistryError for a `response` whose status is not expected."""
-    if response.status in expected:
-        return
-    raise registry_error(response, what)
-
-
-def registry_error(response, what):
-    """The RegistryError for a response, in the server's own words where it has some."""
-    codes, words = _error_body(response)
-    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound,
-            429: RateLimited}.get(response.status, RegistryError)
-    if "DENIED" in codes or "UNAUTHORIZED" in codes:
-        kind = AccessDenied
-    meaning = {AccessDenied: "access denied", NotFound: "not found",
-               RateLimited: "too many requests"}.get(kind, "unexpected answer")
-    hint = {AccessDenied: "it may not exist, or need other credentials",
-            RateLimited: "wait, or log in with -u"}.get(kind)
-    error = kind("%s: %s: %s" % (what, meaning, words or "HTTP %d" % response.status),
-                 response.status, codes, response.place(), hint)
-    error.source = response.place()
-    error.retry_after = retry_after(response.headers.get("Retry-After"))
-    return error
-
-
-def _error_body(response):
-    """(codes, words) of an error's body: distribution-spec, "Error Codes"."""
-    try:
-        body = response.read(ERROR_BODY_LIMIT, "error")
-        errors = Document.parse(body, "error").children("errors", 100)
-        pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
-                 for e in errors]
-    except ImagecError:
-        pairs = []
-    words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
-    if words:
-        words = "HTTP %d, %s" % (response.status, printable(words, ERROR_TEXT_LIMIT))
-    return [code for code, _ in pairs], words
-
-
-class Registry:
-    """The pull part of the distribution API at `host` (`HOST[:PORT]`).
+class Endpoint:
+    """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
     `allow_http` lets the probe fall back to unverified https and to http; a loopback host
-    may fall back to http without it. `token_hosts` may be sent the password though they
-    are not the registry's own.
+    may fall back to http without it. `credentials` is a Keyring or Credentials; the
+    `token_hosts` may be sent them though they are not the registry's own. `namespace` is
+    the registry this one is a mirror of, which containerd's mirrors are told as `?ns=`.
     """
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
-                 token_hosts=()):
+                 token_hosts=(), namespace=None):
         self.host, self.transport = host, transport
-        self._credentials, self._allow_http = credentials, allow_http
-        self._token_hosts = token_hosts
+        self._keyring, self._allow_http = credentials, allow_http
+        self._token_hosts, self._namespace = token_hosts, namespace
+        transport.tls.name(host)
         self._authorizer = None
         self._url = None
+        self._warned = set()
         self._lock = threading.Lock()
 
     # -- who and where
+
+    @property
+    def url(self):
+        """The base URL where it has been learnt, else None."""
+        return self._url
+
+    @property
+    def challenge(self):
+        """The Challenge in force, None where the registry has asked for nothing."""
+        return self._authorizer and self._authorizer.challenged
 
     def learn_registry_url(self):
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
@@ -3670,13 +3643,14 @@ class Registry:
         first = None
         for scheme, skip_verify in ways:
             if skip_verify:
-                self.transport.skip_verify()
+                self.transport.tls.skip_verify(self.host)
             try:
                 return self._probe_url("%s://%s/v2/" % (scheme, self.host))
             except RegistryError as error:
                 # It answers HTTP: another scheme would only hide what it said, and this
-                # answer would hide a certificate that was refused.
-                raise first if isinstance(first, CertificateError) else error
+                # answer would hide a certificate, or a proxy, that refused us.
+                hidden = isinstance(first, CertificateError) or first and first.proxied
+                raise first if hidden else error
             except TransportError as error:
                 log.debug("%s by %s: %s", self.host, scheme, error)
                 first = first or error
@@ -3687,16 +3661,17 @@ class Registry:
     def _probe_url(self, url):
         with self.transport.open("HEAD", url) as response:
             if response.status not in (200, 401):
-                error = registry_error(response, "%s is no registry" % self.host)
+                error = registry_error(
+                    response, "%s is no registry" % self.host,
+                    RegistryError if response.status == 404 else None)
                 error.hint = "check the host name; its /v2/ should answer 200 or 401"
                 raise error
             final = urllib.parse.urlsplit(response.url)
             home = urllib.parse.urlsplit(url)
             if final.hostname == home.hostname:  # http -> https, or another port
                 url = "%s://%s/v2/" % (final.scheme, final.netloc)
-            self._authorizer = Authorizer(self.transport, url, self._credentials,
-                                          self._token_hosts)
-            self._authorizer.rank = response.rank
+            self._authorizer = Authorizer(self.transport, url, self._keyring,
+                                          self._token_hosts, response.rank)
             if response.status == 401 and final.hostname == home.hostname:
                 with contextlib.suppress(AccessDenied):
                     # One that we cannot answer may not be meant for what we ask next.
@@ -3713,7 +3688,6 @@ class Registry:
         AccessDenied where access is by other means than a token.
         """
         url = self.learn_registry_url()
-        scope = pull_scope(repository)
         if self._authorizer.challenged is None:
             with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
                                None, {"Accept": ACCEPT}) as response:
@@ -3724,15 +3698,29 @@ class Registry:
                 self._authorizer.learn(response.headers)
         if self._authorizer.challenged.scheme != "bearer":
             raise AccessDenied("%s wants a user name and password, not a token" % self.host)
-        return auth_url(self._authorizer.challenged, scope, url)
+        return auth_url(self._authorizer.challenged, pull_scope(repository), url)
 
     # -- exchanges
 
     def _request(self, method, path, authorization, headers):
         url = self.learn_registry_url() + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
+        if self._namespace and "ns=" not in path:
+            url += "&?"["?" not in path] + "ns=" + urllib.parse.quote(self._namespace, "")
         if authorization:
             headers = dict(headers, Authorization=authorization)
-        return self.transport.open(method, url, headers)
+        response = self.transport.open(method, url, headers)
+        for warning in response.headers.get_all("Warning", []):
+            self._warn(response.redact(warning))
+        if rate_limit(response.headers):
+            log.debug("%s: %s", self.host, rate_limit(response.headers))
+        return response
+
+    def _warn(self, value):
+        """Shows a `Warning: 299 - "text"` header (RFC 7234, 5.5), and each once."""
+        match = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
+        if match and match.group(1) not in self._warned:
+            self._warned.add(match.group(1))
+            log.warning("%s says: %s", self.host, printable(match.group(1)))
 
     def _exchange(self, method, path, repository, what, headers=None, expected=(200,)):
         """The Response to a request for `repository`, authorized as the registry asks.
@@ -3740,9 +3728,8 @@ class Registry:
         A 401 is answered once: with the token it asks for, or a fresh one.
         """
         home = self.learn_registry_url()
-        scope = pull_scope(repository)
         for attempt in (1, 2):
-            authorization = self._authorizer.header(scope)
+            authorization = self._authorizer.header(repository)
             response = self._request(method, path, authorization, headers or {})
             ours = origin(checked_url(response.url)) == origin(checked_url(home))
             if response.status != 401 or attempt == 2 or not ours:
@@ -3751,13 +3738,36 @@ class Registry:
                 break
             response.discard()
             self._authorizer.learn(response.headers)
-            self._authorizer.refused(scope, authorization)
+            self._authorizer.refused(repository, authorization)
         try:
             raise_for_status(response, what, expected)
-        except ImagecError:
-            response.close()
+        except AccessDenied as error:
+            error.message += " (%s)" % self._authorizer.who(repository)
             raise
+        finally:
+            if response.status not in expected:
+                response.close()
         return response
+
+
+class Registry(Endpoint):
+    """The pull part of the distribution API of one host; see Endpoint for its making."""
+
+    def head_manifest(self, repository, tag):
+        """The Digest a tag stands for by the registry's word, None where it gives none.
+
+        Cheaper than fetch_manifest, and no pull by Docker Hub's count.
+        """
+        what = "manifest %s:%s" % (repository, tag)
+
+        def fetch():
+            with self._exchange("HEAD", "%s/manifests/%s" % (repository, tag), repository,
+                                what, {"Accept": ACCEPT}) as response:
+                response.discard()
+                return response.headers.get("Docker-Content-Digest")
+
+        claimed = self.transport.retrying(fetch)
+        return claimed and Document.as_digest(claimed, what + ": Docker-Content-Digest")
 
     def fetch_manifest(self, repository, reference, size=None):
         """The manifest `reference` (a tag, or a Digest) names, decoded.
@@ -3810,7 +3820,7 @@ class Registry:
                                 % (what, descriptor.size, CONFIG_LIMIT))
 
         def fetch():
-            with self.open_blob(repository, descriptor.digest) as response:
+            with self.open_blob(repository, descriptor) as response:
                 verifier = BlobVerifier(descriptor.digest, descriptor.size, what)
                 body = bytearray()
                 for chunk in response.chunks(16 * KIB):
@@ -3822,16 +3832,39 @@ class Registry:
         with naming(self.host):
             return ImageConfig.parse(self.transport.retrying(fetch), what)
 
-    def open_blob(self, repository, digest, offset=0):
-        """A Response with the blob's bytes from `offset` on.
+    def open_blob(self, repository, descriptor, offset=0):
+        """A Response with the bytes of a Descriptor's blob from `offset` on.
 
         Its status is 206 where the server honours the offset, 200 where it sends all,
-        416 where it has nothing there.
+        416 where it has nothing there. A foreign layer that the registry does not have is
+        asked of the descriptor's https URLs, without credentials (CVE-2020-15157).
         """
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
-        return self._exchange("GET", "%s/blobs/%s" % (repository, digest), repository,
-                              "blob " + str(digest), headers,
-                              (200, 206, 416) if offset else (200,))
+        expected = (200, 206, 416) if offset else (200,)
+        what = "blob " + str(descriptor.digest)
+        try:
+            return self._exchange("GET", "%s/blobs/%s" % (
+                repository, str(descriptor.digest)), repository, what, headers, expected)
+        except RegistryError as error:
+            if error.status not in (403, 404) or not descriptor.urls:
+                raise
+            return self._open_foreign(descriptor.urls, what, headers, expected, error)
+
+    def _open_foreign(self, urls, what, headers, expected, error):
+        for url in urls:
+            try:
+                if checked_url(url).scheme != "https":
+                    raise UnsafeRedirect("a foreign layer's URL that is not https: "
+                                         + bare_url(url))
+                response = self.transport.open("GET", url, headers, trusting=_PUBLIC)
+                if response.status in expected:
+                    return response
+                error = registry_error(response, what)
+                response.close()
+            except TransportError as reason:
+                self.transport.check()
+                error = reason
+        raise error
 
     def tags(self, repository):
         """Yields the repository's tags, page by page (distribution-spec, "Listing Tags").
@@ -3878,9 +3911,67 @@ class Registry:
         return url.path[len("/v2/"):] + ("?" + url.query if url.query else "")
 
 
-def pull_scope(repository):
-    """The token scope that reading a repository takes (distribution, token scope)."""
-    return "repository:%s:pull" % repository
+class Source:
+    """One repository: where it is at home, and mirrors of it that are tried first.
+
+    `places` are (Registry, repository there) pairs, the home last. A mirror that fails, or
+    lacks something, or serves what it should not, is left for good, and that is told.
+    """
+
+    def __init__(self, places):
+        self._places = list(places)
+        self.home, self.repository = self._places[-1]
+        self.transport = self.home.transport
+        self._lock = threading.Lock()
+
+    @property
+    def registry_url(self):
+        """The base URL of the home registry; a guess where only mirrors were asked."""
+        return self.home.url or "https://%s/v2/" % self.home.host
+
+    @property
+    def host(self):
+        """The host asked now."""
+        return self._places[0][0].host
+
+    def leave(self, place, error):
+        """`place` has failed with `error`; whether another is left to try."""
+        self.transport.check()
+        with self._lock:
+            if place in self._places[:-1]:
+                log.warning("leaving the mirror %s: %s", place[0].host, error)
+                self._places.remove(place)
+        return place != (self.home, self.repository)
+
+    def ask(self, action):
+        """`action(registry, repository)` of the first place that can do it."""
+        while True:
+            place = self._places[0]
+            try:
+                return action(*place)
+            except ImagecError as error:
+                if not self.leave(place, error):
+                    raise
+
+    def fetch_manifest(self, reference, size=None):
+        """See Registry.fetch_manifest."""
+        return self.ask(lambda registry, repository: registry.fetch_manifest(
+            repository, reference, size))
+
+    def head_manifest(self, tag):
+        """See Registry.head_manifest."""
+        return self.ask(lambda registry, repository: registry.head_manifest(
+            repository, tag))
+
+    def fetch_config(self, descriptor):
+        """See Registry.fetch_config."""
+        return self.ask(lambda registry, repository: registry.fetch_config(
+            repository, descriptor))
+
+    def open_blob(self, descriptor, offset=0):
+        """(place, Response): see Registry.open_blob; `place` is what `leave` wants."""
+        return self.ask(lambda registry, repository: (
+            (registry, repository), registry.open_blob(repository, descriptor, offset)))
 
 
 # --------------------------------------------------------------------------------------
