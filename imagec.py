@@ -4009,9 +4009,13 @@ class Partial:
         waiting = False
         while True:
             self._fd = self._open()
-            if _try_lock(self._fd) and self._still_there():
-                break
-            os.close(self._fd)
+            try:
+                if _try_lock(self._fd) and self._still_there():
+                    break
+            except BaseException:
+                self.close()
+                raise
+            self.close()
             if not waiting:
                 log.info("waiting for another pull of %s", final)
                 waiting = True
@@ -4049,24 +4053,37 @@ class Partial:
         os.lseek(self._fd, 0, os.SEEK_SET)
         return iter(lambda: os.read(self._fd, CHUNK), b"")
 
-    def truncate(self):
-        """Starts over."""
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        os.ftruncate(self._fd, 0)
+    def truncate(self, size=0):
+        """Keeps the first `size` bytes and goes on behind them."""
+        os.lseek(self._fd, size, os.SEEK_SET)
+        os.ftruncate(self._fd, size)
 
     def write(self, data):
         """Appends `data`."""
         view = memoryview(data)
-        while len(view):
-            view = view[os.write(self._fd, view):]
+        with self._named():
+            while len(view):
+                view = view[os.write(self._fd, view):]
 
-    def commit(self):
-        """Gives it its final name, on disk before the name is."""
-        os.fsync(self._fd)
+    @contextlib.contextmanager
+    def _named(self):
+        """An OSError of the descriptor says which file it speaks of."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.path
+            raise
+
+    def commit(self, durable=True):
+        """Gives it its final name; where `durable`, it is on disk before the name is."""
+        if durable:
+            with self._named():
+                os.fsync(self._fd)
         if os.name == "nt":
             self.close()  # Windows does not rename open files
         os.replace(self.path, self.final)
-        sync_directory(os.path.dirname(self.final))
+        if durable:
+            sync_directory(os.path.dirname(self.final))
 
     def discard(self):
         """Removes it."""
@@ -4127,14 +4144,14 @@ class Fetched(NamedTuple):
     reused: bool
 
 
-class _Proof:
+class Proof:
     """The running verification of one blob and, if asked for, of what it unpacks to."""
 
-    def __init__(self, blob, diff_id, unpack, limit):
+    def __init__(self, blob, diff_id, unpack, limit, visitor):
         what = "layer " + str(blob.digest)
         self._what, self._diff_id = what, diff_id
         self._blob = BlobVerifier(blob.digest, blob.size, what)
-        self._layer = LayerVerifier(what, limit) if unpack else None
+        self._layer = LayerVerifier(what, limit, visitor and visitor()) if unpack else None
 
     @property
     def received(self):
@@ -4162,19 +4179,22 @@ class _Proof:
 
 
 class Download:
-    """Fetches one blob of `repository` to the file `path`; `run` does it.
+    """Fetches one blob from a Source to the file `path`; `run` does it.
 
     `diff_id` is what it must unpack to, None where that is not known; `unpack` whether to
-    look. `notify(Event)` hears of progress under the name `name`.
+    look; `visitor` makes visitors of its members (see TarWalker), one for each start.
+    `durable` tells to flush it to disk before it has its name. `notify(Event)` hears of
+    progress.
     """
 
-    def __init__(self, registry, repository, blob, path, unpack=False, diff_id=None,
-                 limit=LAYER_SIZE_LIMIT, notify=lambda event: None, name=None):
-        self._registry, self._repository, self._blob = registry, repository, blob
-        self._path, self._notify = path, notify
-        self._name = name or blob.digest.hex[:12]
-        self._new_proof = lambda: _Proof(blob, diff_id, unpack, limit)
-        self._proof = None
+    def __init__(self, source, blob, path, unpack=False, diff_id=None,
+                 limit=LAYER_SIZE_LIMIT, notify=lambda event: None, visitor=None,
+                 durable=True):
+        self._source, self._blob = source, blob
+        self._path, self._notify, self._durable = path, notify, durable
+        self._name = blob.digest.hex[:12]
+        self._new_proof = lambda: Proof(blob, diff_id, unpack, limit, visitor)
+        self._proof = self._place = None
         self._resumed = False
 
     def run(self):
@@ -4184,7 +4204,7 @@ class Download:
         found = self._existing()
         if found:
             return found
-        with Partial(self._path, self._registry.transport.wait) as partial:
+        with Partial(self._path, self._source.transport.wait) as partial:
             found = self._existing()  # another pull may have finished while we waited
             if found:
                 partial.discard()
@@ -4198,7 +4218,7 @@ class Download:
                 self._proof.abort()
             size = partial.size()
             self._tell("Verifying Checksum")
-            partial.commit()
+            partial.commit(self._durable)
         self._tell("Download complete")
         return Fetched(size, unpacked, False)
 
@@ -4214,7 +4234,7 @@ class Download:
         try:
             with open(self._path, "rb") as file:
                 for data in iter(lambda: file.read(CHUNK), b""):
-                    self._registry.transport.check()
+                    self._source.transport.check()
                     proof.update(data)
             unpacked = proof.finish()
         except (VerificationError, InvalidDocument) as error:
@@ -4228,7 +4248,7 @@ class Download:
     def _receive(self, partial):
         self._proof = self._new_proof()
         self._take_up(partial)
-        budget = Budget(self._registry.transport)
+        budget = Budget(self._source.transport)
         while True:
             before = self._proof.received
             try:
@@ -4236,19 +4256,29 @@ class Download:
                     self._pour(partial)
                 return self._proof.finish()
             except (VerificationError, InvalidDocument) as error:
-                if not self._resumed:
+                # What an earlier try left may be to blame, or a mirror.
+                if not self._resumed and not self._leave(error):
                     raise
                 log.info("%s; starting over", error)
                 self._start_over(partial)
             except ImagecError as error:
-                budget.spend(error, self._proof.received - before)
+                try:
+                    budget.spend(error, self._proof.received - before)
+                except ImagecError:
+                    if not self._leave(error):
+                        raise
+                    budget = Budget(self._source.transport)
+
+    def _leave(self, error):
+        """Whether there is another place to get the blob from than the one that failed."""
+        return self._place is not None and self._source.leave(self._place, error)
 
     def _take_up(self, partial):
         """Goes on where an earlier run ended: what it left is hashed again, not believed."""
         if self._blob.size is not None and partial.size() > self._blob.size:
             partial.truncate()
         for data in partial.chunks():
-            self._registry.transport.check()
+            self._source.transport.check()
             self._proof.update(data)
         if self._proof.received:
             self._resumed = True
@@ -4263,8 +4293,8 @@ class Download:
     def _pour(self, partial):
         """One try: what the registry still has of the blob, onto disk and into the proof."""
         offset = self._proof.received
-        with self._registry.open_blob(self._repository, self._blob.digest,
-                                      offset) as response:
+        self._place, response = self._source.open_blob(self._blob, offset)
+        with response:
             if offset and not self._continues(response, offset):
                 self._start_over(partial)
                 if response.status != 200:
