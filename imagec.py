@@ -4327,6 +4327,504 @@ class Download:
 
 
 # --------------------------------------------------------------------------------------
+# 13  Flattening: layers -> one file tree
+# --------------------------------------------------------------------------------------
+# Policy first, mechanics after: the tree is worked out in memory from the members' headers
+# (OCI image-spec, layer.md, "Applying Changesets"), as in a chroot. Only then is anything
+# put in its place, and every parent of it is a directory we made: no link of an image is
+# ever followed on the real file system, so none can lead out of it.
+
+_WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
+_LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
+_DEPTH_LIMIT = 1024  # directories inside one another
+_RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
+_IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
+
+
+def remove_tree(path):
+    """Removes a directory of ours, whatever modes an image gave to what is in it."""
+    import shutil
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.lexists(path):
+        os.chmod(path, 0o700)
+        for directory, names, _ in os.walk(path):
+            for name in names:
+                place = os.path.join(directory, name)
+                if not os.path.islink(place):
+                    os.chmod(place, 0o700)
+        shutil.rmtree(path)
+
+
+class LayerStore:
+    """Keeps what one layer holds: its Entries in order, and its files' data on disk.
+
+    The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
+    file of its own in it, or, where `packed`, all to one: making files is what costs most.
+    `entries` is a list of (Entry, (path, offset) of its data or None, its sha256 or None).
+    """
+
+    def __init__(self, directory, packed=False):
+        remove_tree(directory)
+        os.makedirs(directory)
+        self._directory = directory
+        self.entries = []
+        self._pack = open(os.path.join(directory, "data"), "xb", buffering=0) if (
+            packed) else None
+        self._file = None
+
+    def entry(self, entry):
+        """A member begins."""
+        self._end()
+        number, place = len(self.entries), None
+        if entry.kind == "file" and entry.size:
+            if self._pack is not None:
+                self._file, self._base = self._pack, self._pack.seek(0, os.SEEK_END)
+            else:
+                self._file, self._base = self._new_file(number), 0
+            place = (self._file.name, self._base)
+            self._hash = hashlib.sha256()
+            self._holes = list(reversed(entry.sparse or ((0, entry.size),)))
+            self._at = 0  # in the file, holes included
+        self.entries.append((entry, place, None))
+
+    def _new_file(self, number):
+        shard = os.path.join(self._directory, str(number // 1000))
+        os.makedirs(shard, exist_ok=True)
+        return open(os.path.join(shard, str(number)), "xb", buffering=0)
+
+    def data(self, data):
+        """What a member stores, holes left out."""
+        while self._file is not None and len(data) and self._holes:
+            offset, length = self._holes.pop()
+            self._zeros(offset)
+            piece = data[:length]
+            view = memoryview(piece)
+            while len(view):
+                view = view[self._file.write(view):]
+            self._hash.update(piece)
+            self._at += len(piece)
+            if len(piece) < length:
+                self._holes.append((offset + len(piece), length - len(piece)))
+            data = data[len(piece):]
+
+    def _zeros(self, until):
+        """A hole up to `until`: nothing is written, but it counts in the hash."""
+        if until > self._at:
+            self._file.seek(self._base + until)
+            zeros = bytes(CHUNK)
+            while self._at < until:
+                count = min(CHUNK, until - self._at)
+                self._hash.update(memoryview(zeros)[:count])
+                self._at += count
+
+    def _end(self):
+        if self._file is not None:
+            entry, place, _ = self.entries[-1]
+            self._zeros(entry.size)
+            self._file.truncate(self._base + entry.size)
+            if self._pack is None:
+                self._file.close()
+            self._file = None
+            self.entries[-1] = (entry, place, self._hash.hexdigest())
+
+    def finish(self):
+        """The last member is whole."""
+        self._end()
+        self.abort()
+
+    def abort(self):
+        """No more will come."""
+        for file in (self._file, self._pack):
+            if file is not None:
+                file.close()
+
+
+class Node:
+    """An inode of the tree: its Entry, its data's (path, offset), its children if any."""
+
+    __slots__ = ("entry", "data", "sha256", "children")
+
+    def __init__(self, entry, data=None, sha256=None):
+        self.entry, self.data, self.sha256 = entry, data, sha256
+        self.children = {} if entry.kind == "dir" else None
+
+
+class Tree:
+    """The file tree an image's layers make; `apply` them oldest first."""
+
+    def __init__(self):
+        self.root = Node(_IMPLICIT)
+        self.unknown = 0  # members of no known kind, left out
+
+    def apply(self, entries):
+        """Applies one layer: the `entries` of a LayerStore.
+
+        Whiteouts first, for they speak of the layers below wherever they stand. Raises
+        InvalidDocument, LimitExceeded.
+        """
+        entries = [(self._parts(entry.path), entry, data, sha256)
+                   for entry, data, sha256 in entries]
+        own = {parts for parts, entry, _, _ in entries if entry.kind == "dir"}
+        for parts, entry, _, _ in entries:
+            if parts and parts[-1].startswith(_WHITEOUT):
+                self._white_out(parts, own)
+        todo = [row for row in entries if not (row[0] and row[0][-1].startswith(
+            _WHITEOUT) and not (len(row[0]) > 1 and row[0][0].startswith(_AUFS)))]
+        while todo:  # again for links that stand before their targets
+            late = [row for row in todo if not self._add(*row)]
+            if len(late) == len(todo):
+                entry = late[0][1]
+                raise InvalidDocument("hard link %s to %s, which is not there"
+                                      % (show(entry.path), show(entry.link)))
+            todo = late
+        for name in [n for n in self.root.children if n.startswith(_AUFS)]:
+            del self.root.children[name]  # AUFS kept the data of hard links there
+
+    @staticmethod
+    def _parts(path):
+        parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
+        if b".." in parts:
+            raise InvalidDocument("unsafe member name %s" % show(path))
+        if len(parts) > _DEPTH_LIMIT:
+            raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
+        return parts
+
+    def _white_out(self, parts, own):
+        name = parts[-1]
+        if name != _OPAQUE and name.startswith(_AUFS) or (
+                len(parts) > 1 and parts[0].startswith(_AUFS)):
+            return
+        hidden = name[len(_WHITEOUT):]
+        if hidden in (b"", b".", b".."):
+            raise InvalidDocument("a whiteout of nothing: %s" % show(b"/".join(parts)))
+        parent = self._directory(parts[:-1], own=own)
+        if parent is None:
+            return
+        if name != _OPAQUE:
+            parent.children.pop(hidden, None)
+        elif self._node(parts[:-1]) is parent:  # what a lower link leads to is not meant
+            parent.children.clear()
+
+    def _node(self, parts):
+        """The inode that `parts` name, the last of them not followed; None for none."""
+        if not parts:
+            return self.root
+        parent = self._directory(parts[:-1])
+        return parent and parent.children.get(parts[-1])
+
+    def _directory(self, parts, make=False, own=()):
+        """The directory `parts` names, links followed inside the root as in a chroot.
+
+        None where there is none, unless it is to be made. A link that the layer replaces
+        by a directory of its `own` leads nowhere.
+        """
+        todo = list(reversed(parts))
+        trail, hops = [self.root], 0
+        while todo:
+            part = todo.pop()
+            if part == b"..":
+                del trail[max(1, len(trail) - 1):]
+                continue
+            node = trail[-1].children.get(part)
+            if node is not None and node.entry.kind == "symlink":
+                if not hops and parts[:len(trail)] in own:
+                    return None
+                hops += 1
+                if hops > _LINK_LIMIT:
+                    raise InvalidDocument("links in a loop at %s"
+                                          % show(b"/".join(parts)))
+                target = node.entry.link
+                if target.startswith(b"/"):
+                    del trail[1:]
+                todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
+                                                                                b"."))
+                continue
+            if node is None or node.children is None:
+                if not make:
+                    return None
+                node = trail[-1].children[part] = Node(_IMPLICIT)
+            trail.append(node)
+            if len(trail) > _DEPTH_LIMIT:
+                raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
+        return trail[-1]
+
+    def _add(self, parts, entry, data, sha256):
+        """Puts a member in its place; False for a hard link whose target is not there."""
+        if entry.kind == "unknown":
+            self.unknown += 1
+            return True
+        if not parts:
+            if entry.kind != "dir":
+                raise InvalidDocument("unsafe member: the root as a " + entry.kind)
+            self.root.entry = entry
+            return True
+        parent = self._directory(parts[:-1], make=True)
+        old = parent.children.get(parts[-1])
+        if entry.kind == "hardlink":
+            target = self._target(entry.link)
+            if target is None:
+                return False
+            parent.children[parts[-1]] = target
+        elif entry.kind == "dir" and old is not None and old.children is not None:
+            old.entry = entry
+        else:
+            parent.children[parts[-1]] = Node(entry, data, sha256)
+        return True
+
+    def _target(self, link):
+        """The inode a hard link means, None where there is none."""
+        node = self._node(self._parts(link))
+        if node is not None and node.children is not None:
+            raise InvalidDocument("a hard link to the directory %s" % show(link))
+        return node
+
+    def walk(self):
+        """Yields (path, Node) of everything below the root: parents first, by name."""
+        stack = [(b"", self.root)]
+        while stack:
+            path, node = stack.pop()
+            if path:
+                yield path, node
+            if node.children:
+                stack.extend(sorted(((path + b"/" + name if path else name, child)
+                                     for name, child in node.children.items()),
+                                    key=lambda pair: pair[0], reverse=True))
+
+
+def show(name):
+    """A member's name for messages."""
+    return repr(name.decode("utf-8", "backslashreplace"))[:200]
+
+
+class TreeWriter:
+    """Puts a Tree's files in place in a directory, with what rights we have.
+
+    The data files are moved, not copied. What could not be done is counted in `undone`,
+    a dict of words -> how often.
+    """
+
+    def __init__(self, tree):
+        self._tree = tree
+        self._root = hasattr(os, "geteuid") and os.geteuid() == 0
+        self._moved = {}
+        self.undone = collections.Counter()
+
+    def write(self, directory):
+        """Makes `directory` (which must not exist) the root of the tree, all but its own
+        attributes: a directory without write permission could not be moved.
+        """
+        base = os.fsencode(directory)
+        os.mkdir(base, 0o700)
+        first, directories = {}, []
+        for path, node in self._tree.walk():
+            place = os.path.join(base, path)
+            if os.path.lexists(place):
+                raise Unsupported("%s: two names of the image are one on this file system"
+                                  % show(path))
+            if id(node) in first:
+                os.link(first[id(node)], place, follow_symlinks=False)
+                continue
+            if node.children is not None:
+                os.mkdir(place, 0o700)
+                directories.append((place, node.entry))
+            elif self._make(node, place):
+                first[id(node)] = place
+                self._dress(place, node.entry)
+        for place, entry in reversed(directories):  # last, or they refuse their children
+            self._dress(place, entry)
+
+    def finish(self, directory):
+        """The attributes of the root, when it is where it is to stay."""
+        self._dress(os.fsencode(directory), self._tree.root.entry)
+        if self._tree.unknown:
+            self.undone["members of unknown types left out"] = self._tree.unknown
+
+    def _make(self, node, place):
+        """A file, link or device, still without its attributes; whether it was made."""
+        entry = node.entry
+        if node.data is not None:
+            self._move(node.data[0], place)
+        elif entry.kind == "file":
+            os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        elif entry.kind == "symlink":
+            os.symlink(entry.link, place)
+        elif entry.kind == "fifo":
+            os.mkfifo(place, 0o600)
+        else:
+            return self._device(entry, place)
+        return True
+
+    def _move(self, data, place):
+        """A layer that is there twice has its data once: the second file is a copy."""
+        import shutil
+        if data in self._moved:
+            shutil.copyfile(self._moved[data], place)
+        else:
+            os.rename(data, place)
+            self._moved[data] = place
+
+    def _device(self, entry, place):
+        kind = stat.S_IFCHR if entry.kind == "char" else stat.S_IFBLK
+        if self._root:
+            try:
+                os.mknod(place, kind | 0o600, os.makedev(*entry.device))
+                return True
+            except (OSError, OverflowError):
+                pass
+        self.undone["device nodes not made"] += 1
+        return False
+
+    def _dress(self, place, entry):
+        """Owner, then extended attributes, mode (chown takes setuid away) and times."""
+        link = entry.kind == "symlink"
+        if self._root:
+            self._try("owners not set", os.lchown, place, entry.uid, entry.gid)
+        elif (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
+            self.undone["owners not set"] += 1
+        for name, value in entry.xattrs:
+            if not name.startswith(_RESTORED_XATTRS) or not hasattr(os, "setxattr"):
+                self.undone["extended attributes not set"] += 1
+            else:
+                self._try("extended attributes not set", os.setxattr, place, name, value,
+                          follow_symlinks=False)
+        if not link:
+            os.chmod(place, entry.mode)
+        self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
+                  follow_symlinks=False)
+
+    def _try(self, undone, action, *args, **kwargs):
+        try:
+            action(*args, **kwargs)
+        except (OSError, OverflowError):
+            self.undone[undone] += 1
+
+
+def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"",
+               device=(0, 0), xattrs=()):
+    """The header blocks of one member: ustar, with a pax header where it does not fit.
+
+    Written here because tarfile's differ between Pythons in the fields of devices, and an
+    archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
+    """
+    seconds, rest = divmod(mtime, 10 ** 9)
+    pax = [(_XATTR + key, value) for key, value in xattrs]
+
+    def fits(key, value, width):
+        if len(value) > width:
+            pax.append((key, value))
+        return value[:width]
+
+    def number(key, value, digits):
+        if 0 <= value < 8 ** digits:
+            return b"%0*o\0" % (digits, value)
+        pax.append((key, b"%d" % value))
+        return b"0" * digits + b"\0"
+
+    fields = [fits(b"path", name, 100), number(b"mode", mode, 7), number(b"uid", uid, 7),
+              number(b"gid", gid, 7), number(b"size", size, 11),
+              number(b"mtime", seconds, 11), b" " * 8, kind,
+              fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
+              number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b""]
+    if rest:
+        pax = [pair for pair in pax if pair[0] != b"mtime"]
+        pax.append((b"mtime", b"-"[:mtime < 0] + (
+            b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")))
+    block = _tar_block(fields)
+    if not pax:
+        return block
+    records = b"".join(_pax_record(key, value) for key, value in sorted(pax))
+    return (tar_header(b"././@PaxHeader", len(records), b"x") + records
+            + bytes(-len(records) % TAR_BLOCK) + block)
+
+
+def _tar_block(fields):
+    block = struct.pack("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x", *fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _pax_record(key, value):
+    """"LENGTH KEY=VALUE\\n", where LENGTH counts itself."""
+    length = len(key) + len(value) + 3
+    total = length + len(str(length))
+    total = length + len(str(total))
+    return b"%d %s=%s\n" % (total, key, value)
+
+
+_TYPEFLAGS = {"file": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5",
+              "fifo": b"6"}
+
+
+def write_tree_tar(tree, write):
+    """The Tree as one tar, like `docker export`, through `write(bytes)`."""
+    first = {}
+    root = tree.root.entry
+    write(_entry_header(root, b"./"))
+    for path, node in tree.walk():
+        entry = node.entry
+        if id(node) in first:
+            write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid, entry.mtime,
+                             first[id(node)]))
+            continue
+        first[id(node)] = path
+        write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
+        if node.data is not None:
+            for data in _stored(node.data, entry.size):
+                write(data)
+            write(bytes(-entry.size % TAR_BLOCK))
+
+
+def _stored(place, size):
+    """The data of a file in a LayerStore, in pieces."""
+    path, offset = place
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while size:
+            data = file.read(min(size, CHUNK))
+            if not data:
+                raise OutputError(path, "has been tampered with")
+            size -= len(data)
+            yield data
+
+
+def _entry_header(entry, name):
+    size = entry.size if entry.kind == "file" else 0
+    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid, entry.gid,
+                      entry.mtime, entry.link, entry.device, entry.xattrs)
+
+
+def mtree_lines(tree):
+    """The Tree as mtree(5) lines: what is where, with which mode, size, link and digest."""
+    yield "#mtree\n"
+    yield _mtree_line(b".", tree.root)
+    for path, node in tree.walk():
+        yield _mtree_line(b"./" + path, node)
+
+
+def _mtree_line(path, node):
+    entry = node.entry
+    words = [_vis(path), "type=%s" % ("link" if entry.kind == "symlink" else entry.kind),
+             "mode=%04o" % entry.mode, "uid=%d" % entry.uid, "gid=%d" % entry.gid]
+    if entry.kind == "file":
+        words += ["size=%d" % entry.size, "sha256digest=" + (
+            node.sha256 or hashlib.sha256().hexdigest())]
+    if entry.kind == "symlink":
+        words.append("link=" + _vis(entry.link))
+    return " ".join(words) + "\n"
+
+
+def _vis(name):
+    """A name as mtree wants it: what is not plain ASCII in octal, as vis(3) does."""
+    return "".join(chr(byte) if 33 <= byte < 127 and byte not in b"#\\=" else
+                   "\\%03o" % byte for byte in name)
+
+
+def _unvis(text):
+    return re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]),
+                  text.encode("ascii"))
+
+
+# --------------------------------------------------------------------------------------
 # 13  Outputs: the layouts others load
 # --------------------------------------------------------------------------------------
 # An output never sees the network. It says where each blob goes, and is told when all
