@@ -4825,20 +4825,22 @@ def _unvis(text):
 
 
 # --------------------------------------------------------------------------------------
-# 13  Outputs: the layouts others load
+# 14  Outputs: the layouts others load
 # --------------------------------------------------------------------------------------
 # An output never sees the network. It says where each blob goes, and is told when all
-# are there; only then does it write what makes them an image.
+# are there; only then does it write what makes them an image. Bytes stay as they came.
 
 class ResolvedImage(NamedTuple):
     """An image as its registry describes it, before any layer is fetched.
 
-    `indexes` are the ones that led to `manifest`, outermost first; `config` is None for
-    schema1; `platform` is what the image says it is for.
+    `digest` is what the reference stands for: the outermost document's. `indexes` are the
+    ones that led to `manifest`, outermost first; `config` is None for schema1 until its
+    layers are unpacked; `platform` is what the image says it is for.
     """
 
     reference: Reference
     registry_url: str
+    digest: Digest
     indexes: Tuple[Index, ...]
     manifest: object
     config: Optional[ImageConfig]
@@ -4846,23 +4848,66 @@ class ResolvedImage(NamedTuple):
     layers: Tuple[Layer, ...]
 
     @property
-    def digest(self):
-        """The digest the reference stands for: the outermost document's."""
-        return (self.indexes + (self.manifest,))[0].digest
+    def image_id(self):
+        """docker's image ID; None for schema1 before its layers are unpacked."""
+        return self.config and str(Digest.of(self.config.raw))
 
     @property
-    def image_id(self):
-        """docker's image ID; for schema1 the v1 id of the top layer."""
-        if self.config is not None:
-            return str(self.manifest.config.digest)
-        return "sha256:" + self.layers[-1].id
+    def top(self):
+        """(document, platform or None) that an OCI index points to for this image."""
+        return self.manifest, self.platform
+
+    @property
+    def documents(self):
+        """The documents a layout holds, besides the layers, as (Digest, bytes) pairs."""
+        return [(self.manifest.digest, self.manifest.raw),
+                (self.manifest.config.digest, self.config.raw)]
+
+
+class ResolvedIndex(NamedTuple):
+    """An index with all it points to: `manifests` are the documents below it.
+
+    `layers` are all blobs of these, configs included, as Layers without id.
+    """
+
+    reference: Reference
+    registry_url: str
+    digest: Digest
+    index: Index
+    manifests: tuple
+    layers: Tuple[Layer, ...]
+    platform = "all"
+    image_id = config = None
+    indexes = ()
+
+    @property
+    def manifest(self):
+        """The outermost document."""
+        return self.index
+
+    @property
+    def top(self):
+        """(document, platform or None) that an OCI index points to."""
+        return self.index, None
+
+    @property
+    def documents(self):
+        """The index and everything below it that is not a blob."""
+        return [(document.digest, document.raw)
+                for document in (self.index,) + self.manifests]
+
+
+def existing_parent(path):
+    """`path`, or the nearest directory above it that exists."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    return there
 
 
 def check_writable(path):
     """Raises OutputError unless the directory `path` can be, or be made, written to."""
-    there = os.path.abspath(path)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
+    there = existing_parent(path)
     if not os.path.isdir(there):
         raise OutputError(there, "is there and is not a directory",
                           "choose another place with -o")
@@ -4888,24 +4933,110 @@ def make_directory(base, *parts):
     return path
 
 
+def private_directory(path):
+    """Makes sure that `path` is a directory of ours alone, and not a link planted there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or hasattr(os, "geteuid") and (
+            status.st_uid != os.geteuid()):
+        raise OutputError(path, "is in the way: not a directory of ours")
+
+
 def same_file(source, path):
     """Makes `path` the same file as the verified `source`: a hard link, else a copy."""
     if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
         return
+    link = path + PARTIAL + ".link"
     with Partial(path) as partial:
         try:
-            os.unlink(partial.path)
-            os.link(source, partial.path)
-            os.replace(partial.path, path)
+            if os.path.lexists(link):
+                os.unlink(link)
+            os.link(source, link)
+            os.replace(link, path)
+            partial.discard()
         except OSError:  # no hard links here
-            with Partial(path) as copy, open(source, "rb") as file:
-                copy.truncate()
+            partial.truncate()
+            with open(source, "rb") as file:
                 for data in iter(lambda: file.read(CHUNK), b""):
-                    copy.write(data)
-                copy.commit()
+                    partial.write(data)
+            partial.commit()
 
 
-class LayersOutput:
+class _Stream:
+    """A binary file that may take less than it is given, as pipes do."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, data):
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view):]
+
+    def flush(self):
+        self._file.flush()
+
+
+class Output:
+    """What Pull needs of a layout. `tag` is the Reference to name the image by, None for
+    the one it is pulled by; `stream` is a binary file to write to instead of `path`.
+    """
+
+    unpacks = False  # whether layers are unpacked, and so their diffIDs checked
+    verbatim = False  # whether schema1 and its throwaway layers are kept as they are
+    durable = True  # whether blobs are flushed to disk one by one
+    platforms = False  # whether it can hold an index with all its platforms
+    replaces = False  # whether a layer may stand in it by another blob
+    several = True  # whether it holds more than one image
+    streams = False  # whether it can be written to a pipe
+
+    def __init__(self, path, tag=None, stream=None):
+        if stream is not None and path == "-":
+            raise UsageError("format %s does not go to standard output" % self.format)
+        self.path, self._tag = path, tag
+
+    def begin(self, images, touch=True):
+        """These are all that will come; nothing is written yet unless `touch`."""
+
+    def locate(self, image):
+        """Works out where a ResolvedImage or ResolvedIndex goes; touches nothing."""
+
+    def open(self, image):
+        """Makes the place for an image that was located."""
+
+    def held(self, reference, registry_url):
+        """The documents it has of an image of that name, as bytes, outermost first."""
+        return []
+
+    def present(self, layer):
+        """(Descriptor, Fetched) of a layer that need not be fetched at all, else None."""
+
+    def visitor(self, layer):
+        """A maker of visitors (see TarWalker) for the layer's members, else None."""
+
+    def stored(self, layer, fetched):
+        """The layer's blob is verified and at its blob_path; from any thread."""
+
+    def finish(self):
+        """No image follows."""
+
+    def abandon(self):
+        """The pull has failed: puts away what no later run can use."""
+
+    def name_of(self, image):
+        """The Reference an image is to be loaded by, None for one without a tag."""
+        name = self._tag or image.reference
+        return name._replace(digest=None) if name.tag else None
+
+
+def _read_document(path):
+    with open(path, "rb") as file:
+        return file.read(MANIFEST_LIMIT)
+
+
+class LayersOutput(Output):
     """DEST/SCHEME/HOST/v2/REPOSITORY/TAG/: a directory a layer, and the documents.
 
     `<id>/<id>.tar` is the blob as received, `<id>/<id>.json` its v1 image JSON,
@@ -4915,24 +5046,38 @@ class LayersOutput:
     """
 
     format = "layers"
-    unpacks = True
+    unpacks = verbatim = True
 
-    def __init__(self, path):
-        self.destination = path
+    def __init__(self, path, tag=None, stream=None):
+        super().__init__(path, tag, stream)
+        self._destination = path
         check_writable(path)
 
-    def open(self, image):
-        """Makes the place for `image`."""
-        url = urllib.parse.urlsplit(image.registry_url)
+    def _parts(self, reference, registry_url):
+        url = urllib.parse.urlsplit(registry_url)
         host = url.netloc.replace(":", "_") if os.name == "nt" else url.netloc
-        reference = image.reference
-        name = ("%s-%s" % reference.digest if reference.digest else reference.tag)
-        self.path = make_directory(self.destination, url.scheme, host, "v2",
-                                   *reference.repository.split("/") + [name])
+        name = "%s-%s" % reference.digest if reference.digest else reference.tag
+        return [url.scheme, host, "v2"] + reference.repository.split("/") + [name]
+
+    def locate(self, image):
+        self._below = self._parts(image.reference, image.registry_url)
+        self.path = os.path.join(self._destination, *self._below)
+
+    def open(self, image):
+        for layer in image.layers:
+            make_directory(self._destination, *self._below + [layer.id])
+
+    def held(self, reference, registry_url):
+        # The registry may not have been probed yet, and then its scheme is a guess.
+        places = [os.path.join(self._destination, scheme, *self._parts(
+            reference, registry_url)[1:]) for scheme in ("https", "http")]
+        return [_read_document(os.path.join(path, name)) for path in places
+                for name in ("index.json", "manifest.json", "config.json")
+                if os.path.isfile(os.path.join(path, name))]
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
-        return os.path.join(make_directory(self.path, layer.id), layer.id + ".tar")
+        return os.path.join(self.path, layer.id, layer.id + ".tar")
 
     def close(self, image):
         """All blobs are there: writes the documents. The path of the whole."""
@@ -4943,10 +5088,16 @@ class LayersOutput:
             if source != path:
                 same_file(source, path)
             self._write(layer.v1_json.encode("utf-8"), layer.id, layer.id + ".json")
-        for depth, index in enumerate(image.indexes):
-            self._write(index.raw, "index.%d.json" % depth if depth else "index.json")
-        if image.config is not None:
-            self._write(image.config.raw, "config.json")
+        documents = {"index.%d.json" % depth if depth else "index.json": index.raw
+                     for depth, index in enumerate(image.indexes)}
+        if isinstance(image.manifest, Manifest):
+            documents["config.json"] = image.config.raw
+        for name in os.listdir(self.path):  # of an image this name had before
+            if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
+                    name not in documents):
+                os.unlink(os.path.join(self.path, name))
+        for name, raw in documents.items():
+            self._write(raw, name)
         self._write(image.manifest.raw, "manifest.json")
         return self.path
 
@@ -4954,7 +5105,501 @@ class LayersOutput:
         write_file(os.path.join(self.path, *parts), data)
 
 
-OUTPUTS = {output.format: output for output in (LayersOutput,)}
+NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
+TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
+OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.md
+
+
+def index_entry(image, name):
+    """The descriptor an OCI layout's index.json has for an image; `name` may be None."""
+    document, platform = image.top
+    entry = collections.OrderedDict([
+        ("mediaType", document.media_type), ("digest", str(document.digest)),
+        ("size", len(document.raw))])
+    if platform is not None and platform.architecture:
+        entry["platform"] = collections.OrderedDict(
+            (key, value) for key, value in (
+                ("architecture", platform.architecture), ("os", platform.os),
+                ("variant", platform.variant), ("os.version", platform.os_version))
+            if value)
+    if name is not None:
+        entry["annotations"] = collections.OrderedDict([
+            (NAME_ANNOTATION, str(name)), (TAG_ANNOTATION, name.tag)])
+    return entry
+
+
+def add_to_index(manifests, entry):
+    """Puts `entry` into a layout's list of manifests, in place.
+
+    An older entry of the same name stays, but nameless (as containers/image does it), and
+    no entry stands twice. A tag that another image's entry goes by is not taken from it:
+    the newcomer goes by its full name.
+    """
+    name = entry.get("annotations", {}).get(NAME_ANNOTATION)
+    for old in list(manifests):
+        annotations = old.get("annotations") or {}
+        if name is not None and annotations.get(NAME_ANNOTATION) == name:
+            for key in (NAME_ANNOTATION, TAG_ANNOTATION):
+                annotations.pop(key, None)
+            if not annotations:
+                old.pop("annotations", None)
+        elif name is not None and (
+                annotations.get(TAG_ANNOTATION) == entry["annotations"][TAG_ANNOTATION]):
+            entry["annotations"][TAG_ANNOTATION] = name
+        if old.get("digest") == entry["digest"] and not (
+                old.get("annotations") or {}).get(TAG_ANNOTATION):
+            manifests.remove(old)
+    manifests.append(entry)
+
+
+class OCIOutput(Output):
+    """An OCI image layout directory, which collects the images pulled into it."""
+
+    format = "oci"
+    platforms = replaces = True
+
+    def __init__(self, path, tag=None, stream=None):
+        super().__init__(path, tag, stream)
+        check_writable(path)
+        self._index = os.path.join(path, "index.json")
+        if os.path.isdir(path) and not self._begun(os.listdir(path)):
+            self._check_layout()
+
+    @staticmethod
+    def _begun(names):
+        """Whether a directory is empty, or a layout that another pull is about to make."""
+        return "oci-layout" not in names and all(
+            name in ("blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL)
+            for name in names)
+
+    def _check_layout(self):
+        """Refuses to touch what is there and is no layout we understand."""
+        try:
+            with open(os.path.join(self.path, "oci-layout"), "rb") as file:
+                version = Document.parse(file.read(MANIFEST_LIMIT), "oci-layout").need(
+                    "imageLayoutVersion", str)
+            self._read_index()
+        except (OSError, InvalidDocument) as error:
+            raise OutputError(self.path, "is there and is no OCI image layout: %s" % (
+                error.message if isinstance(error, ImagecError) else error.strerror),
+                "choose another place with -o") from None
+        if not version.startswith("1."):
+            raise OutputError(self.path, "is an OCI image layout of version %s, which this "
+                              "program does not know" % printable(version, 20))
+
+    def _read_index(self):
+        if not os.path.exists(self._index):
+            return collections.OrderedDict(schemaVersion=2, mediaType=OCI_INDEX,
+                                           manifests=[])
+        with open(self._index, "rb") as file:
+            raw = file.read()
+        for entry in Document.parse(raw, "index.json").children("manifests",
+                                                                INDEX_COUNT_LIMIT):
+            entry.get("annotations", dict)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=collections.OrderedDict)
+
+    def open(self, image):
+        make_directory(self.path, "blobs", "sha256")
+        for layer in image.layers:
+            make_directory(self.path, "blobs", layer.blob.digest.algorithm)
+        marker = os.path.join(self.path, "oci-layout")
+        if not os.path.exists(marker):
+            write_file(marker, OCI_LAYOUT)
+
+    def held(self, reference, registry_url):
+        name = str(self._tag or reference._replace(digest=None))
+        for entry in self._read_index()["manifests"]:
+            if (entry.get("annotations") or {}).get(NAME_ANNOTATION) == name:
+                return list(self._held(Document.as_digest(entry.get("digest"), "index")))
+        return []
+
+    def _held(self, digest):
+        path = self._place(digest)
+        if os.path.isfile(path):
+            raw = _read_document(path)
+            yield raw
+            with contextlib.suppress(ImagecError):  # a config, or corrupt
+                manifest = decode_manifest(raw)
+                if isinstance(manifest, Manifest):
+                    yield from self._held(manifest.config.digest)
+
+    def blob_path(self, layer):
+        """Where the blob of `layer` must go."""
+        return self._place(layer.blob.digest)
+
+    def replace(self, layer, blob):
+        """The layer will stand in the layout by another Descriptor: where its blob goes."""
+        return self._place(blob.digest)
+
+    def _place(self, digest):
+        return os.path.join(self.path, "blobs", digest.algorithm, digest.hex)
+
+    def close(self, image):
+        """All layers are there: adds the documents, then the image to the index."""
+        for digest, raw in image.documents:
+            make_directory(self.path, "blobs", digest.algorithm)
+            write_file(self._place(digest), raw)
+        with Partial(self._index) as partial:  # its lock is the lock of the index
+            index = self._read_index()
+            add_to_index(index["manifests"], index_entry(image, self.name_of(image)))
+            partial.truncate()
+            partial.write(json.dumps(index, separators=(",", ":")).encode("ascii"))
+            partial.commit()
+        return self.path
+
+
+class ArchiveOutput(Output):
+    """One tar that is an OCI image layout and a docker-archive at once.
+
+    Blobs stand in it as they came, in the order of the layers, so that the same images
+    give the same bytes. Each is fetched into a spool directory beside the archive and
+    moved into it when its turn has come: at no time is more on disk than the archive and
+    the largest layer. An unfinished archive is gone on with by the next run.
+    """
+
+    format = "archive"
+    durable = False
+    replaces = streams = True
+
+    def __init__(self, path, tag=None, stream=None):
+        self.path, self._tag, self._stream = path, tag, stream
+        if stream is None:
+            check_writable(os.path.dirname(os.path.abspath(path)))
+            if os.path.isdir(path):
+                raise OutputError(path, "is there and is a directory")
+        self._target, self._spool = None, path + ".blobs" + PARTIAL
+        self._order, self._next = [], 0  # layers in the archive's order, those in it
+        self._replaced = {}  # digest -> the Descriptor of what stands for it
+        self._fetched = {}  # digest -> Fetched of blobs in the spool or the archive
+        self._images = []
+        self._lock = threading.Lock()
+
+    def begin(self, images, touch=True):
+        known = set()
+        self._order, self._next = [], 0
+        for layer in (layer for image in images for layer in image.layers):
+            if layer.blob.digest not in known:
+                known.add(layer.blob.digest)
+                self._order.append(layer)
+        prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
+            tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
+        if touch:
+            self._open()
+        good = 0
+        if self._stream is None and os.path.isfile(self.path + PARTIAL):
+            good = self._recover(prologue)
+        if touch and self._stream is None:
+            self._target.truncate(good)
+        if touch and not good:
+            self._target.write(prologue)
+
+    def _open(self):
+        if self._stream is not None:
+            import tempfile
+            self._spool = tempfile.mkdtemp(prefix="imagec-")
+            self._target = _Stream(self._stream)
+        else:
+            private_directory(self._spool)
+            self._target = Partial(self.path)
+
+    def _recover(self, prologue):
+        """Bytes of what an earlier run wrote, as far as it is what we would write."""
+        with open(self.path + PARTIAL, "rb") as file:
+            good = len(prologue) if file.read(len(prologue)) == prologue else 0
+            while good and self._next < len(self._order):
+                layer = self._order[self._next]
+                if layer.diff_id is None or not _holds(file, layer.blob):
+                    break
+                self._fetched[layer.blob.digest] = Fetched(layer.blob.size, None, True)
+                self._next += 1
+                good = file.tell()
+        return good
+
+    def present(self, layer):
+        blob = self._replaced.get(layer.blob.digest, layer.blob)
+        fetched = self._fetched.get(blob.digest)
+        return fetched and (blob, fetched)
+
+    def blob_path(self, layer):
+        """Where the blob of `layer` must go."""
+        return os.path.join(self._spool, layer.blob.digest.hex)
+
+    def stored(self, layer, fetched):
+        with self._lock:
+            self._fetched[layer.blob.digest] = fetched
+            while self._next < len(self._order):
+                digest = self._order[self._next].blob.digest
+                if digest not in self._fetched:
+                    break
+                self._move(self._order[self._next], self._fetched[digest].size)
+                self._next += 1
+
+    def _move(self, layer, size):
+        path = self.blob_path(layer)
+        self._target.write(tar_header(_blob_name(layer.blob.digest), size))
+        with open(path, "rb") as file:
+            for data in iter(lambda: file.read(MIB), b""):
+                self._target.write(data)
+        self._target.write(bytes(-size % TAR_BLOCK))
+        os.unlink(path)
+
+    def replace(self, layer, blob):
+        """The layer will stand in the archive by another Descriptor: where its blob goes."""
+        layer, old = layer._replace(blob=blob), layer.blob.digest
+        with self._lock:
+            self._replaced[old] = blob
+            self._order = [layer if known.blob.digest == old else known
+                           for known in self._order]
+        return self.blob_path(layer)
+
+    def close(self, image):
+        self._images.append((image, self.name_of(image)))
+        return self.path
+
+    def finish(self):
+        """All images are there: the documents, and the final name."""
+        documents = collections.OrderedDict(
+            pair for image, _ in self._images for pair in image.documents)
+        for digest, raw in documents.items():
+            self._target.write(_member(_blob_name(digest), raw))
+        manifests = []
+        for image, name in self._images:
+            add_to_index(manifests, index_entry(image, name))
+        self._target.write(_member("index.json", canonical_json(
+            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})))
+        self._target.write(_member("manifest.json", self._docker_manifest()))
+        repositories = self._repositories()
+        if repositories:
+            self._target.write(_member("repositories", canonical_json(repositories)))
+        self._target.write(bytes(2 * TAR_BLOCK))
+        if self._stream is None:
+            self._target.commit()
+            self._target.close()
+        else:
+            self._target.flush()
+        remove_tree(self._spool)
+
+    def _docker_manifest(self):
+        """manifest.json, what `docker load` reads (moby, image/tarexport)."""
+        entries = collections.OrderedDict()
+        for image, name in self._images:
+            entry = entries.setdefault(image.manifest.digest, collections.OrderedDict([
+                ("Config", _blob_name(image.manifest.config.digest).decode("ascii")),
+                ("RepoTags", None),
+                ("Layers", [_blob_name(layer.blob.digest).decode("ascii")
+                            for layer in image.layers])]))
+            if name is not None and str(name) not in (entry["RepoTags"] or ()):
+                entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
+        return canonical_json(list(entries.values())) + b"\n"
+
+    def _repositories(self):
+        """What docker before 1.10 reads: name -> tag -> top layer."""
+        found = {}
+        for image, name in self._images:
+            if name is not None and image.layers:
+                found.setdefault(name.name, {})[name.tag] = image.layers[-1].id
+        return found
+
+    def abandon(self):
+        if self._target is not None and self._stream is not None:
+            remove_tree(self._spool)
+        elif self._target is not None:
+            self._target.close()
+
+
+def _blob_name(digest):
+    return ("blobs/%s/%s" % digest).encode("ascii")
+
+
+def _member(name, data):
+    """A whole member of an archive."""
+    name = name if isinstance(name, bytes) else name.encode("ascii")
+    return tar_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
+
+
+def _holds(file, blob):
+    """Whether an archive holds exactly this blob's member at the file's place."""
+    header = tar_header(_blob_name(blob.digest), blob.size)
+    if file.read(len(header)) != header:
+        return False
+    verifier = BlobVerifier(blob.digest, blob.size)
+    left = blob.size
+    while left:
+        data = file.read(min(CHUNK, left))
+        if not data:
+            return False
+        verifier.update(data)
+        left -= len(data)
+    try:
+        verifier.finish()
+    except VerificationError:
+        return False
+    padding = -blob.size % TAR_BLOCK
+    return file.read(padding) == bytes(padding)
+
+
+class RootfsOutput(Output):
+    """The image's file system: a directory, or one flattened tar of it.
+
+    A directory comes with PATH.mtree beside it, which says what was put there. Layers
+    are unpacked side by side into a staging directory; see Tree for how they become one.
+    """
+
+    format = "rootfs"
+    unpacks = streams = True
+    durable = several = False
+
+    def __init__(self, path, tag=None, stream=None):
+        self.path, self._tag, self._stream = path, tag, stream
+        self._tar = stream is not None or path.endswith(".tar")
+        self._lock, self._ours = None, False  # whether the staging directory is ours
+        self._staging = path.rstrip("/") + PARTIAL + ".d"
+        if stream is not None:
+            return
+        check_writable(os.path.dirname(os.path.abspath(path)))
+        if not self._tar and os.path.lexists(path) and not (
+                os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)):
+            raise OutputError(path, "is there already, and not an empty directory",
+                              "choose another place with -o")
+        if self._tar and os.path.isdir(path):
+            raise OutputError(path, "is there and is a directory")
+        if not self._tar and os.name != "posix":
+            raise Unsupported("format rootfs needs a POSIX file system",
+                              "write a tar: -o FILE.tar --format rootfs")
+
+    def open(self, image):
+        if image.platform.os == "windows":
+            raise Unsupported("%s is a windows image: its layers make no file system here"
+                              % (image.reference,))
+        self._stores = {}
+        if self._stream is not None:
+            import tempfile
+            self._staging = tempfile.mkdtemp(prefix="imagec-")
+        else:
+            private_directory(self._staging)
+            self._lock = Partial(os.path.join(self._staging, "lock"))
+        self._ours = True
+        self._clear()
+        make_directory(self._staging, "blobs")
+
+    def _clear(self):
+        for name in ("layers", "root"):
+            remove_tree(os.path.join(self._staging, name))
+
+    def blob_path(self, layer):
+        """Where the blob of `layer` must go."""
+        return os.path.join(self._staging, "blobs", layer.blob.digest.hex)
+
+    def visitor(self, layer):
+        def make():
+            store = LayerStore(os.path.join(self._staging, "layers",
+                                            layer.blob.digest.hex), self._tar)
+            self._stores[layer.blob.digest] = store
+            return store
+        return make
+
+    def close(self, image):
+        tree = Tree()
+        for layer in image.layers:
+            with naming("layer %s" % str(layer.blob.digest)):
+                tree.apply(self._stores[layer.blob.digest].entries)
+        if self._tar:
+            self._write_tar(tree)
+        else:
+            self._write_directory(tree)
+        if self._lock is not None:
+            self._lock.close()
+        remove_tree(self._staging)
+        return self.path
+
+    def _write_directory(self, tree):
+        writer = TreeWriter(tree)
+        root = os.path.join(self._staging, "root")
+        writer.write(root)
+        write_file(self.path.rstrip("/") + ".mtree",
+                   "".join(mtree_lines(tree)).encode("ascii"))
+        if os.path.isdir(self.path):
+            os.rmdir(self.path)
+        os.rename(root, self.path)
+        writer.finish(self.path)
+        sync_directory(os.path.dirname(os.path.abspath(self.path)))
+        for words, count in sorted(writer.undone.items()):
+            log.warning("%s: %s: %d", self.path, words, count)
+
+    def _write_tar(self, tree):
+        """The tar is sealed with the digest of what is in it."""
+        if self._stream is not None:
+            target = _Stream(self._stream)
+            self._write_sealed(tree, target)
+            target.flush()
+            return
+        with Partial(self.path) as target:
+            target.truncate()
+            self._write_sealed(tree, target)
+            target.commit()
+
+    @staticmethod
+    def _write_sealed(tree, target):
+        digest = hashlib.sha256()
+
+        def write(data):
+            digest.update(data)
+            target.write(data)
+
+        write_tree_tar(tree, write)
+        target.write(seal(digest.hexdigest()))
+
+    def abandon(self):
+        if self._ours and os.path.isdir(self._staging):
+            self._clear()
+            if self._stream is not None:
+                remove_tree(self._staging)
+        if self._lock is not None:
+            self._lock.close()
+
+
+def seal(sha256):
+    """How a flattened tar ends: the end-of-archive blocks, and in a block behind them,
+    where no reader of tars looks, what all before them must hash to.
+    """
+    return bytes(2 * TAR_BLOCK) + (
+        b"imagec sha256:%s\n" % sha256.encode("ascii")).ljust(TAR_BLOCK, b"\0")
+
+
+def recompress(path, blob, place):
+    """Writes the layer at `path` as one gzip member: its Descriptor.
+
+    `blob` is the Descriptor it has; `place(Descriptor)` is told the new one and says
+    where it goes. The same layer gives the same bytes with the same zlib.
+    """
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    digest = hashlib.sha256()
+    with Partial(path + ".gzip") as partial:
+        partial.truncate()
+
+        def write(data):
+            digest.update(data)
+            partial.write(data)
+
+        pour(path, lambda data: write(deflate.compress(data)))
+        write(deflate.flush())
+        kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
+            DOCKER_LAYER)
+        new = blob._replace(media_type=kind, digest=Digest("sha256", digest.hexdigest()),
+                            size=partial.size())
+        partial.final = place(new)
+        partial.commit()
+    return new
+
+
+#: Name for --format -> what writes it.
+OUTPUTS = collections.OrderedDict((output.format, output) for output in (
+    LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput))
+
+
+def default_format(path):
+    """The format that `path` asks for where none is named."""
+    return "archive" if path == "-" or path.endswith(".tar") else "layers"
 
 
 # --------------------------------------------------------------------------------------
