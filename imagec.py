@@ -5603,6 +5603,413 @@ def default_format(path):
 
 
 # --------------------------------------------------------------------------------------
+# 15  Reading back: what a pull wrote, re-checked offline
+# --------------------------------------------------------------------------------------
+
+class Region(NamedTuple):
+    """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class DirectoryReader:
+    """The files of a layout that is a directory, by their names in it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def names(self):
+        """All of them, sorted."""
+        found = []
+        for directory, _, names in os.walk(self.path):
+            found += [os.path.relpath(os.path.join(directory, name), self.path).replace(
+                os.sep, "/") for name in names]
+        return sorted(found)
+
+    def open(self, name):
+        """A binary file; FileNotFoundError where there is none."""
+        path = os.path.join(self.path, *name.split("/"))
+        if not os.path.isfile(path) or os.path.islink(path):
+            raise FileNotFoundError(errno.ENOENT, "not there", name)
+        return open(path, "rb")
+
+    def read(self, name):
+        """The bytes of a document."""
+        return _read_limited(self.open(name))
+
+    def region(self, name):
+        """The Region of a file."""
+        with self.open(name) as file:
+            return Region(file.name, 0, os.fstat(file.fileno()).st_size)
+
+
+def _read_limited(file):
+    with file:
+        raw = file.read(MANIFEST_LIMIT + 1)
+    if len(raw) > MANIFEST_LIMIT:
+        raise LimitExceeded("more than the limit of %d bytes" % MANIFEST_LIMIT)
+    return raw
+
+
+class TarReader:
+    """The members of a layout that is a tar, by their names in it."""
+
+    def __init__(self, path):
+        import tarfile
+        self.path = path
+        walker = TarWalker(path, limit=float("inf"))
+        with open(path, "rb") as file:  # tarfile would not tell of a broken header
+            for data in iter(lambda: file.read(CHUNK), b""):
+                walker.update(data)
+        walker.finish()
+        self._names = collections.Counter()
+        self._regions = {}
+        if not walker.members:
+            raise InvalidDocument("no tar, or an empty one")
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isdir():
+                    self._names[member.name] += 1
+                if member.isreg():
+                    self._regions[member.name] = Region(path, member.offset_data,
+                                                        member.size)
+
+    def names(self):
+        """All of them, sorted, as often as they are there."""
+        return sorted(self._names.elements())
+
+    def region(self, name):
+        """The Region of a member; FileNotFoundError where there is none."""
+        if name not in self._regions:
+            raise FileNotFoundError(errno.ENOENT, "not there", name)
+        return self._regions[name]
+
+    def open(self, name):
+        """A binary file; FileNotFoundError where there is none."""
+        return RegionFile(self.region(name))
+
+    def read(self, name):
+        """The bytes of a document."""
+        return _read_limited(self.open(name))
+
+
+class RegionFile(io.RawIOBase):
+    """A Region as a binary file, for reading from its start to its end."""
+
+    def __init__(self, region):
+        super().__init__()
+        self._left = region.size
+        self._file = open(region.path, "rb", buffering=0)
+        self._file.seek(region.offset)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self._file.readinto(memoryview(buffer)[:self._left])
+        self._left -= count
+        return count
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+def index_names(reader):
+    """The indexes beside a layers tree's manifest, outermost first."""
+    return sorted((name for name in reader.names()
+                   if re.fullmatch(r"index(\.[0-9]+)?\.json", name)),
+                  key=lambda name: (len(name), name))
+
+
+class Audit:
+    """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
+
+    `images` and `blobs` count what was found good or bad; `unchecked` says what could
+    not be looked into here (a codec this host has not).
+    """
+
+    def __init__(self):
+        self.faults, self.unchecked = [], []
+        self.images = self.blobs = 0
+        self._seen = {}  # blob name -> its diffID, or None
+
+    def check(self, path):
+        """Re-checks whatever stands at `path`. Raises OutputError where it is nothing."""
+        if os.path.isfile(path):
+            self._check_tar(path)
+        elif os.path.isfile(os.path.join(path, "oci-layout")):
+            self._check_layout(DirectoryReader(path))
+        elif os.path.isdir(path) and os.path.isfile(path.rstrip("/") + ".mtree"):
+            self._check_rootfs(path)
+        elif os.path.isdir(path):
+            self._check_layers_trees(path)
+        else:
+            raise OutputError(path, "is not there")
+        return self
+
+    @contextlib.contextmanager
+    def _noting(self, name):
+        """What is wrong inside becomes a fault of `name`."""
+        try:
+            yield
+        except Unsupported as error:
+            self.unchecked.append("%s: %s" % (name, error))
+        except FileNotFoundError:
+            self.faults.append("%s: missing" % name)
+        except PermissionError:
+            self.unchecked.append("%s: not ours to read" % name)
+        except ImagecError as error:
+            self.faults.append("%s: %s" % (name, error))
+
+    def _blob(self, reader, descriptor, name, unpack=False):
+        """Checks one blob, and once; its diffID where it is unpacked."""
+        if (name, unpack) in self._seen:
+            return self._seen[name, unpack]
+        self._seen[name, unpack] = None
+        self.blobs += 1
+        proof = Proof(descriptor, None, unpack, LAYER_SIZE_LIMIT, None)
+        with self._noting(name), reader.open(name) as file:
+            try:
+                for data in iter(lambda: file.read(CHUNK), b""):
+                    proof.update(data)
+                unpacked = proof.finish()
+                self._seen[name, unpack] = unpacked and unpacked.diff_id
+            finally:
+                proof.abort()
+        return self._seen[name, unpack]
+
+    # -- OCI layouts and archives
+
+    def _check_layout(self, reader):
+        with self._noting("oci-layout"):
+            Document.parse(reader.read("oci-layout"), "oci-layout").need(
+                "imageLayoutVersion", str)
+        self._named = {"oci-layout", "index.json"}
+        self._images, self._tags = {}, set()  # config -> layers; full names
+        with self._noting("index.json"):
+            index = Document.parse(reader.read("index.json"), "index.json")
+            entries = [Descriptor.from_document(entry) for entry in
+                       index.children("manifests", INDEX_COUNT_LIMIT)]
+            self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
+            for entry in entries:
+                self._manifest(reader, entry, 0)
+        names = reader.names()
+        if "manifest.json" in names:
+            with self._noting("manifest.json"):
+                self._docker_manifest(reader)
+        for name, count in collections.Counter(names).items():
+            if name.startswith("blobs/") and name not in self._named:
+                self.faults.append("%s: extra, nothing points to it" % name)
+            elif count > 1:
+                self.faults.append("%s: stands %d times" % (name, count))
+
+    def _manifest(self, reader, descriptor, depth):
+        name = _blob_name(descriptor.digest).decode("ascii")
+        self._named.add(name)
+        with self._noting(name):
+            raw = reader.read(name)
+            if len(raw) != descriptor.size:
+                raise SizeMismatch("manifest", descriptor.size, len(raw))
+            manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
+            if isinstance(manifest, Index):
+                if depth > INDEX_DEPTH_LIMIT:
+                    raise LimitExceeded("indexes nest too deep")
+                for entry in manifest.manifests:
+                    self._manifest(reader, entry, depth + 1)
+            elif isinstance(manifest, Manifest):
+                self._image(reader, manifest)
+
+    def _image(self, reader, manifest):
+        self.images += 1
+        name = _blob_name(manifest.config.digest).decode("ascii")
+        self._images.setdefault(name, []).append([
+            _blob_name(layer.digest).decode("ascii") for layer in manifest.layers])
+        self._named.add(name)
+        self._blob(reader, manifest.config, name)
+        diff_ids = None
+        with contextlib.suppress(Unsupported), self._noting(name):
+            manifest.require_image()
+            diff_ids = ImageConfig.parse(reader.read(name)).diff_ids
+            if len(diff_ids) != len(manifest.layers):
+                raise VerificationError("%d diffIDs for %d layers" % (
+                    len(diff_ids), len(manifest.layers)))
+        for i, layer in enumerate(manifest.layers):
+            name = _blob_name(layer.digest).decode("ascii")
+            self._named.add(name)
+            tar = ".tar" in layer.media_type  # what attestations hold is none
+            actual = self._blob(reader, layer, name, tar)
+            if actual is not None and diff_ids and i < len(diff_ids) and (
+                    actual != diff_ids[i]):
+                self.faults.append("%s: unpacks to %s, the config says %s" % (
+                    name, str(actual), str(diff_ids[i])))
+
+    def _docker_manifest(self, reader):
+        """manifest.json must say what index.json says; the blobs have been checked."""
+        raw = reader.read("manifest.json")
+        entries = parse_json(raw, "manifest.json")
+        if type(entries) is not list:
+            raise InvalidDocument("is not a JSON array")
+        for entry in entries:
+            document = Document(entry, "manifest.json")
+            config, layers = document.need("Config", str), document.need("Layers", list)
+            if layers not in self._images.get(config, ()):
+                raise InvalidDocument("has other layers than index.json leads to for %s"
+                                      % printable(config, 100))
+            for tag in document.get("RepoTags", list, []):
+                if tag not in self._tags:
+                    raise InvalidDocument("has a name that index.json has not: %s"
+                                          % printable(tag, 100))
+
+    def _check_tar(self, path):
+        with self._noting(path):
+            reader = TarReader(path)
+            names = reader.names()
+            if "oci-layout" in names:
+                self._check_layout(reader)
+            else:
+                self.images += 1
+                check_seal(path)
+
+    # -- layers trees
+
+    def _check_layers_trees(self, path):
+        found = False
+        for directory, names, files in os.walk(path):
+            names.sort()
+            if "manifest.json" in files:
+                found = True
+                del names[:]
+                self._layers_tree(DirectoryReader(directory))
+        if not found:
+            raise OutputError(path, "holds nothing that a pull wrote")
+
+    def _layers_tree(self, reader):
+        self.images += 1
+        where = os.path.join(reader.path, "manifest.json")
+        with self._noting(where):
+            manifest = decode_manifest(reader.read("manifest.json"))
+            top = self._leading_indexes(reader, manifest)
+            algorithm, _, value = os.path.basename(
+                os.path.abspath(reader.path)).partition("-")
+            if algorithm == "sha256" and _HEX64.fullmatch(value) and (
+                    top.digest != Digest(algorithm, value)):
+                raise DigestMismatch("the image", Digest(algorithm, value), top.digest)
+            config = None
+            if isinstance(manifest, Manifest):
+                self._blob(reader, manifest.config, "config.json")
+                config = ImageConfig.parse(reader.read("config.json"))
+            for layer in list_layers(manifest, config):
+                self._tree_layer(reader, layer)
+
+    def _leading_indexes(self, reader, manifest):
+        """The outermost document; each index must lead to the next."""
+        chain = [decode_manifest(reader.read(name))
+                 for name in index_names(reader)] + [manifest]
+        for above, below in zip(chain, chain[1:]):
+            if not any((entry.digest, entry.size) == (below.digest, len(below.raw))
+                       for entry in above.manifests):
+                raise VerificationError("the index does not lead to it")
+        return chain[0]
+
+    def _tree_layer(self, reader, layer):
+        name = "%s/%s" % (layer.id, layer.id)
+        actual = self._blob(reader, layer.blob, name + ".tar", True)
+        if layer.diff_id is not None and actual not in (None, layer.diff_id):
+            self.faults.append("%s.tar: unpacks to %s, the config says %s" % (
+                name, str(actual), str(layer.diff_id)))
+        with self._noting(name + ".json"):
+            if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
+                raise VerificationError("is not the layer's v1 JSON")
+
+    # -- root file systems
+
+    def _check_rootfs(self, path):
+        """Holds a directory against the mtree written beside it."""
+        self.images += 1
+        with open(path.rstrip("/") + ".mtree", "r", encoding="ascii",
+                  errors="backslashreplace") as file:
+            lines = [_MTREE_LINE.fullmatch(line) for line in file if line[:1] != "#"]
+        if None in lines:
+            self.faults.append("%s.mtree: is not what a pull wrote" % path)
+            return
+        wanted = {line.group("name"): line.groupdict() for line in lines}
+        base = os.fsencode(path)
+        found, closed = {b"."}, []
+        for directory, names, files in os.walk(
+                base, onerror=lambda error: closed.append(
+                    os.path.join(b".", os.path.relpath(error.filename, base), b""))):
+            found.update(os.path.join(b".", os.path.relpath(os.path.join(directory, name),
+                                                            base))
+                         for name in names + files)
+        for name, facts in sorted(wanted.items()):
+            place = _unvis(name)
+            if place.startswith(tuple(closed)):
+                self.unchecked.append("%s: not ours to read" % name)
+                continue
+            if place not in found:
+                if facts["type"] not in ("char", "block"):  # only root can make them
+                    self.faults.append("%s: missing" % name)
+                continue
+            found.discard(place)
+            self.blobs += 1
+            with self._noting(name):
+                fault = _differs(os.path.join(base, place), facts)
+                if fault:
+                    self.faults.append("%s: %s" % (name, fault))
+        self.faults += ["%s: extra" % _vis(name) for name in sorted(found)]
+
+
+def check_seal(path):
+    """Raises VerificationError unless a flattened tar is what its seal says.
+
+    Raises OutputError where it has none.
+    """
+    left = os.path.getsize(path) - len(seal("0" * 64))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while left > 0:
+            data = file.read(min(CHUNK, left))
+            digest.update(data)
+            left -= len(data)
+        end = file.read()
+    if b"imagec sha256:" not in end:
+        raise OutputError(path, "is no tar that a pull wrote")
+    if end != seal(digest.hexdigest()):
+        raise VerificationError("its content is not what was written")
+
+
+_MTREE_LINE = re.compile(  # what mtree_lines writes
+    r"(?P<name>[!-~]+) type=(?:(?P<type>dir|char|block|fifo|file(?= .* sha)|link(?= .* li))) "
+    r"mode=(?P<mode>[0-7]{4}) uid=[0-9]+ gid=[0-9]+(?: size=(?P<size>[0-9]+) "
+    r"sha256digest=(?P<sha256digest>[a-f0-9]{64})| link=(?P<link>[!-~]*))?\n")
+
+
+def _differs(place, facts):
+    """How a file differs from its mtree facts, None where it does not."""
+    status = os.lstat(place)
+    kinds = {"file": stat.S_ISREG, "dir": stat.S_ISDIR, "link": stat.S_ISLNK,
+             "char": stat.S_ISCHR, "block": stat.S_ISBLK, "fifo": stat.S_ISFIFO}
+    if not kinds[facts["type"]](status.st_mode):
+        return "is no %s" % facts["type"]
+    if facts["type"] == "link":
+        return None if os.readlink(place) == _unvis(facts["link"]) else "links elsewhere"
+    if "%04o" % stat.S_IMODE(status.st_mode) != facts["mode"]:
+        return "mode %04o, expected %s" % (stat.S_IMODE(status.st_mode), facts["mode"])
+    if facts["type"] != "file":
+        return None
+    if status.st_size != int(facts["size"]):
+        return "%d bytes, expected %s" % (status.st_size, facts["size"])
+    digest = hashlib.sha256()
+    with open(place, "rb") as file:
+        for data in iter(lambda: file.read(CHUNK), b""):
+            digest.update(data)
+    return None if digest.hexdigest() == facts["sha256digest"] else "its content differs"
+
+
+# --------------------------------------------------------------------------------------
 # 14  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
