@@ -6010,7 +6010,7 @@ def _differs(place, facts):
 
 
 # --------------------------------------------------------------------------------------
-# 14  Pull: the steps from a reference to an output
+# 16  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
 class PulledLayer(NamedTuple):
@@ -6043,25 +6043,36 @@ class Session:
     """The registries one command talks to, and how.
 
     `username` and `password` are for the registry of the first reference asked for, and
-    no other. Times are in seconds. For `insecure_allow_http` and `token_hosts` see
-    Registry, for the others Transport. To be closed, or used in `with`.
+    no other; without them the Keyring's sources are asked, unless `no_creds`. Times are in
+    seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
+    registry. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
+    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see Registry,
+    for `authfile` Keyring, for the others Transport. To be closed, or used in `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=TIMEOUT,
                  idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
-                 insecure_allow_http=False, cacert=None, token_hosts=(), jobs=JOBS,
-                 max_layer_size=LAYER_SIZE_LIMIT, notify=None):
+                 insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
+                 token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
+                 max_layer_size=LAYER_SIZE_LIMIT, recompress=None, notify=None):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
-        self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert)
-        self._credentials = None if username is None else Credentials(username, password)
-        self._credentials_host = None
+        if recompress not in (None, "gzip"):
+            raise UsageError("cannot recompress to %r: only to gzip" % recompress)
+        #: The Credentials of the command line, None for none.
+        self.given = None if username is None else Credentials(
+            username, password, source="the command line")
+        self._keyring = Keyring(self.given, authfile, no_creds)
+        self._mirror_keyring = Keyring(None, authfile, no_creds)
+        self._mirrors = [_split_mirror(mirror) for mirror in mirrors]
+        self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
+                                   client_pair, proxy)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
-        self._jobs, self._max_layer_size = jobs, max_layer_size
-        self._notify = notify or (lambda event: None)
-        self._registries = {}
+        self.jobs, self.max_layer_size, self.recompress = jobs, max_layer_size, recompress
+        self.notify = notify or (lambda event: None)
+        self._registries, self._sources = {}, {}
 
     def __enter__(self):
         return self
@@ -6069,43 +6080,59 @@ class Session:
     def __exit__(self, *_exc):
         self.transport.close()
 
-    def registry(self, host):
-        """The Registry at the API host `host`."""
-        if host not in self._registries:
-            self._registries[host] = Registry(
-                host, self.transport, self._credentials_for(host), self._allow_http,
-                self._token_hosts)
-        return self._registries[host]
+    def registry(self, host, namespace=None):
+        """The Registry at the API host `host`; `namespace` where it is a mirror."""
+        if (host, namespace) not in self._registries:
+            self._registries[host, namespace] = Registry(
+                host, self.transport, self._mirror_keyring if namespace else self._keyring,
+                self._allow_http, self._token_hosts, namespace)
+        return self._registries[host, namespace]
 
-    def _credentials_for(self, host):
-        if self._credentials is None:
-            return None
-        self._credentials_host = self._credentials_host or host
-        if host != self._credentials_host:
-            raise UsageError("one user name and password, but two registries: %s and %s"
-                             % (self._credentials_host, host), "pull from one at a time")
-        return self._credentials
+    def credentials(self, reference):
+        """The Credentials that would be used for a Reference, None for none."""
+        return self._keyring.lookup(reference.host, reference.repository)
 
-    def manifest(self, reference):
-        """What `reference` names, decoded: a Manifest, Index or Schema1Manifest."""
-        registry = self.registry(reference.api_host)
-        return registry.fetch_manifest(reference.repository,
-                                       reference.digest or reference.tag)
+    def source(self, reference):
+        """The Source of a reference's repository."""
+        if reference.name not in self._sources:
+            self._keyring.claim(reference.host)
+            places = [(self.registry(host, reference.host), prefix + reference.repository)
+                      for host, prefix in self._mirrors]
+            home = (self.registry(reference.api_host), reference.repository)
+            self._sources[reference.name] = Source(places + [home])
+        return self._sources[reference.name]
 
-    def resolve(self, reference, platform=None):
+    def manifest(self, reference, held=()):
+        """What `reference` names, decoded: a Manifest, Index or Schema1Manifest.
+
+        `held` are documents there are already; where the first of them is still what the
+        name stands for, it is not fetched again.
+        """
+        source = self.source(reference)
+        if held:
+            # Where the short way does not work, the long one tells why.
+            with contextlib.suppress(RegistryError, InvalidDocument, VerificationError):
+                digest = reference.digest or source.head_manifest(reference.tag)
+                if digest is not None:
+                    return decode_manifest(held[0], None, digest)
+        return source.fetch_manifest(reference.digest or reference.tag)
+
+    def resolve(self, reference, platform=None, output=None):
         """The ResolvedImage of `reference` for `platform` (None: this host's).
 
-        Raises NoMatchingPlatform, Unsupported, and what Registry.fetch_manifest raises.
+        Documents that `output` has are not fetched again. Raises NoMatchingPlatform,
+        Unsupported, and what Registry.fetch_manifest raises.
         """
         wanted = platform or Platform.host()
-        registry = self.registry(reference.api_host)
-        repository = reference.repository
-        found = self._choose(registry, repository, [self.manifest(reference)], wanted)
+        source = self.source(reference)
+        held = output.held(reference, source.registry_url) if output else []
+        found = self._choose(source, [self.manifest(reference, held)], wanted, held)
         manifest, config, actual = found[-1], None, None
-        with naming(registry.host):
+        with naming(source.host):
             if isinstance(manifest, Manifest):
                 manifest.require_image()
-                config = registry.fetch_config(repository, manifest.config)
+                config = _held_config(manifest.config, held) or source.fetch_config(
+                    manifest.config)
                 actual = config.platform
             elif manifest.architecture:
                 actual = Platform.normal("linux", manifest.architecture)
@@ -6114,69 +6141,214 @@ class Session:
             actual = wanted
         elif actual not in wanted.candidates():
             log.warning("%s is for %s, not for %s", reference, actual, wanted)
-        return ResolvedImage(reference, registry.learn_registry_url(), tuple(found[:-1]),
-                             manifest, config, actual, layers)
+        return ResolvedImage(reference, source.registry_url, found[0].digest,
+                             tuple(found[:-1]), manifest, config, actual, layers)
 
-    def _choose(self, registry, repository, trail, platform):
+    def resolve_index(self, reference):
+        """The ResolvedIndex of `reference`: all its platforms.
+
+        Raises Unsupported where it is no index.
+        """
+        index = self.manifest(reference)
+        if not isinstance(index, Index):
+            raise Unsupported("%s is for one platform only" % (reference,),
+                              "pull it without --platform all")
+        source = self.source(reference)
+        manifests = collections.OrderedDict()
+        self._descend(source, index, manifests, 0)
+        blobs = collections.OrderedDict()
+        for manifest in manifests.values():
+            if isinstance(manifest, Manifest):
+                for blob in (manifest.config,) + manifest.layers:
+                    blobs.setdefault(blob.digest, Layer("", blob, None, ""))
+        return ResolvedIndex(reference, source.registry_url, index.digest, index,
+                             tuple(manifests.values()), tuple(blobs.values()))
+
+    def _descend(self, source, index, manifests, depth):
+        if depth > INDEX_DEPTH_LIMIT:
+            raise LimitExceeded("%s: more than %d indexes inside one another"
+                                % (source.repository, INDEX_DEPTH_LIMIT))
+        for entry in index.manifests:
+            if entry.media_type not in MANIFEST_SHAPES:
+                raise Unsupported("%s: an index entry of type %s" % (
+                    source.repository, printable(entry.media_type, 80)))
+            if entry.digest not in manifests:
+                child = source.fetch_manifest(entry.digest, entry.size)
+                manifests[entry.digest] = child
+                if isinstance(child, Schema1Manifest):
+                    raise Unsupported("%s: a schema1 manifest in an index"
+                                      % source.repository)
+                if isinstance(child, Index):
+                    self._descend(source, child, manifests, depth + 1)
+
+    def _choose(self, source, trail, platform, held):
         """`trail` (indexes, outermost first) followed down to an image manifest."""
         index = trail[-1]
         if not isinstance(index, Index):
             return trail
         if len(trail) > INDEX_DEPTH_LIMIT:
             raise LimitExceeded("%s: more than %d indexes inside one another"
-                                % (repository, INDEX_DEPTH_LIMIT))
+                                % (source.repository, INDEX_DEPTH_LIMIT))
         for entry in matching(index, platform):
-            child = registry.fetch_manifest(repository, entry.digest, entry.size)
+            child = _held_manifest(entry, held) or source.fetch_manifest(entry.digest,
+                                                                         entry.size)
             try:
-                return self._choose(registry, repository, trail + [child], platform)
+                return self._choose(source, trail + [child], platform, held)
             except NoMatchingPlatform:  # of a nested index: the next entry may do
                 continue
         error = NoMatchingPlatform(platform, [
             entry.platform for entry in index.manifests
             if entry.platform and entry.platform.os not in ("", "unknown")])
-        error.source = "%s/%s" % (registry.host, repository)
+        error.source = "%s/%s" % (source.host, source.repository)
         raise error
 
-    def pull(self, reference, output, platform=None):
-        """Pulls `reference` into `output` (an object of the Outputs room): the Image.
+    def resolve_all(self, references, output, platform=None):
+        """What a pull of `references` would fetch: ResolvedImages or ResolvedIndexes."""
+        return [self.resolve_index(reference) if platform == "all" else
+                self.resolve(reference, platform, output) for reference in references]
 
-        Every byte is checked before anything has its final name.
+    def pull(self, references, output, platform=None):
+        """Pulls `references` into `output` (an object of the Outputs room): their Images.
+
+        `platform` is a Platform, None for this host's, or "all" for whole indexes. Every
+        byte is checked before anything has its final name.
         """
-        # 1. What is it, and for which platform?
-        image = self.resolve(reference, platform)
+        return Puller(self, output).pull(references, platform)
+
+
+class Puller:
+    """One pull of a Session into an Output."""
+
+    def __init__(self, session, output):
+        self._session, self._output = session, output
+        self._notify = session.notify
+
+    def check(self, references, platform):
+        """Raises UsageError where the output cannot be what is asked for."""
+        output, recompress = self._output, self._session.recompress
+        if platform == "all" and (not output.platforms or recompress):
+            raise UsageError("format %s holds one platform" % output.format,
+                             "--platform all goes with --format oci, as it came")
+        if recompress and not output.replaces:
+            raise UsageError("format %s takes layers as they are" % output.format,
+                             "--recompress goes with --format archive or oci")
+        if len(references) > 1 and not output.several:
+            raise UsageError("format %s takes one image at a time" % output.format)
+
+    def pull(self, references, platform):
+        """The Images; see Session.pull."""
+        output = self._output
+        self.check(references, platform)
+        # 1. What are they? A name that is wrong is told before anything is fetched.
+        found = self.resolve(references, platform)
+        try:
+            output.begin(found, touch=False)
+            self.check_space(found)
+            output.begin(found)
+            pulled = [self._fetch(image) for image in found]
+            # 4. All are there: what makes them images to others.
+            output.finish()
+        except BaseException:
+            output.abandon()
+            raise
+        return pulled
+
+    def resolve(self, references, platform):
+        """What they are: images as the output will hold them."""
+        found = self._session.resolve_all(references, self._output, platform)
+        if self._output.verbatim:
+            return found
+        return [image._replace(layers=tuple(
+            layer for layer in image.layers if not layer.throwaway)) for image in found]
+
+    def plan(self, images):
+        """Yields (image, Descriptor, bytes that are there) of each blob, each once."""
+        seen = set()
+        for image in images:
+            self._output.locate(image)
+            for layer in image.layers:
+                if layer.blob.digest not in seen:
+                    seen.add(layer.blob.digest)
+                    present = self._output.present(layer)
+                    yield image, layer.blob, present[1].size if present else (
+                        _bytes_there(self._output.blob_path(layer)))
+
+    def check_space(self, images):
+        """Raises OutputError where the disk cannot hold what is still to fetch."""
+        import shutil
+        needed = sum(max(0, (blob.size or 0) - there)
+                     for _, blob, there in self.plan(images))
+        place = existing_parent(self._output.path)
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise OutputError(self._output.path, "%d bytes are needed, %d are free" % (
+                needed, free), "free some space or choose another place with -o")
+
+    def _fetch(self, image):
+        reference, output = image.reference, self._output
         self._notify(Event("Pulling from " + reference.repository,
                            reference.tag_or_digest))
-        # 2. A place for it.
+        # 2. A place for it, and its layers: each blob once, the largest first, for they
+        # decide when we are done.
+        output.locate(image)
         output.open(image)
-        # 3. Its layers, each blob once, the largest first: they decide when we are done.
-        wanted = {}
+        wanted = collections.OrderedDict()
         for layer in image.layers:
-            if layer.blob.digest not in wanted:
-                wanted[layer.blob.digest] = layer
-                self._notify(Event("Pulling fs layer", layer.blob.digest.hex[:12]))
+            wanted.setdefault(layer.blob.digest, layer)
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
-        registry = self.registry(reference.api_host)
+        for layer in order:
+            self._notify(Event("Pulling fs layer", layer.blob.digest.hex[:12]))
         results = self._in_parallel([
-            Download(registry, reference.repository, layer.blob, output.blob_path(layer),
-                     output.unpacks, layer.diff_id, self._max_layer_size, self._notify)
+            lambda layer=layer: self._fetch_layer(image, layer)
             for layer in order])
-        fetched = {layer.blob.digest: result for layer, result in zip(order, results)}
-        # 4. All are proved: the documents that make them an image.
-        path = output.close(image)
+        # 3. All are proved: the documents that make them an image.
+        pairs = {layer.blob.digest: pair for layer, pair in zip(order, results)}
+        modern = _modernised(image, [pairs[layer.blob.digest] for layer in image.layers])
+        path = output.close(image if output.verbatim else modern)
         self._notify(Event("Digest: %s" % str(image.digest)))
-        return Image(reference, image.digest, image.image_id, image.platform,
-                     output.format, path, tuple(_pulled(layer, fetched)
+        return Image(reference, image.digest, modern.image_id, image.platform,
+                     output.format, path, tuple(_pulled(layer, *pairs[layer.blob.digest])
                                                 for layer in image.layers))
 
-    def _in_parallel(self, downloads):
+    def _fetch_layer(self, image, layer):
+        """One layer into its place: (the Descriptor it is there by, its Fetched)."""
+        output = self._output
+        present = output.present(layer)
+        if present is not None:
+            self._notify(Event("Already exists", layer.blob.digest.hex[:12]))
+            return present
+        unpack = output.unpacks or self._session.recompress or (
+            layer.diff_id is None and isinstance(image.manifest, Schema1Manifest))
+        path = output.blob_path(layer)
+        fetched = Download(
+            self._session.source(image.reference), layer.blob, path, unpack,
+            layer.diff_id, self._session.max_layer_size, self._notify, output.visitor(layer),
+            output.durable).run()
+        blob = layer.blob._replace(size=fetched.size)
+        if codec_of(path) == "zstd" and self._session.recompress:
+            blob = recompress(path, blob, lambda blob: output.replace(layer, blob))
+            if not fetched.reused:
+                os.unlink(path)
+            layer, fetched = layer._replace(blob=blob), fetched._replace(size=blob.size)
+        elif codec_of(path) == "zstd" and output.format == "archive":
+            log.warning("layer %s is compressed with zstd, which Docker before 23.0 cannot "
+                        "load; --recompress gzip rewrites it", str(blob.digest))
+        output.stored(layer, fetched)
+        return blob, fetched
+
+    def _in_parallel(self, actions):
         """Their results, in order; the first error ends the others and comes out."""
         import concurrent.futures
-        with concurrent.futures.ThreadPoolExecutor(self._jobs) as executor:
-            futures = [executor.submit(download.run) for download in downloads]
+        with concurrent.futures.ThreadPoolExecutor(self._session.jobs) as executor:
+            futures = [executor.submit(action) for action in actions]
             try:
-                done, _ = concurrent.futures.wait(
-                    futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-                if all(future in done and not future.exception() for future in futures):
+                pending = futures
+                while pending:  # in short waits: a signal may come to another thread
+                    done, pending = concurrent.futures.wait(
+                        futures, 0.5, concurrent.futures.FIRST_EXCEPTION)
+                    if any(future.exception() for future in done):
+                        break
+                else:
                     return [future.result() for future in futures]
             except BaseException:
                 self._give_up(futures)
@@ -6188,33 +6360,115 @@ class Session:
     def _give_up(self, futures):
         for future in futures:
             future.cancel()
-        self.transport.cancel()
+        self._session.transport.cancel()
 
 
-def _pulled(layer, fetched):
-    result = fetched[layer.blob.digest]
-    unpacked = result.unpacked
+def _split_mirror(text):
+    """(host, path prefix) of `HOST[:PORT][/PREFIX]`; raises UsageError."""
+    host, _, prefix = re.sub("^https?://", "", text).rstrip("/").partition("/")
+    if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(
+            "{0}(/{0})*".format(_PATH_COMPONENT), prefix):
+        raise UsageError("not a mirror: %s" % printable(text, 100),
+                         "expected HOST[:PORT][/PREFIX]")
+    return host, prefix + "/" if prefix else ""
+
+
+def _held_manifest(entry, held):
+    """The manifest an index entry points to, if it is among the documents we have."""
+    for raw in held:
+        if len(raw) == entry.size and Digest.of(raw, entry.digest.algorithm) == (
+                entry.digest):
+            return decode_manifest(raw, entry.media_type, entry.digest)
+    return None
+
+
+def _held_config(descriptor, held):
+    """The ImageConfig a Descriptor points to, if it is among the documents we have."""
+    for raw in held:
+        if len(raw) == descriptor.size and Digest.of(raw, descriptor.digest.algorithm) == (
+                descriptor.digest):
+            return ImageConfig.parse(raw)
+    return None
+
+
+def _bytes_there(path):
+    """Bytes of a blob that are on disk already, finished or not."""
+    for name in (path, path + PARTIAL):
+        with contextlib.suppress(OSError):  # another pull may just be renaming it
+            status = os.lstat(name)
+            if stat.S_ISREG(status.st_mode):
+                return status.st_size
+    return 0
+
+
+def _modernised(image, pairs):
+    """`image` with what only its layers tell; `pairs` are (Descriptor, Fetched) a layer.
+
+    A schema1 image gets the config and manifest docker would give it; one whose layers
+    were rewritten, a manifest that says so.
+    """
+    if isinstance(image.manifest, Manifest):
+        blobs = [blob for blob, _ in pairs]
+        if [blob.digest for blob in blobs] == [la.blob.digest for la in image.layers]:
+            return image
+        return image._replace(manifest=with_layers(image.manifest, blobs), layers=tuple(
+            layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
+    if not isinstance(image.manifest, Schema1Manifest):
+        return image
+    kept = [(layer, blob, fetched) for layer, (blob, fetched) in zip(image.layers, pairs)
+            if not layer.throwaway]
+    config = modern_config(image.manifest, [fetched.unpacked.diff_id
+                                            for _, _, fetched in kept])
+    manifest = modern_manifest(config, [blob._replace(media_type=DOCKER_LAYER)
+                                        for _, blob, _ in kept])
+    return image._replace(manifest=manifest, config=config,
+                          layers=list_layers(manifest, config))
+
+
+def _pulled(layer, blob, fetched):
+    unpacked = fetched.unpacked
     return PulledLayer(layer.id, layer.blob.digest,
                        unpacked.diff_id if unpacked else layer.diff_id,
-                       unpacked.size if unpacked else None, result.size)
+                       unpacked.size if unpacked else None, blob.size)
 
 
-def pull(reference, output="images", format="layers", platform=None, progress=None,
+def pull(reference, output="images", format=None, platform=None, tag=None, progress=None,
          **options):
     """Pulls an image, every byte checked; the Image.
 
     `reference` is a text such as "alpine:3.20"; `output` a path; `format` a name in
-    OUTPUTS; `platform` a text such as "linux/arm64", None for this host's;
-    `progress(Event)` is told what happens, from several threads; `options` are
-    Session's. Raises ImagecError, and OSError of the local disk.
+    OUTPUTS, None for "archive" where `output` ends in .tar and else "layers"; `platform`
+    a text such as "linux/arm64", None for this host's, or "all"; `tag` a name for the
+    image to be loaded by, None for its own; `progress(Event)` is told what happens, from
+    several threads; `options` are Session's. Raises ImagecError, and OSError of the local
+    disk.
     """
     reference = Reference.parse(reference)
-    platform = Platform.parse(platform) if platform is not None else None
-    if format not in OUTPUTS:
-        raise UsageError("unknown format %r: expected one of %s"
-                         % (format, ", ".join(sorted(OUTPUTS))))
+    if platform is not None:
+        platform = parse_platform(platform)
     with Session(notify=progress, **options) as session:
-        return session.pull(reference, OUTPUTS[format](output), platform)
+        place = new_output(output, format, tag and Reference.parse(tag))
+        return session.pull([reference], place, platform)[0]
+
+
+def parse_platform(text):
+    """A Platform, or "all" for all of an index. Raises InvalidReference."""
+    return text if text == "all" else Platform.parse(text)
+
+
+def new_output(path, format=None, tag=None, stream=None):
+    """The object of the Outputs room for these; raises UsageError, OutputError.
+
+    A `path` that is a pipe or device is written to as a stream: it must not be replaced.
+    """
+    name = format or default_format(path)
+    if name not in OUTPUTS:
+        raise UsageError("unknown format %r: expected one of %s"
+                         % (name, ", ".join(OUTPUTS)))
+    if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
+            os.path.isfile(path) or os.path.isdir(path)):
+        stream = open(path, "wb", buffering=0)
+    return OUTPUTS[name](path, tag, stream)
 
 
 # --------------------------------------------------------------------------------------
