@@ -6472,6 +6472,474 @@ def new_output(path, format=None, tag=None, stream=None):
 
 
 # --------------------------------------------------------------------------------------
+# 17  Serve: a read-only registry over what was pulled
+# --------------------------------------------------------------------------------------
+# The pull part of the OCI distribution-spec. A request names things in a table made when
+# the server starts; no path is ever made of it.
+
+_ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs)/"
+                    r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
+                        r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
+
+
+class Shelf:
+    """What a server has: documents by repository and reference, blobs by digest.
+
+    Made from what a pull wrote at `path`, or empty where that is None. A repository goes by
+    the name it was pulled by (`docker.io/library/alpine`), by that without the host
+    (`library/alpine`), and Docker Hub's own images by their short name too (`alpine`).
+    """
+
+    def __init__(self, path=None):
+        self.repositories = {}  # name -> reference -> (media type, Digest, bytes)
+        self._blobs = {}  # Digest -> Region
+        self._good = {}  # Region -> the file's identity when its digest was proved
+        self._lock = threading.Lock()
+        if path is None:
+            return
+        try:
+            if os.path.isfile(path):
+                with naming(path):
+                    self._add_layout(TarReader(path), path)
+            elif os.path.isfile(os.path.join(path, "oci-layout")):
+                self._add_layout(DirectoryReader(path), path)
+            else:
+                self._add_trees(path)
+        except FileNotFoundError as error:
+            raise OutputError(path, "lacks %s" % error.filename) from None
+        if not self.repositories:
+            raise OutputError(path, "holds nothing that could be served")
+
+    def add(self, names, reference, media_type, digest, raw):
+        """Puts a document on the shelf: under its digest and, if not None, `reference`."""
+        for name in names:
+            documents = self.repositories.setdefault(name, {})
+            documents[str(digest)] = (media_type, digest, raw)
+            if reference is not None:
+                documents[reference] = documents[str(digest)]
+
+    def add_blob(self, digest, region):
+        """Puts a blob on the shelf."""
+        self._blobs[digest] = region
+
+    def regions(self):
+        """The Regions of all blobs."""
+        return list(self._blobs.values())
+
+    def trust(self, region):
+        """Takes what is in a Region for good without proof."""
+        self._good[region] = _identity(region)
+
+    @staticmethod
+    def names_of(host, repository):
+        """The names a repository is served by."""
+        host = DOCKER_HUB if host == DOCKER_HUB_API else host
+        names = ["%s/%s" % (host, repository), repository]
+        if host == DOCKER_HUB and repository.startswith("library/"):
+            names.append(repository[len("library/"):])
+        return names
+
+    def _add_layout(self, reader, path):
+        for name in reader.names():
+            match = re.fullmatch("blobs/([a-z0-9]+)/([a-f0-9]+)", name)
+            with contextlib.suppress(InvalidReference):
+                if match:
+                    self.add_blob(Digest.parse("%s:%s" % match.groups()),
+                                  reader.region(name))
+        index = Document.parse(reader.read("index.json"), "index.json")
+        nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
+            os.path.abspath(path)).lower()).strip("-") or "image"
+        for entry in index.children("manifests", INDEX_COUNT_LIMIT):
+            descriptor = Descriptor.from_document(entry)
+            name = descriptor.annotations.get(NAME_ANNOTATION)
+            reference = Reference.parse(name) if name else None
+            names = (self.names_of(reference.host, reference.repository) if reference
+                     else [nameless])
+            tag = reference.tag if reference else descriptor.annotations.get(TAG_ANNOTATION)
+            if tag is not None and not re.fullmatch(_TAG, tag):
+                tag = None
+            self._add_documents(reader, names, tag, descriptor)
+
+    def _add_documents(self, reader, names, tag, descriptor, depth=0):
+        """A document of a layout, and those it leads to."""
+        raw = reader.read(_blob_name(descriptor.digest).decode("ascii"))
+        manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
+        self.add(names, tag, manifest.media_type, manifest.digest, raw)
+        if isinstance(manifest, Index) and depth < INDEX_DEPTH_LIMIT:
+            for entry in manifest.manifests:
+                self._add_documents(reader, names, None, entry, depth + 1)
+
+    def _add_trees(self, path):
+        for directory, names, files in os.walk(path):
+            names.sort()
+            if "manifest.json" in files:
+                del names[:]
+                self._add_tree(DirectoryReader(directory))
+
+    def _add_tree(self, reader):
+        """An image of a layers tree: .../SCHEME/HOST/v2/REPOSITORY/TAG."""
+        parts = os.path.abspath(reader.path).split(os.sep)
+        at = max((at for at in range(2, len(parts) - 2) if parts[at] == "v2"
+                  and parts[at - 2] in ("http", "https")), default=None)
+        if at is None:
+            return
+        names = self.names_of(parts[at - 1], "/".join(parts[at + 1:-1]))
+        tag = None if re.fullmatch("sha256-[a-f0-9]{64}", parts[-1]) else parts[-1]
+        documents = [reader.read(name) for name in index_names(reader)]
+        documents = [decode_manifest(raw) for raw in documents + [
+            reader.read("manifest.json")]]
+        for number, document in enumerate(documents):
+            self.add(names, None if number else tag, document.media_type, document.digest,
+                     document.raw)
+        manifest, config = documents[-1], None
+        if isinstance(manifest, Manifest):
+            config = ImageConfig.parse(reader.read("config.json"))
+            self.add_blob(manifest.config.digest, reader.region("config.json"))
+        for layer in list_layers(manifest, config):
+            self.add_blob(layer.blob.digest, reader.region("%s/%s.tar" % (layer.id,
+                                                                          layer.id)))
+
+    def document(self, name, reference, namespace=None):
+        """(media type, Digest, bytes), or None; KeyError where there is no such name."""
+        return self.documents(name, namespace).get(reference)
+
+    def documents(self, name, namespace=None):
+        """All of a name by reference; `namespace` is the host they must be of, if any.
+
+        Raises KeyError where there are none.
+        """
+        if namespace:
+            name = self.names_of(namespace, name)[0]
+        return self.repositories[name]
+
+    def blob(self, digest):
+        """The Region of a blob, proved; None where it is not there.
+
+        What is on disk is hashed when it is first asked for, and again when its file has
+        changed. Raises VerificationError, OSError.
+        """
+        region = self._blobs.get(digest)
+        if region is None:
+            return None
+        identity = _identity(region)
+        with self._lock:
+            if self._good.get(region) == identity:
+                return region
+        verifier = BlobVerifier(digest, region.size)
+        with open(region.path, "rb") as file:
+            file.seek(region.offset)
+            left = region.size
+            while left:
+                data = file.read(min(CHUNK, left))
+                if not data:
+                    break
+                left -= len(data)
+                verifier.update(data)
+        verifier.finish()
+        with self._lock:
+            self._good[region] = identity
+        return region
+
+
+def _identity(region):
+    """What changes when a Region's file is changed by ordinary means."""
+    status = os.stat(region.path)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def parse_range(value, size):
+    """(first, end) of a Range header (RFC 7233, 2.1), None to send all.
+
+    Raises ValueError where nothing of what is asked for is there.
+    """
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", value or "")
+    if not match or match.group(1) == match.group(2) == "":
+        return None  # none, several, or of other units: may be ignored
+    first, last = match.groups()
+    if not first:
+        first, last = max(0, size - int(last)), size - 1
+    first = int(first)
+    end = min(size, int(last) + 1) if last != "" else size
+    if first >= end:
+        raise ValueError("not satisfiable")
+    return first, end
+
+
+def new_server(shelf, address, credentials=None, tls=None, handler=None):
+    """A threading HTTP server of a Shelf at (host, port); `serve_forever` runs it.
+
+    `credentials` ask for Basic authentication; `tls` is a (certificate, key) pair of
+    files; `handler` is a subclass of RegistryHandler, None for that itself. At most
+    SERVE_THREADS connections are served at once, the others wait.
+    """
+    import http.server
+    context = None
+    if tls is not None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        _load(tls[0], context.load_cert_chain, tls[0], tls[1], _no_password)
+    bases = (handler or RegistryHandler, http.server.BaseHTTPRequestHandler)
+    kind = type("Server", (_BoundedThreads, http.server.HTTPServer), {
+        "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+        "places": threading.BoundedSemaphore(SERVE_THREADS)})
+    server = kind(address, type("Handler", bases, {}))
+    server.shelf, server.credentials, server.context = shelf, credentials, context
+    return server
+
+
+class _BoundedThreads:
+    """A thread a connection, but not too many; put before socketserver's server classes."""
+
+    allow_reuse_address = True
+    request_queue_size = 512  # connections that may wait
+    context = None
+    stopping = False
+
+    def server_bind(self):
+        # HTTPServer's own looks up the name of this host: that can take long without DNS.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def shutdown(self):
+        self.stopping = True
+        super().shutdown()
+
+    def process_request(self, request, client_address):
+        while not self.places.acquire(timeout=0.1):
+            if self.stopping:
+                self.shutdown_request(request)
+                return
+        try:
+            threading.Thread(target=self._serve, args=(request, client_address),
+                             daemon=True).start()
+        except BaseException:
+            self.places.release()
+            raise
+
+    def _serve(self, request, client_address):
+        try:
+            request.settimeout(SERVE_TIMEOUT)
+            if self.context is not None:  # here: a slow handshake must block nobody
+                request = self.context.wrap_socket(request, server_side=True)
+            self.finish_request(request, client_address)
+        except Exception as error:  # of one client; it must not end the server
+            log.debug("serving %s: %s", client_address[0], error)
+        finally:
+            self.shutdown_request(request)
+            self.places.release()
+
+
+class RegistryHandler:
+    """Answers the requests of one connection; http.server's handler is put behind it."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = USER_AGENT, ""
+    disable_nagle_algorithm = True
+    answered = False  # whether the answer has begun
+
+    def log_message(self, format, *args):
+        log.debug("serve: %s: %s", self.client_address[0], printable(format % args))
+
+    def do_GET(self):
+        """Answers a GET or HEAD."""
+        self.answered = False
+        if self.headers.get("Content-Length", "0") != "0" or (
+                "Transfer-Encoding" in self.headers):
+            self.close_connection = True  # a body is not the next request
+        try:
+            url = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            return self.fail(400, "NAME_INVALID", "no URL")
+        try:
+            if self.allowed():
+                self.answer(url)
+        except (VerificationError, InvalidDocument, OSError) as error:
+            if self.answered or isinstance(error, (ConnectionError, socket.timeout)):
+                raise  # what has been sent cannot be taken back: the connection ends
+            log.error("not served: %s: %s", printable(self.path, 200), error)
+            self.fail(500, "UNKNOWN", "what is stored here is damaged")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        """This registry is for reading."""
+        self.close_connection = True  # before its body is taken for a request
+        self.fail(405, "UNSUPPORTED", "this registry is read-only",
+                  [("Allow", "GET, HEAD")])
+
+    do_PUT = do_PATCH = do_DELETE = do_POST
+
+    def allowed(self):
+        """Whether the client may ask; answers it where not."""
+        wanted = self.server.credentials
+        if wanted is None:
+            return True
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic" and _same_secret(
+                given.strip(), wanted.basic().partition(" ")[2]):
+            return True
+        self.fail(401, "UNAUTHORIZED", "authentication required",
+                  [("WWW-Authenticate", 'Basic realm="imagec"')])
+        return False
+
+    def answer(self, url):
+        """Finds out what is asked for, and sends it."""
+        match = _ROUTE.fullmatch(urllib.parse.unquote(url.path))
+        query = dict(urllib.parse.parse_qsl(url.query))
+        if not match:
+            return self.fail(404, "NAME_INVALID", "no such place")
+        name, kind, what = match.group("name", "kind", "what")
+        if name is None:
+            return self.top(url.path, query)
+        try:
+            if kind is None:
+                return self.tags(name, query)
+            if kind == "manifests":
+                return self.manifest(name, what, query)
+            self.server.shelf.document(name, "", query.get("ns"))
+            return self.blob(what)
+        except KeyError:
+            return self.fail(404, "NAME_UNKNOWN", "repository name not known")
+
+    def top(self, path, query):
+        if path.endswith("_catalog"):
+            names = sorted(self.server.shelf.repositories)
+            return self.page("repositories", names, "/v2/_catalog", query, {})
+        return self.send(200, b"{}", "application/json")
+
+    def tags(self, name, query):
+        documents = self.server.shelf.documents(name, query.get("ns"))
+        tags = sorted(tag for tag in documents if ":" not in tag)
+        return self.page("tags", tags, "/v2/%s/tags/list" % name, query,
+                         {"name": name})
+
+    def page(self, key, values, path, query, value):
+        """A list, or as much of it as is asked for (distribution-spec, "tags")."""
+        if "last" in query:
+            values = [v for v in values if v > query["last"]]
+        extra = []
+        if re.fullmatch("[0-9]{1,9}", query.get("n", "")):
+            count = int(query["n"])
+            if count and len(values) > count:
+                more = dict(query, n=count, last=values[count - 1])  # an ns stays
+                extra.append(("Link", '<%s?%s>; rel="next"' % (
+                    path, urllib.parse.urlencode(more))))
+            values = values[:count]
+        body = json.dumps(dict(value, **{key: values})).encode("ascii")
+        return self.send(200, body, "application/json", extra)
+
+    def manifest(self, name, reference, query):
+        found = self.server.shelf.document(name, reference, query.get("ns"))
+        if found is None:
+            return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
+        media_type, digest, raw = found
+        headers = [("Docker-Content-Digest", str(digest)), ("ETag", '"%s"' % (
+            str(digest),))]
+        if self.known(str(digest)):
+            return self.send(304, b"", None, headers)
+        return self.send(200, raw, media_type, headers)
+
+    def known(self, digest):
+        """Whether the client has what it asks for already (RFC 7232, 3.2)."""
+        tags = [tag.strip() for tag in self.headers.get("If-None-Match", "").split(",")]
+        return tags == ["*"] or '"%s"' % digest in tags or 'W/"%s"' % digest in tags
+
+    def blob(self, what):
+        try:
+            digest = Digest.parse(what)
+        except InvalidReference:
+            return self.fail(400, "DIGEST_INVALID", "not a digest")
+        region = self.server.shelf.blob(digest)
+        if region is None:
+            return self.fail(404, "BLOB_UNKNOWN", "blob unknown to registry")
+        headers = [("Docker-Content-Digest", what), ("ETag", '"%s"' % what),
+                   ("Accept-Ranges", "bytes"),
+                   ("Cache-Control", "max-age=31536000, immutable")]
+        if self.known(what):
+            return self.send(304, b"", None, headers)
+        try:
+            part = parse_range(self.wanted_range(what), region.size)
+        except ValueError:
+            return self.fail(416, "SIZE_INVALID", "nothing of that range is there", [
+                ("Content-Range", "bytes */%d" % region.size)])
+        first, end = part or (0, region.size)
+        if part:
+            headers.append(("Content-Range", "bytes %d-%d/%d" % (
+                first, end - 1, region.size)))
+        with open(region.path, "rb") as file:  # it may be gone: found out before the head
+            self.head(206 if part else 200, end - first, "application/octet-stream",
+                      headers)
+            if self.command != "HEAD":
+                self.send_part(file, region.offset + first, end - first)
+
+    def wanted_range(self, what):
+        """The Range header where it means anything (RFC 7233, 3.1 and 3.2), else None."""
+        if self.command == "HEAD" or self.headers.get("If-Range", '"%s"' % what) != (
+                '"%s"' % what):
+            return None
+        return self.headers.get("Range")
+
+    def send_part(self, file, at, count):
+        """Part of a file to the client, by the kernel where it can."""
+        if count and hasattr(os, "sendfile") and not isinstance(self.connection,
+                                                                ssl.SSLSocket):
+            count -= self.connection.sendfile(file, at, count) or 0
+        else:
+            file.seek(at)
+            while count:
+                data = file.read(min(CHUNK, count))
+                if not data:
+                    break
+                self.wfile.write(data)
+                count -= len(data)
+        if count:
+            raise ConnectionAbortedError("the file has shrunk")
+
+    def head(self, status, length, media_type, headers):
+        self.answered = True
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header(API_VERSION_HEADER, "registry/2.0")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        if media_type is not None:
+            self.send_header("Content-Type", media_type)
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def send(self, status, body, media_type, headers=()):
+        self.head(status, len(body), media_type, headers)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def fail(self, status, code, message, headers=()):
+        """An error as the distribution-spec wants it."""
+        body = json.dumps({"errors": [{"code": code, "message": message}]})
+        self.send(status, body.encode("ascii"), "application/json", headers)
+
+
+def _same_secret(given, wanted):
+    import hmac
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"),
+                               wanted.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def serving(server):
+    """Runs a server in a thread meanwhile."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# --------------------------------------------------------------------------------------
 # 15  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
