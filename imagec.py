@@ -6940,6 +6940,213 @@ def serving(server):
 
 
 # --------------------------------------------------------------------------------------
+# 18  Self-test: prove that this host can pull
+# --------------------------------------------------------------------------------------
+
+# For the loopback server of the self-test only: everybody has this key.
+_TEST_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBfzCCASWgAwIBAgIJAKRd+JGKWNTbMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowFDES
+MBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEP9IC
+VfqLsw5+qPg5Y4/8mIzRmWMnn9sytv16WvL1nWhuVuYFRz58ppssPHIl2uoaaWOn
+4GpszbpO0CrbmK5kCKNeMFwwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
+AoQwHQYDVR0OBBYEFELrN7IAbqtb33WLQHMMbK+ajeKpMBoGA1UdEQQTMBGCCWxv
+Y2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNIADBFAiEA/Ig5vuCtrSRqLZo3NBDM
+sN/XFInbo+ml/LMHJx9bGuUCIEvrAVbMJ/02PKUecuf2fXVR+8wmKCAsWL9zIL/J
+uoIe
+-----END CERTIFICATE-----
+"""
+_TEST_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfDLjV1FGjkXrmDnL
+j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
+2zK2/Xpa8vWdaG5W5gVHPnymmyw8ciXa6hppY6fgamzNuk7QKtuYrmQI
+-----END PRIVATE KEY-----
+"""
+_TEST_TOKEN = "selftest-token"
+_TEST_REPOSITORY = "selftest/image"
+
+
+class _TestHandler(RegistryHandler):
+    """Asks for a Bearer token, and gives one to anybody."""
+
+    def allowed(self):
+        place = self.path.partition("?")[0]
+        if place == "/token":
+            self.send(200, canonical_json({"token": _TEST_TOKEN}), "application/json")
+            return False
+        if self.headers.get("Authorization") == "Bearer " + _TEST_TOKEN:
+            return True
+        self.fail(401, "UNAUTHORIZED", "authentication required", [
+            ("WWW-Authenticate", 'Bearer realm="%s://%s/token",service="selftest"' % (
+                "https" if self.server.context else "http", self.headers["Host"]))])
+        return False
+
+
+def _test_layer():
+    """The bytes of a small layer's tar."""
+    text = b"This came through imagec.\n"
+    return (tar_header(b"etc/", 0, b"5", 0o755) + tar_header(b"etc/imagec", len(text))
+            + text + bytes(-len(text) % TAR_BLOCK) + bytes(2 * TAR_BLOCK))
+
+
+def _test_config(diff_id):
+    platform = Platform.host()
+    return canonical_json({
+        "architecture": platform.architecture, "os": platform.os,
+        "variant": platform.variant, "created": "1970-01-01T00:00:00Z",
+        "rootfs": {"type": "layers", "diff_ids": [str(diff_id)]}})
+
+
+def _test_schema1(blob):
+    """A schema1 manifest in its signed form. Its signature is not one: none is checked."""
+    payload = json.dumps(collections.OrderedDict([
+        ("schemaVersion", 1), ("name", _TEST_REPOSITORY), ("tag", "schema1"),
+        ("architecture", Platform.host().architecture),
+        ("fsLayers", [{"blobSum": str(blob)}]),
+        ("history", [{"v1Compatibility": json.dumps(
+            {"id": blob.hex, "created": "1970-01-01T00:00:00Z"})}])]), indent=3)
+    tail = "\n}"
+    head = payload[:-len(tail)]
+
+    def encoded(text):
+        return base64.urlsafe_b64encode(text.encode("ascii")).decode("ascii").rstrip("=")
+
+    protected = encoded(json.dumps({"formatLength": len(head),
+                                    "formatTail": encoded(tail)}))
+    body = '%s,\n   "signatures": [{"header": {}, "signature": "", "protected": "%s"}]\n}'
+    return (body % (head, protected)).encode("ascii")
+
+
+def test_shelf(directory):
+    """A Shelf with one small image as schema1, schema2 and OCI index; blobs below it."""
+    shelf = Shelf()
+    tar = _test_layer()
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    blob = deflate.compress(tar) + deflate.flush()
+    config = _test_config(Digest.of(tar))
+    for data in (blob, config):
+        path = os.path.join(directory, Digest.of(data).hex)
+        write_file(path, data)
+        shelf.add_blob(Digest.of(data), Region(path, 0, len(data)))
+
+    def put(tag, raw, content_type):
+        manifest = decode_manifest(raw, content_type)
+        shelf.add([_TEST_REPOSITORY], tag, content_type, manifest.digest, raw)
+        return {"mediaType": content_type, "digest": str(manifest.digest),
+                "size": len(raw), "platform": {"os": "linux", "architecture":
+                                               Platform.host().architecture}}
+
+    def described(media_type, data):
+        return {"mediaType": media_type, "digest": str(Digest.of(data)),
+                "size": len(data)}
+
+    for tag, media_type, config_type, layer_type in (
+            ("schema2", DOCKER_MANIFEST, DOCKER_CONFIG, DOCKER_LAYER),
+            (None, OCI_MANIFEST, OCI_CONFIG, OCI_LAYER)):
+        entry = put(tag, canonical_json({
+            "schemaVersion": 2, "mediaType": media_type,
+            "config": described(config_type, config),
+            "layers": [described(layer_type, blob)]}), media_type)
+    put("oci", canonical_json({"schemaVersion": 2, "mediaType": OCI_INDEX,
+                               "manifests": [entry]}), OCI_INDEX)
+    put("schema1", _test_schema1(Digest.of(blob)), DOCKER_SCHEMA1_SIGNED)
+    return shelf
+
+
+def describe_host():
+    """Yields (what, what it is, whether it is good enough) of this host."""
+    import shutil
+    yield "Python", "%d.%d.%d" % sys.version_info[:3], sys.version_info >= (3, 6)
+    yield "TLS", ssl.OPENSSL_VERSION, True
+    codecs = ["gzip"]
+    for name, opener in (("bzip2", _bzip2), ("xz", _xz)):
+        with contextlib.suppress(ImportError):
+            opener()
+            codecs.append(name)
+    if _has_zstd_module():
+        codecs.append("zstd")
+    elif shutil.which("zstd"):
+        codecs.append("zstd (by the zstd program)")
+    yield "layers in", ", ".join(codecs), True
+    roots = ssl.create_default_context().cert_store_stats()["x509_ca"]
+    paths = ssl.get_default_verify_paths()
+    yield "CA roots", "%d from %s" % (roots, paths.cafile or paths.capath or (
+        "nowhere: https needs --cacert FILE")), True
+    proxies = {key: bare_url(value) for key, value in
+               urllib.request.getproxies().items() if key in ("http", "https", "no")}
+    yield "proxies", ", ".join("%s: %s" % pair for pair in sorted(proxies.items())) or (
+        "none"), True
+    try:
+        yield "credentials", ", ".join(name for name, config in Keyring().sources()
+                                       if config) or "no sources", True
+    except CredentialsError as error:  # pulls with --no-creds work all the same
+        yield "credentials", str(error), True
+    free = shutil.disk_usage(".").free
+    yield "disk here", "%d MB free" % (free // 10 ** 6), free > MIB
+
+
+def pull_test_images(directory, tls):
+    """Pulls the test images in every format from a loopback registry; yields what went.
+
+    Raises ImagecError where something is wrong.
+    """
+    pair = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
+    for path, text in zip(pair, (_TEST_CERTIFICATE, _TEST_KEY)):
+        write_file(path, text.encode("ascii"))
+    shelf = test_shelf(directory)
+    server = new_server(shelf, ("127.0.0.1", 0), None, tls and pair, _TestHandler)
+    options = {"cacert": pair[0] if tls else None, "no_creds": True}
+    with serving(server):
+        host = "127.0.0.1:%d" % server.server_address[1]
+        name = "%s/%s" % (host, _TEST_REPOSITORY)
+        for format in OUTPUTS:
+            if format == "rootfs" and os.name != "posix":
+                continue
+            for tag in ("schema1", "schema2", "oci"):
+                path = os.path.join(directory, "%s-%s" % (format, tag))
+                path += ".tar" if format == "archive" else ""
+                image = pull("%s:%s" % (name, tag), path, format, **options)
+                faults = Audit().check(image.path).faults
+                if faults:
+                    raise VerificationError("; ".join(faults))
+            yield format
+        _refuse_tampered(shelf, "%s:schema2" % name, directory, options)
+        yield "a tampered copy is refused"
+
+
+def _refuse_tampered(shelf, reference, directory, options):
+    """Damages the layer's blob behind the server's back and pulls: it must not succeed."""
+    blob = max(shelf.regions(), key=lambda region: region.size)
+    with open(blob.path, "r+b") as file:
+        byte = file.read(1)
+        file.seek(0)
+        file.write(bytes([byte[0] ^ 1]))
+    shelf.trust(blob)  # the server would refuse it too, and this is about the client
+    try:
+        pull(reference, os.path.join(directory, "tampered"), **options)
+    except VerificationError:
+        return
+    raise VerificationError("a tampered layer was taken")
+
+
+def describe_registry(host, session):
+    """Yields (what, what it is, whether it is good enough) of a registry."""
+    reference = Reference.parse(host + "/any/thing" if "/" not in host else host)
+    registry = session.registry(reference.api_host)
+    yield "registry", registry.learn_registry_url(), True
+    challenge = registry.challenge
+    if challenge is None:
+        yield "asks for", "nothing", True
+        return
+    yield "asks for", "%s %s" % (challenge.scheme, printable(
+        challenge.parameters.get("realm", ""), 200)), True
+    found = session.credentials(reference)
+    yield "we would be", str(found or "anonymous"), True
+
+
+# --------------------------------------------------------------------------------------
 # 15  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
