@@ -7147,7 +7147,7 @@ def describe_registry(host, session):
 
 
 # --------------------------------------------------------------------------------------
-# 15  Command line: arguments, progress, exit statuses
+# 19  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
 #: First row whose class fits gives the status.
@@ -7304,11 +7304,118 @@ def pinned(reference, digest):
 
 def run_pull(args, session):
     """imagec.py pull"""
-    output = OUTPUTS[args.format or "layers"](args.output)
-    for reference in args.references:
-        image = session.pull(reference, output, args.platform)
-        print(json.dumps(image_json(image)) if args.json
-              else pinned(reference, image.digest))
+    references = args.references + read_list(args.from_file)
+    if not references:
+        raise UsageError("nothing to pull: name a REF, or a list with --from-file")
+    if args.tag is not None and (len(references) > 1 or args.tag.tag is None):
+        raise UsageError("--tag names one image, as NAME[:TAG]")
+    stream = results = None
+    if args.output == "-":
+        if sys.stdout is None:
+            raise UsageError("standard output is closed")
+        stream, results = sys.stdout.buffer, sys.stderr
+        if sys.stdout.isatty():
+            raise UsageError("will not write an image to a terminal",
+                             "pipe it on, or name a file with -o")
+    output = new_output(args.output, args.format, args.tag, stream)
+    if args.dry_run:
+        return print_plan(session, references, output, args.platform)
+    for image in session.pull(references, output, args.platform):
+        if args.json:
+            print(json.dumps(image_json(image)), file=results)
+        elif stream is None or not args.quiet:
+            print(pinned(image.reference, image.digest), file=results)
+
+
+def print_plan(session, references, output, platform):
+    """What a pull would fetch and from where, a line a blob, and the sum."""
+    puller = Puller(session, output)
+    puller.check(references, platform)
+    images = puller.resolve(references, platform)
+    output.begin(images, touch=False)
+    wanted = there = 0
+    for image in images:
+        print(pinned(image.reference, image.digest))
+    for image, blob, have in puller.plan(images):
+        size = blob.size or 0
+        have = min(have, size)
+        wanted, there = wanted + size, there + have
+        print("%s %s bytes, %s" % (
+            str(blob.digest), "?" if blob.size is None else size,
+            "already there" if have == size and size else "%d there, the rest from %s" % (
+                have, session.source(image.reference).host)))
+    print("to fetch: %d bytes; already there: %d" % (wanted - there, there))
+
+
+def read_list(path):
+    """The References in a file, one a line; "#" begins a comment. None: none."""
+    if path is None:
+        return []
+    try:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
+            lines = [line.partition("#")[0].strip() for line in file]
+    except UnicodeDecodeError:
+        raise UsageError("%s: not a list of references in UTF-8" % path) from None
+    return [Reference.parse(line) for line in lines if line]
+
+
+def run_serve(args, session):
+    """imagec.py serve"""
+    host, _, port = args.listen.rpartition(":")
+    host = host or "127.0.0.1"
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise UsageError("--listen wants HOST:PORT, not %s" % args.listen)
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    shelf = Shelf(args.path)
+    try:
+        server = new_server(shelf, (host.strip("[]"), int(port)), session.given,
+                            args.tls_cert and (args.tls_cert, args.tls_key))
+    except OSError as error:
+        raise TransportError("cannot listen on %s: %s" % (
+            args.listen, _local_words(error).partition(";")[0])) from None
+    with serving(server):
+        print("serving %s at %s://%s:%d/v2/: %s" % (
+            args.path, "https" if args.tls_cert else "http", host,
+            server.server_address[1], ", ".join(sorted(shelf.repositories))), flush=True)
+        while True:
+            time.sleep(0.5)  # a signal may come to another thread and cut no sleep short
+
+
+def run_selftest(args, session):
+    """imagec.py selftest"""
+    import tempfile
+    good = True
+    rows = describe_host()
+    if args.host:
+        rows = (row for part in (rows, describe_registry(args.host, session))
+                for row in part)
+    for what, value, fine in rows:
+        print("%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough"))
+        good = good and fine
+    with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
+        # Nothing of this host's, proxies or credentials, has a part in it.
+        try:
+            for done in pull_test_images(directory, tls=True):
+                print("%-12s %s" % ("proved", done))
+        except ImagecError as error:  # of any kind: what it means is always the same
+            raise Unsupported("this host cannot pull images: %s" % error) from error
+    if not good:
+        raise Unsupported("this host cannot pull images: see above")
+    print("this host can pull images")
+
+
+def run_verify(args, session):
+    """imagec.py verify"""
+    audit = Audit().check(args.path)
+    for text in audit.unchecked:
+        complain("warning: not checked: ", text)
+    for text in audit.faults:
+        complain("", "%s: %s" % (args.path, text))
+    if audit.faults:
+        raise VerificationError("%s: %d faults" % (args.path, len(audit.faults)))
+    print("%s: good: images: %d, blobs or files: %d" % (args.path, audit.images,
+                                                        audit.blobs))
 
 
 def run_layers(args, session):
@@ -7334,7 +7441,7 @@ def run_inspect(args, session):
         return write_bytes(image.manifest.raw)
     if args.config:
         if image.config is None:
-            raise Unsupported("%s is a schema1 image: it has no config" % args.reference,
+            raise Unsupported("%s is a schema1 image: it has no config" % (args.reference,),
                               "see its layers' v1 JSON with inspect --raw")
         return write_bytes(image.config.raw)
     print(json.dumps(inspection(image), indent=2))
@@ -7365,10 +7472,19 @@ def inspection(image):
 
 def run_digest(args, session):
     """imagec.py digest"""
-    if args.platform is None:
-        print(session.manifest(args.reference).digest)
+    if args.platform in (None, "all"):
+        print(str(session.manifest(args.reference).digest))
     else:
-        print(session.resolve(args.reference, args.platform).manifest.digest)
+        print(str(session.resolve(args.reference, args.platform).manifest.digest))
+
+
+def run_auth(args, session):
+    """imagec.py auth"""
+    host, _, repository = args.host.partition("/")
+    found = Keyring(authfile=args.authfile, anonymous=args.no_creds).lookup(host,
+                                                                            repository)
+    print("%s: %s" % (printable(args.host), printable(
+        found or "anonymous, no source has credentials for it")))
 
 
 def run_tags(args, session):
@@ -7380,9 +7496,10 @@ def run_tags(args, session):
 
 def write_bytes(data):
     """Exact bytes to standard output."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    if sys.stdout is not None:  # None where it is closed
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 
 
 def argument_parser():
@@ -7411,15 +7528,23 @@ def argument_parser():
 
 def _add_common_arguments(parser):
     add = parser.add_argument
-    add("--platform", metavar="OS/ARCH[/VARIANT]", type=Platform.parse,
-        help="default: this host's")
+    add("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
+        help="default: this host's; all: the whole index (pull to oci)")
     add("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or")
     add("--password-stdin", action="store_true", help="from standard input")
+    add("--authfile", metavar="FILE", help="the only file of credentials to look into")
+    add("--no-creds", action="store_true", help="use no credentials that lie around")
     add("--token-host", action="append", default=[], metavar="HOST",
         help="may be sent the password to give tokens")
-    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+    add("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
         help="for the whole command; default %(default)s")
     add("--cacert", metavar="FILE", help="PEM roots to trust besides the system's")
+    add("--cert", metavar="FILE", help="PEM client certificate, with")
+    add("--key", metavar="FILE", help="its PEM key")
+    add("--proxy", metavar="URL", help="http://, socks5:// or socks5h://; default: the "
+        "environment's")
+    add("--mirror", action="append", default=[], metavar="HOST[:PORT][/PREFIX]",
+        help="try there first; repeatable")
     add("--insecure-skip-verify", action="store_true", help="take any TLS certificate")
     add("--insecure-allow-http", action="store_true",
         help="fall back to unverified https, then to http")
@@ -7431,17 +7556,43 @@ def _row(*flags, **options):
     return flags, options
 
 
-_REFERENCE_ARGUMENT = _row("reference", type=Reference.parse, metavar="REF",
+def parse_seconds(text):
+    """A positive number of seconds; raises UsageError."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,6})?", text) or not float(text):
+        raise UsageError("not a number of seconds: %s" % printable(text, 40))
+    return float(text)
+
+
+def _argument(parse):
+    """`parse` for argparse, which would otherwise hide the words of our errors."""
+    def parsed(text):
+        import argparse
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed
+
+
+_REFERENCE_ARGUMENT = _row("reference", type=_argument(Reference.parse), metavar="REF",
                            help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
 _JSON_ARGUMENT = _row("--json", action="store_true", help="results as JSON")
 #: Command -> (function, help, arguments of its own).
 COMMANDS = collections.OrderedDict([
     ("pull", (run_pull, "fetch images, every byte checked", [
-        _row("references", nargs="+", type=Reference.parse, metavar="REF",
+        _row("references", nargs="*", type=_argument(Reference.parse), metavar="REF",
              help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"),
+        _row("--from-file", metavar="LIST", help="references, one a line, # comments; - "
+             "is standard input"),
         _row("-o", "--output", default="images", metavar="PATH",
-             help="default: %(default)s"),
-        _row("--format", choices=sorted(OUTPUTS), help="default: layers"),
+             help="default: %(default)s; - is standard output"),
+        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends in "
+             ".tar or is -, else layers"),
+        _row("--dry-run", action="store_true", help="say what would be fetched, and stop"),
+        _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
+             "before 23.0; digests change"),
+        _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
+             help="the name to load the image by; default: its own"),
         _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
              "%(default)s"),
         _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
@@ -7456,8 +7607,20 @@ COMMANDS = collections.OrderedDict([
         _row("--raw", action="store_true", help="the manifest's exact bytes"),
         _row("--config", action="store_true", help="the config's exact bytes")])),
     ("digest", (run_digest, "print the manifest's digest", [_REFERENCE_ARGUMENT])),
+    ("auth", (run_auth, "say which credentials would be used for a registry", [
+        _row("host", metavar="HOST[:PORT][/REPOSITORY]")])),
+    ("serve", (run_serve, "a read-only registry over what was pulled", [
+        _row("path", metavar="PATH", help="a layers tree, layout or archive"),
+        _row("--listen", default="127.0.0.1:5000", metavar="HOST:PORT",
+             help="default: %(default)s"),
+        _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
+        _row("--tls-key", metavar="FILE", help="its PEM key")])),
+    ("selftest", (run_selftest, "prove that this host can pull", [
+        _row("host", nargs="?", metavar="HOST[:PORT]", help="a registry to look at too")])),
+    ("verify", (run_verify, "re-check, offline, what a pull wrote", [
+        _row("path", metavar="PATH", help="a layers tree, layout, archive or rootfs")])),
     ("tags", (run_tags, "list a repository's tags", [
-        _row("reference", type=Reference.parse, metavar="REPO",
+        _row("reference", type=_argument(Reference.parse), metavar="REPO",
              help="[HOST[:PORT]/]REPOSITORY")])),
 ])
 
@@ -7468,7 +7631,16 @@ def read_password(args):
         if args.password_stdin:
             raise UsageError("--password-stdin without -u")
         return None
+    password = _given_password(args)
+    if not password:
+        raise UsageError("the password of user %s is empty" % args.username)
+    return password
+
+
+def _given_password(args):
     if args.password_stdin:
+        if sys.stdin is None:
+            raise UsageError("--password-stdin, but standard input is closed")
         return sys.stdin.readline().rstrip("\r\n")
     password = os.environ.get("IMAGEC_PASSWORD")
     if password is None:
@@ -7479,21 +7651,30 @@ def read_password(args):
 
 def new_session(args, progress):
     """The Session the arguments ask for."""
+    if (args.cert is None) != (args.key is None):
+        raise UsageError("--cert and --key go together")
     return Session(
         args.username, read_password(args), args.timeout,
         insecure_skip_verify=args.insecure_skip_verify,
         insecure_allow_http=args.insecure_allow_http, cacert=args.cacert,
-        token_hosts=args.token_host, jobs=getattr(args, "jobs", JOBS),
+        client_pair=args.cert and (args.cert, args.key), proxy=args.proxy,
+        token_hosts=args.token_host, authfile=args.authfile, no_creds=args.no_creds,
+        mirrors=args.mirror, jobs=getattr(args, "jobs", JOBS),
         max_layer_size=getattr(args, "max_layer_size", LAYER_SIZE_LIMIT),
-        notify=progress)
+        recompress=getattr(args, "recompress", None), notify=progress)
 
 
 class _LineHandler(logging.Handler):
     """Log records as lines like our own, on whatever standard error is now."""
 
     def emit(self, record):
-        complain("%s: " % record.levelname.lower() if record.levelno != logging.INFO
-                 else "", record.getMessage())
+        kind = "" if record.levelno == logging.INFO else "%s: " % (
+            record.levelname.lower(),)
+        lines = [record.getMessage()]
+        if record.exc_info:
+            lines += logging.Formatter().formatException(record.exc_info).splitlines()
+        for line in lines:
+            complain(kind, line)
 
 
 def complain(kind, text):
@@ -7528,9 +7709,10 @@ def main(argv=None):
         complain("", "ended by SIGTERM")
         return 143
     except (ImagecError, OSError) as error:
+        if isinstance(error, OSError):
+            _forget_output()
         if isinstance(error, BrokenPipeError):
-            _forget_output()  # who read our output has had enough
-            return 1
+            return 1  # who read our output has had enough
         if debug:
             log.debug("the error came from here", exc_info=True)
         complain("", error if isinstance(error, ImagecError) else _local_words(error))
@@ -7550,7 +7732,8 @@ def _run(argv, handler):
     with _terminating(), new_session(args, progress) as session:
         try:
             args.run(args, session)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         finally:
             if progress is not None:
                 progress.close()
@@ -7586,9 +7769,16 @@ def _local_words(error):
 
 
 def _forget_output():
-    """Python flushes standard output at exit and would complain about it again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Python flushes standard output at exit, and would complain of it then."""
+    try:
+        sys.stdout.flush()
+    except AttributeError:  # closed
+        pass
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 if __name__ == "__main__":
