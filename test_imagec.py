@@ -10,24 +10,31 @@ program (docker-registry, skopeo, umoci, podman, ...) are skipped where it is mi
 unless IMAGEC_TEST_NO_SKIP is set: then they fail.
 """
 
+import atexit
 import base64
 import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
 import os
 import re
+import shutil
 import socket
+import socketserver
 import ssl
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
+import time
 import unittest
 import urllib.parse
 import zlib
@@ -1166,6 +1173,490 @@ class RegistryCase(unittest.TestCase):
         registry.close()
         unused = [f.match for f in registry.faults if f.times and not f.used]
         self.assertEqual(unused, [], "faults that were never used")
+
+
+# --------------------------------------------------------------------------------------
+# Fixtures: programs that are not ours
+# --------------------------------------------------------------------------------------
+
+REAL_USER = "alice"
+REAL_PASSWORD = "S3CR3T-alice"
+REAL_IDENTITY_TOKEN = "IDENTITY-alice"
+HTPASSWD = "alice:$2y$05$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n"
+
+REAL_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBkzCCATmgAwIBAgIITFSbKtuhBqIwCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJ
+bG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxOTkxMjMxMjM1OTU5WjAUMRIw
+EAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAREdbcD
+tnvXiWAt13Gs2RsqwPxfA7F9rkKmVXP1A5CT2UYwmR2lP1qFq3JbH0Jeq4U/kDSI
+gugffW/wGl0cixyko3MwcTAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIC
+hDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUew567fG6n7MFEUWrxFtv
+kU54HwUwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0gA
+MEUCIGX4brYwysohCRSZHyI0ELeEAcvzw9fuCJCe7sRSLLvzAiEA+WoLvth8ctKF
+P6pBqbi59KrLy7mB3SE08eBwthWmmJs=
+-----END CERTIFICATE-----
+"""
+REAL_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIJYXMR6QzZzia+9JVFZVTCROYfw76rGM9WkGdMoYX1fDoAoGCCqGSM49
+AwEHoUQDQgAERHW3A7Z714lgLddxrNkbKsD8XwOxfa5CplVz9QOQk9lGMJkdpT9a
+hatyWx9CXquFP5A0iILoH31v8BpdHIscpA==
+-----END EC PRIVATE KEY-----
+"""
+TOKEN_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIC9DCCAdygAwIBAgIITFSbKtuhBqMwDQYJKoZIhvcNAQELBQAwFzEVMBMGA1UE
+AwwMdG9rZW4tc2lnbmVyMCAXDTIwMDEwMTAwMDAwMFoYDzIxOTkxMjMxMjM1OTU5
+WjAXMRUwEwYDVQQDDAx0b2tlbi1zaWduZXIwggEiMA0GCSqGSIb3DQEBAQUAA4IB
+DwAwggEKAoIBAQCYsdazKFWAGM4Nu8Ys8HvRJLWC2P036R9XeuwNjVzg/pxuTWs0
+JfLUOF0heDKYwLKl7FhNyn8nWr6uNVkZ3b+m8DYM41VXs9gRjI20KkGUsPtU3LWC
+CGO9lTQc76uW/0NKUHt8j7NG38adsuv1xD9RF9TCZWZDQJ05EOetksgXw7W81CHr
+je1IuOTDOhpXhaO0FofQCIqLXNgoJKwB2ij0M6B0amJBUP3cf2wOiDXr3SzZH0rD
+c5SHSAzt69NlWRYJW437oUSwblhry+Wh3NVdyNPQFVtoq+QRvBw/n/gf1YqVQRsg
+3mTGcLKevXtu+D16PktilWB1Lupj5wQx+7Z7AgMBAAGjQjBAMA8GA1UdEwEB/wQF
+MAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1UdDgQWBBSMtoXUscG4waLOf3tSBe7l
+wa4mwjANBgkqhkiG9w0BAQsFAAOCAQEAXTgWa3ZpM9uYbxNyok8PjMUAFFjj0KRV
+DQrR6BcZf2qrwBgG2xY2I6uRNNtCZw4zlkzeRgdS1pBJy+nyJ1TWky+KkX/HT9Zz
+CCLxfemuq3JViLF6UPsr/ACRtBRHTDMhUYPYnu5XyuUoze5cdx6Tzq2Xlrv9d9nm
+2BHbjw1WgiJQDVLmyMcHhkoiMUyQCI8Nu6cOGueBzo0gOlI9oPaamgHsLbhANZL/
+GN9qJ+7AYuGoQk8NtkW9Z2dK0cUETyaRFIhZESoZhBG+78cLg7LUigNHdWZv1M2b
+nyrWDEUD32ufhhK6mUbgY//EjCVp3x3PEZNpVrBaZX6v9qO5MCBHfw==
+-----END CERTIFICATE-----
+"""
+TOKEN_N = int(
+    "98b1d6b328558018ce0dbbc62cf07bd124b582d8fd37e91f577aec0d8d5ce0fe9c6e4d6b3425f2d4"
+    "385d21783298c0b2a5ec584dca7f275abeae355919ddbfa6f0360ce35557b3d8118c8db42a4194b0"
+    "fb54dcb5820863bd95341cefab96ff434a507b7c8fb346dfc69db2ebf5c43f5117d4c2656643409d"
+    "3910e7ad92c817c3b5bcd421eb8ded48b8e4c33a1a5785a3b41687d0088a8b5cd82824ac01da28f4"
+    "33a0746a624150fddc7f6c0e8835ebdd2cd91f4ac3739487480cedebd3655916095b8dfba144b06e"
+    "586bcbe5a1dcd55dc8d3d0155b68abe411bc1c3f9ff81fd58a95411b20de64c670b29ebd7b6ef83d"
+    "7a3e4b629560752eea63e70431fbb67b", 16)
+TOKEN_D = int(
+    "2008a7273cddfb1ab917ce7dfbed93bc43bc44b02b2770a3dfa16d2646b2e68ce3da8c29626e57ac"
+    "480ad9bbb2b9b32b877db6e4d307ac04f09df19938c0f9b5170defd43d9241aba1badffb9d25d700"
+    "ee29568849b862dc6211e5c42e366665029131e6e6ead0829fd373b6e6ff7ddd1067d5449a989f54"
+    "9ca53c4580d6b38d4b7c58fb32c62bba36ee083582ed3db0821eb674b0b00eef85bf595287e679b5"
+    "78c864e911d61055ac95a4633631582e3481bf01e9884c78c0471246045e583c5844a79a33be576e"
+    "a8148ce91a7b096af731ff371eb0fa6790f5dc5852e381a72587220ebd9546f6d4bc53e05f73a61d"
+    "c95c21f58327bb7a5440238d90198589", 16)
+
+
+def needs(*programs):
+    """Skip the decorated test or class unless every program is on the PATH.
+
+    With IMAGEC_TEST_NO_SKIP set nothing is skipped: what lacks its program fails.
+    """
+    missing = [name for name in programs if shutil.which(name) is None]
+    if os.environ.get("IMAGEC_TEST_NO_SKIP"):
+        return lambda decorated: decorated
+    return unittest.skipUnless(
+        not missing, "needs %s: not on this machine" % ", ".join(missing))
+
+
+def _real_base64url(data):
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _rs256(message):
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2), so that no openssl is needed."""
+    info = bytes.fromhex("3031300d060960864801650304020105000420")
+    info += hashlib.sha256(message).digest()
+    size = (TOKEN_N.bit_length() + 7) // 8
+    padded = b"\0\1" + b"\xff" * (size - len(info) - 3) + b"\0" + info
+    number = pow(int.from_bytes(padded, "big"), TOKEN_D, TOKEN_N)
+    return number.to_bytes(size, "big")
+
+
+def make_jwt(claims):
+    """Return `claims` as a JWT that a registry trusting TOKEN_CERT accepts."""
+    # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
+    header = {"typ": "JWT", "alg": "RS256",
+              "x5c": ["".join(TOKEN_CERT.split("\n")[1:-2])]}
+    parts = [_real_base64url(json.dumps(part).encode("utf-8")) for part in (header, claims)]
+    parts.append(_real_base64url(_rs256(".".join(parts).encode("ascii"))))
+    return ".".join(parts)
+
+
+class _ThreadingServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+
+class _TokenHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # Head and body go out in two writes; Nagle would hold back the second one.
+    disable_nagle_algorithm = True
+    timeout = 30
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        owner = self.server.owner
+        owner.requests.append((self.command, self.path, dict(self.headers), body))
+        address = urllib.parse.urlsplit(self.path)
+        if address.path != "/token":
+            return self._reply(404, {"errors": [{"code": "NOT_FOUND"}]})
+        query = address.query if self.command == "GET" else body.decode("utf-8")
+        fields = urllib.parse.parse_qs(query)
+        try:
+            user = self._user(fields)
+        except ValueError:
+            return self._reply(401, {"errors": [{"code": "UNAUTHORIZED"}]})
+        self._reply(200, owner.answer(user, fields))
+
+    do_POST = do_GET
+
+    def _user(self, fields):
+        """The authenticated user's name, None if anonymous; ValueError if wrong."""
+        header = self.headers.get("Authorization")
+        if header is None and "grant_type" not in fields:
+            return None
+        if header is not None:
+            scheme, _, value = header.partition(" ")
+            given = base64.b64decode(value).decode("utf-8")
+            right = (scheme.lower(), given) == ("basic", REAL_USER + ":" + REAL_PASSWORD)
+        elif fields["grant_type"] == ["refresh_token"]:
+            right = fields.get("refresh_token") == [REAL_IDENTITY_TOKEN]
+        else:
+            names = ("grant_type", "username", "password")
+            given = [fields.get(name) for name in names]
+            right = given == [["password"], [REAL_USER], [REAL_PASSWORD]]
+        if not right:
+            raise ValueError("wrong credentials")
+        return REAL_USER
+
+    def _reply(self, status, value):
+        data = json.dumps(value).encode("utf-8")
+        self.send_response(status)
+        if status == 401:
+            self.send_header("WWW-Authenticate", 'Basic realm="token server"')
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class TokenServer:
+    """GET and POST /token: anonymous may pull outside private/, alice may do all.
+
+    A test may change `token_field` ("token", "access_token" or "both"), `expires_in`
+    (what the reply says; None: nothing) and `valid_for` (seconds until the token truly
+    expires; registries grant up to 60 more) at any time, and read `requests`: a list
+    of (method, path with query, headers, body).
+    """
+    SERVICE = "registry.test"
+    ISSUER = "issuer.test"
+
+    def __init__(self):
+        self.token_field = "both"
+        self.expires_in = 300
+        self.valid_for = 300
+        self.requests = []
+        self._server = _ThreadingServer(("127.0.0.1", 0), _TokenHandler)
+        self._server.owner = self
+        self.host = "127.0.0.1:%d" % self._server.server_address[1]
+        self.url = "http://%s/token" % self.host
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.daemon = True
+        self._thread.start()
+
+    def close(self):
+        """Stop listening; may be called twice."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, user, fields):
+        """The JSON reply to an authenticated request for `fields` (as of parse_qs)."""
+        scopes = " ".join(fields.get("scope", [])).split()
+        service = fields.get("service", [self.SERVICE])[0]
+        token = self.token(user, scopes, service)
+        names = ["token", "access_token"]
+        if self.token_field != "both":
+            names = [self.token_field]
+        reply = {name: token for name in names}
+        if self.expires_in is not None:
+            reply["expires_in"] = self.expires_in
+        return reply
+
+    def token(self, user, scopes, service=SERVICE):
+        """A JWT with those of `scopes` ("type:name:action,action") `user` may have."""
+        now = int(time.time())
+        return make_jwt({
+            "iss": self.ISSUER, "aud": service, "sub": user or "",
+            "iat": now, "nbf": now - 60, "exp": now + self.valid_for,
+            "jti": _real_base64url(os.urandom(12)),
+            "access": [self._access(user, scope) for scope in scopes]})
+
+    @staticmethod
+    def _access(user, scope):
+        # A repository's name may hold a colon of its own ("host:port/name").
+        rest, _, actions = scope.rpartition(":")
+        kind, _, name = rest.partition(":")
+        asked = actions.split(",")
+        if user is None:
+            public = kind == "repository" and not name.startswith("private/")
+            asked = [action for action in asked if public and action == "pull"]
+        return {"type": kind, "name": name, "actions": asked}
+
+
+def _free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class DockerRegistry:
+    """The real docker-registry on 127.0.0.1, schema 1 enabled, stored below `root`.
+
+    `auth` is None, "htpasswd" or "token". What was stored stays after close(), so that
+    another registry with the same `root` serves it under other conditions. `env_extra`
+    may override any setting (REGISTRY_STORAGE_DELETE_ENABLED=true).
+    """
+    # A watchdog waits for the end of its standard input, which comes even when the
+    # test process is killed and can run no cleanup.
+    COMMAND = ('exec 3<&0; (read _ <&3; kill $$) & '
+               'exec docker-registry serve "$1" 3<&- </dev/null')
+
+    def __init__(self, root, auth=None, tls=False, env_extra=None):
+        if auth not in (None, "htpasswd", "token"):
+            raise ValueError("auth: %r" % (auth,))
+        self.auth = auth
+        self.tls = tls
+        self.storage = os.path.join(str(root), "storage")
+        self.directory = tempfile.mkdtemp(prefix="registry-", dir=str(root))
+        self.token_server = TokenServer() if auth == "token" else None
+        self._process = None
+        atexit.register(self.close)
+        try:
+            self._start(env_extra or {})
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
+        """Stop the registry and its token server; may be called twice."""
+        atexit.unregister(self.close)
+        self._stop()
+        if self.token_server is not None:
+            self.token_server.close()
+
+    def log_text(self):
+        """What docker-registry has printed so far."""
+        with open(self._path("log"), "rb") as file:
+            return file.read().decode("utf-8", "replace")
+
+    def request(self, path, headers=None, method="GET"):
+        """Return (status, headers, body) of one request, without any proxy."""
+        if self.tls:
+            context = ssl.create_default_context(cadata=REAL_CERT)
+            connection = http.client.HTTPSConnection(
+                self.host, timeout=10, context=context)
+        else:
+            connection = http.client.HTTPConnection(self.host, timeout=10)
+        try:
+            connection.request(method, path, headers=headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def _start(self, env_extra):
+        for _ in range(3):
+            self._spawn(env_extra)
+            if self._answers():
+                return
+            self._stop()
+            # Another program may have taken the free port in the meantime.
+            if "address already in use" not in self.log_text():
+                break
+        raise RuntimeError("docker-registry does not answer:\n" + self.log_text())
+
+    def _spawn(self, env_extra):
+        self.host = "127.0.0.1:%d" % _free_port()
+        self.url = "%s://%s" % ("https" if self.tls else "http", self.host)
+        # Any REGISTRY_* variable would override our configuration; the exporter
+        # (version 3) would look for a collector.
+        env = {name: value for name, value in os.environ.items()
+               if not name.startswith("REGISTRY_")}
+        env["OTEL_TRACES_EXPORTER"] = "none"
+        env.update(env_extra)
+        with open(self._path("log"), "wb") as log:
+            self._process = subprocess.Popen(
+                ["sh", "-c", self.COMMAND, "sh", self._configure()],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=env)
+
+    def _stop(self):
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.stdin.close()
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _answers(self):
+        deadline = time.monotonic() + 10
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                if self.request("/v2/")[0] in (200, 401):
+                    return True
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.01)
+        return False
+
+    def _path(self, name, text=None):
+        """The path of a file of ours, written first if `text` is given."""
+        path = os.path.join(self.directory, name)
+        if text is not None:
+            with open(path, "w") as file:
+                file.write(text)
+        return path
+
+    def _configure(self):
+        http_part = {"addr": self.host, "secret": "not secret"}
+        if self.tls:
+            http_part["tls"] = {"certificate": self._path("cert.pem", REAL_CERT),
+                                "key": self._path("key.pem", REAL_KEY)}
+        config = {
+            "version": "0.1",
+            "log": {"level": "error", "accesslog": {"disabled": True}},
+            "storage": {
+                "filesystem": {"rootdirectory": self.storage},
+                "maintenance": {"uploadpurging": {"enabled": False}}},
+            "http": http_part,
+            "compatibility": {"schema1": {
+                "enabled": True,
+                "signingkeyfile": self._path("schema1.pem", REAL_KEY)}}}
+        if self.auth is not None:
+            config["auth"] = {self.auth: self._auth_options()}
+        # JSON is YAML, and needs no thought about quoting.
+        return self._path("config.yml", json.dumps(config, indent=1))
+
+    def _auth_options(self):
+        if self.auth == "htpasswd":
+            return {"realm": "registry.test",
+                    "path": self._path("htpasswd", HTPASSWD)}
+        return {"realm": self.token_server.url,
+                "service": TokenServer.SERVICE, "issuer": TokenServer.ISSUER,
+                "rootcertbundle": self._path("token.pem", TOKEN_CERT)}
+
+
+def _skopeo(*arguments):
+    done = subprocess.run(
+        ["skopeo", "--insecure-policy"] + list(arguments), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
+        env=dict(os.environ, NO_PROXY="*", no_proxy="*"))
+    if done.returncode:
+        raise AssertionError("skopeo %s: exit code %d\n%s" % (
+            " ".join(arguments), done.returncode,
+            done.stderr.decode("utf-8", "replace")))
+    return done.stdout
+
+
+def skopeo_copy(source, destination, *options):
+    """Copy an image with skopeo; both sides may be insecure registries."""
+    _skopeo("copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false",
+            *(options + (source, destination)))
+
+
+def _creds(creds):
+    return () if creds is None else ("--creds", creds)
+
+
+def skopeo_inspect(ref, *options, creds=None):
+    """What `skopeo inspect` says of `ref`, as a dict; creds: "user:password"."""
+    options = _creds(creds) + options
+    return json.loads(_skopeo(
+        "inspect", "--tls-verify=false", *(options + (ref,))).decode("utf-8"))
+
+
+def skopeo_raw(ref, *options, creds=None):
+    """The manifest of `ref` byte by byte, as its registry serves it to skopeo."""
+    options = _creds(creds) + options
+    return _skopeo("inspect", "--raw", "--tls-verify=false", *(options + (ref,)))
+
+
+def _write_blob(layout, media_type, data):
+    digest = hashlib.sha256(data).hexdigest()
+    with open(os.path.join(layout, "blobs", "sha256", digest), "wb") as file:
+        file.write(data)
+    return {"mediaType": media_type, "digest": "sha256:" + digest, "size": len(data)}
+
+
+def _write_json(layout, kind, value):
+    return _write_blob(layout, "application/vnd.oci.image.%s.v1+json" % kind,
+                       json.dumps(value, sort_keys=True).encode("utf-8"))
+
+
+def _gzip(data):
+    # Without a fixed time equal layers would have different digests.
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as file:
+        file.write(data)
+    return out.getvalue()
+
+
+def oci_layout(path, layers, config_extra=None, platform="linux/amd64"):
+    """Write an OCI image layout with tag `latest` to the new directory `path`.
+
+    `layers` are uncompressed tar files (bytes); `config_extra` replaces members of
+    the image's configuration; `platform` is "os/architecture[/variant]".
+    """
+    path = str(path)
+    os.makedirs(os.path.join(path, "blobs", "sha256"))
+    config = dict(zip(("os", "architecture", "variant"), platform.split("/")))
+    diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+    created = "2001-02-03T04:05:06Z"
+    config.update(created=created, config={},
+                  rootfs={"type": "layers", "diff_ids": diff_ids},
+                  # Conversion to schema 1 needs one entry for each layer.
+                  history=[{"created": created, "created_by": "layer %d" % number}
+                           for number in range(len(layers))])
+    config.update(config_extra or {})
+    manifest = {"schemaVersion": 2, "config": _write_json(path, "config", config),
+                "layers": [_write_blob(
+                    path, "application/vnd.oci.image.layer.v1.tar+gzip", _gzip(layer))
+                    for layer in layers]}
+    entry = _write_json(path, "manifest", manifest)
+    entry["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
+    with open(os.path.join(path, "index.json"), "w") as file:
+        json.dump({"schemaVersion": 2, "manifests": [entry]}, file)
+    with open(os.path.join(path, "oci-layout"), "w") as file:
+        json.dump({"imageLayoutVersion": "1.0.0"}, file)
+    return path
+
+
+def seed(registry, repository, layers):
+    """Push `layers` (tar bytes) as tags v2s1, v2s2, oci and zstd of `repository`."""
+    creds = ()
+    if registry.auth is not None:
+        creds = ("--dest-creds", REAL_USER + ":" + REAL_PASSWORD)
+    tag_at = "docker://%s/%s:" % (registry.host, repository)
+    with tempfile.TemporaryDirectory() as directory:
+        plain = "oci:%s:latest" % oci_layout(os.path.join(directory, "gzip"), layers)
+        for name in ("v2s1", "v2s2", "oci"):
+            skopeo_copy(plain, tag_at + name, "--format", name, *creds)
+        # On the way to a registry skopeo would rather reuse the gzip blobs it knows to
+        # be there than compress anew; a fresh directory offers it nothing to reuse.
+        zstd = "oci:%s:latest" % os.path.join(directory, "zstd")
+        skopeo_copy(plain, zstd, "--dest-compress-format", "zstd")
+        skopeo_copy(zstd, tag_at + "zstd", "--preserve-digests", *creds)
 
 
 # --------------------------------------------------------------------------------------
