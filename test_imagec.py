@@ -16,6 +16,7 @@ import bz2
 import collections
 import contextlib
 import copy
+import errno
 import functools
 import gzip
 import hashlib
@@ -24,11 +25,13 @@ import http.server
 import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import socketserver
 import ssl
@@ -4093,6 +4096,2992 @@ class LayerVerifierTest(TableCase):
         for name, blob in LAYER_BLOBS:
             mutants = [mutated(blob, choices, cut=number % 2) for number in range(40)]
             self.none_stray(unpacked, ((mutant, [mutant]) for mutant in mutants))
+
+
+# --------------------------------------------------------------------------------------
+# Transport to Pull, against the double
+# --------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------
+# What all classes here share
+# ------------------------------------------------------------------------------
+
+#: Host name -> the address it has here. No test asks the real DNS for anything.
+NET_PLACES = {
+    "registry.test": "127.0.0.1",
+    "other.test": "127.0.0.1",
+    "public.test": "93.184.216.34",
+    "public2.test": "93.184.216.35",
+    "private.test": "10.1.2.3",
+    "metadata.test": "169.254.169.254",
+}
+NET_CLEAN = re.compile("(?i)(.*_proxy|ssl_cert_(file|dir)|request_method)$")
+EVERY_TIME = None  # of a fault: for ever
+NET_TARS = [
+    tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
+    tar_bytes([("bin", None), ("bin/sh", b"\x7fELF" * 300)]),
+    tar_bytes([("var", None), ("var/log", b"quiet")]),
+]
+
+
+class NetworkCase(RegistryCase):
+    """No proxies, no system certificates (TEST_CERT is the only root), no sleep."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.naps = []
+        clean = {n: v for n, v in os.environ.items() if not NET_CLEAN.match(n)}
+        # Loading the system's roots takes longer than most of these tests.
+        clean["SSL_CERT_FILE"] = self.file("root.pem", TEST_CERT.encode("ascii"))
+        self.patch(mock.patch.dict(os.environ, clean, clear=True))
+        # Without a handler, Python would print warnings on its own.
+        self.patch(mock.patch.object(imagec.log, "handlers", [logging.NullHandler()]))
+        self.patch(mock.patch.object(imagec.log, "propagate", False))
+
+    def patch(self, patcher):
+        started = patcher.start()
+        self.addCleanup(patcher.stop)
+        return started
+
+    def file(self, name, data=b""):
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        return path
+
+    def transport(self, **options):
+        transport = imagec.Transport(
+            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options)
+        )
+        self.addCleanup(transport.close)
+        return transport
+
+    def client(self, registry, credentials=None, host=None, transport=None, **options):
+        """An imagec.Registry that talks to the FakeRegistry."""
+        if isinstance(credentials, str):
+            credentials = imagec.Credentials(credentials, PASSWORD)
+        return imagec.Registry(
+            host or registry.host, transport or self.transport(), credentials, **options
+        )
+
+    def session(self, **options):
+        session = imagec.Session(**dict({"idle_timeout": 5}, **options))
+        session.transport._sleep = self.naps.append
+        self.addCleanup(session.transport.close)
+        return session
+
+    def server(self, replies, tls=False):
+        server = Scripted(replies, tls)
+        self.addCleanup(server.close)
+        return server
+
+    def reroute(self):
+        """Names resolve by NET_PLACES, connections end here; where they were to go."""
+        reached, resolve = [], socket.getaddrinfo
+
+        class Routed(socket.socket):
+            def connect(self, target):
+                reached.append(target[0])
+                super().connect(("127.0.0.1", target[1]))
+
+        def lookup(host, *rest, **named):
+            if host.endswith(".invalid"):
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return resolve(NET_PLACES.get(host, host), *rest, **named)
+
+        self.patch(mock.patch("socket.getaddrinfo", lookup))
+        self.patch(mock.patch("socket.socket", Routed))
+        return reached
+
+    @contextlib.contextmanager
+    def fails(self, kind, *words):
+        """The block raises `kind`, in words that hold no secret and fit one line."""
+        with self.assertRaises(kind) as caught:
+            yield caught
+        text = str(caught.exception)
+        for word in words:
+            self.assertIn(word, text)
+        self.assertNotIn(PASSWORD, text)
+        self.assertNotIn("\n", text)
+
+    @contextlib.contextmanager
+    def within(self, seconds):
+        started = time.monotonic()
+        yield
+        self.assertLess(time.monotonic() - started, seconds)
+
+    def get(self, transport, url, **options):
+        """(status, bytes) of a GET."""
+        with transport.open("GET", url, **options) as response:
+            return response.status, response.read(imagec.MIB, "test")
+
+
+class Scripted(Server):
+    """Answers from a table {path: function of the request}; all else is 404."""
+
+    def __init__(self, replies, tls=False):
+        self.replies = replies
+        super().__init__(tls)
+
+    @property
+    def port(self):
+        return int(self.host.rpartition(":")[2])
+
+    def answer(self, request):
+        found = self.replies.get(request.route)
+        return found(request) if found else Reply(404)
+
+
+def to(location, code=307):
+    """A scripted redirect."""
+    return lambda request: Reply(code, headers={"Location": location})
+
+
+def say(data, code=200, **changed):
+    """A scripted reply."""
+    return lambda request: headers(**changed)(Reply(code, data))
+
+
+def spoken(data):
+    """A scripted reply of raw bytes, after which the connection ends."""
+    return lambda request: garbage(data)(None)
+
+
+def authorizations(*servers):
+    """Every Authorization header these servers have seen."""
+    found = [r.headers.get("Authorization") for s in servers for r in s.requests]
+    return [value for value in found if value is not None]
+
+
+def paths(server, word=""):
+    """"METHOD path" of the requests that hold `word`."""
+    lines = ("%s %s" % (r.method, r.route) for r in server.requests)
+    return [line for line in lines if word in line]
+
+
+# ------------------------------------------------------------------------------
+# Transport
+# ------------------------------------------------------------------------------
+
+#: (Location, path it must lead to, or None where it must be refused)
+NET_LOCATIONS = (
+    ("/end", "/end"),
+    ("end", "/a/end"),
+    ("../end", "/end"),
+    ("?q=1", "/a/start"),  # RFC 3986, 5.3: the path stays
+    ("//{host}/end", "/end"),
+    ("{url}/end", "/end"),
+    ("{url}/end#part", "/end"),
+    ("HTTP://{host}/end", "/end"),
+    ("", None),  # is the same URL again
+    ("/a/start", None),
+    ("/hop/back", None),  # leads back in two steps
+    ("/hop/11", None),  # T56: one more than allowed
+    ("file:///etc/passwd", None),  # T79
+    ("ftp://{host}/end", None),  # T79: urllib follows this one
+    ("data:text/plain,hello", None),
+    ("gopher://{host}/end", None),
+    ("javascript:alert(1)", None),
+    ("http:///end", "/end"),  # RFC 3986, 5.2.2, as all browsers read it
+    ("http://alice:S3CR3T@{host}/end", None),
+    ("http://good.test@{host}/end", None),  # T93
+    ("http://{host}\\@good.test/end", None),  # T93: urlsplit says host good.test
+    ("http://{host}/e\tnd", None),  # T93: urlsplit drops the tab
+    ("http://{host}/e nd", None),
+    ("http://{host}:99999/end", None),
+    ("http://{host}:0/end", None),
+    ("http://[::1/end", None),
+    ("http://{host}x/end", None),
+    ("/" + "e" * 9000, None),
+)
+
+#: (where the redirecting server is, where to, may it). T74; all ports are one server's.
+NET_NEARNESS = (
+    ("public.test", "public2.test", True),
+    ("public.test", "private.test", False),
+    ("public.test", "127.0.0.1", False),
+    ("public.test", "localhost", False),
+    ("public.test", "registry.test", False),  # a name is no better than its address
+    ("public.test", "0.0.0.0", False),
+    ("public.test", "0x7f.1", False),
+    ("public.test", "2130706433", False),
+    ("public.test", "[::ffff:127.0.0.1]", False),
+    ("public.test", "metadata.test", False),
+    ("public.test", "169.254.169.254", False),
+    ("private.test", "public.test", True),
+    ("private.test", "10.9.9.9", True),
+    ("private.test", "127.0.0.1", False),
+    ("private.test", "169.254.169.254", False),
+    ("registry.test", "public.test", True),
+    ("registry.test", "private.test", True),
+    ("registry.test", "other.test", True),
+    ("registry.test", "169.254.169.254", False),
+)
+
+#: (name, header lines, body as sent, what is read, None where it must be refused). T113
+NET_FRAMINGS = (
+    ("length", "Content-Length: 5", b"hello", b"hello"),
+    ("the same length twice", "Content-Length: 5\nContent-Length: 5", b"hello",
+     b"hello"),
+    ("no length", "X: y", b"hello", b"hello"),
+    ("chunked", "Transfer-Encoding: Chunked", b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    ("extension", "Transfer-Encoding: chunked", b"5;x=y\r\nhello\r\n0\r\n\r\n",
+     b"hello"),
+    ("identity", "Content-Length: 5\nContent-Encoding: identity", b"hello", b"hello"),
+    ("two lengths", "Content-Length: 5\nContent-Length: 6", b"hello!", None),
+    ("length and chunks", "Content-Length: 5\nTransfer-Encoding: chunked",
+     b"5\r\nhello\r\n0\r\n\r\n", None),
+    ("negative length", "Content-Length: -5", b"hello", None),
+    ("signed length", "Content-Length: +5", b"hello", None),
+    ("length in words", "Content-Length: five", b"hello", None),
+    ("empty length", "Content-Length: ", b"hello", None),
+    ("list of lengths", "Content-Length: 5, 5", b"hello", None),
+    ("length with underscore", "Content-Length: 0_5", b"hello", None),
+    ("endless length", "Content-Length: " + "9" * 400, b"hello", None),
+    ("gzip, chunked", "Transfer-Encoding: gzip, chunked",
+     b"5\r\nhello\r\n0\r\n\r\n", None),
+    ("chunked twice", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
+     b"5\r\nhello\r\n0\r\n\r\n", None),
+    ("identity coding", "Transfer-Encoding: identity", b"hello", None),
+    ("gzip, T47", "Content-Length: 5\nContent-Encoding: gzip", b"hello", None),
+    ("unknown coding, T47", "Content-Length: 5\nContent-Encoding: X-Rot13", b"h3110",
+     None),
+    ("short", "Content-Length: 6", b"hello", None),  # T22: http.client is silent
+    ("short chunk", "Transfer-Encoding: chunked", b"6\r\nhello", None),
+    ("no last chunk", "Transfer-Encoding: chunked", b"5\r\nhello\r\n", None),
+    ("cut chunk size", "Transfer-Encoding: chunked", b"5\r\nhello\r\n1", None),
+    ("no chunk size", "Transfer-Encoding: chunked", b"\r\nhello\r\n", None),
+    ("chunk size in words", "Transfer-Encoding: chunked", b"five\r\nhello\r\n", None),
+    ("negative chunk, T59", "Transfer-Encoding: chunked", b"-5\r\nhello\r\n0\r\n\r\n",
+     None),
+    ("huge chunk, T59", "Transfer-Encoding: chunked", b"f" * 16 + b"\r\nhello", None),
+    ("endless chunk size, T59", "Transfer-Encoding: chunked", b"0" * 100000, None),
+)
+
+#: Whole replies that are not HTTP, or nearly (T59, T114); none may end in a traceback.
+NET_JUNK = (
+    b"",
+    b"\0" * 100,
+    b"\xff" * 100 + b"\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.6\r\n",
+    b"220 mail.test ESMTP\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\0\0\x12\4\0\0\0\0\0",  # an HTTP/2 SETTINGS frame
+    b"\x15\x03\x01\0\2\2\x46",  # a TLS alert
+    b"<html>HTTP/0.9 had no status line</html>",
+    b"ICY 200 OK\r\n\r\n",
+    b"HTTP/1.1\r\n\r\n",
+    b"HTTP/1.1 abc OK\r\n\r\n",
+    b"HTTP/1.1 99 Low\r\n\r\n",
+    b"HTTP/1.1 1000 High\r\n\r\n",
+    b"HTTP/1.1 200",
+    b"HTTP/1.1 200 OK\r\nContent-Le",
+    b"HTTP/1.1 200 " + b"K" * 100000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+)
+
+#: (Retry-After, seconds slept before the second try; None where ours are used). T65
+NET_RETRY_AFTER = (
+    (None, None), ("0", 0), ("7", 7), (" 7 ", 7), ("60", 60), ("61", 60),
+    ("999999999", 60), ("9" * 40, None), ("-5", None), ("1.5", None), ("0x10", None),
+    ("soon", None), ("", None),
+    ("Fri, 31 Dec 9999 23:59:59 GMT", 60), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+    ("Wed, 99 Foo 2015 99:28:00 GMT", None), ("\xff\xfe", None),
+)
+
+#: (host, NO_PROXY, is the proxy passed by), as golang.org/x/net/http/httpproxy. T88
+NET_NO_PROXY = (
+    ("a.test", "", False), ("a.test", "b.test", False), ("a.test", "a.test", True),
+    ("A.Test", "a.tEST", True), ("a.test.", "a.test", True),
+    ("x.a.test", "a.test", True),
+    ("xa.test", "a.test", False), ("a.test", ".a.test", False),
+    ("x.a.test", ".a.test", True), ("x.a.test", "*.a.test", True),
+    ("a.test", "*.a.test", False), ("a.test", "*", True),
+    ("a.test", " b.test , a.test", True),
+    ("a.test", "b.test a.test", True), ("a.test:5000", "a.test", True),
+    ("a.test:5000", "a.test:5000", True), ("a.test:5000", "a.test:5001", False),
+    ("x.a.test:5000", ".a.test:5000", True),
+    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
+    ("10.1.2.3:5000", "10.0.0.0/8", True), ("10.1.2.3", "10.1.2.3", True),
+    ("10.1.2.3:5000", "10.1.2.3:5000", True), ("10.1.2.3", "10.1.2.0/33", False),
+    ("10.1.2.3", "0.1.2.3", False), ("a.test", "10.0.0.0/8", False),
+    ("[fd00::1]:5000", "fd00::/8", True), ("[fd00::1]", "fd00::1", True),
+    ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]", "fe80::/10", False),
+    ("127.0.0.1:5000", "", True), ("127.9.9.9", "", True), ("localhost:5000", "", True),
+    ("[::1]:5000", "", True), ("localhost.a.test", "", False),
+)
+
+#: (action, most seconds): each leaves us waiting for ever, one way or another
+NET_STALLS = (
+    ("silent after the request, T109", hang(30)),
+    ("drip in the status line, T57", drip(0.03, 1, "status")),
+    ("drip in the headers, T57", drip(0.03, 1, "headers")),
+    ("drip in the body, T57", drip(0.03, 9, "body")),
+    ("silent in the body, T109", drip(30, 50, "body")),
+    ("drip in chunk sizes and trailers, T57",
+     [chunked(1), drip(0.03, 5, "body")]),
+    ("100 Continue for ever, T58",
+     lambda reply: _net_continues(garbage(b"HTTP/1.1 100 Continue\r\n\r\n")(reply))),
+    ("100 Continue, slowly, T58",
+     [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
+)
+
+
+def _net_continues(reply):
+    reply.more = itertools.repeat(reply.raw * 100, 100000)
+    return reply
+
+
+class TransportTest(NetworkCase):
+    """One safe HTTP exchange."""
+
+    def test_requests_say_who_and_what(self):
+        server = self.server({"/end": say(b"hello")})
+        found = self.get(self.transport(), server.url + "/end")
+        self.assertEqual(found, (200, b"hello"))
+        sent = server.requests[0].headers
+        self.assertEqual(sent["User-Agent"], imagec.USER_AGENT)
+        self.assertEqual(sent["Accept-Encoding"], "identity")  # T47
+        self.assertNotIn("Authorization", sent)
+        self.assertNotIn("Cookie", sent)
+
+    def test_t56_t79_t93_locations(self):
+        self.assertTrue(NET_LOCATIONS)
+        server = self.server({"/end": say(b"hello"), "/a/end": say(b"hello"),
+                              "/hop/back": to("/a/start"), "/hop/0": say(b"hello")})
+        for hop in range(1, 12):
+            server.replies["/hop/%d" % hop] = to("/hop/%d" % (hop - 1))
+        transport = self.transport()
+        for location, expected in NET_LOCATIONS:
+            with self.subTest(location=location[:60]):
+                self.check_location(server, transport, location, expected)
+
+    def check_location(self, server, transport, location, expected):
+        where = location.format(host=server.host, url=server.url)
+
+        def start(request):
+            return Reply(200, b"hello") if "?" in request.path else to(where)(request)
+
+        server.replies["/a/start"] = start
+        del server.requests[:]
+        if expected is None:
+            with self.fails(imagec.UnsafeRedirect):
+                self.get(transport, server.url + "/a/start")
+            self.assertLessEqual(len(server.requests), imagec.REDIRECT_LIMIT + 1)
+        else:
+            found = self.get(transport, server.url + "/a/start")
+            self.assertEqual(found, (200, b"hello"))
+            self.assertEqual(server.requests[-1].route, expected)
+
+    def test_redirect_codes(self):
+        server = self.server({"/end": say(b"hello")})
+        transport = self.transport()
+        for code, followed in ((301, True), (302, True), (303, True), (307, True),
+                               (308, True), (300, False), (304, False)):
+            with self.subTest(code=code):  # urllib knows 308 only since 3.11
+                server.replies["/start"] = to("/end", code)
+                with transport.open("GET", server.url + "/start") as response:
+                    self.assertEqual(response.status, 200 if followed else code)
+                    self.assertEqual(response.url.endswith("/end"), followed)
+
+    def test_redirect_without_location(self):
+        server = self.server({"/start": say(b"", 307)})
+        self.assertEqual(self.get(self.transport(), server.url + "/start")[0], 307)
+
+    def test_ten_redirects_are_followed(self):
+        server = self.server({"/hop/0": say(b"hello")})
+        for hop in range(1, 11):
+            server.replies["/hop/%d" % hop] = to("/hop/%d" % (hop - 1))
+        self.assertEqual(self.get(self.transport(), server.url + "/hop/10")[0], 200)
+        self.assertEqual(server.connections, 1)
+
+    def test_t77_https_never_leads_to_http(self):
+        plain = self.server({"/end": say(b"hello")})
+        secure = self.server({"/start": to(plain.url + "/end")}, tls=True)
+        with self.fails(imagec.UnsafeRedirect, "from https to http"):
+            self.get(self.transport(), secure.url + "/start")
+        self.assertEqual(plain.requests, [])
+
+    def test_http_may_lead_to_https(self):
+        secure = self.server({"/end": say(b"hello")}, tls=True)
+        plain = self.server({"/start": to(secure.url + "/end")})
+        self.assertEqual(self.get(self.transport(), plain.url + "/start")[0], 200)
+
+    def test_t70_t71_authorization_stays_with_its_origin(self):
+        elsewhere = self.server({"/end": say(b"hello")})
+        home = self.server({"/same": to("/end"), "/end": say(b"hello")})
+        elsewhere.replies["/back"] = to(home.url + "/end")
+        transport, secret = self.transport(), {"Authorization": "Bearer S3CR3T"}
+        for place, at_home in (
+                (home.url + "/end", 2),
+                (elsewhere.url + "/end", 1),  # same host, another port
+                ("http://localhost:%d/end" % elsewhere.port, 1),
+                ("http://localhost:%d/end" % home.port, 1),  # another name of one host
+                (elsewhere.url + "/back", 1)):  # it does not come back either
+            with self.subTest(place=place):
+                home.replies["/start"] = to(place)
+                del home.requests[:]
+                self.get(transport, home.url + "/start", headers=secret)
+                self.assertEqual(len(authorizations(home)), at_home)
+                self.assertEqual(authorizations(elsewhere), [])
+
+    def test_t92_no_cookies(self):
+        elsewhere = self.server({"/end": say(b"hello")})
+        home = self.server({"/start": lambda request: headers(set_cookie="a=S3CR3T")(
+            to(elsewhere.url + "/end")(request)), "/end": say(b"", set_cookie="b=1")})
+        transport = self.transport()
+        for path in ("/start", "/end", "/start"):
+            self.get(transport, home.url + path)
+        cookies = [r.headers["Cookie"] for r in home.requests + elsewhere.requests]
+        self.assertEqual(set(cookies), {None})
+
+    def test_t74_redirects_lead_no_nearer(self):
+        self.assertTrue(NET_NEARNESS)
+        reached = self.reroute()
+        server = self.server({"/end": say(b"hello")})
+        for home, target, allowed in NET_NEARNESS:
+            with self.subTest(home, target=target), self.transport_in() as transport:
+                place, url = ("http://%s:%d/" % (host, server.port)
+                              for host in (target, home))
+                server.replies["/"] = to(place + "end")
+                del reached[:]
+                if allowed:
+                    self.assertEqual(self.get(transport, url), (200, b"hello"))
+                    continue
+                with self.fails(imagec.TransportError):
+                    self.get(transport, url)
+                self.assertEqual(len(reached), 1)
+
+    @contextlib.contextmanager
+    def transport_in(self, **options):
+        """A transport for one row: its connections are not the next row's."""
+        transport = self.transport(**options)
+        try:
+            yield transport
+        finally:
+            transport.close()
+
+    def test_t74_a_kept_connection_is_no_way_around(self):
+        self.reroute()
+        server = self.server({"/end": say(b"hello")})
+        private = "http://private.test:%d/end" % server.port
+        server.replies["/start"] = to(private)
+        transport = self.transport()
+        self.assertEqual(self.get(transport, private)[0], 200)  # the user's own choice
+        with self.fails(imagec.UnsafeRedirect, "private.test"):
+            self.get(transport, "http://public.test:%d/start" % server.port)
+
+    def test_t113_t47_framing(self):
+        self.assertTrue(NET_FRAMINGS)
+        server, transport = self.server({}), self.transport()
+        for name, lines, data, expected in NET_FRAMINGS:
+            with self.subTest(name):
+                head = "HTTP/1.1 200 OK\r\n%s\r\n\r\n" % lines.replace("\n", "\r\n")
+                server.replies["/it"] = spoken(head.encode("ascii") + data)
+                if expected is not None:
+                    found = self.get(transport, server.url + "/it")
+                    self.assertEqual(found, (200, expected))
+                    continue
+                with self.fails(imagec.TransportError, server.host):
+                    self.get(transport, server.url + "/it")
+
+    def test_t59_t114_junk(self):
+        self.assertTrue(NET_JUNK)
+        server, transport = self.server({}), self.transport()
+        for junk in NET_JUNK:
+            with self.subTest(junk=junk[:40]), self.fails(imagec.TransportError,
+                                                          server.host):
+                server.replies["/it"] = spoken(junk)
+                self.get(transport, server.url + "/it")
+
+    def test_t59_odd_chunks_are_read_or_refused(self):
+        # Pythons differ on these; what may not happen is a traceback or a wrong body.
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        server, transport = self.server({}), self.transport()
+        for chunks in (b"0_5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+                       b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n",
+                       b"5\nhello\n0\n\n",
+                       b"5\r\nhello\r\n0\r\n" + b"X: y\r\n" * 50000 + b"\r\n"):
+            with self.subTest(chunks=chunks[:20]):
+                server.replies["/it"] = spoken(head + chunks)
+                try:
+                    found = self.get(transport, server.url + "/it")
+                except imagec.TransportError:
+                    continue
+                self.assertEqual(found, (200, b"hello"))
+
+    def test_t112_bodies_where_none_belongs(self):
+        server, transport = self.server({}), self.transport()
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+        server.replies["/it"] = spoken(head + b"hello")
+        with transport.open("HEAD", server.url + "/it") as response:
+            self.assertEqual(response.read(9, "test"), b"")
+        server.replies["/it"] = spoken(b"HTTP/1.1 204 No\r\n\r\nhello")
+        self.assertEqual(self.get(transport, server.url + "/it"), (204, b""))
+
+    def test_t52_t53_limits(self):
+        server, transport = self.server({"/it": say(b"hello")}), self.transport()
+        for name, action in (
+                ("lying length, T53", headers(content_length="999999999999")),
+                ("endless chunks, T52", endless()),
+                ("endless, T52", endless(framing="close")),
+                ("one byte too many", body(bytes(imagec.MIB + 1)))):
+            with self.subTest(name), self.fails(imagec.LimitExceeded, "1048576"):
+                server.fault("GET /it", action)
+                self.get(transport, server.url + "/it")
+        server.replies["/it"] = say(bytes(imagec.MIB))
+        self.assertEqual(len(self.get(transport, server.url + "/it")[1]), imagec.MIB)
+
+    def test_t57_t58_t109_stalls(self):
+        self.assertTrue(NET_STALLS)
+        server, transport = self.server({"/it": say(b"x" * 5000)}), None
+        for name, action in NET_STALLS:
+            with self.subTest(name), self.transport_in(idle_timeout=0.08) as transport:
+                server.fault("GET /it", action)
+                with self.within(0.6), self.fails(imagec.Timeout, server.host) as found:
+                    self.get(transport, server.url + "/it")
+                self.assertTrue(found.exception.retryable)
+
+    def test_t57_t109_stalls_before_http(self):
+        secure = self.server({}, tls=True)
+        record = b"\x16\x03\x03\x40\x00" + bytes(1000)
+        for name, action in (
+                ("silent in the handshake", hang(30, "accept")),
+                ("drip in the handshake", [garbage(record, "accept"), drip(0.03)])):
+            with self.subTest(name), self.transport_in(idle_timeout=0.08) as transport:
+                secure.fault("", action)
+                with self.within(0.6), self.fails(imagec.TransportError, secure.host):
+                    self.get(transport, secure.url + "/it")
+
+    def test_slow_but_steady_is_no_stall(self):
+        server = self.server({"/it": say(b"x" * 12000)})
+        server.fault("GET /it", drip(0.02, 1500, "body"))
+        transport = self.transport(idle_timeout=0.08)
+        self.assertEqual(len(self.get(transport, server.url + "/it")[1]), 12000)
+
+    def test_deadline_bounds_everything(self):
+        server = self.server({"/it": say(b"x" * 5000)})
+        server.fault("GET /it", drip(0.02, 100, "body"), EVERY_TIME)
+        transport = self.transport(timeout=0.15)
+        with self.within(0.6), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
+            transport.retrying(lambda: self.get(transport, server.url + "/it"))
+
+    def test_deadline_ends_a_wait(self):
+        now = [100.0]
+        transport = self.transport(timeout=5, clock=lambda: now[0])
+        transport._sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)
+        with self.fails(imagec.Timeout):
+            transport.retrying(mock.Mock(side_effect=imagec.TransportError(
+                "it failed", retryable=True)))
+        self.assertLess(now[0], 110)
+
+    def test_cancel_wakes_whoever_waits(self):
+        for tls, action in ((False, hang(30)), (True, drip(30, 5, "body"))):
+            with self.subTest(tls=tls), self.transport_in() as transport:
+                server = self.server({"/it": say(b"hello" * 9)}, tls)
+                server.fault("GET /it", action)
+                threading.Timer(0.08, transport.cancel).start()
+                with self.within(1), self.fails(imagec.Cancelled):
+                    self.get(transport, server.url + "/it")
+                with self.fails(imagec.Cancelled):  # and nothing new begins
+                    self.get(transport, server.url + "/it")
+
+    def test_connections_are_kept(self):
+        for tls in (False, True):
+            with self.subTest(tls=tls):
+                server, transport = self.server({"/it": say(b"hello")}, tls), None
+                transport = self.transport()
+                for _ in range(5):
+                    self.get(transport, server.url + "/it")
+                self.assertEqual(server.connections, 1)
+
+    def test_t111_stale_connections(self):
+        for name, action, times in (
+                ("closed while idle", truncate(1.0), 1),
+                ("reset on the next request", reset(0, "status"), 1)):
+            with self.subTest(name), self.transport_in() as transport:
+                server = self.server({"/it": say(b"hello")})
+                if "idle" not in name:
+                    self.get(transport, server.url + "/it")
+                server.fault("GET /it", action, times)
+                for _ in range(2):
+                    found = self.get(transport, server.url + "/it")
+                    self.assertEqual(found, (200, b"hello"))
+                self.assertEqual(server.connections, 2)
+                self.assertEqual(self.naps, [])
+
+    def test_t94_unsolicited_bytes_answer_no_request(self):
+        server = self.server({"/it": say(b"hello"), "/other": say(b"other")})
+        server.fault("GET /it", extra(99, lie=True))
+        transport = self.transport()
+        self.assertEqual(self.get(transport, server.url + "/it"), (200, b"hello"))
+        # Bytes still on their way when the next request leaves cost one try.
+        found = transport.retrying(lambda: self.get(transport, server.url + "/other"))
+        self.assertEqual(found, (200, b"other"))
+
+    def test_t94_a_body_left_unread_ends_its_connection(self):
+        server = self.server({"/it": say(b"x" * 200000), "/other": say(b"other")})
+        transport = self.transport()
+        transport.open("GET", server.url + "/it").close()
+        self.assertEqual(self.get(transport, server.url + "/other"), (200, b"other"))
+        self.assertEqual(server.connections, 2)
+
+    def test_t105_retried_five_times(self):
+        transport = self.transport()
+        for code in sorted(imagec.RETRIED_STATUSES):
+            with self.subTest(code=code):
+                server, self.naps[:] = self.server({"/it": say(b"", code)}), []
+                with self.fails(imagec.RegistryError, str(code)):
+                    transport.retrying(lambda: self.demand(transport, server))
+                self.assertEqual(len(server.requests), imagec.ATTEMPTS)
+                bounds = [imagec.BACKOFF * 2 ** n for n in range(imagec.ATTEMPTS - 1)]
+                for nap, bound in zip(self.naps, bounds):
+                    self.assertTrue(bound * 0.75 <= nap <= bound * 1.25, self.naps)
+                self.assertEqual(len(self.naps), len(bounds))
+
+    def demand(self, transport, server):
+        with transport.open("GET", server.url + "/it") as response:
+            imagec.raise_for_status(response, "it")
+            return response.read(99, "it")
+
+    def test_t106_not_retried(self):
+        transport = self.transport()
+        for code in (400, 401, 402, 403, 404, 405, 406, 409, 410, 415, 416, 418, 451,
+                     501, 505):
+            with self.subTest(code=code):
+                server = self.server({"/it": say(b"", code)})
+                with self.fails(imagec.RegistryError, str(code)):
+                    transport.retrying(lambda: self.demand(transport, server))
+                self.assertEqual(len(server.requests), 1)
+        self.assertEqual(self.naps, [])
+
+    def test_t65_t105_retry_after(self):
+        self.assertTrue(NET_RETRY_AFTER)
+        server, transport = self.server({"/it": say(b"hello")}), self.transport()
+        for value, seconds in NET_RETRY_AFTER:
+            with self.subTest(value=value):
+                del self.naps[:]
+                server.fault("GET /it", status(429, {"Retry-After": value}))
+                found = transport.retrying(lambda: self.demand(transport, server))
+                self.assertEqual((found, len(self.naps)), (b"hello", 1))
+                low, high = (0.4, 0.6) if seconds is None else (seconds, seconds)
+                self.assertTrue(low <= self.naps[0] <= high, self.naps)
+
+    def test_retry_after_date(self):
+        with mock.patch("time.time", return_value=1445412470.0):
+            self.assertEqual(imagec.retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), 10)
+
+    def test_progress_renews_the_budget(self):
+        budget = imagec.Budget(self.transport())
+        error = imagec.TransportError("it failed", retryable=True)
+        for _ in range(20):
+            budget.spend(error, imagec.PROGRESS_BYTES)
+        for _ in range(imagec.ATTEMPTS - 2):
+            budget.spend(error, imagec.PROGRESS_BYTES - 1)  # T64: a byte is none
+        with self.assertRaises(imagec.TransportError):
+            budget.spend(error)
+
+    def test_t110_every_address_is_tried(self):
+        server, resolve = self.server({"/it": say(b"hello")}), socket.getaddrinfo
+
+        def lookup(host, port, *rest):
+            # Nothing listens on port 1 of 127.0.0.1; the first address is dead.
+            return resolve("127.0.0.1", 1, *rest) + resolve("127.0.0.1", port, *rest)
+
+        with mock.patch("socket.getaddrinfo", lookup):
+            url = "http://registry.test:%d/it" % server.port
+            self.assertEqual(self.get(self.transport(), url), (200, b"hello"))
+
+    def test_messages_hold_no_query(self):
+        server = self.server({})
+        server.fault("GET", garbage(b""))
+        with self.fails(imagec.TransportError, server.host + "/it"):
+            self.get(self.transport(), server.url + "/it?sig=S3CR3T-SIG")
+
+
+# -- proxies
+
+
+class ForwardProxy(Server):
+    """A small forward proxy: all hosts it is asked for are 127.0.0.1."""
+
+    wants = None  # the Proxy-Authorization it asks for
+
+    def answer(self, request):
+        """Forward, or open a tunnel (see _send)."""
+        if self.wants and request.headers.get("Proxy-Authorization") != self.wants:
+            return Reply(407, headers={"Proxy-Authenticate": 'Basic realm="proxy"'})
+        if request.method == "CONNECT":
+            reply = headers(content_length=None)(Reply(200))
+            reply.tunnel = int(request.path.rpartition(":")[2])
+            return reply
+        parts = urllib.parse.urlsplit(request.path)
+        connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=5)
+        with contextlib.closing(connection):
+            passed = {n: v for n, v in request.headers.items() if "Proxy" not in n}
+            connection.request(request.method, parts.path, headers=passed)
+            found = connection.getresponse()
+            kind = {"Content-Type": found.headers.get("Content-Type", "")}
+            return Reply(found.status, found.read(), kind)
+
+    def _send(self, sock, reply, bare):
+        super()._send(sock, reply, bare)
+        if hasattr(reply, "tunnel"):
+            with socket.create_connection(("127.0.0.1", reply.tunnel), 5) as far:
+                back = threading.Thread(target=self.pump, args=(far, sock), daemon=True)
+                back.start()
+                self.pump(sock, far)
+                back.join(5)
+            reply.ending = "fin"
+
+    @staticmethod
+    def pump(source, target):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(BLOCK), b""):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+class ProxyTest(NetworkCase):
+    """Transport through the proxies of the environment."""
+
+    def setUp(self):
+        super().setUp()
+        self.reached = self.reroute()
+        self.proxy = ForwardProxy()
+        self.addCleanup(self.proxy.close)
+
+    def environ(self, **variables):
+        self.patch(mock.patch.dict(os.environ, variables))
+
+    def fetch(self, server, host="registry.test", **options):
+        scheme = server.url.partition(":")[0]
+        url = "%s://%s:%d/it" % (scheme, host, server.port)
+        return self.get(self.transport(skip_verify=True, **options), url)
+
+    def test_t88_bypasses_proxy(self):
+        self.assertTrue(NET_NO_PROXY)
+        for host, no_proxy, expected in NET_NO_PROXY:
+            with self.subTest(host=host, no_proxy=no_proxy):
+                self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected)
+
+    def test_http(self):
+        server = self.server({"/it": say(b"hello")})
+        self.environ(http_proxy=self.proxy.url)
+        self.assertEqual(self.fetch(server), (200, b"hello"))
+        expected = ["http://registry.test:%d/it" % server.port]
+        self.assertEqual([r.path for r in self.proxy.requests], expected)
+
+    def test_https_goes_through_connect(self):
+        server = self.server({"/it": say(b"hello")}, tls=True)
+        self.environ(https_proxy=self.proxy.url)
+        self.assertEqual(self.fetch(server), (200, b"hello"))
+        found = [(r.method, r.path) for r in self.proxy.requests]
+        self.assertEqual(found, [("CONNECT", "registry.test:%d" % server.port)])
+
+    def test_tunnel_is_kept(self):
+        server = self.server({"/it": say(b"hello")}, tls=True)
+        self.environ(https_proxy=self.proxy.url)
+        transport = self.transport(skip_verify=True)
+        for _ in range(3):
+            self.get(transport, "https://registry.test:%d/it" % server.port)
+        self.assertEqual(len(self.proxy.requests), 1)
+
+    def test_t88_loopback_is_never_proxied(self):
+        server = self.server({"/it": say(b"hello")})
+        self.environ(http_proxy=self.proxy.url, HTTP_PROXY=self.proxy.url)
+        for host in ("127.0.0.1", "localhost"):
+            self.assertEqual(self.fetch(server, host), (200, b"hello"))
+        self.assertEqual(self.proxy.requests, [])
+
+    def test_t88_no_proxy(self):
+        server = self.server({"/it": say(b"hello")})
+        # A dead proxy: whoever used it would fail.
+        self.environ(http_proxy="http://127.0.0.1:1", NO_PROXY="registry.test")
+        self.assertEqual(self.fetch(server), (200, b"hello"))
+        with self.fails(imagec.TransportError, "refused"):
+            self.fetch(server, "other.test")
+
+    def test_t88_credentials_are_the_proxys_alone(self):
+        for tls in (False, True):
+            with self.subTest(tls=tls):
+                server = self.server({"/it": say(b"hello")}, tls)
+                self.proxy.wants = imagec.Credentials("bob", PASSWORD).basic()
+                url = "http://bob:%s@%s" % (PASSWORD, self.proxy.host)
+                self.environ(http_proxy=url, https_proxy=url)
+                self.assertEqual(self.fetch(server), (200, b"hello"))
+                self.assertNotIn("Proxy-Authorization", server.requests[0].headers)
+
+    def test_t88_authorization_is_not_shown_to_a_tunnel(self):
+        server = self.server({"/it": say(b"hello")}, tls=True)
+        self.environ(https_proxy=self.proxy.url)
+        self.get(self.transport(skip_verify=True),
+                 "https://registry.test:%d/it" % server.port,
+                 headers={"Authorization": "Bearer S3CR3T"})
+        self.assertEqual(authorizations(self.proxy), [])
+        self.assertEqual(authorizations(server), ["Bearer S3CR3T"])
+
+    def test_t89_proxy_wants_a_password(self):
+        for tls in (False, True):
+            with self.subTest(tls=tls):
+                registry = self.registry(tls=tls)
+                self.proxy.wants = "Basic S3CR3T"
+                self.environ(http_proxy=self.proxy.url, https_proxy=self.proxy.url)
+                del self.proxy.requests[:]
+                transport = self.transport(skip_verify=True)
+                host = "registry.test:" + registry.host.rpartition(":")[2]
+                client = self.client(registry, host=host, transport=transport,
+                                     allow_http=not tls)
+                with self.fails(imagec.ImagecError, "407", "proxy"):
+                    client.learn_registry_url()
+                self.assertLessEqual(len(self.proxy.requests), 3)
+                self.assertEqual(registry.requests, [])
+
+    def test_t89_proxy_kinds(self):
+        server = self.server({"/it": say(b"hello")})
+        for kind in ("https", "socks4", "ftp"):
+            with self.subTest(kind=kind), self.fails(imagec.UsageError, "proxy"):
+                self.environ(http_proxy=kind + "://127.0.0.1:1")
+                self.fetch(server)
+
+    def test_proxy_without_scheme(self):
+        server = self.server({"/it": say(b"hello")})
+        self.environ(http_proxy=self.proxy.host)
+        self.assertEqual(self.fetch(server), (200, b"hello"))
+        self.assertEqual(len(self.proxy.requests), 1)
+
+    def test_t89_odd_answers_to_connect(self):
+        server = self.server({"/it": say(b"hello")}, tls=True)
+        self.environ(https_proxy=self.proxy.url)
+        for name, action in (
+                ("page", say(b"<html>", content_type="text/html")),
+                ("denied", say(b"no", 403)),
+                ("junk", spoken(b"SSH-2.0\r\n")),
+                ("hang", lambda request: hang(30)(None)),
+                ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))):
+            with self.subTest(name), mock.patch.object(self.proxy, "answer", action):
+                with self.within(1), self.fails(imagec.TransportError):
+                    self.fetch(server, idle_timeout=0.08)
+        self.assertEqual(server.requests, [])
+
+# ------------------------------------------------------------------------------
+# Authorization
+# ------------------------------------------------------------------------------
+
+#: (header values, the challenges in them as (scheme, {parameters}))
+NET_CHALLENGES = (
+    (['Bearer realm="https://a/t",service="s",scope="repository:r:pull"'],
+     [("bearer", {"realm": "https://a/t", "service": "s",
+                  "scope": "repository:r:pull"})]),
+    # The described system split at spaces, and lost what follows the comma.
+    (['Bearer realm="r", service="s"'], [("bearer", {"realm": "r", "service": "s"})]),
+    # ... and at commas, also those inside quotes.
+    (['Bearer realm="r",scope="repository:a:pull,push repository:b:pull"'],
+     [("bearer", {"realm": "r", "scope": "repository:a:pull,push repository:b:pull"})]),
+    (['Bearer realm="a \\"b\\" \\\\ c"'], [("bearer", {"realm": 'a "b" \\ c'})]),
+    # docker and containers/image stop at an empty value.
+    (['Bearer realm="r",scope="",service="s"'],
+     [("bearer", {"realm": "r", "scope": "", "service": "s"})]),
+    # They cut an unquoted URL at its colon.
+    (["Bearer realm=https://a/t,service=s"],
+     [("bearer", {"realm": "https://a/t", "service": "s"})]),
+    (['BEARER REALM="r" , Service="S"'], [("bearer", {"realm": "r", "service": "S"})]),
+    (['Bearer realm = "r"'], [("bearer", {"realm": "r"})]),  # RFC 7235: BWS
+    (['Bearer realm="r",,service="s",'], [("bearer", {"realm": "r", "service": "s"})]),
+    (['Bearer realm="r" service="s"'], [("bearer", {"realm": "r", "service": "s"})]),
+    (['Bearer realm="r",realm="other"'], [("bearer", {"realm": "r"})]),
+    (['Basic realm="b"', 'Bearer realm="r"'],
+     [("basic", {"realm": "b"}), ("bearer", {"realm": "r"})]),
+    (['Basic realm="b", Bearer realm="r",service="s"'],
+     [("basic", {"realm": "b"}), ("bearer", {"realm": "r", "service": "s"})]),
+    # RFC 7235, 4.1: the example of the standard.
+    (['Newauth realm="apps", type=1, title="Login to \\"apps\\"", '
+      'Basic realm="simple"'],
+     [("newauth", {"realm": "apps", "type": "1", "title": 'Login to "apps"'}),
+      ("basic", {"realm": "simple"})]),
+    (["Negotiate", 'Bearer realm="r"'],
+     [("negotiate", {}), ("bearer", {"realm": "r"})]),
+    (['Negotiate, Bearer realm="r"'],
+     [("negotiate", {}), ("bearer", {"realm": "r"})]),
+    (['Negotiate oYG2/+==, Basic realm="b"'],
+     [("negotiate", {}), ("basic", {"realm": "b"})]),
+    (["Basic"], [("basic", {})]),
+    (["Bearer"], [("bearer", {})]),
+    (["  , Bearer  "], [("bearer", {})]),
+    (['Bearer realm="r",service="un'], [("bearer", {"realm": "r"})]),
+    (['Bearer realm="r\\'], [("bearer", {})]),
+    (['Bearer =x, realm="r"'], [("bearer", {})]),
+    (["\xe9\x00 realm"], []),
+    (['realm="r"'], []),
+    ([""], []),
+    ([], []),
+    (["Bearer realm=" + "r" * 70000], []),
+    (["Bearer realm=" + "r" * 70000, 'Basic realm="b"'], [("basic", {"realm": "b"})]),
+)
+
+#: (realm, service, URL of the token or None where it must be refused)
+NET_REALMS = (
+    ("https://t.test/token", "s", "https://t.test/token?service=s&scope={scope}"),
+    ("https://t.test/token", None, "https://t.test/token?scope={scope}"),
+    ("https://t.test/token", "", "https://t.test/token?scope={scope}"),
+    ("https://t.test/token?a=b&c=", "s",
+     "https://t.test/token?a=b&c=&service=s&scope={scope}"),
+    ("https://t.test/token#part", "s", "https://t.test/token?service=s&scope={scope}"),
+    # As regclient has it: a realm may be relative.
+    ("/token", "s", "https://registry.test/token?service=s&scope={scope}"),
+    ("//t.test/token", "s", "https://t.test/token?service=s&scope={scope}"),
+    # T85: a service cannot add parameters of its own
+    ("https://t.test/token", "x&scope=repository:other:push#",
+     "https://t.test/token?service=x%26scope%3Drepository%3Aother%3Apush%23"
+     "&scope={scope}"),
+    (None, "s", None),
+    ("", "s", None),
+    ("http://t.test/token", "s", None),  # T77
+    ("file:///etc/passwd", "s", None),  # T79
+    ("ftp://t.test/token", "s", None),
+    ("data:application/json,{}", "s", None),
+    ("https://alice:S3CR3T@t.test/token", "s", None),  # T72
+    ("https://registry.test@t.test/token", "s", None),
+    ("https://t.test\\@registry.test/token", "s", None),  # T93
+    ("https://t.test/to ken", "s", None),
+    ("https://t.test/to\nken", "s", None),
+    ("https://t.test/\x1b[31m", "s", None),
+    ("https://[::1/token", "s", None),
+    ("https://t.test:99999/token", "s", None),
+    ("https:///token", "s", "https://registry.test/token?service=s&scope={scope}"),
+)
+
+#: (registry, realm, hosts allowed by the user, may it have the password). T72
+NET_TRUST = (
+    ("https://registry.test/v2/", "https://registry.test/token", (), True),
+    ("https://registry.test/v2/", "https://registry.test:8443/token", (), True),
+    ("http://registry.test/v2/", "http://registry.test/token", (), True),
+    ("https://registry-1.docker.io/v2/", "https://auth.docker.io/token", (), True),
+    ("https://registry.a.test/v2/", "https://auth.a.test/token", (), True),
+    ("https://registry.a.test/v2/", "https://a.test/jwt/auth", (), True),  # gitlab.com
+    ("https://registry.test/v2/", "https://evil.test/token", (), False),
+    ("https://registry.test/v2/", "https://evil.test/token", ("evil.test",), True),
+    ("https://registry.test/v2/", "https://evil.test/token", ("vil.test",), False),
+    ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
+    ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
+    ("https://registry.a.test/v2/", "https://registry.a.test.evil/token", (), False),
+    ("https://registry.a.test/v2/", "https://auth.eva.test/token", (), False),
+    ("http://registry.a.test/v2/", "http://auth.a.test/token", (), False),  # no TLS
+    ("https://10.1.2.3/v2/", "https://10.1.2.4/token", (), False),
+    ("https://10.1.2.3/v2/", "https://9.1.2.3/token", (), False),
+    ("https://localhost/v2/", "https://127.0.0.1/token", (), False),
+    ("https://shop.co.uk/v2/", "https://evil.co.uk/token", (), False),  # two shops
+)
+
+#: (JSON of a token server, its token, None where it must be refused). T84
+NET_TOKENS = (
+    ('{"token": "abc.D-_~+/="}', "abc.D-_~+/="),
+    ('{"access_token": "abc"}', "abc"),
+    ('{"token": "abc", "access_token": "abc"}', "abc"),
+    ('{"token": "abc", "access_token": "other"}', "abc"),
+    ('{"token": "", "access_token": "abc"}', "abc"),
+    ('{"token": "%s"}' % ("a" * 65536), "a" * 65536),
+    ('{"token": "%s"}' % ("a" * 65537), None),
+    ('{"token": "a\\r\\nX-Evil: 1"}', None),
+    ('{"token": "a b"}', None),
+    ('{"token": "\\u00e9"}', None),
+    ('{"token": "\\ud800"}', None),
+    ('{"token": "a\\u0000"}', None),
+    ('{"token": 5}', None),
+    ('{"token": ["abc"]}', None),
+    ('{"token": ""}', None),
+    ("{}", None),
+    ('["abc"]', None),
+    ('"abc"', None),
+    ("abc", None),
+    ("", None),
+    ('{"token": "abc"} {"token": "other"}', None),
+    ('{"token": "abc", "token": "other"}', None),  # T35
+    ("[" * 100000, None),  # T54
+    ("<html>Sign in</html>", None),
+    (" " * (imagec.TOKEN_LIMIT + 1) + '{"token": "abc"}', None),  # T52
+)
+
+#: (expires_in as JSON, seconds the token is used). T107
+NET_LIFETIMES = (
+    (None, 55), ("300", 295), ("60", 55), ("11", 6), ("10", 10), ("1", 1), ("0", 55),
+    ("-1", 55), ("1.5", 55), ('"300"', 55), ("true", 55), ("null", 55), ("[]", 55),
+    ("86400", 86395), ("999999999999", 86395),
+)
+
+
+class AuthorizationTest(NetworkCase):
+    """Challenge -> token."""
+
+    def test_t86_challenges(self):
+        self.assertTrue(NET_CHALLENGES)
+        for values, expected in NET_CHALLENGES:
+            with self.subTest(values=[value[:60] for value in values]):
+                found = imagec.Challenge.parse(values)
+                self.assertEqual([tuple(challenge) for challenge in found], expected)
+
+    def test_t63_challenges_take_linear_time(self):
+        with self.within(1):
+            for unit in ('a="\\', "a=", ",", 'a="', "\\", "Bearer ", "a ", "a=b "):
+                imagec.Challenge.parse(["Bearer " + unit * (60000 // len(unit))])
+
+    def test_bearer_is_preferred(self):
+        for values, expected in (
+                (['Basic realm="b"', 'Bearer realm="r"'], "bearer"),
+                (['Bearer realm="r"', 'Basic realm="b"'], "bearer"),
+                (['Negotiate, Basic realm="b"'], "basic"),
+                (["Negotiate"], None), ([], None)):
+            with self.subTest(values=values):
+                chosen = imagec.Challenge.choose(imagec.Challenge.parse(values))
+                self.assertEqual(chosen and chosen.scheme, expected)
+
+    def test_t72_t77_t79_t85_t93_realms(self):
+        self.assertTrue(NET_REALMS)
+        scope = "repository:a/b:pull"
+        for realm, service, expected in NET_REALMS:
+            named = {"realm": realm, "service": service}
+            given = {name: value for name, value in named.items() if value is not None}
+            challenge = imagec.Challenge("bearer", given)
+            with self.subTest(realm=realm, service=service):
+                if expected is None:
+                    with self.fails(imagec.ImagecError):
+                        imagec.auth_url(challenge, scope, "https://registry.test/v2/")
+                    continue
+                found = imagec.auth_url(challenge, scope, "https://registry.test/v2/")
+                quoted = urllib.parse.quote(scope, safe="")
+                self.assertEqual(found, expected.format(scope=quoted))
+
+    def test_t85_the_scope_is_ours(self):
+        challenge = imagec.Challenge("bearer", {
+            "realm": "https://t.test/", "scope": "repository:other:pull,push"})
+        home = "https://registry.test/v2/"
+        url = imagec.auth_url(challenge, "repository:a:pull", home)
+        self.assertNotIn("other", url)
+
+    def test_t72_whom_the_password_is_trusted_to(self):
+        self.assertTrue(NET_TRUST)
+        secret = imagec.Credentials("alice", PASSWORD)
+        for home, realm, allowed, trusted in NET_TRUST:
+            with self.subTest(home=home, realm=realm, allowed=allowed):
+                authorizer = imagec.Authorizer(self.transport(), home, secret, allowed)
+                authorizer.learn(self.challenge('Bearer realm="%s"' % realm))
+                with mock.patch("imagec.fetch_token") as fetch:
+                    fetch.return_value = imagec.Token("t", 1e99)
+                    self.assertEqual(authorizer.header("s"), "Bearer t")
+                self.assertEqual(fetch.call_args[0][2] is secret, trusted)
+
+    def challenge(self, *values):
+        found = Message()
+        for value in values:
+            found["WWW-Authenticate"] = value
+        return found
+
+    def test_t84_tokens(self):
+        self.assertTrue(NET_TOKENS)
+        server, transport = self.server({}), self.transport()
+        for text, expected in NET_TOKENS:
+            with self.subTest(text=text[:60]):
+                server.replies["/token"] = say(text.encode("ascii"))
+                if expected is None:
+                    with self.fails(imagec.InvalidDocument, "token"):
+                        imagec.fetch_token(transport, server.url + "/token")
+                    continue
+                token = imagec.fetch_token(transport, server.url + "/token")
+                self.assertEqual(token.value, expected)
+
+    def test_t107_lifetimes(self):
+        self.assertTrue(NET_LIFETIMES)
+        server = self.server({})
+        transport = self.transport(clock=lambda: 1000.0)
+        for text, seconds in NET_LIFETIMES:
+            with self.subTest(expires_in=text):
+                said = "" if text is None else ', "expires_in": ' + text
+                # issued_at is the server's clock, and no business of ours (T116)
+                said += ', "issued_at": "1970-01-01T00:00:00Z"'
+                reply = '{"token": "t"%s}' % said
+                server.replies["/token"] = say(reply.encode("ascii"))
+                token = imagec.fetch_token(transport, server.url + "/token")
+                self.assertEqual(token.expires, 1000.0 + seconds)
+
+    def test_t73_token_requests_stay_at_their_origin(self):
+        elsewhere = self.server({"/token": say(b'{"token": "t"}')})
+        server = self.server({"/here": to("/token"), "/token": say(b'{"token": "t"}'),
+                              "/there": to(elsewhere.url + "/token")})
+        secret, transport = imagec.Credentials("alice", PASSWORD), self.transport()
+        found = imagec.fetch_token(transport, server.url + "/here", secret)
+        self.assertEqual(found.value, "t")
+        with self.fails(imagec.UnsafeRedirect, "another host"):
+            imagec.fetch_token(transport, server.url + "/there", secret)
+        self.assertEqual(elsewhere.requests, [])
+
+    def test_t74_realms_lead_no_nearer(self):
+        self.assertTrue(NET_NEARNESS)
+        reached = self.reroute()
+        server = self.server({"/token": say(b'{"token": "t"}')})
+        for home, target, allowed in NET_NEARNESS:
+            with self.subTest(home=home, target=target):
+                del reached[:]
+                authorizer = imagec.Authorizer(self.transport(), "http://%s/v2/" % home)
+                authorizer.rank = imagec._address_rank(NET_PLACES[home])
+                realm = "http://%s:%d/token" % (target, server.port)
+                authorizer.learn(self.challenge('Bearer realm="%s"' % realm))
+                if allowed:
+                    self.assertEqual(authorizer.header("s"), "Bearer t")
+                    continue
+                with self.fails(imagec.TransportError):
+                    authorizer.header("s")
+                self.assertEqual(reached, [])
+
+    def test_t74_a_private_registry_may_have_a_private_realm(self):
+        reached = self.reroute()
+        registry = self.registry(auth="bearer")
+        registry.add("app", "1", build_image(NET_TARS))
+        place = "private.test:" + registry.host.rpartition(":")[2]
+        registry.challenge = 'Bearer realm="http://%s/token"' % place
+        client = self.client(registry, "alice", host=place, allow_http=True)
+        client.fetch_manifest("app", "1")
+        self.assertEqual(set(reached), {"10.1.2.3"})
+
+    def test_secrets_have_no_repr(self):
+        credentials = imagec.Credentials("alice", PASSWORD)
+        for secret in (credentials, imagec.Token(PASSWORD, 5)):
+            self.assertNotIn(PASSWORD, repr(secret) + str(secret))
+        self.assertEqual(imagec.Credentials("a", "\xe9:").basic(), "Basic YTrDqTo=")
+
+
+class AuthorizedTest(NetworkCase):
+    """Registries that ask for tokens and passwords."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(NET_TARS)
+
+    def bearer(self, **options):
+        registry = self.registry(**dict({"auth": "bearer"}, **options))
+        registry.add("app", "1", self.image)
+        return registry
+
+    def visit(self, client):
+        """The manifest, the config and every layer."""
+        manifest = client.fetch_manifest("app", "1")
+        client.fetch_config("app", manifest.config)
+        for layer in manifest.layers:
+            with client.open_blob("app", layer) as response:
+                response.read(imagec.MIB, "layer")
+
+    def test_asked_for_nothing_we_give_nothing(self):
+        registry, elsewhere = self.bearer(auth=None), self.bearer()
+        self.visit(self.client(registry, "alice"))
+        self.assertEqual(authorizations(registry, elsewhere), [])
+        self.assertEqual(elsewhere.connections, 0)
+        self.assertEqual(paths(registry, "token"), [])
+
+    def test_one_token_for_many_requests(self):
+        for field in ("token", "access_token", "both"):
+            with self.subTest(field=field):
+                registry = self.bearer()
+                registry.token_field = field
+                self.visit(self.client(registry, "alice"))
+                self.assertEqual(len(paths(registry, "/token")), 1)
+                self.assertEqual(len(set(authorizations(registry))), 2)  # and a Basic
+
+    def test_probe_sends_no_credentials(self):
+        for auth in (None, "bearer", "basic"):
+            with self.subTest(auth=auth):
+                registry = self.bearer(auth=auth)
+                self.client(registry, "alice").learn_registry_url()
+                self.assertEqual(authorizations(registry), [])
+
+    def test_anonymous_tokens(self):
+        registry = self.bearer()
+        self.visit(self.client(registry))
+        asked = [r for r in registry.requests if r.route == "/token"]
+        self.assertNotIn("Authorization", asked[0].headers)
+        self.assertEqual(asked[0].query["scope"], ["repository:app:pull"])
+        self.assertEqual(asked[0].query["service"], ["fixture"])
+
+    def test_denied(self):
+        for auth, name, credentials, words in (
+                ("bearer", "none", None, "anonymous"),
+                ("bearer", "wrong user", "mallory", "mallory"),
+                ("basic", "none", None, "user name and password"),
+                ("basic", "wrong user", "mallory", "access denied")):
+            with self.subTest(auth=auth, name=name):
+                registry = self.bearer(auth=auth, anonymous=False)
+                with self.fails(imagec.AccessDenied, words) as caught:
+                    self.client(registry, credentials).fetch_manifest("app", "1")
+                self.assertEqual(imagec.exit_status(caught.exception), 5)
+                self.assertLessEqual(len(registry.requests), 3)
+                self.assertEqual(self.naps, [])
+
+    def test_basic_registry(self):
+        registry = self.bearer(auth="basic")
+        self.visit(self.client(registry, "alice"))
+        self.assertEqual(set(authorizations(registry)),
+                         {imagec.Credentials("alice", PASSWORD).basic()})
+
+    def test_bearer_beside_basic(self):
+        registry = self.bearer()
+        bearer = 'Bearer realm="%s/token"' % registry.url
+        for challenge in (['Basic realm="b"', bearer], [bearer, 'Basic realm="b"'],
+                          'Negotiate, Basic realm="b", ' + bearer):
+            with self.subTest(challenge=challenge):
+                registry.challenge = challenge
+                del registry.requests[:]
+                self.visit(self.client(registry, "alice"))
+                basic = [r.route for r in registry.requests
+                         if r.headers.get("Authorization", "").startswith("Basic")]
+                self.assertEqual(basic, ["/token"])
+
+    def test_t107_a_token_that_runs_out_is_renewed(self):
+        registry = self.bearer()
+        registry.token_uses = 2
+        self.visit(self.client(registry, "alice"))
+        blobs = paths(registry, "/blobs/")
+        self.assertEqual(len(set(blobs)), 4)
+        self.assertEqual(len(paths(registry, "/token")), 3)  # for five requests
+        self.assertEqual(self.naps, [])
+
+    def test_t107_the_same_request_is_repeated(self):
+        registry = self.bearer()
+        client = self.client(registry)
+        blob = imagec.Descriptor("", imagec.Digest.parse(self.image.layers[0]), None)
+        client.open_blob("app", blob).close()
+        registry.token_uses = 1
+        with client.open_blob("app", blob, 7) as response:
+            self.assertEqual(response.status, 206)
+        asked = [r.headers["Range"] for r in registry.requests if "/blobs/" in r.path]
+        self.assertEqual(asked, [None] + ["bytes=7-"] * 2)
+
+    def test_expired_tokens_are_not_tried(self):
+        now = [0.0]
+        registry = self.bearer()
+        transport = self.transport(clock=lambda: now[0])
+        client = self.client(registry, transport=transport)
+        client.fetch_manifest("app", "1")
+        for later, tokens in ((294.0, 1), (296.0, 2)):
+            now[0] = later
+            client.fetch_manifest("app", "1")
+            self.assertEqual(len(paths(registry, "/token")), tokens)
+
+    def test_t64_t78_401_for_ever(self):
+        basic = 'Basic realm="b"'
+        for name, challenges in (
+                ("bearer", [None]), ("alternating, T78", [None, basic]),
+                ("basic", [basic]), ("unknown", ["Negotiate"]), ("none", [[]])):
+            with self.subTest(name):
+                registry = self.bearer()
+                turns = itertools.cycle(challenges)
+                registry.fault(
+                    "/manifests/", lambda reply: self.unwelcome(registry, next(turns)),
+                    EVERY_TIME, challenged=True)
+                with self.fails(imagec.AccessDenied):
+                    self.client(registry, "alice").fetch_manifest("app", "1")
+                self.assertLessEqual(len(registry.requests), 6)
+                self.assertEqual(self.naps, [])
+
+    def unwelcome(self, registry, challenge):
+        reply = Reply(401)
+        if challenge is None:
+            challenge = 'Bearer realm="%s/token"' % registry.url
+        reply.put("WWW-Authenticate", challenge)
+        return reply
+
+    def test_t72_a_foreign_realm_gets_no_password(self):
+        tokens = self.bearer()
+        realm = "http://localhost:%s/token" % tokens.host.rpartition(":")[2]
+        for allowed, seen in (((), 0), (("localhost",), 1)):
+            with self.subTest(allowed=allowed):
+                registry = self.bearer(realm=realm)
+                client = self.client(registry, "alice", token_hosts=allowed)
+                with self.assertLogs(imagec.log, "INFO") as logged:
+                    imagec.log.info("so that there is a line")
+                    self.visit(client)
+                self.assertEqual(len(authorizations(tokens)), seen)
+                warned = "no password sent to " + realm in "".join(logged.output)
+                self.assertEqual(warned, not seen)
+                self.assertNotIn(PASSWORD, "".join(logged.output))
+
+    def test_t72_t79_hostile_realms_are_not_contacted(self):
+        reached = self.reroute()
+        elsewhere = self.server({"/token": say(b'{"token": "t"}')})
+        for realm in ("http://169.254.169.254:%d/token", "file:///etc/passwd?%d",
+                      "ftp://127.0.0.1:%d/token", "http://a:b@127.0.0.1:%d/token",
+                      "http://[::1:%d/token"):
+            with self.subTest(realm=realm):
+                registry = self.bearer(realm=realm % elsewhere.port)
+                with self.fails(imagec.ImagecError):
+                    self.client(registry, "alice").fetch_manifest("app", "1")
+        self.assertEqual(elsewhere.requests, [])
+        self.assertEqual(set(reached), {"127.0.0.1"})
+
+    def test_t77_no_token_without_tls(self):
+        tokens = self.bearer()
+        registry = self.bearer(tls=True, realm=tokens.url + "/token")
+        with self.fails(imagec.UnsafeRedirect, "without TLS"):
+            self.client(registry, "alice").fetch_manifest("app", "1")
+        self.assertEqual(tokens.requests, [])
+
+    def test_t70_authorization_is_not_shown_to_a_blob_host(self):
+        cdn = self.bearer(auth=None)
+        for auth in ("bearer", "basic"):
+            with self.subTest(auth=auth):
+                registry = self.bearer(auth=auth)
+                registry.redirect_blobs_to = cdn.url
+                self.visit(self.client(registry, "alice"))
+                self.assertTrue(paths(cdn, "/cdn/"))
+                self.assertEqual(authorizations(cdn), [])
+
+    def test_t70_a_blob_hosts_401_gets_no_password(self):
+        cdn = self.bearer(auth=None)
+        cdn.fault("/cdn/", status(401, {"WWW-Authenticate": 'Basic realm="evil"'}))
+        registry = self.bearer(auth="basic")
+        registry.redirect_blobs_to = cdn.url
+        with self.fails(imagec.AccessDenied):
+            self.visit(self.client(registry, "alice"))
+        self.assertEqual(authorizations(cdn), [])
+
+    def test_t87_each_repository_has_its_token(self):
+        registry = self.bearer()
+        registry.add("other", "1", self.image)
+        client = self.client(registry)
+        for name in ("app", "other", "app", "other"):
+            client.fetch_manifest(name, "1")
+        scopes = [r.query["scope"] for r in registry.requests if r.route == "/token"]
+        self.assertEqual(scopes, [["repository:app:pull"], ["repository:other:pull"]])
+
+    def test_token_server_faults(self):
+        for name, action, times, kind, words in (
+                ("missing", status(404), 1, imagec.NotFound, "token"),
+                ("forbidden", status(403), 1, imagec.AccessDenied, "alice"),
+                ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
+                ("page", body(b"<html>"), 1, imagec.InvalidDocument, "token"),
+                ("endless, T52", endless(), 1, imagec.LimitExceeded, "token")):
+            with self.subTest(name):
+                registry = self.bearer()
+                registry.fault("/token", action, times)
+                with self.fails(kind, words):
+                    self.client(registry, "alice").fetch_manifest("app", "1")
+                self.assertEqual(len(paths(registry, "/token")), times)
+
+    def test_t105_a_busy_token_server_is_waited_for(self):
+        registry = self.bearer()
+        registry.fault("/token", status(503, {"Retry-After": "3"}))
+        self.client(registry).fetch_manifest("app", "1")
+        self.assertEqual(self.naps, [3])
+
+
+# ------------------------------------------------------------------------------
+# Registry
+# ------------------------------------------------------------------------------
+
+#: (name, FakeRegistry's options, root to trust, our options, scheme or error)
+NET_PROBES = (
+    ("loopback, plain", {}, None, {}, "http"),
+    ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https"),
+    ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https"),
+    ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https"),
+    ("untrusted", {"tls": True}, None, {}, imagec.CertificateError),
+    ("wrong host", {"tls": "wrong-host"}, WRONG_HOST_CERT, {}, imagec.CertificateError),
+    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, imagec.CertificateError),
+    ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https"),
+    ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https"),
+    ("expired, unverified", {"tls": "expired"}, None, {"skip": True}, "https"),
+    ("untrusted, http allowed", {"tls": True}, None, {"http": True}, "https"),
+    ("plain, http allowed", {}, None, {"http": True}, "http"),
+)
+
+#: (what answers the first bytes of a connection to the TLS port, words). T114
+NET_NO_TLS = (
+    (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "TLS failed"),
+    (b"HTTP/1.0 400 Bad Request\r\n\r\nclient sent TLS to plain port", "TLS failed"),
+    (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
+    (b"220 mail.test ESMTP ready\r\n", "TLS failed"),
+)
+
+#: (what the manifest's reply becomes, error or None where it is taken, words)
+NET_MANIFEST_REPLIES = (
+    ("as it is", lambda reply: reply, None, ()),
+    ("chunked", chunked(), None, ()),
+    ("without a length", close_delimited(), None, ()),
+    ("no digest header", headers(docker_content_digest=None), None, ()),
+    ("no content type", headers(content_type=None), None, ()),
+    ("parameter", headers(content_type=MEDIA_TYPES["oci"]["manifest"] + "; a=b"),
+     None, ()),
+    ("lying header", headers(docker_content_digest=sha256(b"other")),
+     imagec.DigestMismatch, ("disagree", sha256(b"other"))),
+    ("lying header, sha512", headers(docker_content_digest="sha512:" + "0" * 128),
+     imagec.DigestMismatch, ("sha512:000",)),
+    ("senseless header", headers(docker_content_digest="sha256:../../x"),
+     imagec.InvalidDocument, ("Docker-Content-Digest",)),
+    ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
+     imagec.InvalidDocument, ()),  # T34
+    ("page, T112", body(b"<!DOCTYPE html><html>", content_type="text/html"),
+     imagec.InvalidDocument, ()),
+    ("empty, T112", body(b""), imagec.InvalidDocument, ()),
+    ("flipped bit", flip(40), imagec.ImagecError, ()),
+    ("one byte too many", extra(1), imagec.ImagecError, ()),  # a NUL is no JSON
+    ("endless, T52", endless(), imagec.LimitExceeded, ("4194304",)),
+    ("endless drip, T52", endless(bytes(BLOCK), 0.001), imagec.LimitExceeded,
+     ("4194304",)),
+    ("lying length, T53", headers(content_length="999999999999"),
+     imagec.LimitExceeded, ("999999999999",)),
+    ("no content", status(204), imagec.RegistryError, ("204",)),
+    ("not modified", status(304), imagec.RegistryError, ("304",)),
+)
+
+#: (code, body's errors, error class, words), each one request. T106
+NET_REFUSALS = (
+    (400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
+    (403, [("DENIED", "go away")], imagec.AccessDenied, "DENIED: go away"),
+    (404, [("MANIFEST_UNKNOWN", "no manifest")], imagec.NotFound, "no manifest"),
+    (404, [("NAME_UNKNOWN", "no such repository")], imagec.NotFound, "NAME_UNKNOWN"),
+    (404, [("DENIED", "not yours")], imagec.AccessDenied, "not yours"),
+    (404, [], imagec.NotFound, "HTTP 404"),
+    (405, [("UNSUPPORTED", "no")], imagec.RegistryError, "UNSUPPORTED"),
+    (410, [], imagec.RegistryError, "HTTP 410"),
+    (451, [], imagec.RegistryError, "HTTP 451"),
+    (404, [("\x1b]0;x\x07", "\x9b31m\u202e")], imagec.NotFound, "\\x1b]0;x"),  # T07
+    (404, [("A", "x" * 9999)], imagec.NotFound, "xxx..."),
+    (404, [("A", "\ud800")], imagec.NotFound, "HTTP 404"),  # T13
+    (404, [(5, "x")], imagec.NotFound, "HTTP 404"),
+)
+
+#: (Link of the first page of two, tags, None where it must be refused). T15
+NET_LINKS = (
+    ("</v2/app/tags/list?last=b>; rel=\"next\"", "abcd"),
+    ("</v2/app/tags/list?last=b>; rel=next", "abcd"),
+    ("  </v2/app/tags/list?last=b>;  rel=\"next\"; x=y", "abcd"),
+    ("<list?last=b>; rel=\"next\"", "abcd"),
+    ("<?last=b>; rel=\"next\"", "abcd"),
+    ("<{url}/v2/app/tags/list?last=b>; rel=\"next\"", "abcd"),
+    ("</v2/app/tags/list?last=b>; rel=\"prev\"", "ab"),
+    ("</v2/app/tags/list?last=b>; rel=\"nextish\"", "ab"),
+    ("</v2/app/tags/list?last=b>", "ab"),
+    ("junk", "ab"),
+    ("", "ab"),
+    ("<>; rel=\"next\"", None),  # is the same page again
+    ("<http://localhost:{port}/v2/app/tags/list?last=b>; rel=\"next\"", None),
+    ("<https://{host}/v2/app/tags/list?last=b>; rel=\"next\"", None),
+    ("<//evil.test/v2/app/tags/list?last=b>; rel=\"next\"", None),
+    ("<file:///etc/passwd>; rel=\"next\"", None),
+    ("</other/list>; rel=\"next\"", None),
+    ("<http://a@{host}/v2/app/tags/list?last=b>; rel=\"next\"", None),  # T93
+    ("<http://[::1/v2/>; rel=\"next\"", None),
+)
+
+
+class ProbeTest(NetworkCase):
+    """Is there a registry, and how is it spoken to?"""
+
+    def probe(self, registry, root=None, skip=False, http=False, host=None):
+        cacert = root and self.file("ca.pem", root.encode("ascii"))
+        transport = self.transport(skip_verify=skip, cacert=cacert)
+        client = self.client(registry, "alice", host, transport, allow_http=http)
+        return client.learn_registry_url()
+
+    def test_schemes_and_certificates(self):
+        self.assertTrue(NET_PROBES)
+        os.environ["SSL_CERT_FILE"] = os.devnull
+        for name, kind, root, options, expected in NET_PROBES:
+            with self.subTest(name):
+                registry = self.registry(**kind)
+                if isinstance(expected, str):
+                    found = self.probe(registry, root, **options)
+                    self.assertEqual(found, "%s://%s/v2/" % (expected, registry.host))
+                    self.assertEqual(authorizations(registry), [])
+                    self.assertEqual({r.method for r in registry.requests}, {"HEAD"})
+                    continue
+                with self.fails(expected, registry.host, "--insecure-skip-verify"):
+                    self.probe(registry, root, **options)
+                self.assertEqual(registry.requests, [])
+                self.assertEqual(self.naps, [])
+
+    def test_t90_ssl_cert_file_is_honoured(self):
+        registry = self.registry(tls=True)
+        self.assertTrue(self.probe(registry).startswith("https:"))
+
+    def test_t90_cacert_that_is_none(self):
+        registry = self.registry(tls=True)
+        for name, path in (("missing", os.path.join(self.folder, "none.pem")),
+                           ("directory", self.folder),
+                           ("not PEM", self.file("junk.pem", b"junk\n"))):
+            with self.subTest(name), self.fails(imagec.UsageError, "--cacert"):
+                transport = self.transport(cacert=path)
+                self.client(registry, transport=transport).learn_registry_url()
+
+    def test_t76_no_fallback_for_other_hosts(self):
+        self.reroute()
+        for tls, error in ((False, imagec.TransportError), (True, imagec.TLSError)):
+            registry = self.registry(tls=tls)
+            place = "registry.test:" + registry.host.rpartition(":")[2]
+            with self.subTest(tls=tls), self.fails(error, place):
+                self.probe(registry, host=place)
+            self.assertEqual(registry.requests, [])
+
+    def test_t76_http_comes_last(self):
+        self.reroute()
+        registry = self.registry(tls=True)
+        place = "registry.test:" + registry.host.rpartition(":")[2]
+        found = self.probe(registry, host=place, http=True)
+        self.assertEqual(found, "https://%s/v2/" % place)  # unverified, and stays so
+
+    def test_t76_an_answer_over_tls_is_the_answer(self):
+        for http in (False, True):
+            with self.subTest(http=http):
+                registry = self.registry(tls=True)
+                registry.fault("HEAD /v2/", status(404))
+                with self.fails(imagec.RegistryError, "no registry"):
+                    self.probe(registry, TEST_CERT, http=http)
+                self.assertEqual(registry.connections, 1)
+
+    def test_t114_no_tls_spoken(self):
+        self.assertTrue(NET_NO_TLS)
+        self.reroute()
+        for junk, words in NET_NO_TLS:
+            with self.subTest(junk=junk[:30]):
+                registry = self.registry(tls=True)
+                registry.fault("", garbage(junk, "accept"))
+                place = "registry.test:" + registry.host.rpartition(":")[2]
+                with self.fails(imagec.TLSError, words, "--insecure-allow-http"):
+                    self.probe(registry, host=place)
+                self.assertEqual(registry.connections, 1)
+
+    def test_t114_tls_spoken_to_a_client_of_http(self):
+        server = self.server({"/end": say(b"hello")}, tls=True)
+        with self.fails(imagec.TransportError, server.host):
+            self.get(self.transport(), "http://%s/end" % server.host)
+
+    def test_answers(self):
+        for name, action, times, kind, words in (
+                ("404", status(404), 1, imagec.RegistryError, "no registry"),
+                ("403", status(403), 1, imagec.AccessDenied, "no registry"),
+                ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
+                ("no content", status(204), 1, imagec.RegistryError, "204"),
+                ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
+                ("busy once", status(503), 1, None, ""),
+                ("reset once", reset(0.5, "headers"), 1, None, "")):
+            with self.subTest(name):
+                registry = self.registry(tls=True)
+                registry.fault("HEAD /v2/", action, times)
+                if kind is None:
+                    self.assertEqual(self.probe(registry), registry.url + "/v2/")
+                    continue
+                with self.fails(kind, registry.host, words):
+                    self.probe(registry)
+                self.assertEqual(len(registry.requests), times)
+
+    def test_t112_the_version_header_is_a_hint(self):
+        registry = self.registry()
+        registry.version_header = False
+        self.assertEqual(self.probe(registry), registry.url + "/v2/")
+
+    def test_t112_redirects(self):
+        registry, other = self.registry(tls=True), self.registry(tls=True)
+        for name, location, expected in (
+                ("its own path", "/v2/?x=y", registry.url),
+                ("another port", other.url + "/v2/", other.url)):
+            with self.subTest(name):
+                registry.fault("HEAD /v2/$", redirect(location, 301))
+                self.assertEqual(self.probe(registry), expected + "/v2/")
+        registry.fault("HEAD /v2/$", redirect("http://%s/v2/" % other.host))
+        with self.fails(imagec.UnsafeRedirect, "https to http"):
+            self.probe(registry)
+
+    def test_http_that_leads_to_https_stays_there(self):
+        secure, plain = self.registry(tls=True), self.registry()
+        plain.fault("HEAD /v2/$", redirect(secure.url + "/v2/"))
+        self.assertEqual(self.probe(plain), secure.url + "/v2/")
+
+    def test_nothing_listens(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # and never listens
+            place = "127.0.0.1:%d" % taken.getsockname()[1]
+            with self.within(1), self.fails(imagec.TransportError, place, "refused"):
+                self.probe(None, host=place)
+        self.assertEqual(self.naps, [])
+
+    def test_t110_unknown_host(self):
+        self.reroute()
+        with self.fails(imagec.TransportError, "cannot resolve host registry.invalid"):
+            self.probe(None, host="registry.invalid")
+        self.assertEqual(self.naps, [])
+
+    def test_probed_once(self):
+        registry = self.registry()
+        registry.add("app", "1", build_image(NET_TARS))
+        client = self.client(registry)
+        workers = [threading.Thread(target=client.learn_registry_url) for _ in range(5)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        client.fetch_manifest("app", "1")
+        self.assertEqual(len(paths(registry, "HEAD")), 1)
+
+
+class RegistryTest(NetworkCase):
+    """The distribution API."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(NET_TARS)
+
+    def filled(self, image=None, **options):
+        registry = self.registry(**options)
+        registry.add("app", "1", image or self.image)
+        return registry
+
+    def test_every_kind_by_tag_and_by_digest(self):
+        for kind in ("oci", "docker", "schema1", "schema1-signed"):
+            image = build_image(NET_TARS, kind)
+            client = self.client(self.filled(image))
+            for reference in ("1", imagec.Digest.parse(image.digest)):
+                with self.subTest(kind=kind, reference=str(reference)):
+                    found = client.fetch_manifest("app", reference)
+                    self.assertEqual(found.raw, image.manifest)
+                    self.assertEqual(str(found.digest), image.digest)
+
+    def test_one_accept_header_for_all(self):
+        registry = self.filled()
+        self.client(registry).fetch_manifest("app", "1")
+        sent = registry.requests[-1].headers.get_all("Accept")
+        self.assertEqual(len(sent), 1)  # a poor one is answered with schema1
+        kinds = {types["manifest"] for types in MEDIA_TYPES.values()}
+        kinds |= {MEDIA_TYPES[kind]["index"] for kind in ("oci", "docker")}
+        self.assertEqual(set(sent[0].split(", ")), kinds)
+
+    def test_manifest_replies(self):
+        self.assertTrue(NET_MANIFEST_REPLIES)
+        registry = self.filled()
+        client = self.client(registry)
+        for name, action, kind, words in NET_MANIFEST_REPLIES:
+            with self.subTest(name):
+                del registry.requests[:]
+                registry.fault("GET .*/manifests/", action)
+                if kind is None:
+                    found = client.fetch_manifest("app", "1")
+                    self.assertEqual(found.raw, self.image.manifest)
+                else:
+                    with self.fails(kind, *words):
+                        client.fetch_manifest("app", "1")
+                self.assertEqual(len(registry.requests), 1 + (name == "as it is"))
+
+    def test_t20_the_users_digest_decides(self):
+        other = build_image(NET_TARS[:1])
+        wanted = imagec.Digest.parse(self.image.digest)
+        registry = self.filled()
+        client = self.client(registry)
+        for claimed in (self.image.digest, other.digest, None):
+            with self.subTest(claimed=claimed):
+                registry.fault("/manifests/", body(
+                    other.manifest, docker_content_digest=claimed))
+                with self.fails(imagec.DigestMismatch, str(wanted), other.digest):
+                    client.fetch_manifest("app", wanted)
+
+    def test_t21_one_wrong_byte_by_digest(self):
+        registry = self.filled()
+        wanted = imagec.Digest.parse(self.image.digest)
+        registry.fault("/manifests/", flip(-3))
+        with self.fails(imagec.DigestMismatch, str(wanted)):
+            self.client(registry).fetch_manifest("app", wanted)
+
+    def test_t24_sizes_are_checked_too(self):
+        client = self.client(self.filled())
+        wanted = imagec.Digest.parse(self.image.digest)
+        size = len(self.image.manifest)
+        client.fetch_manifest("app", wanted, size)
+        for wrong in (0, size - 1, size + 1):
+            with self.subTest(size=wrong), self.fails(imagec.SizeMismatch, str(size)):
+                client.fetch_manifest("app", wanted, wrong)
+
+    def test_t22_t23_cut_manifests_are_asked_for_again(self):
+        size = len(self.image.manifest)
+        for tls in (False, True):
+            registry = self.filled(tls=tls)
+            client = self.client(registry)
+            for count in (0, 1, size // 2, size - 1):
+                with self.subTest(tls=tls, count=count):
+                    registry.fault("/manifests/", truncate(count))
+                    found = client.fetch_manifest("app", "1")
+                    self.assertEqual(found.raw, self.image.manifest)
+
+    def test_t41_a_tag_is_read_once(self):
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        registry = self.filled(index)
+        reference = imagec.Reference.parse(registry.host + "/app:1")
+        self.session().resolve(reference, imagec.Platform.parse("linux/amd64"))
+        asked = paths(registry, "/manifests/")
+        self.assertEqual(asked, ["GET /v2/app/manifests/1",
+                                 "GET /v2/app/manifests/" + self.image.digest])
+
+    def test_t42_the_digest_wins_over_the_tag(self):
+        other = build_image(NET_TARS[:1])
+        registry = self.filled(other)
+        registry.add("app", None, self.image)
+        text = "%s/app:1@%s" % (registry.host, self.image.digest)
+        found = self.session().manifest(imagec.Reference.parse(text))
+        self.assertEqual(found.raw, self.image.manifest)
+
+    def test_t60_nested_indexes(self):
+        amd64 = imagec.Platform.parse("linux/amd64")
+        nested = self.image
+        for depth in range(1, imagec.INDEX_DEPTH_LIMIT + 2):
+            nested = build_index([(nested, None if depth > 1 else (
+                "linux", "amd64", None))])
+            if 2 < depth < imagec.INDEX_DEPTH_LIMIT:
+                continue
+            with self.subTest(depth=depth):
+                registry = self.filled(nested)
+                reference = imagec.Reference.parse(registry.host + "/app:1")
+                if depth > imagec.INDEX_DEPTH_LIMIT:
+                    with self.fails(imagec.LimitExceeded, "indexes"):
+                        self.session().resolve(reference, amd64)
+                    continue
+                found = self.session().resolve(reference, amd64)
+                self.assertEqual(len(found.indexes), depth)
+                self.assertEqual(str(found.digest), nested.digest)
+
+    def test_t54_deep_json(self):
+        registry = self.filled()
+        registry.fault("/manifests/", body(b"[" * 100000))
+        with self.fails(imagec.InvalidDocument):
+            self.client(registry).fetch_manifest("app", "1")
+
+    def test_t106_refusals(self):
+        self.assertTrue(NET_REFUSALS)
+        registry = self.filled(tls=True)
+        client = self.client(registry)
+        client.learn_registry_url()
+        for code, errors, kind, words in NET_REFUSALS:
+            with self.subTest(code=code, errors=errors):
+                listed = [{"code": name, "message": text} for name, text in errors]
+                said = json.dumps({"errors": listed}).encode("ascii")
+                del registry.requests[:]
+                registry.fault("/manifests/", status(code, (), said))
+                with self.fails(kind, words) as caught:
+                    client.fetch_manifest("app", "1")
+                self.assertTrue(str(caught.exception).isprintable())
+                self.assertEqual(len(registry.requests), 1)
+        self.assertEqual(self.naps, [])
+
+    def test_t52_error_bodies_have_a_limit(self):
+        registry = self.filled()
+        registry.fault("/manifests/", [endless(), lambda reply: self.code(reply, 404)])
+        with self.fails(imagec.NotFound, "404"):
+            self.client(registry).fetch_manifest("app", "1")
+
+    @staticmethod
+    def code(reply, code):
+        reply.code = code
+        return reply
+
+    def test_t105_rate_limited(self):
+        registry = self.filled()
+        said = b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}'
+        busy = status(429, {"Retry-After": "2"}, said)
+        registry.fault("/manifests/", busy, EVERY_TIME)
+        with self.fails(imagec.RateLimited, "too many requests", "slow down"):
+            self.client(registry).fetch_manifest("app", "1")
+        self.assertEqual(self.naps, [2] * 4)
+        self.assertEqual(len(paths(registry, "/manifests/")), 5)
+
+    def test_configs(self):
+        for name, action, kind in (
+                ("good", lambda reply: reply, None),
+                ("flipped", flip(), imagec.DigestMismatch),
+                ("short", [truncate(), close_delimited()], imagec.SizeMismatch),
+                ("long, T24", extra(1), imagec.SizeMismatch),
+                ("endless, T52", endless(), imagec.SizeMismatch),
+                ("other", body(b"{}"), imagec.SizeMismatch)):
+            registry = self.filled()
+            client = self.client(registry)
+            config = client.fetch_manifest("app", "1").config
+            registry.fault("/blobs/", action)
+            with self.subTest(name):
+                if kind is None:
+                    found = client.fetch_config("app", config)
+                    self.assertEqual(found.raw, self.image.config)
+                    continue
+                with self.fails(kind, str(config.digest)):
+                    client.fetch_config("app", config)
+
+    def test_t52_a_config_that_says_it_is_huge_is_not_asked_for(self):
+        registry = self.filled()
+        client = self.client(registry)
+        config = client.fetch_manifest("app", "1").config
+        with self.fails(imagec.LimitExceeded):
+            client.fetch_config("app", config._replace(size=imagec.CONFIG_LIMIT + 1))
+        self.assertEqual(paths(registry, "/blobs/"), [])
+
+    def test_learn_auth_url(self):
+        registry = self.filled(auth="bearer")
+        found = self.client(registry).learn_auth_url("app", "1")
+        query = "service=fixture&scope=repository%3Aapp%3Apull"
+        self.assertEqual(found, registry.url + "/token?" + query)
+        self.assertIsNone(self.client(self.filled()).learn_auth_url("app", "1"))
+        with self.fails(imagec.AccessDenied, "user name and password"):
+            self.client(self.filled(auth="basic")).learn_auth_url("app", "1")
+        with self.fails(imagec.NotFound):
+            self.client(self.filled()).learn_auth_url("app", "none")
+
+    # -- tags
+
+    def tags(self, registry):
+        return list(self.client(registry).tags("app"))
+
+    def tagged(self, *tags):
+        registry = self.registry()
+        for tag in tags:
+            registry.add("app", tag, self.image)
+        return registry
+
+    def test_tags_page_by_page(self):
+        names = ["v%03d" % number for number in range(25)]
+        registry = self.tagged(*names)
+        for size, pages in ((None, 1), (25, 1), (10, 3), (1, 25)):
+            with self.subTest(size=size):
+                registry.page_size = size
+                del registry.requests[:]
+                self.assertEqual(self.tags(registry), names)
+                self.assertEqual(len(paths(registry, "/tags/")), pages)
+
+    def test_t15_links(self):
+        self.assertTrue(NET_LINKS)
+        for link, expected in NET_LINKS:
+            with self.subTest(link=link):
+                registry = self.tagged(*"abcd")
+                host, port = registry.host, registry.host.rpartition(":")[2]
+                where = link.format(host=host, port=port, url=registry.url)
+                page = json.dumps({"tags": ["a", "b"]}).encode("ascii")
+                registry.fault("/tags/list", body(page, link=where))
+                if expected is None:
+                    with self.fails(imagec.ImagecError):
+                        self.tags(registry)
+                    self.assertEqual(len(paths(registry, "/tags/")), 1)
+                else:
+                    self.assertEqual(self.tags(registry), list(expected))
+
+    def test_t15_loops_and_endless_chains(self):
+        for name, location in (("loop", "/v2/app/tags/list?n=1"),
+                               ("endless", "/v2/app/tags/list?last=%d")):
+            registry, count = self.tagged("a"), itertools.count()
+            page = json.dumps({"tags": ["a"] * 2000}).encode("ascii")
+
+            def turn(reply):
+                where = location % next(count) if "%" in location else location
+                return body(page, link='<%s>; rel="next"' % where)(reply)
+
+            registry.fault("/tags/list", turn, EVERY_TIME)
+            with self.subTest(name), mock.patch("imagec.TAG_COUNT_LIMIT", 20000):
+                with self.fails(imagec.InvalidDocument):
+                    self.tags(registry)
+            self.assertLess(len(registry.requests), 20)
+
+    def test_t16_the_cursor_is_the_servers(self):
+        registry = self.tagged("a")
+        link = '</v2/app/tags/list?c=%2Fx%20y>; rel="next"'
+        registry.fault("/tags/list", body(b'{"tags": ["a"]}', link=link))
+        registry.fault(r"/tags/list\?c=%2Fx%20y$", body(b'{"tags": ["b"]}'))
+        self.assertEqual(self.tags(registry), ["a", "b"])
+
+    def test_t06_what_is_no_tag_is_passed_over(self):
+        odd = ["../x", "-rf", ".x", "a\nb", "a/b", "a:b", "\x1b[31m", "", "x" * 129, 5,
+               None, True, ["a"], {"a": 1}, "\u00e9", "\u202e", "ok-1._", "x" * 128]
+        registry = self.tagged("a")
+        registry.fault("/tags/list", body(json.dumps({"tags": odd}).encode("ascii")))
+        with self.assertLogs(imagec.log, "WARNING") as logged:
+            self.assertEqual(self.tags(registry), ["ok-1._", "x" * 128])
+        self.assertEqual(len(logged.output), len(odd) - 2)
+        self.assertTrue("".join(logged.output).isprintable(), logged.output)
+
+    def test_tag_lists(self):
+        for text, expected in (
+                (b'{"name": "app", "tags": null}', []),  # of an emptied repository
+                (b"{}", []), (b'{"tags": []}', []), (b'{"tags": "a"}', None),
+                (b'{"tags": {"a": 1}}', None), (b"[]", None), (b"", None),
+                (b'{"tags": ["a"], "tags": ["b"]}', None), (b"<html>", None),
+                (b'{"tags": ["' + b"a" * imagec.MANIFEST_LIMIT + b'"]}', None)):
+            with self.subTest(text=text[:40]):
+                registry = self.tagged("a")
+                registry.fault("/tags/list", body(text))
+                if expected is not None:
+                    self.assertEqual(self.tags(registry), expected)
+                    continue
+                with self.fails(imagec.InvalidDocument, "tag list"):
+                    self.tags(registry)
+
+    def test_no_such_repository(self):
+        with self.fails(imagec.NotFound, "app"):
+            self.tags(self.registry())
+
+
+# ------------------------------------------------------------------------------
+# Download
+# ------------------------------------------------------------------------------
+
+NET_BLOB = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(9000))  # 281 KiB
+NET_SIZE = len(NET_BLOB)
+NET_HALF = NET_SIZE // 2
+NET_JUNK_BLOB = bytes(NET_SIZE)
+
+
+def good_after(start):
+    """A Content-Range that is right for what begins at `start`."""
+    return "bytes %d-%d/%d" % (start, NET_SIZE - 1, NET_SIZE)
+
+
+#: (name, what FINAL.partial holds, action on the first reply, offsets asked for)
+NET_PARTIALS = (
+    ("none", None, None, [0]),
+    ("empty", b"", None, [0]),
+    ("good half", NET_BLOB[:NET_HALF], None, [NET_HALF]),
+    ("all but a byte", NET_BLOB[:-1], None, [NET_SIZE - 1]),
+    ("good and full, T103", NET_BLOB, None, []),
+    ("bad and full, T103", NET_JUNK_BLOB, None, [0]),
+    ("longer, T103", NET_BLOB + b"x", None, [0]),
+    ("much longer, T132", NET_BLOB * 3, None, [0]),
+    ("bad half, T104", NET_JUNK_BLOB[:NET_HALF], None, [NET_HALF, 0]),
+    ("no ranges, T101", NET_BLOB[:NET_HALF], no_range(), [NET_HALF]),
+    ("no ranges, bad half", NET_JUNK_BLOB[:NET_HALF], no_range(), [NET_HALF]),
+    ("416, T103", NET_BLOB[:NET_HALF], status(416), [NET_HALF, 0]),
+    ("starts early, T102", NET_BLOB[:NET_HALF],
+     partial(good_after(0), 0), [NET_HALF, 0]),
+    ("starts late, T102", NET_BLOB[:NET_HALF],
+     partial(good_after(NET_HALF + 1), NET_HALF + 1), [NET_HALF, 0]),
+    ("lies about the start, T102", NET_BLOB[:NET_HALF],
+     partial(good_after(NET_HALF), 0), [NET_HALF, 0]),
+    ("other total, T102", NET_BLOB[:NET_HALF], partial(
+        "bytes %d-%d/%d" % (NET_HALF, NET_SIZE - 1, NET_SIZE + 1), NET_HALF),
+     [NET_HALF, 0]),
+    ("ends short, T102", NET_BLOB[:NET_HALF], partial(
+        "bytes %d-%d/%d" % (NET_HALF, NET_SIZE - 2, NET_SIZE), NET_HALF),
+     [NET_HALF, 0]),
+    ("unknown total", NET_BLOB[:NET_HALF], partial(
+        "bytes %d-%d/*" % (NET_HALF, NET_SIZE - 1), NET_HALF), [NET_HALF]),
+    ("no Content-Range, T102", NET_BLOB[:NET_HALF],
+     partial(None, NET_HALF), [NET_HALF, 0]),
+    ("junk, T102", NET_BLOB[:NET_HALF], partial("bytes x", NET_HALF), [NET_HALF, 0]),
+    ("other unit, T102", NET_BLOB[:NET_HALF],
+     partial(good_after(NET_HALF).replace("bytes", "items"), NET_HALF), [NET_HALF, 0]),
+    ("two of them, T102", NET_BLOB[:NET_HALF],
+     partial([good_after(NET_HALF), good_after(0)], NET_HALF), [NET_HALF, 0]),
+    ("multipart, T102", NET_BLOB[:NET_HALF],
+     [partial(None, 0), headers(content_type="multipart/byteranges; boundary=x")],
+     [NET_HALF, 0]),
+    ("cut again", NET_BLOB[:NET_HALF], truncate(1000), [NET_HALF, NET_HALF + 1000]),
+    ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]),
+)
+
+#: (name, what is at the final name, is it used as it is). T39
+NET_EXISTING = (
+    ("good", NET_BLOB, True), ("empty", b"", False), ("short", NET_BLOB[:-1], False),
+    ("long", NET_BLOB + b"x", False), ("junk of the right size", NET_JUNK_BLOB, False),
+)
+
+#: (name, action, error, are there retries): a blob of which nothing may remain
+NET_BAD_BLOBS = (
+    ("flipped bit, T25", flip(), imagec.DigestMismatch, False),
+    ("flipped first bit", flip(0), imagec.DigestMismatch, False),
+    ("extra byte, T24", extra(1), imagec.SizeMismatch, False),
+    ("shorter, and says so", body(NET_BLOB[:-1]), imagec.SizeMismatch, False),
+    ("error page with 200, T30", body(b"<Error>AccessDenied</Error>"),
+     imagec.SizeMismatch, False),
+    ("empty", body(b""), imagec.SizeMismatch, False),
+    ("206 unasked, T102", partial("bytes 0-9/10", 0), imagec.RegistryError, False),
+    ("gzip'd on the way, T47", headers(content_encoding="gzip"),
+     imagec.TransportError, False),
+    ("reset, T100", reset(), imagec.TransportError, True),
+    ("cut, T22", truncate(), imagec.TransportError, True),
+    ("cut after a byte each time, T64", truncate(1), imagec.TransportError, True),
+    ("500", status(500), imagec.RegistryError, True),
+    ("404", status(404), imagec.NotFound, False),
+)
+
+
+class DownloadCase(NetworkCase):
+    """One blob, fetched to self.path."""
+
+    def setUp(self):
+        super().setUp()
+        self.place = os.path.join(self.folder, "place")
+        os.mkdir(self.place)
+        self.path = os.path.join(self.place, "blob")
+        self.events = []
+
+    def filled(self, data=NET_BLOB, **options):
+        registry = self.registry(**options)
+        registry.add_blob("app", data)
+        return registry
+
+    def download(self, registry, data=NET_BLOB, size=True, client=None, **options):
+        digest = imagec.Digest.parse(sha256(data))
+        blob = imagec.Descriptor("", digest, len(data) if size else None)
+        source = imagec.Source([(client or self.client(registry), "app")])
+        return imagec.Download(source, blob, self.path, notify=self.events.append, **options)
+
+    def put(self, data, suffix=""):
+        """Have the place hold this file and no other."""
+        shutil.rmtree(self.place)
+        os.mkdir(self.place)
+        if data is not None:
+            with open(self.path + suffix, "wb") as file:
+                file.write(data)
+
+    def holds(self):
+        """{name: bytes} of the place."""
+        found = {}
+        for name in os.listdir(self.place):
+            with open(os.path.join(self.place, name), "rb") as file:
+                found[name] = file.read()
+        return found
+
+    def offsets(self, registry):
+        """Where the requests for blobs have begun."""
+        asked = [r.headers.get("Range", "bytes=0-") for r in registry.requests
+                 if "/blobs/" in r.path]
+        return [int(text[len("bytes="):-1]) for text in asked]
+
+
+class DownloadTest(DownloadCase):
+    """One verified blob onto disk."""
+
+    def test_fresh(self):
+        for tls in (False, True):
+            self.put(None)
+            found = self.download(self.filled(tls=tls)).run()
+            self.assertEqual(found, imagec.Fetched(NET_SIZE, None, False))
+            self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_events(self):
+        registry = self.filled()
+        for expected in (["Downloading", "Verifying Checksum", "Download complete"],
+                         ["Verifying", "Already exists"]):
+            del self.events[:]
+            self.download(registry).run()
+            stages = itertools.groupby(event.status for event in self.events)
+            self.assertEqual([stage for stage, _ in stages], expected)
+            self.assertEqual({(e.id, e.total) for e in self.events},
+                             {(sha256(NET_BLOB)[7:19], NET_SIZE)})
+
+    def test_t39_existing_files_are_checked(self):
+        self.assertTrue(NET_EXISTING)
+        registry = self.filled()
+        for name, content, good in NET_EXISTING:
+            with self.subTest(name):
+                del registry.requests[:]
+                self.put(content)
+                found = self.download(registry).run()
+                self.assertEqual(found, imagec.Fetched(NET_SIZE, None, good))
+                self.assertEqual(self.holds(), {"blob": NET_BLOB})
+                self.assertEqual(self.offsets(registry), [] if good else [0])
+
+    def test_t39_a_link_is_replaced_not_followed(self):
+        canary = self.file("canary", NET_BLOB)
+        os.symlink(canary, self.path)
+        self.assertFalse(self.download(self.filled()).run().reused)
+        self.assertFalse(os.path.islink(self.path))
+
+    def test_t39_a_failed_replacement_keeps_the_old(self):
+        self.put(b"old")
+        registry = self.filled()
+        registry.fault("/blobs/", flip())
+        with self.fails(imagec.DigestMismatch):
+            self.download(registry).run()
+        self.assertEqual(self.holds(), {"blob": b"old"})
+
+    def test_t101_t102_t103_t104_partial_files(self):
+        self.assertTrue(NET_PARTIALS)
+        registry = self.filled()
+        client = self.client(registry)
+        for name, content, action, offsets in NET_PARTIALS:
+            with self.subTest(name):
+                del registry.requests[:]
+                self.put(content, ".partial")
+                if action:
+                    registry.fault("/blobs/", action)
+                found = self.download(registry, client=client).run()
+                self.assertEqual(found, imagec.Fetched(NET_SIZE, None, False))
+                self.assertEqual(self.holds(), {"blob": NET_BLOB})
+                self.assertEqual(self.offsets(registry), offsets)
+
+    def test_t101_t103_partial_files_of_unknown_size(self):
+        registry = self.filled()
+        client = self.client(registry)
+        for name, content, action, _ in NET_PARTIALS:
+            with self.subTest(name):
+                self.put(content, ".partial")
+                if action and len(content) < NET_SIZE:
+                    registry.fault("/blobs/", action)
+                found = self.download(registry, client=client, size=False).run()
+                self.assertEqual(found.size, NET_SIZE)
+                self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t104_a_bad_rest_is_fetched_again_once(self):
+        registry = self.filled()
+        registry.fault("/blobs/", truncate(NET_HALF))
+        registry.fault("/blobs/", flip(), 2)
+        with self.fails(imagec.DigestMismatch):
+            self.download(registry).run()
+        self.assertEqual(self.offsets(registry), [0, NET_HALF, 0])
+        self.assertEqual(self.holds(), {})
+
+    def test_t25_bad_blobs_leave_nothing(self):
+        self.assertTrue(NET_BAD_BLOBS)
+        registry = self.filled()
+        client = self.client(registry)
+        for name, action, kind, retried in NET_BAD_BLOBS:
+            with self.subTest(name):
+                del registry.requests[:], registry.faults[:], self.naps[:]
+                self.put(None)
+                registry.fault("/blobs/", action, EVERY_TIME)
+                with self.fails(kind, sha256(NET_BLOB)):
+                    self.download(registry, client=client).run()
+                tries = imagec.ATTEMPTS if retried else 1
+                self.assertEqual(len(self.offsets(registry)), tries)
+                self.assertEqual(len(self.naps), tries - 1)
+                # What a broken connection has left is there to go on with.
+                self.assertEqual(set(self.holds()) - {"blob.partial"}, set())
+                if issubclass(kind, imagec.VerificationError):
+                    self.assertEqual(self.holds(), {})
+
+    def test_t22_t23_cut_blobs_are_resumed(self):
+        for tls in (False, True):
+            registry = self.filled(tls=tls)
+            client = self.client(registry)
+            for framing in (lambda reply: reply, chunked(), close_delimited()):
+                for count in (0, 1, NET_HALF, NET_SIZE - 1):
+                    with self.subTest(tls=tls, count=count):
+                        self.put(None)
+                        registry.fault("/blobs/", [framing, truncate(count)])
+                        self.download(registry, client=client).run()
+                        self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t24_t52_no_more_is_read_than_was_promised(self):
+        for framing in ("chunked", "length", "close"):
+            with self.subTest(framing=framing):
+                registry = self.filled()
+                registry.fault("/blobs/", endless(framing=framing))
+                with self.fails(imagec.SizeMismatch, str(NET_SIZE)):
+                    self.download(registry).run()
+                self.assertLess(registry.sent_blob_bytes, 16 * imagec.MIB)
+                self.assertEqual(self.holds(), {})
+
+    def test_t107_t108_resuming_asks_the_registry_again(self):
+        cdn = self.registry(auth=None)
+        registry = self.filled(auth="bearer")
+        cdn.blobs, registry.redirect_blobs_to = registry.blobs, cdn.url
+        registry.token_uses = 1
+        cdn.fault("/cdn/", truncate(NET_HALF))
+        self.download(registry).run()
+        asked = [r.headers.get("Range") for r in cdn.requests]
+        self.assertEqual(asked, [None, "bytes=%d-" % NET_HALF])
+        self.assertEqual(authorizations(cdn), [])
+        self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t12_t132_odd_partial_files(self):
+        registry, canary = self.filled(), self.file("canary", b"canary")
+        plants = [("link", os.symlink), ("hard link", os.link)]
+        if hasattr(os, "mkfifo"):
+            plants.append(("fifo", lambda _, path: os.mkfifo(path)))
+        for name, plant in plants:
+            with self.subTest(name):
+                self.put(None)
+                plant(canary, self.path + ".partial")
+                self.download(registry).run()
+                self.assertEqual(self.holds(), {"blob": NET_BLOB})
+                with open(canary, "rb") as file:
+                    self.assertEqual(file.read(), b"canary")
+
+    def test_t132_a_directory_in_the_way(self):
+        os.mkdir(self.path + ".partial")
+        with self.assertRaises(OSError):
+            self.download(self.filled()).run()
+        self.assertEqual(os.listdir(self.place), ["blob.partial"])
+
+    def test_t124_two_at_once(self):
+        registry = self.filled()
+        registry.fault("/blobs/", delay(0.1))
+        downloads = [self.download(registry) for _ in range(2)]
+        for one in downloads:
+            one._source.transport._sleep = None  # they wait for one another
+        results = []
+        workers = [threading.Thread(target=lambda one=one: results.append(one.run()))
+                   for one in downloads]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(5)
+        self.assertEqual(sorted(found.reused for found in results), [False, True])
+        self.assertEqual(self.offsets(registry), [0])
+        self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t134_on_disk_before_it_has_its_name(self):
+        calls = []
+
+        def record(name):
+            real = getattr(os, name)
+
+            def call(*args):
+                calls.append((name, os.path.basename(str(args[-1]))))
+                return real(*args)
+            return mock.patch("os." + name, call)
+
+        with record("fsync"), record("replace"):
+            self.download(self.filled()).run()
+        names = [name for name, _ in calls]
+        self.assertEqual(names, ["fsync", "replace", "fsync"])  # the directory, too
+        self.assertEqual(calls[1][1], "blob")
+
+    def test_t120_full_disk(self):
+        registry, real = self.filled(), os.write
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            with self.subTest(number=number), mock.patch(
+                    "os.write", mock.Mock(side_effect=OSError(number, "no space"))):
+                with self.assertRaises(OSError) as caught:
+                    self.download(registry).run()
+            self.assertEqual(caught.exception.errno, number)
+            self.assertNotIn("blob", self.holds())
+        self.assertIs(os.write, real)
+        self.download(registry).run()
+        self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t120_fsync_fails(self):
+        with mock.patch("os.fsync", mock.Mock(side_effect=OSError(errno.EIO, "no"))):
+            with self.assertRaises(OSError):
+                self.download(self.filled()).run()
+        self.assertNotIn("blob", self.holds())
+
+    def test_short_writes(self):
+        real = os.write
+        with mock.patch("os.write", lambda fd, data: real(fd, data[:1000])):
+            self.download(self.filled()).run()
+        self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t26_what_it_unpacks_to(self):
+        tar = NET_TARS[0]
+        data = gzip_bytes(tar)
+        good, bad = (imagec.Digest.parse(sha256(one)) for one in (tar, data))
+        registry = self.filled(data)
+        found = self.download(registry, data, unpack=True, diff_id=good).run()
+        self.assertEqual((found.unpacked.diff_id, found.unpacked.size), (good, 7))
+        # Also of one that is there already: its bytes are right, its meaning is not.
+        for content in (data, None):
+            self.put(content)
+            with self.fails(imagec.DigestMismatch, "diffID", str(good), str(bad)):
+                self.download(registry, data, unpack=True, diff_id=bad).run()
+
+
+# ------------------------------------------------------------------------------
+# Outputs and Pull
+# ------------------------------------------------------------------------------
+
+NET_PLATFORM = "linux/amd64"
+
+
+class PullCase(NetworkCase):
+    """Whole pulls into self.dest."""
+
+    def setUp(self):
+        super().setUp()
+        self.dest = os.path.join(self.folder, "dest")
+        self.events = []
+        self.patch(mock.patch("os.fsync"))  # as slow as the disk
+
+    def filled(self, image, tag="1", **options):
+        registry = self.registry(**options)
+        registry.add("app", tag, image)
+        return registry
+
+    def pull(self, registry, reference="app:1", dest=None, **options):
+        options = dict({"notify": self.events.append}, **options)
+        platform = imagec.Platform.parse(options.pop("platform", NET_PLATFORM))
+        with self.session(**options) as session:
+            return session.pull(
+                [imagec.Reference.parse("%s/%s" % (registry.host, reference))],
+                imagec.LayersOutput(dest or self.dest), platform)[0]
+
+    def tree(self, top=None):
+        """{path: bytes} of all files below the destination."""
+        top, found = top or self.dest, {}
+        for folder, _, names in os.walk(top):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, top).replace(os.sep, "/")] = file.read()
+        return found
+
+    def chain(self, diff_ids):
+        """The chainIDs' hex, computed on our own (OCI image-spec, config.md)."""
+        chain = []
+        for diff_id in diff_ids:
+            text = "%s %s" % (chain[-1], diff_id) if chain else diff_id
+            chain.append(sha256(text.encode("ascii")) if chain else diff_id)
+        return [digest.partition(":")[2] for digest in chain]
+
+    def assert_nothing_final(self, blobs=()):
+        """No document, no `.tar` that is not one of these blobs, whole."""
+        for path, data in (self.tree() if os.path.exists(self.dest) else {}).items():
+            if path.endswith(".partial") or path == "canary":
+                continue
+            self.assertTrue(path.endswith(".tar"), path)
+            self.assertIn(sha256(data), blobs)
+
+
+class OutputsTest(PullCase):
+    """The `layers` tree."""
+
+    def expected(self, image, ids, base):
+        """{path: bytes} but for the JSON of layers."""
+        tree = {base + "/manifest.json": image.manifest}
+        if image.config:
+            tree[base + "/config.json"] = image.config
+        for name, digest in zip(ids, image.layers):
+            tree["%s/%s/%s.tar" % (base, name, name)] = image.blobs[digest]
+        return tree
+
+    def split(self, base):
+        """The tree, and apart from it {id: v1 JSON as bytes}."""
+        tree = self.tree()
+        pattern = re.escape(base) + "/([0-9a-f]{64})/\\1.json"
+        found = {path: re.fullmatch(pattern, path) for path in tree}
+        return tree, {match.group(1): tree.pop(path)
+                      for path, match in found.items() if match}
+
+    def test_schema2_and_oci(self):
+        for kind in ("oci", "docker"):
+            with self.subTest(kind=kind):
+                self.dest = os.path.join(self.folder, kind)
+                image = build_image(NET_TARS[:1] + [None] + NET_TARS[1:], kind)
+                registry = self.filled(image)
+                found = self.pull(registry)
+                base = "http/%s/v2/app/1" % registry.host
+                ids = self.chain(image.diff_ids)
+                tree, texts = self.split(base)
+                self.assertEqual(tree, self.expected(image, ids, base))
+                self.check_v1(image, ids, texts)
+                self.check_image(found, image, ids, base)
+
+    def check_v1(self, image, ids, texts):
+        self.assertEqual(set(texts), set(ids))
+        for number, name in enumerate(ids):
+            value = json.loads(texts[name].decode("utf-8"))
+            self.assertEqual(value["id"], name)
+            self.assertEqual(value.get("parent"), ids[number - 1] if number else None)
+            self.assertEqual(value["created"], CREATED)
+            self.assertNotIn("rootfs", value)
+            self.assertEqual("config" in value, number == len(ids) - 1)
+
+    def check_image(self, found, image, ids, base):
+        self.assertEqual(str(found.digest), image.digest)
+        self.assertEqual(found.image_id, sha256(image.config))
+        self.assertEqual(found.path, os.path.join(self.dest, *base.split("/")))
+        self.assertEqual((str(found.platform), found.format), (NET_PLATFORM, "layers"))
+        rows = [(layer.id, str(layer.digest), str(layer.diff_id), layer.size,
+                 layer.blob_size) for layer in found.layers]
+        sizes = [7, 1200, 5]
+        self.assertEqual(rows, [
+            row + (len(image.blobs[row[1]]),)
+            for row in zip(ids, image.layers, image.diff_ids, sizes)])
+
+    def test_schema1(self):
+        for kind in ("schema1", "schema1-signed"):
+            with self.subTest(kind=kind):
+                self.dest = os.path.join(self.folder, kind)
+                image = build_image(NET_TARS, kind)
+                registry = self.filled(image)
+                found = self.pull(registry)
+                base = "http/%s/v2/app/1" % registry.host
+                history = json.loads(image.manifest.decode("ascii"))["history"]
+                texts = [entry["v1Compatibility"] for entry in reversed(history)]
+                ids = [json.loads(text)["id"] for text in texts]
+                tree, found_texts = self.split(base)
+                self.assertEqual(tree, self.expected(image, ids, base))
+                exact = {name: text.encode("ascii") for name, text in zip(ids, texts)}
+                self.assertEqual(found_texts, exact)
+                self.assertEqual(str(found.digest), image.digest)
+                self.assertEqual([str(one.diff_id) for one in found.layers],
+                                 image.diff_ids)
+
+    def test_schema1_steps_without_a_layer(self):
+        image = build_image([NET_TARS[0], None, NET_TARS[1], None], "schema1")
+        registry = self.filled(image)
+        found = self.pull(registry)
+        self.assertEqual(len(found.layers), 4)
+        self.assertEqual([one.size for one in found.layers], [7, 0, 1200, 0])
+        empty = [data for path, data in self.tree().items()
+                 if path.endswith(".tar") and data == EMPTY_LAYER]
+        self.assertEqual(len(empty), 2)
+        self.assertEqual(len([p for p in paths(registry, "/blobs/")
+                              if sha256(EMPTY_LAYER) in p]), 1)
+
+    def test_indexes(self):
+        image = build_image(NET_TARS)
+        inner = build_index([(image, ("linux", "amd64", None))])
+        outer = build_index([(inner, None)], "docker")
+        for index, names in ((inner, {"index.json": inner}),
+                             (outer, {"index.json": outer, "index.1.json": inner})):
+            with self.subTest(names=sorted(names)):
+                self.dest = os.path.join(self.folder, "dest%d" % len(names))
+                registry = self.filled(index)
+                found = self.pull(registry)
+                base = "http/%s/v2/app/1" % registry.host
+                tree, _ = self.split(base)
+                expected = self.expected(image, self.chain(image.diff_ids), base)
+                expected.update(("%s/%s" % (base, name), one.manifest)
+                                for name, one in names.items())
+                self.assertEqual(tree, expected)
+                self.assertEqual(str(found.digest), index.digest)
+
+    def test_names_of_places(self):
+        image = build_image(NET_TARS)
+        hexes = image.digest.partition(":")[2]
+        for reference, place in (
+                ("app:1", "app/1"), ("app", "app/latest"), ("a/b/c:x", "a/b/c/x"),
+                ("app@" + image.digest, "app/sha256-" + hexes),
+                ("app:1@" + image.digest, "app/sha256-" + hexes)):
+            with self.subTest(reference=reference):
+                registry = self.registry(tls=True)
+                name = reference.partition("@")[0].partition(":")[0]
+                registry.add(name, "latest" if ":" not in reference else (
+                    reference.partition("@")[0].partition(":")[2] or None), image)
+                found = self.pull(registry, reference)
+                base = os.path.join(self.dest, "https", registry.host, "v2")
+                self.assertEqual(os.path.relpath(found.path, base), place)
+
+    def test_t38_odd_white_space_stays(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image)
+        odd = b" \n" + image.manifest.replace(b"\n", b"\r\n\t") + b"\n\n"
+        registry.add_manifest("app", "odd", odd, image.media_type)
+        found = self.pull(registry, "app:odd")
+        with open(os.path.join(found.path, "manifest.json"), "rb") as file:
+            self.assertEqual(file.read(), odd)
+        self.assertEqual(str(found.digest), sha256(odd))
+
+    def test_the_manifest_comes_last(self):
+        written, real = [], imagec.write_file
+        with mock.patch("imagec.write_file", lambda path, data: (
+                written.append(os.path.basename(path)), real(path, data))):
+            self.pull(self.filled(build_image(NET_TARS)))
+        self.assertEqual(written[-2:], ["config.json", "manifest.json"])
+
+    def test_t12_links_below_the_destination(self):
+        registry = self.filled(build_image(NET_TARS))
+        canary = os.path.join(self.folder, "canary")
+        for parts in (["http"], ["http", registry.host], ["http", registry.host, "v2"],
+                      ["http", registry.host, "v2", "app", "1"]):
+            with self.subTest(parts=parts):
+                shutil.rmtree(self.dest, ignore_errors=True)
+                os.makedirs(os.path.join(self.dest, *parts[:-1]))
+                os.makedirs(canary, exist_ok=True)
+                os.symlink(canary, os.path.join(self.dest, *parts))
+                with self.fails(imagec.OutputError, "not a directory"):
+                    self.pull(registry)
+                self.assertEqual(os.listdir(canary), [])
+
+    def test_the_destination_itself_may_be_a_link(self):
+        real = os.path.join(self.folder, "real")
+        os.mkdir(real)
+        os.symlink(real, self.dest)
+        self.pull(self.filled(build_image(NET_TARS)))
+        self.assertTrue(self.tree(real))
+
+    def test_t126_destinations(self):
+        registry = self.filled(build_image(NET_TARS))
+        file = self.file("file")
+        dangling = os.path.join(self.folder, "dangling")
+        os.symlink(os.path.join(self.folder, "none"), dangling)
+        places = [file, os.path.join(file, "below"), dangling, os.devnull]
+        if hasattr(os, "geteuid") and os.geteuid():
+            places.append(os.path.join(self.folder, "closed"))
+            os.mkdir(places[-1], 0o500)
+        for place in places:
+            with self.subTest(place=os.path.basename(place)):
+                with self.fails(imagec.OutputError, "-o") as caught:
+                    self.pull(registry, dest=place)
+                self.assertEqual(imagec.exit_status(caught.exception), 1)
+        self.assertEqual(registry.connections, 0)
+
+    def test_t126_a_read_only_destination(self):
+        os.mkdir(self.dest)
+        with mock.patch("os.access", lambda path, mode: False):
+            with self.fails(imagec.OutputError, self.dest, "no permission"):
+                imagec.LayersOutput(self.dest)
+
+    def test_t136_a_path_too_long(self):
+        registry = self.filled(build_image(NET_TARS))
+        deep = os.path.join(self.dest, *["d" * 200] * 30)
+        with self.assertRaises((OSError, imagec.OutputError)):
+            self.pull(registry, dest=deep)
+
+    def test_t133_what_was_there_stays(self):
+        os.makedirs(self.dest)
+        with open(os.path.join(self.dest, "canary"), "wb") as file:
+            file.write(b"mine")
+        registry = self.filled(build_image(NET_TARS))
+        registry.fault("/blobs/", flip())
+        with self.fails(imagec.DigestMismatch):
+            self.pull(registry)
+        self.assertEqual(self.tree()["canary"], b"mine")
+        self.pull(registry)
+        self.assertEqual(self.tree()["canary"], b"mine")
+
+
+class PullTest(PullCase):
+    """From a reference to an output."""
+
+    def test_pull_function(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image, auth="bearer", anonymous=False)
+        found = imagec.pull(registry.host + "/app:1", self.dest, platform=NET_PLATFORM,
+                            username="alice", password=PASSWORD,
+                            progress=self.events.append)
+        self.assertEqual(str(found.digest), image.digest)
+        self.assertEqual(self.events[-1].status, "Digest: " + image.digest)
+
+    def test_pull_function_refuses(self):
+        for arguments, options in (
+                (("UPPER",), {}), (("app", self.dest, "none"), {}),
+                (("app",), {"platform": "a/b/c/d/e"}), (("app",), {"jobs": 0}),
+                (("app",), {"username": "alice"})):
+            with self.subTest(arguments=arguments, options=options):
+                with self.fails(imagec.UsageError):
+                    imagec.pull(*arguments, **dict({"output": self.dest}, **options)
+                                if len(arguments) < 2 else options)
+
+    def test_connections_are_few(self):
+        image = build_image([tar_bytes([("f%d" % n, b"x")]) for n in range(10)])
+        for tls in (True, False):
+            for jobs in (1, 4):
+                with self.subTest(tls=tls, jobs=jobs):
+                    self.dest = os.path.join(self.folder, "%s%d" % (tls, jobs))
+                    registry = self.filled(image, tls=tls, auth="bearer")
+                    registry.fault("/blobs/", delay(0.005), EVERY_TIME)
+                    self.pull(registry, jobs=jobs)
+                    self.assertLessEqual(registry.connections, jobs + 1)
+                    self.assertEqual(len(paths(registry, "/token")), 1)
+
+    def test_rerun_fetches_nothing(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image)
+        first = self.pull(registry)
+        before = self.tree()
+        del registry.requests[:], self.events[:]
+        self.assertEqual(self.pull(registry), first)
+        self.assertEqual(self.tree(), before)
+        layers = [p for p in paths(registry, "/blobs/")
+                  if p.rpartition("/")[2] in image.layers]
+        self.assertEqual(layers, [])
+        said = [e.status for e in self.events if e.status == "Already exists"]
+        self.assertEqual(len(said), len(image.layers))
+
+    def test_t107_tokens_that_run_out_in_the_middle(self):
+        image = build_image(NET_TARS)
+        for jobs in (1, 4):
+            with self.subTest(jobs=jobs):
+                self.dest = os.path.join(self.folder, str(jobs))
+                registry = self.filled(image, auth="bearer")
+                registry.token_uses = 2 if jobs == 1 else 4
+                self.pull(registry, jobs=jobs)
+                self.assertGreater(len(paths(registry, "/token")), 1)
+
+    def test_t44_the_same_blob_twice(self):
+        for kind in ("oci", "docker", "schema1"):
+            with self.subTest(kind=kind):
+                self.dest = os.path.join(self.folder, kind)
+                tars = [NET_TARS[0], NET_TARS[1], NET_TARS[0]]
+                image = build_image(tars, kind)
+                registry = self.filled(image)
+                found = self.pull(registry)
+                digests = [str(layer.digest) for layer in found.layers]
+                self.assertEqual(digests, image.layers)
+                asked = paths(registry, "/blobs/")
+                self.assertEqual(len(asked), len(set(asked)))
+                blobs = [data for path, data in sorted(self.tree().items())
+                         if path.endswith(".tar")]
+                self.assertEqual(len(blobs), 3)
+                self.pull(registry)
+
+    def test_t44_two_sizes_for_one_blob(self):
+        image = build_image([NET_TARS[0], NET_TARS[0]])
+        document = json.loads(image.manifest.decode("ascii"))
+        document["layers"][1]["size"] += 1
+        registry = self.filled(image)
+        registry.add_manifest("app", "odd", json.dumps(document).encode("ascii"),
+                              image.media_type)
+        with self.fails(imagec.ImagecError, "size") as caught:
+            self.pull(registry, "app:odd")
+        self.assertEqual(imagec.exit_status(caught.exception), 3)
+        self.assert_nothing_final(image.layers)
+
+    def test_t26_diff_ids(self):
+        good = build_image(NET_TARS).diff_ids
+        for name, diff_ids, kind in (
+                ("wrong", good[:2] + [sha256(b"x")], imagec.DigestMismatch),
+                ("swapped", [good[1], good[0], good[2]], imagec.DigestMismatch),
+                ("short", good[:2], imagec.VerificationError),
+                ("long", good + good[:1], imagec.VerificationError),
+                ("none", [], imagec.VerificationError),
+                ("absent", None, imagec.ImagecError),
+                ("not digests", ["x", "y", "z"], imagec.InvalidDocument)):
+            with self.subTest(name):
+                shutil.rmtree(self.dest, ignore_errors=True)
+                rootfs = {"type": "layers", "diff_ids": diff_ids}
+                if diff_ids is None:
+                    del rootfs["diff_ids"]
+                image = build_image(NET_TARS, rootfs=rootfs)
+                with self.fails(kind) as caught:
+                    self.pull(self.filled(image))
+                self.assertEqual(imagec.exit_status(caught.exception), 3)
+                self.assert_nothing_final(image.layers)
+
+    def test_t01_hostile_digests_are_not_asked_for(self):
+        image = build_image(NET_TARS)
+        for digest in ("sha256:../../../x", "../x", "", "sha256:", "sha256:" + "a" * 63,
+                       "sha256:" + "a" * 65, "sha256:" + "A" * 64, "md5:" + "a" * 32,
+                       "sha256:" + "a" * 63 + "\n", "sha256:" + "a" * 62 + "\\x"):
+            for which in ("config", "layer"):
+                document = json.loads(image.manifest.decode("ascii"))
+                {"config": document["config"],
+                 "layer": document["layers"][0]}[which]["digest"] = digest
+                data = json.dumps(document).encode("ascii")
+                registry = self.filled(image)
+                registry.add_manifest("app", "odd", data, image.media_type)
+                with self.subTest(digest=digest, which=which):
+                    with self.fails(imagec.ImagecError, "digest"):
+                        self.pull(registry, "app:odd")
+                    self.assertEqual(paths(registry, "/blobs/"), [])
+                    self.assert_nothing_final()
+
+    def test_t03_hostile_v1_ids(self):
+        for name in ("../../../../canary", "/etc/cron.d/x", "", "a" * 63, "A" * 64,
+                     "a" * 64 + "\n"):
+            with self.subTest(id=name):
+                image = build_image(NET_TARS[:1], "schema1", id=name)
+                before = self.tree(self.folder)
+                with self.fails(imagec.ImagecError, "id"):
+                    self.pull(self.filled(image))
+                self.assertEqual(self.tree(self.folder), before)
+
+    def test_t04_annotations_are_no_paths(self):
+        image = build_image(NET_TARS)
+        document = json.loads(image.manifest.decode("ascii"))
+        for entry in [document, document["config"]] + document["layers"]:
+            entry["annotations"] = {"org.opencontainers.image.title": "../../evil",
+                                    "org.opencontainers.image.ref.name": "/evil"}
+        registry = self.filled(image)
+        data = json.dumps(document).encode("ascii")
+        registry.add_manifest("app", "odd", data, image.media_type)
+        self.pull(registry, "app:odd")
+        found = [path for path in self.tree(self.folder) if "evil" in path]
+        self.assertEqual(found, [])
+
+    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "no SIGKILL here")
+    def test_t121_killed_and_run_again(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image)
+        registry.fault("/blobs/" + image.layers[1], drip(30, 60, "body"))
+        process = subprocess.Popen([
+            sys.executable, os.path.abspath(imagec.__file__), "pull", "-q", "-j1",
+            "-o", self.dest, "--platform", NET_PLATFORM, registry.host + "/app:1"])
+        deadline = time.monotonic() + 10
+        while registry.faults[0].used < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        self.assert_nothing_final(image.layers)
+        self.pull(registry)
+        killed = self.tree()
+        self.dest = os.path.join(self.folder, "clean")
+        self.pull(registry)
+        self.assertEqual(killed, self.tree())
+
+    def test_t21_t25_earlier_layers_stay(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image)
+        registry.fault("/blobs/" + image.layers[2], flip())
+        with self.fails(imagec.DigestMismatch, image.layers[2]):
+            self.pull(registry, jobs=1)
+        self.assert_nothing_final(image.layers[:2])
+        kept = sum(path.endswith(".tar") for path in self.tree())
+        del registry.requests[:]
+        self.pull(registry, jobs=1)
+        fetched = [p for p in paths(registry, "/blobs/")
+                   if p.rpartition("/")[2] in image.layers]
+        self.assertEqual(len(fetched), 3 - kept)
+
+    def test_t115_the_first_error_ends_the_rest(self):
+        tars = [tar_bytes([("f%d" % n, os.urandom(9000 + n))]) for n in range(5)]
+        image = build_image(tars)
+        registry = self.filled(image)
+        registry.fault("/blobs/" + image.layers[4], [delay(0.1), status(404)])
+        for digest in image.layers[1:4]:
+            registry.fault("/blobs/" + digest, drip(0.05, 100), EVERY_TIME)
+        with self.within(1.1), self.fails(imagec.NotFound, image.layers[4]):
+            self.pull(registry, jobs=4, idle_timeout=30)
+        self.assertEqual(imagec_threads(), 0)
+        self.assert_nothing_final(image.layers)
+
+    def test_t124_two_pulls_into_one_place(self):
+        image = build_image(NET_TARS)
+        registry = self.filled(image)
+        registry.add("app", "2", image)
+        results, references = [], ["app:1", "app:1", "app:2", "app:1"]
+
+        def work(reference):
+            with imagec.Session(notify=None) as session:
+                results.extend(session.pull(
+                    [imagec.Reference.parse("%s/%s" % (registry.host, reference))],
+                    imagec.LayersOutput(self.dest),
+                    imagec.Platform.parse(NET_PLATFORM)))
+
+        workers = [threading.Thread(target=work, args=(one,)) for one in references]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(10)
+        self.assertEqual(len(results), 4)
+        tree = self.tree()
+        self.assertEqual([path for path in tree if path.endswith(".partial")], [])
+        self.assertEqual(len(tree), 2 * (2 * len(image.layers) + 2))
+
+    def test_t120_full_disk(self):
+        image = build_image(NET_TARS)
+        registry, real = self.filled(image), os.write
+
+        def write(fd, data):
+            if len(data) > 200 and data[:1] == b"{":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(fd, data)
+
+        with mock.patch("os.write", write), self.assertRaises(OSError) as caught:
+            self.pull(registry)
+        self.assertEqual(imagec.exit_status(caught.exception), 1)
+        self.assertFalse([p for p in self.tree() if p.endswith("manifest.json")])
+        self.pull(registry)
+
+    def test_no_matching_platform(self):
+        index = build_index([(build_image(NET_TARS), ("linux", "arm64", None)),
+                             (build_image(NET_TARS[:1]), ("unknown", "unknown", None))])
+        registry = self.filled(index)
+        with self.fails(imagec.NoMatchingPlatform, "linux/arm64") as caught:
+            self.pull(registry)
+        self.assertNotIn("unknown/unknown", str(caught.exception))
+        self.assertEqual(len(paths(registry, "/manifests/")), 1)
+        self.assertFalse(os.path.exists(self.dest))
+
+    def test_t43_a_platform_that_lies_is_told(self):
+        image = build_image(NET_TARS, platform=("linux", "arm64", None))
+        index = build_index([(image, ("linux", "amd64", None))])
+        with self.assertLogs(imagec.log, "WARNING") as logged:
+            found = self.pull(self.filled(index))
+        self.assertIn("is for linux/arm64", "".join(logged.output))
+        self.assertEqual(found.platform.architecture, "arm64")
+
+    def test_t75_foreign_layers_are_not_fetched_from_their_urls(self):
+        elsewhere = self.server({})
+        image = build_image(NET_TARS[:1])
+        document = json.loads(image.manifest.decode("ascii"))
+        document["layers"][0]["urls"] = [elsewhere.url + "/layer"]
+        registry = self.filled(image, auth="basic")
+        data = json.dumps(document).encode("ascii")
+        registry.add_manifest("app", "odd", data, image.media_type)
+        del registry.blobs[image.layers[0]]
+        with self.fails(imagec.UnsafeRedirect):
+            self.pull(registry, "app:odd", username="alice", password=PASSWORD)
+        self.assertEqual(elsewhere.connections, 0)
+
+    def test_t81_a_password_is_for_one_registry(self):
+        image = build_image(NET_TARS)
+        first, second = (self.filled(image, auth="basic") for _ in range(2))
+        with self.session(username="alice", password=PASSWORD) as session:
+            for registry, allowed in ((first, True), (second, False)):
+                reference = imagec.Reference.parse(registry.host + "/app:1")
+                if allowed:
+                    session.manifest(reference)
+                    continue
+                with self.fails(imagec.UsageError, registry.host):
+                    session.manifest(reference)
+        self.assertEqual(second.connections, 0)
+
+
+def imagec_threads():
+    """How many of an executor's threads are alive."""
+    return sum("ThreadPoolExecutor" in one.name for one in threading.enumerate())
+
+
+# ------------------------------------------------------------------------------
+# Faults: each against each kind of request a pull makes
+# ------------------------------------------------------------------------------
+
+#: Object -> what a request for it looks like; {names} are filled in by the test.
+NET_OBJECTS = collections.OrderedDict([
+    ("probe", "HEAD /v2/$"),
+    ("token", "/token"),
+    ("index", "/manifests/1$"),
+    ("manifest", "/manifests/{manifest}$"),
+    ("config", "/blobs/{config}$"),
+    ("first layer", "/blobs/{first}$"),
+    ("last layer", "/blobs/{last}$"),
+])
+NET_DOCUMENTS, NET_BLOBS = ("token", "index"), (
+    "manifest", "config", "first layer", "last layer")
+NET_BODIES = NET_DOCUMENTS + NET_BLOBS
+NET_ALL = tuple(NET_OBJECTS)
+NET_SOME = ("probe", "token", "manifest", "last layer")  # one of each way to read
+NET_LOOP = "http://127.0.0.1/x"
+
+
+def _net_cut(reply):
+    """Closed in mid-headers, which http.client takes for their end."""
+    reply.cut, reply.ending = ("headers", 40), "fin"
+    return reply
+
+
+#: (name, action, times, objects, error class, exit status, words)
+NET_FAULTS = (
+    ("no registry", status(404), 1, ("probe",), imagec.RegistryError, 1, ("404",)),
+    ("not there", status(404), 1, NET_ALL[1:], imagec.NotFound, 4, ("404",)),
+    ("forbidden", status(403), 1, NET_ALL, imagec.AccessDenied, 5, ("access denied",)),
+    ("gone", status(410), 1, ("index", "last layer"), imagec.RegistryError, 1,
+     ("410",)),
+    ("broken", status(500), EVERY_TIME, NET_SOME, imagec.RegistryError, 1, ("500",)),
+    ("busy", status(429), EVERY_TIME, NET_SOME, imagec.RateLimited, 1,
+     ("too many requests", "429")),
+    ("no content", status(204), 1, NET_SOME, imagec.RegistryError, 1, ("204",)),
+    ("never welcome", status(401, {"WWW-Authenticate": "Basic"}), EVERY_TIME,
+     ("manifest", "config", "first layer"), imagec.AccessDenied, 5, ("401",)),
+    ("reset in the status, T100", reset(4, "status"), EVERY_TIME, NET_SOME,
+     imagec.TransportError, 1, ()),
+    ("reset in the headers, T100", reset(0.5, "headers"), EVERY_TIME, NET_SOME,
+     imagec.TransportError, 1, ()),
+    ("closed in the headers, T100", _net_cut,
+     EVERY_TIME, NET_SOME, imagec.TransportError, 1, ()),
+    ("reset in the body, T100", reset(), EVERY_TIME, NET_SOME[1:],
+     imagec.TransportError, 1, ()),
+    ("cut, T22", truncate(), EVERY_TIME, NET_BODIES, imagec.TransportError, 1, ()),
+    ("cut chunks, T22", [chunked(9), truncate()], EVERY_TIME, NET_SOME[1:],
+     imagec.TransportError, 1, ()),
+    ("junk, T114", garbage(b"SSH-2.0-x\r\n"), EVERY_TIME, NET_SOME,
+     imagec.TransportError, 1, ("did not answer in HTTP",)),
+    ("no answer, T109", hang(30), EVERY_TIME, NET_SOME, imagec.Timeout, 1,
+     ("next to nothing",)),
+    ("two lengths, T113", headers(content_length=["1", "2"]), 1, NET_SOME,
+     imagec.TransportError, 1, ("ambiguous",)),
+    ("gzip'd, T47", headers(content_encoding="gzip"), 1, NET_SOME,
+     imagec.TransportError, 1, ("Content-Encoding gzip",)),
+    ("to a file, T79", redirect("file:///etc/passwd"), 1, NET_SOME,
+     imagec.UnsafeRedirect, 1, ("file:///etc/passwd",)),
+    ("to ftp, T79", redirect("ftp://127.0.0.1/x"), 1, ("index", "first layer"),
+     imagec.UnsafeRedirect, 1, ("ftp://127.0.0.1/x",)),
+    ("to http, T77", redirect(NET_LOOP), 1, NET_SOME, imagec.UnsafeRedirect, 1,
+     ("from https to http",)),
+    ("to itself, T56", redirect("?"), EVERY_TIME, NET_SOME, imagec.UnsafeRedirect, 1,
+     ("loop",)),
+    ("page", body(b"<html>"), 1, NET_DOCUMENTS, imagec.InvalidDocument, 3, ()),
+    ("page", body(b"<html>"), 1, NET_BLOBS, imagec.VerificationError, 3, ()),
+    ("nothing", body(b""), 1, NET_DOCUMENTS, imagec.InvalidDocument, 3, ()),
+    ("nothing", body(b""), 1, NET_BLOBS, imagec.VerificationError, 3, ()),
+    ("flipped bit, T21", flip(), 1, NET_BLOBS, imagec.VerificationError, 3,
+     ("expected digest",)),
+    ("one byte more, T24", extra(1), 1, NET_BLOBS, imagec.VerificationError, 3,
+     ("expected",)),
+    ("endless, T52", endless(), 1, NET_DOCUMENTS + ("manifest",),
+     imagec.LimitExceeded, 3, ("limit",)),
+    ("endless, T52", endless(), 1, NET_BLOBS[1:], imagec.SizeMismatch, 3,
+     ("at least",)),
+    ("lying length, T53", headers(content_length="9" * 12), 1,
+     NET_DOCUMENTS + ("manifest",), imagec.LimitExceeded, 3, ("limit",)),
+    ("lying header", headers(docker_content_digest=sha256(b"")), 1,
+     ("index", "manifest"), imagec.DigestMismatch, 3, ("disagree",)),
+)
+
+#: (phase, action) of a fault that passes. T100
+NET_PASSING = (
+    ("status", reset(4, "status")), ("headers", reset(0.5, "headers")),
+    ("body", reset()), ("nothing sent", garbage(b"")), ("cut body", truncate()),
+    ("cut chunks", [chunked(9), truncate()]), ("503", status(503)),
+    ("junk", garbage(b"\0" * 50)),
+)
+
+
+class FaultsTest(PullCase):
+    """What every fault leaves behind: one clear error, and nothing half-made."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(NET_TARS)
+        self.index = build_index([(self.image, ("linux", "amd64", None))])
+        self.source = self.filled(self.index, tls=True, auth="bearer")
+        # Largest first: that is the order one worker fetches them in.
+        order = sorted(self.image.layers, key=lambda one: -len(self.image.blobs[one]))
+        self.names = {"manifest": self.image.digest,
+                      "config": sha256(self.image.config),
+                      "first": order[0], "last": order[-1]}
+        os.mkdir(self.dest)
+
+    def strike(self, target, action, times):
+        del self.source.requests[:], self.source.faults[:], self.naps[:]
+        for folder, _, names in os.walk(self.dest):
+            for name in names:  # the directories may stay: removing them takes longer
+                os.unlink(os.path.join(folder, name))
+        self.file(os.path.join("dest", "canary"), b"mine")
+        match = NET_OBJECTS[target].format(**self.names)
+        return self.source.fault(match, action, times)
+
+    def test_every_fault_at_every_object(self):
+        self.assertTrue(NET_FAULTS)
+        for name, action, times, objects, kind, code, words in NET_FAULTS:
+            for target in objects:
+                with self.subTest(fault=name, object=target):
+                    self.strike(target, action, times)
+                    self.check(target, kind, code, words)
+
+    def check(self, target, kind, code, words):
+        idle = 0.06 if kind is imagec.Timeout else 5
+        tries = 1 if kind is imagec.Timeout else 2  # DownloadTest counts all five
+        with mock.patch("imagec.ATTEMPTS", tries):
+            with self.fails(kind, *words) as caught:
+                self.pull(self.source, jobs=1, idle_timeout=idle, username="alice",
+                          password=PASSWORD)
+        self.assertEqual(imagec.exit_status(caught.exception), code)
+        # One more where a kept connection may just have been stale.
+        self.assertLessEqual(self.source.faults[0].used, 3)
+        self.assertEqual(self.tree()["canary"], b"mine")
+        good = set(self.image.layers)
+        if "layer" in target:
+            good.discard(self.names[target.split()[0]])
+        self.assert_nothing_final(good)
+        self.assertEqual(imagec_threads(), 0)
+
+    def test_t100_faults_that_pass(self):
+        self.assertTrue(NET_PASSING)
+        expected = None
+        for phase, action in NET_PASSING:
+            for target in NET_BODIES[:-1]:
+                with self.subTest(phase=phase, object=target):
+                    self.strike(target, action, 1)
+                    self.pull(self.source, jobs=1)
+                    expected = expected or self.tree()
+                    self.assertEqual(self.tree(), expected)
+                    self.assertLessEqual(len(self.naps), 1)
+
+    def test_t100_faults_before_http_that_pass(self):
+        for name, action in (("reset", reset(phase="accept")),
+                             ("closed", hang(0, "accept")),
+                             ("junk", garbage(b"\x15\x03\x01\0\2\2\x50", "accept"))):
+            with self.subTest(name):
+                self.strike("probe", action, 1)
+                if name == "junk":  # an answer, and none that will change
+                    with self.fails(imagec.TLSError):
+                        self.pull(self.source, jobs=1)
+                    continue
+                self.pull(self.source, jobs=1)
+                self.assertIn("canary", self.tree())
 
 
 # --------------------------------------------------------------------------------------
