@@ -18,6 +18,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -45,6 +46,7 @@ import time
 import tracemalloc
 import unittest
 import urllib.parse
+import warnings
 import zlib
 from email.message import Message
 from unittest import mock
@@ -7082,6 +7084,2324 @@ class FaultsTest(PullCase):
                     continue
                 self.pull(self.source, jobs=1)
                 self.assertIn("canary", self.tree())
+
+
+# --------------------------------------------------------------------------------------
+# Credentials, TLS, proxies, mirrors, resumption
+# --------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------
+# What all classes here share
+# ------------------------------------------------------------------------------
+
+FIELD_CLEAN = re.compile(
+    "(?i)(.*_proxy|ssl_cert_(file|dir)|request_method|docker_.*|registry_.*|xdg_.*"
+    "|imagec_.*)$"
+)
+FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
+FIELD_HUB = "https://index.docker.io/v1/"
+FIELD_EVER = None  # times of a fault
+
+FieldRun = collections.namedtuple("FieldRun", "status out err")
+
+
+def field_noise(size, seed=0):
+    """Bytes that do not compress, the same each time."""
+    number = random.Random(seed).getrandbits(8 * size)
+    return number.to_bytes(size, "little")
+
+
+@functools.lru_cache(maxsize=None)
+def field_noisy_image(size, step=0, compress=gzip_bytes):
+    """An image of three layers of noise, each `step` bytes smaller than the last."""
+    tars = [tar_bytes([("f%d" % n, field_noise(size - step * n, n))]) for n in range(3)]
+    return build_image(tars, compress=compress)
+
+
+def field_base64(text):
+    return base64.b64encode(text.encode("utf-8")).decode("ascii")
+
+
+def field_entry(user, password=PASSWORD):
+    """An entry of `auths`."""
+    return {"auth": field_base64("%s:%s" % (user, password))}
+
+
+def field_auths(*keys):
+    """A config in which each key has a user of its own name."""
+    return {"auths": {key: field_entry(key.replace(":", "-")) for key in keys}}
+
+
+def field_sent(*servers):
+    """Every Authorization header these servers have seen."""
+    found = [r.headers.get("Authorization") for s in servers for r in s.requests]
+    return [value for value in found if value is not None]
+
+
+def field_blob_paths(server):
+    return [r.path for r in server.requests if "/blobs/" in r.path]
+
+
+class FieldCase(RegistryCase):
+    """A home of its own, one root certificate, no proxies, no waiting, no DNS."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = folder.name
+        self.home = os.path.join(self.root, "home")
+        clean = {n: v for n, v in os.environ.items() if not FIELD_CLEAN.match(n)}
+        # Reading the system's roots takes longer than most of these tests.
+        clean["SSL_CERT_FILE"] = self.file("roots.pem", TEST_CERT)
+        # What podman keeps by user ID must not come from this machine.
+        clean.update(HOME=self.home, XDG_RUNTIME_DIR=os.path.join(self.root, "run"))
+        self.patch(mock.patch.dict(os.environ, clean, clear=True))
+        self.naps, self.said = [], []
+        self.listen()
+        self.places = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
+        self.resolve = socket.getaddrinfo
+        self.patch(mock.patch("socket.getaddrinfo", self.look_up))
+
+    def patch(self, patcher):
+        started = patcher.start()
+        self.addCleanup(patcher.stop)
+        return started
+
+    def listen(self):
+        """Warnings go to self.said."""
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.said.append(record.getMessage())
+        self.patch(mock.patch.object(imagec.log, "handlers", [handler]))
+        self.patch(mock.patch.object(imagec.log, "propagate", False))
+
+    def look_up(self, host, *rest, **named):
+        """socket.getaddrinfo of a world that ends at this machine."""
+        if host not in self.places:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return self.resolve(self.places[host], *rest, **named)
+
+    def file(self, name, content):
+        """Write a file below the root, JSON unless it is text or bytes; its path."""
+        path = os.path.join(self.root, *name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        if isinstance(content, str):
+            content = content.encode("utf-8")
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def docker_config(self, config):
+        return self.file("home/.docker/config.json", config)
+
+    def session(self, **options):
+        session = imagec.Session(**dict({"idle_timeout": 5}, **options))
+        session.transport._sleep = self.naps.append
+        self.addCleanup(session.transport.close)
+        return session
+
+    def transport(self, **options):
+        transport = imagec.Transport(
+            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options)
+        )
+        self.addCleanup(transport.close)
+        return transport
+
+    def get(self, transport, url):
+        """The body of a GET."""
+        with transport.open("GET", url) as response:
+            return response.read(imagec.MIB, "test")
+
+    def filled(self, image=None, name="lab/app", **options):
+        """A registry with an image by the tag 1."""
+        registry = self.registry(**options)
+        registry.add(name, "1", image or build_image(FIELD_SMALL))
+        return registry
+
+    def at(self, name="out"):
+        return os.path.join(self.root, name)
+
+    def pull(self, host, name="lab/app:1", to="out", format=None, **options):
+        """Pull with a Session; the imagec.Image."""
+        reference = imagec.Reference.parse("%s/%s" % (host, name) if host else name)
+        output = imagec.new_output(self.at(to), format)
+        platform = imagec.Platform.parse("linux/amd64")
+        with self.session(**options) as session:
+            return session.pull([reference], output, platform)[0]
+
+    def main(self, *argv, stdin=""):
+        """Run a command line here; it retries at once."""
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        err = io.StringIO()
+        streams = {"stdin": io.StringIO(stdin), "stdout": out, "stderr": err}
+        with warnings.catch_warnings():
+            # What another test has left open may be told at any moment.
+            warnings.simplefilter("ignore", ResourceWarning)
+            with mock.patch.multiple(sys, **streams), mock.patch.object(
+                imagec, "BACKOFF", 0
+            ):
+                code = imagec.main(list(argv))
+        out.flush()
+        return FieldRun(code, out.buffer.getvalue().decode("utf-8"), err.getvalue())
+
+    @contextlib.contextmanager
+    def fails(self, kind, *words):
+        """The block raises `kind`, in words that hold no secret and fit one line."""
+        with self.assertRaises(kind) as caught:
+            yield caught
+        text = str(caught.exception)
+        for word in words:
+            self.assertIn(word, text)
+        self.assertNotIn(PASSWORD, text)
+        self.assertNotIn("\n", text)
+
+
+# ------------------------------------------------------------------------------
+# Credentials
+# ------------------------------------------------------------------------------
+
+#: (name, variable, its value below the root, the file it leads to), in order
+FIELD_SOURCES = (
+    ("DOCKER_CONFIG", "DOCKER_CONFIG", "docker", "docker/config.json"),
+    ("docker's home", None, None, "home/.docker/config.json"),
+    ("podman's runtime", "XDG_RUNTIME_DIR", "run", "run/containers/auth.json"),
+    ("podman's config", "XDG_CONFIG_HOME", "xdg", "xdg/containers/auth.json"),
+    ("podman's home", None, None, "home/.config/containers/auth.json"),
+    ("dockercfg", None, None, "home/.dockercfg"),
+)
+_FIELD_NESTED = ("r.test", "r.test/a", "r.test/a/b")
+
+#: (keys of auths, host, repository, the key that wins or None)
+FIELD_KEYS = (
+    (_FIELD_NESTED, "r.test", "a/b", "r.test/a/b"),
+    (_FIELD_NESTED, "r.test", "a/b/c", "r.test/a/b"),
+    (_FIELD_NESTED, "r.test", "a/bc", "r.test/a"),
+    (_FIELD_NESTED, "r.test", "ab", "r.test"),
+    (_FIELD_NESTED, "r.test", "", "r.test"),
+    (("r.test/a",), "r.test", "b", None),
+    (("r.test/a",), "r.test", "ab", None),
+    (("r.test/a/b",), "r.test", "a", None),
+    (("r.test:5000",), "r.test:5000", "a", "r.test:5000"),
+    (("r.test:5000/a",), "r.test:5000", "a/b", "r.test:5000/a"),
+    # URLs, as docker login once wrote them
+    (("https://r.test",), "r.test", "a", "https://r.test"),
+    (("http://r.test/v1/",), "r.test", "a", "http://r.test/v1/"),
+    (("https://r.test:5000/v2/",), "r.test:5000", "a", "https://r.test:5000/v2/"),
+    (("https://r.test/v2/", "r.test"), "r.test", "a", "r.test"),
+    # Docker Hub and its names
+    ((FIELD_HUB,), "docker.io", "library/alpine", FIELD_HUB),
+    ((FIELD_HUB,), "index.docker.io", "library/alpine", FIELD_HUB),
+    ((FIELD_HUB,), "registry-1.docker.io", "library/alpine", FIELD_HUB),
+    (("docker.io",), "registry-1.docker.io", "library/alpine", "docker.io"),
+    (("index.docker.io",), "docker.io", "library/alpine", "index.docker.io"),
+    (("registry-1.docker.io",), "docker.io", "a/b", "registry-1.docker.io"),
+    (("docker.io/library", FIELD_HUB), "docker.io", "library/a", "docker.io/library"),
+    (("docker.io/library", FIELD_HUB), "docker.io", "team/a", FIELD_HUB),
+    # T81: a secret is for the host its key names
+    (("r.test",), "r.test.evil.test", "a", None),
+    (("r.test",), "evilr.test", "a", None),
+    (("r.test",), "sub.r.test", "a", None),
+    (("https://r.test",), "r.test.evil.test", "a", None),
+    (("https://r.test@evil.test",), "r.test", "a", None),
+    (("https://r.test@evil.test",), "evil.test", "a", None),
+    (("r.test",), "r.test:5000", "a", None),
+    (("r.test:5000",), "r.test", "a", None),
+    (("r.test:5000",), "r.test:5001", "a", None),
+    (("https://r.test:5000",), "r.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "r.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "docker.io.evil.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "auth.docker.io", "a", None),
+    (("r.test", ""), "docker.io", "library/a", None),
+    (("https://index.docker.io.evil.test/v1/",), "docker.io", "library/a", None),
+)
+
+#: (entry, (username, password, identity token, registry token) or None)
+FIELD_ENTRIES = (
+    ({"auth": "YWxpY2U6UzNDUjNUMQ=="}, ("alice", "S3CR3T1", None, None)),
+    ({"auth": "YWxpY2U6UzNDUjNUMQ"}, ("alice", "S3CR3T1", None, None)),
+    ({"auth": field_base64("alice:a:b")}, ("alice", "a:b", None, None)),
+    ({"auth": field_base64("alice:pw\0\0")}, ("alice", "pw", None, None)),
+    ({"auth": field_base64("j\xf6rg:\u2713")}, ("j\xf6rg", "\u2713", None, None)),
+    ({"username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
+    ({"auth": field_entry("alice", "pw")["auth"], "username": "bob", "password": "x"},
+     ("alice", "pw", None, None)),
+    ({"auth": "!", "username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
+    ({"identitytoken": "id"}, (None, None, "id", None)),
+    # as the login of a cloud registry leaves it
+    ({"auth": field_base64("0000-00:"), "identitytoken": "id"},
+     ("0000-00", "", "id", None)),
+    ({"registrytoken": "ready"}, (None, None, None, "ready")),
+    ({"auth": field_base64("alice")}, None),
+    ({"auth": field_base64(":" + PASSWORD)}, None),
+    ({"auth": field_base64("alice:")}, None),
+    ({"auth": PASSWORD + "!!"}, None),
+    ({"auth": "YQ=YQ="}, None),
+    ({"auth": "\u2713"}, None),
+    ({"auth": "/////w=="}, None),  # not UTF-8
+    ({"auth": 7}, None),
+    ({"auth": ""}, None),
+    ({"username": "bob"}, None),
+    ({"username": "bob", "password": ["pw"]}, None),
+    ({}, None),
+    ([], None),
+    ("alice:pw", None),
+    (None, None),
+)
+
+#: Files that hold nothing we can use, which must not stop a pull. T83
+FIELD_BAD_FILES = (
+    b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe{}", b'{"auths": []}', b'{"auths": 1}',
+    b'{"auths": {"r.test": 1}}', b'{"credHelpers": []}',
+    b'{"credHelpers": {"r.test": 1}}',
+    b'{"credsStore": 1}', b'{"credsStore": ""}', b"[" * 100000, b" " * (5 << 20),
+    b'{"auths": {"r.test": {"auth": "YTpi"}}, "auths": {}}',
+    b'\xef\xbb\xbf{"auths": {}}', b'{"auths": {"r.test": {"auth": "YTpi"}}} x',
+)
+
+_FIELD_ANSWER = '{"ServerURL": "r.test", "Username": "%s", "Secret": "%s"}'
+_FIELD_SAYS = "cat >/dev/null; echo '" + _FIELD_ANSWER + "'"
+
+#: (name, script, what is found: (user, password, identity token), None, or the words of
+#: the error as text)
+FIELD_HELPERS = (
+    ("works", _FIELD_SAYS % ("bob", PASSWORD), ("bob", PASSWORD, None)),
+    ("token", _FIELD_SAYS % ("<token>", PASSWORD), (None, None, PASSWORD)),
+    ("does not read", "exec <&-; echo '%s'" % _FIELD_ANSWER % ("bob", "pw"),
+     ("bob", "pw", None)),
+    ("knows nothing", "echo 'credentials not found in native keychain'; exit 1", None),
+    ("no URL", "echo 'no credentials server URL'; exit 1", None),
+    ("no user", "echo 'no credentials username'; exit 1", None),
+    ("empty secret", _FIELD_SAYS % ("bob", ""), None),
+    ("fails", "echo S3CR3T; exit 1", "status 1"),
+    ("is killed", "kill -9 $$", "docker-credential-"),
+    ("says nothing", "exit 0", "protocol"),
+    ("not JSON", "echo S3CR3T", "protocol"),
+    ("a list", "echo '[\"S3CR3T\"]'", "protocol"),
+    ("a number", "echo '{\"Username\": \"bob\", \"Secret\": 1}'", "protocol"),
+    ("two secrets", "echo '{\"Secret\": \"S3CR3T\", \"Secret\": \"x\"}'", "protocol"),
+    ("too much", "exec cat /dev/zero", "bytes"),
+    ("hangs", "exec sleep 5", "seconds"),
+    ("hangs unheard", "exec >&-; exec sleep 5", "seconds"),
+    ("leaves a child", "sleep 2 & exec echo '%s'" % _FIELD_ANSWER % ("bob", PASSWORD),
+     "seconds"),
+)
+
+#: credsStore values that name no program of docker's. T82
+FIELD_BAD_HELPERS = (
+    "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0", "\xfc",
+    " ",
+)
+
+
+class CredentialsTest(FieldCase):
+    """The Keyring, and what of it the wire sees."""
+
+    def keyring(self, authfile=None, **variables):
+        return imagec.Keyring(authfile=authfile, environ=dict(os.environ, **variables))
+
+    def user(self, keyring, host="r.test", repository="a"):
+        found = keyring.lookup(host, repository)
+        return found and found.username
+
+    def helper(self, name, script):
+        """Put a program on the PATH."""
+        path = self.file("bin/docker-credential-" + name, "#!/bin/sh\n" + script + "\n")
+        os.chmod(path, 0o755)
+        if not os.environ["PATH"].startswith(self.at("bin")):
+            os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
+        return path
+
+    # -- where they are looked for
+
+    def test_sources_in_order(self):
+        for first in range(len(FIELD_SOURCES)):
+            shutil.rmtree(self.home, ignore_errors=True)
+            variables = {}
+            for name, variable, value, path in FIELD_SOURCES[first:]:
+                auths = {"r.test": field_entry(name)}
+                is_old = path.endswith("cfg")
+                self.file(path, auths if is_old else {"auths": auths})
+                if variable:
+                    variables[variable] = self.at(value)
+            with self.subTest(FIELD_SOURCES[first][0]):
+                found = self.user(self.keyring(**variables))
+                self.assertEqual(found, FIELD_SOURCES[first][0])
+            os.remove(os.path.join(self.root, *FIELD_SOURCES[first][3].split("/")))
+
+    def test_docker_auth_config_comes_before_files(self):
+        self.docker_config(field_auths("r.test", "s.test"))
+        text = json.dumps({"auths": {"r.test": field_entry("env")}})
+        keyring = self.keyring(DOCKER_AUTH_CONFIG=text)
+        self.assertEqual(self.user(keyring), "env")
+        self.assertEqual(self.user(keyring, "s.test"), "s.test")
+
+    def test_docker_auth_config_that_is_broken(self):
+        self.docker_config(field_auths("r.test"))
+        for text in ("{", "[]", "\udcff"):
+            self.assertEqual(self.user(self.keyring(DOCKER_AUTH_CONFIG=text)), "r.test")
+        self.assertEqual(len(self.said), 3)
+
+    def test_authfile_is_the_only_one(self):
+        self.docker_config(field_auths("r.test", "s.test"))
+        text = json.dumps(field_auths("s.test"))
+        one = self.file("one.json", {"auths": {"r.test": field_entry("one")}})
+        two = self.file("two.json", {"auths": {"r.test": field_entry("two")}})
+        for authfile, variable, user in ((one, "", "one"), ("", two, "two"),
+                                         (one, two, "one")):
+            keyring = self.keyring(authfile, REGISTRY_AUTH_FILE=variable,
+                                   DOCKER_AUTH_CONFIG=text)
+            self.assertEqual(self.user(keyring), user)
+            self.assertIsNone(keyring.lookup("s.test", "a"))
+
+    def test_authfile_that_is_missing_or_broken(self):
+        self.docker_config(field_auths("r.test"))
+        for path in (self.at("none"), self.file("bad.json", "{"), self.root):
+            for keyring in (self.keyring(path), self.keyring(REGISTRY_AUTH_FILE=path)):
+                with self.subTest(path), self.fails(imagec.CredentialsError, path):
+                    keyring.lookup("r.test", "a")
+
+    def test_docker_config_variable_replaces_the_home(self):
+        self.docker_config(field_auths("r.test"))
+        keyring = self.keyring(DOCKER_CONFIG=self.at("empty"))
+        self.assertIsNone(keyring.lookup("r.test", "a"))
+
+    def test_nothing_anywhere_is_anonymous(self):
+        self.assertIsNone(self.keyring().lookup("r.test", "a"))
+        self.docker_config(field_auths("r.test"))
+        self.assertIsNone(imagec.Keyring(anonymous=True).lookup("r.test", "a"))
+        self.assertEqual(self.said, [])
+
+    def test_t83_files_that_hold_nothing(self):
+        self.assertTrue(FIELD_BAD_FILES)
+        self.file("run/containers/auth.json", field_auths("r.test"))
+        for content in FIELD_BAD_FILES:
+            with self.subTest(content[:40]):
+                self.docker_config(content)
+                self.assertEqual(self.user(self.keyring()), "r.test")
+
+    def test_t83_links_are_followed(self):
+        os.makedirs(os.path.join(self.home, ".docker"))
+        os.symlink(self.file("real.json", field_auths("r.test")),
+                   os.path.join(self.home, ".docker", "config.json"))
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
+    # -- which entry is taken
+
+    def test_keys(self):
+        self.assertTrue(FIELD_KEYS)
+        for keys, host, repository, winner in FIELD_KEYS:
+            with self.subTest(keys=keys, host=host, repository=repository):
+                self.docker_config(field_auths(*keys))
+                expected = winner and winner.replace(":", "-")
+                self.assertEqual(self.user(self.keyring(), host, repository), expected)
+
+    def test_entries(self):
+        self.assertTrue(FIELD_ENTRIES)
+        for entry, expected in FIELD_ENTRIES:
+            with self.subTest(entry):
+                self.docker_config({"auths": {"r.test": entry}})
+                found = self.keyring().lookup("r.test", "a")
+                facts = found and (found.username, found.password,
+                                   found.identity_token, found.registry_token)
+                if expected and expected[1] == "":  # no password is as good as none
+                    facts = (facts[0], facts[1] or "") + facts[2:]
+                self.assertEqual(facts, expected)
+        for text in self.said:
+            self.assertNotIn(PASSWORD, text)
+
+    def test_an_entry_without_a_secret_does_not_end_the_search(self):
+        self.docker_config({"auths": {"r.test/a": {}, "r.test": field_entry("alice")}})
+        self.assertEqual(self.user(self.keyring()), "alice")
+        self.docker_config({"auths": {"r.test": {}}})
+        self.file("run/containers/auth.json", field_auths("r.test"))
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
+    def test_given_are_for_one_host(self):
+        keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
+        self.assertEqual(self.user(keyring), "alice")
+        with self.fails(imagec.UsageError, "r.test", "s.test"):
+            keyring.lookup("s.test", "a")
+
+    # -- helpers
+
+    def test_helpers(self):
+        self.assertTrue(FIELD_HELPERS)
+        self.patch(mock.patch.object(imagec, "HELPER_TIMEOUT", 0.2))
+        self.docker_config({"credsStore": "h", "auths": {"r.test": field_entry("no")}})
+        for name, script, expected in FIELD_HELPERS:
+            self.helper("h", script)
+            started = time.monotonic()
+            with self.subTest(name):
+                if isinstance(expected, str):
+                    with self.fails(imagec.CredentialsError, expected):
+                        self.keyring().lookup("r.test", "a")
+                else:
+                    found = self.keyring().lookup("r.test", "a")
+                    facts = found and (found.username, found.password,
+                                       found.identity_token)
+                    self.assertEqual(facts, expected)
+                self.assertLess(time.monotonic() - started, 3)
+
+    def test_helper_is_asked_by_the_protocol(self):
+        self.helper("h", 'echo "$@" >$0.args; cat >$0.in; echo "{}"')
+        for host, server in (("r.test:5000", b"r.test:5000"),
+                             ("docker.io", FIELD_HUB.encode("ascii")),
+                             ("registry-1.docker.io", FIELD_HUB.encode("ascii"))):
+            self.docker_config({"credsStore": "h"})
+            self.assertIsNone(self.keyring().lookup(host, "a/b"))
+            with open(self.at("bin/docker-credential-h.in"), "rb") as file:
+                self.assertEqual(file.read(), server)
+            with open(self.at("bin/docker-credential-h.args"), "rb") as file:
+                self.assertEqual(file.read(), b"get\n")
+
+    def test_cred_helpers_before_store_before_auths(self):
+        for name in ("one", "two"):
+            self.helper(name, _FIELD_SAYS % (name, "pw"))
+        everything = {"credHelpers": {"r.test": "one"}, "credsStore": "two",
+                      "auths": {"r.test": field_entry("file")}}
+        for left_out, user in (((), "one"), (("credHelpers",), "two"),
+                               (("credHelpers", "credsStore"), "file")):
+            self.docker_config(
+                {k: v for k, v in everything.items() if k not in left_out})
+            self.assertEqual(self.user(self.keyring()), user)
+        self.docker_config(everything)
+        self.assertEqual(self.user(self.keyring(), "r.test:5000"), "two")
+
+    def test_cred_helpers_of_docker_hub(self):
+        self.helper("h", _FIELD_SAYS % ("bob", "pw"))
+        for key in (FIELD_HUB, "docker.io", "index.docker.io"):
+            self.docker_config({"credHelpers": {key: "h"}})
+            for host in ("docker.io", "registry-1.docker.io"):
+                self.assertEqual(self.user(self.keyring(), host), "bob")
+            self.assertIsNone(self.keyring().lookup("r.test", "a"))
+
+    def test_helper_that_knows_nothing_rules_out_its_file_only(self):
+        self.helper("h", "echo credentials not found in native keychain; exit 1")
+        for helpers in ({"credsStore": "h"}, {"credHelpers": {"r.test": "h"}}):
+            self.docker_config(dict(helpers, **field_auths("r.test")))
+            self.assertIsNone(self.keyring().lookup("r.test", "a"))
+        self.file("run/containers/auth.json",
+                  {"auths": {"r.test": field_entry("next")}})
+        self.assertEqual(self.user(self.keyring()), "next")
+
+    def test_t82_bad_names(self):
+        self.assertTrue(FIELD_BAD_HELPERS)
+        self.file("bin/docker-credential-x", "#!/bin/sh\ntouch %s\n" % self.at("ran"))
+        for name in FIELD_BAD_HELPERS:
+            for config in ({"credsStore": name}, {"credHelpers": {"r.test": name}}):
+                self.docker_config(dict(config, **field_auths("r.test")))
+                with self.subTest(name), self.fails(imagec.CredentialsError, "helper"):
+                    self.keyring().lookup("r.test", "a")
+        self.assertFalse(os.path.exists(self.at("ran")))
+
+    def test_t81_helper_that_is_missing_is_an_error(self):
+        # CVE-2021-41092 was another entry taken in its place.
+        self.docker_config(dict(field_auths("r.test", FIELD_HUB), credsStore="none"))
+        with self.fails(imagec.CredentialsError, "docker-credential-none", "PATH"):
+            self.keyring().lookup("r.test", "a")
+
+    def test_helper_that_is_no_program(self):
+        path = self.helper("h", "")
+        self.docker_config({"credsStore": "h"})
+        for content, mode in (("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755),
+                              ("#!/bin/sh\n", 0o644)):
+            self.file("bin/docker-credential-h", content)
+            os.chmod(path, mode)
+            with self.subTest(content), self.fails(imagec.CredentialsError):
+                self.keyring().lookup("r.test", "a")
+
+    def test_t82_helper_in_the_working_directory_is_not_run(self):
+        path = self.file("here/docker-credential-h", "#!/bin/sh\ntouch ran\n")
+        os.chmod(path, 0o755)
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.at("here"))
+        self.docker_config({"credsStore": "h"})
+        for place in ("", ".", "/none", "../here"):
+            os.environ["PATH"] = place + os.pathsep + "/usr/bin"
+            with self.subTest(place), self.fails(imagec.CredentialsError, "PATH"):
+                self.keyring().lookup("r.test", "a")
+        self.assertFalse(os.path.exists("ran"))
+
+    # -- what is told of them
+
+    def test_auth_command(self):
+        self.helper("h", _FIELD_SAYS % ("bob", PASSWORD))
+        path = self.docker_config({
+            "credHelpers": {"h.test": "h"},
+            "auths": {"r.test/a": field_entry("alice"),
+                      "i.test": {"identitytoken": IDENTITY_TOKEN},
+                      "t.test": {"registrytoken": PASSWORD}}})
+        for host, words in (
+                ("r.test/a/b", ("alice", path, "(r.test/a)")),
+                ("r.test", ("anonymous",)),
+                ("h.test", ("bob", path, "docker-credential-h", "credHelpers")),
+                ("i.test", ("identity token", path)),
+                ("t.test", ("registry token", path)), ("docker.io", ("anonymous",))):
+            run = self.main("auth", host)
+            self.assertEqual((run.status, run.err), (0, ""))
+            self.assertEqual(run.out.count("\n"), 1)
+            for word in words + (host,):
+                self.assertIn(word, run.out)
+            self.assertNotIn(PASSWORD, run.out)
+        self.assertIn("anonymous", self.main("auth", "r.test/a", "--no-creds").out)
+
+    def test_auth_command_escapes(self):
+        self.docker_config({"auths": {"r.test": field_entry("a\x1b[31m\nb")}})
+        run = self.main("auth", "r.test")
+        self.assertEqual((run.status, run.out.count("\n")), (0, 1))
+        self.assertNotIn("\x1b", run.out)
+
+    def test_auth_command_with_a_broken_source(self):
+        self.docker_config({"credsStore": "none"})
+        run = self.main("auth", "r.test")
+        self.assertEqual((run.status, run.out), (5, ""))
+        self.assertRegex(run.err, r"\Aimagec: .*docker-credential-none.*\n\Z")
+        run = self.main("auth", "r.test", "--authfile", self.at("none"))
+        self.assertEqual((run.status, run.out), (5, ""))
+
+    def test_secrets_are_in_no_representation(self):
+        for secrets in ({"username": "a", "password": PASSWORD},
+                        {"identity_token": PASSWORD}, {"registry_token": PASSWORD}):
+            found = imagec.Credentials(**secrets)
+            for value in (found, [found], imagec.Keyring(found),
+                          imagec.Session("a", PASSWORD)):
+                self.assertNotIn(PASSWORD, repr(value) + str(value) + "%s" % (value,))
+
+    # -- what the wire sees
+
+    def asked_for_tokens(self, registry):
+        """(method, form or query, Authorization) of each request for a token."""
+        found = []
+        for request in registry.requests:
+            if request.route == "/token":
+                form = request.query
+                if request.method == "POST":
+                    form = urllib.parse.parse_qs(request.body.decode("ascii"))
+                found.append((request.method, {k: v[0] for k, v in form.items()},
+                              request.headers.get("Authorization")))
+        return found
+
+    def test_password_from_a_config(self):
+        for auth in ("basic", "bearer"):
+            registry = self.filled(auth=auth, anonymous=False)
+            entry = field_entry("alice")
+            self.docker_config({"auths": {registry.host + "/lab": entry}})
+            self.pull(registry.host, to=auth)
+            self.docker_config({"auths": {registry.host + "/else": entry}})
+            with self.fails(imagec.AccessDenied):
+                self.pull(registry.host, to=auth + "2")
+
+    def test_identity_token(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        entry = dict(field_entry("00-00", ""), identitytoken=IDENTITY_TOKEN)
+        self.docker_config({"auths": {registry.host: entry}})
+        self.pull(registry.host)
+        self.assertEqual(self.asked_for_tokens(registry), [("POST", {
+            "grant_type": "refresh_token", "refresh_token": IDENTITY_TOKEN,
+            "service": "fixture", "scope": "repository:lab/app:pull",
+            "client_id": "imagec"}, None)])
+        kinds = [r.headers["Content-Type"] for r in registry.requests
+                 if r.method == "POST"]
+        self.assertEqual(kinds, ["application/x-www-form-urlencoded"])
+        self.assertNotIn("refresh_token", "".join(r.path for r in registry.requests))
+
+    def test_identity_token_falls_back_to_get(self):
+        for code in (404, 405):
+            registry = self.filled(auth="bearer", anonymous=False)
+            entry = dict(field_entry("alice"), identitytoken=IDENTITY_TOKEN)
+            self.docker_config({"auths": {registry.host: entry}})
+            registry.fault("POST /token", status(code))
+            self.pull(registry.host, to=str(code))
+            asked = self.asked_for_tokens(registry)
+            self.assertEqual([method for method, _, _ in asked], ["POST", "GET"])
+            self.assertTrue(asked[1][2].startswith("Basic "))
+
+    def test_identity_token_that_is_refused(self):
+        registry = self.filled(auth="bearer")
+        self.docker_config({"auths": {registry.host: {"identitytoken": "S3CR3T-OLD"}}})
+        with self.fails(imagec.AccessDenied, "identity token", "config.json"):
+            self.pull(registry.host)
+        self.assertEqual([m for m, _, _ in self.asked_for_tokens(registry)], ["POST"])
+
+    def test_identity_token_is_renewed(self):
+        registry = self.registry(auth="bearer")
+        reply = b'{"access_token": "t", "refresh_token": "new"}'
+        registry.fault("POST", body(reply), 2)
+        found = imagec.Credentials(identity_token="old")
+        for _ in range(2):
+            imagec.fetch_token(self.transport(), registry.url + "/token?scope=x", found)
+        sent = [form["refresh_token"] for _, form, _ in self.asked_for_tokens(registry)]
+        self.assertEqual(sent, ["old", "new"])
+
+    def test_registry_token_is_sent_as_it_is(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        self.patch(mock.patch.dict(
+            registry.tokens, {"S3CR3T-READY": ["repository:lab/app:pull"]}))
+        entry = {"registrytoken": "S3CR3T-READY"}
+        self.docker_config({"auths": {registry.host: entry}})
+        self.pull(registry.host)
+        self.assertEqual(self.asked_for_tokens(registry), [])
+        self.assertEqual(set(field_sent(registry)), {"Bearer S3CR3T-READY"})
+
+    def test_no_creds(self):
+        registry = self.filled(auth="bearer")
+        self.docker_config({"auths": {registry.host: field_entry("wrong")}})
+        ref = registry.host + "/lab/app:1"
+        self.assertEqual(self.main("digest", "-q", ref).status, 5)
+        del registry.requests[:]
+        run = self.main("digest", "-q", "--no-creds", ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertEqual([a for _, _, a in self.asked_for_tokens(registry)], [None])
+
+    def test_helper_that_fails_stops_a_pull(self):
+        registry = self.filled(auth="basic")
+        self.docker_config({"credsStore": "none"})
+        with self.fails(imagec.CredentialsError, "--no-creds"):
+            self.pull(registry.host)
+        self.assertEqual(field_sent(registry), [])
+
+    def test_keyring_is_asked_only_when_the_registry_asks(self):
+        self.docker_config({"credsStore": "none"})
+        self.pull(self.filled().host)
+
+
+# ------------------------------------------------------------------------------
+# TLS files
+# ------------------------------------------------------------------------------
+
+#: TEST_KEY's like, under a password
+FIELD_LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiUz4SbqCOHawICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEEJ9J+imqQo7poes6mT0Zi0EgZBx
+RaIJDURd13YZK2h3PtBajSAX6Kincxg8EDZB3P1gr7eYGra7Ppx2DUho4ERGD/b2
+buY6nne+v1ToPQtZzOv1jIz2+vNq2fGl5Hg9MHCLhVZ9fhVE3dJN0VZvPVSCIT3f
+tYz0OCv6GeQolk//Z8okEYAgsv8bmqhdumfTETe4q8dYQA3+XqmjCnize6qNzlk=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+#: (files of the host's directory, CAs, pairs; None where half a pair is an error)
+FIELD_CERTS = (
+    ("", "", ""),
+    ("ca.crt", "ca.crt", ""),
+    ("b.crt a.crt", "a.crt b.crt", ""),
+    ("me.cert me.key", "", "me"),
+    ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
+    ("ca.pem readme.txt ca.crt.old", "", ""),
+    ("me.cert", None, "me.key"),
+    ("me.key ca.crt", None, "me.cert"),
+    ("me.cert you.key", None, "me.key"),
+)
+
+#: (certificate, key, the word of the error)
+FIELD_BAD_PAIRS = (
+    (TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
+    (TEST_CERT, WRONG_HOST_KEY, "client.cert"),
+    (TEST_CERT, "", "client.cert"),
+    (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
+     "client.cert"),
+    ("no PEM", TEST_KEY, "client.cert"),
+    ("", TEST_KEY, "client.cert"),
+    (None, TEST_KEY, "client.cert"),
+    (TEST_CERT, None, "client.cert"),
+)
+
+
+class FieldTLSRegistry(FakeRegistry):
+    """Asks for a client certificate; keeps what each exchange was shown."""
+
+    def __init__(self, demand=ssl.CERT_REQUIRED, **options):
+        super().__init__(tls=True, **options)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pair.pem")
+            with open(path, "w") as file:
+                file.write(TEST_CERT + TEST_KEY)
+            context.load_cert_chain(path)
+        context.load_verify_locations(cadata=TEST_CERT)
+        context.verify_mode = demand
+        self._tls, self.shown = context, []
+
+    def _exchange(self, sock, stream):
+        done = super()._exchange(sock, stream)
+        if done:
+            self.shown.append(sock.getpeercert(True))
+        return done
+
+
+class TLSFilesTest(FieldCase):
+    """certs.d, --cert and --key, --cacert, and what is said of bad certificates."""
+
+    def client_registry(self, **options):
+        registry = FieldTLSRegistry(**options)
+        self.addCleanup(registry.close)
+        registry.add("lab/app", "1", build_image(FIELD_SMALL))
+        return registry
+
+    def pair(self):
+        return (self.file("client.cert", TEST_CERT), self.file("client.key", TEST_KEY))
+
+    def certs_d(self, host, owner="containers", **files):
+        """Put files (ca_crt for ca.crt) into the user's certs.d for a host."""
+        for name, content in files.items():
+            self.file("home/.config/%s/certs.d/%s/%s" % (
+                owner, host, name.replace("_", ".")), content)
+
+    def no_roots(self):
+        os.environ["SSL_CERT_FILE"] = self.file("others.pem", WRONG_HOST_CERT)
+
+    def test_places(self):
+        home = os.path.join(self.home, ".config")
+        self.assertEqual(imagec.default_certs_dirs(), (
+            os.path.join(home, "containers", "certs.d"), "/etc/containers/certs.d",
+            os.path.join(home, "docker", "certs.d"), "/etc/docker/certs.d"))
+        with mock.patch.dict(os.environ, XDG_CONFIG_HOME="/x"):
+            self.assertEqual(imagec.default_certs_dirs()[0], "/x/containers/certs.d")
+            self.assertEqual(imagec.default_certs_dirs()[2], "/x/docker/certs.d")
+
+    def test_files_of_a_host(self):
+        self.assertTrue(FIELD_CERTS)
+        for number, (names, roots, pairs) in enumerate(FIELD_CERTS):
+            base = self.at("certs%d" % number)
+            os.makedirs(os.path.join(base, "r.test:5000"))
+            for name in names.split():
+                self.file("certs%d/r.test:5000/%s" % (number, name), "")
+            with self.subTest(names):
+                if roots is None:
+                    with self.fails(imagec.UsageError, pairs, base):
+                        imagec.host_certificates("r.test:5000", [base])
+                    continue
+                place = os.path.join(base, "r.test:5000", "")
+                self.assertEqual(imagec.host_certificates("r.test:5000", [base]), (
+                    [place + name for name in roots.split()],
+                    [(place + name + ".cert", place + name + ".key")
+                     for name in pairs.split()]))
+
+    def test_first_directory_of_the_host_is_the_only_one(self):
+        bases = [self.at(name) for name in ("none", "one", "two")]
+        for name in ("one/r.test/one.crt", "two/r.test/two.crt", "two/s.test:443/s.crt",
+                     "two/t.test/t.crt"):
+            self.file(name, "")
+        for host, expected in (("r.test", "one.crt"), ("s.test:443", "s.crt"),
+                               ("t.test:443", "t.crt"), ("t.test:444", None),
+                               ("r.test:443", "one.crt"), ("../two/t.test", None),
+                               ("..", None), (".", None)):
+            roots, _ = imagec.host_certificates(host, bases)
+            names = [os.path.basename(path) for path in roots]
+            self.assertEqual(names, [expected] if expected else [], host)
+
+    def test_ca_from_certs_d(self):
+        for owner in ("containers", "docker"):
+            registry = self.filled(tls=True)
+            self.no_roots()
+            with self.fails(imagec.CertificateError):
+                self.pull(registry.host, to=owner)
+            self.certs_d("127.0.0.1:1", owner, ca_crt=TEST_CERT)
+            with self.fails(imagec.CertificateError):
+                self.pull(registry.host, to=owner)
+            self.certs_d(registry.host, owner, ca_crt=TEST_CERT)
+            self.pull(registry.host, to=owner)
+
+    def test_ca_is_added_to_the_systems(self):
+        registry = self.filled(tls=True)
+        other = self.file("other.pem", WRONG_HOST_CERT)
+        self.certs_d(registry.host, ca_crt=WRONG_HOST_CERT)
+        self.pull(registry.host, cacert=other)
+
+    def test_client_pair_from_certs_d(self):
+        registry = self.client_registry()
+        with self.fails(imagec.TLSError, "client certificate", "--cert", "certs.d"):
+            self.pull(registry.host)
+        self.certs_d(registry.host, me_cert=TEST_CERT, me_key=TEST_KEY)
+        self.pull(registry.host)
+
+    def test_half_a_pair_in_certs_d_is_an_error(self):
+        registry = self.client_registry()
+        self.certs_d(registry.host, me_cert=TEST_CERT)
+        run = self.main("digest", registry.host + "/lab/app:1")
+        self.assertEqual((run.status, run.out), (2, ""))
+        self.assertIn("me.key", run.err)
+
+    def test_cert_and_key_options(self):
+        registry = self.client_registry()
+        certificate, key = self.pair()
+        ref = registry.host + "/lab/app:1"
+        run = self.main("digest", "--cert", certificate, "--key", key, ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        for half in (("--cert", certificate), ("--key", key)):
+            run = self.main("digest", ref, *half)
+            self.assertEqual((run.status, run.out), (2, ""))
+            self.assertIn("--cert and --key", run.err)
+
+    def test_client_certificate_is_for_named_registries_only(self):
+        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
+        registry = self.client_registry(auth="bearer")
+        store.blobs = registry.blobs
+        registry.redirect_blobs_to = store.url
+        self.pull(registry.host, client_pair=self.pair())
+        self.assertEqual(set(store.shown), {None})
+        self.assertNotIn(None, registry.shown)
+
+    def test_client_certificate_is_not_for_another_token_server(self):
+        tokens = self.client_registry(demand=ssl.CERT_OPTIONAL, auth="bearer")
+        registry = self.client_registry(auth="bearer", realm=tokens.url + "/token")
+        self.pull(registry.host, client_pair=self.pair())
+        self.assertEqual(set(tokens.shown), {None})
+
+    def test_bad_pairs(self):
+        self.assertTrue(FIELD_BAD_PAIRS)
+        registry = self.client_registry()
+        for certificate, key, word in FIELD_BAD_PAIRS:
+            for name, content in (("client.cert", certificate), ("client.key", key)):
+                path = self.file(name, content or "")
+                if content is None:
+                    os.remove(path)
+            pair = (self.at("client.cert"), self.at("client.key"))
+            with self.subTest(certificate=certificate, key=key):
+                with self.fails(imagec.UsageError, word):
+                    self.pull(registry.host, client_pair=pair)
+        self.assertEqual(registry.requests, [])
+
+    def test_bad_roots(self):
+        registry = self.filled(tls=True)
+        for content in ("", "no PEM", TEST_CERT[:200], None):
+            path = self.file("bad.pem", content or "")
+            if content is None:
+                os.remove(path)
+            with self.subTest(content), self.fails(imagec.UsageError, path):
+                self.pull(registry.host, cacert=path)
+        self.certs_d(registry.host, ca_crt="no PEM")
+        with self.fails(imagec.UsageError, "ca.crt"):
+            self.pull(registry.host)
+
+    def test_what_is_said_of_a_bad_certificate(self):
+        # OpenSSL calls one that is expired and its own root self-signed.
+        # 3.6 has no words for what is wrong with a chain.
+        unknown = "self" if sys.version_info > (3, 7) else "verify failed"
+        for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
+                                ("wrong-host", WRONG_HOST_CERT, "127.0.0.1")):
+            registry = self.registry(tls=kind)
+            der = ssl.PEM_cert_to_DER_cert(pem)
+            trusted = self.file("trusted.pem", pem)
+            for cacert, words in ((trusted, (word,)), (None, (unknown,))):
+                with self.subTest(kind=kind, cacert=cacert), self.fails(
+                        imagec.CertificateError, registry.host, sha256(der)[7:],
+                        "--cacert", "--insecure-skip-verify", *words):
+                    self.pull(registry.host, cacert=cacert)
+            self.assertEqual(registry.requests, [])
+
+    def test_certificate_is_not_looked_at_past_the_proxy(self):
+        registry = self.registry(tls="expired")
+        proxy = FieldProxy()
+        self.addCleanup(proxy.close)
+        with self.fails(imagec.CertificateError):
+            self.pull(registry.host, proxy=proxy.url)
+        self.assertEqual(registry.connections, len(proxy.requests))
+
+    def test_tls_1_2_is_the_least(self):
+        made, make = [], ssl.create_default_context
+
+        def record(*args, **options):
+            made.append(make(*args, **options))
+            return made[-1]
+
+        with mock.patch("ssl.create_default_context", record):
+            self.pull(self.filled(tls=True).host)
+        context = made[0]
+        if hasattr(ssl, "TLSVersion"):
+            self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        else:
+            for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
+                self.assertTrue(context.options & option)
+
+    def test_tls_1_1_is_refused(self):
+        registry = self.filled(tls=True)
+        registry._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        registry._tls.load_cert_chain(self.file("both.pem", TEST_CERT + TEST_KEY))
+        if hasattr(ssl, "TLSVersion"):
+            registry._tls.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+            registry._tls.maximum_version = ssl.TLSVersion.TLSv1_1
+        else:
+            registry._tls.options |= ssl.OP_NO_TLSv1_2
+            registry._tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+        with self.fails(imagec.TransportError):
+            self.pull(registry.host)
+        self.assertEqual(registry.requests, [])
+
+
+# ------------------------------------------------------------------------------
+# Proxies
+# ------------------------------------------------------------------------------
+
+def field_pump(source, target):
+    with contextlib.suppress(OSError):
+        for data in iter(lambda: source.recv(BLOCK), b""):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def field_join(near, port):
+    """Carry bytes between a socket and a port of this machine until both are done."""
+    with socket.create_connection(("127.0.0.1", port), 5) as far:
+        back = threading.Thread(target=field_pump, args=(far, near), daemon=True)
+        back.start()
+        field_pump(near, far)
+        back.join(5)
+
+
+class FieldProxy(Server):
+    """An HTTP proxy for which every host is this machine."""
+
+    wants = None  # the Proxy-Authorization it asks for
+
+    def answer(self, request):
+        if self.wants and request.headers.get("Proxy-Authorization") != self.wants:
+            return Reply(407, headers={"Proxy-Authenticate": 'Basic realm="proxy"'})
+        reply = Reply(200)
+        reply.raw, reply.port = b"", int(re.findall(r":(\d+)", request.path)[0])
+        if request.method == "CONNECT":
+            reply.raw = b"HTTP/1.1 200 Connected\r\n\r\n"
+        else:
+            self.forward(request, reply)
+        return reply
+
+    def forward(self, request, reply):
+        path = re.sub("^http://[^/]*", "", request.path)
+        lines = ["%s %s HTTP/1.1" % (request.method, path), "Connection: close"]
+        lines += ["%s: %s" % pair for pair in request.headers.items()
+                  if not re.match("(?i)proxy-|connection", pair[0])]
+        reply.upstream = "\r\n".join(lines + ["", ""]).encode("latin-1")
+
+    def _send(self, sock, reply, bare):
+        super()._send(sock, reply, bare)
+        if hasattr(reply, "upstream"):
+            with socket.create_connection(("127.0.0.1", reply.port), 5) as far:
+                far.sendall(reply.upstream)
+                field_pump(far, sock)
+        elif reply.raw is not None:
+            field_join(sock, reply.port)
+        if reply.raw is not None:
+            reply.ending = "fin"
+
+
+class FieldSocks:
+    """A SOCKS5 server for which every host is this machine."""
+
+    def __init__(self, user=None, refusal=0, raw=None):
+        self.user, self.refusal, self.raw = user, refusal, raw
+        self.asked = []  # (kind of address, address, port)
+        self.logins = []  # (methods offered, user, password)
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(16)
+        self.host = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near):
+        with contextlib.suppress(OSError, IndexError, struct.error), near:
+            stream = near.makefile("rb")
+            if self.raw is not None:
+                stream.read(1)
+                return near.sendall(self.raw)
+            methods = stream.read(stream.read(2)[1])
+            if not self._welcomes(near, stream, methods):
+                return
+            port = self._target(stream)
+            # An answer with a name for an address is allowed, and seldom.
+            near.sendall(b"\5" + bytes([self.refusal]) + b"\0\3\4name" + b"\0\0")
+            if not self.refusal:
+                field_join(near, port)
+
+    def _welcomes(self, near, stream, methods):
+        wanted = 0 if self.user is None else 2
+        if wanted not in methods:
+            self.logins.append((methods, None, None))
+            near.sendall(b"\5\xff")
+            return False
+        near.sendall(b"\5" + bytes([wanted]))
+        user = password = None
+        if wanted:
+            user = stream.read(stream.read(2)[1]).decode("utf-8")
+            password = stream.read(stream.read(1)[0]).decode("utf-8")
+        self.logins.append((methods, user, password))
+        good = wanted == 0 or (user, password) == self.user
+        if wanted:
+            near.sendall(b"\1" + (b"\0" if good else b"\1"))
+        return good
+
+    def _target(self, stream):
+        kind = stream.read(4)[3]
+        size = stream.read(1)[0] if kind == 3 else {1: 4, 4: 16}[kind]
+        address, (port,) = stream.read(size), struct.unpack(">H", stream.read(2))
+        self.asked.append((kind, address, port))
+        return port
+
+
+#: (variables with P for the proxy and X for a dead one, scheme, is it used)
+FIELD_ENVIRONMENTS = (
+    ("http_proxy=P", "http", True), ("HTTP_PROXY=P", "http", True),
+    ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "https", True),
+    ("http_proxy=P", "https", False), ("https_proxy=P", "http", False),
+    ("http_proxy=P HTTP_PROXY=X", "http", True),
+    ("http_proxy=", "http", False),
+    ("http_proxy=P no_proxy=registry.test", "http", False),
+    ("http_proxy=P NO_PROXY=registry.test", "http", False),
+    ("https_proxy=P NO_PROXY=other.test,.test", "https", False),
+    ("http_proxy=P no_proxy=other.test NO_PROXY=registry.test", "http", True),
+    ("http_proxy=P no_proxy=*", "http", False),
+    # CGI scripts get a client's Proxy header in HTTP_PROXY (httpoxy). T89
+    ("HTTP_PROXY=P REQUEST_METHOD=GET", "http", False),
+)
+
+#: (host, NO_PROXY, is it reached directly), as golang.org/x/net/http/httpproxy
+FIELD_NO_PROXY = (
+    ("r.test", "r.test", True), ("r.test", "R.TEST", True), ("r.test.", "r.test", True),
+    ("a.r.test", "r.test", True), ("ar.test", "r.test", False),
+    ("r.test", ".r.test", False), ("a.r.test", ".r.test", True),
+    ("a.b.r.test", "*.r.test", True), ("r.test", "*.r.test", False),
+    ("r.test:5000", "r.test:5000", True), ("r.test:5000", "r.test:50", False),
+    ("a.r.test:5000", "r.test:5000", True), ("a.r.test:5000", ".r.test:5000", True),
+    ("r.test:5000", "x.test, r.test ,y.test", True), ("r.test", "x.test r.test", True),
+    ("r.test", ",, ,", False), ("r.test", "", False), ("r.test", "*", True),
+    ("10.1.2.3", "10.0.0.0/8", True), ("10.1.2.3:5000", "10.1.2.0/24", True),
+    ("10.1.2.3", "10.2.0.0/16", False), ("10.1.2.3", "10.1.2.4/24", True),
+    ("10.1.2.3:5000", "10.1.2.3", True), ("10.1.2.3:5000", "10.1.2.3:5000", True),
+    ("10.1.2.3:5000", "10.1.2.3:5001", False), ("10.1.2.3", "10.1.2.", False),
+    ("r.test", "10.0.0.0/8", False), ("[fd00::1]:5000", "fd00::/16", True),
+    ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]:5000", "fd00::1", True),
+    ("[fd00::a:1]", "fd00::a:1", True), ("[fd00::1]", "10.0.0.0/8", False),
+)
+
+#: --proxy values that name no proxy of ours
+FIELD_BAD_PROXIES = (
+    "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
+    "https://p.test:1",
+    "socks4://u:S3CR3T@p.test:1", "socks4a://p.test:1", "http://p.test:0",
+    "http://p.test:x", "http://p.test:99999", "http://[::1", "file:///etc/passwd",
+    # passwords that were not quoted
+    "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
+    "http://u:S3CR3T?@p.test:1",
+)
+
+#: (what the SOCKS server says to a request, the word of the error, is it worth a retry)
+FIELD_SOCKS_REPLIES = (
+    (1, "failed", True), (2, "allow", False), (3, "network", True), (4, "host", True),
+    (5, "refused", True), (6, "waiting", True), (7, "cannot", False),
+    (8, "address", False), (200, "failed", True),
+)
+
+
+class FieldProxyTest(FieldCase):
+    """Proxies of the environment and of --proxy."""
+
+    def setUp(self):
+        super().setUp()
+        self.proxy = FieldProxy()
+        self.addCleanup(self.proxy.close)
+        self.places["registry.test"] = "127.0.0.1"
+
+    def socks(self, *args, **options):
+        server = FieldSocks(*args, **options)
+        self.addCleanup(server.close)
+        return server
+
+    def named(self, registry, host="registry.test"):
+        """The registry's URL by another name."""
+        return registry.url.replace("127.0.0.1", host) + "/v2/"
+
+    def test_environment(self):
+        self.assertTrue(FIELD_ENVIRONMENTS)
+        registries = {"http": self.registry(), "https": self.registry(tls=True)}
+        for words, scheme, used in FIELD_ENVIRONMENTS:
+            variables = dict(word.split("=") for word in words.split())
+            places = {"P": self.proxy.url, "X": "http://127.0.0.1:1"}
+            variables = {k: places.get(v, v) for k, v in variables.items()}
+            del self.proxy.requests[:]
+            with self.subTest(words), mock.patch.dict(os.environ, variables):
+                transport = self.transport(skip_verify=True)
+                self.get(transport, self.named(registries[scheme]))
+                self.assertEqual(len(self.proxy.requests), int(used))
+
+    def test_no_proxy(self):
+        self.assertTrue(FIELD_NO_PROXY)
+        for host, no_proxy, expected in FIELD_NO_PROXY:
+            with self.subTest(host=host, no_proxy=no_proxy):
+                self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected)
+
+    def test_no_proxy_with_the_port_that_goes_without_saying(self):
+        fixed = mock.patch.object(self.proxy, "answer", lambda request: Reply(200))
+        for no_proxy, used in (("registry.test:5000", True),
+                               ("registry.test:80", False),
+                               ("registry.test:443", True)):
+            variables = {"http_proxy": self.proxy.url, "no_proxy": no_proxy}
+            del self.proxy.requests[:]
+            with self.subTest(no_proxy), fixed, mock.patch.dict(os.environ, variables):
+                with contextlib.suppress(imagec.TransportError):
+                    self.get(self.transport(), "http://registry.test/x")
+                self.assertEqual(len(self.proxy.requests), int(used))
+
+    def test_option(self):
+        for tls, methods in ((False, {"HEAD", "GET", "CONNECT"}), (True, {"CONNECT"})):
+            registry = self.filled(tls=tls)
+            del self.proxy.requests[:]
+            self.pull(registry.host, to=str(tls), proxy=self.proxy.url)
+            self.assertEqual({r.method for r in self.proxy.requests}, methods)
+            self.assertEqual(registry.connections, len(
+                [r for r in self.proxy.requests if r.method != "CONNECT" or tls])
+                + (0 if tls else 1))
+
+    def test_option_without_scheme(self):
+        self.pull(self.filled().host, proxy=self.proxy.host)
+        self.assertTrue(self.proxy.requests)
+
+    def test_option_is_before_the_environment(self):
+        os.environ.update(http_proxy="http://127.0.0.1:1",
+                          https_proxy="http://127.0.0.1:1")
+        self.pull(self.filled().host, proxy=self.proxy.url)
+
+    def test_loopback_goes_through_the_option_only(self):
+        registry = self.filled()
+        os.environ.update(http_proxy=self.proxy.url, https_proxy=self.proxy.url)
+        self.pull(registry.host, to="one")
+        self.assertEqual(self.proxy.requests, [])
+        self.pull(registry.host, to="two", proxy=self.proxy.url)
+        self.assertNotEqual(self.proxy.requests, [])
+
+    def test_password(self):
+        for user, password in (("bob", PASSWORD), ("b\xf6b", "p@s:/#?"), ("bob", "")):
+            self.proxy.wants = "Basic " + field_base64("%s:%s" % (user, password))
+            url = "http://%s%s@%s" % (
+                urllib.parse.quote(user, ""),
+                ":" + urllib.parse.quote(password, "") if password else "",
+                self.proxy.host)
+            for tls in (False, True):
+                registry = self.registry(tls=tls)
+                with self.subTest(user=user, tls=tls):
+                    transport = self.transport(skip_verify=True, proxy=url)
+                    self.get(transport, registry.url + "/v2/")
+                    self.assertNotIn("Proxy-Authorization",
+                                     registry.requests[0].headers)
+
+    def test_password_that_is_wanted(self):
+        self.proxy.wants = "Basic S3CR3T"
+        for tls in (False, True):
+            registry = self.filled(tls=tls)
+            for url in (self.proxy.url, "http://bob:S3CR3T@" + self.proxy.host):
+                with self.subTest(tls=tls, url=url), self.fails(
+                        imagec.AccessDenied, "password", self.proxy.host):
+                    self.get(self.transport(proxy=url), registry.url + "/v2/")
+            self.assertEqual(registry.requests, [])
+
+    def test_refused_proxy_is_named(self):
+        for scheme in ("http", "socks5", "socks5h"):
+            url = scheme + "://bob:S3CR3T@127.0.0.1:1"
+            for tls in (False, True):
+                registry = self.registry(tls=tls)
+                with self.subTest(scheme=scheme, tls=tls), self.fails(
+                        imagec.TransportError, "127.0.0.1:1)", "proxy"):
+                    self.get(self.transport(proxy=url), registry.url + "/v2/")
+                self.assertEqual(registry.connections, 0)
+
+    def test_refused_proxy_on_the_command_line(self):
+        run = self.main("digest", "r.test/a", "--debug", "--proxy",
+                        "http://bob:S3CR3T@127.0.0.1:1")
+        self.assertEqual((run.status, run.out), (1, ""))
+        self.assertIn("127.0.0.1:1", run.err)
+        self.assertNotIn(PASSWORD, run.err)
+
+    def test_default_ports(self):
+        for url, place in (("http://p.test", "p.test:80"), ("p.test", "p.test:80"),
+                           ("socks5://p.test", "p.test:1080"),
+                           ("socks5h://p.test:99", "p.test:99")):
+            request = imagec._Request("https://r.test/", "GET", {})
+            imagec._ProxyHandler(url).proxy_open(request, url, "https")
+            self.assertEqual(request.proxy, place)
+
+    def test_malformed(self):
+        self.assertTrue(FIELD_BAD_PROXIES)
+        for url in FIELD_BAD_PROXIES:
+            run = self.main("digest", "r.test/a", "--proxy", url)
+            with self.subTest(url):
+                self.assertEqual((run.status, run.out), (2, ""))
+                self.assertRegex(run.err, r"\Aimagec: .*proxy.*\n\Z")
+                self.assertNotIn(PASSWORD, run.err)
+
+    def test_malformed_in_the_environment(self):
+        os.environ["https_proxy"] = "socks4://p.test:1"
+        self.assertEqual(self.main("digest", "r.test/a").status, 2)
+
+    # -- SOCKS
+
+    def test_socks(self):
+        for user, login in ((None, ""), (("b\xf6b", "p:w"), "b%C3%B6b:p%3Aw@")):
+            for scheme in ("socks5", "socks5h"):
+                for tls in (False, True):
+                    server, registry = self.socks(user), self.registry(tls=tls)
+                    url = "%s://%s%s" % (scheme, login, server.host)
+                    transport = self.transport(proxy=url)
+                    with self.subTest(scheme=scheme, user=user, tls=tls):
+                        self.get(transport, self.named(registry, "localhost"))
+                        kind, address, port = server.asked[0]
+                        self.assertEqual(kind == 3, scheme == "socks5h")
+                        self.assertEqual(address == b"localhost", scheme == "socks5h")
+                        self.assertEqual("127.0.0.1:%d" % port, registry.host)
+                        self.assertEqual(server.logins[0][1:], user or (None, None))
+
+    def test_socks5h_resolves_nothing_here(self):
+        server, registry = self.socks(), self.registry()
+        del self.places["registry.test"]
+        url = "socks5h://" + server.host
+        self.get(self.transport(proxy=url), self.named(registry))
+        self.assertEqual(server.asked[0][:2], (3, b"registry.test"))
+        with self.fails(imagec.TransportError, "registry.test"):
+            self.get(self.transport(proxy="socks5://" + server.host),
+                     self.named(registry))
+
+    def test_socks_pull(self):
+        for tls in (False, True):
+            server, registry = self.socks(("bob", PASSWORD)), self.filled(tls=tls)
+            self.pull(registry.host, to=str(tls),
+                      proxy="socks5://bob:%s@%s" % (PASSWORD, server.host))
+            # One connection for each of the layers' workers, one for the documents.
+            self.assertLessEqual(len(server.asked), 2 + (not tls) + 1)
+
+    def test_socks_from_the_environment(self):
+        server, registry = self.socks(), self.registry()
+        os.environ["HTTP_PROXY"] = "socks5h://" + server.host
+        self.get(self.transport(), self.named(registry))
+        self.assertEqual(len(server.asked), 1)
+
+    def test_socks_no_password_is_offered_that_was_not_given(self):
+        server = self.socks()
+        self.get(self.transport(proxy="socks5://" + server.host),
+                 self.registry().url + "/v2/")
+        self.assertEqual(server.logins[0][0], b"\0")
+
+    def test_socks_refuses_us(self):
+        for login, word in (("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"),
+                            ("bob@", "does not take")):
+            server = self.socks(("bob", "right"))
+            with self.subTest(login), self.fails(
+                    imagec.AccessDenied, word, server.host, "password"):
+                self.get(self.transport(proxy="socks5://%s%s" % (login, server.host)),
+                         self.registry().url + "/v2/")
+
+    def test_socks_refuses_the_host(self):
+        self.assertTrue(FIELD_SOCKS_REPLIES)
+        for code, word, retryable in FIELD_SOCKS_REPLIES:
+            server = self.socks(refusal=code)
+            with self.subTest(code), self.fails(
+                    imagec.TransportError, word, server.host, "r.test:80") as caught:
+                self.get(self.transport(proxy="socks5h://" + server.host),
+                         "http://r.test:80/")
+            self.assertIs(caught.exception.retryable, retryable)
+
+    def test_wrong_protocol(self):
+        registry = self.registry()
+        for raw in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-x\r\n", b"", b"\5",
+                    b"\4\0", b"\5\7", b"\5\0\5"):
+            server = self.socks(raw=raw)
+            with self.subTest(raw), self.fails(imagec.ImagecError, server.host):
+                self.get(self.transport(proxy="socks5://" + server.host),
+                         registry.url + "/v2/")
+        server = self.socks()
+        for tls in (False, True):
+            with self.subTest(tls=tls), self.fails(imagec.TransportError, server.host):
+                transport = self.transport(proxy="http://" + server.host,
+                                           idle_timeout=0.2)
+                self.get(transport, self.registry(tls=tls).url + "/v2/")
+
+    def test_socks_words_that_are_too_long(self):
+        server, url = self.socks(("b", "p")), self.registry().url + "/v2/"
+        for login in ("b" * 256 + ":p", "b:" + "p" * 256):
+            with self.subTest(login), self.fails(imagec.ImagecError) as caught:
+                proxy = "socks5://%s@%s" % (login, server.host)
+                self.get(self.transport(proxy=proxy), url)
+            self.assertFalse(caught.exception.retryable)
+
+    def test_socks_that_hangs(self):
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        host = "127.0.0.1:%d" % listener.getsockname()[1]
+        with self.fails(imagec.Timeout, host):
+            self.get(self.transport(proxy="socks5://" + host, idle_timeout=0.2),
+                     "http://127.0.0.1:1/")
+
+
+# ------------------------------------------------------------------------------
+# Mirrors
+# ------------------------------------------------------------------------------
+
+_FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
+
+#: (name, what strikes, on which requests): a mirror to be left for the next place
+FIELD_MIRROR_FAULTS = (
+    ("no registry", status(404), "HEAD /v2/"),
+    ("page", body(b"<html>"), _FIELD_MANIFEST),
+    ("no such image", status(404), _FIELD_MANIFEST),
+    ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
+     _FIELD_MANIFEST),
+    ("denied", status(403), _FIELD_MANIFEST),
+    ("broken", status(500), _FIELD_MANIFEST),
+    ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
+    ("manifest spoiled", flip(20), _FIELD_MANIFEST),
+    ("manifest cut", truncate(), _FIELD_MANIFEST),
+    ("redirect loop", redirect("?"), _FIELD_MANIFEST),
+    ("blobs missing", status(404), _FIELD_BLOB),
+    ("blobs denied", status(403), _FIELD_BLOB),
+    ("blobs spoiled", flip(), _FIELD_BLOB),
+    ("blobs of another size", extra(1), _FIELD_BLOB),
+    ("blobs cut for ever", truncate(), _FIELD_BLOB),
+    ("blobs reset for ever", reset(), _FIELD_BLOB),
+    ("no answer", hang(5), _FIELD_BLOB),
+)
+
+
+class MirrorTest(FieldCase):
+    """--mirror: tried in order, then the origin, whose name is the one that counts."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(FIELD_SMALL)
+        self.origin = self.filled(self.image)
+
+    def test_order(self):
+        one, two = self.filled(self.image), self.filled(self.image)
+        self.pull(self.origin.host, mirrors=[one.host, two.host])
+        self.assertEqual(len(field_blob_paths(one)), 3)
+        self.assertEqual(two.requests + self.origin.requests, [])
+        self.pull(self.origin.host, to="b", mirrors=["127.0.0.1:1", two.host])
+        self.assertEqual(len(field_blob_paths(two)), 3)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_prefix(self):
+        mirror = self.filled(self.image, "cache/hub/lab/app")
+        for text in ("%s/cache/hub", "%s/cache/hub/", "http://%s/cache/hub"):
+            self.pull(self.origin.host, to=text[:4], mirrors=[text % mirror.host])
+        self.assertEqual(self.origin.requests, [])
+
+    def test_docker_hub(self):
+        mirror = self.filled(self.image, "library/alpine")
+        prefixed = self.filled(self.image, "hub/library/alpine")
+        for place in (mirror.host, prefixed.host + "/hub"):
+            for name in ("alpine:1", "docker.io/library/alpine:1"):
+                image = self.pull(None, name, to=name[:3], mirrors=[place])
+                self.assertEqual(str(image.reference), "docker.io/library/alpine:1")
+
+    def test_namespace(self):
+        mirror = self.filled(self.image)
+        mirror.fault(_FIELD_BLOB, status(404))
+        self.pull(self.origin.host, mirrors=[mirror.host])
+        asked = [r for r in mirror.requests if r.route != "/v2/"]
+        self.assertTrue(asked)
+        for request in asked:
+            self.assertEqual(request.query.get("ns"), [self.origin.host])
+        self.assertEqual([r for r in self.origin.requests if "ns=" in r.path], [])
+
+    def test_name_written_down_is_the_origins(self):
+        mirror = self.filled(self.image, "cache/lab/app")
+        mirrors, name = [mirror.host + "/cache"], self.origin.host + "/lab/app:1"
+        image = self.pull(self.origin.host, to="tree", mirrors=mirrors)
+        self.assertTrue(image.path.endswith(
+            os.path.join(self.origin.host, "v2", "lab", "app", "1")), image.path)
+        self.pull(self.origin.host, to="layout", format="oci", mirrors=mirrors)
+        with open(self.at("layout/index.json"), encoding="ascii") as file:
+            entry, = json.load(file)["manifests"]
+        self.assertEqual(entry["annotations"]["io.containerd.image.name"], name)
+        self.pull(self.origin.host, to="a.tar", mirrors=mirrors)
+        with tarfile.open(self.at("a.tar")) as tar:
+            listed = json.loads(tar.extractfile("manifest.json").read().decode("ascii"))
+        self.assertEqual(listed[0]["RepoTags"], [name])
+        self.assertEqual(self.origin.requests, [])
+
+    def test_faults(self):
+        self.assertTrue(FIELD_MIRROR_FAULTS)
+        for name, action, match in FIELD_MIRROR_FAULTS:
+            mirror = self.filled(self.image)
+            mirror.fault(match, action, FIELD_EVER)
+            del self.said[:]
+            with self.subTest(name):
+                image = self.pull(self.origin.host, to=name, mirrors=[mirror.host],
+                                  idle_timeout=0.1 if name == "no answer" else 5)
+                self.assertEqual(str(image.digest), self.image.digest)
+                self.assertEqual(len(self.said), 1, self.said)
+                self.assertIn("leaving the mirror %s: " % mirror.host, self.said[0])
+                self.assertTrue(imagec.Audit().check(self.at(name)).images)
+
+    def test_layer_that_is_spoiled(self):
+        for digest in self.image.layers + [sha256(self.image.config)]:
+            mirror = self.filled(self.image)
+            mirror.fault(_FIELD_BLOB + digest, flip())
+            self.pull(self.origin.host, to=digest[:15], mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 3, self.said)
+
+    def test_manifest_by_digest_is_proved(self):
+        other = build_image(FIELD_SMALL[:1])
+        mirror = self.filled(self.image)
+        mirror.repositories["lab/app"][self.image.digest] = (
+            other.manifest, other.media_type, self.image.digest)
+        image = self.pull(self.origin.host, "lab/app@" + self.image.digest,
+                          mirrors=[mirror.host])
+        self.assertEqual(len(image.layers), 2)
+        self.assertEqual(len(self.said), 1)
+
+    def test_index(self):
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        mirror, origin = self.filled(index), self.filled(index)
+        mirror.fault(_FIELD_MANIFEST + self.image.digest, status(404))
+        self.pull(origin.host, mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 1)
+
+    def test_what_a_mirror_has_begun_the_origin_goes_on_with(self):
+        noise = build_image([tar_bytes([("a", field_noise(1 << 19))])])
+        mirror, origin = self.filled(noise), self.filled(noise)
+        layer = _FIELD_BLOB + noise.layers[0]
+        mirror.fault(layer, truncate(), 1)
+        mirror.fault(layer, status(404))
+        self.pull(origin.host, mirrors=[mirror.host])
+        size = len(noise.blobs[noise.layers[0]])
+        self.assertLess(origin.sent_blob_bytes, size * 0.55)
+
+    # -- secrets
+
+    def test_credentials_of_the_origin_stay_there(self):
+        for auth in ("basic", "bearer"):
+            origin = self.filled(self.image, auth=auth, anonymous=False)
+            mirror = self.filled(self.image, auth=auth, anonymous=False)
+            self.docker_config({"auths": {origin.host: field_entry("alice")}})
+            for number, options in enumerate((
+                    {}, {"username": "alice", "password": PASSWORD})):
+                self.pull(origin.host, to=auth + str(number), mirrors=[mirror.host],
+                          **options)
+            self.assertEqual(field_sent(mirror), [])
+            self.assertTrue(field_sent(origin))
+
+    def test_mirror_has_an_entry_of_its_own(self):
+        for auth in ("basic", "bearer"):
+            mirror = self.filled(self.image, "cache/lab/app", auth=auth,
+                                 anonymous=False)
+            self.docker_config({"auths": {mirror.host + "/cache": field_entry("alice"),
+                                          self.origin.host: field_entry("other")}})
+            self.pull(self.origin.host, to=auth, mirrors=[mirror.host + "/cache"])
+        self.assertEqual(self.origin.requests, [])
+        self.assertEqual(self.said, [])
+
+    def test_mirror_whose_helper_is_missing_is_left(self):
+        mirror = self.filled(self.image, auth="basic")
+        self.docker_config({"credHelpers": {mirror.host: "none"}})
+        self.pull(self.origin.host, mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 1)
+
+    # -- failures
+
+    def test_all_fail(self):
+        mirror = self.filled(self.image)
+        mirror.fault(_FIELD_MANIFEST, status(500), FIELD_EVER)
+        for code, kind in ((404, imagec.NotFound), (403, imagec.AccessDenied)):
+            self.origin.fault(_FIELD_MANIFEST, status(code))
+            with self.fails(kind, self.origin.host):
+                self.pull(self.origin.host, mirrors=[mirror.host, "127.0.0.1:1"])
+        self.assertEqual(len(self.said), 4)
+
+    def test_origin_that_spoils_is_an_error(self):
+        mirror = self.filled(self.image)
+        for registry in (mirror, self.origin):
+            registry.fault(_FIELD_BLOB, flip(), FIELD_EVER)
+        with self.fails(imagec.DigestMismatch):
+            self.pull(self.origin.host, mirrors=[mirror.host])
+
+    def test_command_line(self):
+        mirror = self.filled(self.image)
+        ref = self.origin.host + "/lab/app:1"
+        run = self.main("pull", "-o", self.at(), ref, "--mirror", "127.0.0.1:1",
+                        "--mirror", mirror.host, "--progress", "none")
+        self.assertEqual((run.status, run.out),
+                         (0, "%s@%s\n" % (ref, self.image.digest)))
+        self.assertRegex(run.err, r"\Aimagec: warning: leaving the mirror "
+                         r"127\.0\.0\.1:1: [^\n]*\n\Z")
+        self.assertEqual(self.origin.requests, [])
+
+    def test_malformed(self):
+        for text in ("", "/", "/x", "http://", "ftp://h/x", "u:S3CR3T@h", "h/UPPER",
+                     "h/a b", "h//x", "h/../x", "h:x", "h?x", "h/x:1", "-h"):
+            run = self.main("digest", "r.test/a", "--mirror=" + text)
+            with self.subTest(text):
+                self.assertEqual((run.status, run.out), (2, ""), run.err)
+                self.assertRegex(run.err, r"\Aimagec: .*mirror.*\n\Z")
+
+
+# ------------------------------------------------------------------------------
+# Resume
+# ------------------------------------------------------------------------------
+
+#: (format, where it goes)
+FIELD_FORMATS = (
+    ("layers", "tree"), ("oci", "layout"), ("archive", "a.tar"), ("rootfs", "root"),
+    ("rootfs", "root.tar"),
+)
+FIELD_NOISE = field_noise(300000)
+_FIELD_HALF = FIELD_NOISE[:150000]
+
+#: (name, what is in the .partial, action on the first reply, offsets asked for)
+FIELD_RANGES = (
+    ("206", _FIELD_HALF, None, [150000]),
+    ("all there", FIELD_NOISE, None, []),
+    ("200", _FIELD_HALF, no_range(), [150000]),
+    ("416", _FIELD_HALF, status(416), [150000, 0]),
+    ("416 with the size", _FIELD_HALF, status(
+        416, {"Content-Range": "bytes */150000"}), [150000, 0]),
+    ("206 from elsewhere", _FIELD_HALF, partial("bytes 0-299999/300000", 0),
+     [150000, 0]),
+    ("206 without Content-Range", _FIELD_HALF, partial(None, 150000), [150000, 0]),
+    ("206 of another size", _FIELD_HALF, partial("bytes 150000-299999/300001", 150000),
+     [150000, 0]),
+    ("206 cut", _FIELD_HALF, truncate(50000), [150000, 200000]),
+    ("wrong prefix", bytes(150000), None, [150000, 0]),
+    ("wrong prefix, all of it", bytes(300000), None, [0]),
+    ("wrong prefix, no ranges", bytes(150000), no_range(), [150000]),
+    ("too long", FIELD_NOISE + b"x", None, [0]),
+)
+
+#: Forks a command line (JSON, one a line) off a process that has imported all already:
+#: prints its process ID, then its status.
+FIELD_SERVANT = """
+import json, os, socket, sys
+sys.path.insert(0, sys.argv[1])
+import imagec, argparse, concurrent.futures.thread, shutil, signal, encodings.idna
+class Small(socket.socket):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # What the kernel holds is lost with us, and by default it may hold megabytes.
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+socket.socket = Small
+for line in iter(sys.stdin.readline, ""):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(imagec.main(json.loads(line)))
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+FIELD_KILLS = 10  # of each format
+
+
+def field_files(top):
+    """{path: size} of the files below a place, or of the one that stands there."""
+    found = {top: os.path.getsize(top)} if os.path.isfile(top) else {}
+    for folder, _, names in os.walk(top):
+        for name in names:
+            with contextlib.suppress(OSError):
+                path = os.path.join(folder, name)
+                found[path] = os.lstat(path).st_size
+    return found
+
+
+class FieldServant:
+    """Runs pulls that can be killed; see FIELD_SERVANT."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FIELD_SERVANT,
+             os.path.dirname(os.path.abspath(imagec.__file__))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+
+    def start(self, *argv):
+        """Start a command line; its process ID."""
+        self._process.stdin.write(json.dumps(argv) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def status(self):
+        """Wait for it."""
+        return int(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class ResumeTest(FieldCase):
+    """What is on disk is not fetched again, in this run or the next."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = field_noisy_image(300000, 5000)  # the largest is fetched first
+        self.size = sum(map(len, self.image.blobs.values()))
+
+    def download(self, registry, data=FIELD_NOISE, **options):
+        """Fetch a blob to the file `blob`; the imagec.Fetched."""
+        reference = imagec.Reference.parse(registry.host + "/lab/app:1")
+        digest = imagec.Digest.parse(sha256(data))
+        with self.session(**options) as session:
+            return imagec.Download(
+                session.source(reference), imagec.Descriptor("", digest, len(data)),
+                self.at("blob")).run()
+
+    def offsets(self, registry):
+        """Where the requests for blobs have begun."""
+        asked = [r.headers.get("Range", "bytes=0-") for r in registry.requests
+                 if "/blobs/" in r.path]
+        return [int(text[len("bytes="):-1]) for text in asked]
+
+    def test_ranges(self):
+        self.assertTrue(FIELD_RANGES)
+        for name, content, action, offsets in FIELD_RANGES:
+            registry = self.filled()
+            registry.add_blob("lab/app", FIELD_NOISE)
+            self.file("blob.partial", content)
+            if action:
+                registry.fault("/blobs/", action)
+            with self.subTest(name):
+                self.download(registry)
+                self.assertEqual(self.offsets(registry), offsets)
+                with open(self.at("blob"), "rb") as file:
+                    self.assertEqual(file.read(), FIELD_NOISE)
+            os.remove(self.at("blob"))
+
+    def test_start_over_happens_once(self):
+        registry = self.filled()
+        registry.add_blob("lab/app", FIELD_NOISE)
+        registry.fault("/blobs/", flip(), 2)
+        self.file("blob.partial", _FIELD_HALF)
+        with self.fails(imagec.DigestMismatch):
+            self.download(registry)
+        self.assertEqual(self.offsets(registry), [150000, 0])
+        self.assertFalse(os.path.exists(self.at("blob.partial")))
+
+    def test_budget_is_renewed_by_progress(self):
+        self.patch(mock.patch.object(imagec, "PROGRESS_BYTES", 20000))
+        for step, done in ((25000, True), (15000, False)):
+            registry = self.filled()
+            registry.add_blob("lab/app", FIELD_NOISE)
+            registry.fault("/blobs/", truncate(step), 11 if done else imagec.ATTEMPTS)
+            self.file("blob.partial", b"")
+            if done:
+                self.download(registry)
+                self.assertEqual(registry.sent_blob_bytes, len(FIELD_NOISE))
+            else:
+                with self.fails(imagec.TransportError):
+                    self.download(registry)
+            os.remove(self.at("blob" if done else "blob.partial"))
+
+    def test_reset_costs_little(self):
+        # What came before a reset has been paid for too.
+        registry = self.filled()
+        registry.add_blob("lab/app", FIELD_NOISE)
+        registry.fault("/blobs/", reset(100000), 2)
+        self.download(registry)
+        self.assertLess(registry.sent_blob_bytes, len(FIELD_NOISE) * 1.2)
+
+    def test_runs_that_failed_are_gone_on_with(self):
+        for format, name in FIELD_FORMATS:
+            registry = self.filled(self.image)
+            fault = registry.fault("/blobs/" + self.image.layers[2], truncate(40000), 5)
+            with self.subTest(name):
+                with self.fails(imagec.TransportError):
+                    self.pull(registry.host, to=name, format=format, jobs=1)
+                self.assertEqual(fault.used, 5)
+                self.pull(registry.host, to=name, format=format)
+                # The config is not kept between runs.
+                self.assertEqual(registry.sent_blob_bytes,
+                                 self.size + len(self.image.config))
+                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+
+    def test_archive_keeps_what_it_has_moved_in(self):
+        registry = self.filled(self.image)
+        fault = registry.fault(self.image.layers[2], status(404), FIELD_EVER)
+        with self.fails(imagec.NotFound):
+            self.pull(registry.host, to="a.tar", jobs=1)
+        self.assertGreater(os.path.getsize(self.at("a.tar.partial")), 590000)
+        fault.times = fault.used
+        registry.sent_blob_bytes = 0
+        self.pull(registry.host, to="a.tar")
+        self.assertLess(registry.sent_blob_bytes, 310000)
+
+    def test_archive_whose_beginning_is_spoiled(self):
+        registry = self.filled(self.image)
+        fault = registry.fault(self.image.layers[2], status(404), FIELD_EVER)
+        with self.fails(imagec.NotFound):
+            self.pull(registry.host, to="a.tar", jobs=1)
+        fault.times = fault.used
+        with open(self.at("a.tar.partial"), "r+b") as file:
+            file.seek(100000)
+            file.write(b"spoiled")
+        self.pull(registry.host, to="a.tar")
+        self.assertEqual(imagec.Audit().check(self.at("a.tar")).faults, [])
+
+    def test_failed_pull_leaves_no_file_open(self):
+        for format, name in FIELD_FORMATS:
+            registry = self.filled(self.image)
+            registry.fault("/blobs/" + self.image.layers[2], truncate(40000), 5)
+            gc.collect()
+            with self.subTest(name), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with self.fails(imagec.TransportError):
+                    self.pull(registry.host, to=name, format=format, jobs=1)
+                gc.collect()
+                self.assertEqual([str(warning.message) for warning in caught], [])
+
+    def test_finished_layers_are_not_fetched_again(self):
+        for format, name in FIELD_FORMATS[:2]:
+            registry = self.filled(self.image)
+            self.pull(registry.host, to=name, format=format)
+            del registry.requests[:]
+            self.pull(registry.host, to=name, format=format)
+            self.assertEqual(field_blob_paths(registry), [])
+
+
+class KillCase(FieldCase):
+    """Pulls that are killed again and again; rows of a table run side by side."""
+
+    def side_by_side(self, check, rows):
+        errors = []
+
+        def run(row):
+            try:
+                check(*row)
+            except Exception as error:  # unittest hears of this thread only by us
+                errors.append((row[0], error))
+
+        threads = [threading.Thread(target=run, args=(row,)) for row in rows]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+
+    def begun(self, name, sizes):
+        """Bytes on disk of the layer that was cut off."""
+        found = [size for path, size in field_files(self.root).items()
+                 if self.at(name) in path and size not in sizes
+                 and re.search(r"/[0-9a-f]{64}(\.tar)?\.partial$", path)]
+        self.assertLessEqual(len(found), 1)
+        return found[0] if found else 0
+
+    def on_disk(self, name):
+        """Bytes of layers on disk; those an archive takes in would count twice."""
+        return sum(size for path, size in field_files(self.root).items()
+                   if self.at(name) in path
+                   and re.search(r"/[0-9a-f]{64}(\.tar)?(\.partial)?$", path))
+
+    def pull_killed(self, format, name, ref, sizes, amounts, sent, asked, buffer):
+        """Kill the pull after each of `amounts`, then let it end.
+
+        `sent` counts the bytes that came, `asked` tells where layers were asked for,
+        `buffer` is how many bytes may be lost each time.
+        """
+        argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name), ref]
+        servant = FieldServant()
+        try:
+            for amount in amounts:
+                begun, count = self.begun(name, sizes), len(asked())
+                before = self.on_disk(name) - sent()
+                goal = sent() + amount
+                # The server may still be feeding the run that was killed before.
+                self.kill(servant, argv,
+                          lambda: sent() >= goal and len(asked()) > count)
+                self.assertEqual(asked()[count:][:1], [begun])
+                if format != "archive":
+                    after = self.on_disk(name) - sent()
+                    self.assertGreaterEqual(after, before - buffer)
+            servant.start(*argv)
+            self.assertEqual(servant.status(), 0)
+        finally:
+            servant.close()
+
+    def kill(self, servant, argv, is_time):
+        process, deadline = servant.start(*argv), time.monotonic() + 20
+        while not is_time():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.003)
+        os.kill(process, signal.SIGKILL)
+        self.assertEqual(servant.status(), signal.SIGKILL)
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "needs POSIX processes")
+class KillTest(KillCase):
+    """kill -9 at any moment costs a buffer, not what is on disk."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = field_noisy_image(5 << 18, compress=None)
+        self.size = sum(map(len, self.image.blobs.values()))
+        self.dice = random.Random(7)
+
+    def test_kill_9(self):
+        rows = [row + (self.filled(self.image),) for row in FIELD_FORMATS[:4]]
+        self.side_by_side(self.check, rows)
+        for format, name, registry in rows:
+            with self.subTest(format):
+                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+
+    def check(self, format, name, registry):
+        registry.fault("/blobs/", drip(0.001, BLOCK), FIELD_EVER)
+        amounts = [self.dice.uniform(0.01, 0.12) * self.size
+                   for _ in range(FIELD_KILLS)]
+        sizes = {len(self.image.blobs[digest]) for digest in self.image.layers}
+
+        def asked():
+            return [int(r.headers.get("Range", "bytes=0-")[6:-1])
+                    for r in list(registry.requests)
+                    if any(digest in r.path for digest in self.image.layers)]
+
+        # What the program and the kernel hold. The config comes anew.
+        buffer = imagec.CHUNK + 4 * BLOCK + len(self.image.config)
+        self.pull_killed(format, name, registry.host + "/lab/app:1", sizes, amounts,
+                         lambda: registry.sent_blob_bytes, asked, buffer)
+        self.assertLessEqual(registry.sent_blob_bytes,
+                             self.size * 1.05 + FIELD_KILLS * buffer)
+
+
+# ------------------------------------------------------------------------------
+# Foreign layers
+# ------------------------------------------------------------------------------
+
+class ForeignLayerTest(FieldCase):
+    """Layers that are elsewhere: over https, without credentials, proved."""
+
+    def setUp(self):
+        super().setUp()
+        # The servers of others must look as if they were out there.
+        self.places.update({"far.test": "93.184.216.34", "near.test": "127.0.0.1"})
+
+        class Routed(socket.socket):
+            def connect(self, target):
+                super().connect(("127.0.0.1", target[1]))
+
+        self.patch(mock.patch("socket.socket", Routed))
+        self.far = self.registry(tls=True)
+        self.blob = gzip_bytes(FIELD_SMALL[1])
+        self.far.add_blob("x", self.blob)
+
+    def url(self, scheme="https", host="far.test", server=None):
+        port = (server or self.far).host.rpartition(":")[2]
+        return "%s://%s:%s/v2/x/blobs/%s?sig=%s" % (
+            scheme, host, port, sha256(self.blob), SIGNATURE)
+
+    def serve(self, urls, **options):
+        """A registry whose image has its second layer elsewhere."""
+        image = build_image(FIELD_SMALL, "docker")
+        document = json.loads(image.manifest.decode("ascii"))
+        document["layers"][1].update(
+            urls=urls,
+            mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")
+        registry = self.registry(**options)
+        registry.add("lab/app", None, image)
+        registry.add_manifest("lab/app", "1", json.dumps(document).encode("ascii"),
+                              image.media_type)
+        return registry
+
+    def take(self, registry, to="out", **options):
+        return self.pull(registry.host, to=to, insecure_skip_verify=True, **options)
+
+    def test_registry_is_asked_first(self):
+        registry = self.serve([self.url()])
+        self.take(registry)
+        self.assertEqual(self.far.requests, [])
+
+    def test_url_without_credentials(self):
+        for auth, code in ((None, 404), ("basic", 404), ("bearer", 404),
+                           ("basic", 403)):
+            registry = self.serve([self.url()], auth=auth)
+            registry.fault("/blobs/" + sha256(self.blob), status(code))
+            self.docker_config({"auths": {
+                host: field_entry("alice") for host in (registry.host, "far.test:%s" %
+                                                        self.far.host.split(":")[1])}})
+            self.take(registry, to="%s%d" % (auth, code))
+        self.assertEqual(len(self.far.requests), 4)
+        self.assertEqual(field_sent(self.far), [])
+
+    def test_t75_url_that_wants_a_password_gets_none(self):
+        self.far.auth = "bearer"
+        registry = self.serve([self.url()], auth="basic")
+        registry.fault("/blobs/" + sha256(self.blob), status(404), FIELD_EVER)
+        self.docker_config({"auths": {registry.host: field_entry("alice")}})
+        with self.fails(imagec.AccessDenied) as caught:
+            self.take(registry)
+        self.assertNotIn(SIGNATURE, str(caught.exception))
+        self.assertEqual([r.route for r in self.far.requests if "token" in r.path], [])
+        self.assertEqual(field_sent(self.far), [])
+
+    def test_next_url(self):
+        self.far.fault("/blobs/", status(404))
+        registry = self.serve([self.url("http"), self.url(host="none.test"), self.url(),
+                               self.url()])
+        registry.fault("/blobs/" + sha256(self.blob), status(404))
+        self.take(registry)
+        self.assertEqual(len(self.far.requests), 2)
+
+    def test_urls_that_are_refused(self):
+        plain = self.registry()
+        plain.add_blob("x", self.blob)
+        for url in (self.url("http", server=plain), self.url(host="near.test"),
+                    self.url(host="127.0.0.1"), "ftp://far.test/x",
+                    "file:///etc/passwd",
+                    "https://u:S3CR3T@far.test/x", "/v2/x", "https://far.test\\@x/"):
+            registry = self.serve([url])
+            registry.fault("/blobs/" + sha256(self.blob), status(404))
+            with self.subTest(url), self.fails(imagec.UnsafeRedirect):
+                self.take(registry)
+        self.assertEqual(plain.requests + self.far.requests, [])
+
+    def test_redirect_to_nearer_is_refused(self):
+        registry = self.serve([self.url()])
+        registry.fault("/blobs/" + sha256(self.blob), status(404))
+        self.far.fault("/blobs/", redirect(self.url(host="near.test")))
+        with self.fails(imagec.UnsafeRedirect):
+            self.take(registry)
+
+    def test_bytes_are_proved(self):
+        for action, kind in ((flip(), imagec.DigestMismatch),
+                             (extra(1), imagec.SizeMismatch)):
+            registry = self.serve([self.url()])
+            registry.fault("/blobs/" + sha256(self.blob), status(404))
+            self.far.fault("/blobs/", action)
+            with self.fails(kind):
+                self.take(registry)
+
+    def test_resume(self):
+        def farewell(reply):  # of TLS, without which the last bytes count for nothing
+            reply.ending = "close"
+            return reply
+
+        registry = self.serve([self.url()])
+        registry.fault("/blobs/" + sha256(self.blob), status(404), 2)
+        self.far.fault("/blobs/", [truncate(20), farewell])
+        self.take(registry)
+        self.assertEqual(self.far.requests[1].headers["Range"], "bytes=20-")
+
+    def test_without_urls_it_is_missing(self):
+        registry = self.serve([])
+        registry.fault("/blobs/" + sha256(self.blob), status(404))
+        with self.fails(imagec.NotFound):
+            self.take(registry)
+
+
+# ------------------------------------------------------------------------------
+# Rate limits
+# ------------------------------------------------------------------------------
+
+#: (Retry-After as a date this many seconds from now or a text, seconds waited)
+FIELD_RETRIES = (
+    ("0", 0), ("7", 7), ("60", 60), ("61", 60), ("999999999", 60), (30, 30), (-30, 0),
+    (7200, 60), ("9" * 50, None), ("-1", None), ("soon", None), (None, None),
+)
+FIELD_LIMITS = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600",
+                "docker-ratelimit-source": "192.0.2.1"}
+FIELD_TOO_MANY = (
+    b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow \\u001b[1mdown"}]}')
+
+#: (value of Warning, what is shown of it or None)
+FIELD_WARNINGS = (
+    ('299 - "this is the last week"', "this is the last week"),
+    ('299 example.test "said by a proxy"', "said by a proxy"),
+    ('299 - "a \\"quoted\\" word"', "quoted"),
+    ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
+    ('110 - "Response is Stale"', None), ("299 - bare", None), ("", None),
+    ('299 - ""', None),
+)
+
+
+class RateLimitTest(FieldCase):
+    """429, Retry-After, fewer requests that count, and what registries have to say."""
+
+    def test_retry_after(self):
+        self.assertTrue(FIELD_RETRIES)
+        for value, seconds in FIELD_RETRIES:
+            registry = self.filled()
+            text = value
+            if isinstance(value, int):
+                # As email.utils.formatdate(usegmt=True), with this test's clock.
+                text = time.strftime("%a, %d %b %Y %H:%M:%S GMT",
+                                     time.gmtime(time.time() + value))
+            registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": text}))
+            del self.naps[:]
+            with self.subTest(value):
+                with self.session() as session:
+                    session.manifest(
+                        imagec.Reference.parse(registry.host + "/lab/app:1"))
+                if seconds is None:
+                    self.assertLess(self.naps[0], 1)
+                else:
+                    self.assertAlmostEqual(self.naps[0], seconds, delta=2)
+                self.assertEqual(len(self.naps), 1)
+
+    def test_wait_is_told(self):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": "0"}))
+        run = self.main("digest", registry.host + "/lab/app:1")
+        self.assertEqual(run.status, 0)
+        self.assertRegex(run.err, "too many requests.*; trying again in 0.0 s")
+
+    def test_error_names_the_limit(self):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, status(429, dict(
+            FIELD_LIMITS, **{"Content-Type": "application/json"}), FIELD_TOO_MANY),
+            imagec.ATTEMPTS)
+        with self.fails(imagec.RateLimited, "TOOMANYREQUESTS", "slow \\x1b[1mdown",
+                        "ratelimit-remaining: 0;w=21600", "100;w=21600", "192.0.2.1",
+                        "log in"):
+            self.pull(registry.host)
+        self.assertEqual(len(self.naps), imagec.ATTEMPTS - 1)
+
+    def test_limit_is_shown_with_debug(self):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, headers(ratelimit_remaining="76;w=21600"), 2)
+        ref = registry.host + "/lab/app:1"
+        self.assertIn("76;w=21600", self.main("digest", "--debug", ref).err)
+        self.assertEqual(self.main("digest", ref).err, "")
+
+    def manifests(self, registry):
+        """The methods of requests for manifests, which are forgotten."""
+        found = [r.method for r in registry.requests if "/manifests/" in r.path]
+        del registry.requests[:]
+        return found
+
+    def test_unchanged_tag_costs_a_head(self):
+        image = build_image(FIELD_SMALL)
+        index = build_index([(image, ("linux", "amd64", None))])
+        # A layout holds the image that was chosen, not the index that led to it.
+        for format, found, asked in (("oci", image, ["HEAD"]),
+                                     ("layers", image, ["HEAD"]),
+                                     ("layers", index, ["HEAD"]),
+                                     ("oci", index, ["HEAD", "GET"])):
+            registry, place = self.filled(found), format + found.digest
+            self.pull(registry.host, to=place, format=format)
+            self.manifests(registry)
+            again = self.pull(registry.host, to=place, format=format)
+            self.assertEqual(self.manifests(registry), asked)
+            self.assertEqual(str(again.digest), found.digest)
+
+    def test_digest_that_is_there_costs_nothing(self):
+        registry = self.filled()
+        digest = registry.repositories["lab/app"]["1"][2]
+        name = "lab/app:1@" + digest
+        self.pull(registry.host, name, format="oci")
+        self.manifests(registry)
+        self.pull(registry.host, name, format="oci")
+        self.assertEqual(self.manifests(registry), [])
+
+    def test_tag_that_moved(self):
+        for format in ("oci", "layers"):
+            registry = self.filled()
+            self.pull(registry.host, to=format, format=format)
+            other = build_image(FIELD_SMALL[:1])
+            registry.add("lab/app", "1", other)
+            self.manifests(registry)
+            image = self.pull(registry.host, to=format, format=format)
+            self.assertEqual(self.manifests(registry), ["HEAD", "GET"])
+            self.assertEqual(str(image.digest), other.digest)
+
+    def test_what_is_held_is_proved(self):
+        registry = self.filled()
+        digest = registry.repositories["lab/app"]["1"][2]
+        self.pull(registry.host, format="oci")
+        self.file("out/blobs/sha256/" + digest[7:], b"{}")
+        self.manifests(registry)
+        self.pull(registry.host, format="oci")
+        self.assertEqual(self.manifests(registry)[-1:], ["GET"])
+        self.assertEqual(imagec.Audit().check(self.at()).faults, [])
+
+    def test_head_that_does_not_work_is_no_obstacle(self):
+        registry = self.filled()
+        self.pull(registry.host, format="oci")
+        for action in (status(405), status(404), status(500),
+                       headers(docker_content_digest=None)):
+            self.manifests(registry)
+            fault = registry.fault("HEAD .*/manifests/", action, FIELD_EVER)
+            with self.subTest(action):
+                self.pull(registry.host, format="oci")
+                self.assertEqual(self.manifests(registry)[-1], "GET")
+            registry.faults.remove(fault)
+
+    def test_warnings(self):
+        self.assertTrue(FIELD_WARNINGS)
+        for value, shown in FIELD_WARNINGS:
+            registry = self.filled()
+            registry.fault("GET", headers(warning=value), FIELD_EVER)
+            del self.said[:]
+            with self.subTest(value):
+                self.pull(registry.host, to=registry.host)
+                self.assertEqual(len(self.said), int(shown is not None), self.said)
+                if shown:
+                    self.assertIn(shown, self.said[0])
+                    self.assertIn(registry.host + " says: ", self.said[0])
+
+    def test_two_warnings(self):
+        registry = self.filled()
+        both = ['299 - "one"', '299 - "two"']
+        registry.fault("GET", headers(warning=both), FIELD_EVER)
+        self.pull(registry.host)
+        self.assertEqual(sorted(text.split()[-1] for text in self.said), ["one", "two"])
+
+
+# ------------------------------------------------------------------------------
+# Plans
+# ------------------------------------------------------------------------------
+
+class DryRunTest(FieldCase):
+    """pull --dry-run, and the look at the disk before a pull."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(FIELD_SMALL)
+        self.origin = self.filled(self.image)
+        self.ref = self.origin.host + "/lab/app:1"
+        self.sizes = [len(self.image.blobs[digest]) for digest in self.image.layers]
+
+    def plan(self, *argv):
+        """The lines of a plan, which must succeed."""
+        run = self.main("pull", "--dry-run", "--platform", "linux/amd64", *argv)
+        self.assertEqual((run.status, run.err), (0, ""))
+        return run.out.splitlines()
+
+    def sum(self, *argv):
+        return self.plan(*argv)[-1]
+
+    def test_output(self):
+        for format, name in FIELD_FORMATS:
+            lines = self.plan("--format", format, "-o", self.at(name), self.ref)
+            self.assertEqual(lines[0], "%s@%s" % (self.ref, self.image.digest))
+            for line, digest, size in zip(lines[1:], self.image.layers, self.sizes):
+                self.assertEqual(line, "%s %d bytes, 0 there, the rest from %s" % (
+                    digest, size, self.origin.host))
+            self.assertEqual(lines[3:], [
+                "to fetch: %d bytes; already there: 0" % sum(self.sizes)])
+
+    def test_nothing_is_written(self):
+        before = field_files(self.root)
+        for format, name in FIELD_FORMATS:
+            self.plan("--format", format, "-o", self.at("new/" + name), self.ref)
+        self.assertEqual(field_files(self.root), before)
+        self.assertFalse(os.path.exists(self.at("new")))
+        names = {p.rpartition("/")[2] for p in field_blob_paths(self.origin)}
+        self.assertEqual(names, {sha256(self.image.config)})
+
+    def test_what_is_there(self):
+        for format, name in FIELD_FORMATS[:2]:
+            argv = ("--format", format, "-o", self.at(name), self.ref)
+            self.pull(self.origin.host, to=name, format=format)
+            before = field_files(self.root)
+            lines = self.plan(*argv)
+            self.assertEqual(len([li for li in lines if "already there" in li]), 3)
+            self.assertEqual(lines[-1], "to fetch: 0 bytes; already there: %d" % sum(
+                self.sizes))
+            self.assertEqual(field_files(self.root), before)
+
+    def test_what_is_half_there(self):
+        for format, name in FIELD_FORMATS:
+            fault = self.origin.fault("/blobs/" + self.image.layers[1], truncate(20), 5)
+            with self.fails(imagec.TransportError):
+                self.pull(self.origin.host, to=name, format=format, jobs=1)
+            self.assertEqual(fault.used, 5)
+            line = self.sum("--format", format, "-o", self.at(name), self.ref)
+            with self.subTest(name):
+                numbers = [int(n) for n in re.findall("[0-9]+", line)]
+                self.assertEqual(sum(numbers), sum(self.sizes))
+                self.assertGreaterEqual(numbers[1], 20)
+            self.origin.faults.remove(fault)
+
+    def test_layers_that_an_unfinished_archive_has(self):
+        noise = build_image([tar_bytes([("f%d" % n, field_noise(9000 - 500 * n, n))])
+                             for n in range(2)])
+        origin = self.filled(noise)
+        fault = origin.fault("/blobs/" + noise.layers[1], status(404), FIELD_EVER)
+        with self.fails(imagec.NotFound):
+            self.pull(origin.host, to="a.tar", jobs=1)
+        fault.times = fault.used
+        sizes = [len(noise.blobs[digest]) for digest in noise.layers]
+        self.assertEqual(self.sum("-o", self.at("a.tar"), origin.host + "/lab/app:1"),
+                         "to fetch: %d bytes; already there: %d" % (sizes[1], sizes[0]))
+
+    def test_mirror_is_named(self):
+        mirror = self.filled(self.image)
+        lines = self.plan("-o", self.at(), self.ref, "--mirror", mirror.host)
+        self.assertIn("from " + mirror.host, lines[1])
+        self.assertEqual(self.origin.requests, [])
+
+    def test_several_images_share_layers(self):
+        other = build_image(FIELD_SMALL[:1] + (tar_bytes([("x", b"y")]),))
+        self.origin.add("lab/other", "1", other)
+        lines = self.plan("-o", self.at("a.tar"), self.ref,
+                          self.origin.host + "/lab/other:1")
+        self.assertEqual(len([li for li in lines if " bytes, " in li]), 3)
+        self.assertEqual(len([li for li in lines if "@sha256:" in li]), 2)
+
+    def test_all_platforms(self):
+        index = build_index([(self.image, ("linux", "amd64", None)), (
+            build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
+            ("linux", "arm64", None))])
+        origin = self.filled(index)
+        ref = origin.host + "/lab/app:1"
+        run = self.main("pull", "--dry-run", "--platform", "all", "--format", "oci",
+                        "-o", self.at(), ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertTrue(run.out.startswith("%s@%s\n" % (ref, index.digest)))
+        self.assertFalse(os.path.exists(self.at()))
+
+    def test_refuses_what_a_pull_would_refuse(self):
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        ref = self.filled(index).host + "/lab/app:1"
+        for argv, code in ((("--platform", "all", "-o", self.at()), 2),
+                           (("--recompress", "gzip", "-o", self.at()), 2),
+                           (("--platform", "linux/none", "-o", self.at()), 4)):
+            runs = [self.main("pull", ref, *argv + more)
+                    for more in ((), ("--dry-run",))]
+            with self.subTest(argv):
+                self.assertEqual([run.status for run in runs], [code, code])
+
+    # -- the disk
+
+    def full_disk(self, free):
+        usage = mock.Mock(free=free)
+        return mock.patch("shutil.disk_usage", lambda path: usage)
+
+    def layer_requests(self):
+        return [p for p in field_blob_paths(self.origin)
+                if p.rpartition("/")[2] in self.image.layers]
+
+    def test_full_disk_is_told_before_the_first_byte(self):
+        for format, name in FIELD_FORMATS:
+            with self.subTest(name), self.full_disk(sum(self.sizes) - 1):
+                needed = str(sum(self.sizes))
+                with self.fails(imagec.OutputError, needed, self.at(name)):
+                    self.pull(self.origin.host, to=name, format=format)
+        self.assertEqual(self.layer_requests(), [])
+        run_names = [path for path in os.listdir(self.root) if path != "roots.pem"]
+        self.assertEqual(run_names, [])
+
+    def test_enough_is_enough(self):
+        with self.full_disk(sum(self.sizes)):
+            self.pull(self.origin.host)
+
+    def test_what_is_there_needs_no_space(self):
+        self.pull(self.origin.host)
+        with self.full_disk(0):
+            self.pull(self.origin.host)
+
+    def test_the_disk_asked_about_is_the_outputs(self):
+        asked = []
+        usage = mock.Mock(free=1 << 40)
+        with mock.patch("shutil.disk_usage", lambda path: asked.append(path) or usage):
+            self.pull(self.origin.host, to="new/er/out")
+        self.assertEqual(set(asked), {self.root})
 
 
 # --------------------------------------------------------------------------------------
