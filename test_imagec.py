@@ -19,6 +19,7 @@ import copy
 import errno
 import functools
 import gc
+import glob
 import gzip
 import hashlib
 import http.client
@@ -36,6 +37,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -9402,6 +9404,2657 @@ class DryRunTest(FieldCase):
         with mock.patch("shutil.disk_usage", lambda path: asked.append(path) or usage):
             self.pull(self.origin.host, to="new/er/out")
         self.assertEqual(set(asked), {self.root})
+
+
+# --------------------------------------------------------------------------------------
+# Flattening, Outputs, Reading back
+# --------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------
+# Fixtures: members and layers in a word each, imagec.main, processes
+# ------------------------------------------------------------------------------
+
+STORED_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
+STORED_NOBODY = 65534  # a user no file belongs to
+#: Thousands of small files come and go: in memory, where the system has a place for it.
+STORED_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+STORED_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+#: argv[1] is where the module is, argv[2:] a command line.
+STORED_LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
+                   "sys.exit(imagec.main())")
+#: Runs command lines (JSON on stdin: one to warm up, then a list) as another user. The
+#: first, as ourselves, imports what that user may have no right to read.
+STORED_SERVANT = """
+import codecs, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import imagec
+codecs.lookup("ascii")
+parser = imagec.argument_parser()
+imagec.argument_parser = lambda: parser
+warm, work = json.loads(sys.stdin.readline())
+if imagec.main(warm):
+    sys.exit("cannot even warm up")
+user = int(sys.argv[2])
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+print(json.dumps([imagec.main(argv) for argv in work]), file=sys.stdout)
+"""
+
+FLAT_MARKS = (("=>", "hardlink"), ("->", "symlink"), ("=", "file"))
+
+
+def flat_row(word):
+    """What Tree.apply takes, from a word: d/  f=content  s->target  h=>target."""
+    for mark, kind in FLAT_MARKS:
+        name, found, rest = word.partition(mark)
+        if found:
+            break
+    else:
+        kind, name, rest = "dir", word, ""
+    link = rest.encode() if kind in ("hardlink", "symlink") else b""
+    data = rest if kind == "file" else None
+    entry = imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link)
+    return entry, data, None
+
+
+def flat_tree(layers):
+    """The Tree that layers make, each a text of words."""
+    tree = imagec.Tree()
+    for layer in layers:
+        tree.apply([flat_row(word) for word in layer.split()])
+    return tree
+
+
+def flat_words(rows):
+    """Sorted words of (path, key of the inode, kind, content or target) rows."""
+    first, words = {}, []
+    marks = {kind: mark for mark, kind in FLAT_MARKS}
+    for path, key, kind, rest in sorted(rows):
+        if kind == "dir":
+            words.append(path + "/")
+        elif key in first:
+            words.append(path + "=>" + first[key])
+        else:
+            first[key] = path
+            words.append(path + marks[kind] + rest)
+    return sorted(words)
+
+
+def flat_tree_words(tree):
+    return flat_words(
+        (path.decode(), id(node), node.entry.kind,
+         node.entry.link.decode() if node.entry.kind == "symlink" else node.data or "")
+        for path, node in tree.walk())
+
+
+def flat_directory_words(directory):
+    """The words of a directory on disk."""
+    rows = []
+    for folder, names, files in os.walk(directory):
+        for name in names + files:
+            place = os.path.join(folder, name)
+            status = os.lstat(place)
+            kind, rest = "dir", ""
+            if stat.S_ISLNK(status.st_mode):
+                kind, rest = "symlink", os.readlink(place)
+            elif stat.S_ISREG(status.st_mode):
+                kind, rest = "file", stored_bytes(place).decode("latin-1")
+            path = os.path.relpath(place, directory)
+            rows.append((path, status.st_ino, kind, rest))
+    return flat_words(rows)
+
+
+def flat_tar_words(tar):
+    """The words of a tar as tarfile reads it."""
+    rows, keys = [], {}
+    for member in tar:
+        path = member.name
+        if path in (".", "./"):
+            continue
+        target = tar.getmember(member.linkname) if member.islnk() else member
+        keys[path] = keys.get(target.name, path)
+        kind = ("dir" if target.isdir() else "symlink" if target.issym() else "file")
+        rest = target.linkname if target.issym() else ""
+        if target.isreg():
+            rest = tar.extractfile(target).read().decode("latin-1")
+        rows.append((path, keys[path], kind, rest))
+    return flat_words(rows)
+
+
+def raw_member(name, data=b"", kind=b"0", link=b"", pax=(), **fields):
+    """One member under a header of our own making: tarfile refuses to write most.
+
+    A field is an int or the raw bytes; `pax` are (key, value) pairs; `tail` is what
+    stands where ustar has its name prefix.
+    """
+    pax = list(pax)
+    if len(name) > 100:
+        pax.append((b"path", name))
+    if len(link) > 100:
+        pax.append((b"linkpath", link))
+    values = dict(mode=0o644, uid=0, gid=0, size=len(data), mtime=1, major=0, minor=0,
+                  magic=b"ustar\00000", tail=b"")
+    values.update(fields)
+
+    def number(key, width):
+        value = values[key]
+        return value if isinstance(value, bytes) else b"%0*o" % (width - 1, value)
+
+    block = bytearray(struct.pack(
+        "100s8s8s8s12s12s8sc100s8s64s8s8s167s", name, number("mode", 8),
+        number("uid", 8), number("gid", 8), number("size", 12), number("mtime", 12),
+        b" " * 8, kind, link, values["magic"], b"", number("major", 8),
+        number("minor", 8), b""))
+    block[345:345 + len(values["tail"])] = values["tail"]
+    block[148:156] = b"%06o\0 " % sum(block)
+    extended = b""
+    if pax:
+        extended = raw_member(b"pax", b"".join(map(raw_record, pax)), b"x")
+    return extended + bytes(block) + data + bytes(-len(data) % 512)
+
+
+def raw_record(pair):
+    body_length = len(pair[0]) + len(pair[1]) + 3
+    length = next(n for n in range(body_length, body_length + 9)
+                  if n == body_length + len(str(n)))
+    return b"%d %s=%s\n" % (length, pair[0], pair[1])
+
+
+def raw_layer(*members):
+    return b"".join(members) + bytes(1024)
+
+
+def raw_words(text):
+    """A layer of the words of `text`."""
+    return raw_layer(*[raw_word(word) for word in text.split()])
+
+
+def raw_word(word):
+    entry, data, _ = flat_row(word)
+    kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
+    mode = 0o755 if entry.kind == "dir" else 0o644
+    return raw_member(entry.path, (data or "").encode(), kind, entry.link, mode=mode)
+
+
+def stored_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def stored_write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def stored_state(directory, besides=()):
+    """All there is to know about the files below a directory, to compare later."""
+    state = {}
+    for folder, names, files in os.walk(directory):
+        for name in list(names):
+            if name in besides:
+                names.remove(name)
+        for name in names + [name for name in files if name not in besides]:
+            place = os.path.join(folder, name)
+            facts = os.lstat(place)
+            content = b""
+            if stat.S_ISLNK(facts.st_mode):
+                content = os.readlink(place)
+            elif stat.S_ISREG(facts.st_mode):
+                content = stored_bytes(place)
+            times = facts.st_mtime_ns if os.path.isfile(place) else 0
+            state[place] = (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink,
+                            times, content)
+    return state
+
+
+def stored_remove(path):
+    """Removes a file or tree, whatever modes are in it."""
+    if os.path.isfile(path):
+        os.unlink(path)
+    for folder, names, _ in os.walk(path):
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                os.chmod(os.path.join(folder, name), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def stored_zstd(data):
+    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE,
+                          check=True).stdout
+
+
+stored_needs_zstd = unittest.skipUnless(shutil.which("zstd"), "needs the zstd program")
+stored_needs_root = unittest.skipUnless(
+    STORED_ROOT, "needs root, to become another user")
+
+Run = collections.namedtuple("Run", "status out err")
+
+
+class StoredCase(RegistryCase):
+    """A registry, a directory, and imagec.main to pull from one into the other."""
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp(dir=STORED_PLACE)
+        self.addCleanup(stored_remove, self.root)
+        os.chmod(self.root, 0o755)
+        roots = os.path.join(self.root, "roots.pem")
+        stored_write(roots, TEST_CERT.encode("ascii"))
+        clean = {name: value for name, value in os.environ.items()
+                 if not re.search("(?i)_proxy$|^IMAGEC_|^SSL_|^PYTHON", name)}
+        # Reading the system's roots takes longer than a pull.
+        self.environ = dict(clean, SSL_CERT_FILE=roots)
+        patch = mock.patch.dict(os.environ, self.environ, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.work = os.path.join(self.root, "work")
+        os.mkdir(self.work)
+        self.origin = self.registry()
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def serve(self, layers, name="lab/app:1", **options):
+        """Offer an image; (its reference, the BuiltImage)."""
+        image = build_image(layers, **options)
+        repository, _, tag = name.partition(":")
+        self.origin.add(repository, tag, image)
+        return self.origin.host + "/" + name, image
+
+    # Building the parser takes as long as a small pull.
+    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
+
+    def main(self, *argv):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        err = io.StringIO()
+        # Nothing here has to outlive the machine.
+        with mock.patch.multiple(sys, stdout=out, stderr=err), \
+                mock.patch.object(os, "fsync"), \
+                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
+            code = imagec.main(list(argv))
+        out.flush()
+        return Run(code, out.buffer.getvalue(), err.getvalue())
+
+    def pull(self, *argv, expect=0):
+        run = self.main("pull", "-q", *argv)
+        self.assertEqual(run.status, expect, run.err)
+        self.assertNotIn("Traceback", run.err)
+        return run
+
+    def warnings(self, *argv):
+        """What a pull that succeeds says on stderr, progress left out."""
+        run = self.main("pull", "--progress", "none", *argv)
+        self.assertEqual(run.status, 0, run.err)
+        return run.err
+
+    def start(self, *argv, python=sys.executable, **options):
+        process = subprocess.Popen(
+            [python, "-c", STORED_LAUNCHER, STORED_HOME] + list(argv),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=dict(self.environ, **options.pop("environ", {})), **options)
+        self.addCleanup(self.reap, process)
+        return process
+
+    @staticmethod
+    def reap(process):
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+    def as_nobody(self, *work):
+        """Run command lines as a user without rights: (their statuses, stderr)."""
+        warm = ["pull", "-q", "--format", "rootfs", "-o",
+                tempfile.mkdtemp(dir=self.root),
+                self.serve([raw_words("a=1")], "lab/warm:1")[0]]
+        done = subprocess.run(
+            [sys.executable, "-c", STORED_SERVANT, STORED_HOME, str(STORED_NOBODY)],
+            input=json.dumps([warm, work]).encode(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=self.environ, timeout=60, cwd=self.work)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return (json.loads(done.stdout.decode().splitlines()[-1]),
+                done.stderr.decode("utf-8", "replace"))
+
+    def verify(self, path, expect=0):
+        run = self.main("verify", path)
+        self.assertEqual(run.status, expect, run.err)
+        return run.err
+
+    def blob_gets(self, digest=""):
+        return sum("/blobs/" + digest in request.path and request.method == "GET"
+                   for request in self.origin.requests)
+
+    def members(self, path):
+        """{name: bytes} of a tar, in its order."""
+        found = collections.OrderedDict()
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                found[member.name] = file.read() if file else None
+        return found
+
+
+# ------------------------------------------------------------------------------
+# Flattening: the tree that layers make
+# ------------------------------------------------------------------------------
+
+FLAT_BAD = imagec.InvalidDocument
+FLAT_PLNK = ".wh..wh.plnk/ .wh..wh.plnk/1.2=data "
+FLAT_CASES = (
+    # where it is from, layers, the tree they make or the error
+    ("spec: whiteout", ["a=1 b=2", ".wh.a="], "b=2"),
+    ("spec: whiteout of a directory", ["d/x=1 d/y/z=2", ".wh.d="], ""),
+    ("spec: whiteout, then again", ["a=1", ".wh.a=", "a=2"], "a=2"),
+    ("T150: before what the layer adds", ["a=1", ".wh.a= a=2"], "a=2"),
+    ("T150: after it", ["a=1", "a=2 .wh.a="], "a=2"),
+    ("T150: of a directory the layer refills", ["d/x=1", ".wh.d= d/ d/y=2"],
+     "d/ d/y=2"),
+    ("T150: the same, last", ["d/x=1", "d/ d/y=2 .wh.d="], "d/ d/y=2"),
+    ("T150: a link takes its place", ["d/x=1 e/", "d->e .wh.d="], "d->e e/"),
+    ("T150: of nothing", ["a=1", ".wh.b= no/.wh.c= a/.wh.d="], "a=1"),
+    ("T150: of what this layer alone has", ["", "a=1 .wh.a="], "a=1"),
+    ("T150: opaque first", ["d/x=1", "d/ d/.wh..wh..opq= d/y=2"], "d/ d/y=2"),
+    ("T150: opaque last", ["d/x=1", "d/ d/y=2 d/.wh..wh..opq="], "d/ d/y=2"),
+    ("T150: opaque, same name", ["d/x=1", "d/x=2 d/.wh..wh..opq="], "d/ d/x=2"),
+    ("T150: opaque is deep", ["d/e/x=1", "d/e/y=2 d/.wh..wh..opq="],
+     "d/ d/e/ d/e/y=2"),
+    ("T150: opaque, others stay", ["d/x=1 e/x=1", "d/.wh..wh..opq="], "d/ e/ e/x=1"),
+    ("T150: opaque of nothing", ["a=1", "no/.wh..wh..opq= a/.wh..wh..opq="], "a=1"),
+    ("T149: opaque at the root", ["a=1 d/x=1", "b=2 .wh..wh..opq="], "b=2"),
+    ("T149: bare", ["d/x=1", "d/.wh.="], FLAT_BAD),
+    ("T149: bare at the root", ["a=1", ".wh.="], FLAT_BAD),
+    ("T149: of the directory itself", ["d/x=1", "d/.wh..="], FLAT_BAD),
+    ("T149: of its parent", ["d/x=1", "d/.wh...="], FLAT_BAD),
+    ("T149: unknown kind", ["a=1 x=1 d/x=2", ".wh..wh.x= d/.wh..wh.x="],
+     "a=1 x=1 d/ d/x=2"),
+    ("T149: as a component", ["a=1 b=2", ".wh.a/b=3"], "a=1 b=2 .wh.a/ .wh.a/b=3"),
+    ("T149: as a directory", ["a=1 b=2", ".wh.a/"], "b=2"),
+    ("T149: as a link", ["a=1 b=2", ".wh.a->b"], "b=2"),
+    ("T149: with data", ["a=1 b=2", ".wh.a=data"], "b=2"),
+    ("docker: AUFS keeps hard links' data apart",
+     [FLAT_PLNK + "a=>.wh..wh.plnk/1.2 b=>.wh..wh.plnk/1.2"], "a=data b=>a"),
+    ("docker: AUFS's other things", [".wh..wh.aufs= .wh..wh.orph/ a=1"], "a=1"),
+    ("root entry", ["./ a=1", "/ ./b=2"], "a=1 b=2"),
+    ("T144: the root a link", ["a=1", ".->/etc"], FLAT_BAD),
+    ("T144: the root a link, otherwise", ["a=1", "/->etc"], FLAT_BAD),
+    ("T144: the root a file", [".=1"], FLAT_BAD),
+    ("implicit parents", ["a/b/c=1"], "a/ a/b/ a/b/c=1"),
+    ("names that say the same", ["./a//b/./c=1", "/a/b/c=2"], "a/ a/b/ a/b/c=2"),
+    ("T157: twice", ["a=1 a=2"], "a=2"),
+    ("T157: twice, a directory first", ["d/x=1 d=2"], "d=2"),
+    ("T157: twice, a directory last", ["d/x=1 d/"], "d/ d/x=1"),
+    ("T151: file, directory", ["a=1", "a/ a/x=2"], "a/ a/x=2"),
+    ("T151: directory, file", ["a/x=1", "a=2"], "a=2"),
+    ("T151: directory, link", ["a/x=1 b/", "a->b"], "a->b b/"),
+    ("T151: link, directory", ["b/x=1 a->b", "a/ a/y=2"], "a/ a/y=2 b/ b/x=1"),
+    ("T151: link, file", ["b=1 a->b", "a=2"], "a=2 b=1"),
+    ("T151: file, link", ["a=1", "a->b"], "a->b"),
+    ("T151: directory, hard link", ["a/x=1 b=2", "a=>b"], "a=2 b=>a"),
+    ("T151: hard link, directory", ["b=1 a=>b", "a/x=2"], "a/ a/x=2 b=1"),
+    ("T151: child under a file", ["a=1", "a/x/y=2"], "a/ a/x/ a/x/y=2"),
+    ("T141: link as parent", ["usr/lib/ lib->usr/lib", "lib/x=1"],
+     "usr/ usr/lib/ usr/lib/x=1 lib->usr/lib"),
+    ("T141: absolute link", ["usr/lib/ lib->/usr/lib", "lib/x=1"],
+     "usr/ usr/lib/ usr/lib/x=1 lib->/usr/lib"),
+    ("T141: chain", ["c/ b->c a->b", "a/x=1"], "c/ c/x=1 b->c a->b"),
+    ("T141: link inside a link", ["x/y/ x/z/ l->x/y m->l/../z", "m/f=1"],
+     "x/ x/y/ x/z/ x/z/f=1 l->x/y m->l/../z"),
+    ("T141: above the root is the root", ["e/ d/l->../../../e", "d/l/x=1"],
+     "e/ e/x=1 d/ d/l->../../../e"),
+    ("T141: dangling", ["l->no/where", "l/x=1"],
+     "l->no/where no/ no/where/ no/where/x=1"),
+    ("T141: to a file", ["f=1 l->f", "l/x=2"], "f/ f/x=2 l->f"),
+    ("T157: loop", ["a->b b->a", "a/x=1"], FLAT_BAD),
+    ("T157: loop of one", ["a->a", "a/x=1"], FLAT_BAD),
+    ("T157: chain without end",
+     [" ".join("l%d->l%d" % (n, n + 1) for n in range(1000)), "l0/x=1"], FLAT_BAD),
+    ("T140: .. in a name", ["a/../../x=1"], FLAT_BAD),
+    ("T140: .. that stays inside", ["a/../x=1"], FLAT_BAD),
+    ("hard link to a lower layer", ["a=1", "b=>a"], "a=1 b=>a"),
+    ("hard link, absolute", ["a=1", "d/b=>/a"], "a=1 d/ d/b=>a"),
+    ("hard link to a link", ["s->x h=>s"], "h->x s=>h"),
+    ("hard link through a link", ["d/t=1 l->d", "h=>l/t"], "d/ d/t=1 h=>d/t l->d"),
+    ("hard link to a hard link", ["a=1 b=>a c=>b"], "a=1 b=>a c=>a"),
+    ("T157: before its target", ["h=>t t=1"], "h=1 t=>h"),
+    ("T157: two before their target", ["h=>t g=>t t=1"], "g=1 h=>g t=>g"),
+    ("T157: chain before its target", ["a=>b b=>c c=1"], "a=1 b=>a c=>a"),
+    ("T157: to itself", ["a=1", "a=>a"], "a=1"),
+    ("T157: to itself alone", ["a=>a"], FLAT_BAD),
+    ("T143: to nothing", ["h=>no"], FLAT_BAD),
+    ("T143: to a directory", ["d/ h=>d"], FLAT_BAD),
+    ("T143: to the root", ["h=>."], FLAT_BAD),
+    ("T143: above the root", ["h=>../x"], FLAT_BAD),
+    ("hard links part when one is replaced", ["a=1 b=>a", "a=2"], "a=2 b=1"),
+    ("hard links part when one is deleted", ["a=1 b=>a", ".wh.a="], "b=1"),
+    ("T148: whiteout through a link", ["d/x=1 d/y=2 l->d", "l/.wh.x="],
+     "d/ d/y=2 l->d"),
+    ("T148: through a link the layer replaces", ["d/x=1 l->d", "l/ l/.wh.x="],
+     "d/ d/x=1 l/"),
+    ("T148: the same, last", ["d/x=1 l->d", "l/.wh.x= l/"], "d/ d/x=1 l/"),
+    ("T148: opaque in a link the layer replaces",
+     ["d/x=1 l->d", "l/ l/.wh..wh..opq= l/z=3"], "d/ d/x=1 l/ l/z=3"),
+    ("T148: opaque deeper in it", ["d/e/x=1 l->d", "l/ l/e/ l/e/.wh..wh..opq="],
+     "d/ d/e/ d/e/x=1 l/ l/e/"),
+    ("T148: whiteout of the link", ["d/x=1 l->d", ".wh.l="], "d/ d/x=1"),
+)
+
+FLAT_NAMES = ("a", "b", "d", "d/a", "d/b", "d/e", "d/e/a", "e", "e/a", "e/d")
+FLAT_ROUNDS = 400
+
+
+class FlatModel:
+    """The OCI changeset rules taken literally, on the texts of paths.
+
+    Knows nothing of links as parents; `inodes` is path -> [kind, content].
+    """
+
+    def __init__(self):
+        self.inodes = {}
+
+    def apply(self, words):
+        rows = [(flat_row(word)[0], word) for word in words]
+        for entry, _ in rows:
+            self.delete(entry.path.decode())
+        for entry, word in rows:
+            if b".wh." not in entry.path:
+                self.add(entry, word)
+
+    def delete(self, path):
+        folder, _, name = path.rpartition("/")
+        if name == ".wh..wh..opq":
+            self.remove(lambda known: known.startswith(folder + "/"))
+        elif name.startswith(".wh."):
+            gone = (folder + "/" + name[4:]).lstrip("/")
+            self.remove(lambda known: (known + "/").startswith(gone + "/"))
+
+    def remove(self, is_gone):
+        for path in [path for path in self.inodes if is_gone(path)]:
+            del self.inodes[path]
+
+    def add(self, entry, word):
+        path = entry.path.decode().rstrip("/")
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            self.put("/".join(parts[:depth]), ["dir", ""])
+        if entry.kind == "hardlink":
+            self.put(path, self.inodes[entry.link.decode()])
+        else:
+            text = re.split("->|=", word, 1)[1] if entry.kind != "dir" else ""
+            self.put(path, [entry.kind, text])
+
+    def put(self, path, inode):
+        if inode[0] == "dir" and self.inodes.get(path, inode)[0] == "dir":
+            self.inodes.setdefault(path, inode)
+            return
+        self.remove(lambda known: (known + "/").startswith(path + "/"))
+        self.inodes[path] = inode
+
+    def words(self):
+        return flat_words((path, id(inode), inode[0], inode[1])
+                          for path, inode in self.inodes.items())
+
+    def others(self):
+        """Paths of what is no directory."""
+        return sorted(path for path, inode in self.inodes.items() if inode[0] != "dir")
+
+
+def random_layer(dice, model, number):
+    """A layer on top of `model`, which is moved on: its words, whiteouts anywhere."""
+    deleted = []
+    for name in dice.sample(FLAT_NAMES, dice.randint(0, 3)):
+        folder, slash, last = name.rpartition("/")
+        opaque = folder and dice.random() < 0.4
+        hidden = ".wh." + (".wh..opq" if opaque else last)
+        deleted.append(folder + slash + hidden + "=")
+    model.apply(deleted)
+    words = []
+    for _ in range(dice.randint(1, 6)):
+        word = random_word(dice, model, number)
+        model.apply([word])
+        words.append(word)
+    for word in deleted:
+        words.insert(dice.randint(0, len(words)), word)
+    return words
+
+
+def random_word(dice, model, number):
+    name = dice.choice(FLAT_NAMES)
+    kind = dice.choice(("file", "file", "dir", "hardlink", "symlink"))
+    targets = [path for path in model.others()
+               if not (name + "/").startswith(path + "/")]
+    if kind == "hardlink" and targets:
+        target = dice.choice(targets)
+        # What ends in .s is a link, and no name ever goes through it.
+        return "%s%s=>%s" % (name, ".s" * target.endswith(".s"), target)
+    if kind == "symlink":
+        return "%s.s->%s" % (name, dice.choice(FLAT_NAMES))
+    if kind == "dir":
+        return name + "/"
+    return "%s=%d.%d" % (name, number, dice.randrange(1000))
+
+
+def flat_store(tars, folder):
+    """The Tree of real tars, their files' data kept below `folder`."""
+    tree = imagec.Tree()
+    for number, tar in enumerate(tars):
+        store = imagec.LayerStore(os.path.join(folder, str(number)))
+        verifier = imagec.LayerVerifier(visitor=store)
+        verifier.update(tar)
+        verifier.finish()
+        tree.apply(store.entries)
+    return tree
+
+
+class FlatteningTest(unittest.TestCase):
+    """Layers to one tree, in memory and from there to a directory and to a tar."""
+
+    def test_tree(self):
+        for source, layers, wanted in FLAT_CASES:
+            with self.subTest(source, layers=[layer[:60] for layer in layers]):
+                if isinstance(wanted, str):
+                    self.assertEqual(flat_tree_words(flat_tree(layers)),
+                                     sorted(wanted.split()))
+                else:
+                    with self.assertRaises(wanted):
+                        flat_tree(layers)
+
+    def test_T148_opaque_spares_where_a_link_leads(self):
+        # An opaque directory is the layer's own; what a lower link names is not it.
+        words = flat_tree_words(flat_tree(["d/x=1 l->d", "l/.wh..wh..opq="]))
+        self.assertIn("d/x=1", words)
+
+    def test_directory_over_directory(self):
+        tree = flat_tree(["d/x=1"])
+        lower, upper = (imagec.Entry(b"d", "dir", 0, mode, 0, 0, mtime)
+                        for mode, mtime in ((0o700, 1), (0o755, 2)))
+        for entry in (lower, upper):
+            tree.apply([(entry, None, None)])
+            found = dict(tree.walk())
+            self.assertEqual(found[b"d"].entry, entry)
+            self.assertIn(b"d/x", found)
+        tree.apply([flat_row("d/y=2")])
+        self.assertEqual(dict(tree.walk())[b"d"].entry, upper)
+
+    def test_root_attributes(self):
+        tree = flat_tree(["a=1"])
+        self.assertEqual(tree.root.entry.mode, 0o755)
+        tree.apply([(imagec.Entry(b"./", "dir", 0, 0o711, 7, 8, 9), None, None)])
+        self.assertEqual(tree.root.entry[3:7], (0o711, 7, 8, 9))
+
+    def test_T068_depth(self):
+        with self.assertRaises(imagec.LimitExceeded):
+            flat_tree(["a/" * 5000 + "x=1"])
+        with self.assertRaises(imagec.LimitExceeded):
+            flat_tree(["a/" * 600 + "l->" + "a/" * 600, "a/" * 600 + "l/" + "b/" * 600])
+
+    def test_random_layers(self):
+        for seed in range(FLAT_ROUNDS):
+            dice, model, layers = random.Random(seed), FlatModel(), []
+            for number in range(dice.randint(1, 5)):
+                layers.append(" ".join(random_layer(dice, model, number)))
+            with self.subTest(seed=seed, layers=layers):
+                self.assertEqual(flat_tree_words(flat_tree(layers)), model.words())
+
+    def test_random_layers_written(self):
+        for seed in range(1000, 1030):
+            dice, model = random.Random(seed), FlatModel()
+            layers = [" ".join(random_layer(dice, model, number))
+                      for number in range(4)]
+            with self.subTest(seed=seed, layers=layers), \
+                    tempfile.TemporaryDirectory(dir=STORED_PLACE) as folder:
+                self.check_written(layers, model, folder)
+
+    def check_written(self, layers, model, folder):
+        tree = flat_store(map(raw_words, layers), os.path.join(folder, "data"))
+        tar = io.BytesIO()
+        imagec.write_tree_tar(tree, tar.write)
+        tar.seek(0)
+        with tarfile.open(fileobj=tar) as opened:
+            self.assertEqual(flat_tar_words(opened), model.words())
+        place = os.path.join(folder, "root")
+        imagec.TreeWriter(tree).write(place)
+        self.assertEqual(flat_directory_words(place), model.words())
+
+    def test_mtree(self):
+        lines = list(imagec.mtree_lines(flat_tree(["d/x=1 l->d odd\\name=2"])))
+        self.assertEqual(lines[0], "#mtree\n")
+        self.assertEqual([line.split()[0] for line in lines[1:]],
+                         [".", "./d", "./d/x", "./l", "./odd\\134name"])
+        self.assertIn("type=link", lines[4])
+        self.assertIn("link=d", lines[4])
+
+
+# ------------------------------------------------------------------------------
+# Flattening: layers that want out
+# ------------------------------------------------------------------------------
+
+def unsafe_names(*names):
+    return lambda at: [raw_layer(*[raw_member(name, b"bad") for name in names])]
+
+
+def unsafe_member(name=b"x", data=b"bad", **fields):
+    return lambda at: [raw_layer(raw_member(name, data, **fields))]
+
+
+def unsafe_words(*layers):
+    """Layers in words; @ is the canary directory, as the host knows it."""
+    return lambda at: [raw_words(layer.replace("@", at)) for layer in layers]
+
+
+def unsafe_hard_link(link):
+    return lambda at: [raw_layer(
+        raw_member(b"h", kind=b"1", link=link.replace(b"@", os.fsencode(at))),
+        raw_member(b"h", b"bad"))]
+
+
+def unsafe_metadata(kind):
+    """A link to the canary, then attributes for whatever goes by its name."""
+    loud = dict(mode=0o7777, uid=1, gid=1, mtime=2, pax=[
+        (b"SCHILY.xattr.user.bad", b"1"), (b"SCHILY.xattr.security.capability", b"1")])
+    return lambda at: [
+        raw_layer(raw_member(b"x", kind=b"2", link=os.fsencode(at + "/victim"))),
+        raw_layer(raw_member(b"x", kind=kind, link=os.fsencode(at + "/victim"),
+                             **loud))]
+
+
+def unsafe_depths(at):
+    """The structure of CVE-2025-4517: short links that stand for a very long path."""
+    members, path = [], b""
+    for letter in b"abcdefghijklmnop":
+        long_name = bytes([letter]) * 247
+        members.append(raw_member(path + long_name, kind=b"5", mode=0o755))
+        members.append(raw_member(path + bytes([letter]), kind=b"2", link=long_name))
+        path += long_name + b"/"
+    through = b"/".join(bytes([letter]) for letter in b"abcdefghijklmnop")
+    up = through + b"/" + b"l" * 254
+    members.append(raw_member(up, kind=b"2", link=b"../" * 16))
+    members.append(raw_member(b"escape", kind=b"2", link=up + b"/../../../canary"))
+    return [raw_layer(*members), raw_layer(raw_member(b"escape/new", b"bad"))]
+
+
+def unsafe_sparse(*pairs, data=b"bad"):
+    return unsafe_member(data=data, pax=pairs)
+
+
+UNSAFE_SIZE = b"GNU.sparse.realsize"
+UNSAFE_MAP = b"GNU.sparse.map"
+UNSAFE_GLOBAL = raw_record((b"path", b"../canary/new"))
+#: id, what, layers (a function of the canary directory), status, words if it succeeds
+UNSAFE = (
+    ("T140", "parent", unsafe_names(b"../canary/new"), 3),
+    ("T140", "of the staging directory", unsafe_names(b"../../canary/new"), 3),
+    ("T140", "deeper", unsafe_names(b"a/../../canary/victim"), 3),
+    ("T140", "dot first", unsafe_names(b"./../canary/victim"), 3),
+    ("T140", "at the end", unsafe_names(b"a/.."), 3),
+    ("T140", "a directory", unsafe_member(b"../canary", kind=b"5", mode=0), 3),
+    ("T140", "absolute", lambda at: unsafe_names(os.fsencode(at + "/victim"))(at), 0),
+    ("T140", "two slashes", unsafe_names(b"//x"), 0, "x=bad"),
+    ("T140", "empty", unsafe_names(b""), 3),
+    ("T140", "dot", unsafe_names(b"."), 3),
+    ("T140", "NUL", unsafe_member(pax=[(b"path", b"a\0/../../canary/new")]), 3),
+    ("T140", "foreign", unsafe_names(b"..\\x", b"C:\\x"), 0, "..\\x=bad C:\\x=bad"),
+    ("T141", "same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
+    ("T141", "later layer", unsafe_words("d->@", "d/victim=bad d/new=bad"), 0),
+    ("T141", "relative", unsafe_words("d->../canary", "d/new=bad"), 0,
+     "d->../canary canary/ canary/new=bad"),
+    ("T141", "from the staging directory", unsafe_words("d->../../canary d/new=bad"), 0,
+     "d->../../canary canary/ canary/new=bad"),
+    ("T141", "chain", unsafe_words("a->b b->c c->..", "a/canary/new=bad"), 0),
+    ("T141", "two steps", unsafe_words("x->. x/y->../..", "x/y/canary/new=bad"), 0),
+    ("T141", "the root", unsafe_words("l->/", "l/new=bad"), 0, "l->/ new=bad"),
+    ("T142", "file", unsafe_words("x->@/victim x=bad"), 0, "x=bad"),
+    ("T142", "file, later", unsafe_words("x->@/victim", "x=bad"), 0, "x=bad"),
+    ("T142", "directory", unsafe_words("x->@", "x/ x/new=bad"), 0, "x/ x/new=bad"),
+    ("T142", "attributes of a directory", unsafe_metadata(b"5"), 0, "x/"),
+    ("T142", "attributes of a link", unsafe_metadata(b"2"), 0),
+    ("T142", "attributes of a file", unsafe_metadata(b"0"), 0, "x="),
+    ("T142", "fifo", unsafe_metadata(b"6"), 0),
+    ("T142", "hard link", unsafe_words("x->@/victim h=>x", "h=bad"), 0),
+    ("T143", "parent", unsafe_hard_link(b"../canary/victim"), 3),
+    ("T143", "from the staging directory", unsafe_hard_link(b"../../canary/victim"), 3),
+    ("T143", "absolute", unsafe_hard_link(b"@/victim"), 3),
+    ("T143", "to where we are", unsafe_hard_link(b"secret"), 3),
+    ("T143", "empty", unsafe_hard_link(b""), 3),
+    ("T143", "through a link", unsafe_words("d->@", "h=>d/victim h=bad"), 3),
+    ("T143", "to a link", unsafe_words("s->@/victim h=>s"), 0),
+    ("T144", "link", unsafe_words("a=1", ".->@", "new=bad"), 3),
+    ("T144", "link by another name", unsafe_words("a=1", "/->@", "new=bad"), 3),
+    ("T144", "link by a third name", unsafe_words("./.->@", "new=bad"), 3),
+    ("T144", "hard link", unsafe_words("a=1 .=>a"), 3),
+    ("T144", "fifo", unsafe_member(b"./", b"", kind=b"6"), 3),
+    ("T145", "paths too long", unsafe_depths, (0, 1, 3)),
+    ("T146", "character", unsafe_member(b"null", b"", kind=b"3", major=1, minor=3), 0),
+    ("T146", "block", unsafe_member(b"loop", b"", kind=b"4", major=7), 0),
+    ("T146", "fifo", unsafe_member(b"pipe", b"", kind=b"6"), 0),
+    ("T146", "absurd", unsafe_member(b"x", b"", kind=b"3", major=b"\x80" + b"\xff" * 7),
+     0),
+    ("T147", "setuid", unsafe_member(mode=0o6777), 0, "x=bad"),
+    ("T148", "whiteout", unsafe_words("l->@", "l/.wh.victim="), 0, None),
+    ("T148", "opaque", unsafe_words("l->@", "l/.wh..wh..opq="), 0, None),
+    ("T148", "whiteout, replaced", unsafe_words("l->@", "l/ l/.wh.victim="), 0, "l/"),
+    ("T148", "relative", unsafe_words("l->../..", "l/.wh.canary= l/canary/.wh.victim="),
+     0, "l->../.."),
+    ("T148", "with ..", unsafe_words("l/x=1", "l/../../canary/.wh.victim="), 3),
+    ("T149", "bare", unsafe_words("d/x=1", "d/.wh.="), 3),
+    ("T149", "itself", unsafe_words("d/x=1", "d/.wh..="), 3),
+    ("T149", "its parent", unsafe_words("d/x=1", ".wh...="), 3),
+    ("T149", "as a component", unsafe_words(".wh.a/../../canary/new=bad"), 3),
+    ("T149", "unknown", unsafe_words("a=1 x=1", ".wh..wh.x="), 0, "a=1 x=1"),
+    ("T150", "opaque last", unsafe_words("bin/sh=1", "bin/sh=2 bin/.wh..wh..opq="), 0,
+     "bin/ bin/sh=2"),
+    ("T151", "all at once", unsafe_words("a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"), 0,
+     "a/ a/x=3 a/y=5 b=4 c->a"),
+    ("T151", "a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
+    ("T151", "a link in what is deleted", unsafe_words("d/l->@ a=1", ".wh.d="), 0,
+     "a=1"),
+    ("T152", "huge hole", unsafe_sparse(
+        (UNSAFE_SIZE, b"8388608"), (UNSAFE_MAP, b"0,3")), 3),
+    ("T152", "huge without a map", unsafe_sparse((UNSAFE_SIZE, b"8388608")), 3),
+    ("T152", "many pieces", unsafe_sparse((UNSAFE_MAP, b"0,0," * 300000)), 3),
+    ("T152", "backwards", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"5,2,0,1")),
+     3),
+    ("T152", "beyond the end", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"8,3")),
+     3),
+    ("T152", "data that does not fit", unsafe_sparse(
+        (UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"0,2")), 3),
+    ("T152", "name", unsafe_sparse((b"GNU.sparse.name", b"../canary/new")), 3),
+    ("T152", "map inside, endless", unsafe_sparse(
+        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (UNSAFE_SIZE, b"9"),
+        data=b"999999\n".ljust(512, b"1")), 3),
+    ("T152", "old, negative", unsafe_member(
+        kind=b"S", magic=b"ustar  \0", tail=bytes(138) + b"\xff" * 12), 3),
+    ("T153", "path", unsafe_member(pax=[(b"path", b"../canary/new")]), 3),
+    ("T153", "linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
+        (b"linkpath", b"../canary/victim")]), 3),
+    ("T153", "negative size", unsafe_member(pax=[(b"size", b"-1")]), 3),
+    ("T153", "number with an underscore", unsafe_member(pax=[(b"size", b"1_0")]), 3),
+    ("T153", "size beyond the end", unsafe_member(pax=[(b"size", b"99999")]), 3),
+    ("T153", "negative in base 256", unsafe_member(size=b"\xff" * 12), 3),
+    ("T153", "everywhere", lambda at: [raw_layer(
+        raw_member(b"g", UNSAFE_GLOBAL, b"g"), raw_member(b"x", b"bad"))], 3),
+    ("T153", "length", lambda at: [raw_layer(
+        raw_member(b"p", b"99 path=../canary/new\n", b"x"), raw_member(b"x"))], 3),
+    ("T153", "length of nothing", lambda at: [raw_layer(
+        raw_member(b"p", b"0 path=x\n", b"x"), raw_member(b"x"))], 3),
+    ("T154", "times", unsafe_member(pax=[(b"mtime", b"nan")]), 0, "x=bad"),
+    ("T154", "far times", unsafe_member(pax=[(b"mtime", b"9" * 17)]), 0, "x=bad"),
+    ("T154", "far time", unsafe_member(pax=[(b"mtime", b"999999999999")]), 0, "x=bad"),
+    ("T154", "owners", unsafe_member(pax=[(b"uid", b"99999999999"),
+                                          (b"gid", b"99999999999")]), 0, "x=bad"),
+    ("T154", "negative owners", unsafe_member(uid=b"\xff" * 8), 0, "x=bad"),
+    ("T154", "mode", unsafe_member(mode=b"7777777\0"), 0, "x=bad"),
+    ("T158", "unknown type", unsafe_member(kind=b"Z"), 0, ""),
+    ("T158", "a header for nothing", lambda at: [
+        raw_member(b"p", raw_record((b"path", b"x")), b"x") + bytes(1024)], 3),
+    ("T159", "overlay", unsafe_member(pax=[
+        (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
+        (b"SCHILY.xattr.security.selinux", b"x")]), 0, "x=bad"),
+    ("T164", "link to a pipe", unsafe_words("etc/passwd->@/pipe"), 0),
+)
+
+
+@unittest.skipUnless(os.name == "posix", "rootfs directories need POSIX")
+class UnsafeLayersTest(StoredCase):
+    """Layers with honest digests and bad intentions: nothing outside is touched."""
+
+    def setUp(self):
+        super().setUp()
+        self.canary = self.at("canary")
+        os.mkdir(self.canary)
+        os.mkfifo(os.path.join(self.canary, "pipe"))
+        os.mkdir(self.at("canary", "deep"))
+        for path in (self.at("canary", "victim"), self.at("secret"),
+                     self.at("canary", "deep", "victim")):
+            stored_write(path, b"untouched")
+            os.chmod(path, 0o666)
+        os.chmod(self.work, 0o777)
+        os.chmod(self.canary, 0o777)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.work)
+
+    def command(self, number, layers):
+        reference, _ = self.serve(layers(self.canary), "lab/bad:%d" % number)
+        return ["pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304",
+                "-o", self.at("out%d" % number), reference]
+
+    def check(self, wanted):
+        rows = [row for row in UNSAFE if row[0] == wanted]
+        self.assertTrue(rows)
+        for number, row in enumerate(rows):
+            with self.subTest(row[1]):
+                argv = self.command(number, row[2])
+                before = stored_state(self.work)
+                run = self.main(*argv)
+                self.check_result(row, number, run.status, run.err)
+                self.check_outside(before, number)
+
+    def check_outside(self, before, *numbers):
+        ours = ["out%d%s" % (number, more) for number in numbers
+                for more in ("", ".mtree", ".partial.d")]
+        self.assertEqual(stored_state(self.work, ours), before)
+        for number in numbers:
+            for more in ("", ".mtree", ".partial.d"):
+                stored_remove(self.at("out%d%s" % (number, more)))
+
+    def check_result(self, row, number, status, err=""):
+        wanted = row[3] if isinstance(row[3], tuple) else (row[3],)
+        self.assertIn(status, wanted, err)
+        out = self.at("out%d" % number)
+        if status:
+            self.assertFalse(os.path.lexists(out))
+            self.assertFalse(os.path.lexists(out + ".mtree"))
+            left = os.listdir(out + ".partial.d")
+            self.assertLessEqual(set(left), {"blobs", "lock.partial"})
+        elif len(row) > 4 and row[4] is not None:
+            self.assertEqual(flat_directory_words(out), sorted(row[4].split()))
+
+    def test_T140_names(self):
+        self.check("T140")
+
+    def test_T141_links_as_parents(self):
+        self.check("T141")
+
+    def test_T142_links_as_leaves(self):
+        self.check("T142")
+
+    def test_T143_hard_links(self):
+        self.check("T143")
+
+    def test_T144_another_root(self):
+        self.check("T144")
+
+    def test_T145_long_paths(self):
+        self.check("T145")
+
+    def test_T146_devices(self):
+        self.check("T146")
+
+    def test_T147_setuid(self):
+        self.check("T147")
+
+    def test_T148_whiteouts_through_links(self):
+        self.check("T148")
+
+    def test_T149_odd_whiteouts(self):
+        self.check("T149")
+
+    def test_T150_T151_order_and_types(self):
+        self.check("T150")
+        self.check("T151")
+
+    def test_T152_sparse(self):
+        self.check("T152")
+
+    def test_T153_extensions(self):
+        self.check("T153")
+
+    def test_T154_T158_T159_attributes(self):
+        for row in ("T154", "T158", "T159", "T164"):
+            self.check(row)
+
+    @stored_needs_root
+    def test_as_nobody(self):
+        # What is refused by its headers is refused to every user alike.
+        rows = [row for row in UNSAFE if row[3] != 3]
+        work = [self.command(number, row[2]) for number, row in enumerate(rows)]
+        before = stored_state(self.work)
+        statuses, err = self.as_nobody(*work)
+        self.assertNotIn("Traceback", err)
+        for number, row in enumerate(rows):
+            with self.subTest(row[1], id=row[0]):
+                self.check_result(row, number, statuses[number], err)
+        self.check_outside(before, *range(len(rows)))
+
+    def test_T163_bad_last_layer(self):
+        good = [raw_words("f%d=%d" % (n, n)) for n in range(8)]
+        reference, _ = self.serve(good + [raw_words("../x=1")])
+        before = stored_state(self.work)
+        os.mkdir(self.at("out0"))
+        self.pull("--format", "rootfs", "-o", self.at("out0"), reference, expect=3)
+        self.assertEqual(os.listdir(self.at("out0")), [])
+        os.rmdir(self.at("out0"))
+        self.check_outside(before, 0)
+
+    def test_T017_planted_links(self):
+        reference, _ = self.serve([raw_words("a=1 d/ d/b=2")])
+        os.mkdir(self.at("canary", "layers"))
+        os.chmod(self.at("canary", "deep"), 0o755)
+        for place in ("out0.partial.d", "out0.partial.d/root", "out0.partial.d/layers",
+                      "out0.partial.d/blobs", "out0.partial.d/lock.partial",
+                      "out0.mtree.partial", "out0.blobs.partial", "out0.partial"):
+            for format in ("rootfs", "archive"):
+                with self.subTest(place, format=format):
+                    before = stored_state(self.work)
+                    os.makedirs(os.path.dirname(self.at(place)), exist_ok=True)
+                    os.symlink(self.canary, self.at(place))
+                    self.assertIn(self.main("pull", "-q", "--format", format, "-o",
+                                            self.at("out0"), reference).status, (0, 1))
+                    for name in glob.glob(self.at("out0*")):
+                        if os.path.islink(name):
+                            os.unlink(name)
+                        stored_remove(name)
+                    self.assertEqual(stored_state(self.work), before)
+
+    def test_T162_no_program_runs(self):
+        traps = self.at("traps")
+        os.mkdir(traps)
+        for name in ("unpigz", "pigz", "gzip", "xz", "bzip2", "tar", "sh"):
+            stored_write(os.path.join(traps, name), b"#!/bin/sh\n>\"$0.ran\"\n")
+            os.chmod(os.path.join(traps, name), 0o755)
+        with mock.patch.dict(os.environ, PATH=traps):
+            for kind in ("bz2", "lzma"):
+                module = __import__(kind)
+                reference, _ = self.serve([raw_words("a=1")], compress=module.compress
+                                          if kind == "bz2" else lambda data:
+                                          module.compress(data, module.FORMAT_XZ))
+                self.pull("--format", "rootfs", "-o", self.at(kind), reference)
+                self.assertEqual(flat_directory_words(self.at(kind)), ["a=1"])
+        self.assertFalse([name for name in os.listdir(traps) if name.endswith(".ran")])
+
+
+# ------------------------------------------------------------------------------
+# Rootfs: attributes, names, what cannot be done
+# ------------------------------------------------------------------------------
+
+SPARSE_CONTENT = bytes(70000) + b"middle" + bytes(5000) + b"end"
+SPARSE_PIECES = ((70000, b"middle"), (75006, b"end"))
+
+
+def sparse_old(name):
+    """GNU tar's own type S, with entries in a second header block."""
+    pairs = [(0, 0)] * 4 + [(at, len(data)) for at, data in SPARSE_PIECES]
+    fields = [b"%011o\0%011o\0" % pair for pair in pairs]
+    tail = bytes(41) + b"".join(fields[:4]) + b"\1" + b"%011o\0" % len(SPARSE_CONTENT)
+    data = b"".join(data for _, data in SPARSE_PIECES)
+    whole = raw_member(name, data, b"S", magic=b"ustar  \0", tail=tail)
+    more = b"".join(fields[4:]).ljust(512, b"\0")
+    return whole[:512] + more + whole[512:]
+
+
+def sparse_pax(name, minor):
+    """pax 0.0 (keys that repeat), 0.1 (one key), 1.0 (the map is in the data)."""
+    pairs = [(at, len(data)) for at, data in SPARSE_PIECES]
+    data = b"".join(data for _, data in SPARSE_PIECES)
+    numbers = [b"%d" % number for pair in pairs for number in pair]
+    size = b"%d" % len(SPARSE_CONTENT)
+    if minor == "0.0":
+        pax = [(b"GNU.sparse.size", size), (b"GNU.sparse.numblocks", b"2")]
+        for at, length in pairs:
+            pax += [(b"GNU.sparse.offset", b"%d" % at),
+                    (b"GNU.sparse.numbytes", b"%d" % length)]
+        return raw_member(name, data, pax=pax)
+    pax = [(b"GNU.sparse.name", name), (b"GNU.sparse.realsize", size)]
+    if minor == "0.1":
+        pax.append((b"GNU.sparse.map", b",".join(numbers)))
+    else:
+        pax += [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]
+        table = b"\n".join([b"2"] + numbers) + b"\n"
+        data = table.ljust(512, b"\0") + data
+    return raw_member(b"GNUSparseFile.0/x", data, pax=pax)
+
+
+#: tarfile makes what we make of these names the same names again.
+ROOTFS_NAMES = (
+    b"caf\xe9", b"caf\xc3\xa9", b"new\nline", b"tab\there", b" lead and trail ",
+    b"back\\slash", b"quote'\"", b"trailing.", b"=equals#hash", b"\x01\x7f\xff",
+    b"n" * 255, b"deep/" * 30 + b"x", b"p" * 120 + b"/" + b"q" * 200, b"-rf", b"%s{}",
+)
+
+
+@unittest.skipUnless(os.name == "posix", "rootfs directories need POSIX")
+class RootfsOutputTest(StoredCase):
+    """The file system of an image, as a directory and as one tar."""
+
+    def rootfs(self, *layers, name="lab/app:1", out="out"):
+        reference, _ = self.serve(list(layers), name)
+        err = self.warnings("--format", "rootfs", "-o", self.at(out), reference)
+        if not STORED_ROOT:  # a directory no layer speaks of is root's
+            err = re.sub(".*owners not set.*\n", "", err)
+        return os.fsencode(self.at(out)), err
+
+    def test_modes_times_owners(self):
+        rows = [(b"plain", 0o644, b"0"), (b"none", 0, b"0"), (b"setuid", 0o4755, b"0"),
+                (b"setgid", 0o2755, b"0"), (b"dir", 0o1777, b"5"),
+                (b"closed", 0o555, b"5"), (b"closed/x", 0o600, b"0"),
+                (b"group", 0o2750, b"5")]
+        owner = (1234, 4321) if STORED_ROOT else (os.geteuid(), os.getegid())
+        out, err = self.rootfs(raw_layer(*[
+            raw_member(name, b"", kind, mode=mode, uid=owner[0], gid=owner[1],
+                       pax=[(b"mtime", b"1234567890.123456789")])
+            for name, mode, kind in rows]))
+        self.assertEqual(err, "")
+        for name, mode, _ in rows:
+            facts = os.lstat(os.path.join(out, name))
+            self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime_ns),
+                             (mode, 1234567890123456789), name)
+            self.assertEqual((facts.st_uid, facts.st_gid), owner)
+        self.verify(os.fsdecode(out))
+
+    def test_times(self):
+        cases = ((b"0", 0), (b"1.5", 15 * 10 ** 8), (b"1.0000000019", 10 ** 9 + 1),
+                 (b"-1", -10 ** 9), (b"-1.5", -15 * 10 ** 8), (b"-0.25", -25 * 10 ** 7),
+                 (b"inf", 0), (b"1e9", 0), (b"", 0))
+        out, _ = self.rootfs(raw_layer(*[
+            raw_member(b"f%d" % n, pax=[(b"mtime", text)])
+            for n, (text, _) in enumerate(cases)]))
+        for n, (text, wanted) in enumerate(cases):
+            with self.subTest(text):
+                found = os.lstat(os.path.join(out, b"f%d" % n)).st_mtime_ns
+                self.assertEqual(found, wanted)
+
+    def test_times_in_a_tar(self):
+        for text in ("1.5", "-1.5", "-1", "-0.25", "5000000000.5"):
+            with self.subTest(text):
+                ns = int(float(text) * 10 ** 9)
+                header = imagec.tar_header(b"x", 0, mtime=ns)
+                info = tarfile.open(fileobj=io.BytesIO(header + bytes(1024))).next()
+                self.assertEqual(info.mtime, float(text))
+
+    def test_fifos_and_devices(self):
+        out, err = self.rootfs(raw_layer(
+            raw_member(b"pipe", kind=b"6", mode=0o640),
+            raw_member(b"null", kind=b"3", major=1, minor=3, mode=0o666),
+            raw_member(b"disk", kind=b"4", major=7, minor=9, mode=0o660)))
+        facts = os.lstat(os.path.join(out, b"pipe"))
+        self.assertTrue(stat.S_ISFIFO(facts.st_mode))
+        self.assertEqual(stat.S_IMODE(facts.st_mode), 0o640)
+        if "device nodes not made" in err:
+            self.assertEqual(os.listdir(out), [b"pipe"])
+        else:
+            facts = os.lstat(os.path.join(out, b"disk"))
+            self.assertEqual((stat.S_ISBLK(facts.st_mode), facts.st_rdev,
+                              stat.S_IMODE(facts.st_mode)),
+                             (True, os.makedev(7, 9), 0o660))
+            self.assertTrue(stat.S_ISCHR(os.lstat(os.path.join(out, b"null")).st_mode))
+        self.verify(os.fsdecode(out))
+
+    @unittest.skipUnless(hasattr(os, "setxattr"), "no extended attributes here")
+    def test_extended_attributes(self):
+        self.work = tempfile.mkdtemp()  # on a disk: few keep them in memory
+        self.addCleanup(stored_remove, self.work)
+        probe = self.at("probe")
+        stored_write(probe, b"")
+        try:
+            os.setxattr(probe, "user.x", b"1")
+        except OSError as error:
+            self.skipTest("no user.* attributes on this file system: %s" % error)
+        out, err = self.rootfs(raw_layer(*[
+            raw_member(name, kind=kind, mode=0o555, pax=[
+                (b"SCHILY.xattr.user.bytes", b"\0\xff\n"),
+                (b"SCHILY.xattr.trusted.overlay.opaque", b"y")])
+            for name, kind in ((b"f", b"0"), (b"d", b"5"))]))
+        for name in (b"f", b"d"):
+            place = os.path.join(out, name)
+            self.assertEqual(os.getxattr(place, b"user.bytes"), b"\0\xff\n")
+            self.assertNotIn("trusted.overlay.opaque", os.listxattr(place))
+        self.assertIn("extended attributes not set: 2", err)
+
+    def test_sparse_files(self):
+        out, err = self.rootfs(raw_layer(
+            raw_member(b"before", b"b"), sparse_old(b"old"),
+            *[sparse_pax(b"pax" + minor.encode(), minor) for minor in
+              ("0.0", "0.1", "1.0")] + [raw_member(b"after", b"a")]))
+        self.assertEqual((err, sorted(os.listdir(out))), (
+            "", [b"after", b"before", b"old", b"pax0.0", b"pax0.1", b"pax1.0"]))
+        for name in os.listdir(out):
+            if name not in (b"after", b"before"):
+                with self.subTest(name):
+                    content = stored_bytes(os.path.join(out, name))
+                    self.assertEqual(content, SPARSE_CONTENT)
+        self.verify(os.fsdecode(out))
+
+    def test_sparse_map_of_rubbish(self):
+        # The second block of an old sparse header is read by us, not by tarfile.
+        whole = sparse_old(b"x")
+        broken = whole[:512] + b"9" * 512 + whole[1024:]
+        with self.assertRaises(imagec.InvalidDocument):
+            walker = imagec.TarWalker("layer", imagec.LayerStore(self.at("store")))
+            walker.update(raw_layer(broken))
+
+    def test_names(self):
+        data = {name: b"%d" % n for n, name in enumerate(ROOTFS_NAMES)}
+        layer = raw_layer(*[raw_member(name, data[name]) for name in ROOTFS_NAMES])
+        out, _ = self.rootfs(layer)
+        for name in ROOTFS_NAMES:
+            self.assertEqual(stored_bytes(os.path.join(out, name)), data[name], name)
+        self.verify(os.fsdecode(out))
+        reference, _ = self.serve([layer])
+        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
+        with tarfile.open(self.at("out.tar"), encoding="utf-8",
+                          errors="surrogateescape") as tar:
+            found = {member.name.encode("utf-8", "surrogateescape"):
+                     tar.extractfile(member).read() for member in tar if member.isreg()}
+        self.assertEqual(found, data)
+
+    def test_GNU_long_names(self):
+        name, link = b"n" * 150, b"l" * 150
+        out, _ = self.rootfs(raw_layer(
+            raw_member(b"././@LongLink", name + b"\0", b"L", magic=b"ustar  \0"),
+            raw_member(b"././@LongLink", link + b"\0", b"K", magic=b"ustar  \0"),
+            raw_member(name[:99], kind=b"2", link=link[:99], magic=b"ustar  \0")))
+        self.assertEqual(os.readlink(os.path.join(out, name)), link)
+
+    def test_T156_names_in_the_C_locale(self):
+        reference, _ = self.serve([raw_layer(
+            raw_member(b"caf\xe9", b"1"), raw_member(b"l", kind=b"2", link=b"\xe9"))])
+        process = self.start(
+            "pull", "-q", "--format", "rootfs", "-o", self.at("out"), reference,
+            environ={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        err = process.communicate()[1]
+        self.assertEqual((process.returncode, err), (0, b""))
+        self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))),
+                         [b"caf\xe9", b"l"])
+        self.verify(self.at("out"))
+
+    def test_T158_unknown_types_are_told(self):
+        out, err = self.rootfs(raw_layer(raw_member(b"x", b"data", b"Z"),
+                                         raw_member(b"y", b"data", b"M"),
+                                         raw_member(b"z", b"data", b"7")))
+        self.assertEqual(os.listdir(out), [b"z"])
+        self.assertEqual(stored_bytes(os.path.join(out, b"z")), b"data")
+        self.assertRegex(err, r"\b2\b")
+
+    def test_T165_windows(self):
+        reference, _ = self.serve([raw_words("Files/a=1")],
+                                  platform=("windows", "amd64", None))
+        for out in ("out", "out.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(out), reference, expect=1)
+        self.assertEqual(self.blob_gets() - self.blob_gets("sha256:"), 0)
+        self.assertFalse(os.path.exists(self.at("out")))
+
+    def test_staging_is_private(self):
+        seen = []
+
+        def write(writer, directory):
+            seen.append(stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode))
+            original(writer, directory)
+
+        original = imagec.TreeWriter.write
+        with mock.patch.object(imagec.TreeWriter, "write", write):
+            self.rootfs(raw_words("a=1"))
+        self.assertEqual(seen, [0o700])
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree"])
+
+    def test_destinations(self):
+        reference, _ = self.serve([raw_words("a=1")])
+        stored_write(self.at("file"), b"mine")
+        os.mkdir(self.at("full"))
+        stored_write(self.at("full", "mine"), b"mine")
+        os.mkdir(self.at("empty"))
+        os.symlink("empty", self.at("link"))
+        before = stored_state(self.work)
+        for name in ("file", "full", "link", "file/x"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference, expect=1)
+        self.assertEqual(stored_state(self.work), before)
+        self.assertEqual(self.origin.requests, [])
+        for name in ("empty", "new", "slash/", "nul"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference)
+            self.assertEqual(flat_directory_words(self.at(name)), ["a=1"])
+
+    def test_one_image_at_a_time(self):
+        one, _ = self.serve([raw_words("a=1")], "lab/one:1")
+        two, _ = self.serve([raw_words("b=1")], "lab/two:1")
+        for out in ("out", "out.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(out), one, two, expect=2)
+            self.assertFalse(os.path.exists(self.at(out)), "half of what was asked for")
+
+    def test_tar_is_what_the_directory_is(self):
+        layers = [raw_words("d/x=1 d/y=2 l->d h=>d/x gone=1"),
+                  raw_words(".wh.gone= d/y=3 new/z=4")]
+        out, _ = self.rootfs(*layers)
+        reference, _ = self.serve(layers)
+        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
+        with tarfile.open(self.at("out.tar")) as tar:
+            self.assertEqual(flat_tar_words(tar), flat_directory_words(self.at("out")))
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree", "out.tar"])
+
+    def test_tar_keeps_what_a_user_cannot_have(self):
+        reference, _ = self.serve([raw_layer(
+            raw_member(b"null", kind=b"3", major=1, minor=3, uid=7, gid=8, mode=0o4666),
+            raw_member(b"x", b"1", pax=[
+                (b"SCHILY.xattr.security.capability", b"\1")]))])
+        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
+        with tarfile.open(self.at("out.tar")) as tar:
+            null, other = tar.getmember("null"), tar.getmember("x")
+        self.assertEqual((null.ischr(), null.devmajor, null.devminor), (True, 1, 3))
+        self.assertEqual((null.uid, null.gid, null.mode), (7, 8, 0o4666))
+        self.assertIn("SCHILY.xattr.security.capability", other.pax_headers)
+
+    def test_tar_to_standard_output(self):
+        reference, _ = self.serve([raw_words("d/x=1")])
+        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
+        run = self.pull("--format", "rootfs", "-o", "-", reference)
+        self.assertEqual(run.out, stored_bytes(self.at("out.tar")))
+
+    def test_again_after_a_failure(self):
+        reference, image = self.serve([raw_words("a=1"), raw_words(
+            "b=" + "".join(map(str, range(500))))])
+        fault = self.origin.fault(image.layers[0], flip(), times=None)
+        self.pull("-j", "1", "--format", "rootfs", "-o", self.at("out"), reference,
+                  expect=3)
+        self.origin.faults.remove(fault)
+        self.assertFalse(os.path.exists(self.at("out")))
+        self.pull("--format", "rootfs", "-o", self.at("out"), reference)
+        self.assertEqual(self.blob_gets(image.layers[1]), 1)
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree"])
+
+
+@stored_needs_root
+class RootlessTest(StoredCase):
+    """What is done, and what is told, where a user has no special rights (T155)."""
+
+    def setUp(self):
+        super().setUp()
+        os.chmod(self.work, 0o777)
+
+    def command(self, *members, out="out", name="lab/app:1"):
+        reference, _ = self.serve([raw_layer(*members)], name)
+        return ["pull", "--progress", "none", "--format", "rootfs", "-o", self.at(out),
+                reference]
+
+    def rootfs(self, *members):
+        (status,), err = self.as_nobody(self.command(*members))
+        self.assertEqual(status, 0, err)
+        return err
+
+    def test_read_only_directories(self):
+        own = dict(uid=STORED_NOBODY, gid=STORED_NOBODY)
+        self.assertEqual("", self.rootfs(
+            raw_member(b"./", kind=b"5", mode=0o755, **own),
+            raw_member(b"ro", kind=b"5", mode=0o555, **own),
+            raw_member(b"ro/x", b"1", **own),
+            raw_member(b"ro/none", kind=b"5", mode=0, **own),
+            raw_member(b"ro/none/y", b"2", **own)))
+        self.assertEqual(flat_directory_words(self.at("out")),
+                         ["ro/", "ro/none/", "ro/none/y=2", "ro/x=1"])
+        facts = os.lstat(self.at("out", "ro"))
+        self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime), (0o555, 1))
+
+    def test_read_only_root(self):
+        modes = (0o555, 0o500, 0)
+        statuses, err = self.as_nobody(*[self.command(
+            raw_member(b"./", kind=b"5", mode=mode), raw_member(b"x", b"1"),
+            out="out%o" % mode, name="lab/app:%o" % mode) for mode in modes])
+        self.assertEqual(statuses, [0, 0, 0], err)
+        for mode in modes:
+            out = self.at("out%o" % mode)
+            self.assertEqual(flat_directory_words(out), ["x=1"])
+            self.assertEqual(stat.S_IMODE(os.stat(out).st_mode), mode)
+
+    def test_what_cannot_be_done_is_told_once(self):
+        err = self.rootfs(*[raw_member(b"f%d" % n, uid=n, gid=n) for n in range(20)] + [
+            raw_member(b"null", kind=b"3", major=1, minor=3),
+            raw_member(b"zero", kind=b"3", major=1, minor=5)])
+        self.assertEqual(len(err.splitlines()), 2, err)
+        self.assertRegex(err, r"owners not set: \d+")
+        self.assertIn("device nodes not made: 2", err)
+        self.assertEqual(len(os.listdir(self.at("out"))), 20)
+        self.verify(self.at("out"))
+
+    def test_cleans_up_what_it_may_not_enter(self):
+        reference, _ = self.serve([raw_layer(
+            raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/x", b"1"),
+            raw_member(b"./", kind=b"5", mode=0o555))])
+        os.mkdir(self.at("out.mtree"))  # the mtree cannot be written
+        os.chmod(self.at("out.mtree"), 0o555)
+        (status,), err = self.as_nobody(["pull", "-q", "--format", "rootfs", "-o",
+                                         self.at("out"), reference])
+        self.assertEqual(status, 1, err)
+        self.assertIn("out.mtree", err)
+        self.assertFalse(os.path.exists(self.at("out")))
+        self.assertFalse(os.path.exists(self.at("out.partial.d", "root")))
+
+    def test_verify_of_what_is_not_ours_to_read(self):
+        # Some distributions have an /etc/shadow of mode 0.
+        pull = self.command(
+            raw_member(b"shadow", b"1", mode=0), raw_member(b"x", b"2"),
+            raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/y", b"3"))
+        statuses, err = self.as_nobody(pull, ["verify", self.at("out")])
+        self.assertEqual(statuses, [0, 0], err)
+        self.assertIn("not checked", err)
+        self.verify(self.at("out"))
+
+
+# ------------------------------------------------------------------------------
+# Archives
+# ------------------------------------------------------------------------------
+
+ARCHIVE_TARS = [raw_words("etc/ etc/a=1"), raw_words("etc/b=" + "2" * 5000),
+                raw_words("etc/c=3")]
+
+
+def archive_headers(header):
+    """What tarfile makes of header blocks."""
+    with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
+        return tar.next()
+
+
+class ArchiveOutputTest(StoredCase):
+    """One tar that is an OCI layout and a docker-archive."""
+
+    def archive(self, *argv, out="out.tar"):
+        self.pull("-o", self.at(out), *argv)
+        return self.members(self.at(out))
+
+    def documents(self, members):
+        return [json.loads(members[name].decode()) for name in
+                ("index.json", "manifest.json")]
+
+    def test_tar_header(self):
+        rows = (
+            dict(name=b"plain", size=5),
+            dict(name=b"big", size=9 << 30), dict(name=b"limit", size=(8 << 30) - 1),
+            dict(name=b"n" * 300, size=0), dict(name=b"d/", size=0, kind=b"5"),
+            dict(name=b"l", size=0, kind=b"2", link=b"t" * 200),
+            dict(name=b"o", size=0, uid=1 << 22, gid=1 << 30),
+            dict(name=b"c", size=0, kind=b"3", device=(5, 300), mode=0o4640),
+            dict(name=b"time", size=0, mtime=15 * 10 ** 8),
+            dict(name=b"x", size=0, xattrs=((b"user.a", b"v"),)))
+        for row in rows:
+            with self.subTest(row["name"][:9]):
+                info = archive_headers(imagec.tar_header(**row))
+                self.assertEqual(info.name.encode(), row["name"].rstrip(b"/"))
+                self.assertEqual(info.size, row["size"])
+                self.assertEqual(info.linkname.encode(), row.get("link", b""))
+                self.assertEqual((info.uid, info.gid, info.mode), (
+                    row.get("uid", 0), row.get("gid", 0), row.get("mode", 0o644)))
+                self.assertEqual(info.mtime, row.get("mtime", 0) / 1e9)
+                device = (info.devmajor, info.devminor)
+                self.assertEqual(device, row.get("device", (0, 0)))
+        self.assertEqual(info.pax_headers, {"SCHILY.xattr.user.a": "v"})
+
+    def test_tar_header_is_plain_where_it_can_be(self):
+        block = imagec.tar_header(b"blobs/x", 7)
+        self.assertEqual(len(block), 512)
+        info = tarfile.TarInfo("blobs/x")
+        info.size = 7
+        # tarfile of some Pythons leaves the fields of devices empty.
+        ours, theirs = bytearray(block), bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+        for other in (ours, theirs):
+            other[148:156], other[329:345] = bytes(8), bytes(16)
+        self.assertEqual(ours, theirs)
+
+    def test_members(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        members = self.archive(reference)
+        blobs = image.layers + [image.digest, sha256(image.config)]
+        self.assertEqual(list(members), (
+            ["oci-layout", "blobs", "blobs/sha256"] +
+            ["blobs/sha256/" + digest[7:] for digest in blobs] +
+            ["index.json", "manifest.json", "repositories"]))
+        for digest in blobs:
+            self.assertEqual(sha256(members["blobs/sha256/" + digest[7:]]), digest)
+        with tarfile.open(self.at("out.tar")) as tar:
+            facts = {(member.mtime, member.uid, member.gid, member.uname, member.mode)
+                     for member in tar}
+        self.assertEqual(facts, {(0, 0, 0, "", 0o644), (0, 0, 0, "", 0o755)})
+
+    def test_documents(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        members = self.archive(reference)
+        index, manifest = self.documents(members)
+        self.assertEqual(members["oci-layout"], b'{"imageLayoutVersion": "1.0.0"}')
+        self.assertEqual(index, {
+            "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
+            "manifests": [{
+                "mediaType": image.media_type, "digest": image.digest,
+                "size": len(image.manifest),
+                "platform": {"architecture": "amd64", "os": "linux"},
+                "annotations": {"io.containerd.image.name": reference,
+                                "org.opencontainers.image.ref.name": "1"}}]})
+        self.assertEqual(manifest, [{
+            "Config": "blobs/sha256/" + sha256(image.config)[7:],
+            "RepoTags": [reference],
+            "Layers": ["blobs/sha256/" + digest[7:] for digest in image.layers]}])
+        self.assertTrue(members["manifest.json"].endswith(b"\n"))
+        repositories = json.loads(members["repositories"].decode())
+        self.assertEqual(list(repositories[reference[:-2]]), ["1"])
+
+    def test_names_it_is_loaded_by(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1])
+        name, _, _ = reference.rpartition(":")
+        hub = "docker.io/library/alpine"
+        rows = ((name + "@" + image.digest, (), None),
+                (reference + "@" + image.digest, (), reference),
+                (reference, ("--tag", "alpine"), hub + ":latest"),
+                (reference, ("--tag", "alpine:3"), hub + ":3"),
+                (name + "@" + image.digest, ("--tag", "h.example/a/b:c"),
+                 "h.example/a/b:c"))
+        for number, (asked, options, wanted) in enumerate(rows):
+            with self.subTest(asked[-20:], options=options):
+                members = self.archive(*options + (asked,), out="%d.tar" % number)
+                index, manifest = self.documents(members)
+                self.assertEqual(manifest[0]["RepoTags"], wanted and [wanted])
+                annotations = index["manifests"][0].get("annotations", {})
+                self.assertEqual(annotations.get("io.containerd.image.name"), wanted)
+                self.assertEqual("repositories" in members, wanted is not None)
+
+    def test_tag_is_for_one_image(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1])
+        for options in (("--tag", "a", reference, reference),
+                        ("--tag", "a@" + image.digest, reference)):
+            self.pull("-o", self.at("out.tar"), *options, expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_every_run_and_python_gives_the_same(self):
+        reference, _ = self.serve(ARCHIVE_TARS + [raw_words("z=" + "9" * 99999)])
+        processes = []
+        for number, python in enumerate(self.pythons()):
+            out = self.at("p%d.tar" % number)
+            processes.append((python, out, self.start(
+                "pull", "-q", "-j", str(1 + number % 8), "-o", out, reference,
+                python=python)))
+        for number in range(2):
+            self.archive("-j", "81"[number], reference, out="o%d.tar" % number)
+        for python, _, process in processes:
+            self.assertEqual((process.communicate()[1], process.returncode), (b"", 0),
+                             python)
+        digests = {sha256(stored_bytes(self.at(name)))
+                   for name in os.listdir(self.work)}
+        self.assertEqual(len(digests), 1)
+
+    @staticmethod
+    def pythons():
+        """This one, and beside it the oldest and the newest from 3.6 on."""
+        beside = os.path.join(os.path.dirname(sys.base_prefix), "*", "bin", "python3")
+        found = {os.path.realpath(path): path for path in glob.glob(beside)}
+        probe = "import sys; print('%d.%02d' % sys.version_info[:2])"
+        running = [(path, subprocess.Popen(
+            [path, "-IS", "-c", probe], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)) for path in found.values()]
+        versions = sorted((process.communicate()[0].decode(), path)
+                          for path, process in running)
+        known = [path for version, path in versions if version >= "3.06"]
+        return [sys.executable] + known[:1] + known[1:][-1:]
+
+    def test_several_references(self):
+        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
+        two, second = self.serve([ARCHIVE_TARS[1], ARCHIVE_TARS[2]], "lab/two:1")
+        again, _ = self.serve(ARCHIVE_TARS[:2], "lab/one:2")
+        members = self.archive(one, two, again)
+        index, manifest = self.documents(members)
+        self.assertEqual([entry["RepoTags"] for entry in manifest],
+                         [[one, again], [two]])
+        names = [entry["annotations"]["io.containerd.image.name"]
+                 for entry in index["manifests"]]
+        self.assertEqual(names, [one, two, again])
+        refs = [entry["annotations"]["org.opencontainers.image.ref.name"]
+                for entry in index["manifests"]]
+        self.assertEqual(len(set(refs)), 3, "two images by one name")
+        self.assertEqual(self.blob_gets(first.layers[1]), 1)
+        with tarfile.open(self.at("out.tar")) as tar:
+            names = tar.getnames()
+        self.assertEqual(len(names), len(set(names)))
+        self.verify(self.at("out.tar"))
+
+    def test_from_file(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
+        three, _ = self.serve(ARCHIVE_TARS, "lab/three:1")
+        listed = self.at("list")
+        stored_write(listed, ("# caf\xe9\n\n  %s  # the first\r\n%s#two\n" % (
+            two, three)).encode("utf-8"))
+        members = self.archive("--from-file", listed, one)
+        tags = [entry["RepoTags"][0] for entry in self.documents(members)[1]]
+        self.assertEqual(tags, [one, two, three])
+
+    def test_from_file_that_is_no_list(self):
+        for data, wanted in ((b"# caf\xe9\n", 2), (b"# only\n", 2), (b"a b\n", 2),
+                             (b"UPPER\n", 2), (None, 1)):
+            with self.subTest(data):
+                path = self.at("list")
+                if data is None:
+                    os.unlink(path)
+                else:
+                    stored_write(path, data)
+                self.pull("-o", self.at("out.tar"), "--from-file", path, expect=wanted)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_standard_output(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.archive(reference)
+        process = self.start("pull", "-o", "-", "--progress", "plain", reference)
+        out, err = process.communicate()
+        self.assertEqual(process.returncode, 0, err)
+        self.assertEqual(out, stored_bytes(self.at("out.tar")))
+        self.assertIn(reference.encode(), err)
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+
+    def test_terminal_is_refused(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        out = io.TextIOWrapper(io.BytesIO())
+        out.isatty = lambda: True
+        with mock.patch.multiple(sys, stdout=out, stderr=io.StringIO()):
+            self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
+        self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
+
+    def test_formats_that_are_directories_do_not_stream(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        for format in ("layers", "oci"):
+            self.pull("-o", "-", "--format", format, reference, expect=2)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_full_device(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("needs /dev/full")
+        reference, _ = self.serve(ARCHIVE_TARS)
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", STORED_LAUNCHER, STORED_HOME, "pull", "-q", "-o",
+                 "-", reference], stdout=full, stderr=subprocess.PIPE, env=self.environ)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertEqual(done.stderr.count(b"\n"), 1, done.stderr)
+
+    def test_failure_leaves_what_was_there(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.origin.fault(image.layers[1], flip(), times=None)
+        stored_write(self.at("old.tar"), b"mine")
+        for out in ("out.tar", "old.tar"):
+            self.pull("-o", self.at(out), reference, expect=3)
+        self.assertFalse(os.path.exists(self.at("out.tar")))
+        self.assertEqual(stored_bytes(self.at("old.tar")), b"mine")
+        left = set(os.listdir(self.work)) - {"old.tar"}
+        self.assertLessEqual(left, {name + more for name in ("out.tar", "old.tar")
+                                    for more in (".partial", ".blobs.partial")})
+
+    def test_success_replaces_and_leaves_nothing_else(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        stored_write(self.at("out.tar"), b"old")
+        self.archive(reference)
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+        self.verify(self.at("out.tar"))
+
+    def killed(self, image, reference, hangs, *complete):
+        """Kills a pull once `hangs` is all it waits for."""
+        fault = self.origin.fault(image.layers[hangs], hang())
+        process = self.start("pull", "-q", "-o", self.at("out.tar"), reference)
+        deadline = time.monotonic() + 10
+        while not (fault.used and self.on_disk(image, complete)):
+            self.assertLess(time.monotonic(), deadline, os.listdir(self.work))
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        process.wait()
+
+    def on_disk(self, image, complete):
+        """Are these layers in the unfinished archive or in the spool, whole?"""
+        with contextlib.suppress(OSError):
+            spool = os.listdir(self.at("out.tar.blobs.partial"))
+            part = stored_bytes(self.at("out.tar.partial"))
+            return all(image.layers[n][7:] in spool or
+                       image.blobs[image.layers[n]] in part for n in complete)
+
+    def test_killed_and_run_again(self):
+        for hangs, others in ((2, (0, 1, 3)), (0, (1, 2, 3))):
+            tars = [raw_words("%d.%d=%s" % (hangs, n, "x" * n)) for n in range(4)]
+            reference, image = self.serve(tars)
+            with self.subTest(hangs=hangs):
+                self.killed(image, reference, hangs, *others)
+                self.assertFalse(os.path.exists(self.at("out.tar")))
+                members = self.archive(reference)
+                gets = [self.blob_gets(digest) for digest in image.layers]
+                self.assertEqual(gets, [2 if n == hangs else 1 for n in range(4)])
+                self.assertEqual(os.listdir(self.work), ["out.tar"])
+                self.archive(reference, out="fresh.tar")
+                self.assertEqual(members, self.members(self.at("fresh.tar")))
+            stored_remove(self.work)
+            os.mkdir(self.work)
+
+    def test_unfinished_archive_is_not_believed(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.archive(reference)
+        good = stored_bytes(self.at("out.tar"))
+        for damage in (lambda data: data[:3000] + b"?" + data[3001:], lambda data: b"",
+                       lambda data: b"no tar", lambda data: data + b"more",
+                       lambda data: data[:2600], lambda data: b"?" + data[1:]):
+            stored_write(self.at("out.tar.partial"), damage(good))
+            self.archive(reference)
+            self.assertEqual(stored_bytes(self.at("out.tar")), good)
+
+    def test_T010_names_in_it(self):
+        reference, _ = self.serve(ARCHIVE_TARS, kind="schema1-signed")
+        for name in self.archive(reference):
+            self.assertRegex(name, "^(blobs(/sha256(/[0-9a-f]{64})?)?|oci-layout|"
+                                   r"index\.json|manifest\.json|repositories)$")
+        self.verify(self.at("out.tar"))
+
+
+# ------------------------------------------------------------------------------
+# OCI layouts
+# ------------------------------------------------------------------------------
+
+OCI_TAG = "org.opencontainers.image.ref.name"
+OCI_NAME = "io.containerd.image.name"
+
+
+class OCIOutputTest(StoredCase):
+    """A layout directory, which collects images."""
+
+    def setUp(self):
+        super().setUp()
+        self.out = self.at("out")
+
+    def layout(self, *argv, expect=0):
+        self.pull("--format", "oci", "-o", self.out, *argv, expect=expect)
+
+    def index(self):
+        return json.loads(stored_bytes(os.path.join(self.out, "index.json")).decode())
+
+    def names(self):
+        """(digest, full name or None, tag or None) of each entry."""
+        return [(entry["digest"],) + tuple(
+            entry.get("annotations", {}).get(key) for key in (OCI_NAME, OCI_TAG))
+            for entry in self.index()["manifests"]]
+
+    def blobs(self):
+        folder = os.path.join(self.out, "blobs", "sha256")
+        return {"sha256:" + name for name in os.listdir(folder)}
+
+    def test_files(self):
+        for kind in ("oci", "docker"):
+            reference, image = self.serve(ARCHIVE_TARS, "lab/%s:1" % kind, kind=kind)
+            self.out = self.at(kind)
+            self.layout(reference)
+            self.assertEqual(sorted(os.listdir(self.out)),
+                             ["blobs", "index.json", "oci-layout"])
+            self.assertEqual(self.names(), [(image.digest, reference, "1")])
+            self.assertEqual(self.blobs(), set(image.blobs) | {image.digest})
+            entry = self.index()["manifests"][0]
+            self.assertEqual(entry["mediaType"], image.media_type)
+            self.verify(self.out)
+
+    def test_collects(self):
+        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:a")
+        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
+        self.layout(one)
+        self.layout(two)
+        self.layout(one)
+        self.assertEqual(self.names(), [(second.digest, two, "b"),
+                                        (first.digest, one, "a")])
+        for digest in first.layers + second.layers:
+            self.assertEqual(self.blob_gets(digest), 1)
+        self.verify(self.out)
+
+    def test_tag_that_moves(self):
+        reference, old = self.serve(ARCHIVE_TARS[:1])
+        self.layout(reference)
+        reference, new = self.serve(ARCHIVE_TARS[1:])
+        self.layout(reference)
+        self.assertEqual(self.names(), [(old.digest, None, None),
+                                        (new.digest, reference, "1")])
+        self.verify(self.out)
+
+    def test_nameless(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        by_digest = reference[:-2] + "@" + image.digest
+        self.layout(by_digest)
+        self.layout(by_digest)
+        self.assertEqual(self.names(), [(image.digest, None, None)])
+        self.layout(reference)
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+        self.layout(by_digest, "--tag", "other:2")
+        self.assertEqual([row[2] for row in self.names()], ["1", "2"])
+
+    def test_same_tag_of_two_repositories(self):
+        one, first = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
+        for reference in (one, two, two, one):
+            self.layout(reference)
+            tags = [row[2] for row in self.names()]
+            self.assertEqual(len(tags), len(set(tags)))
+        self.assertEqual(sorted(row[1] for row in self.names()), sorted([one, two]))
+        self.assertIn("1", tags)
+
+    def test_T125_keeps_what_it_does_not_know(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:a")
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
+        self.layout(one)
+        index = self.index()
+        index.update({"x-unknown": {"deep": [1, 2.5, "\xe9"]},
+                      "annotations": {"k": "v"}})
+        index["manifests"][0]["x-entry"] = True
+        index["manifests"][0]["annotations"]["mine"] = "kept"
+        stored_write(os.path.join(self.out, "index.json"), json.dumps(index).encode())
+        self.layout(two)
+        found = self.index()
+        self.assertEqual((found["manifests"][0], found["x-unknown"],
+                          found["annotations"]),
+                         (index["manifests"][0], index["x-unknown"], {"k": "v"}))
+
+    def refuse(self):
+        before = stored_state(self.work)
+        reference, _ = self.serve(ARCHIVE_TARS)
+        run = self.main("pull", "-q", "--format", "oci", "-o", self.out, reference)
+        self.assertEqual(run.status, 1, run.err)
+        self.assertEqual(run.err.count("\n"), 1, run.err)
+        self.assertEqual(stored_state(self.work), before)
+        self.assertEqual(self.blob_gets("sha256"), 0)
+
+    def test_T125_refuses_what_it_does_not_understand(self):
+        layout = b'{"imageLayoutVersion": "1.0.0"}'
+        index = b'{"schemaVersion": 2, "manifests": %s}'
+        rows = ((b"", None), (b"[]", None), (b'{"imageLayoutVersion": "2.0.0"}', None),
+                (b'{"imageLayoutVersion": 1}', None), (layout, b""), (layout, b"[]"),
+                (layout, b"{}"), (layout, index % b"{}"), (layout, index % b"[1]"),
+                (layout, b'{"manifests": [}'), (layout, b"\xff"),
+                (layout, index % b'[{"annotations": 5}]'),
+                (layout, index % b'[{"annotations": ["a"]}]'))
+        for marker, document in rows:
+            with self.subTest(marker, index=document):
+                os.mkdir(self.out)
+                stored_write(os.path.join(self.out, "oci-layout"), marker)
+                if document is not None:
+                    stored_write(os.path.join(self.out, "index.json"), document)
+                self.refuse()
+            shutil.rmtree(self.out)
+
+    def test_T126_refuses_what_is_no_layout(self):
+        stored_write(self.out, b"mine")
+        self.refuse()
+        os.unlink(self.out)
+        os.mkdir(self.out)
+        stored_write(os.path.join(self.out, "mine"), b"")
+        self.refuse()
+        os.mkdir(os.path.join(self.out, "oci-layout"))
+        self.refuse()
+
+    def test_T012_links_below_it(self):
+        os.mkdir(self.at("canary"))
+        reference, _ = self.serve(ARCHIVE_TARS)
+        for parts in (("blobs",), ("blobs", "sha256")):
+            stored_remove(self.out)
+            os.makedirs(os.path.join(self.out, *parts[:-1]))
+            stored_write(os.path.join(self.out, "oci-layout"),
+                         b'{"imageLayoutVersion": "1.0.0"}')
+            os.symlink(self.at("canary"), os.path.join(self.out, *parts))
+            self.layout(reference, expect=1)
+            self.assertEqual(os.listdir(self.at("canary")), [])
+
+    def test_T012_a_link_to_it_is_the_users(self):
+        os.mkdir(self.at("real"))
+        os.symlink("real", self.out)
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        self.assertIn("index.json", os.listdir(self.at("real")))
+        self.verify(self.out)
+
+    def test_T012_planted_links(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        folder = os.path.join(self.out, "blobs", "sha256")
+        os.makedirs(folder)
+        stored_write(self.at("victim"), b"untouched")
+        stored_write(os.path.join(self.out, "oci-layout"),
+                     b'{"imageLayoutVersion": "1.0.0"}')
+        for name in (image.layers[0][7:], image.layers[1][7:] + ".partial",
+                     image.digest[7:]):
+            os.symlink(self.at("victim"), os.path.join(folder, name))
+        os.symlink(self.at("victim"), os.path.join(self.out, "index.json.partial"))
+        self.layout(reference)
+        self.assertEqual(stored_bytes(self.at("victim")), b"untouched")
+        self.verify(self.out)
+
+    def test_blob_that_went_bad(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        for digest in (image.layers[0], image.digest, sha256(image.config)):
+            path = os.path.join(self.out, "blobs", "sha256", digest[7:])
+            data = stored_bytes(path)
+            stored_write(path, data[:-1] + b"?")
+            self.verify(self.out, expect=3)
+            self.layout(reference)
+            self.assertEqual(stored_bytes(path), data)
+        self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
+
+    def test_failure_keeps_the_index(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        self.layout(one)
+        before = self.index()
+        two, image = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
+        self.origin.fault(image.layers[0], flip(), times=None)
+        self.layout(two, expect=3)
+        self.assertEqual(self.index(), before)
+        self.assertNotIn(image.layers[0], self.blobs())
+
+    def test_T120_disk_full_at_the_index(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
+        self.layout(one)
+        before = stored_bytes(os.path.join(self.out, "index.json"))
+        write = imagec.Partial.write
+
+        def full(partial, data):
+            if partial.final.endswith("index.json"):
+                write(partial, data[:10])
+                raise OSError(28, "No space left on device", partial.path)
+            write(partial, data)
+
+        with mock.patch.object(imagec.Partial, "write", full):
+            run = self.main("pull", "-q", "--format", "oci", "-o", self.out, two)
+        self.assertEqual(run.status, 1)
+        self.assertIn("No space left", run.err)
+        self.assertEqual(stored_bytes(os.path.join(self.out, "index.json")), before)
+        self.layout(two)
+        self.assertEqual(len(self.names()), 2)
+
+    def test_T124_many_at_once(self):
+        for count in (2, 8):
+            self.out = self.at("out%d" % count)
+            references = [self.serve([ARCHIVE_TARS[0], raw_words("f=%d" % n)],
+                                     "lab/app%d:t%d" % (n, n))[0] for n in range(count)]
+            errors = []
+
+            def work(reference):
+                try:
+                    imagec.pull(reference, self.out, "oci")
+                except BaseException as error:  # told by the main thread
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(reference,))
+                       for reference in references]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(errors, [])
+            self.assertEqual(sorted(row[1] for row in self.names()), sorted(references))
+            self.verify(self.out)
+
+    def test_T124_another_has_just_begun(self):
+        os.makedirs(os.path.join(self.out, "blobs", "sha256"))
+        stored_write(os.path.join(self.out, "oci-layout.partial"), b"{")
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        self.verify(self.out)
+
+    def multi(self):
+        """An index: two platforms, one in an index of its own, and an attestation."""
+        amd = build_image(ARCHIVE_TARS[:1])
+        arm = build_image(ARCHIVE_TARS[1:2], platform=("linux", "arm64", None))
+        nested = build_index([(arm, ("linux", "arm64", None))])
+        proof = build_image([b'{"_type": "in-toto"}'], compress=None,
+                            platform=("unknown", "unknown", None))
+        document = json.loads(proof.manifest.decode())
+        document["layers"][0]["mediaType"] = "application/vnd.in-toto+json"
+        blobs = proof.blobs
+        proof = BuiltImage(json.dumps(document).encode(), proof.media_type,
+                           config=proof.config)
+        proof.blobs = blobs
+        index = build_index([(amd, ("linux", "amd64", None)), (nested, None),
+                             (proof, ("unknown", "unknown", None))])
+        self.origin.add("lab/multi", "1", index)
+        images = (amd, arm, proof)
+        everything = {image.digest for image in images + (nested, index)}
+        everything.update(*[image.blobs for image in images])
+        return self.origin.host + "/lab/multi:1", index, images, everything
+
+    def test_all_platforms(self):
+        reference, index, images, everything = self.multi()
+        self.layout("--platform", "all", reference)
+        self.assertEqual(self.names(), [(index.digest, reference, "1")])
+        self.assertEqual(self.blobs(), everything)
+        self.verify(self.out)
+
+    def test_one_platform_of_several(self):
+        reference, index, images, _ = self.multi()
+        self.layout("--platform", "linux/arm64", reference)
+        self.assertEqual(self.names(), [(images[1].digest, reference, "1")])
+        self.assertEqual(self.blobs(), set(images[1].blobs) | {images[1].digest})
+        self.verify(self.out)
+        self.layout("--platform", "linux/amd64", reference)
+        self.assertEqual([row[1] for row in self.names()], [None, reference])
+        self.layout("--platform", "all", reference)
+        self.assertEqual([row[1] for row in self.names()], [None, None, reference])
+        self.verify(self.out)
+
+    def test_all_platforms_elsewhere(self):
+        reference = self.multi()[0]
+        for options in (("--format", "layers"), ("--format", "archive"),
+                        ("--format", "rootfs"), ("--format", "oci", "--recompress",
+                                                 "gzip")):
+            self.pull("--platform", "all", "-o", self.at("x"), reference, *options,
+                      expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_all_platforms_of_one(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout("--platform", "all", reference, expect=1)
+
+    def test_schema1(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1] + [None], kind="schema1-signed")
+        self.layout(reference)
+        (digest, _, tag), = self.names()
+        self.assertEqual((tag, len(self.blobs())), ("1", 3))
+        self.assertNotIn(sha256(EMPTY_LAYER), self.blobs())
+        self.assertEqual(self.blob_gets(sha256(EMPTY_LAYER)), 0)
+        manifest = json.loads(stored_bytes(os.path.join(
+            self.out, "blobs", "sha256", digest[7:])).decode())
+        self.assertEqual(manifest["mediaType"], MEDIA_TYPES["docker"]["manifest"])
+        self.verify(self.out)
+
+
+# ------------------------------------------------------------------------------
+# Recompression
+# ------------------------------------------------------------------------------
+
+@stored_needs_zstd
+class RecompressTest(StoredCase):
+    """zstd layers as they are, and as gzip for those who cannot read them."""
+
+    def setUp(self):
+        super().setUp()
+        self.reference, self.image = self.serve(ARCHIVE_TARS, compress=stored_zstd)
+
+    def test_passed_through(self):
+        for out, options in (("out.tar", ()), ("out", ("--format", "oci"))):
+            self.pull("-o", self.at(out), self.reference, *options)
+            self.verify(self.at(out))
+        members = self.members(self.at("out.tar"))
+        for digest in self.image.layers:
+            self.assertIn("blobs/sha256/" + digest[7:], members)
+
+    def test_old_docker_is_warned_of(self):
+        err = self.warnings("-o", self.at("out.tar"), self.reference)
+        self.assertEqual(err.count("--recompress gzip"), len(ARCHIVE_TARS))
+
+    def manifest_of(self, members):
+        index = json.loads(members["index.json"].decode())
+        name = "blobs/sha256/" + index["manifests"][0]["digest"][7:]
+        return json.loads(members[name].decode())
+
+    def test_archive(self):
+        self.pull("--recompress", "gzip", "-o", self.at("out.tar"), self.reference)
+        self.verify(self.at("out.tar"))
+        members = self.members(self.at("out.tar"))
+        manifest = self.manifest_of(members)
+        wanted = json.loads(self.image.manifest.decode())
+        self.assertEqual(manifest["config"], wanted["config"])
+        for layer, diff_id in zip(manifest["layers"], self.image.diff_ids):
+            blob = members["blobs/sha256/" + layer["digest"][7:]]
+            self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
+            self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
+        self.assertEqual(len(members), 3 + 3 + 2 + 3)
+
+    def test_same_bytes_each_time(self):
+        for out in ("1.tar", "2.tar"):
+            self.pull("--recompress", "gzip", "-o", self.at(out), self.reference)
+        self.assertEqual(*[stored_bytes(self.at(out)) for out in ("1.tar", "2.tar")])
+
+    def test_layout(self):
+        for _ in range(2):
+            self.pull("--recompress", "gzip", "-o", self.at("out"), "--format", "oci",
+                      self.reference)
+            self.verify(self.at("out"))
+            self.assertEqual(len(os.listdir(self.at("out", "blobs", "sha256"))), 5)
+
+    def test_what_is_not_zstd_stays(self):
+        layers = iter([gzip_bytes, stored_zstd, None])
+        reference, image = self.serve(
+            ARCHIVE_TARS[:2], "lab/mixed:1", compress=lambda tar: next(layers)(tar))
+        self.pull("--recompress", "gzip", "-o", self.at("out.tar"), reference)
+        members = self.members(self.at("out.tar"))
+        self.assertIn("blobs/sha256/" + image.layers[0][7:], members)
+        self.assertNotIn("blobs/sha256/" + image.layers[1][7:], members)
+        self.verify(self.at("out.tar"))
+
+    def test_shared_by_two_images(self):
+        other, _ = self.serve(ARCHIVE_TARS[1:], "lab/other:1", compress=stored_zstd)
+        self.pull("--recompress", "gzip", "-o", self.at("out.tar"), self.reference,
+                  other)
+        self.verify(self.at("out.tar"))
+        self.pull("--recompress", "gzip", "-o", self.at("out"), "--format", "oci",
+                  self.reference, other)
+        self.verify(self.at("out"))
+
+    def test_formats_that_keep_layers(self):
+        for format in ("layers", "rootfs"):
+            self.pull("--recompress", "gzip", "--format", format, "-o", self.at("out"),
+                      self.reference, expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_rootfs_of_zstd(self):
+        self.pull("--format", "rootfs", "-o", self.at("out"), self.reference)
+        self.assertIn("etc/c=3", flat_directory_words(self.at("out")))
+
+
+# ------------------------------------------------------------------------------
+# Reading back
+# ------------------------------------------------------------------------------
+
+def damage_flip(path):
+    damage_at(-1)(path)
+
+
+def damage_at(at):
+    """Flip a bit of the byte at `at`."""
+    def damage(path):
+        data = bytearray(stored_bytes(path))
+        data[at] ^= 1
+        stored_write(path, data)
+    return damage
+
+
+def damage_cut(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def damage_json(change):
+    """Edit a JSON file by a function that changes its value in place."""
+    def damage(path):
+        value = json.loads(stored_bytes(path).decode())
+        change(value)
+        stored_write(path, json.dumps(value).encode())
+    return damage
+
+
+def damage_write(data):
+    return lambda path: stored_write(path, data)
+
+
+def damage_more(data):
+    return lambda path: stored_write(path, stored_bytes(path) + data)
+
+
+def damage_link(path):
+    """The file itself, but behind a link."""
+    os.rename(path, path + "~")
+    os.symlink(os.path.basename(path) + "~", path)
+
+
+def damage_swap(other):
+    """Exchange two files; `other` is relative to the folder of the first."""
+    def damage(path):
+        second = os.path.join(os.path.dirname(path), other)
+        os.rename(path, path + "~")
+        os.rename(second, path)
+        os.rename(path + "~", second)
+    return damage
+
+
+def damage_chmod(mode):
+    return lambda path: os.chmod(path, mode)
+
+
+def damage_type(path):
+    """A directory where something else was."""
+    os.unlink(path)
+    os.mkdir(path)
+
+
+ZEROS = "sha256:" + "0" * 64
+#: What, how, where. {b0} is the hex digest of layer 0, {i0} its id, {m} and {c} those
+#: of manifest and config; the fault must name the last component of the path.
+AUDIT_LAYERS = (
+    ("flipped", damage_flip, "{i1}/{i1}.tar"),
+    ("flipped at the start", damage_at(0), "{i1}/{i1}.tar"),
+    ("cut", damage_cut, "{i0}/{i0}.tar"),
+    ("empty", damage_write(b""), "{i0}/{i0}.tar"),
+    ("longer", damage_more(b"\0"), "{i0}/{i0}.tar"),
+    ("gone", os.unlink, "{i0}/{i0}.tar"),
+    ("a link", damage_link, "{i0}/{i0}.tar"),
+    ("swapped", damage_swap("../{i1}/{i1}.tar"), "{i0}/{i0}.tar"),
+    ("flipped", damage_flip, "{i1}/{i1}.json"),
+    ("gone", os.unlink, "{i1}/{i1}.json"),
+    ("swapped", damage_swap("../{i1}/{i1}.json"), "{i0}/{i0}.json"),
+    ("renamed", lambda path: os.rename(path, path + "x"), "{i0}"),
+    ("flipped", damage_flip, "config.json"),
+    ("cut", damage_cut, "config.json"),
+    ("edited", damage_json(lambda value: value.update(os="plan9")), "config.json"),
+    ("gone", os.unlink, "config.json"),
+    ("emptied", damage_json(lambda value: value["manifests"].clear()), "index.json"),
+    ("leads elsewhere", damage_json(
+        lambda value: value["manifests"][0].update(digest=ZEROS)), "index.json"),
+    ("no JSON", damage_write(b"{"), "index.json"),
+    ("no JSON", damage_write(b"{"), "manifest.json"),
+    ("layers swapped", damage_json(lambda value: value["layers"].reverse()),
+     "manifest.json"),
+    ("a layer less", damage_json(lambda value: value["layers"].pop()), "manifest.json"),
+    ("a space more", damage_more(b"\n"), "manifest.json"),
+)
+AUDIT_BLOBS = "blobs/sha256/"
+AUDIT_OCI = (
+    ("flipped", damage_flip, AUDIT_BLOBS + "{b0}"),
+    ("cut", damage_cut, AUDIT_BLOBS + "{b0}"),
+    ("longer", damage_more(b"\0"), AUDIT_BLOBS + "{b1}"),
+    ("gone", os.unlink, AUDIT_BLOBS + "{b1}"),
+    ("a link", damage_link, AUDIT_BLOBS + "{b1}"),
+    ("swapped", damage_swap("{b1}"), AUDIT_BLOBS + "{b0}"),
+    ("flipped", damage_flip, AUDIT_BLOBS + "{c}"),
+    ("gone", os.unlink, AUDIT_BLOBS + "{c}"),
+    ("edited", damage_json(lambda value: value.update(os="plan9")),
+     AUDIT_BLOBS + "{c}"),
+    ("flipped", damage_flip, AUDIT_BLOBS + "{m}"),
+    ("gone", os.unlink, AUDIT_BLOBS + "{m}"),
+    ("layers swapped", damage_json(lambda value: value["layers"].reverse()),
+     AUDIT_BLOBS + "{m}"),
+    ("extra", damage_write(b"extra"), AUDIT_BLOBS + "f" * 64),
+    ("extra", damage_write(b"extra"), AUDIT_BLOBS + "x.partial"),
+    ("extra", damage_write(b"extra"), "blobs/stray"),
+    ("gone", os.unlink, "index.json"),
+    ("cut", damage_cut, "index.json"),
+    ("no object", damage_write(b"[]"), "index.json"),
+    ("leads elsewhere", damage_json(
+        lambda value: value["manifests"][0].update(digest=ZEROS)), "index.json"),
+    ("wrong size", damage_json(
+        lambda value: value["manifests"][0].update(size=7)), "index.json"),
+    ("emptied", damage_json(lambda value: value["manifests"].clear()), "index.json"),
+    ("no JSON", damage_write(b"{"), "oci-layout"),
+    ("no version", damage_write(b"{}"), "oci-layout"),
+)
+AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] != damage_link and row[2:] !=
+                      ("blobs/stray",)) + (
+    ("a layer less", damage_json(lambda value: value[0]["Layers"].pop()),
+     "manifest.json"),
+    ("layers swapped", damage_json(lambda value: value[0]["Layers"].reverse()),
+     "manifest.json"),
+    ("config is a layer", damage_json(
+        lambda value: value[0].update(Config=value[0]["Layers"][0])), "manifest.json"),
+    ("leads out", damage_json(
+        lambda value: value[0].update(Config="/etc/passwd")), "manifest.json"),
+    ("leads up", damage_json(
+        lambda value: value[0].update(Layers=["../x", "../y"])), "manifest.json"),
+    ("no list", damage_write(b"{}"), "manifest.json"),
+    ("no JSON", damage_write(b"["), "manifest.json"),
+    ("wrong types", damage_write(b'[{"Config": [], "Layers": [[], 5]}]'),
+     "manifest.json"),
+)
+AUDIT_ROOTFS = (
+    ("flipped", damage_flip, "etc/a"),
+    ("longer", damage_more(b"x"), "etc/a"),
+    ("cut", damage_cut, "etc/b"),
+    ("gone", os.unlink, "etc/b"),
+    ("gone", shutil.rmtree, "empty"),
+    ("mode", damage_chmod(0o600), "etc/a"),
+    ("mode", damage_chmod(0o4644), "etc/a"),
+    ("mode", damage_chmod(0o777), "etc"),
+    ("another type", damage_type, "etc/a"),
+    ("a link", damage_link, "etc/a"),
+    ("leads elsewhere", lambda path: (os.unlink(path), os.symlink("/etc/passwd", path)),
+     "l"),
+    ("extra", damage_write(b""), "etc/new"),
+    ("extra", os.mkdir, "etc/dir"),
+    ("extra", lambda path: os.symlink("a", path), "etc/link"),
+    ("renamed", lambda path: os.rename(path, path + "x"), "etc/a"),
+    ("swapped", damage_swap("b"), "etc/a"),
+)
+AUDIT_MTREE = (
+    ("gone line", lambda text: re.sub(r"\./etc/a .*\n", "", text), "etc/a"),
+    ("digest", lambda text: re.sub(r"(etc/a .*digest=).{4}", r"\g<1>0000", text),
+     "etc/a"),
+    ("size", lambda text: re.sub(r"(etc/a .*size=)\d", r"\g<1>9", text), "etc/a"),
+    ("size no number", lambda text: re.sub(r"(etc/a .*size=)\d", r"\g<1>x", text),
+     "mtree"),
+    ("type unknown", lambda text: text.replace("type=file", "type=fil"), "mtree"),
+    ("type missing", lambda text: text.replace("type=file", ""), "mtree"),
+    ("digest missing", lambda text: text.replace("sha256digest", "md5"), "mtree"),
+    ("mode missing", lambda text: text.replace("mode", "made"), "mtree"),
+    ("link missing", lambda text: text.replace("link=", "lint="), "mtree"),
+    ("name not ASCII", lambda text: text.replace("./etc/a", "./etc/\xe9"), "etc/a"),
+    ("octal out of range", lambda text: text.replace("./etc/a", "./etc/\\777"),
+     "etc/a"),
+    ("empty", lambda text: "", "etc/a"),
+)
+
+
+class AuditTest(StoredCase):
+    """verify: what a pull wrote is good; what became of it since is told."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image([raw_words("etc/ etc/a=11 empty/ l->etc h=>etc/a"),
+                                  raw_words("etc/b=2222 etc/a=33 n=>etc/a")])
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        self.origin.add("lab/app", "1", index)
+        self.reference = self.origin.host + "/lab/app:1"
+        chain = self.image.diff_ids[:1]
+        chain.append(sha256(("%s %s" % tuple(self.image.diff_ids)).encode()))
+        self.words = dict(
+            b0=self.image.layers[0][7:], b1=self.image.layers[1][7:],
+            m=self.image.digest[7:], c=sha256(self.image.config)[7:],
+            i0=chain[0][7:], i1=chain[1][7:])
+
+    def good(self, format, name):
+        self.pull("--platform", "linux/amd64", "--format", format, "-o", self.at(name),
+                  self.reference)
+        run = self.main("verify", self.at(name))
+        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertIn(b"images: 1", run.out)
+        return self.at(name)
+
+    def faults(self, path, word):
+        """Verify what is damaged; nothing but the faults may be said."""
+        run = self.main("verify", path)
+        self.assertEqual(run.status, 3, run.err)
+        self.assertNotIn("Traceback", run.err)
+        self.assertEqual(run.out, b"")
+        *lines, last = run.err.splitlines()
+        self.assertRegex(last, r"\d+ faults?$")
+        self.assertIn(word, "\n".join(lines))
+
+    def damaged(self, folder, rows):
+        """A copy of `folder` for each row, damaged; yields (row, copy, word)."""
+        for number, (what, damage, where) in enumerate(rows):
+            copy = os.path.join(self.root, "copy%d" % number)
+            shutil.copytree(folder, copy, symlinks=True)
+            where = where.format(**self.words)
+            if damage.__qualname__.startswith("damage_swap"):
+                other = damage.__closure__[0].cell_contents.format(**self.words)
+                damage = damage_swap(other)
+            with self.subTest(what, where=where):
+                damage(os.path.join(copy, where))
+                yield copy, where.rpartition("/")[2]
+            stored_remove(copy)
+
+    def test_layers(self):
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        for copy, word in self.damaged(folder, AUDIT_LAYERS):
+            # What is wrong with an index is told of what it should lead to.
+            self.faults(copy, "manifest.json" if word == "index.json" else word)
+
+    def test_layers_by_digest(self):
+        index = self.origin.repositories["lab/app"]["1"]
+        self.reference = self.reference[:-2] + "@" + index[2]
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        renamed = os.path.join(os.path.dirname(folder), "sha256-" + "0" * 64)
+        os.rename(folder, renamed)
+        self.faults(root, "manifest.json")
+        os.rename(renamed, folder)
+        os.unlink(os.path.join(folder, "index.json"))
+        self.faults(root, "manifest.json")
+
+    def test_oci(self):
+        root = self.good("oci", "out")
+        for copy, word in self.damaged(root, AUDIT_OCI):
+            if not os.path.exists(os.path.join(copy, "oci-layout")):
+                continue
+            self.faults(copy, self.named(word))
+
+    def named(self, word):
+        # An index that leads to nothing makes the manifest extra, or missing.
+        return {"index.json": ""}.get(word, word)
+
+    def test_archive(self):
+        path = self.good("archive", "out.tar")
+        folder = os.path.join(self.root, "unpacked")
+        with tarfile.open(path) as tar:
+            names = [name for name in tar.getnames()]
+            tar.extractall(folder, **{"filter": "data"} if hasattr(
+                tarfile, "data_filter") else {})
+        self.repack(folder, names, self.at("same.tar"))
+        self.verify(self.at("same.tar"))
+        for copy, word in self.damaged(folder, AUDIT_ARCHIVE):
+            self.repack(copy, names, self.at("copy.tar"))
+            self.faults(self.at("copy.tar"), self.named(word))
+
+    @staticmethod
+    def repack(folder, names, path):
+        """A tar of the folder, in the order of `names`, then what is new in it."""
+        found = [os.path.relpath(os.path.join(where, name), folder)
+                 for where, _, files in os.walk(folder) for name in files]
+        found.sort(key=lambda name: names.index(name) if name in names else len(names))
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in found:
+                tar.add(os.path.join(folder, name), name)
+
+    def test_bytes_of_an_archive(self):
+        path = self.good("archive", "out.tar")
+        good = stored_bytes(path)
+        with tarfile.open(path) as tar:
+            blob = tar.getmember(AUDIT_BLOBS + self.words["b0"])
+        rows = (("header", blob.offset + 10), ("checksum", blob.offset + 150),
+                ("data", blob.offset_data), ("first", 0))
+        for what, at in rows:
+            with self.subTest(what):
+                damage_at(at)(path)
+                self.faults(path, "out.tar")
+                stored_write(path, good)
+        for size in (0, 1, 511, 512, 1000, 1536, len(good) // 2, len(good) - 1500):
+            with self.subTest(size=size):
+                stored_write(path, good[:size])
+                self.faults(path, "out.tar")
+        twice = good[:-1024] + raw_member(b"index.json", b"{}") + bytes(1024)
+        stored_write(path, twice)
+        self.faults(path, "index.json")
+
+    def test_T011_links_in_an_archive(self):
+        path = self.good("archive", "out.tar")
+        good = stored_bytes(path)
+        with tarfile.open(path) as tar:
+            blob = tar.getmember(AUDIT_BLOBS + self.words["b0"])
+        end = blob.offset_data + -(-blob.size // 512) * 512
+        stored_write(self.at("blob"), good[blob.offset_data:end][:blob.size])
+        for kind in (b"1", b"2"):
+            link = raw_member(blob.name.encode(), kind=kind,
+                              link=os.fsencode(self.at("blob")))
+            stored_write(path, good[:blob.offset] + link + good[end:])
+            self.faults(path, self.words["b0"])
+
+    def test_T014_other_digests(self):
+        path = self.good("oci", "out")
+        edit = damage_json(lambda value: value["manifests"][0].update(digest=digest))
+        for digest in ("sha512:" + "0" * 128, "sha512:" + "0" * 64, "md5:" + "0" * 32,
+                       "sha256:../../x", ZEROS.upper(), "", "sha256:\ud800", None):
+            with self.subTest(digest):
+                edit(os.path.join(path, "index.json"))
+                self.faults(path, "")
+
+    def test_archive_of_damaged_names(self):
+        path = self.good("archive", "out.tar")
+        with tarfile.open(path) as tar:
+            index = tar.extractfile("index.json").read()
+        tagged = stored_bytes(path).replace(b'"RepoTags":["127', b'"RepoTags":["128')
+        self.assertNotEqual(tagged, stored_bytes(path))
+        self.assertIn(b"127", index)
+        stored_write(path, tagged)
+        self.faults(path, "manifest.json")
+
+    def test_rootfs(self):
+        root = self.good("rootfs", "out")
+        for copy, word in self.damaged(root, AUDIT_ROOTFS):
+            shutil.copyfile(root + ".mtree", copy + ".mtree")
+            self.faults(copy, word)
+
+    def test_rootfs_description(self):
+        root = self.good("rootfs", "out")
+        text = stored_bytes(root + ".mtree").decode("ascii")
+        for what, change, word in AUDIT_MTREE:
+            with self.subTest(what):
+                self.assertNotEqual(change(text), text)
+                stored_write(root + ".mtree", change(text).encode("latin-1"))
+                self.faults(root, word)
+
+    def test_rootfs_that_holds_other_things(self):
+        os.mkfifo(self.at("pipe"))
+        root = self.good("rootfs", "out")
+        os.unlink(os.path.join(root, "etc", "a"))
+        os.symlink(self.at("pipe"), os.path.join(root, "etc", "a"))
+        os.mkfifo(os.path.join(root, "etc", "pipe"))  # to read it would take for ever
+        self.faults(root, "etc/a")
+        self.faults(root, "etc/pipe")
+
+    def test_rootfs_tar(self):
+        path = self.good("rootfs", "out.tar")
+        good = stored_bytes(path)
+        for at in list(range(0, len(good), 97)) + [len(good) - 512, len(good) - 470]:
+            with self.subTest(at=at):
+                damage_at(at)(path)
+                self.faults(path, "out.tar")
+                stored_write(path, good)
+        for size in (0, 1, 511, 512, len(good) - 1, len(good) - 512, len(good) - 1536):
+            with self.subTest(size=size):
+                stored_write(path, good[:size])
+                self.faults(path, "out.tar")
+        stored_write(path, good + b"\0")
+        self.faults(path, "out.tar")
+
+    def test_other_images(self):
+        every = ("layers", "oci", "rootfs", "archive")
+        rows = ({"kind": "docker"}, every[1:2]), ({"kind": "schema1-signed"}, every), (
+            {"kind": "schema1"}, every[:1]), ({"compress": None}, every[2:])
+        for number, (options, formats) in enumerate(rows):
+            reference, _ = self.serve(ARCHIVE_TARS[:1] + [None] + ARCHIVE_TARS[:1],
+                                      **options)
+            for format in formats:
+                with self.subTest(format=format, **options):
+                    out = self.at("%s%d.tar" % (format, number))
+                    self.pull("--format", format, "-o", out, reference)
+                    self.verify(out)
+
+    def test_what_is_nothing_of_ours(self):
+        os.mkdir(self.at("empty"))
+        stored_write(self.at("text"), b"hello")
+        with tarfile.open(self.at("other.tar"), "w") as tar:
+            tar.add(self.at("text"), "text")
+        for name, status in (("absent", 1), ("empty", 1), ("text", 3),
+                             ("other.tar", 3)):
+            run = self.main("verify", self.at(name))
+            self.assertEqual(run.status, status, run.err)
+            self.assertIn(name, run.err)
+
+    def test_as_a_library(self):
+        audit = imagec.Audit().check(self.good("oci", "out"))
+        self.assertEqual((audit.faults, audit.unchecked), ([], []))
+        self.assertEqual((audit.images, audit.blobs), (1, 3))
+
+    @stored_needs_zstd
+    def test_codec_this_host_has_not(self):
+        reference, _ = self.serve(ARCHIVE_TARS[:1], "lab/z:1", compress=stored_zstd)
+        self.pull("--format", "oci", "-o", self.at("z"), reference)
+        with mock.patch.object(imagec, "_has_zstd_module", lambda: False), \
+                mock.patch.dict(os.environ, PATH=""):
+            run = self.main("verify", self.at("z"))
+            self.assertEqual(run.status, 0, run.err)
+            self.assertIn("not checked", run.err)
+
+
+# ------------------------------------------------------------------------------
+# Schema1 to a config
+# ------------------------------------------------------------------------------
+
+V1_IDS = ["%064x" % n for n in range(1, 9)]
+V1_DIFFS = ["sha256:%064x" % n for n in range(11, 19)]
+V1_GO_EMPTY = (
+    '{"Hostname":"","Domainname":"","User":"","AttachStdin":false,"AttachStdout":false,'
+    '"AttachStderr":false,"Tty":false,"OpenStdin":false,"StdinOnce":false,"Env":null,'
+    '"Cmd":null,"Image":"","Volumes":null,"WorkingDir":"","Entrypoint":null,'
+    '"OnBuild":null,"Labels":null}')
+V1_TIMES = (
+    # created, as Go's RFC3339Nano writes it
+    ('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.120Z"', "2020-01-02T03:04:05.12Z"),
+    ('"2020-01-02T03:04:05.000Z"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.123456789Z"', "2020-01-02T03:04:05.123456789Z"),
+    ('"2020-01-02T03:04:05.1234567899Z"', "2020-01-02T03:04:05.123456789Z"),
+    ('"2020-01-02T03:04:05+00:00"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
+    ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
+)
+V1_BAD_TIMES = ('"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
+                '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"')
+V1_STRINGS = (
+    # JSON text in, JSON text out in the history
+    (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
+    ('"\u2028\u2029"', r'"\u2028\u2029"'), ('"caf\xe9 \u20ac"', '"caf\xe9 \u20ac"'),
+    (r'"caf\u00e9"', '"caf\xe9"'), (r'"\ud83d\ude00"', '"\U0001f600"'),
+    (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
+    (r'"\b\f\u0000\u001f"', r'"\u0008\u000c\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
+    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', '"\ufffdx"'),
+)
+V1_COMMANDS = (
+    # container_config, created_by in the history or None
+    ('{"Cmd":["/bin/sh","-c","x  y"]}', "/bin/sh -c x  y"),
+    ('{"Cmd":"one two"}', "one two"),
+    ('{"Cmd":null}', None), ('{"Cmd":[]}', None), ("{}", None), ("null", None),
+)
+V1_VERSIONS = (
+    # docker_version, whether the config goes through docker's old struct
+    ("1.8.2", True), ("1.8", True), ("1.7.0", True), ("1", True), ("0.10", True),
+    ("1.8.2-rc1", True), ("1.8.3", False), ("1.8.3.1", False), ("1.10.0", False),
+    ("17.06.0-ce", False), ("2", False), ("1.9.0-dev", False), ("dev", True),
+    ("", False), (None, False),
+)
+
+
+def v1_manifest(*texts, throwaway=()):
+    """A Schema1Manifest whose images, oldest first, have these members (JSON text)."""
+    history = []
+    for number, text in enumerate(texts):
+        head = '"id":"%s"' % V1_IDS[number]
+        if number:
+            head += ',"parent":"%s"' % V1_IDS[number - 1]
+        if number in throwaway:
+            head += ',"throwaway":true'
+        history.append({"v1Compatibility": "{%s%s%s}" % (head, "," * bool(text), text)})
+    blobs = [{"blobSum": "sha256:%064x" % (21 + n)} for n in range(len(texts))]
+    raw = json.dumps({
+        "schemaVersion": 1, "name": "lab/app", "tag": "1", "architecture": "amd64",
+        "fsLayers": blobs[::-1], "history": history[::-1]}).encode()
+    return imagec.decode_manifest(raw)
+
+
+def v1_config(*texts, throwaway=()):
+    """The text of the config that docker would make of these."""
+    manifest = v1_manifest(*texts, throwaway=throwaway)
+    count = len(texts) - len(throwaway)
+    diff_ids = [imagec.Digest.parse(text) for text in V1_DIFFS[:count]]
+    return imagec.modern_config(manifest, diff_ids).raw.decode("utf-8")
+
+
+class Schema1ConversionTest(StoredCase):
+    """The config of a schema1 image, byte for byte: its digest is the image ID."""
+
+    tail = ('"history":[{"created":"0001-01-01T00:00:00Z"}],"os":"linux","rootfs":'
+            '{"type":"layers","diff_ids":["%s"]}}' % V1_DIFFS[0])
+
+    def setUp(self):
+        """No registry for most of it."""
+
+    def history(self, *texts):
+        return json.loads(v1_config(*texts))["history"]
+
+    def test_whole(self):
+        text = v1_config(
+            '"created":"2020-01-01T00:00:00Z","container_config":{"Cmd":["a"]}',
+            '"created":"2020-01-02T00:00:00.10Z","author":"me","comment":"c",'
+            '"container_config":{"Cmd":["b","c"]}',
+            '"os":"linux","docker_version":"1.12.6","created":"2020-01-03T00:00:00Z",'
+            '"Size":5,"parent_id":"x","layer_id":"y","config":{"b":1,"a":2},'
+            '"architecture":"amd64"', throwaway=[1])
+        self.assertEqual(text, (
+            '{"architecture":"amd64","config":{"b":1,"a":2},"created":'
+            '"2020-01-03T00:00:00Z","docker_version":"1.12.6","history":['
+            '{"created":"2020-01-01T00:00:00Z","created_by":"a"},'
+            '{"created":"2020-01-02T00:00:00.1Z","author":"me","created_by":"b c",'
+            '"comment":"c","empty_layer":true},{"created":"2020-01-03T00:00:00Z"}],'
+            '"os":"linux","rootfs":{"type":"layers","diff_ids":["%s","%s"]}}'
+            % tuple(V1_DIFFS[:2])))
+
+    def test_no_layers(self):
+        text = v1_config('"os":"linux"', throwaway=[0])
+        self.assertTrue(text.endswith('"rootfs":{"type":"layers"}}'), text)
+
+    def test_members_stay_as_they_stand(self):
+        rows = (('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }',
+                 '{"z":[1.50e+3,-0],"a":"x  y"}'),
+                (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
+                ('{"<":"\u2028","q":"a\\" , b"}',
+                 '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
+                ("null", "null"), ("[]", "[]"), ("12345678901234567890", None),
+                (r'{"\ud800":1}', None))
+        for given, wanted in rows:
+            with self.subTest(given):
+                text = v1_config('"os":"linux","K":' + given)
+                self.assertEqual(text, '{"K":%s,%s' % (wanted or given, self.tail))
+
+    def test_keys_are_sorted_by_bytes(self):
+        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
+        keys = list(json.loads(text, object_pairs_hook=collections.OrderedDict))
+        self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
+                                "\U0001f600"])
+
+    def test_times(self):
+        for given, wanted in V1_TIMES:
+            with self.subTest(given):
+                text = "" if given is None else '"created":' + given
+                self.assertEqual(self.history(text)[0]["created"], wanted)
+
+    def test_bad_times(self):
+        for given in V1_BAD_TIMES:
+            for version in ("1.7.0", "1.12.0"):
+                with self.subTest(given, version=version), \
+                        self.assertRaises(imagec.InvalidDocument):
+                    v1_config('"docker_version":"%s","created":%s' % (version, given))
+
+    def test_strings(self):
+        for given, wanted in V1_STRINGS:
+            with self.subTest(given):
+                text = v1_config('"author":' + given, "")
+                self.assertIn('"author":%s}' % wanted, text)
+
+    def test_commands(self):
+        for given, wanted in V1_COMMANDS:
+            with self.subTest(given):
+                found = self.history('"container_config":' + given)[0]
+                self.assertEqual(found.get("created_by"), wanted)
+
+    def test_versions(self):
+        for version, struct in V1_VERSIONS:
+            with self.subTest(version):
+                text = "" if version is None else '"docker_version":"%s",' % version
+                found = json.loads(v1_config(text + '"unknown":1'))
+                self.assertEqual("unknown" in found, not struct)
+                self.assertEqual("container_config" in found, struct)
+
+    def test_old_struct(self):
+        text = v1_config(
+            '"docker_version":"1.7.0","os":"linux","architecture":"","variant":"v7",'
+            '"unknown":1,"container":"c","Size":7,"config":{"env":["A=<"],"Cmd":"x",'
+            '"unknown":2,"ExposedPorts":{"80/tcp":{},"22/tcp":{}},"Tty":true,'
+            '"Volumes":{"b":{},"a":{}},"PortSpecs":null}')
+        config = (V1_GO_EMPTY.replace('"Tty":false', '"ExposedPorts":{"22/tcp":{},'
+                                      '"80/tcp":{}},"Tty":true')
+                  .replace('"Env":null', r'"Env":["A=\u003c"]')
+                  .replace('"Cmd":null', '"Cmd":["x"]')
+                  .replace('"Volumes":null', '"Volumes":{"a":{},"b":{}}'))
+        self.assertEqual(text, (
+            '{"config":%s,"container":"c","container_config":%s,"created":'
+            '"0001-01-01T00:00:00Z","docker_version":"1.7.0",'
+            '"history":[{"created":"0001-01-01T00:00:00Z"}],"os":"linux","rootfs":'
+            '{"type":"layers","diff_ids":["%s"]},"variant":"v7"}' % (
+                config, V1_GO_EMPTY, V1_DIFFS[0])))
+
+    def test_wrong_types_are_told(self):
+        values = ("5", "[]", "{}", '"x"', "true", "null", "[5]", '{"Cmd":5}',
+                  '{"Cmd":[5]}', '{"Cmd":{}}', '{"Env":5,"Volumes":[]}')
+        for key in ("created", "author", "comment", "container_config", "config", "os",
+                    "docker_version", "architecture", "variant", "container", "Size"):
+            for value in values:
+                for version in ('"docker_version":"1.7.0",', ""):
+                    if key == "docker_version" and version:
+                        continue
+                    with self.subTest(key, value=value, version=version), \
+                            contextlib.suppress(imagec.InvalidDocument):
+                        v1_config("%s%s:%s" % (version, json.dumps(key), value))
+
+    def test_manifest(self):
+        config = imagec.ImageConfig.parse(v1_config('"os":"linux"').encode())
+        blob = imagec.Descriptor("x", imagec.Digest.parse(V1_DIFFS[3]), 9)
+        manifest = imagec.modern_manifest(config, [blob])
+        self.assertEqual(manifest.raw, (
+            b'{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.'
+            b'manifest.v2+json","config":{"mediaType":"application/vnd.docker.'
+            b'container.image.v1+json","size":%d,"digest":"%s"},"layers":[{'
+            b'"mediaType":"x","size":9,"digest":"%s"}]}' % (
+                len(config.raw), sha256(config.raw).encode(), V1_DIFFS[3].encode())))
+
+    def test_image_id_is_the_same_everywhere(self):
+        super().setUp()
+        ids = set()
+        for kind in ("schema1", "schema1-signed"):
+            reference, image = self.serve(ARCHIVE_TARS[:1] + [None] + ARCHIVE_TARS[1:],
+                                          kind=kind)
+            for format in ("layers", "oci", "archive"):
+                run = self.pull("--json", "--format", format, "-o",
+                                self.at(kind + format), reference)
+                value = json.loads(run.out.decode())
+                ids.add(value["image_id"])
+                self.assertEqual(value["digest"], image.digest)
+        self.assertEqual(len(ids), 1)
+        digest = ids.pop()
+        members = self.members(self.at("schema1archive"))
+        config = json.loads(members["blobs/sha256/" + digest[7:]].decode())
+        self.assertEqual(config["rootfs"]["diff_ids"], image.diff_ids)
+        self.assertEqual([entry.get("empty_layer") for entry in config["history"]],
+                         [None, True, None, None])
+
+    def test_throwaway_flags_missing(self):
+        # Old images have none: the empty blob is then a layer as any other.
+        super().setUp()
+        reference, _ = self.serve([ARCHIVE_TARS[0], bytes(1024)], kind="schema1")
+        self.pull("--format", "oci", "-o", self.at("out"), reference)
+        self.verify(self.at("out"))
 
 
 # --------------------------------------------------------------------------------------
