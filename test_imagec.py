@@ -22,6 +22,7 @@ import gc
 import glob
 import gzip
 import hashlib
+import hmac
 import http.client
 import http.server
 import io
@@ -12055,6 +12056,1675 @@ class Schema1ConversionTest(StoredCase):
         reference, _ = self.serve([ARCHIVE_TARS[0], bytes(1024)], kind="schema1")
         self.pull("--format", "oci", "-o", self.at("out"), reference)
         self.verify(self.at("out"))
+
+
+# --------------------------------------------------------------------------------------
+# Serve and Self-test
+# --------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------
+# Fixtures: a store of pulled images, running servers, clients of one request
+# ------------------------------------------------------------------------------
+
+SERVE_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
+SERVE_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+SERVE_LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
+                  "sys.exit(imagec.main())")
+SERVE_CLEAN = re.compile(
+    "(?i).*_proxy$|^IMAGEC_|^SSL_|^PYTHON|^DOCKER_|^REGISTRY_|^XDG_|^HOME$")
+SERVE_NOISE = b"".join(hashlib.sha512(b"%d" % i).digest() for i in range(400))
+SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]))
+SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
+SERVE_AMD = ("linux", "amd64", None)
+SERVE_ARM = ("linux", "arm64", "v8")
+SERVE_NO_DIGEST = "sha256:" + "0" * 64
+SERVE_CANARY = b"canary that nobody may see"
+
+ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
+ServeRun = collections.namedtuple("ServeRun", "status out err")
+
+
+def serve_clean_environment(root):
+    """The environment without a trace of this machine's owner, proxies or roots."""
+    clean = {name: value for name, value in os.environ.items()
+             if not SERVE_CLEAN.match(name)}
+    roots = os.path.join(root, "roots.pem")
+    serve_write(roots, TEST_CERT.encode("ascii"))
+    # Reading the system's roots takes longer than most of these tests.
+    return dict(clean, SSL_CERT_FILE=roots, HOME=os.path.join(root, "home"),
+                XDG_RUNTIME_DIR=os.path.join(root, "run"))
+
+
+def serve_write(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+    return path
+
+
+def serve_read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def serve_flip(path, offset=-1):
+    """Flips a bit of a file where it stands."""
+    data = bytearray(serve_read(path))
+    data[offset] ^= 1
+    with open(path, "r+b") as file:
+        file.write(data)
+
+
+def serve_images():
+    """{repository: BuiltImage} of every kind there is."""
+    images = {"lab/" + kind: build_image(SERVE_TARS, kind) for kind in SERVE_KINDS}
+    other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
+    images["lab/index"] = build_index(
+        [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
+    images["library/alpine"] = images["lab/index"]
+    return images
+
+
+@contextlib.contextmanager
+def serve_running(server):
+    """`imagec.serving` that ends sooner."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
+    thread.start()
+    try:
+        yield "127.0.0.1:%d" % server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def serve_ask(host, path, method="GET", headers=None, tls=None):
+    """The ServeAnswer to one request on a connection of its own."""
+    kind = http.client.HTTPConnection
+    options = {"timeout": 5}
+    if tls:
+        kind, options["context"] = http.client.HTTPSConnection, tls
+    connection = kind(host, **options)
+    try:
+        return serve_ask_again(connection, path, method, headers)
+    finally:
+        connection.close()
+
+
+def serve_ask_again(connection, path, method="GET", headers=None):
+    connection.request(method, path, headers=headers or {})
+    response = connection.getresponse()
+    return ServeAnswer(response.status, response.headers, response.read())
+
+
+def serve_connect(host, timeout=5):
+    name, _, port = host.rpartition(":")
+    return socket.create_connection((name, int(port)), timeout)
+
+
+def serve_raw(host, data, timeout=5):
+    """All that comes back for raw bytes, up to the end of the connection."""
+    found = b""
+    with serve_connect(host, timeout) as sock:
+        # A server that has hung up already leaves nothing to shut down.
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            for piece in iter(lambda: sock.recv(65536), b""):
+                found += piece
+    return found
+
+
+def serve_target(host, target, extra=b""):
+    """The status (0: none) and the bytes that a request target as it is gets."""
+    if isinstance(target, str):
+        target = target.encode("latin-1")
+    found = serve_raw(host, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n"
+                      + extra + b"Connection: close\r\n\r\n")
+    match = re.match(rb"HTTP/1\.1 ([0-9]{3}) ", found)
+    return int(match.group(1)) if match else 0, found
+
+
+class ServeRecorder(imagec.RegistryHandler):
+    """Keeps what is asked, in the server's `asked`."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        super().do_GET()
+
+    do_HEAD = do_GET
+
+
+class ServeCase(RegistryCase):
+    """Images pulled once into a tree, a layout and an archive; servers of them."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.root = tempfile.mkdtemp(dir=SERVE_PLACE)
+        cls._patches = [
+            mock.patch.dict(os.environ, serve_clean_environment(cls.root), clear=True),
+            mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0)]
+        for patch in cls._patches:
+            patch.start()
+        try:
+            cls._fill()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        for patch in cls._patches:
+            patch.stop()
+        shutil.rmtree(cls.root, ignore_errors=True)
+        super().tearDownClass()
+
+    @classmethod
+    def _fill(cls):
+        cls.images = serve_images()
+        origin = FakeRegistry()
+        try:
+            cls.origin = origin.host
+            for repository, image in cls.images.items():
+                origin.add(repository, "1", image)
+            cls.tree = cls._pull_all("tree", "layers", cls.images)
+            modern = [name for name in cls.images if "schema1" not in name]
+            cls.layout = cls._pull_all("Lay Out", "oci", modern, "all")
+            cls.archive = cls._pull_all("images.tar", "archive", ["lab/docker"])
+        finally:
+            origin.close()
+
+    @classmethod
+    def _pull_all(cls, name, format, repositories, platform="linux/amd64"):
+        path = os.path.join(cls.root, name)
+        for repository in repositories:
+            index = cls.images[repository].children
+            # By its mirror an image is pulled as of Docker Hub, which is not asked.
+            hub = repository.startswith("library/")
+            imagec.pull(
+                ("" if hub else cls.origin + "/") + repository + ":1", path, format,
+                platform=platform if index else "linux/amd64", no_creds=True,
+                mirrors=[cls.origin] if hub else [])
+        return path
+
+    def setUp(self):
+        self.work = tempfile.mkdtemp(dir=self.root)
+        self.logged = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.logged.append(record.getMessage())
+        for name, value in (("handlers", [handler]), ("propagate", False)):
+            patch = mock.patch.object(imagec.log, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def start(self, shelf, credentials=None, tls=None, handler=None):
+        """The host of a server of a Shelf, or of what is at a path, until the end."""
+        if not isinstance(shelf, imagec.Shelf):
+            shelf = imagec.Shelf(shelf)
+        self.server = imagec.new_server(
+            shelf, ("127.0.0.1", 0), credentials, tls, handler)
+        self.server.asked = []
+        running = serve_running(self.server)
+        host = running.__enter__()
+        self.addCleanup(running.__exit__, None, None, None)
+        return host
+
+    def copied(self):
+        """A copy of the layout that may be damaged, and the paths of a layer in it."""
+        path = self.at("layout")
+        shutil.copytree(self.layout, path)
+        digest = self.images["lab/oci"].layers[1]
+        return path, digest, os.path.join(path, "blobs", *digest.split(":"))
+
+    def shelf_of(self, data, name="lab/app"):
+        """A Shelf with one blob; its digest and path too."""
+        shelf, digest = imagec.Shelf(), imagec.Digest.of(data)
+        path = serve_write(self.at("blob"), data)
+        shelf.add_blob(digest, imagec.Region(path, 0, len(data)))
+        shelf.add([name], None, "x/y", digest, data[:1])
+        return shelf, str(digest), path
+
+    def refused(self, answer, status, code=None):
+        """`answer` is an error in the distribution-spec's form."""
+        self.assertEqual(answer.status, status, answer.body)
+        self.assertEqual(answer.headers["Content-Type"], "application/json")
+        errors = json.loads(answer.body.decode("ascii"))["errors"]
+        self.assertRegex(errors[0]["code"], "^[A-Z_]+$")
+        self.assertIsInstance(errors[0]["message"], str)
+        if code:
+            self.assertEqual(errors[0]["code"], code)
+
+    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
+
+    def main(self, *argv, stdin=""):
+        """A command line run here; whatever waits is interrupted instead."""
+        out, err = io.StringIO(), io.StringIO()
+        with mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
+                                 stderr=err), \
+                mock.patch.object(imagec, "argument_parser", self.parser), \
+                mock.patch.object(imagec.time, "sleep", side_effect=KeyboardInterrupt):
+            status = imagec.main(list(argv))
+        self.assertNotIn("Traceback", err.getvalue())
+        return ServeRun(status, out.getvalue(), err.getvalue())
+
+    def process(self, *argv, stdin=b""):
+        """`imagec.py serve` as a process, and the first line it prints."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE_LAUNCHER, SERVE_HOME, "serve"] + list(argv),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.reap, process)
+        process.stdin.write(stdin)
+        process.stdin.close()
+        return process, process.stdout.readline().decode("utf-8")
+
+    @staticmethod
+    def reap(process):
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+# ------------------------------------------------------------------------------
+# Shelf
+# ------------------------------------------------------------------------------
+
+#: (Range header, size, (first, end), None for all or ValueError); RFC 7233, 2.1
+SERVE_RANGES = (
+    (None, 10, None),
+    ("bytes=0-0", 10, (0, 1)),
+    ("bytes=0-9", 10, (0, 10)),
+    ("bytes=0-", 10, (0, 10)),
+    ("bytes=3-6", 10, (3, 7)),
+    ("bytes=9-", 10, (9, 10)),
+    ("bytes=5-999", 10, (5, 10)),
+    ("bytes=-3", 10, (7, 10)),
+    ("bytes=-10", 10, (0, 10)),
+    ("bytes=-99", 10, (0, 10)),
+    ("bytes=10-", 10, ValueError),
+    ("bytes=10-12", 10, ValueError),
+    ("bytes=-0", 10, ValueError),
+    ("bytes=0-", 0, ValueError),
+    ("bytes=0-1,3-4", 10, None),
+    ("bytes=-", 10, None),
+    ("bytes=a-b", 10, None),
+    ("bytes=+1-2", 10, None),
+    ("bytes=\u0661-", 10, None),
+    ("bytes=0x1-2", 10, None),
+    ("bytes = 1-2", 10, None),
+    ("bytes=1-2 ", 10, None),
+    ("lines=1-2", 10, None),
+    ("bytes=" + "9" * 400 + "-", 10, None),
+)
+
+#: (host, repository, names it goes by)
+SERVE_NAMES = (
+    ("docker.io", "library/alpine",
+     ["docker.io/library/alpine", "library/alpine", "alpine"]),
+    ("registry-1.docker.io", "library/alpine",
+     ["docker.io/library/alpine", "library/alpine", "alpine"]),
+    ("docker.io", "grafana/loki", ["docker.io/grafana/loki", "grafana/loki"]),
+    ("quay.io", "library/x", ["quay.io/library/x", "library/x"]),
+    ("127.0.0.1:5000", "a/b/c", ["127.0.0.1:5000/a/b/c", "a/b/c"]),
+    ("[::1]:5000", "a", ["[::1]:5000/a", "a"]),
+)
+
+#: Where a layers tree keeps an image, and a name and tag it must be served by: words of
+#: the layout itself occur in names.
+SERVE_TREES = (
+    ("https/quay.io/v2/lab/app/v2", "quay.io/lab/app", "v2"),
+    ("https/quay.io/v2/lab/v2/app/1", "quay.io/lab/v2/app", "1"),
+    ("https/quay.io/v2/v2/1", "quay.io/v2", "1"),
+    ("https/quay.io/v2/v2/v2", "quay.io/v2", "v2"),
+    ("http/localhost:5000/v2/a/b/c/d/latest", "localhost:5000/a/b/c/d", "latest"),
+    ("https/registry-1.docker.io/v2/library/alpine/3.20", "alpine", "3.20"),
+)
+
+
+class ShelfTest(ServeCase):
+    """What is on the shelf, and under which names."""
+
+    def test_tables_are_not_empty(self):
+        self.assertTrue(SERVE_RANGES and SERVE_NAMES and SERVE_TREES)
+
+    def test_parse_range(self):
+        for value, size, expected in SERVE_RANGES:
+            with self.subTest(value=value, size=size):
+                if expected is ValueError:
+                    with self.assertRaises(ValueError):
+                        imagec.parse_range(value, size)
+                else:
+                    self.assertEqual(imagec.parse_range(value, size), expected)
+
+    def test_backward_range_gives_no_part(self):
+        # RFC 7233 would have it ignored, RFC 9110 lets a server reject it.
+        with contextlib.suppress(ValueError):
+            self.assertIsNone(imagec.parse_range("bytes=5-2", 10))
+
+    def test_names_of(self):
+        for host, repository, names in SERVE_NAMES:
+            with self.subTest(host=host, repository=repository):
+                self.assertEqual(imagec.Shelf.names_of(host, repository), names)
+
+    def test_every_tree_is_found_by_its_name(self):
+        source = os.path.join(self.tree, "http", self.origin, "v2", "lab", "oci", "1")
+        for number, (place, name, tag) in enumerate(SERVE_TREES):
+            with self.subTest(place=place):
+                path = self.at(str(number))
+                shutil.copytree(source, os.path.join(path, *place.split("/")))
+                shelf = imagec.Shelf(path)
+                self.assertEqual(shelf.document(name, tag)[2],
+                                 self.images["lab/oci"].manifest)
+
+    def test_tree_below_a_directory_named_like_its_parts(self):
+        path = self.at("https", "host", "v2", "images")
+        shutil.copytree(self.tree, path)
+        shelf = imagec.Shelf(path)
+        self.assertIn(self.origin + "/lab/oci", shelf.repositories)
+
+    def test_part_of_a_tree(self):
+        path = os.path.join(self.tree, "http", self.origin, "v2", "lab", "oci")
+        for part in (path, os.path.join(path, "1")):
+            self.assertIn("lab/oci", imagec.Shelf(part).repositories)
+
+    def test_tree_and_layout_hold_the_same_names(self):
+        expected = {"alpine", "library/alpine", "docker.io/library/alpine"}
+        for kind in ("docker", "oci", "index"):
+            expected |= {"lab/" + kind, "%s/lab/%s" % (self.origin, kind)}
+        self.assertEqual(set(imagec.Shelf(self.layout).repositories), expected)
+        for kind in ("schema1", "schema1-signed"):
+            expected |= {"lab/" + kind, "%s/lab/%s" % (self.origin, kind)}
+        self.assertEqual(set(imagec.Shelf(self.tree).repositories), expected)
+
+    def test_archive(self):
+        shelf = imagec.Shelf(self.archive)
+        self.assertEqual(set(shelf.repositories),
+                         {"lab/docker", self.origin + "/lab/docker"})
+        image = self.images["lab/docker"]
+        self.assertEqual(shelf.document("lab/docker", "1"), (
+            image.media_type, imagec.Digest.parse(image.digest), image.manifest))
+
+    def rewritten(self, annotations):
+        path, _, _ = self.copied()
+        image = self.images["lab/oci"]
+        entry = image.descriptor(annotations=annotations)
+        serve_write(os.path.join(path, "index.json"), json.dumps(
+            {"schemaVersion": 2, "manifests": [entry]}).encode("ascii"))
+        return imagec.Shelf(path), image
+
+    def test_nameless_entry_goes_by_the_name_of_its_directory(self):
+        shelf, image = self.rewritten({})
+        self.assertEqual(list(shelf.repositories), ["layout"])
+        self.assertEqual(shelf.document("layout", image.digest)[2], image.manifest)
+
+    def test_nameless_entry_keeps_its_tag(self):
+        # As skopeo and umoci write it.
+        shelf, image = self.rewritten({"org.opencontainers.image.ref.name": "1.2"})
+        found = shelf.document("layout", "1.2")
+        self.assertIsNotNone(found)
+        self.assertEqual(found[2], image.manifest)
+
+    def test_namespace_decides_between_hosts(self):
+        shelf = imagec.Shelf()
+        for host in (b"a.test", b"b.test"):
+            shelf.add(shelf.names_of(host.decode(), "lab/app"), "1", "x/y",
+                      imagec.Digest.of(host), host)
+        for host in (b"a.test", b"b.test"):
+            self.assertEqual(shelf.document("lab/app", "1", host.decode())[2], host)
+
+    def test_namespace_that_is_not_held(self):
+        # A mirror that hands out another host's image in place of what is asked for
+        # would be believed.
+        shelf = imagec.Shelf(self.layout)
+        for namespace in ("quay.io", "docker.io"):
+            with self.assertRaises(KeyError):
+                shelf.document("lab/oci", "1", namespace)
+        self.assertTrue(shelf.document("library/alpine", "1", "docker.io"))
+
+    def test_blob_that_is_a_link_is_not_served(self):
+        path, digest, blob = self.copied()
+        os.rename(blob, self.at("outside"))
+        os.symlink(self.at("outside"), blob)
+        with contextlib.suppress(OSError, imagec.ImagecError):
+            shelf = imagec.Shelf(path)
+            self.assertIsNone(shelf.blob(imagec.Digest.parse(digest)))
+
+    def test_blob_is_proved_once(self):
+        shelf, digest, path = self.shelf_of(b"x" * 1000)
+        digest = imagec.Digest.parse(digest)
+        with mock.patch.object(imagec, "BlobVerifier", wraps=imagec.BlobVerifier) as v:
+            self.assertEqual(shelf.blob(digest), shelf.blob(digest))
+            self.assertEqual(v.call_count, 1)
+            os.utime(path, (1, 1))
+            shelf.blob(digest)
+            self.assertEqual(v.call_count, 2)
+
+    def test_what_holds_nothing(self):
+        serve_write(self.at("foreign", "a", "file"), b"text")
+        serve_write(self.at("foreign", "a", "manifest.json"), b"{}")
+        os.mkdir(self.at("empty"))
+        for name in ("foreign", "empty", "absent"):
+            with self.subTest(name=name), self.assertRaises(imagec.OutputError):
+                imagec.Shelf(self.at(name))
+
+
+# ------------------------------------------------------------------------------
+# Conformance: the expectations of the OCI distribution-spec's pull tests
+# ------------------------------------------------------------------------------
+
+SERVE_MANIFEST = {"Docker-Content-Digest": "{digest}", "ETag": '"{digest}"',
+                  "Content-Type": "{type}", "Content-Length": "{size}"}
+SERVE_BLOB = {"Docker-Content-Digest": "{blob}", "ETag": '"{blob}"',
+              "Content-Type": "application/octet-stream", "Accept-Ranges": "bytes",
+              "Content-Length": "{blob_size}"}
+SERVE_JSON = {"Content-Type": "application/json"}
+
+#: (path below /v2/, status, error code or None, headers); each row by GET and by HEAD
+SERVE_CONFORMANCE = (
+    ("", 200, None, SERVE_JSON),
+    ("{name}/manifests/1", 200, None, SERVE_MANIFEST),
+    ("{name}/manifests/{digest}", 200, None, SERVE_MANIFEST),
+    ("{name}/manifests/{child}", 200, None, {"Docker-Content-Digest": "{child}"}),
+    ("{host}/{name}/manifests/1", 200, None, SERVE_MANIFEST),
+    ("{name}/manifests/1?ns={host}", 200, None, SERVE_MANIFEST),
+    ("{name}/manifests/.INVALID_MANIFEST_NAME", 404, "MANIFEST_UNKNOWN", {}),
+    ("{name}/manifests/2", 404, "MANIFEST_UNKNOWN", {}),
+    ("{name}/manifests/{zeros}", 404, "MANIFEST_UNKNOWN", {}),
+    ("{name}/manifests/{blob}", 404, "MANIFEST_UNKNOWN", {}),
+    ("no/such/manifests/1", 404, "NAME_UNKNOWN", {}),
+    ("no/such/manifests/{digest}", 404, "NAME_UNKNOWN", {}),
+    ("No_Such/manifests/1", 404, None, {}),
+    ("{name}/blobs/{blob}", 200, None, SERVE_BLOB),
+    ("{host}/{name}/blobs/{blob}", 200, None, SERVE_BLOB),
+    ("{name}/blobs/{blob}?ns={host}", 200, None, SERVE_BLOB),
+    ("{name}/blobs/{zeros}", 404, "BLOB_UNKNOWN", {}),
+    ("no/such/blobs/{blob}", 404, "NAME_UNKNOWN", {}),
+    ("{name}/blobs/sha256:abc", 400, "DIGEST_INVALID", {}),
+    ("{name}/blobs/nonsense", 400, "DIGEST_INVALID", {}),
+    ("{name}/blobs/md5:d41d8cd98f00b204e9800998ecf8427e", 400, "DIGEST_INVALID", {}),
+    ("{name}/tags/list", 200, None, SERVE_JSON),
+    ("{name}/tags/list?n=1", 200, None, SERVE_JSON),
+    ("no/such/tags/list", 404, "NAME_UNKNOWN", {}),
+    ("{name}/referrers/{digest}", 404, None, {}),
+    ("{name}/tags", 404, None, {}),
+    ("{name}", 404, None, {}),
+    ("_catalog", 200, None, SERVE_JSON),
+    ("_catalogue", 404, None, {}),
+)
+
+#: If-None-Match with {0} for the digest, and whether it fits; RFC 7232, 3.2
+SERVE_ETAGS = (
+    ('"{0}"', True),
+    ('W/"{0}"', True),
+    ('"x", "{0}"', True),
+    ('"x","{0}" , "y"', True),
+    ("*", True),
+    ('"x"', False),
+    ("{0}x", False),
+    ('"{0}', False),
+    ("", False),
+)
+
+
+class ConformanceTest(ServeCase):
+    """The pull part of the specification, line by line."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        shelf = imagec.Shelf(cls.layout)
+        cls._server = serve_running(imagec.new_server(shelf, ("127.0.0.1", 0)))
+        cls.host = cls._server.__enter__()
+        index = cls.images["lab/index"]
+        blob = index.children[0].layers[1]
+        cls.facts = {
+            "name": "lab/index", "host": cls.origin, "digest": index.digest,
+            "type": index.media_type, "size": len(index.manifest),
+            "child": index.children[1].digest, "zeros": SERVE_NO_DIGEST,
+            "blob": blob, "blob_size": len(index.children[0].blobs[blob])}
+        cls.blob = index.children[0].blobs[blob]
+        cls.blob_path = "/v2/lab/index/blobs/" + blob
+        cls.manifest_path = "/v2/lab/index/manifests/1"
+
+    @classmethod
+    def tearDownClass(cls):
+        cls._server.__exit__(None, None, None)
+        super().tearDownClass()
+
+    def ask(self, *args, **named):
+        return serve_ask(self.host, *args, **named)
+
+    def test_tables_are_not_empty(self):
+        self.assertTrue(SERVE_CONFORMANCE and SERVE_ETAGS)
+
+    def check_row(self, answer, status, code, headers):
+        self.assertEqual(answer.status, status, answer.body)
+        self.assertEqual(answer.headers["Docker-Distribution-API-Version"],
+                         "registry/2.0")
+        for name, value in headers.items():
+            self.assertEqual(answer.headers[name], value.format(**self.facts))
+        if status >= 400:
+            self.refused(answer, status, code)
+
+    def test_get(self):
+        for path, status, code, headers in SERVE_CONFORMANCE:
+            with self.subTest(path=path):
+                answer = self.ask("/v2/" + path.format(**self.facts))
+                self.check_row(answer, status, code, headers)
+                self.assertEqual(answer.headers["Content-Length"],
+                                 str(len(answer.body)))
+
+    def test_head_is_get_without_a_body(self):
+        for path, status, code, headers in SERVE_CONFORMANCE:
+            with self.subTest(path=path):
+                path = "/v2/" + path.format(**self.facts)
+                head, get = self.ask(path, "HEAD"), self.ask(path)
+                self.assertEqual((head.status, head.body), (get.status, b""))
+                for one in (head, get):
+                    del one.headers["Date"]
+                self.assertEqual(head.headers.items(), get.headers.items())
+
+    def test_bytes_are_exact(self):
+        index = self.images["lab/index"]
+        for image in [index] + index.children + [self.images["lab/docker"]]:
+            name = "lab/docker" if image.media_type.startswith(
+                "application/vnd.docker") else "lab/index"
+            answer = self.ask("/v2/%s/manifests/%s" % (name, image.digest))
+            self.assertEqual(answer.body, image.manifest)
+            self.assertEqual(answer.headers["Content-Type"], image.media_type)
+            for digest, data in image.blobs.items():
+                answer = self.ask("/v2/%s/blobs/%s" % (name, digest))
+                self.assertEqual(answer.body, data)
+
+    def test_writing_is_refused(self):
+        paths = ("/v2/lab/index/blobs/uploads/", self.manifest_path, self.blob_path)
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            for path in paths:
+                with self.subTest(method=method, path=path):
+                    answer = self.ask(path, method)
+                    self.refused(answer, 405, "UNSUPPORTED")
+                    # RFC 7231, 6.5.5: it MUST say what is allowed.
+                    self.assertEqual(
+                        {word.strip() for word in
+                         answer.headers.get("Allow", "").split(",")}, {"GET", "HEAD"})
+
+    def test_other_methods_are_refused(self):
+        for method in ("OPTIONS", "TRACE", "PROPFIND"):
+            with self.subTest(method=method):
+                self.assertIn(self.ask("/v2/", method).status, (405, 501))
+
+    def test_refused_body_is_not_taken_for_a_request(self):
+        body = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+        found = serve_raw(self.host, b"PUT /v2/x HTTP/1.1\r\nHost: x\r\n"
+                          b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        self.assertEqual(re.findall(rb"HTTP/1\.1 ([0-9]+)", found), [b"405"])
+        self.assertRegex(found, b"(?i)\r\nconnection: close\r\n")
+
+    def test_ranges(self):
+        size = len(self.blob)
+        for value, first, end in (("0-0", 0, 1), ("0-99", 0, 100), ("5-", 5, size),
+                                  ("100-199", 100, 200), ("-7", size - 7, size),
+                                  ("0-%d" % (size * 2), 0, size)):
+            with self.subTest(value=value):
+                answer = self.ask(self.blob_path, headers={"Range": "bytes=" + value})
+                self.assertEqual(answer.status, 206)
+                self.assertEqual(answer.body, self.blob[first:end])
+                self.assertEqual(answer.headers["Content-Range"], "bytes %d-%d/%d" % (
+                    first, end - 1, size))
+                self.assertEqual(answer.headers["Content-Length"], str(end - first))
+
+    def test_body_of_a_get_is_not_taken_for_a_request(self):
+        one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
+        for framing in (b"Content-Length: %d\r\n\r\n" % len(one + b"\r\n"),
+                        b"Transfer-Encoding: chunked\r\n\r\n"):
+            with self.subTest(framing=framing):
+                found = serve_raw(self.host, one + framing + one + b"\r\n")
+                self.assertEqual(found.count(b"HTTP/1.1 "), 1)
+
+    def test_range_outside_the_blob(self):
+        size = len(self.blob)
+        for value in ("%d-" % size, "%d-%d" % (size, size + 5), "-0"):
+            with self.subTest(value=value):
+                answer = self.ask(self.blob_path, headers={"Range": "bytes=" + value})
+                self.refused(answer, 416)
+                self.assertEqual(answer.headers["Content-Range"], "bytes */%d" % size)
+
+    def test_range_that_is_ignored(self):
+        for value in ("bytes=0-1,4-5", "bytes=x-y", "lines=0-1", "bytes=-", ""):
+            with self.subTest(value=value):
+                answer = self.ask(self.blob_path, headers={"Range": value})
+                self.assertEqual((answer.status, answer.body), (200, self.blob))
+
+    def test_range_means_nothing_to_head(self):
+        # RFC 7233, 3.1
+        answer = self.ask(self.blob_path, "HEAD", {"Range": "bytes=0-1"})
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.headers["Content-Length"], str(len(self.blob)))
+
+    def test_if_range(self):
+        for value, status in (('"%s"' % self.facts["blob"], 206), ('"other"', 200)):
+            with self.subTest(value=value):
+                answer = self.ask(self.blob_path, headers={
+                    "Range": "bytes=0-9", "If-Range": value})
+                self.assertEqual(answer.status, status)
+
+    def test_if_none_match(self):
+        for path, digest in ((self.manifest_path, self.facts["digest"]),
+                             (self.blob_path, self.facts["blob"])):
+            for value, fits in SERVE_ETAGS:
+                with self.subTest(path=path, value=value):
+                    answer = self.ask(path, headers={
+                        "If-None-Match": value.format(digest)})
+                    self.assertEqual(answer.status, 304 if fits else 200)
+                    self.assertEqual(answer.headers["ETag"], '"%s"' % digest)
+                    self.assertEqual(not answer.body, fits)
+
+    def test_connection_goes_on_after_not_modified(self):
+        connection = http.client.HTTPConnection(self.host, timeout=5)
+        self.addCleanup(connection.close)
+        etag = {"If-None-Match": '"%s"' % self.facts["digest"]}
+        self.assertEqual(serve_ask_again(
+            connection, self.manifest_path, headers=etag).status, 304)
+        self.assertEqual(serve_ask_again(connection, "/v2/").body, b"{}")
+
+    def test_errors_tell_nothing_of_this_host(self):
+        for path in ("/v2/no/such/manifests/1", "/v2/lab/index/blobs/x", "/x"):
+            answer = self.ask(path)
+            self.assertNotIn(self.root.encode(), answer.body)
+            self.assertNotIn("Python", str(answer.headers))
+
+
+class ServeListsTest(ServeCase):
+    """tags/list and _catalog, whole and in pages."""
+
+    TAGS = ["1", "1.10", "1.9", "A", "_x", "a", "latest"]
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        shelf = imagec.Shelf()
+        for host, tags in (("a.test", cls.TAGS), ("b.test", ["b1", "b2", "b3"])):
+            for tag in tags:
+                raw = (host + tag).encode("ascii")
+                shelf.add(shelf.names_of(host, "lab/app"), tag, "x/y",
+                          imagec.Digest.of(raw), raw)
+        shelf.add(["lab/tagless"], None, "x/y", imagec.Digest.of(b""), b"")
+        cls._server = serve_running(imagec.new_server(shelf, ("127.0.0.1", 0)))
+        cls.host = cls._server.__enter__()
+        cls.names = sorted(shelf.repositories)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls._server.__exit__(None, None, None)
+        super().tearDownClass()
+
+    def listed(self, path, key="tags"):
+        """The list at a path, and where its Link leads."""
+        answer = serve_ask(self.host, path)
+        self.assertEqual(answer.status, 200, answer.body)
+        link = answer.headers["Link"]
+        if link is not None:
+            match = re.fullmatch('<(/v2/[^>]+)>; rel="next"', link)
+            self.assertTrue(match, link)
+            link = match.group(1)
+        return json.loads(answer.body.decode("ascii"))[key], link
+
+    def pages(self, path, key="tags"):
+        found = []
+        while path:
+            page, path = self.listed(path, key)
+            found.append(page)
+            self.assertLess(len(found), 20, "the links go round in circles")
+        return found
+
+    def test_whole_lists(self):
+        self.assertEqual(self.listed("/v2/a.test/lab/app/tags/list"), (self.TAGS, None))
+        self.assertEqual(self.listed("/v2/_catalog", "repositories"),
+                         (self.names, None))
+        self.assertEqual(self.listed("/v2/lab/tagless/tags/list"), ([], None))
+
+    def test_name_is_the_one_asked_for(self):
+        answer = serve_ask(self.host, "/v2/a.test/lab/app/tags/list")
+        self.assertEqual(json.loads(answer.body.decode())["name"], "a.test/lab/app")
+
+    def test_pages_make_up_the_whole(self):
+        for path, key, whole in (("/v2/a.test/lab/app/tags/list", "tags", self.TAGS),
+                                 ("/v2/_catalog", "repositories", self.names)):
+            for count in range(1, len(whole) + 2):
+                with self.subTest(path=path, count=count):
+                    pages = self.pages("%s?n=%d" % (path, count), key)
+                    self.assertEqual(sum(pages, []), whole)
+                    self.assertEqual({len(page) for page in pages[:-1]} - {count},
+                                     set())
+                    self.assertTrue(pages[-1])
+
+    def test_last(self):
+        path = "/v2/a.test/lab/app/tags/list?last="
+        for last, expected in (("1", self.TAGS[1:]), ("1.5", self.TAGS[2:]),
+                               ("latest", []), ("zzz", []), ("", self.TAGS)):
+            with self.subTest(last=last):
+                self.assertEqual(self.listed(path + last), (expected, None))
+
+    def test_none_at_a_time(self):
+        # distribution-spec: "an empty list", and no Link to follow for ever
+        self.assertEqual(self.listed("/v2/a.test/lab/app/tags/list?n=0"), ([], None))
+
+    def test_number_that_is_none(self):
+        for value in ("x", "-1", "1.5", "", "9" * 30, "%00"):
+            with self.subTest(value=value):
+                answer = serve_ask(self.host, "/v2/_catalog?n=" + value)
+                self.assertIn(answer.status, (200, 400))
+
+    def test_namespace_on_every_page(self):
+        for namespace, whole in (("a.test", self.TAGS), ("b.test", ["b1", "b2", "b3"])):
+            with self.subTest(namespace=namespace):
+                pages = self.pages("/v2/lab/app/tags/list?n=2&ns=" + namespace)
+                self.assertEqual(sum(pages, []), whole)
+
+    def test_our_own_tags_command_reads_them(self):
+        with mock.patch.object(imagec, "TAG_PAGE", 2):
+            run = self.main("tags", self.host + "/lab/app", "--no-creds", "-q")
+        self.assertEqual(run.status, 0, run.err)
+        self.assertEqual(run.out.split(), sorted(self.TAGS + ["b1", "b2", "b3"]))
+
+
+# ------------------------------------------------------------------------------
+# Serve
+# ------------------------------------------------------------------------------
+
+#: Request targets that are no names of ours; none may lead to a file.
+SERVE_TRICKS = (
+    "/",
+    "/etc/passwd",
+    "//etc/passwd",
+    "/../canary",
+    "/v2/../canary",
+    "/v2/../../canary",
+    "/v2/%2e%2e/%2e%2e/canary",
+    "/v2/%252e%252e/canary",
+    "/v2/..%2f..%2fcanary",
+    "/v2/../../canary/manifests/1",
+    "/v2/lab/oci/blobs/../../../../canary",
+    "/v2/lab/oci/blobs/..%2f..%2f..%2fcanary",
+    "/v2/lab/oci/blobs/sha256:../../../canary",
+    "/v2/lab/oci/blobs/sha256:..%2F..%2Fcanary",
+    "/v2/lab/oci/manifests/../../../index.json",
+    "/v2/lab/oci/manifests/..%2findex.json",
+    "/v2/lab/oci/manifests/index.json",
+    "/v2/lab/oci/manifests/1%00",
+    "/v2/lab/oci/manifests/1%0a",
+    "/v2/lab/oci/manifests/%00/canary",
+    "/v2/lab/oci%00/manifests/1",
+    "/v2/lab//oci/manifests/1",
+    "/v2//lab/oci/manifests/1",
+    "/v2/lab/oci/manifests//1",
+    "/v2/lab/oci/manifests/1/",
+    "/v2/lab\\oci\\manifests\\1",
+    "/v2/..\\..\\canary/manifests/1",
+    "\\v2\\",
+    "C:\\canary",
+    "file:///etc/passwd",
+    "/oci-layout",
+    "/v2/oci-layout",
+    "/v2/_catalog/../../canary",
+    "/v2/\xff\xfe/manifests/1",
+    "/v2/%ff%fe/manifests/1",
+    "/v2/%d9%a1/manifests/1",
+    "/v2/lab/oci/manifests/" + "a" * 60000,
+    "/v2/" + "a/" * 5000 + "manifests/1",
+    "/v2/" + "a" * 70000,
+    "/v2/[::1/manifests/1",
+    "http://[::1/v2/",
+    "//[/v2/",
+    "http://127.0.0.1:bad/canary",
+    "*",
+)
+
+#: Bytes that are no request.
+SERVE_MALFORMED = (
+    b"",
+    b"\r\n\r\n",
+    b"GARBAGE\r\n\r\n",
+    b"GET\r\n\r\n",
+    b"GET /v2/ HTTP/9.9\r\n\r\n",
+    b"GET /v2/ HTTP/x\r\n\r\n",
+    b"GET /v2/ x y HTTP/1.1\r\n\r\n",
+    b"GET /v2/ HTTP/1.1\r\n: no name\r\n\r\n",
+    b"GET /v2/ HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET /v2/ HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n\r\n",
+    b"GET /v2/ HTTP/1.1\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+    b"GET /v2/ HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    b"PUT /v2/ HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"GET /v2/ HTTP/1.1\r\nAuthorization: Basic \xff\xfe\r\n\r\n",
+    b"GET /v2/?n=\xff&last=%ff HTTP/1.1\r\n\r\n",
+    b"GET //[ HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    b"\x00" * 1000,
+    b"GET /v2/ HTTP/1.1\r\nHost: x",
+)
+
+#: A path that a pattern may take ages to refuse, and with it the whole process.
+SERVE_LONG_NAMES = ("a/" * 22 + "!", "a-" * 2000 + "!", "a." * 2000 + "!",
+                    "a__" * 2000 + "!", "a:" * 2000 + "!", "-" * 4000 + "!")
+
+#: (Authorization header, whether it is let in) for alice with PASSWORD
+SERVE_ALICE = base64.b64encode(("alice:" + PASSWORD).encode("ascii")).decode("ascii")
+SERVE_LOGINS = (
+    (None, False),
+    ("", False),
+    ("Basic", False),
+    ("Basic " + SERVE_ALICE, True),
+    ("basic " + SERVE_ALICE, True),  # RFC 7235, 2.1: in any case
+    ("Basic " + SERVE_ALICE[:-4], False),
+    ("Basic " + SERVE_ALICE + "AAAA", False),
+    ("Basic " + base64.b64encode(b"alice:wrong").decode("ascii"), False),
+    ("Basic " + base64.b64encode(b"bob:" + PASSWORD.encode("ascii")).decode("ascii"),
+     False),
+    ("Bearer " + SERVE_ALICE, False),
+    ("Basic \xff\xfe", False),
+)
+
+
+class ServeTest(ServeCase):
+    """Servers and their clients, well-meaning or not."""
+
+    def test_tables_are_not_empty(self):
+        self.assertTrue(SERVE_TRICKS and SERVE_MALFORMED and SERVE_LOGINS)
+
+    # -- every kind, pulled again
+
+    def pulled(self, host, name, format="oci", platform="linux/amd64", **options):
+        path = os.path.join(tempfile.mkdtemp(dir=self.work), "out")
+        path += ".tar" if format == "archive" else ""
+        image = imagec.pull(host + "/" + name, path, format, platform=platform,
+                            no_creds=True, **options)
+        self.assertEqual(imagec.Audit().check(image.path).faults, [])
+        return image
+
+    def test_pull_from_a_tree(self):
+        host = self.start(self.tree)
+        for name, image in self.images.items():
+            with self.subTest(name=name):
+                self.assertEqual(
+                    str(self.pulled(host, name + ":1", "layers").digest), image.digest)
+
+    def test_pull_from_a_layout(self):
+        host = self.start(self.layout)
+        for name in ("lab/docker", "lab/oci", "lab/index", "alpine",
+                     "library/alpine", "docker.io/library/alpine"):
+            with self.subTest(name=name):
+                image = self.images.get(name, self.images["lab/index"])
+                platform = "all" if image.children else "linux/amd64"
+                self.assertEqual(
+                    str(self.pulled(host, name + ":1", platform=platform).digest),
+                    image.digest)
+                by_digest = self.pulled(host, name + "@" + image.digest,
+                                        platform=platform)
+                self.assertEqual(str(by_digest.digest), image.digest)
+
+    def test_pull_from_an_archive(self):
+        host = self.start(self.archive)
+        for format in imagec.OUTPUTS:
+            with self.subTest(format=format):
+                image = self.pulled(host, "lab/docker:1", format)
+                self.assertEqual(str(image.digest), self.images["lab/docker"].digest)
+
+    def test_content_type_of_every_kind(self):
+        host = self.start(self.tree)
+        for name, image in self.images.items():
+            for reference in ("1", image.digest):
+                with self.subTest(name=name, reference=reference):
+                    answer = serve_ask(host, "/v2/%s/manifests/%s" % (name, reference))
+                    self.assertEqual(answer.body, image.manifest)
+                    self.assertEqual(answer.headers["Content-Type"], image.media_type)
+                    self.assertEqual(answer.headers["Docker-Content-Digest"],
+                                     image.digest)
+
+    def test_as_a_mirror(self):
+        host = self.start(self.layout, handler=ServeRecorder)
+        for name, repository, namespace in (
+                ("alpine:1", "library/alpine", "docker.io"),
+                (self.origin + "/lab/oci:1", "lab/oci", self.origin)):
+            with self.subTest(name=name):
+                image = imagec.pull(
+                    name, self.at(repository), platform="linux/amd64", no_creds=True,
+                    mirrors=[host])
+                self.assertEqual(str(image.digest), self.images[repository].digest)
+                asked = [path for path in self.server.asked if repository in path]
+                self.assertTrue(asked)
+                for path in asked:
+                    self.assertIn("ns=" + urllib.parse.quote(namespace, ""), path)
+        self.assertEqual(self.logged, [])
+
+    # -- requests that mean no good
+
+    def test_nothing_outside_can_be_reached(self):
+        path, _, _ = self.copied()
+        serve_write(self.at("canary"), SERVE_CANARY)
+        serve_write(os.path.join(path, "canary"), SERVE_CANARY)
+        host = self.start(path)
+        for target in SERVE_TRICKS:
+            with self.subTest(target=target[:80]), \
+                    mock.patch.object(imagec.Shelf, "blob") as blob:
+                status, found = serve_target(host, target)
+                self.assertTrue(400 <= status < 500, found[:200])
+                blob.assert_not_called()
+                for secret in (SERVE_CANARY, b"root:", b"imageLayoutVersion"):
+                    self.assertNotIn(secret, found)
+        self.assertEqual(serve_target(host, "/v2/")[0], 200)
+
+    def test_absolute_form(self):
+        # RFC 7230, 5.3.2: a server MUST accept it
+        host = self.start(self.layout)
+        self.assertEqual(serve_target(host, "http://%s/v2/" % host)[0], 200)
+
+    def test_refusing_takes_no_time(self):
+        host = self.start(self.archive)
+        for name in SERVE_LONG_NAMES:
+            with self.subTest(name=name[:20]):
+                begun = time.process_time()
+                status, found = serve_target(host, "/v2/" + name)
+                self.assertTrue(400 <= status < 500, found[:200])
+                self.assertLess(time.process_time() - begun, 0.3)
+
+    def test_malformed_requests_do_not_end_it(self):
+        host = self.start(self.archive)
+        with mock.patch.object(sys, "stderr", io.StringIO()) as err:
+            for data in SERVE_MALFORMED:
+                with self.subTest(data=data[:60]):
+                    found = serve_raw(host, data)
+                    self.assertNotRegex(found, rb"Traceback|^HTTP/1\.1 5")
+                    self.assertEqual(serve_ask(host, "/v2/").status, 200)
+        self.assertEqual(err.getvalue(), "")
+
+    def test_client_that_resets(self):
+        host = self.start(self.shelf_of(bytes(8 << 20))[0])
+        digest = str(imagec.Digest.of(bytes(8 << 20)))
+        with mock.patch.object(sys, "stderr", io.StringIO()) as err:
+            for _ in range(3):
+                with serve_connect(host) as sock:
+                    sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n"
+                                 % digest.encode("ascii"))
+                    sock.recv(1000)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                    struct.pack("ii", 1, 0))
+            self.assertEqual(serve_ask(host, "/v2/").status, 200)
+        self.assertEqual((err.getvalue(), self.logged), ("", []))
+
+    # -- connections
+
+    def test_connection_is_kept(self):
+        host = self.start(self.layout)
+        connection = http.client.HTTPConnection(host, timeout=5)
+        self.addCleanup(connection.close)
+        image = self.images["lab/oci"]
+        serve_ask_again(connection, "/v2/")
+        sock = connection.sock
+        for path in ["/v2/no/such/manifests/1", "/v2/lab/oci/manifests/1",
+                     "/v2/lab/oci/blobs/" + SERVE_NO_DIGEST] + [
+                         "/v2/lab/oci/blobs/" + digest for digest in image.layers]:
+            for method in ("HEAD", "GET"):
+                serve_ask_again(connection, path, method)
+        self.assertIs(connection.sock, sock)
+
+    def test_requests_in_a_row_are_answered_in_a_row(self):
+        host = self.start(self.layout)
+        one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+        found = serve_raw(host, one * 5)
+        self.assertEqual(found.count(b"HTTP/1.1 200 OK\r\n"), 5)
+
+    def test_http_1_0(self):
+        host = self.start(self.layout)
+        image = self.images["lab/oci"]
+        for method, body in ((b"GET", image.manifest), (b"HEAD", b"")):
+            with serve_connect(host) as sock:
+                sock.sendall(method + b" /v2/lab/oci/manifests/1 HTTP/1.0\r\n\r\n")
+                found = b"".join(iter(lambda: sock.recv(65536), b""))
+            head, _, rest = found.partition(b"\r\n\r\n")
+            self.assertRegex(head, rb"^HTTP/1\.[01] 200 ")
+            self.assertEqual(rest, body)
+
+    def test_empty_blob(self):
+        shelf, digest, _ = self.shelf_of(b"")
+        host = self.start(shelf)
+        connection = http.client.HTTPConnection(host, timeout=5)
+        self.addCleanup(connection.close)
+        for method in ("GET", "HEAD", "GET"):
+            answer = serve_ask_again(connection, "/v2/lab/app/blobs/" + digest, method)
+            self.assertEqual((answer.status, answer.body), (200, b""))
+            self.assertIsNotNone(connection.sock)
+
+    def test_without_sendfile(self):
+        with mock.patch.object(os, "sendfile", None, create=True):
+            del os.sendfile
+            shelf, digest, _ = self.shelf_of(bytes(range(256)) * 4096)
+            host = self.start(shelf)
+            path = "/v2/lab/app/blobs/" + digest
+            self.assertEqual(serve_ask(host, path).body, bytes(range(256)) * 4096)
+            part = serve_ask(host, path, headers={"Range": "bytes=255-256"})
+            self.assertEqual(part.body, b"\xff\x00")
+            os.sendfile = None  # for the patch to put back
+
+    # -- crowds
+
+    def test_parallel_clients(self):
+        host = self.start(self.layout)
+        image, failures = self.images["lab/oci"], []
+        paths = ["/v2/lab/oci/manifests/1"] + [
+            "/v2/lab/oci/blobs/" + digest for digest in image.layers]
+        bodies = [image.manifest] + [image.blobs[digest] for digest in image.layers]
+
+        def client():
+            try:
+                if [serve_ask(host, path).body for path in paths] != bodies:
+                    failures.append("wrong bytes")
+            except Exception as error:
+                failures.append(error)
+
+        begun = time.monotonic()
+        threads = [threading.Thread(target=client) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+        self.assertLess(time.monotonic() - begun, 3)
+
+    def test_slow_client_blocks_nobody(self):
+        data = bytes(16 << 20)
+        shelf, digest, _ = self.shelf_of(data)
+        host = self.start(shelf)
+        request = b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % (
+            digest.encode("ascii"))
+        with serve_connect(host) as deaf, serve_connect(host) as mute, \
+                serve_connect(host):
+            deaf.sendall(request)
+            mute.sendall(request[:30])
+            begun = time.monotonic()
+            for _ in range(3):
+                answer = serve_ask(host, "/v2/lab/app/blobs/" + digest)
+                self.assertEqual(len(answer.body), len(data))
+            self.assertLess(time.monotonic() - begun, 2)
+            mute.sendall(request[30:])
+            self.assertTrue(mute.recv(100).startswith(b"HTTP/1.1 200 "))
+
+    def test_silent_client_is_let_go(self):
+        with mock.patch.object(imagec, "SERVE_TIMEOUT", 0.1):
+            host = self.start(self.archive)
+            with serve_connect(host) as silent, serve_connect(host) as half:
+                half.sendall(b"GET /v2/ HTTP/1.1\r\n")
+                self.assertEqual((silent.recv(1), half.recv(1)), (b"", b""))
+
+    def crowded(self):
+        """A server for two connections, which are taken, and a third that waits."""
+        with mock.patch.object(imagec, "SERVE_THREADS", 2):
+            host = self.start(self.archive)
+        socks = []
+        for _ in range(3):
+            socks.append(serve_connect(host))
+            self.addCleanup(socks[-1].close)
+            socks[-1].sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            if len(socks) < 3:
+                self.assertTrue(socks[-1].recv(1000))
+        return socks
+
+    def test_more_connections_than_threads_wait(self):
+        first, _, third = self.crowded()
+        third.settimeout(0.1)
+        with self.assertRaises(socket.timeout):
+            third.recv(1)
+        first.close()
+        third.settimeout(5)
+        self.assertTrue(third.recv(1000).startswith(b"HTTP/1.1 200 "))
+
+    def test_stops_though_connections_wait(self):
+        socks = self.crowded()
+        time.sleep(0.05)
+        stopped = threading.Thread(target=self.server.shutdown, daemon=True)
+        stopped.start()
+        stopped.join(1)
+        late = stopped.is_alive()
+        for sock in socks:
+            sock.close()
+        self.assertFalse(late, "the stop waits for clients that say nothing")
+
+    # -- damage
+
+    def test_corrupt_blob(self):
+        path, digest, blob = self.copied()
+        serve_flip(blob)
+        host = self.start(path)
+        url = "/v2/lab/oci/blobs/" + digest
+        for headers in ({}, {"Range": "bytes=0-3"}):
+            self.refused(serve_ask(host, url, headers=headers), 500)
+        self.assertEqual(serve_ask(host, url, "HEAD").status, 500)
+        self.assertIn(digest[7:19], self.logged[0])
+        other = self.images["lab/oci"].layers[0]
+        self.assertEqual(serve_ask(host, "/v2/lab/oci/blobs/" + other).status, 200)
+        with self.assertRaises(imagec.ImagecError):
+            self.pulled(host, "lab/oci:1")
+
+    def test_corrupt_member_of_an_archive(self):
+        path = shutil.copy(self.archive, self.at("a.tar"))
+        digest = self.images["lab/docker"].layers[0]
+        data = self.images["lab/docker"].blobs[digest]
+        serve_flip(path, serve_read(path).index(data) + 5)
+        host = self.start(path)
+        self.refused(serve_ask(host, "/v2/lab/docker/blobs/" + digest), 500)
+
+    def test_blob_corrupted_after_it_was_served(self):
+        path, digest, blob = self.copied()
+        os.utime(blob, (1, 1))
+        host = self.start(path)
+        url = "/v2/lab/oci/blobs/" + digest
+        good = serve_ask(host, url)
+        self.assertEqual(good.status, 200)
+        serve_flip(blob)
+        self.refused(serve_ask(host, url), 500)
+        serve_flip(blob)
+        self.assertEqual(serve_ask(host, url).body, good.body)
+
+    def test_blob_corrupted_with_its_time_put_back(self):
+        path, digest, blob = self.copied()
+        os.utime(blob, (1, 1))
+        host = self.start(path)
+        url = "/v2/lab/oci/blobs/" + digest
+        self.assertEqual(serve_ask(host, url).status, 200)
+        time.sleep(0.02)  # clocks of file systems tick every few milliseconds
+        serve_flip(blob)
+        os.utime(blob, (1, 1))
+        self.refused(serve_ask(host, url), 500)
+
+    def test_blob_cut_short_or_removed(self):
+        path, digest, blob = self.copied()
+        host = self.start(path)
+        url = "/v2/lab/oci/blobs/" + digest
+        self.assertEqual(serve_ask(host, url).status, 200)
+        os.truncate(blob, 10)
+        self.refused(serve_ask(host, url), 500)
+        os.unlink(blob)
+        answer = serve_ask(host, url)
+        self.refused(answer, answer.status)
+        self.assertIn(answer.status, (404, 500))
+        self.assertEqual(serve_ask(host, "/v2/").status, 200)
+
+    def after_proof(self, change, tls=None):
+        """What a client gets of a blob that changes between its proof and its way."""
+        data = b"0123456789" * 1000
+        shelf, digest, path = self.shelf_of(data)
+        proved = shelf.blob
+
+        def blob(wanted):
+            found = proved(wanted)
+            change(path)
+            return found
+
+        shelf.blob = blob
+        host = self.start(shelf, tls=tls)
+        begun = time.monotonic()
+        connection = http.client.HTTPConnection(host, timeout=1)
+        if tls:
+            connection = http.client.HTTPSConnection(
+                host, timeout=1, context=self.client_context())
+        self.addCleanup(connection.close)
+        connection.request("GET", "/v2/lab/app/blobs/" + digest)
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            response = connection.getresponse()
+            with self.assertRaises((http.client.IncompleteRead, OSError)) as caught:
+                if response.status != 200:
+                    raise http.client.IncompleteRead(b"")
+                self.assertNotEqual(response.read(), data)
+                self.fail("%d wrong bytes arrived as the whole" % len(data))
+            got = getattr(caught.exception, "partial", b"")
+            self.assertTrue(data.startswith(got), got[:80])
+        self.assertLess(time.monotonic() - begun, 1, "the client was left waiting")
+
+    def test_blob_that_shrinks_on_its_way_out(self):
+        self.after_proof(lambda path: os.truncate(path, 5000))
+
+    def test_blob_emptied_on_its_way_out(self):
+        self.after_proof(lambda path: os.truncate(path, 0))
+
+    def test_blob_removed_on_its_way_out(self):
+        def gone(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self.after_proof(gone)
+
+    def test_blob_that_shrinks_on_its_way_out_of_tls(self):
+        self.after_proof(lambda path: os.truncate(path, 5000), self.pair())
+
+    # -- who may ask
+
+    def test_basic_authentication(self):
+        host = self.start(self.layout, imagec.Credentials("alice", PASSWORD))
+        for path in ("/v2/", "/v2/lab/oci/manifests/1", "/v2/_catalog"):
+            for header, good in SERVE_LOGINS:
+                with self.subTest(path=path, header=header):
+                    headers = {} if header is None else {"Authorization": header}
+                    answer = serve_ask(host, path, headers=headers)
+                    if good:
+                        self.assertEqual(answer.status, 200)
+                        continue
+                    self.refused(answer, 401, "UNAUTHORIZED")
+                    self.assertRegex(answer.headers["WWW-Authenticate"],
+                                     '^Basic realm="')
+
+    def test_secret_is_compared_in_constant_time(self):
+        host = self.start(self.archive, imagec.Credentials("alice", PASSWORD))
+        with mock.patch.object(hmac, "compare_digest", return_value=False) as compare:
+            answer = serve_ask(host, "/v2/", headers={
+                "Authorization": "Basic " + SERVE_ALICE})
+        self.assertEqual(answer.status, 401)
+        compare.assert_called_once()
+
+    def test_pull_with_a_password(self):
+        host = self.start(self.archive, imagec.Credentials("alice", PASSWORD))
+        reference = host + "/lab/docker:1"
+        with mock.patch.dict(os.environ, IMAGEC_PASSWORD=PASSWORD):
+            run = self.main("digest", reference, "-u", "alice", "--platform",
+                            "linux/amd64")
+        self.assertEqual((run.status, run.out.strip()),
+                         (0, self.images["lab/docker"].digest))
+        with mock.patch.dict(os.environ, IMAGEC_PASSWORD="wrong"):
+            run = self.main("digest", reference, "-u", "alice")
+        self.assertEqual(run.status, 5)
+
+    # -- TLS
+
+    def pair(self):
+        return (serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii")),
+                serve_write(self.at("key.pem"), TEST_KEY.encode("ascii")))
+
+    @staticmethod
+    def client_context():
+        return ssl.create_default_context(cadata=TEST_CERT)
+
+    def test_tls(self):
+        host = self.start(self.layout, tls=self.pair())
+        image = self.images["lab/oci"]
+        digest = image.layers[1]
+        path = "/v2/lab/oci/blobs/" + digest
+        context = self.client_context()
+        self.assertEqual(serve_ask(host, path, tls=context).body, image.blobs[digest])
+        part = serve_ask(host, path, "GET", {"Range": "bytes=10-29"}, tls=context)
+        self.assertEqual(part.body, image.blobs[digest][10:30])
+        pulled = self.pulled(host, "lab/oci:1", cacert=self.at("cert.pem"))
+        self.assertEqual(str(pulled.digest), image.digest)
+
+    def test_tls_is_patient_with_nobody(self):
+        host = self.start(self.archive, tls=self.pair())
+        context = self.client_context()
+        with mock.patch.object(sys, "stderr", io.StringIO()) as err, \
+                serve_connect(host):
+            self.assertNotIn(b"200 OK", serve_raw(
+                host, b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"))
+            self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 200)
+        self.assertEqual((err.getvalue(), self.logged), ("", []))
+
+
+# ------------------------------------------------------------------------------
+# The serve command
+# ------------------------------------------------------------------------------
+
+#: (--listen, what the printed URL begins with)
+SERVE_LISTENS = (
+    ("127.0.0.1:0", "http://127.0.0.1:"),
+    ("localhost:0", "http://localhost:"),
+    (":0", "http://127.0.0.1:"),
+    ("[::1]:0", "http://[::1]:"),
+)
+
+SERVE_BAD_LISTENS = ("x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1",
+                     "127.0.0.1:70000", "127.0.0.1:99999", "127.0.0.1:1 ", "",
+                     "127.0.0.1:\u0661")
+
+
+class ServeCommandTest(ServeCase):
+    """The command: its first line, its errors, its end."""
+
+    def failed(self, run, status, *words):
+        """`run` told what is wrong in one line."""
+        self.assertEqual(run.status, status, run.err)
+        self.assertEqual(run.out, "")
+        self.assertRegex(run.err, r"\Aimagec: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, run.err)
+
+    def test_first_line(self):
+        for listen, url in SERVE_LISTENS:
+            with self.subTest(listen=listen):
+                if "::1" in listen and not self.has_ipv6():
+                    continue
+                run = self.main("serve", self.archive, "--listen", listen)
+                self.assertEqual(run.status, 130, run.err)
+                line, rest = run.out.split("\n", 1)
+                self.assertRegex(line, re.escape(url) + "[1-9][0-9]*/v2/")
+                self.assertIn(self.archive, line)
+                self.assertIn(self.origin + "/lab/docker", line)
+                self.assertEqual(rest, "")
+
+    @staticmethod
+    def has_ipv6():
+        try:
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.bind(("::1", 0))
+        except OSError:
+            return False
+        return True
+
+    def test_loopback_is_the_default(self):
+        args = self.parser().parse_args(["serve", "x"])
+        self.assertEqual(args.listen, "127.0.0.1:5000")
+
+    def test_names_are_looked_up_nowhere(self):
+        # Behind an air gap a lookup takes until its time is up.
+        with mock.patch.object(socket, "getfqdn", side_effect=AssertionError), \
+                mock.patch.object(socket, "gethostbyaddr", side_effect=AssertionError):
+            run = self.main("serve", self.archive, "--listen", "127.0.0.1:0")
+        self.assertEqual(run.status, 130, run.err)
+
+    def test_bad_listen(self):
+        for listen in SERVE_BAD_LISTENS:
+            with self.subTest(listen=listen):
+                run = self.main("serve", self.archive, "--listen", listen)
+                self.failed(run, 2, "--listen")
+
+    def test_port_in_use(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            address = "127.0.0.1:%d" % taken.getsockname()[1]
+            run = self.main("serve", self.archive, "--listen", address)
+            self.failed(run, 1, address)
+            self.assertNotIn("-o", run.err)
+
+    def test_path_that_holds_nothing(self):
+        serve_write(self.at("foreign", "file"), b"text")
+        os.mkdir(self.at("empty"))
+        for name in ("foreign", "empty", "absent"):
+            with self.subTest(name=name):
+                run = self.main("serve", self.at(name), "--listen", "127.0.0.1:0")
+                self.failed(run, 1, self.at(name))
+
+    def test_file_that_is_none_of_ours(self):
+        serve_write(self.at("text"), b"some text\n" * 200)
+        serve_write(self.at("nothing"), b"")
+        serve_write(self.at("tar"), SERVE_TARS[0])
+        serve_write(self.at("blank"), bytes(10240))
+        for name in ("text", "nothing", "tar", "blank"):
+            with self.subTest(name=name):
+                run = self.main("serve", self.at(name), "--listen", "127.0.0.1:0")
+                self.assertIn(run.status, (1, 3), run.err)
+                self.failed(run, run.status, self.at(name))
+
+    def test_flattened_image_cannot_be_served(self):
+        source = self.start(self.archive)
+        for format, name in (("rootfs", "rootfs"), ("rootfs", "rootfs.tar")):
+            imagec.pull(source + "/lab/docker:1", self.at(name), format,
+                        platform="linux/amd64", no_creds=True)
+            run = self.main("serve", self.at(name), "--listen", "127.0.0.1:0")
+            self.assertIn(run.status, (1, 3), run.err)
+            self.failed(run, run.status, self.at(name))
+
+    def test_broken_layout(self):
+        path, _, _ = self.copied()
+        for content in (b"{", b"[]", b'{"manifests": 5}', b""):
+            with self.subTest(content=content):
+                serve_write(os.path.join(path, "index.json"), content)
+                run = self.main("serve", path, "--listen", "127.0.0.1:0")
+                self.failed(run, 3, "index.json")
+
+    def test_corrupt_manifest(self):
+        path, _, _ = self.copied()
+        digest = self.images["lab/oci"].digest
+        serve_flip(os.path.join(path, "blobs", *digest.split(":")))
+        run = self.main("serve", path, "--listen", "127.0.0.1:0")
+        self.failed(run, 3)
+
+    def test_bad_certificates(self):
+        cert = serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
+        serve = ("serve", self.archive, "--listen", "127.0.0.1:0")
+        self.failed(self.main(*serve + ("--tls-cert", cert)), 2, "--tls-key")
+        self.failed(self.main(*serve + ("--tls-key", cert)), 2, "--tls-cert")
+        for key in (cert, self.at("absent")):
+            run = self.main(*serve + ("--tls-cert", cert, "--tls-key", key))
+            self.failed(run, run.status, "cert.pem" if key == cert else "")
+            self.assertIn(run.status, (1, 2))
+
+    def test_passwords(self):
+        serve = ("serve", self.archive, "--listen", "127.0.0.1:0")
+        self.failed(self.main(*serve + ("--password-stdin",)), 2, "-u")
+        self.failed(self.main(*serve + ("-u", "alice")), 2, "alice")
+        self.failed(self.main(*serve + ("-u", "alice", "--password-stdin"), stdin="\n"),
+                    2, "alice")
+        run = self.main(*serve + ("-u", "alice", "--password-stdin"), stdin=PASSWORD)
+        self.assertEqual(run.status, 130)
+        self.assertNotIn(PASSWORD, run.out + run.err)
+
+    def test_sigterm(self):
+        cert = serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
+        key = serve_write(self.at("key.pem"), TEST_KEY.encode("ascii"))
+        process, line = self.process(
+            self.layout, "--listen", "127.0.0.1:0", "--tls-cert", cert, "--tls-key",
+            key, "-u", "alice", "--password-stdin", stdin=PASSWORD.encode() + b"\n")
+        host = re.search("https://(127.0.0.1:[0-9]+)/v2/", line).group(1)
+        context = ssl.create_default_context(cadata=TEST_CERT)
+        self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 401)
+        answer = serve_ask(host, "/v2/lab/oci/manifests/1", tls=context, headers={
+            "Authorization": "Basic " + SERVE_ALICE})
+        self.assertEqual(answer.body, self.images["lab/oci"].manifest)
+        with serve_connect(host):
+            self.ended(process, signal.SIGTERM, 143)
+
+    def test_sigint(self):
+        process, line = self.process(self.tree, "--listen", "127.0.0.1:0")
+        host = re.search("http://(127.0.0.1:[0-9]+)/v2/", line).group(1)
+        with serve_connect(host) as sock:
+            sock.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertTrue(sock.recv(1000).startswith(b"HTTP/1.1 200 "))
+            self.ended(process, signal.SIGINT, 130)
+
+    def ended(self, process, number, status):
+        process.send_signal(number)
+        self.assertEqual(process.wait(5), status)
+        self.assertRegex(process.stderr.read(), rb"\Aimagec: [^\n]+\n\Z")
+        self.assertEqual(process.stdout.read(), b"")
+
+
+# ------------------------------------------------------------------------------
+# Self-test
+# ------------------------------------------------------------------------------
+
+SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies", "credentials",
+              "disk here")
+SERVE_DEAD_PROXY = "http://user:%s@127.0.0.1:9" % PASSWORD
+
+
+class SelfTestTest(ServeCase):
+    """The first command: what it says of hosts that can pull, and that cannot."""
+
+    @classmethod
+    def _fill(cls):
+        pass  # it brings its own images
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.dict(os.environ)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def proved(self, run):
+        """A good run: every row, every format, and the verdict."""
+        self.assertEqual(run.status, 0, run.out + run.err)
+        for row in SERVE_ROWS + ("proved",):
+            self.assertRegex(run.out, "(?m)^%s +[^ ]" % re.escape(row))
+        for format in imagec.OUTPUTS:
+            self.assertRegex(run.out, "(?m)^proved +%s$" % format)
+        self.assertRegex(run.out, "(?m)^proved .*tampered.* refused$")
+        self.assertEqual(run.out.splitlines()[-1], "this host can pull images")
+        self.assertNotIn("Traceback", run.err)
+        self.assertNotIn(PASSWORD, run.out + run.err)
+
+    def hasty(self, *argv, **environ):
+        """A run without the pulls."""
+        with mock.patch.object(imagec, "pull_test_images", return_value=["stub"]), \
+                mock.patch.dict(os.environ, environ):
+            return self.main("selftest", *argv)
+
+    def failed(self, run, *words):
+        self.assertEqual(run.status, 1, run.out + run.err)
+        self.assertRegex(run.err, r"\Aimagec: [^\n]+\n\Z")
+        self.assertNotIn("this host can pull images", run.out)
+        for word in words:
+            self.assertIn(word, run.err)
+
+    def test_good_host(self):
+        begun, used = time.monotonic(), time.process_time()
+        with mock.patch.object(tempfile, "tempdir", self.work):
+            run = self.main("selftest")
+        # What others do to this machine meanwhile is not its fault.
+        self.assertLess(time.process_time() - used, 3)
+        self.assertLess(time.monotonic() - begun, 15)
+        self.proved(run)
+        self.assertEqual(run.err, "")
+        self.assertLess(len(run.out.splitlines()), 25)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_odd_host(self):
+        """Dead proxies, no zstd, no bzip2: it still can pull."""
+        dead = {name: SERVE_DEAD_PROXY for name in (
+            "http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY")}
+        missing = {name: None for name in ("bz2", "compression.zstd", "_bz2")}
+        with mock.patch.dict(os.environ, dead), \
+                mock.patch.dict(sys.modules, missing), \
+                mock.patch.object(shutil, "which", return_value=None):
+            run = self.main("selftest")
+        self.proved(run)
+        codecs = re.search("(?m)^layers in +(.*)$", run.out).group(1)
+        self.assertNotRegex(codecs, "bzip2|zstd")
+        self.assertRegex(run.out, "(?m)^proxies .*127.0.0.1:9")
+
+    def test_broken_credentials(self):
+        serve_write(self.at("config.json"), b"{oops")
+        for environ in ({"DOCKER_CONFIG": self.work},
+                        {"DOCKER_AUTH_CONFIG": "{oops" + PASSWORD},
+                        {"REGISTRY_AUTH_FILE": self.at("absent")}):
+            with self.subTest(environ=environ):
+                run = self.hasty(**environ)
+                self.assertIn(run.status, (0, 1), run.err)
+                self.assertRegex(run.out, "(?m)^disk here")
+                self.assertRegex(run.out, "(?m)^proved +stub$")
+                self.assertRegex(run.out, "(?m)^credentials +[^ ]")
+                self.assertRegex(run.out + run.err, "config.json|AUTH_CONFIG|absent")
+                self.assertNotIn(PASSWORD, run.out + run.err)
+
+    def test_shipped_command(self):
+        done = subprocess.run(
+            [sys.executable, "-I", os.path.join(SERVE_HOME, "imagec.py"), "selftest"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(done.stdout.endswith(b"this host can pull images\n"))
+
+    def test_old_python(self):
+        with mock.patch.object(imagec.sys, "version_info", (3, 5, 9)):
+            self.failed(self.hasty())
+
+    def test_full_disk(self):
+        usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
+        with mock.patch.object(shutil, "disk_usage", return_value=usage):
+            run = self.hasty()
+        self.failed(run)
+        self.assertRegex(run.out, "(?m)^disk here +.*not enough")
+
+    def test_pull_that_fails(self):
+        for error in (imagec.TransportError("no way"), imagec.DigestMismatch(
+                "blob", "a", "b"), imagec.InvalidDocument("bad"), OSError(28, "full")):
+            with self.subTest(error=error), \
+                    mock.patch.object(imagec, "pull", side_effect=error):
+                self.failed(self.main("selftest"))
+
+    def test_what_verify_finds(self):
+        audit = mock.Mock()
+        audit.check.return_value.faults = ["layer.tar: is not what it was"]
+        with mock.patch.object(imagec, "pull"), \
+                mock.patch.object(imagec, "Audit", return_value=audit):
+            self.failed(self.main("selftest"), "is not what it was")
+
+    def test_tampered_layer_that_is_taken(self):
+        audit = mock.Mock()
+        audit.check.return_value.faults = []
+        with mock.patch.object(imagec, "pull"), \
+                mock.patch.object(imagec, "Audit", return_value=audit):
+            self.failed(self.main("selftest"), "tampered")
+
+    # -- of a registry
+
+    def test_registries(self):
+        for auth, words in ((None, "nothing"), ("basic", "[Bb]asic"),
+                            ("bearer", "[Bb]earer http://127.0.0.1:[0-9]+/token")):
+            with self.subTest(auth=auth):
+                registry = self.registry(auth=auth)
+                run = self.hasty(registry.host)
+                self.assertEqual(run.status, 0, run.err)
+                self.assertRegex(run.out, "(?m)^registry +%s/v2/$" % registry.url)
+                self.assertRegex(run.out, "(?m)^asks for +" + words)
+                if auth:
+                    self.assertRegex(run.out, "(?m)^we would be +anonymous$")
+
+    def test_registry_over_tls(self):
+        registry = self.registry(auth="bearer", tls=True)
+        run = self.hasty(registry.host)
+        self.assertEqual(run.status, 0, run.err)
+        self.assertRegex(run.out, "(?m)^registry +https://")
+
+    def test_certificate_that_is_not_trusted(self):
+        registry = self.registry(tls="expired")
+        self.failed(self.hasty(registry.host), registry.host)
+
+    def test_who_we_would_be(self):
+        registry = self.registry(auth="basic")
+        entry = {"auth": SERVE_ALICE}
+        config = serve_write(self.at("config.json"), json.dumps(
+            {"auths": {registry.host: entry}}).encode("ascii"))
+        for argv, environ in (
+                ((), {"DOCKER_CONFIG": self.work}),
+                (("--authfile", config), {}),
+                (("-u", "alice"), {"IMAGEC_PASSWORD": PASSWORD})):
+            with self.subTest(argv=argv):
+                run = self.hasty(registry.host, *argv, **environ)
+                self.assertEqual(run.status, 0, run.err)
+                self.assertRegex(run.out, "(?m)^we would be .*alice")
+                self.assertNotIn(PASSWORD, run.out + run.err)
+
+    def test_credentials_that_may_not_be_used(self):
+        registry = self.registry(auth="basic")
+        serve_write(self.at("config.json"), json.dumps(
+            {"auths": {registry.host: {"auth": SERVE_ALICE}}}).encode("ascii"))
+        run = self.hasty(registry.host, "--no-creds", DOCKER_CONFIG=self.work)
+        self.assertRegex(run.out, "(?m)^we would be +anonymous$")
+
+    def test_unreachable(self):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            host = "127.0.0.1:%d" % sock.getsockname()[1]
+        self.failed(self.hasty(host), host)
+
+    def test_what_is_no_registry(self):
+        registry = self.registry()
+        registry.fault("/v2/", status(404), times=None)
+        self.failed(self.hasty(registry.host), registry.host)
+
+    def test_bad_host(self):
+        run = self.main("selftest", "-x", "y z")
+        self.assertEqual(run.status, 2)
+        self.assertEqual(self.hasty("no such host").status, 2)
 
 
 # --------------------------------------------------------------------------------------
