@@ -10,8 +10,10 @@ program (docker-registry, skopeo, umoci, podman, ...) are skipped where it is mi
 unless IMAGEC_TEST_NO_SKIP is set: then they fail.
 """
 
+import ast
 import atexit
 import base64
+import bisect
 import bz2
 import collections
 import contextlib
@@ -33,6 +35,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -41,12 +44,14 @@ import ssl
 import stat
 import struct
 import subprocess
+import symtable
 import sys
 import tarfile
 import tempfile
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import urllib.parse
 import warnings
@@ -13725,6 +13730,1431 @@ class SelfTestTest(ServeCase):
         run = self.main("selftest", "-x", "y z")
         self.assertEqual(run.status, 2)
         self.assertEqual(self.hasty("no such host").status, 2)
+
+
+# --------------------------------------------------------------------------------------
+# The house itself, and its command line
+# --------------------------------------------------------------------------------------
+
+MODULE_PATH = os.path.abspath(imagec.__file__)
+HOME = os.path.dirname(MODULE_PATH)
+
+# ------------------------------------------------------------------------------
+# Architecture
+# ------------------------------------------------------------------------------
+
+TOP_LEVEL = {"imagec.py", "test_imagec.py", "README.md", "LICENSE"}
+#: What running the program and the tests leaves behind; .gitignore has both.
+LEFT_BEHIND = {"__pycache__", "images"}
+
+#: Everything the file may import; a guard against a dependency slipping in.
+IMPORTS = frozenset("""
+    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
+    hashlib hmac http io ipaddress json logging lzma os platform queue random re select
+    shutil signal socket ssl stat struct subprocess sys tarfile tempfile threading time
+    typing urllib zlib
+""".split())
+NEWER_IMPORTS = {"compression"}  # Python 3.14
+
+#: Name -> the only room that may use it.
+ROOM_OF_USE = {
+    "http": "Transport", "ssl": "Transport", "socket": "Transport",
+    "urllib.request": "Transport", "select": "Transport",
+    "tarfile": "Verification", "subprocess": "Verification",
+    "print": "Command line", "argparse": "Command line", "signal": "Command line",
+    "input": "Command line", "sys.exit": "Command line", "sys.argv": "Command line",
+    "sys.stdin": "Command line", "sys.stdout": "Command line",
+    "sys.stderr": "Command line", "SystemExit": "Command line",
+}
+#: (name, room) -> why it may stand there all the same.
+WAIVED_USES = {
+    ("subprocess", "Credentials"): "a credential helper is a program",
+    ("tarfile", "Reading back"): "finds the members of a tar that was walked before",
+    ("http", "Serve"): "a server speaks HTTP too", ("socket", "Serve"): "and listens",
+    ("ssl", "Serve"): "with TLS", ("ssl", "Self-test"): "tells what TLS there is",
+    ("urllib.request", "Self-test"): "tells which proxies there are",
+}
+
+MUTATORS = frozenset("""
+    add append appendleft clear discard extend insert pop popitem popleft remove reverse
+    setdefault sort update
+""".split())
+MUTABLE_CALLS = frozenset("""
+    dict list set bytearray OrderedDict defaultdict Counter deque
+""".split())
+
+IMPORT_SECONDS = 0.15  # the promise is 0.1; the rest is for a busy machine
+IMPORT_SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+start = time.perf_counter()
+import vendor.imagec as imagec
+print(time.perf_counter() - start, imagec.Reference.parse("alpine"))
+"""
+
+
+def dotted_name(node):
+    """`a.b.c` for a chain of attributes of a name, else None."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = dotted_name(node.value)
+        return owner and owner + "." + node.attr
+    return None
+
+
+def last_line(node):
+    """end_lineno, which 3.7 and older do not have."""
+    return max(getattr(part, "end_lineno", None) or getattr(part, "lineno", 0)
+               for part in ast.walk(node))
+
+
+def stored_names(statement):
+    """The names a module-level statement defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return {statement.name}
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return {node.id for target in targets for node in ast.walk(target)
+            if isinstance(node, ast.Name)}
+
+
+def imported_modules(node):
+    """The dotted modules an import statement names."""
+    if isinstance(node, ast.ImportFrom):
+        return [node.module] + [node.module + "." + each.name for each in node.names]
+    if isinstance(node, ast.Import):
+        return [each.name for each in node.names]
+    return []
+
+
+def globals_of(table):
+    """The global names read anywhere inside a symbol table."""
+    names = {symbol.get_name() for symbol in table.get_symbols()
+             if symbol.is_global() and symbol.is_referenced()}
+    return names.union(*map(globals_of, table.get_children()))
+
+
+class House:
+    """imagec.py's source, taken apart by its banners."""
+
+    BANNER = re.compile(r"^# (-{80,})\n# ([0-9]+)  (.+)\n# \1$", re.MULTILINE)
+    MAP_ROW = re.compile(r"^ +([0-9]+)  (\S+(?: \S+)*)  +(\S.*)$", re.MULTILINE)
+
+    def __init__(self):
+        with open(MODULE_PATH, encoding="utf-8") as file:
+            self.source = file.read()
+        self.tree = ast.parse(self.source)
+        self.rooms, self.starts = [], []
+        for match in self.BANNER.finditer(self.source):
+            title, _, about = match.group(3).partition(": ")
+            self.rooms.append((int(match.group(2)), title, about))
+            self.starts.append(self.source.count("\n", 0, match.start()) + 1)
+
+    def room(self, line):
+        """The number of the room a line stands in, 0 for the header."""
+        return bisect.bisect_right(self.starts, line)
+
+    def title(self, line):
+        """The title of the room a line stands in."""
+        return "header" if not self.room(line) else self.rooms[self.room(line) - 1][1]
+
+    def definitions(self):
+        """{name: the room that defines it} of the module's own names."""
+        return {name: self.room(statement.lineno) for statement in self.tree.body
+                if self.room(statement.lineno) for name in stored_names(statement)}
+
+
+@functools.lru_cache(maxsize=None)
+def house():
+    return House()
+
+
+class ArchitectureTest(unittest.TestCase):
+    """What the docstring and the README promise of the code, checked on the code."""
+
+    def test_map_is_the_banners(self):
+        found = [(int(number), title, about) for number, title, about
+                 in House.MAP_ROW.findall(imagec.__doc__)]
+        self.assertEqual(found, house().rooms)
+        self.assertEqual([number for number, _, _ in found],
+                         list(range(1, len(found) + 1)))
+
+    def test_a_room_uses_only_rooms_above(self):
+        defined = house().definitions()
+        self.assertGreater(len(defined), 150)
+        whole = symtable.symtable(house().source, MODULE_PATH, "exec")
+        for table in whole.get_children():
+            here = house().room(table.get_lineno())
+            below = ["%s of room %d" % (name, defined[name])
+                     for name in sorted(globals_of(table))
+                     if defined.get(name, 0) > max(here, 2)]
+            with self.subTest(name=table.get_name(), room=here):
+                self.assertEqual(below, [])
+
+    def test_all_is_in_room_order(self):
+        defined = house().definitions()
+        rooms = [defined[name] for name in imagec.__all__]
+        self.assertEqual(rooms, sorted(rooms))
+        self.assertEqual(len(set(imagec.__all__)), len(rooms))
+
+    def test_all_names_its_rooms(self):
+        defined, titles = house().definitions(), {0: None}
+        titles.update((number, title) for number, title, _ in house().rooms)
+        listing = re.search(r"^__all__ = \[\n(.*?)^\]", house().source, re.M | re.S)
+        room = None
+        for comment, name in re.findall('# (.+)|"([A-Za-z0-9_]+)"', listing.group(1)):
+            room = comment or room
+            if name:
+                self.assertEqual(titles[defined[name]], room, name)
+
+    def test_public_names_have_docstrings(self):
+        for name in imagec.__all__:
+            self.assertFalse(name.startswith("_"))
+            self.assertTrue(getattr(imagec, name).__doc__, name)
+        for statement in house().tree.body:
+            if not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            named = [statement]
+            if statement.name in imagec.__all__ and isinstance(statement, ast.ClassDef):
+                named += [part for part in statement.body
+                          if isinstance(part, ast.FunctionDef)]
+            for node in named:
+                if not node.name.startswith("_"):
+                    self.assertTrue(ast.get_docstring(node), "%s.%s, line %d" % (
+                        statement.name, node.name, node.lineno))
+
+    def test_some_names_belong_to_one_room(self):
+        wrong = set()
+        for node in ast.walk(house().tree):
+            title = house().title(getattr(node, "lineno", 1))
+            for name in imported_modules(node) + [dotted_name(node)]:
+                for key, room in ROOM_OF_USE.items():
+                    if name and (name + ".").startswith(key + ".") and (
+                            title not in ("header", room)):
+                        wrong.add((key, title))
+        self.assertEqual(wrong, set(WAIVED_USES))
+
+    def test_imports_are_the_standard_library(self):
+        imported = {name.partition(".")[0] for node in ast.walk(house().tree)
+                    for name in imported_modules(node)}
+        self.assertEqual(imported, IMPORTS)
+        standard = getattr(sys, "stdlib_module_names", IMPORTS)  # from 3.10 on
+        self.assertLessEqual(IMPORTS - NEWER_IMPORTS, standard)
+
+    def test_functions_and_classes_are_short(self):
+        lengths = {ast.FunctionDef: [], ast.ClassDef: []}
+        for node in ast.walk(house().tree):
+            if type(node) in lengths:
+                lines = last_line(node) - node.lineno + 1
+                lengths[type(node)].append((lines, node.name))
+        self.assertLessEqual(max(lengths[ast.FunctionDef]), (51, ""))
+        self.assertLessEqual(max(lengths[ast.ClassDef]), (251, ""))
+        functions = sorted(lengths[ast.FunctionDef])
+        self.assertLessEqual(functions[len(functions) // 2], (11, ""))
+
+    def test_lines_are_short(self):
+        wide = [number for number, line in enumerate(house().source.split("\n"), 1)
+                if len(line) > 88]
+        self.assertEqual(wide, [])
+
+    def test_module_level_values_are_constants(self):
+        for statement in house().tree.body:
+            if isinstance(statement, ast.Assign) and self.is_mutable(statement.value):
+                for name in stored_names(statement):
+                    self.assertRegex(name, "^(_?[A-Z][A-Z0-9_]*|__all__)$")
+        for node in ast.walk(house().tree):
+            if isinstance(node, ast.arguments):
+                for default in filter(None, node.defaults + node.kw_defaults):
+                    self.assertFalse(self.is_mutable(default), default.lineno)
+
+    @staticmethod
+    def is_mutable(value):
+        called = isinstance(value, ast.Call) and dotted_name(value.func) or ""
+        return called.rpartition(".")[2] in MUTABLE_CALLS or isinstance(value, (
+            ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp))
+
+    def test_module_level_values_are_never_changed(self):
+        constants = {name for name in house().definitions() if name.isupper()}
+        for node in ast.walk(house().tree):
+            self.assertNotIsInstance(node, ast.Global)
+            changed = None
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                changed = dotted_name(node.value)
+            elif isinstance(node, ast.AugAssign):
+                changed = dotted_name(node.target)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr in MUTATORS:
+                    changed = dotted_name(node.func.value)
+            self.assertNotIn(changed, constants, "line %d" % getattr(node, "lineno", 0))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "ast has no feature_version")
+    def test_source_is_python_3_6(self):
+        ast.parse(house().source, feature_version=(3, 6))
+
+    def test_import_does_nothing(self):
+        loggers = [logging.getLogger(), logging.getLogger("imagec")]
+        before = [list(logger.handlers) for logger in loggers], dict(os.environ)
+        threads, code = threading.active_count(), compile(
+            house().source, "imagec_again.py", "exec")
+        module = types.ModuleType("imagec_again")
+        with contextlib.ExitStack() as stack:
+            # typing.NamedTuple looks its module up by name.
+            stack.enter_context(mock.patch.dict(sys.modules, imagec_again=module))
+            for target in ("builtins.open", "io.open", "os.open", "os.mkdir", "os.stat",
+                           "socket.socket", "socket.getaddrinfo", "signal.signal",
+                           "subprocess.Popen", "threading.Thread.start"):
+                stack.enter_context(mock.patch(
+                    target, side_effect=AssertionError(target + " on import")))
+            exec(code, module.__dict__)
+        self.assertEqual(before, ([list(logger.handlers) for logger in loggers],
+                                  dict(os.environ)))
+        self.assertEqual(threads, threading.active_count())
+
+    def test_import_is_quick_and_works_vendored(self):
+        with tempfile.TemporaryDirectory() as root:
+            os.mkdir(os.path.join(root, "vendor"))
+            for name, text in (("__init__.py", ""), ("imagec.py", house().source)):
+                path = os.path.join(root, "vendor", name)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+            best = IMPORT_SECONDS
+            for _ in range(6):  # the first one compiles
+                seconds, name = subprocess.check_output(
+                    [sys.executable, "-I", "-c", IMPORT_SCRIPT, root]).split()
+                self.assertEqual(name, b"docker.io/library/alpine:latest")
+                best = min(best, float(seconds))
+                if best < IMPORT_SECONDS:
+                    break
+        self.assertLess(best, IMPORT_SECONDS)
+
+    def test_runs_isolated(self):
+        done = subprocess.run([sys.executable, "-I", MODULE_PATH, "--help"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        for command in imagec.COMMANDS:
+            self.assertIn(command.encode("ascii"), done.stdout)
+
+    def test_top_level_holds_only_what_it_may(self):
+        names = {name for name in os.listdir(HOME) if not name.startswith(".")}
+        self.assertLessEqual(names, TOP_LEVEL | LEFT_BEHIND)
+
+
+class ReadmeTest(unittest.TestCase):
+    """What README.md says of the command line is what the command line does."""
+
+    def setUp(self):
+        path = os.path.join(HOME, "README.md")
+        self.assertTrue(os.path.exists(path), "README.md is missing")
+        with open(path, encoding="utf-8") as file:
+            self.text = file.read()
+
+    def section(self, word):
+        """The text under the heading that holds `word`; # in code is no heading."""
+        found, inside, fenced = [], False, False
+        for line in self.text.split("\n"):
+            fenced ^= line.startswith("```")
+            if line.startswith("#") and not fenced:
+                inside = word in line.lower()
+            elif inside:
+                found.append(line)
+        self.assertTrue(found, "README.md has no section on " + word)
+        return "\n".join(found)
+
+    def commands(self):
+        for line in self.text.replace("\\\n", " ").split("\n"):
+            line = line.strip().lstrip("$ ")
+            if line.startswith("python3 imagec.py"):
+                words = shlex.split(line, comments=True)[2:]
+                shell = [at for at, word in enumerate(words)
+                         if re.match(r"[|;<>&]|[0-9]>", word)]
+                yield words[:shell[0]] if shell else words
+
+    def test_command_lines_parse(self):
+        commands = list(self.commands())
+        self.assertTrue(commands)
+        for argv in commands:
+            with self.subTest(argv=argv), contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    imagec.argument_parser().parse_args(argv)
+                except SystemExit as error:
+                    self.assertEqual(error.code, 0)
+
+    def test_options(self):
+        parser = imagec.argument_parser()
+        parsers = [parser] + [command for action in parser._actions
+                              for command in (action.choices or {}).values()
+                              if action.dest == "command"]
+        options = {option for one in parsers for action in one._actions
+                   for option in action.option_strings if option.startswith("--")}
+        named = set(re.findall("(?<![A-Za-z0-9-])--[a-z][a-z-]*",
+                               self.section("option")))
+        self.assertEqual(named | {"--help"}, options)
+
+    def test_exit_statuses(self):
+        rows = re.findall(r"^[ |*-]*`?([0-9]+)`?\b", self.section("exit status"), re.M)
+        statuses = {number for _, number in imagec.EXIT_STATUSES} | {0, 130, 143}
+        self.assertEqual({int(row) for row in rows}, statuses)
+
+
+# ------------------------------------------------------------------------------
+# Command line, in this process
+# ------------------------------------------------------------------------------
+
+#: What a command left: its status, its stdout as bytes, its stderr as text.
+Ended = collections.namedtuple("Ended", "status out err")
+
+#: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e"
+                         "\u2066-\u2069\ud800-\udfff]")
+POISON = "\x1b]0;x\x07\x1b[31m\x9b31m\u202e\r\nimagec: all is well\x7f\x08"
+
+#: In memory where the system has such a place: every file pulled is synced to disk.
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+
+SMALL_TARS = [tar_bytes([("etc", None), ("etc/a", b"one")]),
+              tar_bytes([("etc/b", b"two" * 1000)])]
+
+
+def plain_environment(root):
+    """This process's environment without proxies and passwords.
+
+    One CA certificate instead of the system's hundreds: reading those takes longer than
+    the rest of a pull.
+    """
+    kept = {name: value for name, value in os.environ.items()
+            if not re.search("(?i)_proxy$|^IMAGEC_|^PYTHON|^LC_|^SSL_|^LANG", name)}
+    path = os.path.join(root, "roots.pem")
+    if not os.path.exists(path):
+        with open(path, "w") as file:
+            file.write(TEST_CERT)
+    return dict(kept, SSL_CERT_FILE=path, SSL_CERT_DIR=os.path.join(root, "no-such"))
+
+
+class FakeTerminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+class CommandLineCase(RegistryCase):
+    """A registry with one small image, and imagec.main to run against it."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory(dir=SCRATCH)
+        self.addCleanup(directory.cleanup)
+        self.root = directory.name
+        self.output = os.path.join(self.root, "images")
+        self.environ = plain_environment(self.root)
+        self.origin = self.registry()
+        self.image = build_image(SMALL_TARS)
+        self.digest = self.origin.add("lab/app", "1", self.image)
+        self.ref = self.origin.host + "/lab/app:1"
+
+    def main(self, *argv, stdin="", stderr=None, **environ):
+        """Run a command here; it retries at once."""
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
+        err = io.StringIO() if stderr is None else stderr
+        with mock.patch.dict(os.environ, dict(self.environ, **environ), clear=True), \
+                mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
+                                    stderr=err), \
+                mock.patch.object(imagec, "BACKOFF", 0):
+            code = imagec.main(list(argv))
+        out.flush()
+        return Ended(code, out.buffer.getvalue(), err.getvalue())
+
+    def pull(self, *argv, **options):
+        return self.main("pull", "-o", self.output, *argv, **options)
+
+    def done(self, *argv, **options):
+        """The lines a command prints, which must succeed."""
+        ended = self.main(*argv, **options)
+        self.assertEqual((ended.status, ended.err), (0, ""))
+        return ended.out.decode("ascii").splitlines()
+
+    def files(self):
+        """What stands in the destination, without its directories."""
+        return sorted(os.path.join(folder, name)[len(self.output) + 1:]
+                      for folder, _, names in os.walk(self.output) for name in names)
+
+    def assert_one_line(self, ended, code, words="."):
+        self.assertEqual(ended.status, code, ended.err)
+        self.assertRegex(ended.err, r"\Aimagec: [^\n]+\n\Z")
+        self.assertNotIn("Traceback", ended.err)
+        self.assertRegex(ended.err, words)
+        self.assertEqual(ended.out, b"")
+
+    def assert_nothing_final(self):
+        """Only verified blobs and unfinished ones may be left by a failed pull."""
+        for name in self.files():
+            self.assertRegex(name, r"\.partial$|/([0-9a-f]{64})/\1\.tar$")
+            if name.endswith(".tar"):
+                with open(os.path.join(self.output, name), "rb") as file:
+                    self.assertIn(sha256(file.read()), self.image.layers)
+
+
+def ordered(text):
+    """JSON with its objects as lists of pairs, so that the order counts."""
+    return json.loads(text, object_pairs_hook=collections.OrderedDict)
+
+
+class CommandLineTest(CommandLineCase):
+    """Every command, as a script sees it."""
+
+    def test_pull_prints_what_it_pinned(self):
+        bare = self.origin.host + "/lab/app"
+        for reference in (self.ref, bare + "@" + self.digest,
+                          self.ref + "@" + self.digest):
+            pinned = reference.partition("@")[0] + "@" + self.digest
+            self.assertEqual(self.done("pull", "-q", "-o", self.output, reference),
+                             [pinned])
+        both = self.done("pull", "-q", "-o", self.output, self.ref, self.ref)
+        self.assertEqual(both, [self.ref + "@" + self.digest] * 2)
+
+    def test_pull_uses_images_by_default(self):
+        before = os.getcwd()
+        os.chdir(self.root)
+        try:
+            self.done("pull", "-q", self.ref)
+        finally:
+            os.chdir(before)
+        path = os.path.join("http", self.origin.host, "v2", "lab", "app", "1")
+        with open(os.path.join(self.output, path, "manifest.json"), "rb") as file:
+            self.assertEqual(file.read(), self.image.manifest)
+
+    def test_pull_json(self):
+        line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
+        value = ordered(line)
+        self.assertEqual(list(value), ["reference", "digest", "image_id", "platform",
+                                       "format", "path", "layers"])
+        self.assertEqual(value["reference"], self.ref)
+        self.assertEqual(value["digest"], self.digest)
+        self.assertEqual(value["image_id"], sha256(self.image.config))
+        self.assertEqual((value["platform"], value["format"]),
+                         ("linux/amd64", "layers"))
+        self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
+        self.assertEqual([list(layer) for layer in value["layers"]],
+                         [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
+        self.assertEqual([layer["size"] for layer in value["layers"]], [3, 3000])
+        self.assertEqual([layer["diff_id"] for layer in value["layers"]],
+                         self.image.diff_ids)
+
+    def test_layers(self):
+        rows = [line.split() for line in self.done("layers", self.ref)]
+        self.assertEqual([row[1] for row in rows], self.image.layers)
+        self.assertEqual([int(row[2]) for row in rows],
+                         [len(self.image.blobs[name]) for name in self.image.layers])
+        values = list(map(ordered, self.done("layers", "--json", self.ref)))
+        self.assertEqual([list(value) for value in values],
+                         [["id", "digest", "diff_id", "blob_size"]] * 2)
+        self.assertEqual([(value["id"], value["digest"]) for value in values],
+                         [(row[0], row[1]) for row in rows])
+
+    def test_schema1(self):
+        image = build_image(SMALL_TARS, "schema1-signed")
+        digest = self.origin.add("lab/app", "old", image)
+        ref = self.origin.host + "/lab/app:old"
+        self.assertEqual(self.done("pull", "-q", "-o", self.output, ref),
+                         [ref + "@" + digest])
+        rows = [line.split() for line in self.done("layers", ref)]
+        self.assertEqual([row[1:] for row in rows],
+                         [[layer, "-"] for layer in image.layers])
+        self.assertEqual(self.main("inspect", "--raw", ref).out, image.manifest)
+        self.assert_one_line(self.main("inspect", "--config", ref), 1, "no config")
+
+    def test_inspect(self):
+        value = ordered("\n".join(self.done("inspect", self.ref)))
+        self.assertEqual(list(value), [
+            "reference", "digest", "media_type", "manifest_digest", "image_id",
+            "platform", "layers", "created", "config"])
+        self.assertEqual(value["reference"], self.ref + "@" + self.digest)
+        self.assertEqual(value["media_type"], self.image.media_type)
+        self.assertEqual([layer["digest"] for layer in value["layers"]],
+                         self.image.layers)
+        self.assertEqual(self.files(), [])
+
+    def test_inspect_exact_bytes(self):
+        for option, expected in (("--raw", self.image.manifest),
+                                 ("--config", self.image.config)):
+            self.assertEqual(self.main("inspect", option, self.ref),
+                             Ended(0, expected, ""))
+
+    def test_index(self):
+        arm = build_image(SMALL_TARS[:1], platform=("linux", "arm64", "v8"))
+        index = build_index([(self.image, ("linux", "amd64", None)),
+                             (arm, ("linux", "arm64", "v8"))])
+        digest = self.origin.add("lab/app", "many", index)
+        ref = self.origin.host + "/lab/app:many"
+        choose = ("--platform", "linux/arm64", ref)
+        self.assertEqual(self.done("digest", ref), [digest])
+        self.assertEqual(self.done("digest", *choose), [arm.digest])
+        self.assertEqual(self.main("inspect", "--raw", ref).out, index.manifest)
+        self.assertEqual(self.main("inspect", "--raw", *choose).out, arm.manifest)
+        self.assertEqual(self.done("pull", "-q", "-o", self.output, *choose),
+                         [ref + "@" + digest])
+        value = ordered("\n".join(self.done("inspect", *choose)))
+        self.assertEqual((value["digest"], value["manifest_digest"]),
+                         (digest, arm.digest))
+        self.assertEqual(value["platforms"], ["linux/amd64", "linux/arm64"])
+
+    def test_tags_are_followed_page_by_page(self):
+        names = ["t%02d" % number for number in range(12)]
+        for name in names:
+            self.origin.add("lab/many", name, self.image)
+        self.origin.page_size = 5
+        self.assertEqual(self.done("tags", self.origin.host + "/lab/many"), names)
+        asked = [request for request in self.origin.requests if "tags" in request.path]
+        self.assertEqual(len(asked), 3)
+
+    def test_version(self):
+        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(
+                io.StringIO()) as out:
+            imagec.main(["--version"])
+        self.assertEqual(caught.exception.code, 0)
+        self.assertEqual(out.getvalue(), "imagec %s\n" % imagec.__version__)
+
+    def test_debug_logs_each_request(self):
+        ended = self.main("digest", "--debug", self.ref)
+        self.assertEqual((ended.status, ended.out),
+                         (0, self.digest.encode("ascii") + b"\n"))
+        self.assertRegex(ended.err, "(?m)^imagec: debug: GET http://.*/manifests/1$")
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_debug_shows_where_an_error_came_from(self):
+        ended = self.main("digest", "--debug", self.origin.host + "/lab/none")
+        self.assertEqual(ended.status, 4)
+        self.assertIn("Traceback", ended.err)
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_quiet_keeps_errors(self):
+        self.assertEqual(self.pull("-q", self.ref).err, "")
+        self.assert_one_line(self.pull("-q", self.origin.host + "/lab/none"), 4)
+
+    def test_retries_are_told_unless_quiet(self):
+        for quiet in ((), ("-q",)):
+            self.origin.fault("manifests", status(503), times=1)
+            ended = self.main("digest", self.ref, *quiet)
+            self.assertEqual(ended.status, 0)
+            self.assertEqual("trying again" in ended.err, not quiet)
+
+    def test_logging_is_left_as_it_was(self):
+        log = logging.getLogger("imagec")
+        before = log.level, list(log.handlers)
+        self.main("digest", "--debug", self.ref)
+        self.main("digest", "--debug", "Bad")
+        self.assertEqual((log.level, list(log.handlers)), before)
+
+    def test_every_error_has_its_status(self):
+        expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
+                    "LimitExceeded": 3, "VerificationError": 3, "DigestMismatch": 3,
+                    "SizeMismatch": 3, "NotFound": 4, "NoMatchingPlatform": 4,
+                    "AccessDenied": 5, "CredentialsError": 5}
+        errors = [kind for kind in map(imagec.__dict__.get, imagec.__all__)
+                  if isinstance(kind, type) and issubclass(kind, Exception)]
+        for kind in errors + [OSError]:
+            found = imagec.exit_status(kind.__new__(kind))
+            self.assertEqual(found, expected.get(kind.__name__, 1), kind)
+        self.assertIsNone(imagec.exit_status(ZeroDivisionError()))
+
+
+class CommandLineCredentialsTest(CommandLineCase):
+    """-u with its two sources of a password, and where it goes."""
+
+    SOURCES = (  # (what, options, stdin, environment)
+        ("stdin", ("--password-stdin",), PASSWORD, {}),
+        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\nnext\n", {}),
+        ("environment", (), "", {"IMAGEC_PASSWORD": PASSWORD}),
+        ("stdin before environment", ("--password-stdin",), PASSWORD,
+         {"IMAGEC_PASSWORD": "other"}),
+    )
+
+    def test_password_sources(self):
+        self.origin.auth = "basic"
+        expected = "Basic " + base64.b64encode(
+            ("alice:" + PASSWORD).encode("ascii")).decode("ascii")
+        for what, options, stdin, environ in self.SOURCES:
+            with self.subTest(what):
+                self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin,
+                          **environ)
+                self.assertEqual(self.origin.requests[-1].headers["Authorization"],
+                                 expected)
+
+    def test_wrong_use(self):
+        for words, argv in (("no password", ("-u", "alice")),
+                            ("without -u", ("--password-stdin",))):
+            self.assert_one_line(self.main("digest", self.ref, *argv), 2, words)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_a_registry_that_asks_for_none_gets_none(self):
+        self.done("digest", "-u", "alice", self.ref, IMAGEC_PASSWORD=PASSWORD)
+        self.assertFalse([request for request in self.origin.requests
+                          if "Authorization" in request.headers])
+
+    def test_one_password_is_for_one_registry(self):
+        other = self.registry(auth="basic")
+        other.add("lab/app", "1", self.image)
+        ended = self.pull("-q", "-u", "alice", self.ref, other.host + "/lab/app:1",
+                          IMAGEC_PASSWORD=PASSWORD)
+        self.assertEqual(ended.status, 2)
+        self.assertRegex(ended.err, r"\Aimagec: [^\n]*two registries[^\n]*\n\Z")
+        self.assertEqual(other.requests, [])
+
+
+class CommandLineProgressTest(CommandLineCase):
+    """Each kind of --progress, on a terminal and elsewhere."""
+
+    def setUp(self):
+        super().setUp()
+        tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
+                for number in range(2)]
+        self.image = build_image(tars + SMALL_TARS, compress=None)
+        self.digest = self.origin.add("lab/app", "1", self.image)
+        patch = mock.patch.object(imagec.BarProgress, "interval", 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def progress(self, kind, tty, **environ):
+        stream = FakeTerminal() if tty else io.StringIO()
+        ended = self.pull("--progress", kind, self.ref, stderr=stream, **environ)
+        self.assertEqual(ended[:2], (0, (self.ref + "@" + self.digest + "\n").encode()))
+        return ended.err
+
+    def short_names(self):
+        return {name[7:19] for name in self.image.layers}
+
+    def test_none(self):
+        self.assertEqual(self.progress("none", tty=True), "")
+
+    def test_plain(self):
+        for kind, tty in (("plain", True), ("auto", False)):
+            self.output += "x"
+            lines = self.progress(kind, tty).splitlines()
+            self.assertEqual(lines[0], "1: Pulling from lab/app")
+            self.assertEqual(lines[-1], "Digest: " + self.digest)
+            for name in self.short_names():
+                told = [line.partition(": ")[2] for line in lines
+                        if line.startswith(name)]
+                self.assertRegex(told.pop(1), r"^Downloading \([0-9.]+[kM]?B\)$")
+                self.assertEqual(told, ["Pulling fs layer", "Verifying Checksum",
+                                        "Download complete"])
+
+    def test_json(self):
+        events = [ordered(line) for line in
+                  self.progress("json", tty=True).splitlines()]
+        self.assertLessEqual({tuple(event) for event in events}, {
+            ("status", "id"), ("status", "id", "progressDetail"), ("status",)})
+        self.assertEqual(dict(events[0]), {"status": "Pulling from lab/app", "id": "1"})
+        self.assertEqual(dict(events[-1]), {"status": "Digest: " + self.digest})
+        for name in self.image.layers:
+            size = len(self.image.blobs[name])
+            details = [event["progressDetail"] for event in events
+                       if event.get("id") == name[7:19] and "progressDetail" in event]
+            self.assertEqual({detail["total"] for detail in details}, {size})
+            counts = [detail["current"] for detail in details]
+            self.assertEqual((counts, counts[-1]), (sorted(counts), size))
+
+    def test_bar(self):
+        for width in (30, 60, 100):
+            self.output += "x"
+            text = self.progress("bar", tty=True, COLUMNS=str(width), LINES="24")
+            drawn = re.sub("\x1b\\[[0-9]*[AK]", "", text).split("\n")
+            for line in drawn:
+                self.assertLess(len(line), width, line)
+                self.assertRegex(line, r"\A[ -~]*\Z")
+            self.assertIn("Pulling from lab/app 1", drawn)
+            final = [line for line in drawn if "Download comp" in line]
+            self.assertEqual({line[:12] for line in final}, self.short_names())
+            if width == 100:
+                self.assertRegex(text, r"Downloading +\[=*>? *\] [0-9.]+k?M?B/7\d\dkB "
+                                       r"[0-9.]+[kMG]?B/s [0-9]+:[0-9]{2}")
+
+    def test_bar_stays_within_the_screen(self):
+        text = self.progress("bar", tty=True, COLUMNS="80", LINES="4")
+        ups = [int(count) for count in re.findall("\x1b\\[([0-9]+)A", text)]
+        self.assertLess(max(ups), 4)
+
+    def test_bar_comes_by_itself_on_a_terminal_only(self):
+        self.assertIn("\x1b[", self.progress("auto", tty=True))
+        self.output += "x"
+        self.assertNotIn("\x1b", self.progress("auto", tty=False))
+
+
+# ------------------------------------------------------------------------------
+# Command line: what goes wrong
+# ------------------------------------------------------------------------------
+
+HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+LAYER = "GET .*/blobs/{layer}"
+CONFIG = "GET .*/blobs/{config}"
+MANIFEST = "GET .*/manifests/"
+EVER = None
+
+#: (what, arguments, faults as (match, action, times), status, words)
+FAILURES = (
+    ("no command", [], [], 2, "--help"),
+    ("unknown command", ["fly"], [], 2, "fly"),
+    ("unknown option", ["digest", "{ref}", "--fast"], [], 2, "--fast"),
+    ("no reference", ["pull"], [], 2, "REF"),
+    ("unknown format", ["pull", "--format", "floppy", "{ref}"], [], 2, "floppy"),
+    ("no job", ["pull", "-j", "0", "{ref}"], [], 2, "at least one"),
+    ("jobs that are no number", ["pull", "-j", "x", "{ref}"], [], 2, "'x'"),
+    ("bad reference", ["pull", "lab/App"], [], 2, "lowercase"),
+    ("reference with a newline", ["pull", "lab/app\n"], [], 2, r"lab/app\\+n"),
+    ("bad second reference", ["pull", "{ref}", "a//b"], [], 2, "a//b"),
+    ("bad digest", ["digest", "{host}/lab/app@sha256:12"], [], 2, "64"),
+    ("image ID", ["pull", "0" * 64], [], 2, "image ID"),
+    ("bad platform", ["layers", "--platform", "a/b/c/d", "{ref}"], [], 2, "a/b/c/d"),
+    ("CA file that is missing", ["digest", "--cacert", "{root}/none", "{ref}"], [], 2,
+     "--cacert"),
+    ("nothing listens", ["digest", "127.0.0.1:1/lab/app"], [], 1, "refused"),
+    ("no registry", ["digest", "{ref}"], [("HEAD /v2/", status(404, body=HTML), EVER)],
+     1, "no registry"),
+    ("HTML for a manifest", ["pull", "{ref}"], [
+        (MANIFEST, body(HTML, content_type="text/html"), 1)], 3, "HTML"),
+    ("duplicate keys", ["pull", "{ref}"], [
+        (MANIFEST, body(b'{"layers":[],"layers":[]}'), 1)], 3, "twice"),
+    ("manifest of 5 MiB", ["pull", "{ref}"], [
+        (MANIFEST, body(b" " * (5 << 20)), 1)], 3, "limit"),
+    ("manifest with a flipped bit", ["pull", "{host}/lab/app@{digest}"], [
+        (MANIFEST, flip(3), 1)], 3, "expected digest"),
+    ("header that lies about the digest", ["pull", "{ref}"], [
+        (MANIFEST, headers(docker_content_digest="sha256:" + "0" * 64), 1)], 3,
+     "disagree"),
+    ("missing repository", ["pull", "{host}/lab/none:1"], [], 4, "MANIFEST_UNKNOWN"),
+    ("missing tag", ["pull", "{host}/lab/app:none"], [], 4, "lab/app:none"),
+    ("missing tag list", ["tags", "{host}/lab/none"], [], 4, "lab/none"),
+    ("missing config", ["pull", "{ref}"], [(CONFIG, status(404), 1)], 4, "{config}"),
+    ("missing layer", ["pull", "{ref}"], [(LAYER, status(404), 1)], 4, "{layer}"),
+    ("no platform", ["pull", "--platform", "linux/s390x", "{host}/lab/app:many"], [], 4,
+     "linux/amd64, linux/arm/v7"),
+    ("denied", ["pull", "{ref}"], [(MANIFEST, status(403), 1)], 5, "denied"),
+    ("config with a flipped bit", ["pull", "{ref}"], [(CONFIG, flip(), 1)], 3,
+     "expected digest"),
+    ("layer with a flipped bit", ["pull", "{ref}"], [(LAYER, flip(), 1)], 3,
+     "{layer}.* expected digest"),
+    ("over-long layer", ["pull", "{ref}"], [(LAYER, extra(9), 1)], 3, "at least"),
+    ("truncated layer", ["pull", "{ref}"], [(LAYER, truncate(), EVER)], 1, "and ended"),
+    ("server error", ["pull", "{ref}"], [(MANIFEST, status(500), EVER)], 1, "500"),
+    ("too many requests", ["pull", "{ref}"], [
+        (MANIFEST, status(429), EVER)], 1, "too many requests"),
+    ("no HTTP", ["pull", "{ref}"], [
+        (MANIFEST, garbage(b"SSH-2.0-OpenSSH_9.6\r\n"), EVER)], 1, "HTTP"),
+    ("redirect loop", ["pull", "{ref}"], [
+        (LAYER, redirect("/v2/lab/app/blobs/{layer}"), EVER)], 1, "loop"),
+    ("redirect to another kind", ["pull", "{ref}"], [
+        (LAYER, redirect("file:///etc/passwd"), 1)], 1, "not http"),
+    ("redirect to the metadata service", ["pull", "{ref}"], [
+        (LAYER, redirect("http://169.254.169.254/latest"), 1)], 1, "169.254"),
+    ("layer that is too large", ["pull", "--max-layer-size", "100", "{ref}"], [], 3,
+     "--max-layer-size"),
+    ("too slow for --timeout", ["digest", "--timeout", "0.05", "{ref}"], [
+        (MANIFEST, hang(), 1)], 1, "--timeout"),
+    ("destination is a file", ["pull", "-o", "{root}/roots.pem", "{ref}"], [], 1,
+     "roots.pem.*not a directory"),
+    ("destination below a file", ["pull", "-o", "{root}/roots.pem/a", "{ref}"], [], 1,
+     "not a directory"),
+    ("destination is a device", ["pull", "-o", "/dev/null", "{ref}"], [], 1,
+     "not a directory"),
+)
+
+
+def retire(faults):
+    """They strike no more, so that the next row of a table finds the server well."""
+    for fault in faults:
+        fault.times = fault.used
+
+
+#: (what, options, stdin, auth of the registry, words)
+DENIALS = (
+    ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
+     "denied"),
+    ("wrong password for a token", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG",
+     "bearer", "user alice"),
+    ("no password", (), "", "basic", "-u USER"),
+    ("no token for all", (), "", "bearer", "anonymous"),
+)
+
+
+class CommandLineFailureTest(CommandLineCase):
+    """One clear line and the right status for whatever goes wrong."""
+
+    def setUp(self):
+        super().setUp()
+        self.words = {
+            "ref": self.ref, "host": self.origin.host, "root": self.root,
+            "digest": self.digest, "layer": self.image.layers[1],
+            "config": sha256(self.image.config)}
+        # A layout of its own below self.root, so that -o may come later and win.
+        self.origin.add("lab/app", "many", build_index(
+            [(self.image, ("linux", "amd64", None)),
+             (self.image, ("linux", "arm", "v7"))]))
+
+    def fill(self, text):
+        """Put this test's names into a row's text."""
+        return re.sub(r"\{(\w+)\}", lambda match: self.words[match.group(1)], text)
+
+    def fault_of(self, match, action, times):
+        def filled(reply):
+            reply = action(reply)
+            location = reply.headers.get("Location")
+            if location:
+                reply.put("Location", self.fill(location))
+            return reply
+        return self.origin.fault(self.fill(match), filled, times)
+
+    def run_row(self, argv):
+        argv = [self.fill(word) for word in argv]
+        if argv[:1] == ["pull"]:
+            argv[1:1] = ["-q", "-o", self.output]
+        return self.main(*argv)
+
+    def test_failures(self):
+        for what, argv, faults, code, words in FAILURES:
+            self.output = os.path.join(self.root, what.replace(" ", "-"))
+            with self.subTest(what):
+                due = [self.fault_of(*fault) for fault in faults]
+                try:
+                    ended = self.run_row(argv)
+                finally:
+                    retire(due)
+                if "-q" not in argv and argv[:1] != ["pull"]:
+                    ended = ended._replace(err=ended.err.splitlines(True)[-1])
+                self.assert_one_line(ended, code, self.fill(words))
+                self.assert_nothing_final()
+                self.assertTrue(all(fault.used for fault in due), "fault never met")
+
+    def test_denials(self):
+        for what, options, stdin, auth, words in DENIALS:
+            with self.subTest(what):
+                self.origin.auth, self.origin.anonymous = auth, False
+                ended = self.pull("-q", *options + (self.ref,), stdin=stdin)
+                self.assert_one_line(ended, 5, words)
+                self.assertEqual(self.files(), [])
+
+    def test_unknown_host(self):
+        error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        with mock.patch("socket.getaddrinfo", side_effect=error):
+            ended = self.pull("-q", "registry.invalid/lab/app")
+        self.assert_one_line(ended, 1, "cannot resolve host registry.invalid")
+
+    def test_certificates(self):
+        for tls, options, environ, code, words in (
+                (True, (), {}, 0, ""),
+                (True, (), {"SSL_CERT_FILE": os.devnull}, 1, "not to be trusted"),
+                ("expired", (), {}, 1, "not to be trusted"),
+                ("wrong-host", (), {}, 1, "not to be trusted"),
+                ("expired", ("--insecure-skip-verify",), {}, 0, ""),
+                (True, ("--cacert", self.environ["SSL_CERT_FILE"]),
+                 {"SSL_CERT_FILE": os.devnull}, 0, "")):
+            with self.subTest(tls=tls, options=options, environ=environ):
+                registry = self.registry(tls=tls)
+                registry.add("lab/app", "1", self.image)
+                ended = self.main("digest", "-q", registry.host + "/lab/app:1",
+                                  *options, **environ)
+                if code:
+                    self.assert_one_line(ended, code, words)
+                else:
+                    self.assertEqual((ended.status, ended.err), (0, ""))
+
+    def test_truncated_layer_is_tried_five_times(self):
+        layer = self.image.layers[1]
+        fault = self.origin.fault("blobs/" + layer, truncate(), EVER)
+        ended = self.pull("--progress", "none", self.ref)
+        self.assertEqual((ended.status, fault.used), (1, imagec.ATTEMPTS))
+        self.assertEqual(ended.err.count("trying again"), imagec.ATTEMPTS - 1)
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_destination_that_is_read_only(self):
+        with mock.patch("os.access", return_value=False):  # root may write everywhere
+            self.assert_one_line(self.pull("-q", self.ref), 1, "no permission")
+        self.assertEqual(self.origin.requests, [])
+
+    def test_full_disk(self):
+        error = OSError(28, "No space left on device")
+        with mock.patch.object(imagec.Partial, "write", side_effect=error):
+            ended = self.pull("-q", self.ref)
+        self.assert_one_line(ended, 1, "No space left on device; .*-o")
+        self.assert_nothing_final()
+
+    def test_destination_is_looked_at_before_the_network(self):
+        self.pull("-q", "-o", self.environ["SSL_CERT_FILE"], self.ref)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_first_error_ends_the_rest_at_once(self):
+        self.origin.fault("blobs/" + self.image.layers[0], hang(), 1)
+        self.origin.fault("blobs/" + self.image.layers[1], [delay(0.05), flip()], 1)
+        begin = time.monotonic()
+        self.assert_one_line(self.pull("-q", self.ref), 3, "expected digest")
+        self.assertLess(time.monotonic() - begin, 1)
+
+    def test_cancel_leaves_no_socket_open(self):
+        # The moments at which a cancel may come: with a kept connection in hand, and
+        # with a new socket that is not connected yet.
+        for kept, place in ((True, "Transport.check"), (False, "_Watch.patience")):
+            transport = imagec.Transport()
+            if kept:
+                transport.open("GET", self.origin.url + "/v2/").read(1000, "reply")
+            with warnings.catch_warnings(record=True) as caught, mock.patch(
+                    "imagec." + place, side_effect=imagec.Cancelled("cancelled")):
+                warnings.simplefilter("always")
+                with self.assertRaises(imagec.Cancelled):
+                    transport.open("GET", self.origin.url + "/v2/")
+                transport.close()
+                del transport
+                gc.collect()
+            self.assertEqual([str(each.message) for each in caught], [], place)
+
+
+# ------------------------------------------------------------------------------
+# Command line: what a server may not do to a terminal, and may not make us tell
+# ------------------------------------------------------------------------------
+
+def poisoned_json(document):
+    """A fault that answers JSON; json.dumps escapes what the client will unescape."""
+    return json.dumps(document).encode("ascii")
+
+
+def spoiled_manifest(image, **members):
+    """The image's manifest with other members."""
+    return poisoned_json(dict(json.loads(image.manifest.decode()), **members))
+
+
+class TerminalInjectionTest(CommandLineCase):
+    """Escape sequences in whatever a server sends do not reach the terminal (T07)."""
+
+    def rows(self):
+        """(what, command, match, action)"""
+        words = {"errors": [{"code": "DENIED" + POISON, "message": POISON}]}
+        for code in (400, 401, 403, 404, 429, 500):
+            yield "words of %d" % code, "digest", MANIFEST, status(
+                code, body=poisoned_json(words))
+        yield "tags", "tags", "tags/list", body(poisoned_json(
+            {"name": POISON, "tags": ["good", POISON, 3]}))
+        yield "media type", "digest", MANIFEST, body(
+            spoiled_manifest(self.image, mediaType=POISON))
+        yield "config type", "pull", MANIFEST, body(spoiled_manifest(
+            self.image, config={"mediaType": POISON, "size": 1, "digest": self.digest}))
+        yield "digest", "pull", MANIFEST, body(spoiled_manifest(self.image, layers=[
+            {"mediaType": POISON, "size": 1, "digest": POISON}]))
+        yield "key", "pull", MANIFEST, body(b'{"\x1b[31m":1,"\x1b[31m":2}')
+        for name, value in (
+                ("Content-Type", "\x1b[31m"), ("Content-Encoding", "\x1b[31m"),
+                ("Docker-Content-Digest", "\x1b[31m"), ("Retry-After", "\x1b[31m"),
+                ("Docker-Distribution-Api-Version", "\x1b[31m")):
+            yield name, "pull", MANIFEST, headers(**{name: value})
+        for place in ("http://\x1b[31m.test/", "http://h\x9b31m/", "\x1b]0;x\x07://x"):
+            yield "Location", "pull", "blobs", redirect(place)
+            yield "realm", "digest", MANIFEST, status(401, {
+                "WWW-Authenticate": 'Bearer realm="%s",service="\x1b[31m"' % place})
+            yield "Link", "tags", "tags/list", headers(Link='<%s>; rel="next"' % place)
+        yield "scheme", "digest", MANIFEST, status(
+            401, {"WWW-Authenticate": "\x1b[31m"})
+        yield "status line", "digest", MANIFEST, garbage(b"\x1b[31m\x9b31m\r\n\r\n")
+        yield "reason", "digest", MANIFEST, garbage(
+            b"HTTP/1.1 400 \x1b[31m\r\nContent-Length: 0\r\n\r\n")
+
+    def test_faults(self):
+        for what, command, match, action in self.rows():
+            with self.subTest(what):
+                fault = self.origin.fault(match, action, EVER)
+                options = ("-o", self.output) if command == "pull" else ()
+                try:
+                    ended = self.main(command, "--debug", self.ref, *options)
+                finally:
+                    retire([fault])
+                self.assert_clean(ended)
+                self.assertTrue(ended.err)
+
+    def assert_clean(self, ended):
+        drawn = re.sub("\x1b\\[[0-9]*[AK]", "", ended.err)  # the bar's own
+        for text in (drawn, ended.out.decode("utf-8")):
+            self.assertIsNone(UNPRINTABLE.search(text), ascii(text))
+            self.assertNotRegex(text, "(?m)^imagec: all is well")
+
+    def test_images(self):
+        poisoned = build_image(
+            SMALL_TARS, platform=(POISON, POISON, POISON), author=POISON,
+            config={"Labels": {POISON: POISON}, "Env": [POISON]}, created=POISON)
+        index = build_index([(poisoned, (POISON, POISON, POISON))])
+        self.origin.add("lab/app", "1", poisoned)
+        self.origin.add("lab/app", "many", index)
+        many = self.origin.host + "/lab/app:many"
+        for argv in (("inspect", self.ref), ("layers", self.ref), ("digest", many),
+                     ("inspect", many), ("pull", "-o", self.output, many),
+                     ("layers", "--json", self.ref),
+                     ("pull", "--json", "-o", self.output, self.ref),
+                     ("pull", "--progress", "json", "-o", self.output, self.ref)):
+            with self.subTest(argv=argv):
+                for stream in (FakeTerminal(), io.StringIO()):
+                    self.assert_clean(self.main(*argv, stderr=stream))
+
+
+class EchoRegistry(FakeRegistry):
+    """A registry and object store whose errors repeat what they were sent."""
+
+    echoing = "manifests"
+
+    def answer(self, request):
+        reply = super().answer(request)
+        if self.echoing in request.path and reply.code == 200:
+            sent = "%s %s" % (request.path, request.headers.get("Authorization"))
+            return status(400, body=poisoned_json(
+                {"errors": [{"code": "INVALID", "message": sent}]}))(reply)
+        return reply
+
+
+class SecretsTest(CommandLineCase):
+    """No password, token or signature is ever printed, --debug or not (T80)."""
+
+    LOGIN = ("-u", "alice", "--password-stdin")
+    #: (what, auth, faults, password)
+    ROWS = (
+        ("all is well", "bearer", (), PASSWORD),
+        ("basic", "basic", (), PASSWORD),
+        ("wrong password", "basic", (), "S3CR3T-WRONG"),
+        ("wrong password for a token", "bearer", (), "S3CR3T-WRONG"),
+        ("token refused for ever", "bearer", [(MANIFEST, status(401, {
+            "WWW-Authenticate": "Bearer realm=\"/token\""}))], PASSWORD),
+        ("token server fails", "bearer", [("GET /token", status(500))], PASSWORD),
+        ("token server sends HTML", "bearer", [("GET /token", body(
+            b"<p>S3CR3T-TOKEN</p>"))], PASSWORD),
+        ("token with a newline", "bearer", [("GET /token", body(
+            b'{"token": "S3CR3T\\nX: y"}'))], PASSWORD),
+        ("realm with a password", "bearer", [("HEAD /v2/", status(401, {
+            "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}))],
+         PASSWORD),
+        ("redirect with a password", "bearer", [("GET .*/blobs/", redirect(
+            "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"))], PASSWORD),
+        ("redirect into nothing", "bearer", [("GET .*/blobs/", redirect(
+            "http://127.0.0.1:1/x?sig=S3CR3T-SIG#S3CR3T"))], PASSWORD),
+        ("redirect to a bad URL", "bearer", [("GET .*/blobs/", redirect(
+            "http://[/x?sig=S3CR3T-SIG"))], PASSWORD),
+        ("layer cut off", "bearer", [("GET /cdn/", truncate())], PASSWORD),
+        ("layer spoiled", "bearer", [("GET /cdn/", flip())], PASSWORD),
+        ("store refuses", "bearer", [("GET /cdn/", status(403))], PASSWORD),
+        ("store stutters", "bearer", [("GET /cdn/", garbage(b"junk\r\n"))], PASSWORD),
+        ("redirect loop", "bearer", [("GET /cdn/", redirect("?sig=S3CR3T-SIG"))],
+         PASSWORD),
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.store = self.registry(blobs=self.origin.blobs)
+        self.origin.redirect_blobs_to = self.store.url
+
+    def assert_no_secret(self, ended):
+        for code in (lambda text: text, lambda text: base64.b64encode(
+                text.encode("ascii")).decode("ascii").rstrip("=")):
+            for secret in (PASSWORD, SIGNATURE, "alice:" + PASSWORD,
+                           "alice:S3CR3T-WRONG"):
+                self.assertNotIn(code(secret), ended.err)
+                self.assertNotIn(code(secret).encode("ascii"), ended.out)
+
+    def test_rows(self):
+        for what, auth, faults, password in self.ROWS:
+            with self.subTest(what):
+                self.origin.auth = auth
+                due = [(self.store if "/cdn/" in match else self.origin).fault(
+                    match, action, EVER) for match, action in faults]
+                self.output += "x"
+                try:
+                    ended = self.pull("--debug", self.ref, *self.LOGIN, stdin=password)
+                finally:
+                    retire(due)
+                self.assertTrue(all(fault.used for fault in due), "fault never met")
+                self.assertEqual(ended.status == 0, password == PASSWORD and not faults)
+                self.assertIn("imagec: debug: ", ended.err)
+                self.assert_no_secret(ended)
+
+    def test_echoes(self):
+        for auth in ("basic", "bearer"):
+            for echoing in ("manifests", "/cdn/"):
+                origin = EchoRegistry(auth=auth)
+                origin.echoing, origin.redirect_blobs_to = echoing, origin.url
+                self.addCleanup(origin.close)
+                origin.add("lab/app", "1", self.image)
+                with self.subTest(auth=auth, echoing=echoing):
+                    ended = self.pull("--debug", origin.host + "/lab/app:1",
+                                      *self.LOGIN, stdin=PASSWORD)
+                    self.assertEqual(ended.status, 1, ended.err)
+                    self.assert_no_secret(ended)
+
+    def test_proxy_password(self):
+        proxy = self.registry()
+        for host, command in (("registry.test", "CONNECT"),
+                              ("registry.test:80", "CONNECT")):
+            ended = self.main("digest", "--debug", host + "/lab/app",
+                              https_proxy="http://u:S3CR3T@" + proxy.host)
+            self.assertEqual(ended.status, 1)
+            self.assertEqual(proxy.requests[-1].method, command)
+            self.assertIn("Proxy-Authorization", proxy.requests[-1].headers)
+            self.assert_no_secret(ended)
+
+    def test_representations(self):
+        for value in (imagec.Credentials("alice", PASSWORD), imagec.Token(PASSWORD, 1)):
+            self.assertNotIn(PASSWORD, repr(value) + str(value))
+            self.assertFalse(hasattr(value, "__dict__"))
+
+
+# ------------------------------------------------------------------------------
+# Command line: processes, signals, streams
+# ------------------------------------------------------------------------------
+
+#: Starts quicker than the script itself: what is imported is compiled once only.
+LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
+            "sys.exit(imagec.main())")
+
+
+class ProcessCase(CommandLineCase):
+    """The command line in processes of its own; rows of a table run side by side."""
+
+    def start(self, *argv, redirections="", stdin=subprocess.DEVNULL,
+              stdout=subprocess.PIPE, **environ):
+        command = [sys.executable, "-c", LAUNCHER, HOME] + list(argv)
+        if redirections:
+            command = ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + command
+        process = subprocess.Popen(
+            command, env=dict(self.environ, **environ), stdin=stdin, stdout=stdout,
+            stderr=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        return process
+
+    @staticmethod
+    def end(process):
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    @staticmethod
+    def ended(process):
+        out, err = process.communicate(timeout=20)
+        return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
+
+
+@unittest.skipUnless(os.name == "posix", "needs POSIX signals")
+class SignalTest(ProcessCase):
+    """Ctrl-C and SIGTERM end a command at once, wherever it waits (T122, T123)."""
+
+    #: (where it hangs, match, action, requests that hang)
+    WAITS = (
+        ("probe", "HEAD /v2/", hang(), 1),
+        ("manifest", MANIFEST, hang(), 1),
+        ("layers", "blobs/(?!{config})", hang(), 4),
+        ("bodies", "blobs/(?!{config})", drip(60, 20), 4),
+        ("between tries", MANIFEST, status(503, {"Retry-After": "30"}), 1),
+    )
+    def hanging(self, match, action, count):
+        """A command that waits for a registry of its own: (process, fault, count)."""
+        registry = self.registry()
+        image = build_image([tar_bytes([("file%d" % n, b"x")]) for n in range(6)])
+        registry.add("lab/app", "1", image)
+        match = match.replace("{config}", sha256(image.config))
+        fault = registry.fault(match, action, EVER)
+        process = self.start("pull", "-q", "-o", self.output,
+                             registry.host + "/lab/app:1")
+        return process, fault, count
+
+    def wait_for(self, rows):
+        deadline = time.monotonic() + 10
+        while any(fault.used < count for _, fault, count in rows):
+            self.assertLess(time.monotonic(), deadline, "never got to wait")
+            time.sleep(0.005)
+        time.sleep(0.02)  # from the request sent to the client waiting for its answer
+
+    def check(self, waits, signals, statuses):
+        rows = [self.hanging(*wait[1:]) for wait in waits]
+        self.wait_for(rows)
+        begin = time.monotonic()
+        for number in signals:
+            for process, _, _ in rows:
+                process.send_signal(number)
+            time.sleep(0.01)
+        for wait, (process, _, _) in zip(waits, rows):
+            with self.subTest(wait[0], signals=signals):
+                ended = self.ended(process)
+                self.assertIn(ended.status, statuses, ended.err)
+                self.assert_one_line(ended, ended.status)
+        self.assertLess(time.monotonic() - begin, 1)
+        self.assertFalse([name for name in self.files()
+                          if not name.endswith(".partial")])
+
+    def test_interrupted(self):
+        self.check(self.WAITS, [signal.SIGINT], [130])
+
+    def test_terminated(self):
+        self.check(self.WAITS[1:3], [signal.SIGTERM], [143])
+
+    def test_interrupted_twice(self):
+        # The second may come when Python is on its way out and obeys it by itself.
+        self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
+
+
+@unittest.skipUnless(os.name == "posix", "needs a POSIX shell")
+class StreamTest(ProcessCase):
+    """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
+
+    def test_closed_streams(self):
+        pull, missing = ("pull", "-o", self.output, self.ref), self.ref + "none"
+        rows = [(argv, closed, statuses, self.start(*argv, redirections=closed))
+                for argv, closed, statuses in (
+                    # Whether it is an error that nobody wants the result is our choice.
+                    (pull, ">&-", (0, 1)), (("digest", self.ref), ">&-", (0, 1)),
+                    (("inspect", "--raw", self.ref), ">&-", (0, 1)),
+                    (("digest", missing), ">&-", (4,)),
+                    (("digest", self.ref), "2>&-", (0,)),
+                    (("digest", missing), "2>&-", (4,)))]
+        for argv, closed, statuses, process in rows:
+            with self.subTest(argv=argv, closed=closed):
+                ended = self.ended(process)
+                self.assertNotRegex(ended.err, "Traceback|Exception")
+                self.assertIn(ended.status, statuses)
+                self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
+        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+
+    def test_closed_stdin(self):
+        process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
+                             redirections="<&-")
+        self.assert_one_line(self.ended(process), 2, "password")
+
+    def test_reader_that_has_had_enough(self):
+        commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
+                    ("layers", self.ref), ("inspect", "--raw", self.ref))
+        for process in [self.start(*argv, stdout=self.broken_pipe())
+                        for argv in commands]:
+            ended = self.ended(process)
+            self.assertEqual((ended.err, ended.status), ("", 1))
+        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+
+    def broken_pipe(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.addCleanup(os.close, writing)
+        return writing
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_full_output(self):
+        commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
+                    ("inspect", "--raw", self.ref), ("inspect", self.ref))
+        with open("/dev/full", "wb") as full:
+            for argv, process in [(argv, self.start(*argv, stdout=full))
+                                  for argv in commands]:
+                with self.subTest(argv=argv):
+                    self.assert_one_line(self.ended(process), 1, "No space left")
+
+    def test_poor_encodings(self):
+        self.origin.add("lab/app", "many", build_index(
+            [(self.image, ("linux", "b\xe9\u4e2d", None))]))
+        many = self.origin.host + "/lab/app:many"
+        place = os.fsencode(os.path.join(self.root, "b\xe9"))
+        rows = [(environ, argv, code, self.start(*argv, PYTHONUTF8="0", **environ))
+                for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
+                for argv, code in (
+                    (("pull", "-q", "--json", "-o", place, self.ref), 0),
+                    (("pull", "-q", many), 4), ((b"digest", b"b\xc3\xa9\xff"), 2))]
+        for environ, argv, code, process in rows:
+            with self.subTest(environ=environ, argv=argv):
+                ended = self.ended(process)
+                self.assertEqual(ended.status, code, ended.err)
+                self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
+                self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
+
+    def test_as_shipped(self):
+        process = subprocess.Popen(
+            [sys.executable, "-I", MODULE_PATH, "pull", "-o", self.output, self.ref],
+            env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        ended = self.ended(process)
+        self.assertEqual(ended.status, 0, ended.err)
+        self.assertEqual(ended.out.decode("ascii"), self.ref + "@" + self.digest + "\n")
+        self.assertIn("Download complete", ended.err)
+
+
+# --------------------------------------------------------------------------------------
+# Every command of the README
+# --------------------------------------------------------------------------------------
+
+README_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
+README_COMMAND = re.compile(r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)"
+                            r"[^#\n]*)|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
+
+
+def readme_commands():
+    """Every command of the README that runs the program, as a shell would read it."""
+    with open(os.path.join(README_HOME, "README.md"), encoding="utf-8") as file:
+        found = README_COMMAND.findall(file.read())
+    return [(first or second).replace("\\|", "|").strip() for first, second in found]
+
+
+class ReadmeCommandsTest(RegistryCase):
+    """Every command of the README does what it says, on images served here."""
+
+    def setUp(self):
+        self.place = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.place, True)
+        here = imagec.Platform.host()
+        here = ("linux", here.architecture, here.variant or None)
+        other = ("linux", "riscv64" if here[1] == "arm64" else "arm64", None)
+        image = build_image([tar_bytes([("bin/", None), ("bin/sh", b"#!")])],
+                            platform=here)
+        self.index = build_index([(image, here), (build_image(
+            [tar_bytes([("bin/sh", b"other")])], platform=other), other)])
+        self.open = self.registry()
+        self.open.add("alpine", "latest", self.index)
+        self.open.add("debian", "12", build_image([tar_bytes([("etc/", None)])]))
+        self.closed = self.registry(auth="basic", users={"USER": PASSWORD})
+        self.closed.add("team/app", "1", image)
+        with open(os.path.join(self.place, "images.txt"), "w") as file:
+            file.write("# two of them\n%s/alpine\n%s/debian:12\n" % (
+                self.open.host, self.open.host))
+
+    def localized(self, command):
+        """The command with the names of registries that are here."""
+        for pattern, text in (
+                (r"\bpython3 ", shlex_quote(sys.executable) + " "),
+                (r"\bimagec\.py", os.path.join(README_HOME, "imagec.py")),
+                (r"sha256:<digest>", self.index.digest),
+                (r"localhost:5000/debian", self.open.host + "/debian"),
+                (r"(?<= )alpine(?=[ @]|$)", self.open.host + "/alpine"),
+                (r"(?<= )debian:12", self.open.host + "/debian:12"),
+                (r"--tag alpine:", "--tag example.com/alpine:"),
+                (r"registry\.example\.com", self.closed.host),
+                (r"mirror\.example\.com", self.open.host),
+                (r"0\.0\.0\.0:5000", "127.0.0.1:0"),
+                (r"docker load", "tar tf - >&2")):
+            command = re.sub(pattern, lambda match: text, command)
+        return command
+
+    def run_it(self, command):
+        environ = dict(os.environ, HOME=self.place, PASSWORD=PASSWORD)
+        process = subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", command], cwd=self.place, env=environ,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True)
+        if " serve " in command:
+            self.assertIn(b"serving", process.stdout.readline())
+            os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        return process.returncode, output.decode("utf-8", "replace")
+
+    @unittest.skipUnless(shutil.which("bash"), "needs bash: not on this machine")
+    def test_every_command(self):
+        commands = readme_commands()
+        self.assertGreater(len(commands), 20)
+        for command in commands:
+            if "test_imagec.py" in command:
+                continue  # this is it
+            with self.subTest(command):
+                status, output = self.run_it(self.localized(command))
+                expected = 143 if " serve " in command else 0
+                self.assertIn(status, (expected, -signal.SIGTERM), output)
+
+
+def shlex_quote(text):
+    """One word for a shell."""
+    return "'%s'" % text.replace("'", "'\\''")
 
 
 # --------------------------------------------------------------------------------------
