@@ -16,6 +16,7 @@ import base64
 import bisect
 import bz2
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import errno
@@ -15155,6 +15156,1599 @@ class ReadmeCommandsTest(RegistryCase):
 def shlex_quote(text):
     """One word for a shell."""
     return "'%s'" % text.replace("'", "'\\''")
+
+
+# --------------------------------------------------------------------------------------
+# Against the real registry
+# --------------------------------------------------------------------------------------
+
+DOUBLE_PASSWORD = PASSWORD
+
+#: What an independent witness says of an image: digests as text, layers oldest first.
+Witness = collections.namedtuple("Witness", "raw digest layers diff_ids")
+
+CONTRACT_TARS = [
+    tar_bytes([("etc", None), ("etc/motd", b"hello\n" * 900)]),
+    tar_bytes([("bin", None), ("bin/tool", bytes(range(256)) * 40, {"mode": 0o755})]),
+]
+CONTRACT_TAGS = ("oci", "v2s1", "v2s2", "zstd")
+
+
+def can_unpack_zstd():
+    try:
+        import compression.zstd  # noqa: F401
+    except ImportError:
+        return shutil.which("zstd") is not None
+    return True
+
+
+def zstd_bytes(data):
+    done = subprocess.run(["zstd", "-q", "-c"], input=data, stdout=subprocess.PIPE)
+    return done.stdout
+
+
+def payload_of(raw):
+    """The part of a manifest its digest covers: a registry may sign anew each time."""
+    document = json.loads(raw.decode("utf-8"))
+    if "signatures" not in document:
+        return raw
+    protected = document["signatures"][0]["protected"]
+    protected = json.loads(base64url_decode(protected).decode("ascii"))
+    return raw[:protected["formatLength"]] + base64url_decode(protected["formatTail"])
+
+
+def base64url_decode(text):
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+class PullContract:
+    """What holds of every registry.
+
+    Subclasses have `start_registry()`, which registry it is, and `witness(tag)`, the
+    Witness of its lab/app:TAG.
+    """
+
+    user = password = None  # what the registry wants, None = nothing
+    options = ()  # of the command line
+    environ = {}
+
+    def setUp(self):
+        super().setUp()
+        self.host = self.start_registry().host
+        self.app = self.host + "/lab/app:"
+
+    def command(self, name, *argv, password=None, **options):
+        """Run a command with the user's password, or another one."""
+        argv = argv + tuple(self.options)
+        password = password or self.password
+        if password is not None:
+            options["stdin"] = password + "\n"
+            argv += ("-u", self.user or "alice", "--password-stdin")
+        return self.main(name, *argv, **dict(self.environ, **options))
+
+    def fetch(self, reference, *argv, **options):
+        """A pull that must succeed, as `--json` tells of it."""
+        ended = self.command("pull", "-q", "--json", "-o", self.output, reference,
+                             *argv, **options)
+        self.assertEqual((ended.status, ended.err), (0, ""))
+        return ordered(ended.out.decode("ascii"))
+
+    def tags_to_pull(self):
+        return [tag for tag in CONTRACT_TAGS if tag != "zstd" or can_unpack_zstd()]
+
+    def test_pull_every_kind(self):
+        for tag in self.tags_to_pull():
+            with self.subTest(tag):
+                witness = self.witness(tag)
+                image = self.fetch(self.app + tag)
+                self.assertEqual(image["digest"], witness.digest)
+                self.assertEqual([layer["digest"] for layer in image["layers"]],
+                                 witness.layers)
+                self.assertEqual([layer["diff_id"] for layer in image["layers"]],
+                                 witness.diff_ids)
+                self.check_tree(image, witness)
+
+    def check_tree(self, image, witness):
+        """The tree holds the bytes the witness has seen, by the names it should."""
+        def read(*names):
+            with open(os.path.join(image["path"], *names), "rb") as file:
+                return file.read()
+
+        self.assertEqual(payload_of(read("manifest.json")), payload_of(witness.raw))
+        self.assertEqual(sha256(payload_of(witness.raw)), witness.digest)
+        for layer, name in zip(image["layers"], witness.layers):
+            tar = read(layer["id"], layer["id"] + ".tar")
+            self.assertEqual((sha256(tar), len(tar)), (name, layer["blob_size"]))
+            v1 = json.loads(read(layer["id"], layer["id"] + ".json").decode("utf-8"))
+            self.assertEqual(v1["id"], layer["id"])
+        manifest = json.loads(witness.raw.decode("utf-8"))
+        config = manifest.get("config")
+        self.assertEqual(os.path.exists(os.path.join(image["path"], "config.json")),
+                         config is not None)
+        if config is not None:
+            self.assertEqual(sha256(read("config.json")), config["digest"])
+
+    def test_pull_by_digest(self):
+        for tag in ("oci", "v2s1"):
+            witness = self.witness(tag)
+            image = self.fetch(self.host + "/lab/app@" + witness.digest)
+            self.assertEqual(image["digest"], witness.digest)
+            self.assertEqual(os.path.basename(image["path"]),
+                             witness.digest.replace(":", "-"))
+
+    def test_digest_and_inspect(self):
+        for tag in CONTRACT_TAGS[:3]:
+            witness = self.witness(tag)
+            ended = self.command("digest", self.app + tag)
+            self.assertEqual(ended, (0, witness.digest.encode("ascii") + b"\n", ""))
+            ended = self.command("inspect", self.app + tag, "--raw")
+            self.assertEqual((ended.status, ended.err), (0, ""))
+            self.assertEqual(payload_of(ended.out), payload_of(witness.raw))
+
+    def test_tags(self):
+        ended = self.command("tags", self.host + "/lab/app")
+        self.assertEqual(ended.err, "")
+        tags = sorted(ended.out.decode("ascii").split())  # not all registries sort
+        self.assertEqual(tags, self.expected_tags())
+
+    def expected_tags(self):
+        return list(CONTRACT_TAGS)
+
+    def test_second_pull_finds_all_there(self):
+        first = self.fetch(self.app + "oci")
+        ended = self.command("pull", "--progress", "plain", "-o", self.output,
+                             self.app + "oci")
+        self.assertEqual(ended.err.count("Already exists"), len(first["layers"]))
+        self.assertNotIn("Downloading", ended.err)
+
+    def test_missing(self):
+        for name, words in ((self.host + "/lab/none:1", "lab/none:1"),
+                            (self.app + "none", "lab/app:none"),
+                            (self.host + "/lab/app@sha256:" + "0" * 64, "sha256:000")):
+            with self.subTest(name):
+                ended = self.command("pull", "-q", "-o", self.output, name)
+                self.assert_one_line(ended, 4, words)
+                self.assertEqual(self.files(), [])
+
+    def test_wrong_password(self):
+        ended = self.command("pull", "-q", "-o", self.output, self.app + "oci",
+                             password="wrong")
+        if self.password is None:  # never asked for, so never sent
+            return self.assertEqual((ended.status, ended.err), (0, ""))
+        self.assert_one_line(ended, 5, "denied")
+        self.assertEqual(self.files(), [])
+
+    def test_library(self):
+        with mock.patch.dict(os.environ, self.environ_of_library()):
+            image = imagec.pull(self.app + "oci", self.output, username=self.user,
+                                password=self.password)
+        witness = self.witness("oci")
+        self.assertEqual(str(image.digest), witness.digest)
+        self.assertEqual([str(layer.diff_id) for layer in image.layers],
+                         witness.diff_ids)
+
+    def environ_of_library(self):
+        return dict(self.environ, SSL_CERT_FILE=self.environ.get(
+            "SSL_CERT_FILE", os.path.join(self.root, "roots.pem")))
+
+
+# ------------------------------------------------------------------------------
+# The double
+# ------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def double_images():
+    """{tag: image} as the real registry would hold them."""
+    images = {tag: build_image(CONTRACT_TARS, kind) for tag, kind in (
+        ("oci", "oci"), ("v2s2", "docker"), ("v2s1", "schema1-signed"))}
+    if shutil.which("zstd"):
+        images["zstd"] = build_image(CONTRACT_TARS, compress=zstd_bytes)
+    return images
+
+
+class DoublePullTest(PullContract, CommandLineCase):
+    """The contract with the double, whose own builder is the witness."""
+
+    auth = None
+    tls = False
+
+    def start_registry(self):
+        registry = FakeRegistry(auth=self.auth, tls=self.tls,
+                                anonymous=self.password is None)
+        self.addCleanup(registry.close)
+        for tag, image in double_images().items():
+            registry.add("lab/app", tag, image)
+        return registry
+
+    def witness(self, tag):
+        image = double_images()[tag]
+        return Witness(image.manifest, image.digest, image.layers, image.diff_ids)
+
+    def tags_to_pull(self):
+        return sorted(set(super().tags_to_pull()) & set(double_images()))
+
+    def expected_tags(self):
+        return sorted(double_images())
+
+
+class DoubleBasicPullTest(DoublePullTest):
+    auth, user, password = "basic", "alice", DOUBLE_PASSWORD
+
+
+class DoubleTokenPullTest(DoublePullTest):
+    auth, user, password = "bearer", "alice", DOUBLE_PASSWORD
+
+
+class DoubleTLSPullTest(DoublePullTest):
+    tls = True
+
+
+# ------------------------------------------------------------------------------
+# The real registry
+# ------------------------------------------------------------------------------
+
+def source_tars():
+    """Two layers of real files: modules of the Python that runs, with their modes."""
+    library = os.path.dirname(os.__file__)
+    for names in (("email", "json", "unittest"), ("asyncio", "logging", "http")):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name in names:
+                tar.add(os.path.join(library, name), "lib/" + name, filter=source_only)
+        yield out.getvalue()
+
+
+def source_only(info):
+    return None if "__pycache__" in info.name or "/test" in info.name else info
+
+
+def many_layout(path):
+    """An OCI layout whose `latest` is an index over amd64 and arm64."""
+    merged = oci_layout(os.path.join(path, "amd64"), CONTRACT_TARS)
+    other = oci_layout(os.path.join(path, "arm64"), CONTRACT_TARS[:1],
+                       platform="linux/arm64/v8")
+    entries = []
+    for layout, architecture in ((merged, "amd64"), (other, "arm64")):
+        with open(os.path.join(layout, "index.json")) as file:
+            entry, = json.load(file)["manifests"]
+        del entry["annotations"]
+        entry["platform"] = {"os": "linux", "architecture": architecture}
+        entries.append(entry)
+    blobs = os.path.join(other, "blobs", "sha256")
+    for name in os.listdir(blobs):
+        shutil.copy(os.path.join(blobs, name), os.path.join(merged, "blobs", "sha256"))
+    media_type = "application/vnd.oci.image.index.v1+json"
+    index = json.dumps({"schemaVersion": 2, "mediaType": media_type,
+                        "manifests": entries}).encode("ascii")
+    digest = sha256(index)
+    with open(os.path.join(merged, "blobs", "sha256", digest[7:]), "wb") as file:
+        file.write(index)
+    with open(os.path.join(merged, "index.json"), "w") as file:
+        json.dump({"schemaVersion": 2, "manifests": [{
+            "mediaType": media_type, "digest": digest, "size": len(index),
+            "annotations": {"org.opencontainers.image.ref.name": "latest"}}]}, file)
+    return merged
+
+
+class Seeded:
+    """What all real registries of this run serve, and what skopeo says of it."""
+
+    TAGS = ("lab/app:oci", "lab/app:v2s1", "lab/app:v2s2", "lab/app:zstd")
+
+    def __init__(self):
+        directory = tempfile.TemporaryDirectory(dir=SCRATCH)
+        atexit.register(directory.cleanup)
+        self.root = directory.name
+        self.source_tars = list(source_tars())
+        # Each skopeo mostly waits; side by side they take half the time.
+        with DockerRegistry(self.root) as registry, \
+                concurrent.futures.ThreadPoolExecutor(4) as executor:
+            pushes = [executor.submit(self.push, registry, *pair) for pair in (
+                ("lab/big:1", oci_layout(self.path("big"), self.source_tars)),
+                ("lab/many:1", many_layout(self.path("many"))),
+                ("private/app:1", oci_layout(self.path("private"), CONTRACT_TARS)))]
+            seed(registry, "lab/app", CONTRACT_TARS)
+            for push in pushes:
+                push.result()
+            asked = {name: executor.submit(self.ask, registry, name)
+                     for name in self.TAGS + ("lab/big:1", "private/app:1")}
+            self.witnesses = {name: each.result() for name, each in asked.items()}
+            self.many = skopeo_raw("docker://%s/lab/many:1" % registry.host)
+
+    @staticmethod
+    def push(registry, name, layout):
+        skopeo_copy("oci:%s:latest" % layout, "docker://%s/%s" % (registry.host, name),
+                    "--all", "--preserve-digests")
+
+    def path(self, name):
+        return os.path.join(self.root, name)
+
+    @staticmethod
+    def ask(registry, name):
+        """What skopeo and the registry's own storage say of an image."""
+        place = "docker://%s/%s" % (registry.host, name)
+        told, raw = skopeo_inspect(place), skopeo_raw(place)
+        diff_ids = None
+        config = json.loads(raw.decode("utf-8")).get("config")
+        if config is not None:
+            found = registry.request("/v2/%s/blobs/%s" % (
+                name.partition(":")[0], config["digest"]))[2]
+            diff_ids = json.loads(found.decode("utf-8"))["rootfs"]["diff_ids"]
+        return Witness(raw, told["Digest"], told["Layers"], diff_ids or list(
+            map(sha256, CONTRACT_TARS)))
+
+
+@functools.lru_cache(maxsize=None)
+def seeded():
+    return Seeded()
+
+
+class RealPullCase(CommandLineCase):
+    """Pulls from a docker-registry, one a class, which is quick to read from."""
+
+    auth, tls = None, False
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.real = DockerRegistry(seeded().root, cls.auth, cls.tls)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.real.close()
+        super().tearDownClass()
+
+    def start_registry(self):
+        return self.real
+
+    def witness(self, tag):
+        return seeded().witnesses["lab/app:" + tag]
+
+
+@needs("docker-registry", "skopeo")
+class RealRegistryTest(PullContract, RealPullCase):
+    """The contract with docker-registry, skopeo the witness; and what only it has."""
+
+    def test_index(self):
+        index = json.loads(seeded().many.decode("ascii"))
+        for entry in index["manifests"]:
+            image = self.fetch(self.host + "/lab/many:1", "--platform",
+                               "linux/" + entry["platform"]["architecture"])
+            self.assertEqual(image["digest"], sha256(seeded().many))
+            for name, digest in (("index.json", image["digest"]),
+                                 ("manifest.json", entry["digest"])):
+                with open(os.path.join(image["path"], name), "rb") as file:
+                    self.assertEqual(sha256(file.read()), digest)
+
+    def test_index_without_the_platform(self):
+        ended = self.command("pull", "-q", "-o", self.output, self.host + "/lab/many:1",
+                             "--platform", "linux/s390x")
+        self.assert_one_line(ended, 4, "linux/amd64, linux/arm64")
+        self.assertEqual(self.files(), [])
+
+    def test_real_files(self):
+        image = self.fetch(self.host + "/lab/big:1")
+        witness = seeded().witnesses["lab/big:1"]
+        self.assertEqual(image["digest"], witness.digest)
+        self.check_tree(image, witness)
+        for layer, source in zip(image["layers"], seeded().source_tars):
+            with tarfile.open(fileobj=io.BytesIO(source)) as tar:
+                self.assertEqual(layer["size"], sum(info.size for info in tar))
+            path = os.path.join(image["path"], layer["id"], layer["id"] + ".tar")
+            with tarfile.open(path) as tar:
+                names = tar.getnames()
+                for info in tar:
+                    self.check_file(tar, info)
+            self.assertIn("lib/" + ("email" if layer is image["layers"][0] else "http"),
+                          names)
+
+    def check_file(self, tar, info):
+        path = os.path.join(os.path.dirname(os.__file__), info.name[len("lib/"):])
+        if info.isfile():
+            with open(path, "rb") as file:
+                self.assertEqual(tar.extractfile(info).read(), file.read())
+
+    def test_cut_off_download_goes_on(self):
+        blob, partial, image = self.cut_off(lambda data: data[:len(data) // 2])
+        self.assertLess(self.carried, len(blob) * 0.7 + 10000)
+        self.assertEqual(image["digest"], seeded().witnesses["lab/big:1"].digest)
+        self.check_tree(image, seeded().witnesses["lab/big:1"])
+        self.assertFalse(os.path.exists(partial))
+
+    def test_cut_off_download_that_was_spoiled_starts_over(self):
+        blob, partial, image = self.cut_off(lambda data: b"?" * (len(data) // 2))
+        self.assertGreater(self.carried, len(blob))
+        self.check_tree(image, seeded().witnesses["lab/big:1"])
+        self.assertFalse(os.path.exists(partial))
+
+    def cut_off(self, spoil):
+        """Pull lab/big, its largest layer begun: (the blob, its partial, the image)."""
+        whole = self.fetch(self.host + "/lab/big:1")
+        layer = max(whole["layers"], key=lambda layer: layer["blob_size"])
+        path = os.path.join(whole["path"], layer["id"], layer["id"] + ".tar")
+        with open(path, "rb") as file:
+            blob = file.read()
+        partial = path + ".partial"
+        with open(partial, "wb") as file:
+            file.write(spoil(blob))
+        os.unlink(path)
+        with contextlib.closing(Forwarder(self.host)) as forwarder:
+            # The tree is named after the host; the way there is another matter.
+            with mock.patch.object(imagec.socket, "getaddrinfo", forwarder.getaddrinfo):
+                image = self.fetch(self.host + "/lab/big:1")
+            self.carried = forwarder.carried
+        return blob, partial, image
+
+
+@needs("docker-registry", "skopeo")
+class RealPasswordTest(PullContract, RealPullCase):
+    """The contract with htpasswd."""
+
+    auth, user, password = "htpasswd", REAL_USER, REAL_PASSWORD
+
+    def test_without_password(self):
+        ended = self.main("pull", "-q", "-o", self.output, self.app + "oci")
+        self.assert_one_line(ended, 5, "-u USER")
+
+
+@needs("docker-registry", "skopeo")
+class RealTLSTest(PullContract, RealPullCase):
+    """The contract over TLS with htpasswd; the root comes from SSL_CERT_FILE."""
+
+    auth, tls, user, password = "htpasswd", True, REAL_USER, REAL_PASSWORD
+
+    def setUp(self):
+        super().setUp()
+        path = os.path.join(self.root, "real.pem")
+        with open(path, "w") as file:
+            file.write(REAL_CERT)
+        self.environ = dict(self.environ, SSL_CERT_FILE=path)
+
+    def test_unknown_certificate(self):
+        before = self.environ
+        self.environ = dict(before, SSL_CERT_FILE=os.devnull)
+        ended = self.command("digest", "-q", self.app + "oci")
+        self.assert_one_line(ended, 1, "not to be trusted")
+        self.options = ("--cacert", before["SSL_CERT_FILE"])
+        self.fetch(self.app + "oci")
+
+    def test_tree_says_https(self):
+        self.assertIn(os.path.join("images", "https", self.host),
+                      self.fetch(self.app + "oci")["path"])
+
+
+@needs("docker-registry", "skopeo")
+class RealTokenTest(PullContract, RealPullCase):
+    """The contract with a token server, and tokens that run out."""
+
+    auth, user, password = "token", REAL_USER, REAL_PASSWORD
+
+    def setUp(self):
+        super().setUp()
+        self.tokens = self.real.token_server
+        for name in ("expires_in", "valid_for", "token_field"):
+            self.addCleanup(setattr, self.tokens, name, getattr(self.tokens, name))
+        del self.tokens.requests[:]
+
+    def asked(self):
+        """The token requests so far, with the user's password or without."""
+        return ["Authorization" in headers for _, _, headers, _ in self.tokens.requests]
+
+    def test_anonymous(self):
+        ended = self.main("pull", "-q", "-o", self.output, self.app + "oci")
+        self.assertEqual((ended.status, ended.err), (0, ""))
+        self.assertEqual(self.asked(), [False])
+
+    def test_private(self):
+        name = self.host + "/private/app:1"
+        self.assert_one_line(self.main("digest", "-q", name), 5, "anonymous|denied")
+        self.assertEqual(self.fetch(name)["digest"],
+                         seeded().witnesses["private/app:1"].digest)
+        self.assertEqual(set(self.asked()), {False, True})
+
+    def test_one_token_does_for_a_pull(self):
+        for field in ("token", "access_token", "both"):
+            self.tokens.token_field = field
+            del self.tokens.requests[:]
+            self.fetch(self.app + "oci")
+            self.assertEqual(self.asked(), [True])
+
+    def test_token_that_the_registry_no_longer_takes(self):
+        true_answer = self.tokens.answer
+
+        def answer(*args):
+            self.tokens.valid_for = -120 if len(self.tokens.requests) == 1 else 300
+            return true_answer(*args)
+
+        with mock.patch.object(self.tokens, "answer", answer):
+            self.fetch(self.app + "oci")
+        self.assertEqual(self.asked(), [True, True])
+
+    def test_tokens_that_are_never_taken(self):
+        self.tokens.valid_for = -120
+        ended = self.command("pull", "-q", "-o", self.output, self.app + "oci")
+        self.assert_one_line(ended, 5, "denied")
+        self.assertEqual(self.asked(), [True, True])
+
+    def test_token_that_runs_out(self):
+        # 60 s where the server does not say (None), less when it says so.
+        for says, passes, asked in ((None, 50, 1), (None, 61, 2), (300, 280, 1),
+                                    (300, 301, 2)):
+            self.tokens.expires_in, now = says, [0]
+            del self.tokens.requests[:]
+            with mock.patch.dict(os.environ, self.environ_of_library()), \
+                    imagec.Session(self.user, self.password) as session:
+                session.transport.clock = lambda: time.monotonic() + now[0]
+                reference = imagec.Reference.parse(self.app + "oci")
+                session.manifest(reference)
+                now[0] = passes
+                session.manifest(reference)
+            with self.subTest(says=says, passes=passes):
+                self.assertEqual(len(self.tokens.requests), asked)
+
+
+class Forwarder:
+    """Carries connections on to another port, and counts what comes back."""
+
+    def __init__(self, host):
+        name, _, port = host.rpartition(":")
+        self._target = (name, int(port))
+        self._true_getaddrinfo = socket.getaddrinfo
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(16)
+        self._sockets = [self._listener]
+        self._threads = []
+        self.carried = 0
+        self._lock = threading.Lock()
+        self._spawn(self._accept)
+
+    def getaddrinfo(self, host, port, *args, **options):
+        """socket.getaddrinfo, but the target is reached through here."""
+        if (host, int(port)) == self._target:
+            host, port = self._listener.getsockname()
+        return self._true_getaddrinfo(host, port, *args, **options)
+
+    def _spawn(self, run, *args):
+        thread = threading.Thread(target=run, args=args)
+        thread.daemon = True
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.socket()
+                far.connect(self._target)  # create_connection would be led here again
+                self._sockets += [near, far]
+                self._spawn(self._carry, near, far, False)
+                self._spawn(self._carry, far, near, True)
+
+    def _carry(self, source, sink, counted):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(1 << 16), b""):
+                if counted:
+                    with self._lock:
+                        self.carried += len(data)
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """End every connection, and wait for the threads."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(5)
+        for sock in self._sockets:
+            sock.close()
+
+
+# --------------------------------------------------------------------------------------
+# What real consumers make of our outputs
+# --------------------------------------------------------------------------------------
+
+READERS_LAYERS = [
+    # rows of tar_bytes; each layer meets what the ones before it left
+    [("bin", None), ("bin/sh", b"#!"), ("bin/su", b"set", {"mode": 0o4755}),
+     ("lib", None), ("lib/old", b"old"), ("lib/deep/er/file", b"deep"),
+     ("etc", None, {"mode": 0o700}), ("etc/passwd", b"root"), ("etc/gone", b"gone"),
+     ("tmp", None, {"mode": 0o1777}),
+     ("var/run", b"", {"type": b"2", "linkname": "/run"}),
+     ("opt/a", b"a" * 3000), ("opt/b", b"", {"type": b"1", "linkname": "opt/a"}),
+     ("turns", None), ("turns/into", b"a file"), ("other", b"turns into a directory")],
+    [("lib", None), ("lib/new", b"new"), ("lib/.wh..wh..opq", b""),
+     ("etc/.wh.gone", b""), ("etc/.wh.never", b""), ("etc", None, {"mode": 0o755}),
+     ("opt/c", b"", {"type": b"1", "linkname": "opt/a"}), ("turns", b"file"),
+     ("other", None), ("other/x", b"x"), ("run", None), ("var/run/pid", b"1")],
+    [("caf\xe9", b"1"), ("new\nline", b"2"), ("n" * 200, b"3"), ("-rf", b"4"),
+     ("a b\\c", b"5"), ("d" * 90 + "/" + "e" * 120, b"6"), ("opt/a", b"parted"),
+     ("bin/.wh.sh", b""), ("bin/sh", b"again"), ("group", None, {"mode": 0o2770}),
+     ("locked", None, {"mode": 0o555}), ("locked/x", b"x", {"mode": 0o400}),
+     ("dangling", b"", {"type": b"2", "linkname": "../../no/where"}),
+     ("s", b"", {"type": b"2", "linkname": "etc"}), ("lib/deep/again", b"y")],
+]
+READERS_TARS = [tar_bytes(layer) for layer in READERS_LAYERS]
+#: Members of the newest v1 image, where docker and others treat it in a way of its own.
+READERS_V1 = (
+    {}, {"docker_version": "1.7.0"}, {"docker_version": "1.8.2", "variant": "v7"},
+    {"docker_version": "1.8.3", "unknown": {"z": [1, 2.50], "a": None}},
+    {"docker_version": "1.6.2", "unknown": 5, "author": "A <a@b> & c\u2028",
+     "config": {"Labels": {"b": "<>", "a": "caf\xe9"}, "ExposedPorts": {"80/tcp": {}},
+                "Cmd": ["x"], "Volumes": {"/b": {}, "/a": {}}, "StopSignal": "9"}},
+    {"author": "caf\xe9 \t\x01", "comment": "c", "Size": 7,
+     "created": "2015-08-06T23:53:22.608570Z"},
+    {"config": None, "container": "c" * 64, "id": "f" * 64,
+     "container_config": {"Cmd": ["/bin/sh", "-c", "a && b <c>"]}},
+)
+
+
+def readers_facts(directory):
+    """{path: what a file is}, hard links by the first name of their group."""
+    facts, groups = {}, {}
+    base = os.fsencode(directory)
+    for folder, names, files in os.walk(base):
+        for name in sorted(names + files):
+            place = os.path.join(folder, name)
+            status = os.lstat(place)
+            content = None
+            if stat.S_ISLNK(status.st_mode):
+                content = os.readlink(place)
+            elif stat.S_ISREG(status.st_mode):
+                with open(place, "rb") as file:
+                    content = file.read()
+            path = os.path.relpath(place, base)
+            if not stat.S_ISDIR(status.st_mode):
+                groups.setdefault(status.st_ino, []).append(path)
+            facts[path] = (stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode),
+                           status.st_uid, status.st_gid, content, status.st_ino)
+    return {path: fact[:-1] + (min(groups.get(fact[-1], [None])),)
+            for path, fact in facts.items()}
+
+
+def readers_blobs(directory):
+    """The files of a skopeo `dir:` by what is in them."""
+    found = {}
+    for name in os.listdir(directory):
+        with open(os.path.join(directory, name), "rb") as file:
+            found[name] = file.read()
+    return found
+
+
+@needs("docker-registry", "skopeo")
+class ReadersTest(unittest.TestCase):
+    """One image in four kinds in a real registry, pulled, and read by others."""
+
+    kinds = ("v2s2", "oci", "zstd", "v2s1")
+
+    @classmethod
+    def setUpClass(cls):
+        cls.base = tempfile.mkdtemp()
+        try:
+            cls.registry = DockerRegistry(cls.base)
+            seed(cls.registry, "lab/x", READERS_TARS)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        if getattr(cls, "registry", None) is not None:
+            cls.registry.close()
+        imagec.remove_tree(cls.base)
+
+    def setUp(self):
+        roots = os.path.join(self.base, "roots.pem")
+        with open(roots, "w") as file:
+            file.write(TEST_CERT)
+        patch = mock.patch.dict(os.environ, SSL_CERT_FILE=roots, NO_PROXY="*")
+        patch.start()
+        self.addCleanup(patch.stop)
+        level = imagec.log.level
+        imagec.log.setLevel("ERROR")
+        self.addCleanup(imagec.log.setLevel, level)
+        self.work = tempfile.mkdtemp(dir=self.base)
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def pull(self, tag, out, format, **options):
+        image = imagec.pull("%s/lab/x:%s" % (self.registry.host, tag), self.at(out),
+                            format, platform="linux/amd64", **options)
+        self.assertEqual(imagec.Audit().check(self.at(out)).faults, [])
+        return image
+
+    def raw(self, tag):
+        return skopeo_raw("docker://%s/lab/x:%s" % (self.registry.host, tag))
+
+    def modern(self, tag):
+        """The manifest we should have written: the registry's, or what skopeo makes."""
+        if tag != "v2s1":
+            return self.raw(tag)
+        copy = self.at("modern")
+        skopeo_copy("docker://%s/lab/x:v2s1" % self.registry.host, "dir:" + copy,
+                         "--format", "v2s2")
+        return readers_blobs(copy)["manifest.json"]
+
+    def same_manifest(self, tag, found, wanted):
+        if tag == "v2s1":  # skopeo sets white space of its own
+            found, wanted = json.loads(found.decode()), json.loads(wanted.decode())
+        self.assertEqual(found, wanted)
+
+    def test_skopeo_sees_the_same_manifests(self):
+        for tag in self.kinds:
+            with self.subTest(tag):
+                wanted = self.modern(tag)
+                self.pull(tag, tag, "oci")
+                self.pull(tag, tag + ".tar", "archive")
+                places = ["oci:" + self.at(tag), "oci-archive:" + self.at(tag + ".tar")]
+                if tag in ("oci", "zstd"):  # by name skopeo 1.9 finds these only
+                    places += [place + ":" + tag for place in places]
+                for place in places:
+                    self.same_manifest(tag, skopeo_raw(place), wanted)
+                    layers = skopeo_inspect(place)["Layers"]
+                    self.assertEqual(layers, [layer["digest"] for layer in
+                                              json.loads(wanted.decode())["layers"]])
+
+    def test_skopeo_copies_every_byte(self):
+        for tag in ("v2s2", "oci", "zstd"):
+            with self.subTest(tag):
+                self.pull(tag, tag, "oci")
+                self.pull(tag, tag + ".tar", "archive")
+                skopeo_copy("docker://%s/lab/x:%s" % (self.registry.host, tag),
+                                 "dir:" + self.at("wanted" + tag))
+                wanted = readers_blobs(self.at("wanted" + tag))
+                for place in ("oci:" + self.at(tag),
+                              "oci-archive:" + self.at(tag + ".tar")):
+                    copy = tempfile.mkdtemp(dir=self.work)
+                    skopeo_copy(place, "dir:" + copy, "--preserve-digests")
+                    self.assertEqual(readers_blobs(copy), wanted)
+
+    def test_skopeo_takes_the_docker_archive(self):
+        for tag in self.kinds:
+            with self.subTest(tag):
+                config = json.loads(self.modern(tag).decode())["config"]["digest"]
+                image = self.pull(tag, tag + ".tar", "archive")
+                self.assertEqual(image.image_id, config)
+                copy = self.at("copy" + tag)
+                # By the name that is in it; what it is loaded by must lead to it.
+                name = "%s/lab/x:%s" % (self.registry.host, tag)
+                skopeo_copy("docker-archive:%s:%s" % (
+                    self.at(tag + ".tar"), name), "dir:" + copy)
+                blobs = readers_blobs(copy)
+                manifest = json.loads(blobs["manifest.json"].decode())
+                self.assertEqual(manifest["config"]["digest"], config)
+                self.assertEqual([layer["digest"] for layer in manifest["layers"]],
+                                 [sha256(tar) for tar in READERS_TARS])
+
+    def test_skopeo_lists_several_images(self):
+        names = ["%s/lab/x:%s" % (self.registry.host, tag) for tag in ("v2s2", "zstd")]
+        self.pull_all(names)
+        listed = json.loads(_skopeo(
+            "list-tags", "docker-archive:" + self.at("both.tar")).decode())
+        self.assertEqual(listed["Tags"], names)
+
+    def pull_all(self, names):
+        place = imagec.new_output(self.at("both.tar"))
+        with imagec.Session() as session:
+            session.pull([imagec.Reference.parse(name) for name in names], place,
+                         imagec.Platform.parse("linux/amd64"))
+
+    @needs("zstd")
+    def test_skopeo_takes_recompressed_layers(self):
+        self.pull("zstd", "gz.tar", "archive", recompress="gzip")
+        raw = skopeo_raw("oci-archive:" + self.at("gz.tar"))
+        manifest = json.loads(raw.decode())
+        wanted = json.loads(self.raw("zstd").decode())
+        self.assertEqual(manifest["config"], wanted["config"])
+        self.assertEqual({layer["mediaType"][-4:] for layer in manifest["layers"]},
+                         {"gzip"})
+        skopeo_copy("docker-archive:" + self.at("gz.tar"),
+                         "dir:" + self.at("copy"))
+        copied = json.loads(readers_blobs(self.at("copy"))["manifest.json"].decode())
+        self.assertEqual(copied["config"]["digest"], wanted["config"]["digest"])
+
+    @needs("umoci")
+    def test_umoci_unpacks_the_same_tree(self):
+        self.pull("oci", "layout", "oci")
+        self.pull("oci", "rootfs", "rootfs")
+        rootless = () if os.geteuid() == 0 else ("--rootless",)
+        done = subprocess.run(
+            ("umoci", "raw", "unpack") + rootless + (
+                "--image", self.at("layout") + ":oci", self.at("umoci")),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        ours, theirs = readers_facts(self.at("rootfs")), readers_facts(self.at("umoci"))
+        self.assertEqual(sorted(ours), sorted(theirs))
+        for path in ours:
+            self.assertEqual(ours[path], theirs[path], path)
+        self.assertGreater(len(ours), 30)
+
+    def podman(self, *arguments, **options):
+        return subprocess.run(
+            ("podman", "--root", self.at("podman"), "--runroot", self.at("run"),
+             "--storage-driver", "vfs", "--events-backend", "none") + arguments,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, **options)
+
+    @needs("podman")
+    def test_podman_loads_it_by_its_name(self):
+        if self.podman("images").returncode:
+            self.skipTest("podman does not run here")
+        image = imagec.pull(self.registry.host + "/lab/x:v2s1", self.at("one.tar"),
+                            platform="linux/amd64", tag="one:1")
+        with open(self.at("one.tar"), "rb") as file:
+            done = self.podman("load", stdin=file)
+        if b"operation not permitted" in done.stdout.lower():
+            self.skipTest("podman may not unpack layers here")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn(b"docker.io/library/one:1", done.stdout)
+        listed = self.podman("images", "--no-trunc", "--format", "{{.ID}}").stdout
+        self.assertEqual(listed.decode().split(), [image.image_id])
+
+
+@needs("skopeo")
+class ReadersSchema1Test(RegistryCase):
+    """The image ID of a schema1 image is the one that containers/image computes."""
+
+    def test_image_ids(self):
+        origin = self.registry()
+        with tempfile.TemporaryDirectory() as work, \
+                mock.patch.dict(os.environ, NO_PROXY="*"):
+            for number, members in enumerate(READERS_V1):
+                with self.subTest(members):
+                    image = build_image(
+                        [READERS_TARS[1], None, READERS_TARS[2]],
+                        "schema1-signed", **members)
+                    origin.add("lab/app", str(number), image)
+                    self.compare(origin.host + "/lab/app:%d" % number,
+                                 os.path.join(work, str(number)))
+
+    def compare(self, reference, work):
+        skopeo_copy("docker://" + reference, "dir:" + work, "--format", "v2s2")
+        found = readers_blobs(work)
+        wanted = json.loads(found["manifest.json"].decode())
+        ours = imagec.pull(reference, work + ".tar", platform="linux/amd64")
+        with tarfile.open(work + ".tar") as tar:
+            config = next(tar.extractfile(member).read() for member in tar
+                          if member.name.endswith(ours.image_id[7:]))
+        self.assertEqual(config, found[wanted["config"]["digest"][7:]])
+        self.assertEqual(ours.image_id, wanted["config"]["digest"])
+
+
+# --------------------------------------------------------------------------------------
+# Against real proxies and client certificates
+# --------------------------------------------------------------------------------------
+
+CLIENT_CERT = TEST_CERT
+CLIENT_KEY = TEST_KEY
+
+REAL_KILLS = 10
+REAL_BIG = 3 << 19  # bytes of each of three layers
+
+
+class FieldSeed:
+    """A registry's storage with lab/app:1 and lab/big:1, removed at exit."""
+
+    def __init__(self):
+        self.root = tempfile.mkdtemp(prefix="field-")
+        atexit.register(shutil.rmtree, self.root, ignore_errors=True)
+        big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
+        with DockerRegistry(self.root) as registry:
+            for name, layers in (("app", FIELD_SMALL), ("big", big)):
+                layout = oci_layout(os.path.join(self.root, name), layers)
+                skopeo_copy("oci:%s:latest" % layout,
+                            "docker://%s/lab/%s:1" % (registry.host, name))
+            raw = registry.request("/v2/lab/big/manifests/1", {
+                "Accept": "application/vnd.oci.image.manifest.v1+json"})[2]
+        #: digest -> size of the big image's layers
+        self.layers = {layer["digest"]: layer["size"]
+                       for layer in json.loads(raw.decode("ascii"))["layers"]}
+
+
+@functools.lru_cache(maxsize=None)
+def field_seed():
+    return FieldSeed()
+
+
+class ClientCertRegistry(DockerRegistry):
+    """docker-registry with `clientcas`: who shows no certificate of it gets nothing."""
+
+    def _configure(self):
+        path = super()._configure()
+        with open(path) as file:
+            config = json.load(file)
+        config["http"]["tls"]["clientcas"] = [self._path("client-ca.pem", CLIENT_CERT)]
+        return self._path("config.yml", json.dumps(config))
+
+    def request(self, path, headers=None, method="GET"):
+        context = ssl.create_default_context(cadata=REAL_CERT)
+        context.load_cert_chain(self._path("client.pem", CLIENT_CERT + CLIENT_KEY))
+        with mock.patch("ssl.create_default_context", lambda **options: context):
+            return super().request(path, headers, method)
+
+
+class RealFieldCase(FieldCase):
+    """One registry of `kind` and `options` for a class, which is quick to read from."""
+
+    kind, options = DockerRegistry, {}
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.real = cls.kind(field_seed().root, **cls.options)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.real.close()
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.ref = self.real.host + "/lab/app:1"
+        os.environ["SSL_CERT_FILE"] = self.file("real.pem", REAL_CERT)
+
+    def take(self, *argv, expect=0, to="out", ref=None):
+        """Pull by a command line; its run."""
+        run = self.main("pull", "-q", "--platform", "linux/amd64", "-o", self.at(to),
+                        ref or self.ref, *argv)
+        self.assertEqual(run.status, expect, run.err)
+        if not expect:
+            self.assertEqual(imagec.Audit().check(self.at(to)).faults, [])
+            shutil.rmtree(self.at(to))
+        return run
+
+
+class FieldProgram:
+    """A server program on a port of its own, ended with the test."""
+
+    def __init__(self, case, command, port):
+        self.host, self._log = "127.0.0.1:%d" % port, case.at("%d.log" % port)
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        case.addCleanup(self.close)
+        self._wait(port)
+
+    def _wait(self, port):
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return socket.create_connection(("127.0.0.1", port), 1).close()
+            except OSError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    raise RuntimeError("does not listen: " + self.log())
+                time.sleep(0.01)
+
+    def log(self):
+        with open(self._log, "rb") as file:
+            return file.read().decode("utf-8", "replace")
+
+    def close(self):
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+
+
+# ------------------------------------------------------------------------------
+# Certificates and credentials
+# ------------------------------------------------------------------------------
+
+@needs("docker-registry", "skopeo")
+class RealClientCertTest(RealFieldCase):
+    """A registry that wants a client certificate."""
+
+    kind, options = ClientCertRegistry, {"tls": True}
+
+    def test_cert_and_key(self):
+        self.take("--cert", self.file("me.cert", CLIENT_CERT),
+                  "--key", self.file("me.key", CLIENT_KEY))
+
+    def test_certs_d(self):
+        os.environ["SSL_CERT_FILE"] = self.file("none.pem", WRONG_HOST_CERT)
+        place = "home/.config/containers/certs.d/%s/" % self.real.host
+        for name, content in (("ca.crt", REAL_CERT), ("me.cert", CLIENT_CERT),
+                              ("me.key", CLIENT_KEY)):
+            self.file(place + name, content)
+        self.take()
+        os.remove(self.at(place + "me.key"))
+        self.assertIn("me.key", self.take(expect=2).err)
+
+    def test_without(self):
+        self.assertRegex(self.take(expect=1).err, "client certificate.*--cert")
+
+    def test_one_of_another_ca(self):
+        # Who loses the race with the registry's farewell does not hear why.
+        self.take("--cert", self.file("me.cert", WRONG_HOST_CERT),
+                  "--key", self.file("me.key", WRONG_HOST_KEY), expect=1)
+
+
+class RealConfigCase(RealFieldCase):
+    """A registry whose user is in docker's config.json."""
+
+    def configure(self, entry, **more):
+        self.docker_config(dict(more, auths={self.real.host: entry}))
+
+    def good(self):
+        return {"auth": field_base64("%s:%s" % (REAL_USER, REAL_PASSWORD))}
+
+
+@needs("docker-registry", "skopeo")
+class RealHtpasswdConfigTest(RealConfigCase):
+    """htpasswd over TLS."""
+
+    options = {"auth": "htpasswd", "tls": True}
+
+    def test_config(self):
+        self.configure(self.good())
+        self.take()
+        self.configure({"username": REAL_USER, "password": REAL_PASSWORD})
+        self.take()
+        run = self.main("auth", self.real.host)
+        self.assertIn(REAL_USER, run.out)
+        self.assertNotIn(REAL_PASSWORD, run.out + run.err)
+
+    def test_helper(self):
+        answer = json.dumps({"Username": REAL_USER, "Secret": REAL_PASSWORD})
+        path = self.file("bin/docker-credential-lab",
+                         "#!/bin/sh\ncat >/dev/null\necho '%s'" % answer)
+        os.chmod(path, 0o755)
+        os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
+        self.docker_config({"credHelpers": {self.real.host: "lab"}})
+        self.take()
+
+    def test_refused(self):
+        self.configure({"auth": field_base64(REAL_USER + ":S3CR3T-WRONG")})
+        run = self.take(expect=5)
+        self.assertIn("config.json", run.err)
+        self.assertNotIn("S3CR3T", run.err)
+        self.configure(self.good())
+        self.take("--no-creds", expect=5)
+
+
+@needs("docker-registry", "skopeo")
+class RealTokenConfigTest(RealConfigCase):
+    """A token server, asked by GET and by POST."""
+
+    options = {"auth": "token"}
+
+    def setUp(self):
+        super().setUp()
+        self.tokens = self.real.token_server
+        del self.tokens.requests[:]
+
+    def methods(self):
+        return [method for method, _, _, _ in self.tokens.requests]
+
+    def test_get(self):
+        self.configure(self.good())
+        self.take()
+        self.assertEqual(self.methods(), ["GET"])
+        self.assertIn("Authorization", self.tokens.requests[0][2])
+
+    def test_post(self):
+        self.configure(dict(self.good(), identitytoken=REAL_IDENTITY_TOKEN))
+        self.take()
+        self.assertEqual(self.methods(), ["POST"])
+        self.assertNotIn("Authorization", self.tokens.requests[0][2])
+
+    def test_registry_token(self):
+        token = self.tokens.token(REAL_USER, ["repository:lab/app:pull"])
+        self.configure({"registrytoken": token})
+        self.take()
+        self.assertEqual(self.methods(), [])
+
+    def test_refused(self):
+        self.configure({"identitytoken": "S3CR3T-OLD"})
+        run = self.take(expect=5)
+        self.assertIn("identity token", run.err)
+        self.assertNotIn("S3CR3T", run.err)
+
+
+# ------------------------------------------------------------------------------
+# Proxies
+# ------------------------------------------------------------------------------
+
+class RealProxyCase(RealFieldCase):
+    """Pulls through a proxy, from a registry with TLS and from one without."""
+
+    options = {"tls": True}
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.plain = DockerRegistry(field_seed().root)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.plain.close()
+        super().tearDownClass()
+
+    def both(self, *argv, **options):
+        """Pull from each; the runs."""
+        return [self.take(*argv, ref=real.host + "/lab/app:1", **options)
+                for real in (self.real, self.plain)]
+
+
+@needs("docker-registry", "skopeo", "tinyproxy")
+class RealHTTPProxyTest(RealProxyCase):
+    """tinyproxy."""
+
+    def start(self, *lines):
+        port = _free_port()
+        path = self.file("tinyproxy.conf", "\n".join((
+            "Port %d" % port, "Listen 127.0.0.1", "Allow 127.0.0.1", "Timeout 20",
+            "MaxClients 50", "LogLevel Connect") + lines + ("",)))
+        return FieldProgram(self, ["tinyproxy", "-d", "-c", path], port)
+
+    def asked(self, proxy):
+        """The methods tinyproxy says it was asked by."""
+        return set(re.findall(r"Request \(file descriptor \d+\): (\w+) ", proxy.log()))
+
+    def test_option(self):
+        proxy = self.start()
+        self.both("--proxy", "http://" + proxy.host)
+        self.assertLessEqual({"CONNECT", "GET"}, self.asked(proxy))
+        self.assertIn(self.real.host, proxy.log())
+
+    def test_no_proxy(self):
+        name, _, port = self.plain.host.partition(":")
+        for no_proxy, used in (
+                ("127.0.0.1", False), ("127.0.0.0/8", False), ("*", False),
+                (self.plain.host, False), ("10.0.0.0/8,.test", True),
+                ("127.0.0.1:%d" % (int(port) ^ 1), True)):
+            proxy = self.start()
+            with self.subTest(no_proxy), mock.patch.dict(os.environ, NO_PROXY=no_proxy):
+                self.main("digest", "-q", "--proxy", proxy.host,
+                          self.plain.host + "/lab/app:1")
+                self.assertEqual("GET" in self.asked(proxy), used)
+
+    def test_environment_spares_loopback(self):
+        proxy = self.start()
+        with mock.patch.dict(os.environ, HTTPS_PROXY="http://" + proxy.host,
+                             http_proxy=proxy.host):
+            self.both()
+        self.assertEqual(self.asked(proxy), set())
+
+    def test_password(self):
+        proxy = self.start("BasicAuth bob S3CR3T")
+        self.both("--proxy", "http://bob:S3CR3T@" + proxy.host)
+        for run in self.both("--proxy", "http://" + proxy.host, expect=5):
+            self.assertRegex(run.err, "proxy.*password")
+            self.assertIn(proxy.host, run.err)
+        # To a wrong one tinyproxy answers 401, as if it were the registry.
+        for run in self.both("--proxy", "http://bob:S3CR3TX@" + proxy.host, expect=5):
+            self.assertNotIn("S3CR3T", run.err)
+
+    def test_connect_that_is_not_allowed(self):
+        proxy = self.start("ConnectPort 1")
+        run = self.take("--proxy", proxy.host, expect=1)
+        self.assertRegex(run.err, "proxy.*" + proxy.host)
+
+    def test_registry_that_is_down(self):
+        proxy = self.start()
+        run = self.take("--proxy", proxy.host, ref="127.0.0.1:1/lab/app:1", expect=1)
+        self.assertIn(proxy.host, run.err)
+
+
+@needs("docker-registry", "skopeo", "microsocks")
+class RealSOCKSTest(RealProxyCase):
+    """microsocks."""
+
+    def start(self, *argv):
+        port = _free_port()
+        return FieldProgram(self, ["microsocks", "-i", "127.0.0.1", "-p", str(port)]
+                            + list(argv), port)
+
+    def test_without_password(self):
+        proxy = self.start()
+        for scheme in ("socks5", "socks5h"):
+            before = proxy.log().count("connected to")
+            self.both("--proxy", "%s://%s" % (scheme, proxy.host))
+            self.assertGreater(proxy.log().count("connected to"), before)
+
+    def test_name_that_only_the_proxy_resolves(self):
+        proxy = self.start()
+        self.places.pop("localhost")
+        port = self.plain.host.partition(":")[2]
+        ref = "localhost:%s/lab/app:1" % port
+        self.take("--proxy", "socks5h://" + proxy.host, ref=ref)
+        self.assertIn("localhost:" + port, proxy.log())
+        self.take("--proxy", "socks5://" + proxy.host, ref=ref, expect=1)
+
+    def test_password(self):
+        proxy = self.start("-u", "bob", "-P", "S3CR3T")
+        self.both("--proxy", "socks5h://bob:S3CR3T@" + proxy.host)
+        for login in ("", "bob:S3CR3TX@"):
+            for run in self.both("--proxy", "socks5://%s%s" % (login, proxy.host),
+                                 expect=5):
+                self.assertIn(proxy.host, run.err)
+                self.assertNotIn("S3CR3T", run.err)
+
+    def test_registry_that_is_down(self):
+        run = self.take("--proxy", "socks5://" + self.start().host,
+                        ref="127.0.0.1:1/lab/app:1", expect=1)
+        self.assertIn("SOCKS proxy", run.err)
+
+
+# ------------------------------------------------------------------------------
+# Resume and mirrors
+# ------------------------------------------------------------------------------
+
+class CountingForwarder:
+    """Carries connections to a port at a slow pace, and counts what comes back."""
+
+    def __init__(self, host, pace=0.001):
+        self._target, self._pace = int(host.rpartition(":")[2]), pace
+        self.carried = 0
+        self.asked = []  # (digest, offset) of the requests for blobs
+        self._lock = threading.Lock()
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(32)
+        self.host = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._start(self._accept)
+
+    def _start(self, run, *args):
+        threading.Thread(target=run, args=args, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BLOCK)
+                far = socket.create_connection(("127.0.0.1", self._target), 5)
+                self._start(self._carry, near, far, 0)
+                self._start(self._carry, far, near, self._pace)
+
+    def _carry(self, source, sink, pace):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(BLOCK), b""):
+                if pace:
+                    with self._lock:
+                        self.carried += len(data)
+                    time.sleep(pace)
+                else:
+                    self._note(data.decode("latin-1"))
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        # The other direction's thread may still hold its end.
+        sink.close()
+
+    def _note(self, request):
+        """Requests come whole: http.client sends their headers at once."""
+        blob = re.match("GET [^ ]*/blobs/(sha256:[0-9a-f]*) ", request)
+        offset = re.search(r"\r\nRange: bytes=(\d+)-", request)
+        if blob:
+            self.asked.append((blob.group(1), int(offset.group(1)) if offset else 0))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@needs("docker-registry", "skopeo")
+@unittest.skipUnless(hasattr(os, "fork"), "needs POSIX processes")
+class RealResumeTest(RealFieldCase, KillCase):
+    """kill -9 at random moments of a pull from docker-registry."""
+
+    def test_kill_9(self):
+        self.layers, self.dice = field_seed().layers, random.Random(11)
+        self.side_by_side(self.check, FIELD_FORMATS[:4])
+        for format, name in FIELD_FORMATS[:4]:
+            with self.subTest(format):
+                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+
+    def check(self, format, name):
+        size, forwarder = sum(self.layers.values()), CountingForwarder(self.real.host)
+        self.addCleanup(forwarder.close)
+        amounts = [self.dice.uniform(0.01, 0.12) * size for _ in range(REAL_KILLS)]
+        # What the program, the kernel and the forwarder hold.
+        buffer = imagec.CHUNK + 5 * BLOCK
+        self.pull_killed(
+            format, name, forwarder.host + "/lab/big:1", set(self.layers.values()),
+            amounts, lambda: forwarder.carried,
+            lambda: [offset for digest, offset in list(forwarder.asked)
+                     if digest in self.layers], buffer)
+        self.assertLessEqual(forwarder.carried, size * 1.05 + REAL_KILLS * buffer)
+
+    def test_what_is_there_is_not_carried_again(self):
+        """The last byte of each layer is missing: next to nothing has to come."""
+        for format, name in FIELD_FORMATS[:2]:
+            forwarder = CountingForwarder(self.real.host, 1e-6)
+            self.addCleanup(forwarder.close)
+            self.pull(forwarder.host, "lab/big:1", to=name, format=format)
+            for path, size in field_files(self.at(name)).items():
+                if size > REAL_BIG:
+                    os.rename(path, path + ".partial")
+                    os.truncate(path + ".partial", size - 1)
+            forwarder.carried = 0
+            self.pull(forwarder.host, "lab/big:1", to=name, format=format)
+            self.assertLess(forwarder.carried, 10000)
+            self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+
+
+@needs("docker-registry", "skopeo")
+class RealMirrorTest(RealFieldCase):
+    """docker-registry as a pull-through cache in front of another."""
+
+    def cache(self, upstream):
+        root = tempfile.mkdtemp(dir=self.root)
+        cache = DockerRegistry(root, env_extra={"REGISTRY_PROXY_REMOTEURL": upstream})
+        self.addCleanup(cache.close)
+        return cache
+
+    def test_cache(self):
+        upstream = DockerRegistry(field_seed().root)
+        self.addCleanup(upstream.close)
+        cache, ref = self.cache(upstream.url), upstream.host + "/lab/app:1"
+        run = self.main("pull", "--progress", "none", "-o", self.at("a.tar"),
+                        "--mirror", cache.host, ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertTrue(run.out.startswith(ref + "@sha256:"))
+        self.assertEqual(imagec.Audit().check(self.at("a.tar")).faults, [])
+        upstream.close()
+        again = self.main("pull", "--progress", "none", "-o", self.at("b.tar"),
+                          "--mirror", cache.host, ref)
+        self.assertEqual(again, run)
+        with open(self.at("a.tar"), "rb") as one, open(self.at("b.tar"), "rb") as two:
+            self.assertEqual(one.read(), two.read())
+
+    def test_mirror_that_lacks_it(self):
+        empty = DockerRegistry(tempfile.mkdtemp(dir=self.root))
+        self.addCleanup(empty.close)
+        run = self.main("pull", "--progress", "none", "-o", self.at(),
+                        "--mirror", "127.0.0.1:1", "--mirror", empty.host, self.ref)
+        self.assertEqual(run.status, 0, run.err)
+        self.assertEqual(run.err.count("leaving the mirror"), 2)
+
+
+# --------------------------------------------------------------------------------------
+# Real clients of what we serve
+# --------------------------------------------------------------------------------------
+
+SERVE_REAL_TARS = (tar_bytes([("etc", None), ("etc/a", b"one")]),
+                   tar_bytes([("etc/b", os.urandom(50000))]))
+SERVE_REAL_AMD = ("linux", "amd64", None)
+
+
+def serve_real_images():
+    """{name: BuiltImage} of every kind there is."""
+    kinds = ("schema1-signed", "docker", "oci")
+    # Images of one configuration are one image to podman.
+    images = {"lab/" + kind: build_image(SERVE_REAL_TARS, kind, author=kind)
+              for kind in kinds}
+    arm = build_image(SERVE_REAL_TARS[:1], platform=("linux", "arm64", "v8"))
+    images["lab/index"] = build_index([(images["lab/oci"], SERVE_REAL_AMD),
+                                       (arm, ("linux", "arm64", "v8"))])
+    return images
+
+
+def serve_real_digest(directory):
+    """The digest of the manifest in a skopeo `dir:`."""
+    with open(os.path.join(directory, "manifest.json"), "rb") as file:
+        return sha256(file.read())
+
+
+class ServeRealCase(RegistryCase):
+    """Every kind of image in a tree and a layout, one in an archive; all served."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.root = tempfile.mkdtemp()
+        cls._patches = [mock.patch.dict(os.environ, NO_PROXY="*", no_proxy="*"),
+                        mock.patch.object(os, "fsync")]
+        for patch in cls._patches:
+            patch.start()
+        cls._running = []
+        try:
+            cls._fill()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        for running in cls._running:
+            running.__exit__(None, None, None)
+        for patch in cls._patches:
+            patch.stop()
+        shutil.rmtree(cls.root, ignore_errors=True)
+        super().tearDownClass()
+
+    @classmethod
+    def _fill(cls):
+        cls.images = serve_real_images()
+        modern = [name for name in cls.images if "schema1" not in name]
+        cls.hosts = {}
+        origin = FakeRegistry()
+        try:
+            for name, image in cls.images.items():
+                origin.add(name, "1", image)
+            for format, names in (("layers", cls.images), ("oci", modern),
+                                  ("archive", ["lab/docker"])):
+                path = os.path.join(cls.root, {"archive": "a.tar"}.get(format, format))
+                for name in names:
+                    cls._pull(origin.host, name, path, format)
+                cls.hosts[format] = (cls._serve(path), names)
+        finally:
+            origin.close()
+
+    @classmethod
+    def _pull(cls, host, name, path, format):
+        whole = format == "oci" and cls.images[name].children
+        return imagec.pull("%s/%s:1" % (host, name), path, format, no_creds=True,
+                           platform="all" if whole else "linux/amd64")
+
+    @classmethod
+    def _serve(cls, path):
+        server = imagec.new_server(imagec.Shelf(path), ("127.0.0.1", 0))
+        cls._running.append(imagec.serving(server))
+        cls._running[-1].__enter__()
+        return "127.0.0.1:%d" % server.server_address[1]
+
+    def setUp(self):
+        self.work = tempfile.mkdtemp(dir=self.root)
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def each(self):
+        """(format, host, name, BuiltImage) of all that is served, a subtest each."""
+        for format, (host, names) in self.hosts.items():
+            for name in names:
+                with self.subTest(format=format, name=name):
+                    yield format, host, name, self.images[name]
+
+    @staticmethod
+    def child(image):
+        """The image for linux/amd64."""
+        return image.children[0] if image.children else image
+
+
+@needs("skopeo")
+class ServeSkopeoTest(ServeRealCase):
+    """skopeo finds what it expects of a registry."""
+
+    def test_inspect(self):
+        for _, host, name, image in self.each():
+            ref = "docker://%s/%s:1" % (host, name)
+            self.assertEqual(skopeo_raw(ref), image.manifest)
+            found = skopeo_inspect(ref, "--override-arch", "amd64")
+            self.assertEqual(found["Digest"], image.digest)
+            self.assertEqual(found["Layers"], self.child(image).layers)
+            self.assertEqual(found["RepoTags"], ["1"])
+
+    def test_copy(self):
+        for format, host, name, image in self.each():
+            target = self.at(format + name.replace("/", "-"))
+            skopeo_copy("docker://%s/%s:1" % (host, name), "dir:" + target,
+                             "--preserve-digests")
+            expected = sha256(self.child(image).manifest)
+            self.assertEqual(serve_real_digest(target), expected)
+            for digest in self.child(image).layers:
+                with open(os.path.join(target, digest.partition(":")[2]), "rb") as file:
+                    self.assertEqual(sha256(file.read()), digest)
+
+    def test_copy_of_all_platforms_by_digest(self):
+        host, _ = self.hosts["oci"]
+        image, target = self.images["lab/index"], self.at("all")
+        skopeo_copy("docker://%s/lab/index@%s" % (host, image.digest),
+                         "dir:" + target, "--all", "--preserve-digests")
+        self.assertEqual(serve_real_digest(target), image.digest)
+
+    def test_tags(self):
+        host, _ = self.hosts["oci"]
+        done = subprocess.run(
+            ["skopeo", "list-tags", "--tls-verify=false", "docker://%s/lab/oci" % host],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(done.stdout.decode())["Tags"], ["1"])
+
+    def test_password(self):
+        shelf = imagec.Shelf(os.path.join(self.root, "oci"))
+        server = imagec.new_server(shelf, ("127.0.0.1", 0),
+                                   imagec.Credentials("alice", PASSWORD))
+        with imagec.serving(server):
+            ref = "docker://127.0.0.1:%d/lab/oci:1" % server.server_address[1]
+            self.assertEqual(skopeo_raw(ref, creds="alice:" + PASSWORD),
+                             self.images["lab/oci"].manifest)
+            with self.assertRaises(AssertionError):
+                skopeo_raw(ref, creds="alice:wrong")
+
+
+@needs("docker-registry")
+class ServeCacheTest(ServeRealCase):
+    """The real registry as a pull-through cache in front of `serve`."""
+
+    def cache(self, format):
+        host, names = self.hosts[format]
+        registry = DockerRegistry(self.work, env_extra={
+            "REGISTRY_PROXY_REMOTEURL": "http://" + host})
+        self.addCleanup(registry.close)
+        return registry, names
+
+    def test_pull_through(self):
+        registry, names = self.cache("oci")
+        for name in names:
+            for time in ("first", "cached"):
+                with self.subTest(name=name, time=time):
+                    path = self.at(time + name.replace("/", "-"))
+                    image = self._pull(registry.host, name, path, "oci")
+                    self.assertEqual(str(image.digest), self.images[name].digest)
+                    self.assertEqual(imagec.Audit().check(path).faults, [])
+
+    @needs("skopeo")
+    def test_skopeo_through_it(self):
+        registry, names = self.cache("archive")
+        for name in names:
+            with self.subTest(name=name):
+                target = self.at(name.replace("/", "-"))
+                skopeo_copy("docker://%s/%s:1" % (registry.host, name),
+                                 "dir:" + target, "--preserve-digests")
+                self.assertEqual(serve_real_digest(target),
+                                 sha256(self.child(self.images[name]).manifest))
+
+    def test_same_answers(self):
+        """What both say to one request: status, type, digest, length."""
+        registry, names = self.cache("oci")
+        host, _ = self.hosts["oci"]
+        digest = self.images["lab/oci"].layers[1]
+        paths = ["/v2/", "/v2/lab/oci/manifests/1", "/v2/lab/oci/blobs/" + digest]
+        for path in paths:
+            for method in ("GET", "HEAD"):
+                with self.subTest(method=method, path=path):
+                    self.assertEqual(*[self.facts(server, path, method) for server in (
+                        registry.host, host)])
+
+    @staticmethod
+    def facts(host, path, method):
+        connection = http.client.HTTPConnection(host, timeout=10)
+        try:
+            connection.request(method, path, headers={"Accept": imagec.ACCEPT})
+            response = connection.getresponse()
+            names = ("Docker-Content-Digest", "Content-Length", "ETag",
+                     "Docker-Distribution-Api-Version")
+            return (response.status, hashlib.sha256(response.read()).hexdigest(),
+                    response.headers["Content-Type"].partition(";")[0],
+                    # An ETag without its quotes is what the cache itself sends.
+                    [(response.headers[name] or "").strip('"') for name in names])
+        finally:
+            connection.close()
+
+
+@needs("podman")
+class ServePodmanTest(ServeRealCase):
+    """podman pulls from it."""
+
+    def podman(self, *arguments):
+        return subprocess.run(
+            ("podman", "--root", self.at("podman"), "--runroot", self.at("run"),
+             "--storage-driver", "vfs", "--events-backend", "none") + arguments,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=60)
+
+    def test_pull(self):
+        if self.podman("images").returncode:
+            self.skipTest("podman does not run here")
+        for format, name in (("oci", "lab/oci"), ("archive", "lab/docker")):
+            with self.subTest(name=name):
+                ref = "%s/%s:1" % (self.hosts[format][0], name)
+                done = self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
+                if b"operation not permitted" in done.stdout.lower():
+                    self.skipTest("podman may not unpack layers here")
+                self.assertEqual(done.returncode, 0, done.stdout)
+                found = self.podman("images", "--digests", "--format",
+                                    "{{.Digest}}", ref).stdout.decode().split()
+                self.assertEqual(found, [self.images[name].digest])
 
 
 # --------------------------------------------------------------------------------------
