@@ -14,7 +14,7 @@ and so does this file: a room uses only the rooms above it (1 and 2 are free to 
      2  Errors                   what can go wrong, as fields and as one sentence
      3  Names                    text -> value: references, digests, platforms
      4  Documents                bytes -> JSON value, read strictly
-     5  Signatures               libtrust pretty signatures: what a schema1 digest covers
+     5  Signatures               libtrust signatures: what a schema1 digest covers
      6  Manifests                bytes -> value: manifests, indexes, configs
      7  Verification             push-style proof of a blob and of what it unpacks to
      8  Credentials              who we are to a registry
@@ -67,8 +67,8 @@ __all__ = [
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
     "LimitExceeded", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "TLSError", "CertificateError", "UnsafeRedirect",
-    "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
-    "RateLimited", "CredentialsError", "OutputError",
+    "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform",
+    "AccessDenied", "RateLimited", "CredentialsError", "OutputError",
     # Names
     "Digest", "Platform", "Reference",
     # Documents
@@ -132,7 +132,7 @@ PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 STAGE_DIRECT = 256 * KIB  # bytes before a stage gets a thread: most layers are small
 STAGE_DEPTH = 4  # pieces between two stages
-INFLATE_SLICE = 32 * KIB  # bytes given to a decompressor at once: it copies what is left
+INFLATE_SLICE = 32 * KIB  # bytes given to a decompressor at once: it copies the rest
 XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
 LAYER_SIZE_LIMIT = 64 * GIB  # bytes one layer may unpack to, unless told otherwise
@@ -216,9 +216,10 @@ def printable(text, limit=None):
 class ImagecError(Exception):
     """The base of every error this module raises on purpose.
 
-    `source` is where the offending thing came from (host and object), or None, `proxied`
-    whether through a proxy; `hint` is what to try, or None; `retryable` says that the same request may succeed
-    later, `retry_after` how many seconds the server asked for, or None.
+    `source` is where the offending thing came from (host and object), or None,
+    `proxied` whether through a proxy; `hint` is what to try, or None; `retryable` says
+    that the same request may succeed later, `retry_after` how many seconds the server
+    asked for, or None.
     """
 
     source = None
@@ -247,8 +248,8 @@ def naming(source):
         yield
     except ImagecError as error:
         # Those of the network name their URL themselves; the user's are of no host.
-        if error.source is None and not isinstance(error, (TransportError, RegistryError,
-                                                           UsageError)):
+        if error.source is None and not isinstance(
+                error, (TransportError, RegistryError, UsageError)):
             error.source = source
         raise
 
@@ -325,7 +326,7 @@ class Cancelled(TransportError):
 
 
 class RegistryError(ImagecError):
-    """An HTTP error of a registry: `status`, its error `codes`, the `url` without query."""
+    """An HTTP error of a registry: `status`, error `codes`, the `url` without query."""
 
     def __init__(self, message, status=None, codes=(), url=None, hint=None):
         super().__init__(message, hint)
@@ -385,22 +386,23 @@ _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-
 
 
 class Digest(NamedTuple):
-    """A content digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
+    """A digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
 
     algorithm: str
     hex: str
 
     @classmethod
     def parse(cls, text):
-        """The Digest that `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
+        """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
         if length is None:
-            raise InvalidReference("invalid digest '%s': expected sha256:<64 hex digits>"
-                                   % printable(text, 80))
+            raise InvalidReference("invalid digest '%s': expected sha256:<64 hex "
+                                   "digits>" % printable(text, 80))
         if not re.fullmatch("[a-f0-9]{%d}" % length, value):
-            raise InvalidReference("invalid digest '%s': expected %d lowercase hex digits "
-                                   "after %s:" % (printable(text, 150), length, algorithm))
+            raise InvalidReference(
+                "invalid digest '%s': expected %d lowercase hex digits after %s:"
+                % (printable(text, 150), length, algorithm))
         return cls(algorithm, value)
 
     @classmethod
@@ -419,8 +421,8 @@ class Digest(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or None,
-    `digest` or None. With both, the digest decides and the tag is only a name.
+    """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or
+    None, `digest` or None. With both, the digest decides and the tag is only a name.
     """
 
     host: str
@@ -435,15 +437,16 @@ class Reference(NamedTuple):
         Follows distribution/reference's ParseDockerRef; raises InvalidReference.
         """
         if _HEX64.fullmatch(text):
-            raise InvalidReference("invalid reference '%s': looks like an image ID" % text)
+            raise InvalidReference("invalid reference '%s': looks like an image ID"
+                                   % text)
         if len(text) > REFERENCE_LENGTH_LIMIT:
             raise InvalidReference("invalid reference: longer than %d characters"
                                    % REFERENCE_LENGTH_LIMIT)
         host, remainder = cls._split_host(text)
         name = remainder.partition(":")[0]
         if name != name.lower():
-            raise InvalidReference("invalid reference '%s': a repository must be lowercase"
-                                   % printable(text))
+            raise InvalidReference("invalid reference '%s': a repository must be "
+                                   "lowercase" % printable(text))
         match = _REFERENCE.fullmatch(host + "/" + remainder)
         if not match:
             raise InvalidReference("invalid reference '%s': expected "
@@ -510,8 +513,9 @@ _ARCHITECTURES = {  # alias -> (architecture, variant it implies or None)
     "arm32v5": ("arm", "v5"), "armv5tel": ("arm", "v5"), "armv5tejl": ("arm", "v5"),
     "loongarch64": ("loong64", None), "mips64el": ("mips64le", None),
 }
-_KNOWN_OSES = frozenset(["linux", "windows", "darwin", "freebsd", "netbsd", "openbsd",
-                         "solaris", "illumos", "aix", "android", "plan9", "js", "wasip1"])
+_KNOWN_OSES = frozenset([
+    "linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "illumos",
+    "aix", "android", "plan9", "js", "wasip1"])
 
 
 class Platform(NamedTuple):
@@ -524,7 +528,7 @@ class Platform(NamedTuple):
 
     @classmethod
     def normal(cls, os, architecture, variant="", os_version=""):
-        """A Platform in containerd's normal form: aliases folded, implied variants out."""
+        """A Platform by containerd's norm: aliases folded, implied variants out."""
         os, variant = os.lower(), variant.lower()
         arch, implied = _ARCHITECTURES.get(architecture.lower(),
                                            (architecture.lower(), None))
@@ -546,12 +550,14 @@ class Platform(NamedTuple):
         Raises InvalidReference.
         """
         parts = text.split("/")
-        if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", p) for p in parts):
-            raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], for "
-                                   "example linux/arm64" % printable(text, 80))
+        if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", p)
+                                     for p in parts):
+            raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], "
+                                   "for example linux/arm64" % printable(text, 80))
         if len(parts) == 1:
             if _OS_ALIASES.get(text.lower(), text.lower()) in _KNOWN_OSES:
-                return cls.host()._replace(os=_OS_ALIASES.get(text.lower(), text.lower()))
+                return cls.host()._replace(
+                    os=_OS_ALIASES.get(text.lower(), text.lower()))
             return cls.normal("linux", text)
         return cls.normal(*parts)
 
@@ -580,7 +586,8 @@ class Platform(NamedTuple):
         elif self.architecture == "arm64":
             chain += ["v9.%d" % m if m else "v9" for m in range(minor - 1, -1, -1)
                       if major == 9]
-            eighth = min(minor + 5, 9) if major == 9 else minor - 1 if major == 8 else -1
+            eighth = (min(minor + 5, 9) if major == 9 else
+                      minor - 1 if major == 8 else -1)
             chain += ["v8.%d" % m if m else "" for m in range(eighth, -1, -1)]
             tail = [("arm", "v%d" % v) for v in (8, 7, 6, 5)]
         ways = [(self.architecture, variant) for variant in chain] + tail
@@ -595,7 +602,7 @@ class Platform(NamedTuple):
 # 4  Documents: bytes -> JSON value, read strictly
 # --------------------------------------------------------------------------------------
 # Two programs that read one document differently can be played against each other
-# (CVE-2021-41190), so whatever Go's, Python's and others' parsers disagree on is refused.
+# (CVE-2021-41190), so what Go's, Python's and others' parsers disagree on is refused.
 
 def parse_json(raw, what):
     """The value of the JSON text in the bytes `raw`; raises InvalidDocument.
@@ -632,7 +639,8 @@ def parse_json(raw, what):
         hint = None
         if raw.lstrip()[:1] == b"<":
             hint = "it looks like HTML: is that host a registry?"
-        raise InvalidDocument("%s is not valid JSON: %s" % (what, reason), hint) from None
+        raise InvalidDocument("%s is not valid JSON: %s" % (what, reason),
+                              hint) from None
 
 
 def canonical_json(value):
@@ -696,7 +704,8 @@ class Document:
         """Member `name` as a number of bytes."""
         value = self.need(name, int)
         if not 0 <= value < INTEGER_LIMIT:
-            raise InvalidDocument("%s: '%s' is %d: not a size" % (self.where, name, value))
+            raise InvalidDocument("%s: '%s' is %d: not a size"
+                                  % (self.where, name, value))
         return value
 
     def digest(self, name):
@@ -717,7 +726,7 @@ class Document:
         return None if value is None else Document(value, "%s.%s" % (self.where, name))
 
     def children(self, name, limit):
-        """Member `name`, an array of at most `limit` objects, as a list of Documents."""
+        """Member `name`, an array of at most `limit` objects, as Documents."""
         values = self.need(name, list)
         if len(values) > limit:
             raise LimitExceeded("%s: '%s' has %d entries, more than the limit of %d"
@@ -727,11 +736,11 @@ class Document:
 
 
 # --------------------------------------------------------------------------------------
-# 5  Signatures: libtrust pretty signatures: what a schema1 digest covers
+# 5  Signatures: libtrust signatures: what a schema1 digest covers
 # --------------------------------------------------------------------------------------
 
 def _base64url(text, what):
-    """Bytes of a base64url text, as libtrust reads it: no padding, line breaks allowed."""
+    """Bytes of base64url text as libtrust reads it: no padding, line breaks allowed."""
     text = re.sub("[\r\n ]", "", text).rstrip("=")
     if not re.fullmatch("[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
         raise InvalidDocument("%s is not base64url" % what)
@@ -739,7 +748,7 @@ def _base64url(text, what):
 
 
 class PrettySignature(NamedTuple):
-    """A schema1 body taken apart: `payload` is what was signed and what its digest covers.
+    """A schema1 body taken apart: `payload` is what was signed and its digest covers.
 
     `signed` tells whether there were signatures. Whatever else the body holds is not
     covered by anything (CVE-2014-8179): parse the payload, never the body.
@@ -760,17 +769,20 @@ class PrettySignature(NamedTuple):
         entries = document.children("signatures", LAYER_COUNT_LIMIT)
         formats = {cls._format(entry) for entry in entries}
         if len(formats) != 1:
-            raise InvalidDocument("%s: %s" % (what, "its signatures disagree on the payload"
-                                              if formats else "no signatures in its list"))
+            raise InvalidDocument("%s: %s" % (
+                what, "its signatures disagree on the payload" if formats else
+                "no signatures in its list"))
         length, tail = formats.pop()
         if length > len(body):
-            raise InvalidDocument("%s: formatLength %d is beyond its end" % (what, length))
+            raise InvalidDocument("%s: formatLength %d is beyond its end"
+                                  % (what, length))
         return cls(body[:length] + tail, True)
 
     @staticmethod
     def _format(entry):
         where = entry.where + ".protected"
-        protected = Document.parse(_base64url(entry.need("protected", str), where), where)
+        protected = Document.parse(_base64url(entry.need("protected", str), where),
+                                   where)
         return (protected.size("formatLength"),
                 _base64url(protected.need("formatTail", str), where + ".formatTail"))
 
@@ -901,7 +913,7 @@ def _signature_or_none(raw):
 
 
 def _media_type(document, content_type):
-    """(media type, shape) of a manifest, or InvalidDocument where the signs disagree."""
+    """(media type, shape) of a manifest; InvalidDocument where the signs disagree."""
     shape = _shape(document)
     header = (content_type or "").partition(";")[0].strip().lower()
     claimed = document.get("mediaType", str)
@@ -926,7 +938,8 @@ def _media_type(document, content_type):
 def _shape(document):
     present = {key for keys in _SHAPE_KEYS.values() for key in keys
                if document.get(key, type(document.value.get(key))) is not None}
-    shapes = [shape for shape, keys in _SHAPE_KEYS.items() if present and present <= keys]
+    shapes = [shape for shape, keys in _SHAPE_KEYS.items()
+              if present and present <= keys]
     if not shapes:
         raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
                               % " and ".join(sorted(present)) if present else
@@ -973,9 +986,10 @@ def _decode_schema1(raw, signature, algorithm, what):
     blobs = document.children("fsLayers", LAYER_COUNT_LIMIT)
     history = document.children("history", LAYER_COUNT_LIMIT)
     if not blobs or len(blobs) != len(history):
-        raise InvalidDocument("%s: %d layers and %d history entries; they must be as many "
-                              "and not none" % (what, len(blobs), len(history)))
-    layers = _schema1_chain([_schema1_layer(*pair) for pair in zip(blobs, history)], what)
+        raise InvalidDocument("%s: %d layers and %d history entries; they must be as "
+                              "many and not none" % (what, len(blobs), len(history)))
+    layers = _schema1_chain([_schema1_layer(*pair) for pair in zip(blobs, history)],
+                            what)
     return Schema1Manifest(
         raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1,
         Digest.of(signature.payload, algorithm), document.get("name", str, ""),
@@ -988,7 +1002,8 @@ def _schema1_layer(blob, history):
     v1 = Document.parse(text.encode("utf-8"), history.where + ".v1Compatibility")
     for name in ("id", "parent"):
         value = v1.get(name, str)
-        if value is not None and not _HEX64.fullmatch(value) and (value or name == "id"):
+        if (value is not None and not _HEX64.fullmatch(value)
+                and (value or name == "id")):
             raise InvalidDocument("%s: '%s' is not 64 lowercase hex digits"
                                   % (v1.where, name))
     descriptor = Descriptor(SCHEMA1_LAYER, blob.digest("blobSum"), None)
@@ -998,20 +1013,20 @@ def _schema1_layer(blob, history):
 
 
 def _schema1_chain(pairs, what):
-    """The layers oldest first: docker's checks (distribution/pull_v2_unix.go, fixups)."""
+    """Layers oldest first: docker's checks (distribution/pull_v2_unix.go, fixups)."""
     if pairs[-1][1] is not None:
         raise InvalidDocument("%s: its base layer names a parent" % what)
     chain = [pairs[-1][0]]
     seen = {chain[0].id}
     for layer, parent in reversed(pairs[:-1]):
         if layer.id == chain[-1].id:
-            # The list holds an id twice in a row: docker drops the newer, keeps the older.
+            # An id stands twice in a row: docker drops the newer, keeps the older.
             continue
         if layer.id in seen:
             raise InvalidDocument("%s: layer id %s stands twice" % (what, layer.id))
         if parent != chain[-1].id:
-            raise InvalidDocument("%s: layer %s does not name the layer below it as its "
-                                  "parent" % (what, layer.id))
+            raise InvalidDocument("%s: layer %s does not name the layer below it as "
+                                  "its parent" % (what, layer.id))
         seen.add(layer.id)
         chain.append(layer)
     return tuple(chain)
@@ -1021,8 +1036,8 @@ def matching(index, platform):
     """The descriptors of `index` that fit the Platform, best first.
 
     docker's rule: its fallback order, then place in the index; an entry without a
-    platform (a nested index, say) fits, but last. Attestations ("unknown/unknown") never
-    fit. Index entries of other than manifest types are passed over.
+    platform (a nested index, say) fits, but last. Attestations ("unknown/unknown")
+    never fit. Index entries of other than manifest types are passed over.
     """
     order = {(p.os, p.architecture, p.variant): rank
              for rank, p in enumerate(platform.candidates())}
@@ -1048,7 +1063,7 @@ def _same_build(wanted, found):
 
 
 class ImageConfig(NamedTuple):
-    """An image config (OCI image-spec, config.md): `raw` bytes, `value` the JSON object."""
+    """An image config (OCI image-spec, config.md): `raw` bytes, `value` the object."""
 
     raw: bytes
     value: dict
@@ -1089,8 +1104,8 @@ class Layer(NamedTuple):
 def list_layers(manifest, config=None):
     """The Layers of an image, oldest first.
 
-    `config` is its ImageConfig, None for schema1. Raises VerificationError where it does
-    not have as many diffIDs as the manifest has layers.
+    `config` is its ImageConfig, None for schema1. Raises VerificationError where it
+    does not have as many diffIDs as the manifest has layers.
     """
     if isinstance(manifest, Schema1Manifest):
         return tuple(Layer(layer.id, layer.blob, None, layer.v1_compatibility,
@@ -1123,7 +1138,7 @@ def _layer_history(config, count):
 
 
 def _v1_json(config, chain, history, i):
-    """The v1 image JSON docker would keep for layer `i`; the top has the whole config."""
+    """The v1 JSON docker would keep for layer `i`; the top has the whole config."""
     value = {}
     if i == len(chain) - 1:
         value = {key: member for key, member in config.value.items()
@@ -1162,8 +1177,9 @@ def _members(text):
 
 
 def _go_escape(text):
-    """JSON text with what Go's encoding/json escapes besides what JSON wants escaped."""
-    return re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()), text)
+    """JSON text with what Go's encoding/json escapes beyond what JSON wants escaped."""
+    return re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()),
+                  text)
 
 
 def _go_json(value):
@@ -1179,10 +1195,12 @@ def _go_time(text):
     """A time as Go's RFC3339Nano writes it; None gives Go's zero time."""
     if text is None:
         return "0001-01-01T00:00:00Z"
-    match = type(text) is str and re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)",
-                         text, re.ASCII)
+    match = type(text) is str and re.fullmatch(
+        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)",
+        text, re.ASCII)
     if not match:
-        raise InvalidDocument("'created' is not an RFC 3339 time: " + printable(text, 60))
+        raise InvalidDocument("'created' is not an RFC 3339 time: "
+                              + printable(text, 60))
     seconds, fraction, zone = match.groups()
     fraction = (fraction or "")[:9].rstrip("0")
     zone = "Z" if zone in ("+00:00", "-00:00") else zone
@@ -1251,15 +1269,16 @@ def _go_history(v1):
               ("comment", v1.get("comment")),
               ("empty_layer", v1.get("throwaway") is True))
     return collections.OrderedDict(
-        [("created", _go_time(v1.get("created")))] + [pair for pair in fields if pair[1]])
+        [("created", _go_time(v1.get("created")))]
+        + [pair for pair in fields if pair[1]])
 
 
 def modern_config(manifest, diff_ids):
     """The ImageConfig docker gives to a Schema1Manifest.
 
-    `diff_ids` are those of its layers that are not throwaway, oldest first. Its digest is
-    the image ID that containers/image computes, byte for byte (manifest/docker_schema1.go,
-    ToSchema2Config). Raises InvalidDocument.
+    `diff_ids` are those of its layers that are not throwaway, oldest first. Its digest
+    is the image ID that containers/image computes, byte for byte
+    (manifest/docker_schema1.go, ToSchema2Config). Raises InvalidDocument.
     """
     images = [parse_json(layer.v1_compatibility.encode("utf-8"), "v1Compatibility")
               for layer in manifest.layers]
@@ -1278,10 +1297,12 @@ def modern_config(manifest, diff_ids):
     try:
         members["history"] = _go_json([_go_history(image) for image in images])
     except (TypeError, AttributeError):
-        raise InvalidDocument("a v1Compatibility has members of the wrong type") from None
+        raise InvalidDocument(
+            "a v1Compatibility has members of the wrong type") from None
     try:
-        raw = ("{%s}" % ",".join("%s:%s" % (_go_json(key), members[key]) for key in sorted(
-            members, key=lambda key: key.encode("utf-8")))).encode("utf-8")
+        raw = ("{%s}" % ",".join(
+            "%s:%s" % (_go_json(key), members[key]) for key in sorted(
+                members, key=lambda key: key.encode("utf-8")))).encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidDocument("a v1Compatibility is not valid Unicode") from None
     return ImageConfig.parse(raw)
@@ -1309,7 +1330,8 @@ def with_layers(manifest, layers):
     for member, layer in zip(document["layers"], layers):
         member.update(mediaType=layer.media_type, size=layer.size,
                       digest=str(layer.digest))
-    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw = json.dumps(document, separators=(",", ":"),
+                     ensure_ascii=False).encode("utf-8")
     return manifest._replace(raw=raw, digest=Digest.of(raw), layers=tuple(layers))
 
 
@@ -1487,7 +1509,7 @@ def _zstd_parts():
 
 
 class _ZstdFrames:
-    """Sees to it that a stream has zstd frames only: the program unpacks gzip and xz too."""
+    """Sees that a stream has zstd frames only: the program unpacks gzip and xz too."""
 
     def __init__(self):
         self._parts = _zstd_parts()
@@ -1506,15 +1528,16 @@ class _ZstdFrames:
 
 
 class _ZstdProgram:
-    """Unpacks zstd through the `zstd` program, where Python has no `compression.zstd`."""
+    """Unpacks zstd by the `zstd` program, where Python has no `compression.zstd`."""
 
     def __init__(self, sink, what):
         import shutil
         import subprocess
         program = shutil.which("zstd")
         if program is None or not os.path.isabs(program):
-            raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
-                              % what, hint="install the zstd program, or use Python 3.14")
+            raise Unsupported("%s is compressed with zstd, which this Python cannot "
+                              "unpack" % what,
+                              hint="install the zstd program, or use Python 3.14")
         self._what, self._sink, self._error = what, sink, None
         self._frames = _ZstdFrames()
         self._process = subprocess.Popen(
@@ -1570,7 +1593,7 @@ class _ZstdProgram:
 
 
 class _Unpacker:
-    """A layer blob's bytes in, its tar's bytes out to `sink`; what it is, magic tells."""
+    """A layer blob's bytes in, its tar's out to `sink`; what it is, magic tells."""
 
     def __init__(self, sink, what):
         self._sink, self._what = sink, what
@@ -1593,8 +1616,8 @@ class _Unpacker:
             try:
                 self._stream = _Members(self._sink, name, opener, self._what)
             except ImportError:
-                raise Unsupported("%s is compressed with %s, which this Python was built "
-                                  "without" % (self._what, name)) from None
+                raise Unsupported("%s is compressed with %s, which this Python was "
+                                  "built without" % (self._what, name)) from None
         self._stream.update(self._head)
 
     def finish(self):
@@ -1638,9 +1661,10 @@ def _has_zstd_module():
 class Entry(NamedTuple):
     """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
 
-    `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is logical, in
-    bytes; `mtime` is in nanoseconds; `link` is the target of a link; `device` is (major,
-    minor); `sparse` is where a sparse file has data, as (offset, length) pairs, or None.
+    `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
+    logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
+    `device` is (major, minor); `sparse` is where a sparse file has data, as (offset,
+    length) pairs, or None.
     """
 
     path: bytes
@@ -1670,9 +1694,9 @@ class TarWalker:
     tarfile is not used for the walk: it ends without a word at a broken header, so that
     whatever follows is lost (seen on 3.6 to 3.13). It reads the single headers.
     `size` is the sum of the logical sizes in the headers, in bytes; `members` counts.
-    A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored for
-    it, `finish()` after the last, and `abort()` when no more will come. Members may not hold more than `limit` bytes, holes
-    included.
+    A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored
+    for it, `finish()` after the last, and `abort()` when no more will come. Members may
+    not hold more than `limit` bytes, holes included.
     """
 
     def __init__(self, what, visitor=None, limit=LAYER_SIZE_LIMIT):
@@ -1741,8 +1765,8 @@ class TarWalker:
 
     def _extension(self, info):
         if info.size > TAR_EXTENSION_LIMIT:
-            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of %d"
-                                % (self._what, info.size, TAR_EXTENSION_LIMIT))
+            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit "
+                                "of %d" % (self._what, info.size, TAR_EXTENSION_LIMIT))
         kind, size = info.type, info.size
         if kind in b"xX" and self._pax:
             raise self._bad("two extended headers of one member")
@@ -1897,8 +1921,9 @@ class TarWalker:
                               if type(key) is bytes and key.startswith(_XATTR)))
         return Entry(name, kind, size, info.mode & 0o7777,
                      self._number(b"uid", max(info.uid, 0)),
-                     self._number(b"gid", max(info.gid, 0)), _nanoseconds(info.mtime, self._pax.get(b"mtime")),
-                     link, (max(info.devmajor, 0), max(info.devminor, 0)), xattrs,
+                     self._number(b"gid", max(info.gid, 0)),
+                     _nanoseconds(info.mtime, self._pax.get(b"mtime")), link,
+                     (max(info.devmajor, 0), max(info.devminor, 0)), xattrs,
                      self._pax_sparse(size))
 
     def _pax_sparse(self, size):
@@ -1915,7 +1940,7 @@ class TarWalker:
 
 
 def _nanoseconds(seconds, text):
-    """A member's time from its header's `seconds`, or the pax record `text` if it has one.
+    """A member's time from its header's `seconds`, or its pax record `text`, if any.
 
     What no file system could hold counts as 0.
     """
@@ -1944,9 +1969,9 @@ class Unpacked(NamedTuple):
 class Stage:
     """Runs a push-style consumer in a thread of its own, a few pieces behind.
 
-    zlib, hashlib and sockets release the interpreter lock, so stages of one layer really
-    run side by side; the short queue keeps memory flat. The first pieces are handed over
-    directly: what ends there needs no thread.
+    zlib, hashlib and sockets release the interpreter lock, so stages of one layer
+    really run side by side; the short queue keeps memory flat. The first pieces are
+    handed over directly: what ends there needs no thread.
     """
 
     def __init__(self, consumer):
@@ -1955,7 +1980,7 @@ class Stage:
         self._queue = self._thread = self._error = None
 
     def update(self, data):
-        """Takes the next bytes; raises what an earlier piece made the consumer raise."""
+        """Takes the next bytes; raises what earlier ones made the consumer raise."""
         if self._direct > 0:
             self._direct -= len(data)
             return self._consumer.update(data)
@@ -2001,8 +2026,9 @@ class Stage:
 class LayerVerifier:
     """Unpacks a layer as its blob's bytes pass, to learn its diffID and size.
 
-    Memory stays flat whatever it unpacks to. For `visitor` see TarWalker. The verdict comes with `finish`: a corrupt
-    stream is reported there, so that a wrong blob digest can be reported first.
+    Memory stays flat whatever it unpacks to. For `visitor` see TarWalker. The verdict
+    comes with `finish`: a corrupt stream is reported there, so that a wrong blob digest
+    can be reported first.
     """
 
     def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT, visitor=None):
@@ -2067,22 +2093,22 @@ class _Sink(NamedTuple):
 # 8  Credentials: who we are to a registry
 # --------------------------------------------------------------------------------------
 # Found where docker and podman keep them. A secret is offered only to the very host its
-# entry names (CVE-2021-41092 was an entry falling back to another), and shown to nobody.
+# entry names (CVE-2021-41092: an entry fell back to another), and shown to nobody.
 
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
 _HUB_NAMES = frozenset([DOCKER_HUB, "index.docker.io", DOCKER_HUB_API])
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
-_HELPER_EMPTY = ("credentials not found in native keychain", "no credentials server URL",
-                 "no credentials username")
+_HELPER_EMPTY = ("credentials not found in native keychain",
+                 "no credentials server URL", "no credentials username")
 
 
 class Credentials:
-    """Who we are to one registry: a user name and password, an identity token (a refresh
-    token for its token server), or a ready registry token. What is not there is None.
+    """Who we are to one registry: a user name and password, an identity token (a
+    refresh token for its token server), or a ready registry token. Each may be None.
 
-    `source` says in words where they were found. Not a tuple: its repr must not show the
-    secrets. Also the simplest keyring: it gives itself for every host.
+    `source` says in words where they were found. Not a tuple: its repr must not show
+    the secrets. Also the simplest keyring: it gives itself for every host.
     """
 
     __slots__ = ("username", "password", "identity_token", "registry_token", "source")
@@ -2162,8 +2188,8 @@ class Keyring:
         if self._given is not None:
             self._given_host = self._given_host or host
             if host != self._given_host:
-                raise UsageError("one user name and password, but two registries: %s and "
-                                 "%s" % (self._given_host, host),
+                raise UsageError("one user name and password, but two registries: %s "
+                                 "and %s" % (self._given_host, host),
                                  "pull from one at a time")
 
     def _search(self, host, repository):
@@ -2216,7 +2242,8 @@ def _read_config(path, named=False):
         with open(path, "rb") as file:
             return _parse_config(file.read(CONFIG_LIMIT), path)
     except (OSError, InvalidDocument) as error:
-        text = "%s: %s" % (path, error.strerror if isinstance(error, OSError) else error)
+        text = "%s: %s" % (
+            path, error.strerror if isinstance(error, OSError) else error)
         if named:
             raise CredentialsError("credentials not read: " + text) from None
         log.warning("credentials passed over: %s", text)
@@ -2255,8 +2282,8 @@ def _find_in_config(name, config, host, repository):
 def _config_keys(auths, host, repository):
     """The keys of `auths` that are for this repository, most to least specific.
 
-    As containers/image does it: host/namespace/.../repository, up to host; then keys that
-    are URLs, by their host. Docker Hub goes by its legacy key too.
+    As containers/image does it: host/namespace/.../repository, up to host; then keys
+    that are URLs, by their host. Docker Hub goes by its legacy key too.
     """
     names = [host] if host != DOCKER_HUB else [DOCKER_HUB, "index.docker.io",
                                                DOCKER_HUB_API]
@@ -2290,7 +2317,8 @@ def _entry_credentials(entry, source):
             pair = ""
         name, colon, secret = pair.partition(":")
         if not name or not colon:
-            log.warning("%s: 'auth' is not base64 of user:password: passed over", source)
+            log.warning("%s: 'auth' is not base64 of user:password: passed over",
+                        source)
         else:
             username, password = name, secret.rstrip("\0")
     token, ready = values.get("identitytoken"), values.get("registrytoken")
@@ -2320,7 +2348,8 @@ def _ask_helper(suffix, server, source):
         text = output.decode("utf-8", "replace").strip()
         if text in _HELPER_EMPTY:
             return None
-        raise CredentialsError("%s failed for %s (status %d)" % (program, server, status),
+        raise CredentialsError("%s failed for %s (status %d)"
+                               % (program, server, status),
                                hint="run it by hand, or pull with --no-creds")
     try:
         answer = Document.parse(output, program)
@@ -2341,7 +2370,8 @@ def _run_helper(command, text, program):
     """(exit status, output) of a helper, bounded in time and size."""
     import subprocess
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
     except OSError as error:
         raise CredentialsError("%s: cannot be run: %s" % (command[0], error.strerror),
                                hint="pull with --no-creds") from None
@@ -2353,7 +2383,7 @@ def _run_helper(command, text, program):
             process.stdin.close()
         output.append(process.stdout.read(TOKEN_LIMIT + 1))
 
-    # A thread, because what the helper started may hold the pipe open after it is killed.
+    # A thread: what the helper started may hold the pipe open after it is killed.
     reader = threading.Thread(target=talk, daemon=True)
     reader.start()
     reader.join(HELPER_TIMEOUT)
@@ -2367,8 +2397,8 @@ def _run_helper(command, text, program):
         process.kill()
         process.wait()
         raise CredentialsError(
-            "%s did not answer within %g seconds" % (program, HELPER_TIMEOUT) if slow else
-            "%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
+            "%s did not answer within %g seconds" % (program, HELPER_TIMEOUT)
+            if slow else "%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
     process.stdout.close()
     return process.wait(), output[0]
 
@@ -2376,13 +2406,14 @@ def _run_helper(command, text, program):
 # --------------------------------------------------------------------------------------
 # 9  Transport: one safe HTTP exchange; knows nothing of images
 # --------------------------------------------------------------------------------------
-# urllib.request gives proxies and request objects. Four of its habits are replaced here:
-# it opens a connection for every request; it sends Authorization along redirects to any
-# host, and follows some to ftp; a short body is no error (http.client, bpo-115997); and a
-# socket's timeout is for each recv, so a byte a minute keeps a request alive for ever.
+# urllib.request gives proxies and request objects. Four of its habits are replaced
+# here: it opens a connection for every request; it sends Authorization along redirects
+# to any host, and follows some to ftp; a short body is no error (http.client,
+# bpo-115997); and a socket's timeout is for each recv, so a byte a minute keeps a
+# request alive for ever.
 
 def loopback(host):
-    """Whether `host[:port]` names this machine by a loopback address or as localhost."""
+    """Whether `host[:port]` names this machine by a loopback address or localhost."""
     name = urllib.parse.urlsplit("//" + host).hostname or ""
     return name == "localhost" or _address_rank(name) == _LOOPBACK
 
@@ -2407,7 +2438,7 @@ def _address_rank(address):
 def checked_url(url, base=None):
     """`url`, relative to `base` if given, taken apart; raises UnsafeRedirect.
 
-    Servers choose these URLs, and parsers disagree on odd ones, so odd ones are refused.
+    Servers choose these URLs, and parsers disagree on odd ones, so those are refused.
     """
     shown = bare_url(url)
     # Looked at before urljoin, which drops tabs and newlines without a word.
@@ -2427,7 +2458,7 @@ def checked_url(url, base=None):
 
 
 def bare_url(url):
-    """`url` fit for messages: without query and user information, which hold secrets."""
+    """`url` fit for messages: no query or user information, which hold secrets."""
     text = re.split("[?#]", url, maxsplit=1)[0]
     return printable(re.sub("//[^/]*@", "//", text), 200)
 
@@ -2625,7 +2656,8 @@ def split_proxy(url):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
     raise UsageError("the proxy's URL is not one we can use",
-                     "expected http://, socks5:// or socks5h://[USER:PASSWORD@]HOST:PORT")
+                     "expected http://, socks5:// or "
+                     "socks5h://[USER:PASSWORD@]HOST:PORT")
 
 
 def _receive(sock, count):
@@ -2640,11 +2672,12 @@ def _receive(sock, count):
 
 _SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the network",
                   4: "cannot reach the host", 5: "was refused by the host",
-                  6: "gave up waiting", 7: "cannot do it", 8: "cannot take that address"}
+                  6: "gave up waiting", 7: "cannot do it",
+                  8: "cannot take that address"}
 
 
 def socks_connect(sock, proxy, host, port):
-    """Asks the SOCKS5 server at the other end of `sock` to connect (RFC 1928, RFC 1929).
+    """Asks the SOCKS5 server at the other end of `sock` to connect (RFC 1928, 1929).
 
     `proxy` is its taken-apart URL; with socks5 the name is resolved here, with socks5h
     there. Raises TransportError, AccessDenied.
@@ -2672,7 +2705,8 @@ def socks_connect(sock, proxy, host, port):
         raise TransportError("%s: %s:%d: it %s" % (
             place, host, port, _SOCKS_REPLIES.get(status, "failed")),
             retryable=status not in (2, 7, 8))
-    _receive(sock, 2 + {1: 4, 4: 16}.get(kind) if kind != 3 else 2 + _receive(sock, 1)[0])
+    _receive(sock, 2 + {1: 4, 4: 16}.get(kind) if kind != 3 else
+             2 + _receive(sock, 1)[0])
 
 
 def _socks_address(address):
@@ -2685,8 +2719,8 @@ def _socks_address(address):
 
 
 def bypasses_proxy(host, no_proxy, loopback_too=True):
-    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`, as is
-    a loopback host where `loopback_too`.
+    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`, as
+    is a loopback host where `loopback_too`.
 
     Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
     `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
@@ -2710,7 +2744,8 @@ def bypasses_proxy(host, no_proxy, loopback_too=True):
 def _names_host(entry, name):
     if _address_rank(name) is not None:
         try:
-            return ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False)
+            return ipaddress.ip_address(name) in ipaddress.ip_network(
+                entry, strict=False)
         except ValueError:
             return False
     subdomains = entry.lstrip("*") if entry.startswith(("*.", ".")) else "." + entry
@@ -2759,7 +2794,7 @@ class Response:
         self.rank = connection.rank
 
     def _framing(self, method):
-        """The body's length or None; raises TransportError where framing is ambiguous."""
+        """The body's length or None; raises TransportError if framing is ambiguous."""
         lengths = set(self.headers.get_all("Content-Length", []))
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
         encoding = self.headers.get("Content-Encoding", "identity").lower()
@@ -2809,12 +2844,13 @@ class Response:
         if self.length is not None and received != self.length:
             self.close()
             raise TransportError("%s sent %d bytes of %d and ended"
-                                 % (self.place(), received, self.length), retryable=True)
+                                 % (self.place(), received, self.length),
+                                 retryable=True)
         self._reply.close()  # of the response, not of its connection
         self._finish()
 
     def read(self, limit, what):
-        """The whole body, at most `limit` bytes; raises LimitExceeded, TransportError."""
+        """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError."""
         if self.length is not None and self.length > limit:
             self.close()
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
@@ -2829,7 +2865,7 @@ class Response:
         return bytes(body)
 
     def discard(self):
-        """Reads a small rest, so that the connection can be used again, or closes it."""
+        """Reads a small rest, so that the connection can be reused, or closes it."""
         with contextlib.suppress(ImagecError):
             if self.length is not None and self.length > ERROR_BODY_LIMIT:
                 return self.close()
@@ -2839,8 +2875,9 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is not None:
             if not self._keep:
-                self._reply.close()  # http.client has let go of one that ends its socket
-            self._transport.release(connection, self._keep and not self._reply.will_close)
+                self._reply.close()  # http.client lets go of one that ends its socket
+            self._transport.release(connection,
+                                    self._keep and not self._reply.will_close)
 
     def close(self):
         """Gives up the rest of the body and the connection with it."""
@@ -2855,9 +2892,10 @@ class Response:
 
 
 class TLSSettings:
-    """What certificates are good enough, host by host; see Transport for the arguments."""
+    """What certificates are good enough, host by host; for arguments see Transport."""
 
-    def __init__(self, skip_verify=False, cacert=None, client_pair=None, certs_dirs=None):
+    def __init__(self, skip_verify=False, cacert=None, client_pair=None,
+                 certs_dirs=None):
         self._skip_verify, self._cacert = skip_verify, cacert
         self._client_pair = client_pair
         self._certs_dirs = default_certs_dirs() if certs_dirs is None else certs_dirs
@@ -2909,10 +2947,10 @@ class Transport:
 
     `timeout` bounds everything done with it, `idle_timeout` each silence, in seconds.
     `skip_verify` takes any certificate; `cacert` is a PEM file of roots added to the
-    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR); `client_pair` is a certificate
-    and a key file shown to the hosts that `tls.name` is told of. `certs_dirs` are the places of
-    HOST[:PORT]/ directories of more of these (None: docker's and podman's). `proxy` is a
-    URL, None for the environment's.
+    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR); `client_pair` is a
+    certificate and a key file shown to the hosts that `tls.name` is told of.
+    `certs_dirs` are the places of HOST[:PORT]/ directories of more of these (None:
+    docker's and podman's). `proxy` is a URL, None for the environment's.
     """
 
     def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
@@ -2981,9 +3019,9 @@ class Transport:
              follow=lambda parts: True):
         """The Response to one request, redirects followed; raises TransportError.
 
-        `trusting` is how near (see _address_rank) the server that chose this URL is; None
-        where the user chose it. Authorization stays with the origin it was meant for.
-        `follow(parts)` may forbid a redirect.
+        `trusting` is how near (see _address_rank) the server that chose this URL is;
+        None where the user chose it. Authorization stays with the origin it was meant
+        for. `follow(parts)` may forbid a redirect.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         first = checked_url(url)
@@ -2996,7 +3034,8 @@ class Transport:
             response.discard()
             parts = checked_url(location, url)
             if url.startswith("https:") and parts.scheme != "https":
-                raise UnsafeRedirect("%s redirects from https to http" % response.place())
+                raise UnsafeRedirect("%s redirects from https to http"
+                                     % response.place())
             if not follow(parts):
                 raise UnsafeRedirect("%s redirects to another host, %s"
                                      % (response.place(), parts.hostname))
@@ -3037,8 +3076,8 @@ class Transport:
             try:
                 return self._send(connection, request)
             except (http.client.RemoteDisconnected, ConnectionError):
-                # A kept connection may have been closed by its server meanwhile: that is
-                # no failed try, another connection tells.
+                # A kept connection may have been closed by its server meanwhile: that
+                # is no failed try, another connection tells.
                 self.release(connection, False)
                 if not connection.used:
                     raise
@@ -3058,7 +3097,8 @@ class Transport:
         connection.watch.start()
         if connection.sock is not None:
             connection.sock.settimeout(connection.watch.patience())
-        connection.request(request.get_method(), request.selector, request.data, headers)
+        connection.request(request.get_method(), request.selector, request.data,
+                           headers)
         reply = connection.getresponse()
         connection.watch.until = None
         response = Response(self, connection, reply, request)
@@ -3088,9 +3128,9 @@ class Transport:
 
     def _new(self, request):
         if request.type == "https":
-            return _KeptHTTPS(request.host, timeout=self.idle_timeout,
-                              context=self.tls.context(
-                                  getattr(request, "_tunnel_host", None) or request.host))
+            return _KeptHTTPS(
+                request.host, timeout=self.idle_timeout, context=self.tls.context(
+                    getattr(request, "_tunnel_host", None) or request.host))
         return _KeptHTTP(request.host, timeout=self.idle_timeout)
 
     def release(self, connection, keep):
@@ -3105,7 +3145,7 @@ class Transport:
 
     @contextlib.contextmanager
     def translating(self, url, request=None):
-        """What sockets, ssl and http.client raise inside comes out as TransportError."""
+        """What sockets, ssl and http.client raise in it comes out as TransportError."""
         try:
             yield
         except ImagecError:
@@ -3135,7 +3175,8 @@ def host_certificates(host, certs_dirs):
     hosts = [host, host[:-len(":443")]] if host.endswith(":443") else [host]
     if host == DOCKER_HUB_API:
         hosts.append(DOCKER_HUB)
-    for directory in (os.path.join(base, name) for base in certs_dirs for name in hosts):
+    for directory in (os.path.join(base, name)
+                      for base in certs_dirs for name in hosts):
         try:
             names = sorted(os.listdir(directory))
         except OSError:  # not there, or not for us
@@ -3146,8 +3187,9 @@ def host_certificates(host, certs_dirs):
             stem, kind = os.path.splitext(name)
             other = stem + {".cert": ".key", ".key": ".cert"}.get(kind, kind)
             if other not in names:
-                raise UsageError("%s has no %s beside it" % (os.path.join(
-                    directory, name), other), "a client certificate and its key go together")
+                raise UsageError(
+                    "%s has no %s beside it" % (os.path.join(directory, name), other),
+                    "a client certificate and its key go together")
             if kind == ".cert":
                 pairs.append((os.path.join(directory, name),
                               os.path.join(directory, other)))
@@ -3161,12 +3203,12 @@ def _load(path, load, *args):
         load(*args)
     except (OSError, ssl.SSLError) as error:
         raise UsageError("cannot read certificates or keys from %s: %s" % (
-            path, _reason(error)), "--cacert, --cert, --key and certs.d want PEM files, "
-            "keys not encrypted") from None
+            path, _reason(error)), "--cacert, --cert, --key and certs.d want PEM "
+            "files, keys not encrypted") from None
 
 
 def _no_password():
-    """For an encrypted key: never ask on a terminal. 3.6 cannot take an exception here."""
+    """For an encrypted key: never ask on a terminal. 3.6 takes no exception here."""
     return ""
 
 
@@ -3201,15 +3243,16 @@ def _transport_error(error, url, idle_timeout, proxy=None):
                         "it may speak plain http: --insecure-allow-http")
     if "Tunnel connection failed" in str(error):
         if " 407" in str(error):
-            return AccessDenied("%s: the proxy wants a user name and password (HTTP 407)"
-                                % host, 407,
+            return AccessDenied("%s: the proxy wants a user name and password "
+                                "(HTTP 407)" % host, 407,
                                 hint="put them in its URL")
         return TransportError("%s: the proxy does not connect: %s" % (
             host, printable(error, 100)), retryable=" 50" in str(error))
     if isinstance(error, socket.gaierror):
-        return TransportError("cannot resolve host %s: %s" % (host, _reason(error)),
-                              "check the name, the DNS and the proxy settings",
-                              retryable=error.errno == getattr(socket, "EAI_AGAIN", None))
+        return TransportError(
+            "cannot resolve host %s: %s" % (host, _reason(error)),
+            "check the name, the DNS and the proxy settings",
+            retryable=error.errno == getattr(socket, "EAI_AGAIN", None))
     if isinstance(error, http.client.HTTPException) and not isinstance(
             error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
         return TransportError("%s did not answer in HTTP: %s: %s" % (
@@ -3218,7 +3261,7 @@ def _transport_error(error, url, idle_timeout, proxy=None):
 
 
 def _fingerprint(host):
-    """The SHA-256 of the certificate a host shows, to compare it with what it should."""
+    """The SHA-256 of the certificate a host shows, to compare with what it should."""
     parts = urllib.parse.urlsplit("//" + host)
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -3259,7 +3302,7 @@ class Budget:
 
 
 def retry_after(value):
-    """Seconds a Retry-After header asks for (RFC 7231, 7.1.3), None for none or junk."""
+    """Seconds a Retry-After header wants (RFC 7231, 7.1.3), None for none or junk."""
     import email.utils
     if value is None:
         return None
@@ -3339,7 +3382,7 @@ _AUTH_SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:[ \t]+|(?=,)|\Z)")
 
 
 class Challenge(NamedTuple):
-    """One challenge of a WWW-Authenticate header: lowercase `scheme`, and `parameters`."""
+    """A challenge of a WWW-Authenticate header: lowercase `scheme`, `parameters`."""
 
     scheme: str
     parameters: dict
@@ -3400,8 +3443,8 @@ class Token:
 def auth_url(challenge, scope, registry_url):
     """The URL to GET a token from, as the Bearer `challenge` of a registry says.
 
-    The scope is ours, whatever the challenge says: a registry must not widen what a token
-    is good for. Raises InvalidDocument, UnsafeRedirect.
+    The scope is ours, whatever the challenge says: a registry must not widen what a
+    token is good for. Raises InvalidDocument, UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
@@ -3421,8 +3464,8 @@ def auth_url(challenge, scope, registry_url):
 def fetch_token(transport, url, credentials=None, trusting=None):
     """The Token that the token server at `url` (see auth_url) gives.
 
-    Anonymous where `credentials` is None. With an identity token it is asked by POST, as
-    OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
+    Anonymous where `credentials` is None. With an identity token it is asked by POST,
+    as OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
     Transport.open. Raises AccessDenied, TransportError, InvalidDocument. Source:
     distribution, token spec and OAuth2 token spec.
     """
@@ -3452,7 +3495,8 @@ def fetch_token(transport, url, credentials=None, trusting=None):
         if not value:
             raise InvalidDocument("token reply holds no token")
         if not re.fullmatch("[!-~]{1,%d}" % TOKEN_LENGTH_LIMIT, value):
-            raise InvalidDocument("token reply holds a token that is not printable ASCII")
+            raise InvalidDocument(
+                "token reply holds a token that is not printable ASCII")
         renewed = document.get("refresh_token", str)
         if renewed and credentials and credentials.identity_token:
             credentials.identity_token = renewed  # the old one may be good no longer
@@ -3491,7 +3535,8 @@ class Authorizer:
     `rank` is how near the registry's address is.
     """
 
-    def __init__(self, transport, registry_url, keyring=None, token_hosts=(), rank=None):
+    def __init__(self, transport, registry_url, keyring=None, token_hosts=(),
+                 rank=None):
         self._transport, self._registry_url = transport, registry_url
         self._host = urllib.parse.urlsplit(registry_url).netloc
         self._keyring, self._token_hosts = keyring, frozenset(token_hosts)
@@ -3595,10 +3640,11 @@ class Authorizer:
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
-    `allow_http` lets the probe fall back to unverified https and to http; a loopback host
-    may fall back to http without it. `credentials` is a Keyring or Credentials; the
-    `token_hosts` may be sent them though they are not the registry's own. `namespace` is
-    the registry this one is a mirror of, which containerd's mirrors are told as `?ns=`.
+    `allow_http` lets the probe fall back to unverified https and to http; a loopback
+    host may fall back to http without it. `credentials` is a Keyring or Credentials;
+    the `token_hosts` may be sent them though they are not the registry's own.
+    `namespace` is the registry this one is a mirror of, which containerd's mirrors are
+    told as `?ns=`.
     """
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
@@ -3697,15 +3743,18 @@ class Endpoint:
                     raise registry_error(response, "%s:%s" % (repository, reference))
                 self._authorizer.learn(response.headers)
         if self._authorizer.challenged.scheme != "bearer":
-            raise AccessDenied("%s wants a user name and password, not a token" % self.host)
+            raise AccessDenied("%s wants a user name and password, not a token"
+                               % self.host)
         return auth_url(self._authorizer.challenged, pull_scope(repository), url)
 
     # -- exchanges
 
     def _request(self, method, path, authorization, headers):
-        url = self.learn_registry_url() + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
+        url = self.learn_registry_url() + urllib.parse.quote(
+            path, safe="/:?=&%~+,;!@$'()*")
         if self._namespace and "ns=" not in path:
-            url += "&?"["?" not in path] + "ns=" + urllib.parse.quote(self._namespace, "")
+            url += "&?"["?" not in path] + "ns=" + urllib.parse.quote(
+                self._namespace, "")
         if authorization:
             headers = dict(headers, Authorization=authorization)
         response = self.transport.open(method, url, headers)
@@ -3751,7 +3800,7 @@ class Endpoint:
 
 
 class Registry(Endpoint):
-    """The pull part of the distribution API of one host; see Endpoint for its making."""
+    """The pull part of one host's distribution API; see Endpoint for its making."""
 
     def head_manifest(self, repository, tag):
         """The Digest a tag stands for by the registry's word, None where it gives none.
@@ -3761,8 +3810,8 @@ class Registry(Endpoint):
         what = "manifest %s:%s" % (repository, tag)
 
         def fetch():
-            with self._exchange("HEAD", "%s/manifests/%s" % (repository, tag), repository,
-                                what, {"Accept": ACCEPT}) as response:
+            with self._exchange("HEAD", "%s/manifests/%s" % (repository, tag),
+                                repository, what, {"Accept": ACCEPT}) as response:
                 response.discard()
                 return response.headers.get("Docker-Content-Digest")
 
@@ -3772,8 +3821,8 @@ class Registry(Endpoint):
     def fetch_manifest(self, repository, reference, size=None):
         """The manifest `reference` (a tag, or a Digest) names, decoded.
 
-        By Digest its digest is checked, and its `size` where that is not None; by tag, a
-        Docker-Content-Digest header must agree with the body. Raises NotFound,
+        By Digest its digest is checked, and its `size` where that is not None; by tag,
+        a Docker-Content-Digest header must agree with the body. Raises NotFound,
         AccessDenied, VerificationError, InvalidDocument, TransportError.
         """
         digest = reference if isinstance(reference, Digest) else None
@@ -3836,15 +3885,16 @@ class Registry(Endpoint):
         """A Response with the bytes of a Descriptor's blob from `offset` on.
 
         Its status is 206 where the server honours the offset, 200 where it sends all,
-        416 where it has nothing there. A foreign layer that the registry does not have is
-        asked of the descriptor's https URLs, without credentials (CVE-2020-15157).
+        416 where it has nothing there. A foreign layer that the registry does not have
+        is asked of the descriptor's https URLs, without credentials (CVE-2020-15157).
         """
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
         expected = (200, 206, 416) if offset else (200,)
         what = "blob " + str(descriptor.digest)
         try:
-            return self._exchange("GET", "%s/blobs/%s" % (
-                repository, str(descriptor.digest)), repository, what, headers, expected)
+            return self._exchange(
+                "GET", "%s/blobs/%s" % (repository, str(descriptor.digest)),
+                repository, what, headers, expected)
         except RegistryError as error:
             if error.status not in (403, 404) or not descriptor.urls:
                 raise
@@ -3867,7 +3917,7 @@ class Registry(Endpoint):
         raise error
 
     def tags(self, repository):
-        """Yields the repository's tags, page by page (distribution-spec, "Listing Tags").
+        """Yields a repository's tags page by page (distribution-spec, "Listing Tags").
 
         What is no tag by the grammar is passed over with a warning.
         """
@@ -3875,9 +3925,11 @@ class Registry(Endpoint):
         seen, count = set(), 0
         while path is not None:
             if path in seen:
-                raise InvalidDocument("%s: the tag list leads back to itself" % self.host)
+                raise InvalidDocument("%s: the tag list leads back to itself"
+                                      % self.host)
             seen.add(path)
-            tags, path = self.transport.retrying(lambda: self._tag_page(repository, path))
+            tags, path = self.transport.retrying(
+                lambda: self._tag_page(repository, path))
             for tag in tags:
                 count += 1
                 if count > TAG_COUNT_LIMIT:
@@ -3897,7 +3949,7 @@ class Registry(Endpoint):
             return tags, self._next_page(response)
 
     def _next_page(self, response):
-        """The path of the next page as the server gives it, None at the end (RFC 8288)."""
+        """The next page's path as the server gives it, None at the end (RFC 8288)."""
         link = re.match(r"\s*<([^<>]*)>([^<>,]*)",
                         response.headers.get("Link", "")[:HEADER_LIMIT])
         if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2)):
@@ -3914,8 +3966,8 @@ class Registry(Endpoint):
 class Source:
     """One repository: where it is at home, and mirrors of it that are tried first.
 
-    `places` are (Registry, repository there) pairs, the home last. A mirror that fails, or
-    lacks something, or serves what it should not, is left for good, and that is told.
+    `places` are (Registry, repository there) pairs, the home last. A mirror that fails,
+    or lacks something, or serves what it should not, is left for good, and told of.
     """
 
     def __init__(self, places):
@@ -3986,8 +4038,8 @@ _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 class Event(NamedTuple):
     """Something to tell who watches: docker's event stream, as a value.
 
-    `id` is the short name of a layer, "" for the whole; `current` and `total` are bytes,
-    None where they mean nothing.
+    `id` is the short name of a layer, "" for the whole; `current` and `total` are
+    bytes, None where they mean nothing.
     """
 
     status: str
@@ -4075,7 +4127,7 @@ class Partial:
             raise
 
     def commit(self, durable=True):
-        """Gives it its final name; where `durable`, it is on disk before the name is."""
+        """Gives it its final name; if `durable`, it is on disk before the name is."""
         if durable:
             with self._named():
                 os.fsync(self._fd)
@@ -4104,7 +4156,7 @@ class Partial:
 
 
 def _try_lock(fd):
-    """Takes the file's lock; False where another holds it. No lock where there is none."""
+    """Locks the file; False where another holds it. No lock where there is none."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -4135,8 +4187,8 @@ def write_file(path, data):
 
 
 class Fetched(NamedTuple):
-    """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it was
-    not unpacked), and whether it was there already.
+    """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it
+    was not unpacked), and whether it was there already.
     """
 
     size: int
@@ -4151,7 +4203,8 @@ class Proof:
         what = "layer " + str(blob.digest)
         self._what, self._diff_id = what, diff_id
         self._blob = BlobVerifier(blob.digest, blob.size, what)
-        self._layer = LayerVerifier(what, limit, visitor and visitor()) if unpack else None
+        self._layer = (LayerVerifier(what, limit, visitor and visitor()) if unpack
+                       else None)
 
     @property
     def received(self):
@@ -4163,7 +4216,7 @@ class Proof:
             self._layer.update(data)
 
     def finish(self):
-        """The Unpacked or None. A wrong blob digest is told before what follows from it."""
+        """The Unpacked or None. A wrong blob digest is told before what it causes."""
         self._blob.finish()
         if self._layer is None:
             return None
@@ -4181,10 +4234,10 @@ class Proof:
 class Download:
     """Fetches one blob from a Source to the file `path`; `run` does it.
 
-    `diff_id` is what it must unpack to, None where that is not known; `unpack` whether to
-    look; `visitor` makes visitors of its members (see TarWalker), one for each start.
-    `durable` tells to flush it to disk before it has its name. `notify(Event)` hears of
-    progress.
+    `diff_id` is what it must unpack to, None where that is not known; `unpack` whether
+    to look; `visitor` makes visitors of its members (see TarWalker), one for each
+    start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
+    hears of progress.
     """
 
     def __init__(self, source, blob, path, unpack=False, diff_id=None,
@@ -4238,7 +4291,8 @@ class Download:
                     proof.update(data)
             unpacked = proof.finish()
         except (VerificationError, InvalidDocument) as error:
-            log.warning("%s is corrupt and will be fetched again: %s", self._path, error)
+            log.warning("%s is corrupt and will be fetched again: %s",
+                        self._path, error)
             return None
         finally:
             proof.abort()
@@ -4270,11 +4324,11 @@ class Download:
                     budget = Budget(self._source.transport)
 
     def _leave(self, error):
-        """Whether there is another place to get the blob from than the one that failed."""
+        """Whether the blob can be had from another place than the one that failed."""
         return self._place is not None and self._source.leave(self._place, error)
 
     def _take_up(self, partial):
-        """Goes on where an earlier run ended: what it left is hashed again, not believed."""
+        """Goes on from an earlier run: what it left is hashed again, not believed."""
         if self._blob.size is not None and partial.size() > self._blob.size:
             partial.truncate()
         for data in partial.chunks():
@@ -4291,7 +4345,7 @@ class Download:
         partial.truncate()
 
     def _pour(self, partial):
-        """One try: what the registry still has of the blob, onto disk and into the proof."""
+        """One try: the blob's rest from the registry, onto disk and into the proof."""
         offset = self._proof.received
         self._place, response = self._source.open_blob(self._blob, offset)
         with response:
@@ -4329,10 +4383,10 @@ class Download:
 # --------------------------------------------------------------------------------------
 # 13  Flattening: layers -> one file tree
 # --------------------------------------------------------------------------------------
-# Policy first, mechanics after: the tree is worked out in memory from the members' headers
-# (OCI image-spec, layer.md, "Applying Changesets"), as in a chroot. Only then is anything
-# put in its place, and every parent of it is a directory we made: no link of an image is
-# ever followed on the real file system, so none can lead out of it.
+# Policy first, mechanics after: the tree is worked out in memory from the members'
+# headers (OCI image-spec, layer.md, "Applying Changesets"), as in a chroot. Only then
+# is anything put in its place, and every parent of it is a directory we made: no link
+# of an image is ever followed on the real file system, so none can lead out of it.
 
 _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
@@ -4360,8 +4414,8 @@ class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
     The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
-    file of its own in it, or, where `packed`, all to one: making files is what costs most.
-    `entries` is a list of (Entry, (path, offset) of its data or None, its sha256 or None).
+    file of its own in it, or, where `packed`, all to one: making files costs most.
+    `entries` lists (Entry, (path, offset) of its data or None, its sha256 or None).
     """
 
     def __init__(self, directory, packed=False):
@@ -4441,7 +4495,7 @@ class LayerStore:
 
 
 class Node:
-    """An inode of the tree: its Entry, its data's (path, offset), its children if any."""
+    """An inode of the tree: its Entry, its data's (path, offset), any children."""
 
     __slots__ = ("entry", "data", "sha256", "children")
 
@@ -4503,7 +4557,7 @@ class Tree:
             return
         if name != _OPAQUE:
             parent.children.pop(hidden, None)
-        elif self._node(parts[:-1]) is parent:  # what a lower link leads to is not meant
+        elif self._node(parts[:-1]) is parent:  # where a lower link leads is not meant
             parent.children.clear()
 
     def _node(self, parts):
@@ -4516,8 +4570,8 @@ class Tree:
     def _directory(self, parts, make=False, own=()):
         """The directory `parts` names, links followed inside the root as in a chroot.
 
-        None where there is none, unless it is to be made. A link that the layer replaces
-        by a directory of its `own` leads nowhere.
+        None where there is none, unless it is to be made. A link that the layer
+        replaces by a directory of its `own` leads nowhere.
         """
         todo = list(reversed(parts))
         trail, hops = [self.root], 0
@@ -4550,7 +4604,7 @@ class Tree:
         return trail[-1]
 
     def _add(self, parts, entry, data, sha256):
-        """Puts a member in its place; False for a hard link whose target is not there."""
+        """Puts a member in place; False for a hard link whose target is not there."""
         if entry.kind == "unknown":
             self.unknown += 1
             return True
@@ -4611,8 +4665,8 @@ class TreeWriter:
         self.undone = collections.Counter()
 
     def write(self, directory):
-        """Makes `directory` (which must not exist) the root of the tree, all but its own
-        attributes: a directory without write permission could not be moved.
+        """Makes `directory` (which must not exist) the root of the tree, all but its
+        own attributes: a directory without write permission could not be moved.
         """
         base = os.fsencode(directory)
         os.mkdir(base, 0o700)
@@ -4620,8 +4674,8 @@ class TreeWriter:
         for path, node in self._tree.walk():
             place = os.path.join(base, path)
             if os.path.lexists(place):
-                raise Unsupported("%s: two names of the image are one on this file system"
-                                  % show(path))
+                raise Unsupported("%s: two names of the image are one on this file "
+                                  "system" % show(path))
             if id(node) in first:
                 os.link(first[id(node)], place, follow_symlinks=False)
                 continue
@@ -4631,7 +4685,7 @@ class TreeWriter:
             elif self._make(node, place):
                 first[id(node)] = place
                 self._dress(place, node.entry)
-        for place, entry in reversed(directories):  # last, or they refuse their children
+        for place, entry in reversed(directories):  # last, or they refuse children
             self._dress(place, entry)
 
     def finish(self, directory):
@@ -4686,8 +4740,8 @@ class TreeWriter:
             if not name.startswith(_RESTORED_XATTRS) or not hasattr(os, "setxattr"):
                 self.undone["extended attributes not set"] += 1
             else:
-                self._try("extended attributes not set", os.setxattr, place, name, value,
-                          follow_symlinks=False)
+                self._try("extended attributes not set", os.setxattr, place, name,
+                          value, follow_symlinks=False)
         if not link:
             os.chmod(place, entry.mode)
         self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
@@ -4704,8 +4758,8 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
                device=(0, 0), xattrs=()):
     """The header blocks of one member: ustar, with a pax header where it does not fit.
 
-    Written here because tarfile's differ between Pythons in the fields of devices, and an
-    archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
+    Written here because tarfile's differ between Pythons in the fields of devices, and
+    an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
     """
     seconds, rest = divmod(mtime, 10 ** 9)
     pax = [(_XATTR + key, value) for key, value in xattrs]
@@ -4721,9 +4775,9 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
         pax.append((key, b"%d" % value))
         return b"0" * digits + b"\0"
 
-    fields = [fits(b"path", name, 100), number(b"mode", mode, 7), number(b"uid", uid, 7),
-              number(b"gid", gid, 7), number(b"size", size, 11),
-              number(b"mtime", seconds, 11), b" " * 8, kind,
+    fields = [fits(b"path", name, 100), number(b"mode", mode, 7),
+              number(b"uid", uid, 7), number(b"gid", gid, 7),
+              number(b"size", size, 11), number(b"mtime", seconds, 11), b" " * 8, kind,
               fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
               number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b""]
     if rest:
@@ -4763,8 +4817,8 @@ def write_tree_tar(tree, write):
     for path, node in tree.walk():
         entry = node.entry
         if id(node) in first:
-            write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid, entry.mtime,
-                             first[id(node)]))
+            write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
+                             entry.mtime, first[id(node)]))
             continue
         first[id(node)] = path
         write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
@@ -4789,12 +4843,12 @@ def _stored(place, size):
 
 def _entry_header(entry, name):
     size = entry.size if entry.kind == "file" else 0
-    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid, entry.gid,
-                      entry.mtime, entry.link, entry.device, entry.xattrs)
+    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid,
+                      entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
 
 
 def mtree_lines(tree):
-    """The Tree as mtree(5) lines: what is where, with which mode, size, link and digest."""
+    """The Tree as mtree(5) lines: what is where, its mode, size, link and digest."""
     yield "#mtree\n"
     yield _mtree_line(b".", tree.root)
     for path, node in tree.walk():
@@ -4803,7 +4857,8 @@ def mtree_lines(tree):
 
 def _mtree_line(path, node):
     entry = node.entry
-    words = [_vis(path), "type=%s" % ("link" if entry.kind == "symlink" else entry.kind),
+    words = [_vis(path),
+             "type=%s" % ("link" if entry.kind == "symlink" else entry.kind),
              "mode=%04o" % entry.mode, "uid=%d" % entry.uid, "gid=%d" % entry.gid]
     if entry.kind == "file":
         words += ["size=%d" % entry.size, "sha256digest=" + (
@@ -4833,9 +4888,9 @@ def _unvis(text):
 class ResolvedImage(NamedTuple):
     """An image as its registry describes it, before any layer is fetched.
 
-    `digest` is what the reference stands for: the outermost document's. `indexes` are the
-    ones that led to `manifest`, outermost first; `config` is None for schema1 until its
-    layers are unpacked; `platform` is what the image says it is for.
+    `digest` is what the reference stands for: the outermost document's. `indexes` are
+    the ones that led to `manifest`, outermost first; `config` is None for schema1 until
+    its layers are unpacked; `platform` is what the image says it is for.
     """
 
     reference: Reference
@@ -4859,7 +4914,7 @@ class ResolvedImage(NamedTuple):
 
     @property
     def documents(self):
-        """The documents a layout holds, besides the layers, as (Digest, bytes) pairs."""
+        """The documents a layout holds besides the layers, as (Digest, bytes) pairs."""
         return [(self.manifest.digest, self.manifest.raw),
                 (self.manifest.config.digest, self.config.raw)]
 
@@ -4934,7 +4989,7 @@ def make_directory(base, *parts):
 
 
 def private_directory(path):
-    """Makes sure that `path` is a directory of ours alone, and not a link planted there."""
+    """Makes sure `path` is a directory of ours alone, not a link planted there."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -4980,8 +5035,8 @@ class _Stream:
 
 
 class Output:
-    """What Pull needs of a layout. `tag` is the Reference to name the image by, None for
-    the one it is pulled by; `stream` is a binary file to write to instead of `path`.
+    """What Pull needs of a layout. `tag` is the Reference to name the image by, None
+    for the one it is pulled by; `stream` a binary file to write to instead of `path`.
     """
 
     unpacks = False  # whether layers are unpacked, and so their diffIDs checked
@@ -5011,7 +5066,7 @@ class Output:
         return []
 
     def present(self, layer):
-        """(Descriptor, Fetched) of a layer that need not be fetched at all, else None."""
+        """(Descriptor, Fetched) of a layer that need not be fetched, else None."""
 
     def visitor(self, layer):
         """A maker of visitors (see TarWalker) for the layer's members, else None."""
@@ -5111,7 +5166,7 @@ OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.
 
 
 def index_entry(image, name):
-    """The descriptor an OCI layout's index.json has for an image; `name` may be None."""
+    """An image's descriptor in an OCI layout's index.json; `name` may be None."""
     document, platform = image.top
     entry = collections.OrderedDict([
         ("mediaType", document.media_type), ("digest", str(document.digest)),
@@ -5131,9 +5186,9 @@ def index_entry(image, name):
 def add_to_index(manifests, entry):
     """Puts `entry` into a layout's list of manifests, in place.
 
-    An older entry of the same name stays, but nameless (as containers/image does it), and
-    no entry stands twice. A tag that another image's entry goes by is not taken from it:
-    the newcomer goes by its full name.
+    An older entry of the same name stays, but nameless (as containers/image does it),
+    and no entry stands twice. A tag that another image's entry goes by is not taken
+    from it: the newcomer goes by its full name.
     """
     name = entry.get("annotations", {}).get(NAME_ANNOTATION)
     for old in list(manifests):
@@ -5144,7 +5199,8 @@ def add_to_index(manifests, entry):
             if not annotations:
                 old.pop("annotations", None)
         elif name is not None and (
-                annotations.get(TAG_ANNOTATION) == entry["annotations"][TAG_ANNOTATION]):
+                annotations.get(TAG_ANNOTATION)
+                == entry["annotations"][TAG_ANNOTATION]):
             entry["annotations"][TAG_ANNOTATION] = name
         if old.get("digest") == entry["digest"] and not (
                 old.get("annotations") or {}).get(TAG_ANNOTATION):
@@ -5167,7 +5223,7 @@ class OCIOutput(Output):
 
     @staticmethod
     def _begun(names):
-        """Whether a directory is empty, or a layout that another pull is about to make."""
+        """Whether a directory is empty, or a layout another pull is about to make."""
         return "oci-layout" not in names and all(
             name in ("blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL)
             for name in names)
@@ -5184,8 +5240,8 @@ class OCIOutput(Output):
                 error.message if isinstance(error, ImagecError) else error.strerror),
                 "choose another place with -o") from None
         if not version.startswith("1."):
-            raise OutputError(self.path, "is an OCI image layout of version %s, which this "
-                              "program does not know" % printable(version, 20))
+            raise OutputError(self.path, "is an OCI image layout of version %s, which "
+                              "this program does not know" % printable(version, 20))
 
     def _read_index(self):
         if not os.path.exists(self._index):
@@ -5196,7 +5252,8 @@ class OCIOutput(Output):
         for entry in Document.parse(raw, "index.json").children("manifests",
                                                                 INDEX_COUNT_LIMIT):
             entry.get("annotations", dict)
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=collections.OrderedDict)
+        return json.loads(raw.decode("utf-8"),
+                          object_pairs_hook=collections.OrderedDict)
 
     def open(self, image):
         make_directory(self.path, "blobs", "sha256")
@@ -5210,7 +5267,8 @@ class OCIOutput(Output):
         name = str(self._tag or reference._replace(digest=None))
         for entry in self._read_index()["manifests"]:
             if (entry.get("annotations") or {}).get(NAME_ANNOTATION) == name:
-                return list(self._held(Document.as_digest(entry.get("digest"), "index")))
+                return list(self._held(
+                    Document.as_digest(entry.get("digest"), "index")))
         return []
 
     def _held(self, digest):
@@ -5228,7 +5286,7 @@ class OCIOutput(Output):
         return self._place(layer.blob.digest)
 
     def replace(self, layer, blob):
-        """The layer will stand in the layout by another Descriptor: where its blob goes."""
+        """Another Descriptor will stand for the layer here: where its blob goes."""
         return self._place(blob.digest)
 
     def _place(self, digest):
@@ -5253,8 +5311,8 @@ class ArchiveOutput(Output):
 
     Blobs stand in it as they came, in the order of the layers, so that the same images
     give the same bytes. Each is fetched into a spool directory beside the archive and
-    moved into it when its turn has come: at no time is more on disk than the archive and
-    the largest layer. An unfinished archive is gone on with by the next run.
+    moved into it when its turn has come: at no time is more on disk than the archive
+    and the largest layer. An unfinished archive is gone on with by the next run.
     """
 
     format = "archive"
@@ -5344,7 +5402,7 @@ class ArchiveOutput(Output):
         os.unlink(path)
 
     def replace(self, layer, blob):
-        """The layer will stand in the archive by another Descriptor: where its blob goes."""
+        """Another Descriptor will stand for the layer here: where its blob goes."""
         layer, old = layer._replace(blob=blob), layer.blob.digest
         with self._lock:
             self._replaced[old] = blob
@@ -5442,7 +5500,7 @@ class RootfsOutput(Output):
     """The image's file system: a directory, or one flattened tar of it.
 
     A directory comes with PATH.mtree beside it, which says what was put there. Layers
-    are unpacked side by side into a staging directory; see Tree for how they become one.
+    are unpacked side by side into a staging directory; Tree makes them one.
     """
 
     format = "rootfs"
@@ -5458,7 +5516,8 @@ class RootfsOutput(Output):
             return
         check_writable(os.path.dirname(os.path.abspath(path)))
         if not self._tar and os.path.lexists(path) and not (
-                os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)):
+                os.path.isdir(path) and not os.path.islink(path)
+                and not os.listdir(path)):
             raise OutputError(path, "is there already, and not an empty directory",
                               "choose another place with -o")
         if self._tar and os.path.isdir(path):
@@ -5469,8 +5528,8 @@ class RootfsOutput(Output):
 
     def open(self, image):
         if image.platform.os == "windows":
-            raise Unsupported("%s is a windows image: its layers make no file system here"
-                              % (image.reference,))
+            raise Unsupported("%s is a windows image: its layers make no file system "
+                              "here" % (image.reference,))
         self._stores = {}
         if self._stream is not None:
             import tempfile
@@ -5585,7 +5644,8 @@ def recompress(path, blob, place):
         write(deflate.flush())
         kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
             DOCKER_LAYER)
-        new = blob._replace(media_type=kind, digest=Digest("sha256", digest.hexdigest()),
+        new = blob._replace(media_type=kind,
+                            digest=Digest("sha256", digest.hexdigest()),
                             size=partial.size())
         partial.final = place(new)
         partial.commit()
@@ -5737,7 +5797,7 @@ class Audit:
         self._seen = {}  # blob name -> its diffID, or None
 
     def check(self, path):
-        """Re-checks whatever stands at `path`. Raises OutputError where it is nothing."""
+        """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
         if os.path.isfile(path):
             self._check_tar(path)
         elif os.path.isfile(os.path.join(path, "oci-layout")):
@@ -5941,9 +6001,9 @@ class Audit:
         for directory, names, files in os.walk(
                 base, onerror=lambda error: closed.append(
                     os.path.join(b".", os.path.relpath(error.filename, base), b""))):
-            found.update(os.path.join(b".", os.path.relpath(os.path.join(directory, name),
-                                                            base))
-                         for name in names + files)
+            found.update(
+                os.path.join(b".", os.path.relpath(os.path.join(directory, name), base))
+                for name in names + files)
         for name, facts in sorted(wanted.items()):
             place = _unvis(name)
             if place.startswith(tuple(closed)):
@@ -5982,7 +6042,8 @@ def check_seal(path):
 
 
 _MTREE_LINE = re.compile(  # what mtree_lines writes
-    r"(?P<name>[!-~]+) type=(?:(?P<type>dir|char|block|fifo|file(?= .* sha)|link(?= .* li))) "
+    r"(?P<name>[!-~]+) "
+    r"type=(?:(?P<type>dir|char|block|fifo|file(?= .* sha)|link(?= .* li))) "
     r"mode=(?P<mode>[0-7]{4}) uid=[0-9]+ gid=[0-9]+(?: size=(?P<size>[0-9]+) "
     r"sha256digest=(?P<sha256digest>[a-f0-9]{64})| link=(?P<link>[!-~]*))?\n")
 
@@ -5995,7 +6056,8 @@ def _differs(place, facts):
     if not kinds[facts["type"]](status.st_mode):
         return "is no %s" % facts["type"]
     if facts["type"] == "link":
-        return None if os.readlink(place) == _unvis(facts["link"]) else "links elsewhere"
+        return (None if os.readlink(place) == _unvis(facts["link"]) else
+                "links elsewhere")
     if "%04o" % stat.S_IMODE(status.st_mode) != facts["mode"]:
         return "mode %04o, expected %s" % (stat.S_IMODE(status.st_mode), facts["mode"])
     if facts["type"] != "file":
@@ -6006,7 +6068,8 @@ def _differs(place, facts):
     with open(place, "rb") as file:
         for data in iter(lambda: file.read(CHUNK), b""):
             digest.update(data)
-    return None if digest.hexdigest() == facts["sha256digest"] else "its content differs"
+    return (None if digest.hexdigest() == facts["sha256digest"] else
+            "its content differs")
 
 
 # --------------------------------------------------------------------------------------
@@ -6028,7 +6091,7 @@ class PulledLayer(NamedTuple):
 
 
 class Image(NamedTuple):
-    """What a pull made: `digest` is what the reference stands for, `path` where it is."""
+    """What a pull made: `digest` is what the reference means, `path` where it is."""
 
     reference: Reference
     digest: Digest
@@ -6043,11 +6106,11 @@ class Session:
     """The registries one command talks to, and how.
 
     `username` and `password` are for the registry of the first reference asked for, and
-    no other; without them the Keyring's sources are asked, unless `no_creds`. Times are in
-    seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
+    no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
+    in seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
     registry. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
-    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see Registry,
-    for `authfile` Keyring, for the others Transport. To be closed, or used in `with`.
+    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see
+    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=TIMEOUT,
@@ -6070,7 +6133,8 @@ class Session:
         self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
                                    client_pair, proxy)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
-        self.jobs, self.max_layer_size, self.recompress = jobs, max_layer_size, recompress
+        self.jobs, self.max_layer_size, self.recompress = (
+            jobs, max_layer_size, recompress)
         self.notify = notify or (lambda event: None)
         self._registries, self._sources = {}, {}
 
@@ -6084,7 +6148,8 @@ class Session:
         """The Registry at the API host `host`; `namespace` where it is a mirror."""
         if (host, namespace) not in self._registries:
             self._registries[host, namespace] = Registry(
-                host, self.transport, self._mirror_keyring if namespace else self._keyring,
+                host, self.transport,
+                self._mirror_keyring if namespace else self._keyring,
                 self._allow_http, self._token_hosts, namespace)
         return self._registries[host, namespace]
 
@@ -6096,8 +6161,9 @@ class Session:
         """The Source of a reference's repository."""
         if reference.name not in self._sources:
             self._keyring.claim(reference.host)
-            places = [(self.registry(host, reference.host), prefix + reference.repository)
-                      for host, prefix in self._mirrors]
+            places = [
+                (self.registry(host, reference.host), prefix + reference.repository)
+                for host, prefix in self._mirrors]
             home = (self.registry(reference.api_host), reference.repository)
             self._sources[reference.name] = Source(places + [home])
         return self._sources[reference.name]
@@ -6105,8 +6171,8 @@ class Session:
     def manifest(self, reference, held=()):
         """What `reference` names, decoded: a Manifest, Index or Schema1Manifest.
 
-        `held` are documents there are already; where the first of them is still what the
-        name stands for, it is not fetched again.
+        `held` are documents there are already; where the first of them is still what
+        the name stands for, it is not fetched again.
         """
         source = self.source(reference)
         if held:
@@ -6203,15 +6269,15 @@ class Session:
         raise error
 
     def resolve_all(self, references, output, platform=None):
-        """What a pull of `references` would fetch: ResolvedImages or ResolvedIndexes."""
+        """What pulling `references` would fetch: ResolvedImages or ResolvedIndexes."""
         return [self.resolve_index(reference) if platform == "all" else
                 self.resolve(reference, platform, output) for reference in references]
 
     def pull(self, references, output, platform=None):
-        """Pulls `references` into `output` (an object of the Outputs room): their Images.
+        """Pulls `references` into `output` (of the Outputs room): their Images.
 
-        `platform` is a Platform, None for this host's, or "all" for whole indexes. Every
-        byte is checked before anything has its final name.
+        `platform` is a Platform, None for this host's, or "all" for whole indexes.
+        Every byte is checked before anything has its final name.
         """
         return Puller(self, output).pull(references, platform)
 
@@ -6303,12 +6369,14 @@ class Puller:
             for layer in order])
         # 3. All are proved: the documents that make them an image.
         pairs = {layer.blob.digest: pair for layer, pair in zip(order, results)}
-        modern = _modernised(image, [pairs[layer.blob.digest] for layer in image.layers])
+        modern = _modernised(
+            image, [pairs[layer.blob.digest] for layer in image.layers])
         path = output.close(image if output.verbatim else modern)
         self._notify(Event("Digest: %s" % str(image.digest)))
         return Image(reference, image.digest, modern.image_id, image.platform,
-                     output.format, path, tuple(_pulled(layer, *pairs[layer.blob.digest])
-                                                for layer in image.layers))
+                     output.format, path,
+                     tuple(_pulled(layer, *pairs[layer.blob.digest])
+                           for layer in image.layers))
 
     def _fetch_layer(self, image, layer):
         """One layer into its place: (the Descriptor it is there by, its Fetched)."""
@@ -6322,8 +6390,8 @@ class Puller:
         path = output.blob_path(layer)
         fetched = Download(
             self._session.source(image.reference), layer.blob, path, unpack,
-            layer.diff_id, self._session.max_layer_size, self._notify, output.visitor(layer),
-            output.durable).run()
+            layer.diff_id, self._session.max_layer_size, self._notify,
+            output.visitor(layer), output.durable).run()
         blob = layer.blob._replace(size=fetched.size)
         if codec_of(path) == "zstd" and self._session.recompress:
             blob = recompress(path, blob, lambda blob: output.replace(layer, blob))
@@ -6331,8 +6399,8 @@ class Puller:
                 os.unlink(path)
             layer, fetched = layer._replace(blob=blob), fetched._replace(size=blob.size)
         elif codec_of(path) == "zstd" and output.format == "archive":
-            log.warning("layer %s is compressed with zstd, which Docker before 23.0 cannot "
-                        "load; --recompress gzip rewrites it", str(blob.digest))
+            log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
+                        "cannot load; --recompress gzip rewrites it", str(blob.digest))
         output.stored(layer, fetched)
         return blob, fetched
 
@@ -6385,8 +6453,8 @@ def _held_manifest(entry, held):
 def _held_config(descriptor, held):
     """The ImageConfig a Descriptor points to, if it is among the documents we have."""
     for raw in held:
-        if len(raw) == descriptor.size and Digest.of(raw, descriptor.digest.algorithm) == (
-                descriptor.digest):
+        if len(raw) == descriptor.size and (
+                Digest.of(raw, descriptor.digest.algorithm) == descriptor.digest):
             return ImageConfig.parse(raw)
     return None
 
@@ -6402,7 +6470,7 @@ def _bytes_there(path):
 
 
 def _modernised(image, pairs):
-    """`image` with what only its layers tell; `pairs` are (Descriptor, Fetched) a layer.
+    """`image` with what only layers tell; `pairs` are (Descriptor, Fetched) a layer.
 
     A schema1 image gets the config and manifest docker would give it; one whose layers
     were rewritten, a manifest that says so.
@@ -6415,7 +6483,8 @@ def _modernised(image, pairs):
             layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
     if not isinstance(image.manifest, Schema1Manifest):
         return image
-    kept = [(layer, blob, fetched) for layer, (blob, fetched) in zip(image.layers, pairs)
+    kept = [(layer, blob, fetched)
+            for layer, (blob, fetched) in zip(image.layers, pairs)
             if not layer.throwaway]
     config = modern_config(image.manifest, [fetched.unpacked.diff_id
                                             for _, _, fetched in kept])
@@ -6432,16 +6501,16 @@ def _pulled(layer, blob, fetched):
                        unpacked.size if unpacked else None, blob.size)
 
 
-def pull(reference, output="images", format=None, platform=None, tag=None, progress=None,
-         **options):
+def pull(reference, output="images", format=None, platform=None, tag=None,
+         progress=None, **options):
     """Pulls an image, every byte checked; the Image.
 
     `reference` is a text such as "alpine:3.20"; `output` a path; `format` a name in
-    OUTPUTS, None for "archive" where `output` ends in .tar and else "layers"; `platform`
-    a text such as "linux/arm64", None for this host's, or "all"; `tag` a name for the
-    image to be loaded by, None for its own; `progress(Event)` is told what happens, from
-    several threads; `options` are Session's. Raises ImagecError, and OSError of the local
-    disk.
+    OUTPUTS, None for "archive" where `output` ends in .tar and else "layers";
+    `platform` a text such as "linux/arm64", None for this host's, or "all"; `tag` a
+    name for the image to be loaded by, None for its own; `progress(Event)` is told what
+    happens, from several threads; `options` are Session's. Raises ImagecError, and
+    OSError of the local disk.
     """
     reference = Reference.parse(reference)
     if platform is not None:
@@ -6459,7 +6528,7 @@ def parse_platform(text):
 def new_output(path, format=None, tag=None, stream=None):
     """The object of the Outputs room for these; raises UsageError, OutputError.
 
-    A `path` that is a pipe or device is written to as a stream: it must not be replaced.
+    A `path` that is a pipe or device is written as a stream: it must not be replaced.
     """
     name = format or default_format(path)
     if name not in OUTPUTS:
@@ -6474,8 +6543,8 @@ def new_output(path, format=None, tag=None, stream=None):
 # --------------------------------------------------------------------------------------
 # 17  Serve: a read-only registry over what was pulled
 # --------------------------------------------------------------------------------------
-# The pull part of the OCI distribution-spec. A request names things in a table made when
-# the server starts; no path is ever made of it.
+# The pull part of the OCI distribution-spec. A request names things in a table made
+# when the server starts; no path is ever made of it.
 
 _ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs)/"
                     r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
@@ -6485,9 +6554,9 @@ _ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs)
 class Shelf:
     """What a server has: documents by repository and reference, blobs by digest.
 
-    Made from what a pull wrote at `path`, or empty where that is None. A repository goes by
-    the name it was pulled by (`docker.io/library/alpine`), by that without the host
-    (`library/alpine`), and Docker Hub's own images by their short name too (`alpine`).
+    Made from what a pull wrote at `path`, or empty where that is None. A repository
+    goes by the name it was pulled by (`docker.io/library/alpine`), by that without the
+    host (`library/alpine`), and Docker Hub's own images by their short name (`alpine`).
     """
 
     def __init__(self, path=None):
@@ -6511,7 +6580,7 @@ class Shelf:
             raise OutputError(path, "holds nothing that could be served")
 
     def add(self, names, reference, media_type, digest, raw):
-        """Puts a document on the shelf: under its digest and, if not None, `reference`."""
+        """Puts a document on the shelf: by its digest and, if not None, `reference`."""
         for name in names:
             documents = self.repositories.setdefault(name, {})
             documents[str(digest)] = (media_type, digest, raw)
@@ -6555,7 +6624,8 @@ class Shelf:
             reference = Reference.parse(name) if name else None
             names = (self.names_of(reference.host, reference.repository) if reference
                      else [nameless])
-            tag = reference.tag if reference else descriptor.annotations.get(TAG_ANNOTATION)
+            tag = (reference.tag if reference else
+                   descriptor.annotations.get(TAG_ANNOTATION))
             if tag is not None and not re.fullmatch(_TAG, tag):
                 tag = None
             self._add_documents(reader, names, tag, descriptor)
@@ -6589,8 +6659,8 @@ class Shelf:
         documents = [decode_manifest(raw) for raw in documents + [
             reader.read("manifest.json")]]
         for number, document in enumerate(documents):
-            self.add(names, None if number else tag, document.media_type, document.digest,
-                     document.raw)
+            self.add(names, None if number else tag, document.media_type,
+                     document.digest, document.raw)
         manifest, config = documents[-1], None
         if isinstance(manifest, Manifest):
             config = ImageConfig.parse(reader.read("config.json"))
@@ -6600,7 +6670,7 @@ class Shelf:
                                                                           layer.id)))
 
     def document(self, name, reference, namespace=None):
-        """(media type, Digest, bytes), or None; KeyError where there is no such name."""
+        """(media type, Digest, bytes) or None; KeyError where there is no such name."""
         return self.documents(name, namespace).get(reference)
 
     def documents(self, name, namespace=None):
@@ -6615,8 +6685,8 @@ class Shelf:
     def blob(self, digest):
         """The Region of a blob, proved; None where it is not there.
 
-        What is on disk is hashed when it is first asked for, and again when its file has
-        changed. Raises VerificationError, OSError.
+        What is on disk is hashed when it is first asked for, and again when its file
+        has changed. Raises VerificationError, OSError.
         """
         region = self._blobs.get(digest)
         if region is None:
@@ -6687,7 +6757,7 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
 
 
 class _BoundedThreads:
-    """A thread a connection, but not too many; put before socketserver's server classes."""
+    """A thread a connection, but not too many; put before socketserver's classes."""
 
     allow_reuse_address = True
     request_queue_size = 512  # connections that may wait
@@ -6695,7 +6765,7 @@ class _BoundedThreads:
     stopping = False
 
     def server_bind(self):
-        # HTTPServer's own looks up the name of this host: that can take long without DNS.
+        # HTTPServer's own looks up this host's name: that can take long without DNS.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -6730,7 +6800,7 @@ class _BoundedThreads:
 
 
 class RegistryHandler:
-    """Answers the requests of one connection; http.server's handler is put behind it."""
+    """Answers one connection's requests; http.server's handler is put behind it."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = USER_AGENT, ""
@@ -6866,14 +6936,14 @@ class RegistryHandler:
         if part:
             headers.append(("Content-Range", "bytes %d-%d/%d" % (
                 first, end - 1, region.size)))
-        with open(region.path, "rb") as file:  # it may be gone: found out before the head
+        with open(region.path, "rb") as file:  # if gone, found out before the head
             self.head(206 if part else 200, end - first, "application/octet-stream",
                       headers)
             if self.command != "HEAD":
                 self.send_part(file, region.offset + first, end - first)
 
     def wanted_range(self, what):
-        """The Range header where it means anything (RFC 7233, 3.1 and 3.2), else None."""
+        """The Range header where it means anything (RFC 7233, 3.1, 3.2), else None."""
         if self.command == "HEAD" or self.headers.get("If-Range", '"%s"' % what) != (
                 '"%s"' % what):
             return None
@@ -7000,7 +7070,7 @@ def _test_config(diff_id):
 
 
 def _test_schema1(blob):
-    """A schema1 manifest in its signed form. Its signature is not one: none is checked."""
+    """A schema1 manifest in signed form. Its signature is not one: none is checked."""
     payload = json.dumps(collections.OrderedDict([
         ("schemaVersion", 1), ("name", _TEST_REPOSITORY), ("tag", "schema1"),
         ("architecture", Platform.host().architecture),
@@ -7011,16 +7081,18 @@ def _test_schema1(blob):
     head = payload[:-len(tail)]
 
     def encoded(text):
-        return base64.urlsafe_b64encode(text.encode("ascii")).decode("ascii").rstrip("=")
+        return base64.urlsafe_b64encode(
+            text.encode("ascii")).decode("ascii").rstrip("=")
 
     protected = encoded(json.dumps({"formatLength": len(head),
                                     "formatTail": encoded(tail)}))
-    body = '%s,\n   "signatures": [{"header": {}, "signature": "", "protected": "%s"}]\n}'
+    body = ('%s,\n   "signatures": '
+            '[{"header": {}, "signature": "", "protected": "%s"}]\n}')
     return (body % (head, protected)).encode("ascii")
 
 
 def test_shelf(directory):
-    """A Shelf with one small image as schema1, schema2 and OCI index; blobs below it."""
+    """A Shelf with one small image as schema1, schema2, OCI index; blobs below it."""
     shelf = Shelf()
     tar = _test_layer()
     deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
@@ -7117,7 +7189,7 @@ def pull_test_images(directory, tls):
 
 
 def _refuse_tampered(shelf, reference, directory, options):
-    """Damages the layer's blob behind the server's back and pulls: it must not succeed."""
+    """Damages the layer's blob behind the server's back: a pull must not succeed."""
     blob = max(shelf.regions(), key=lambda region: region.size)
     with open(blob.path, "r+b") as file:
         byte = file.read(1)
@@ -7219,7 +7291,7 @@ class BarProgress:
 
     def __init__(self, stream, clock=time.monotonic):
         self._stream, self._clock = stream, clock
-        self._layers = collections.OrderedDict()  # id -> (event, time and bytes at start)
+        self._layers = collections.OrderedDict()  # id -> (event, start time and bytes)
         self._drawn = 0  # lines on the screen
         self._next = 0
         self._lock = threading.Lock()
@@ -7232,8 +7304,9 @@ class BarProgress:
             else:
                 old = self._layers.get(event.id)
                 fresh = old is None or old[0].status != event.status
-                self._layers[event.id] = (event, now, event.current or 0) if fresh else (
-                    event, old[1], old[2])
+                self._layers[event.id] = (
+                    (event, now, event.current or 0) if fresh else
+                    (event, old[1], old[2]))
                 if fresh or now >= self._next:
                     self._draw([])
                     self._next = now + self.interval
@@ -7282,7 +7355,8 @@ def new_progress(kind, stream):
         return None
     if kind == "auto":
         kind = "bar" if stream.isatty() and os.name == "posix" else "plain"
-    return {"bar": BarProgress, "plain": PlainProgress, "json": JSONProgress}[kind](stream)
+    return {"bar": BarProgress, "plain": PlainProgress,
+            "json": JSONProgress}[kind](stream)
 
 
 def image_json(image):
@@ -7342,7 +7416,8 @@ def print_plan(session, references, output, platform):
         wanted, there = wanted + size, there + have
         print("%s %s bytes, %s" % (
             str(blob.digest), "?" if blob.size is None else size,
-            "already there" if have == size and size else "%d there, the rest from %s" % (
+            "already there" if have == size and size else
+            "%d there, the rest from %s" % (
                 have, session.source(image.reference).host)))
     print("to fetch: %d bytes; already there: %d" % (wanted - there, there))
 
@@ -7377,9 +7452,10 @@ def run_serve(args, session):
     with serving(server):
         print("serving %s at %s://%s:%d/v2/: %s" % (
             args.path, "https" if args.tls_cert else "http", host,
-            server.server_address[1], ", ".join(sorted(shelf.repositories))), flush=True)
+            server.server_address[1], ", ".join(sorted(shelf.repositories))),
+            flush=True)
         while True:
-            time.sleep(0.5)  # a signal may come to another thread and cut no sleep short
+            time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
 
 
 def run_selftest(args, session):
@@ -7441,7 +7517,8 @@ def run_inspect(args, session):
         return write_bytes(image.manifest.raw)
     if args.config:
         if image.config is None:
-            raise Unsupported("%s is a schema1 image: it has no config" % (args.reference,),
+            raise Unsupported("%s is a schema1 image: it has no config"
+                              % (args.reference,),
                               "see its layers' v1 JSON with inspect --raw")
         return write_bytes(image.config.raw)
     print(json.dumps(inspection(image), indent=2))
@@ -7582,13 +7659,14 @@ COMMANDS = collections.OrderedDict([
     ("pull", (run_pull, "fetch images, every byte checked", [
         _row("references", nargs="*", type=_argument(Reference.parse), metavar="REF",
              help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"),
-        _row("--from-file", metavar="LIST", help="references, one a line, # comments; - "
-             "is standard input"),
+        _row("--from-file", metavar="LIST", help="references, one a line, # comments; "
+             "- is standard input"),
         _row("-o", "--output", default="images", metavar="PATH",
              help="default: %(default)s; - is standard output"),
-        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends in "
-             ".tar or is -, else layers"),
-        _row("--dry-run", action="store_true", help="say what would be fetched, and stop"),
+        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends "
+             "in .tar or is -, else layers"),
+        _row("--dry-run", action="store_true",
+             help="say what would be fetched, and stop"),
         _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
              "before 23.0; digests change"),
         _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
@@ -7616,9 +7694,11 @@ COMMANDS = collections.OrderedDict([
         _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
         _row("--tls-key", metavar="FILE", help="its PEM key")])),
     ("selftest", (run_selftest, "prove that this host can pull", [
-        _row("host", nargs="?", metavar="HOST[:PORT]", help="a registry to look at too")])),
+        _row("host", nargs="?", metavar="HOST[:PORT]",
+             help="a registry to look at too")])),
     ("verify", (run_verify, "re-check, offline, what a pull wrote", [
-        _row("path", metavar="PATH", help="a layers tree, layout, archive or rootfs")])),
+        _row("path", metavar="PATH",
+             help="a layers tree, layout, archive or rootfs")])),
     ("tags", (run_tags, "list a repository's tags", [
         _row("reference", type=_argument(Reference.parse), metavar="REPO",
              help="[HOST[:PORT]/]REPOSITORY")])),
