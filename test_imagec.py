@@ -28,6 +28,8 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
+import inspect
 import io
 import itertools
 import json
@@ -15114,7 +15116,7 @@ class ReadmeCommandsTest(RegistryCase):
     def localized(self, command):
         """The command with the names of registries that are here."""
         for pattern, text in (
-                (r"\bpython3 ", shlex_quote(sys.executable) + " "),
+                (r"\bpython3 ", shlex.quote(sys.executable) + " "),
                 (r"\bimagec\.py", os.path.join(README_HOME, "imagec.py")),
                 (r"sha256:<digest>", self.index.digest),
                 (r"localhost:5000/debian", self.open.host + "/debian"),
@@ -15129,16 +15131,32 @@ class ReadmeCommandsTest(RegistryCase):
         return command
 
     def run_it(self, command):
-        environ = dict(os.environ, HOME=self.place, PASSWORD=PASSWORD)
+        """(exit status, output): in this process where no shell is needed."""
+        if "|" not in command and " serve " not in command:
+            return self.run_here(shlex.split(command)[2:])
         process = subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command], cwd=self.place, env=environ,
+            ["bash", "-o", "pipefail", "-c", command], cwd=self.place,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=dict(os.environ, HOME=self.place, PASSWORD=PASSWORD),
             start_new_session=True)
         if " serve " in command:
             self.assertIn(b"serving", process.stdout.readline())
             os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output.decode("utf-8", "replace")
+
+    def run_here(self, argv):
+        raw = io.BytesIO()
+        out = io.TextIOWrapper(raw, "utf-8", write_through=True)
+        before = os.getcwd()
+        os.chdir(self.place)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), \
+                    mock.patch.dict(os.environ, {"HOME": self.place}):
+                status = imagec.main(argv)
+        finally:
+            os.chdir(before)
+        return status, raw.getvalue().decode("utf-8", "replace")
 
     @unittest.skipUnless(shutil.which("bash"), "needs bash: not on this machine")
     def test_every_command(self):
@@ -15153,9 +15171,1418 @@ class ReadmeCommandsTest(RegistryCase):
                 self.assertIn(status, (expected, -signal.SIGTERM), output)
 
 
-def shlex_quote(text):
-    """One word for a shell."""
-    return "'%s'" % text.replace("'", "'\\''")
+# --------------------------------------------------------------------------------------
+# Threats: faults at every phase, fuzzing, kills, limits
+# --------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------
+# What all classes here share
+# ------------------------------------------------------------------------------
+
+THREAT_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
+#: In memory where the system has such a place: thousands of files come and go.
+THREAT_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+THREAT_EVER = None  # times of a fault
+THREAT_PLATFORM = "linux/amd64"
+#: (format, where it goes): everything a pull can write.
+THREAT_OUTPUTS = (
+    ("layers", "images"), ("oci", "layout"), ("archive", "image.tar"),
+    ("rootfs", "root"), ("rootfs", "root.tar"),
+)
+THREAT_POSIX = unittest.skipUnless(hasattr(os, "fork"), "needs POSIX processes")
+
+
+def threat_noise(size, seed=0):
+    """Bytes that no codec makes smaller."""
+    dice = random.Random(seed)
+    return bytes(bytearray(dice.getrandbits(8) for _ in range(size)))
+
+
+THREAT_TARS = [
+    tar_bytes([("etc", None), ("etc/a", b"one"), ("etc/n", threat_noise(9000, 1))]),
+    tar_bytes([("bin", None), ("bin/sh", threat_noise(5000, 2), {"mode": 0o755})]),
+    tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")]),
+]
+
+
+def threat_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def threat_remove(path):
+    """Remove a tree, whatever modes are in it."""
+    for folder, names, _ in os.walk(path):
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                os.chmod(os.path.join(folder, name), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def threat_files(top):
+    """{relative path: bytes, or where a link leads} of all below a place."""
+    found = {}
+    for folder, names, files in os.walk(top):
+        for name in files + [n for n in names if os.path.islink(
+                os.path.join(folder, n))]:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                data = (os.readlink(path) if stat.S_ISLNK(status.st_mode) else
+                        threat_bytes(path) if stat.S_ISREG(status.st_mode) else None)
+                found[os.path.relpath(path, top)] = data
+    return found
+
+
+def threat_environment(root):
+    """This process's environment without proxies, passwords and system certificates."""
+    kept = {name: value for name, value in os.environ.items()
+            if not re.search("(?i)_proxy$|^IMAGEC_|^PYTHON|^SSL_|^DOCKER|^REGISTRY",
+                             name)}
+    path = os.path.join(root, "roots.pem")
+    with open(path, "w") as file:
+        file.write(TEST_CERT)
+    # Reading the system's roots takes longer than a pull.
+    return dict(kept, SSL_CERT_FILE=path, HOME=root, XDG_RUNTIME_DIR=root)
+
+
+class ThreatHang(BaseException):
+    """Something took too long; nothing that is tested may catch it."""
+
+
+@contextlib.contextmanager
+def threat_alarm(seconds):
+    """The block ends in time, where the system has alarms."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(_number, _frame):
+        raise ThreatHang("hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except ThreatHang:
+        raise AssertionError("not done within %g seconds" % seconds) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+ThreatRun = collections.namedtuple("ThreatRun", "status out err peak")
+
+
+class ThreatCase(RegistryCase):
+    """A registry with one image, and a place to pull it to in each format."""
+
+    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp(dir=THREAT_PLACE)
+        self.addCleanup(threat_remove, self.root)
+        self.work = os.path.join(self.root, "work")
+        os.mkdir(self.work)
+        self.environ = threat_environment(self.root)
+        self.naps = []
+        self.patch(mock.patch.dict(os.environ, self.environ, clear=True))
+        self.patch(mock.patch.object(imagec.log, "handlers", [logging.NullHandler()]))
+        self.patch(mock.patch.object(imagec.log, "propagate", False))
+        self.image = build_image(THREAT_TARS)
+        self.good = set(self.image.layers) | {sha256(self.image.config)}
+
+    def patch(self, patcher):
+        started = patcher.start()
+        self.addCleanup(patcher.stop)
+        return started
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def filled(self, image=None, name="lab/app:1", **options):
+        """A registry that has the image: (it, the image's reference)."""
+        registry = self.registry(**options)
+        repository, _, tag = name.partition(":")
+        registry.add(repository, tag, image or self.image)
+        return registry, registry.host + "/" + name
+
+    def fetch(self, ref, format, path, **options):
+        """Pull by the library, so that exceptions come out."""
+        options.setdefault("idle_timeout", 5)
+        with imagec.Session(**options) as session:
+            session.transport._sleep = self.naps.append
+            output = imagec.new_output(path, format)
+            return session.pull([imagec.Reference.parse(ref)], output,
+                                imagec.Platform.parse(THREAT_PLATFORM))
+
+    def main(self, *argv, stdin=""):
+        """Run a command line here; it retries at once, and syncs nothing."""
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        err = io.StringIO()
+        with mock.patch.multiple(sys, stdout=out, stderr=err, stdin=io.StringIO(stdin)), \
+                mock.patch.object(os, "fsync"), \
+                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
+            code = imagec.main(list(argv))
+        out.flush()
+        return ThreatRun(code, out.buffer.getvalue(), err.getvalue(), 0)
+
+    def pull_argv(self, ref, format, path, *more):
+        return ("pull", "-q", "--platform", THREAT_PLATFORM, "--format", format,
+                "-o", path, ref) + more
+
+    def assert_one_line(self, run, *statuses):
+        self.assertIn(run.status, statuses, run.err)
+        self.assertRegex(run.err, r"\Aimagec: [^\n]+\n\Z")
+        self.assertNotIn("Traceback", run.err)
+
+    def assert_whole(self, path):
+        """What stands there passes verify."""
+        self.assertEqual(imagec.Audit().check(path).faults, [])
+
+    def assert_only_verified(self, path, good=None):
+        """No final name holds bytes that were not proved; the path need not exist."""
+        good = self.good if good is None else good
+        if os.path.isfile(path) or os.path.isfile(path + ".mtree") and (
+                os.path.isdir(path)):
+            return self.assert_whole(path)
+        for name, data in threat_files(path).items():
+            base = os.path.basename(name)
+            if base.endswith(".tar"):
+                self.assertIn(sha256(data), good, name)
+            elif re.fullmatch("[0-9a-f]{64}", base):
+                self.assertEqual(sha256(data), "sha256:" + base)
+            elif base == "manifest.json":
+                self.assert_whole(os.path.join(path, os.path.dirname(name)))
+        if os.path.exists(os.path.join(path, "index.json")):
+            faults = imagec.Audit().check(path).faults
+            self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
+
+    def assert_nothing_beside(self, path, *allowed):
+        """Only the destination, and what a later run goes on with, is there."""
+        base = os.path.basename(path)
+        for name in os.listdir(os.path.dirname(path)):
+            if name not in allowed:
+                self.assertRegex(name, r"\A%s(\.partial(\.d)?|\.blobs\.partial|\.mtree)?"
+                                 r"\Z" % re.escape(base))
+
+
+#: Starts command lines in processes of their own, forked off one that has imported all
+#: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
+THREAT_SERVANT = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import imagec, concurrent.futures, shutil, tarfile, bz2, lzma, queue, tempfile
+import http.client, encodings.idna, getpass, select
+imagec.argument_parser()
+def child(job):
+    import resource
+    out = os.open(job["files"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(out, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.close(out)
+    os.chdir(job["cwd"])
+    os.umask(job["umask"])
+    os.environ.update(job["environ"])
+    for name, value in job["limits"].items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        resource.setrlimit(getattr(resource, name), (value, hard))
+    for name, value in job["patches"].items():
+        setattr(imagec, name, value)
+    sys.argv[1:] = job["argv"]
+    return imagec.main()
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    if isinstance(job, int):
+        _, status, usage = os.wait4(job, 0)
+        print(json.dumps([status, usage.ru_maxrss]), flush=True)
+        continue
+    process = os.fork()
+    if not process:
+        code = 99
+        try:
+            code = child(job)
+        except KeyboardInterrupt:
+            code = 130  # before main began, or after it ended
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(process, flush=True)
+"""
+
+
+class ThreatServant:
+    """Runs command lines in processes that can be limited, killed and measured."""
+
+    def __init__(self, environ):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", THREAT_SERVANT, THREAT_HOME], env=environ,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+
+    def ask(self, value):
+        self._process.stdin.write(json.dumps(value) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class ThreatProcessCase(ThreatCase):
+    """Command lines in processes of their own."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = tempfile.mkdtemp(dir=THREAT_PLACE)
+        cls.servant = ThreatServant(threat_environment(cls.place))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.servant.close()
+        threat_remove(cls.place)
+
+    def start(self, *argv, environ=None, umask=0o22, limits=None, patches=None):
+        """Start a command line: (process ID, where its stderr goes)."""
+        number, path = tempfile.mkstemp(dir=self.root, prefix="stderr")
+        os.close(number)
+        return self.servant.ask({
+            "argv": argv, "files": path, "cwd": self.work, "umask": umask,
+            "environ": environ or {}, "limits": limits or {},
+            "patches": dict({"BACKOFF": 0}, **patches or {})}), path
+
+    def end(self, started):
+        """Wait for it; its peak of memory is in KiB."""
+        process, path = started
+        status, peak = self.servant.ask(process)
+        code = status >> 8 if not status & 127 else -(status & 127)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return ThreatRun(code, b"", file.read(), peak)
+
+    def run_alone(self, *argv, **options):
+        return self.end(self.start(*argv, **options))
+
+
+# ------------------------------------------------------------------------------
+# Faults at every phase, for every format but layers
+# ------------------------------------------------------------------------------
+
+#: Phase -> what its request looks like; {names} are filled in by the test.
+THREAT_PHASES = collections.OrderedDict([
+    ("probe", "HEAD /v2/$"),
+    ("token", "/token"),
+    ("index", "/manifests/1$"),
+    ("manifest", "/manifests/{manifest}$"),
+    ("config", "/blobs/{config}$"),
+    ("first layer", "/blobs/{first}$"),
+    ("last layer", "/blobs/{last}$"),
+])
+THREAT_ALL = tuple(THREAT_PHASES)
+THREAT_TOLD, THREAT_PINNED = THREAT_ALL[1:3], THREAT_ALL[3:]
+THREAT_BODIES = THREAT_ALL[1:]
+THREAT_PAGE = b"<!DOCTYPE html><html>Sign in</html>"
+
+#: (name, action, times, phases, error class, exit status, word)
+THREAT_FAULTS = (
+    ("no registry", status(404), 1, ("probe",), imagec.RegistryError, 1, "404"),
+    ("not there", status(404), 1, THREAT_BODIES, imagec.NotFound, 4, "404"),
+    ("forbidden", status(403), 1, THREAT_ALL, imagec.AccessDenied, 5, "denied"),
+    ("teapot", status(418), 1, THREAT_ALL, imagec.RegistryError, 1, "418"),
+    ("broken", status(502), THREAT_EVER, THREAT_ALL, imagec.RegistryError, 1, "502"),
+    ("busy", status(429), THREAT_EVER, THREAT_ALL, imagec.RateLimited, 1, "too many"),
+    ("reset in the status", reset(4, "status"), THREAT_EVER, THREAT_ALL,
+     imagec.TransportError, 1, "127.0.0.1"),
+    ("reset in the headers", reset(0.5, "headers"), THREAT_EVER, THREAT_ALL,
+     imagec.TransportError, 1, "127.0.0.1"),
+    ("reset in the body", reset(), THREAT_EVER, THREAT_BODIES, imagec.TransportError,
+     1, "127.0.0.1"),
+    ("cut", truncate(), THREAT_EVER, THREAT_BODIES, imagec.TransportError, 1, "of"),
+    ("cut chunks", [chunked(7), truncate(0.9)], THREAT_EVER, THREAT_BODIES,
+     imagec.TransportError, 1, "127.0.0.1"),
+    ("junk", garbage(b"SSH-2.0-x\r\n"), THREAT_EVER, THREAT_ALL,
+     imagec.TransportError, 1, "HTTP"),
+    ("no answer", hang(30), THREAT_EVER, THREAT_ALL, imagec.Timeout, 1, "127.0.0.1"),
+    ("two lengths", headers(content_length=["7", "8"]), 1, THREAT_ALL,
+     imagec.TransportError, 1, "ambiguous"),
+    ("brotli", headers(content_encoding="br"), 1, THREAT_ALL, imagec.TransportError, 1,
+     "Content-Encoding br"),
+    ("to a file", redirect("file:///etc/passwd"), 1, THREAT_ALL,
+     imagec.UnsafeRedirect, 1, "file:"),
+    ("to a user", redirect("https://u:p@127.0.0.1/"), 1, THREAT_ALL,
+     imagec.UnsafeRedirect, 1, "127.0.0.1"),
+    ("to itself", redirect("?"), THREAT_EVER, THREAT_ALL, imagec.UnsafeRedirect, 1,
+     "loop"),
+    ("page", body(THREAT_PAGE), 1, THREAT_TOLD, imagec.InvalidDocument, 3, "JSON"),
+    ("page", body(THREAT_PAGE), 1, THREAT_PINNED, imagec.VerificationError, 3,
+     "expected"),
+    ("nothing", body(b""), 1, THREAT_TOLD, imagec.InvalidDocument, 3, ""),
+    ("nothing", body(b""), 1, THREAT_PINNED, imagec.VerificationError, 3, "expected"),
+    ("deep", body(b"[" * 99999), 1, THREAT_TOLD, imagec.InvalidDocument, 3, ""),
+    ("twice the key", body(b'{"a": 1, "a": 2}'), 1, THREAT_TOLD,
+     imagec.InvalidDocument, 3, ""),
+    ("flipped bit", flip(7), 1, THREAT_PINNED, imagec.VerificationError, 3,
+     "expected digest"),
+    ("one byte more", extra(1), 1, THREAT_PINNED, imagec.VerificationError, 3,
+     "expected"),
+    ("endless", endless(), 1, THREAT_TOLD + ("manifest",), imagec.LimitExceeded, 3,
+     "limit"),
+    ("endless", endless(), 1, THREAT_ALL[5:], imagec.SizeMismatch, 3, "at least"),
+)
+
+
+class PhaseFaultsTest(ThreatCase):
+    """Each fault at each phase, the formats taking turns: T21 T22 T25 T100 T109 T163."""
+
+    OUTPUTS = THREAT_OUTPUTS[1:]
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(os, "fsync"))
+        self.counter = itertools.count()
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        self.source, self.ref = self.filled(index, auth="bearer", tls=True)
+        self.source.add("lab/app", "0", build_image([tar_bytes([("old", b"old")])]))
+        order = sorted(self.image.layers, key=lambda one: -len(self.image.blobs[one]))
+        self.names = {"manifest": self.image.digest,
+                      "config": sha256(self.image.config),
+                      "first": order[0], "last": order[-1]}
+        for format, name in self.OUTPUTS:
+            os.mkdir(self.at(name + "-before"))
+            if name != "root":
+                self.fetch(self.ref[:-1] + "0", format, self.at(name + "-before", name))
+
+    def test_every_fault_at_every_phase(self):
+        turns = itertools.cycle(self.OUTPUTS)
+        for fault, action, times, phases, kind, code, word in THREAT_FAULTS:
+            for phase in phases:
+                format, name = next(turns)
+                with self.subTest(fault=fault, phase=phase, format=format, name=name):
+                    self.check(format, name, (phase, action, times), kind, code, word)
+                threat_remove(self.at("case"))
+            next(turns)  # or a phase would always meet the same format
+
+    def strike(self, phase, action, times):
+        del self.source.faults[:], self.source.requests[:]
+        match = THREAT_PHASES[phase].format(**self.names)
+        return self.source.fault(match, action, times)
+
+    def check(self, format, name, fault, kind, code, word):
+        case = self.at("case")
+        shutil.copytree(self.at(name + "-before"), case)
+        path, before = os.path.join(case, name), threat_files(case)
+        struck = self.strike(*fault)
+        options = {"idle_timeout": 0.05} if kind is imagec.Timeout else {}
+        with mock.patch("imagec.ATTEMPTS", 1 if options else 2):
+            with self.assertRaises(kind) as caught:
+                self.fetch(self.ref, format, path, **options)
+        self.assertIn(word, str(caught.exception))
+        self.assertEqual(imagec.exit_status(caught.exception), code)
+        self.assertTrue(struck.used)
+        after = threat_files(case)
+        self.assertEqual({n: after.get(n) for n in before}, before)
+        self.assert_only_verified(path)
+        self.assert_nothing_beside(path)
+        if next(self.counter) % 3 == 0:
+            self.rerun(format, path)
+
+    def rerun(self, format, path):
+        """What the fault left must not stand in the way of the next run."""
+        del self.source.faults[:]
+        self.fetch(self.ref, format, path)
+        self.assert_whole(path)
+        self.assert_nothing_beside(path)
+        self.assertFalse([name for name in threat_files(os.path.dirname(path))
+                          if ".partial" in name])
+
+
+# ------------------------------------------------------------------------------
+# Fuzzing: whatever comes, only ImagecError comes out
+# ------------------------------------------------------------------------------
+
+THREAT_SEED = int(os.environ.get("IMAGEC_FUZZ_SEED", "20140612"))
+THREAT_SECONDS = float(os.environ.get("IMAGEC_FUZZ_SECONDS", "2"))
+THREAT_CASE_SECONDS = 10  # after which a case counts as hanging
+THREAT_CASE_BYTES = imagec.XZ_MEMORY_LIMIT + (32 << 20)
+THREAT_ODD = (
+    None, True, False, 0, -1, 1, 1.5, 1e308, 1 << 70, "", "x", "\ud800", "a\0b", "/",
+    "../../canary", "\x1b[31m", [], {}, [[]], [None], {"": None}, {"a": {"b": []}},
+    "sha256:" + "0" * 64, "sha512:" + "0" * 128, "9" * 40, "application/json",
+)
+THREAT_WORDS = (
+    b"\0", b"\n", b"\r\n", b"\r\n\r\n", b'"', b"\\", b"{", b"}", b"[[[[", b",", b":",
+    b"null", b"NaN", b"1e999", b"-1", b"9" * 50, b"\xff\xfe", b"\xed\xa0\x80", b"../",
+    b"\\000", b"\\057", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\t",
+)
+THREAT_HEADS = (
+    b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Type: text/plain\r\n\r\nbody",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;a=b\r\nbody\r\n0\r\n\r\n",
+    b"HTTP/1.0 206 Partial\r\nContent-Range: bytes 0-3/4\r\n\r\nbody",
+    b"HTTP/1.1 302 Found\r\nLocation: /again?x=y\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 401 No\r\nWWW-Authenticate: Basic\r\n\r\n",
+)
+THREAT_CHALLENGES = (
+    'Bearer realm="https://auth.test/token",service="a b",scope="repository:x:pull"',
+    'Basic realm="x\\"y", Bearer realm=/token, charset=UTF-8', "Negotiate abc==, Basic",
+)
+
+
+def threat_mutated(dice, data):
+    """Some bytes with a few things changed."""
+    data = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(len(data) + 1)
+        to = min(len(data), at + dice.choice((1, 2, 8, 100)))
+        change = dice.randrange(6)
+        if change == 0 and at < len(data):
+            data[at] ^= 1 << dice.randrange(8)
+        elif change == 1:
+            del data[at:to]
+        elif change == 2:
+            data[at:at] = dice.choice(THREAT_WORDS)
+        elif change == 3:
+            data[at:to] = dice.choice(THREAT_WORDS)
+        elif change == 4:
+            data[at:at] = data[at:to] * dice.choice((1, 2, 30))
+        elif dice.random() < 0.3:
+            del data[at:]
+    return bytes(data)
+
+
+def threat_places(value, path=()):
+    """The paths of all that is in a JSON value."""
+    yield path
+    items = (value.items() if isinstance(value, dict) else
+             enumerate(value) if isinstance(value, list) else ())
+    for key, member in items:
+        for place in threat_places(member, path + (key,)):
+            yield place
+
+
+def threat_odd_json(dice, raw):
+    """A JSON text with one member replaced, removed or given twice; or its bytes bent."""
+    if dice.random() < 0.4:
+        return threat_mutated(dice, raw)
+    document = json.loads(raw.decode("utf-8"))
+    for _ in range(dice.randint(1, 2)):
+        *path, last = dice.choice([p for p in threat_places(document) if p] or [("x",)])
+        try:
+            owner = functools.reduce(lambda value, key: value[key], path, document)
+            if dice.random() < 0.15:
+                del owner[last]
+            else:
+                owner[last] = copy.deepcopy(dice.choice(THREAT_ODD))
+        except (LookupError, TypeError):
+            continue  # went with an earlier change
+    return json.dumps(document).encode("utf-8")
+
+
+def threat_odd_tar(dice, tar):
+    """A tar with changed headers whose checksums fit again, or with bent bytes."""
+    if dice.random() < 0.3:
+        return threat_mutated(dice, tar)
+    data = bytearray(tar)
+    for _ in range(dice.randint(1, 3)):
+        at = 512 * dice.randrange(max(1, len(data) // 512))
+        field, size = dice.choice(((0, 100), (100, 8), (108, 8), (124, 12), (136, 12),
+                                   (156, 1), (157, 100), (257, 8), (345, 155)))
+        value = dice.choice((b"../../canary/x", b"/", b".wh..wh..opq", b"777", b"-1",
+                             b"\x80" + b"\0" * 3 + b"\1", b"\xff" * 12, b"etc/a/b", b"",
+                             b"S", b"x", b"g", b"L", b"1", b"2", b"3", b"5", b"etc"))
+        data[at + field:at + field + size] = value[:size].ljust(size, b"\0")
+        data[at + 148:at + 156] = b" " * 8
+        total = sum(data[at:at + 512])
+        data[at + 148:at + 156] = b"%06o\0 " % total
+    return bytes(data)
+
+
+class ThreatRaw(Server):
+    """Answers whatever comes with `data`, then closes."""
+
+    data = b""
+
+    def answer(self, request):
+        reply = Reply(200)
+        reply.raw, reply.ending = self.data, "fin"
+        return reply
+
+
+class FuzzTest(ThreatCase):
+    """Mutations, the same for the same seed; T36 T37 T59 T86 T140 T153 among them.
+
+    IMAGEC_FUZZ_SECONDS is for how long, IMAGEC_FUZZ_SEED where from,
+    IMAGEC_FUZZ_CASE=FAMILY:NUMBER a single case.
+    """
+
+    FAMILIES = ("manifest", "config", "challenge", "signature", "layer", "http", "token",
+                "verify", "output", "pull")
+    ON_DISK = ("layer", "verify", "output", "pull")  # OSError may come out
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(os, "fsync"))
+        os.mkdir(os.path.join(self.root, "canary"))
+        self.raw = ThreatRaw()
+        self.addCleanup(self.raw.close)
+        self.images = [build_image(THREAT_TARS, kind=kind) for kind in (
+            "oci", "docker", "schema1", "schema1-signed")]
+        self.index = build_index([(self.image, ("linux", "amd64", None)),
+                                  (self.image, ("linux", "arm64", "v8"))])
+        self.manifests = [one.manifest for one in self.images + [self.index]]
+        self.source, self.ref = self.filled()
+        self.outputs = [self.at(name) for _, name in THREAT_OUTPUTS]
+        for (format, _), path in zip(THREAT_OUTPUTS, self.outputs):
+            self.fetch(self.ref, format, path)
+        self.decoded = imagec.decode_manifest(self.image.manifest)
+
+    def test_nothing_but_our_errors(self):
+        single = os.environ.get("IMAGEC_FUZZ_CASE")
+        if single:
+            return self.run_case(single.partition(":")[0],
+                                 int(single.partition(":")[2]))
+        for family in self.FAMILIES:
+            with self.subTest(family):
+                end = time.monotonic() + THREAT_SECONDS / len(self.FAMILIES)
+                for number in itertools.count():
+                    self.run_case(family, number)
+                    if time.monotonic() > end and number >= 8:
+                        break
+        self.assertEqual(os.listdir(os.path.join(self.root, "canary")), [])
+        self.assertLessEqual(set(os.listdir(self.root)),
+                             {"canary", "work", "roots.pem", "scratch"})
+
+    def run_case(self, family, number):
+        dice = random.Random("%d %s %d" % (THREAT_SEED, family, number))
+        allowed = (imagec.ImagecError,) + (OSError,) * (family in self.ON_DISK)
+        try:
+            with threat_alarm(THREAT_CASE_SECONDS), self.traced(number % 16 == 8):
+                with contextlib.suppress(*allowed):
+                    getattr(self, "fuzz_" + family)(dice)
+        except Exception as error:
+            raise AssertionError(
+                "seed %d, case %s:%d: %s: %s" % (THREAT_SEED, family, number,
+                                                 type(error).__name__, error)) from error
+
+    @contextlib.contextmanager
+    def traced(self, wanted):
+        """Where wanted, the block takes little memory; asking takes its time."""
+        if not wanted:
+            yield
+            return
+        tracemalloc.start()
+        try:
+            yield
+            self.assertLess(tracemalloc.get_traced_memory()[1], THREAT_CASE_BYTES)
+        finally:
+            tracemalloc.stop()
+
+    def test_found_by_fuzzing(self):
+        """What mutations have found: names in a layout that are no texts."""
+        index = threat_bytes(os.path.join(self.outputs[1], "index.json"))
+        for odd in ("7", "[1]", '{"a": 1}'):
+            with self.subTest(odd=odd):
+                bent = re.sub(rb'"io.containerd.image.name":"[^"]*"',
+                              b'"io.containerd.image.name":' + odd.encode(), index)
+                self.assertNotEqual(bent, index)
+                with open(os.path.join(self.outputs[1], "index.json"), "wb") as file:
+                    file.write(bent)
+                self.assertTrue(imagec.Audit().check(self.outputs[1]).faults)
+                with self.assertRaises(imagec.ImagecError):
+                    imagec.Shelf(self.outputs[1])
+
+    def test_found_by_fuzzing_in_archives(self):
+        with tarfile.open(self.outputs[2]) as tar:
+            rows = [[one.name, tar.extractfile(one).read()] for one in tar
+                    if one.isfile()]
+        for odd in ("7", "[1]", "{}"):
+            bent = [[name, re.sub(b'"RepoTags":\\["[^"]*"',
+                                  b'"RepoTags":[' + odd.encode(), data)]
+                    for name, data in rows]
+            self.assertNotEqual(bent, rows)
+            with open(self.at("bent.tar"), "wb") as file:
+                file.write(tar_bytes(bent))
+            self.assertTrue(imagec.Audit().check(self.at("bent.tar")).faults)
+
+    def fuzz_manifest(self, dice):
+        raw = threat_odd_json(dice, dice.choice(self.manifests))
+        kind = dice.choice(list(imagec.MANIFEST_SHAPES) + [None, "text/html", "x\ud800"])
+        found = imagec.decode_manifest(raw, dice.choice((None, kind)))
+        if isinstance(found, imagec.Index):
+            imagec.matching(found, imagec.Platform.parse("linux/arm64"))
+        elif isinstance(found, imagec.Manifest):
+            found.require_image()
+            imagec.list_layers(found, imagec.ImageConfig.parse(self.image.config))
+        else:
+            imagec.list_layers(found)
+            imagec.modern_config(found, [imagec.Digest.of(b"")] * dice.randrange(4))
+
+    def fuzz_config(self, dice):
+        config = imagec.ImageConfig.parse(threat_odd_json(dice, self.image.config))
+        str(config.platform)
+        for layer in imagec.list_layers(self.decoded, config):
+            layer.v1_json.encode("utf-8")
+
+    def fuzz_challenge(self, dice):
+        values = [threat_mutated(dice, dice.choice(THREAT_CHALLENGES).encode()).decode(
+            "latin-1") for _ in range(dice.randint(1, 2))]
+        for challenge in imagec.Challenge.parse(values):
+            with contextlib.suppress(imagec.ImagecError):
+                url = imagec.auth_url(challenge, "repository:a:pull", "https://r.test/v2/")
+                self.assertRegex(url, r"\Ahttps://[^\s@\\]*\Z")
+        imagec.Challenge.choose(imagec.Challenge.parse(values))
+
+    def fuzz_signature(self, dice):
+        raw = self.images[3].manifest
+        protected = json.loads(raw.decode())["signatures"][0]["protected"]
+        if dice.random() < 0.5:
+            plain = base64.urlsafe_b64decode(protected + "=" * (-len(protected) % 4))
+            bent = base64.urlsafe_b64encode(threat_odd_json(dice, plain)).rstrip(b"=")
+            raw = raw.replace(protected.encode(), bent)
+        else:
+            raw = threat_mutated(dice, raw)
+        found = imagec.PrettySignature.parse(raw)
+        if found is not None:
+            imagec.decode_manifest(raw)
+
+    def fuzz_layer(self, dice):
+        tar = threat_odd_tar(dice, dice.choice(THREAT_TARS))
+        pack = dice.choice((bytes, gzip_bytes, bz2.compress,
+                            functools.partial(lzma.compress, preset=0)))
+        blob = pack(tar)
+        if dice.random() < 0.3:
+            blob = threat_mutated(dice, blob)
+        scratch = os.path.join(self.root, "scratch")
+        threat_remove(scratch)
+        store = imagec.LayerStore(os.path.join(scratch, "layer"), dice.random() < 0.3)
+        verifier = imagec.LayerVerifier(limit=1 << 20, visitor=store)
+        try:
+            for start in range(0, len(blob), 4096):
+                verifier.update(blob[start:start + 4096])
+            verifier.finish()
+        finally:
+            verifier.abort()
+            if store._file is not None:
+                store._file.close()
+        self.flatten(store, os.path.join(scratch, "root"))
+
+    def flatten(self, store, root):
+        tree = imagec.Tree()
+        tree.apply(store.entries)
+        list(imagec.mtree_lines(tree))
+        if store._pack is None:
+            imagec.TreeWriter(tree).write(root)
+        else:
+            imagec.write_tree_tar(tree, lambda data: None)
+
+    def exchange(self, action):
+        transport = imagec.Transport(2, 0.2, sleep=self.naps.append)
+        try:
+            return action(transport)
+        finally:
+            transport.close()
+
+    def fuzz_http(self, dice):
+        self.raw.data = threat_mutated(dice, dice.choice(THREAT_HEADS))
+
+        def get(transport):
+            with transport.open("GET", self.raw.url + "/x") as response:
+                response.read(1 << 20, "body")
+        self.exchange(get)
+
+    def fuzz_token(self, dice):
+        reply = threat_odd_json(dice, b'{"token": "abc", "access_token": "def", '
+                                b'"expires_in": 60, "refresh_token": "ghi"}')
+        self.raw.data = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (
+            len(reply), reply)
+        who = imagec.Credentials("alice", PASSWORD, dice.choice((None, IDENTITY_TOKEN)))
+        self.exchange(lambda transport: imagec.fetch_token(
+            transport, self.raw.url + "/token", who))
+
+    def fuzz_verify(self, dice):
+        """A file of what a pull wrote is bent: verify says so, and serve lives."""
+        path = dice.choice(self.outputs)
+        files = [path] if os.path.isfile(path) else [
+            os.path.join(path, name) for name in sorted(threat_files(path))
+            if not os.path.islink(os.path.join(path, name))]
+        files += [path + ".mtree"] * os.path.exists(path + ".mtree") * len(files)
+        victim = dice.choice(files)
+        before = threat_bytes(victim)
+        bent = self.bend(dice, before, victim.endswith("image.tar"))
+        with open(victim, "wb") as file:
+            file.write(bent)
+        try:
+            imagec.Audit().check(path)
+            imagec.Shelf(path)
+        finally:
+            with open(victim, "wb") as file:
+                file.write(before)
+
+    @staticmethod
+    def bend(dice, before, archive):
+        """The bytes of a file with something changed that its kind makes interesting."""
+        if archive and dice.random() < 0.6:
+            with tarfile.open(fileobj=io.BytesIO(before)) as tar:
+                rows = [[one.name, tar.extractfile(one).read()] for one in tar
+                        if one.isfile()]
+            row = dice.choice([row for row in rows if row[0].endswith("json")])
+            row[1] = threat_odd_json(dice, row[1])
+            return tar_bytes(rows)
+        if before[:1] == b"{":
+            return threat_odd_json(dice, before)
+        return (threat_odd_tar if b"ustar" in before else threat_mutated)(dice, before)
+
+    def fuzz_output(self, dice):
+        """A pull into a layout whose documents are bent adds to it, or refuses."""
+        path = self.outputs[1]
+        victim = os.path.join(path, dice.choice(("index.json", "oci-layout")))
+        before = threat_bytes(victim)
+        with open(victim, "wb") as file:
+            file.write(threat_odd_json(dice, before))
+        try:
+            self.fetch(self.ref, "oci", path)
+        finally:
+            with open(victim, "wb") as file:
+                file.write(before)
+
+    def fuzz_pull(self, dice):
+        """An image that is bent, with digests that fit, into any output."""
+        tars = [threat_odd_tar(dice, tar) if dice.random() < 0.4 else tar
+                for tar in THREAT_TARS]
+        image = build_image(tars, kind=dice.choice(("oci", "docker", "schema1")))
+        if dice.random() < 0.5:
+            raw = threat_odd_json(dice, image.manifest)
+            image = BuiltImage(raw, image.media_type)
+        self.source.add("lab/app", "bent", image)
+        (format, name), case = dice.choice(THREAT_OUTPUTS), self.at("bent")
+        os.mkdir(case)
+        try:
+            with mock.patch("imagec.ATTEMPTS", 1):
+                self.fetch(self.ref[:-1] + "bent", format, os.path.join(case, name))
+        finally:
+            threat_remove(case)
+
+
+# ------------------------------------------------------------------------------
+# Killed, interrupted, terminated
+# ------------------------------------------------------------------------------
+
+THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "10"))
+THREAT_SIGNALS = ((signal.SIGINT, (130,)), (signal.SIGTERM, (143,))) + (
+    ((signal.SIGKILL, (-signal.SIGKILL,)),) if hasattr(signal, "SIGKILL") else ())
+
+
+@THREAT_POSIX
+class ThreatKillTest(ThreatProcessCase):
+    """Signals at any moment of a pull into any format: T121 T122 T123."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image([tar_bytes([("d%d" % n, None), ("d%d/f" % n, data)])
+                                  for n, data in enumerate(
+            threat_noise(6000 * (n + 1), n) for n in range(4))])
+        self.good = set(self.image.layers)
+        self.registry, self.ref = self.filled()
+        old = build_image([tar_bytes([("old", b"old")])])
+        self.registry.add("lab/app", "0", old)
+        self.good |= set(old.layers)
+        self.registry.fault("/blobs/", drip(0.001, 1500), THREAT_EVER)
+        self.size = sum(map(len, self.image.blobs.values()))
+        self.dice = random.Random(THREAT_SEED)
+
+    def test_t121_t122_t123_any_moment(self):
+        outputs = itertools.cycle(THREAT_OUTPUTS)
+        signals = itertools.cycle(THREAT_SIGNALS)
+        for number in range(THREAT_KILLS):
+            (format, name), (number_sent, statuses) = next(outputs), next(signals)
+            with self.subTest(kill=number, format=format, name=name, signal=number_sent):
+                self.check(format, name, number_sent, statuses)
+            threat_remove(self.work)
+            os.mkdir(self.work)
+
+    def check(self, format, name, number, statuses):
+        path = self.at(name)
+        beside = path if name != "root" else self.at("old")
+        run = self.run_alone(*self.pull_argv(self.ref[:-1] + "0", format, beside))
+        self.assertEqual(run.status, 0, run.err)
+        before = threat_files(self.work)
+        run = self.hit(format, path, number)
+        self.assertNotIn("Traceback", run.err)
+        if run.status:
+            self.assertIn(run.status, statuses, run.err)
+            self.assertEqual(run.err.count("\n"), number != signal.SIGKILL)
+        self.assert_only_verified(path)
+        after = threat_files(self.work)
+        if name in ("root", "images"):  # the others grow, or are replaced whole
+            self.assertEqual({n: after.get(n) for n in before}, before)
+        self.again(format, path, run)
+        if beside != path:
+            self.assert_whole(beside)
+
+    def hit(self, format, path, number):
+        """Pull, and send the signal after so many bytes, or so long after the last."""
+        begun = self.registry.sent_blob_bytes
+        goal = min(1, self.dice.uniform(0, 1.5)) * self.size * 0.9
+        late = self.dice.uniform(0, 0.03)
+        started = self.start(*self.pull_argv(self.ref, format, path))
+        end = time.monotonic() + 20
+        while self.registry.sent_blob_bytes - begun < goal and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(late)
+        os.kill(started[0], number)
+        return self.end(started)
+
+    def again(self, format, path, run):
+        """Another run completes what was not complete."""
+        if not (run.status == 0 and path.endswith("root")):
+            run = self.run_alone(*self.pull_argv(self.ref, format, path))
+            self.assertEqual(run.status, 0, run.err)
+        self.assert_whole(path)
+        self.assertFalse([name for name in threat_files(self.work) if ".partial" in name])
+
+
+# ------------------------------------------------------------------------------
+# Local faults
+# ------------------------------------------------------------------------------
+
+#: os function -> what it fails with; each in turn is made to fail at some call.
+THREAT_CALLS = (
+    ("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EXDEV),
+    ("mkdir", errno.EACCES), ("open", errno.EMFILE), ("ftruncate", errno.EROFS),
+    ("write", errno.EDQUOT), ("rename", errno.EPERM), ("open", errno.EROFS),
+    ("unlink", errno.EACCES), ("link", errno.EMLINK), ("chmod", errno.EPERM),
+)
+
+
+class ThreatBroken:
+    """Stands in for a function of os; fails once, at the call of that number."""
+
+    def __init__(self, name, code, at):
+        self.true, self.code, self.at = getattr(os, name), code, at
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.true(*args, **kwargs)
+
+
+class LocalFaultsTest(ThreatCase):
+    """The disk and the host fail: T120 T126 T129 T130 T133."""
+
+    def setUp(self):
+        super().setUp()
+        self.source, self.ref = self.filled()
+        self.source.add("lab/app", "0", build_image([tar_bytes([("old", b"old")])]))
+        self.dice = random.Random(THREAT_SEED)
+
+    def each(self, check, *args):
+        for format, name in THREAT_OUTPUTS:
+            with self.subTest(format=format, name=name):
+                check(format, self.at(name), *args)
+            threat_remove(self.work)
+            os.mkdir(self.work)
+
+    def broken(self, name, code, at, format, path):
+        """Pull while a function of os fails at one call: (it, what came out)."""
+        broken, error = ThreatBroken(name, code, at), None
+        sync = contextlib.ExitStack()
+        if name != "fsync":  # as slow as the disk
+            sync.enter_context(mock.patch.object(os, "fsync"))
+        with sync, mock.patch.object(os, name, broken):
+            try:
+                self.fetch(self.ref, format, path, jobs=1)
+            except (imagec.ImagecError, OSError) as caught:
+                error = caught
+        return broken, error
+
+    def test_t120_t126_t129_any_call_may_fail(self):
+        """At some call of each kind: nothing half-made, and the next run completes."""
+        for name, code in THREAT_CALLS:
+            self.each(self.check_calls, name, code)
+
+    def check_calls(self, format, path, name, code):
+        with mock.patch.object(os, "fsync"):
+            if not path.endswith("root"):
+                self.fetch(self.ref[:-1] + "0", format, path)
+        calls = self.broken(name, code, 0, format, self.at("dry"))[0].calls
+        if calls:
+            self.check_broken(name, code, self.dice.randint(1, calls), format, path)
+
+    def check_broken(self, name, code, at, format, path):
+        with self.subTest(call=name, code=errno.errorcode[code], at=at, format=format):
+            before = threat_files(path) or os.path.isfile(path) and threat_bytes(path)
+            _, error = self.broken(name, code, at, format, path)
+            self.assert_only_verified(path, self.good | {sha256(data) for data in (
+                before.values() if isinstance(before, dict) else ())})
+            if isinstance(error, OSError):
+                self.assertEqual(error.errno, code)
+                self.assertEqual(imagec.exit_status(error), 1)
+            if os.path.isdir(path) and path.endswith("root"):
+                return  # the last word came late, or was not needed: it is whole
+            with mock.patch.object(os, "fsync"), threat_alarm(5):
+                self.fetch(self.ref, format, path)
+            self.assert_whole(path)
+
+    def test_t126_destination_is_a_file(self):
+        """Told before the network is asked; a tar may be replaced, its parent not."""
+        self.each(self.check_file)
+        self.assertEqual(self.source.requests, [])
+
+    def check_file(self, format, path):
+        place = os.path.join(path, "x.tar") if path.endswith(".tar") else path
+        with open(path, "wb") as file:
+            file.write(b"mine")
+        run = self.main(*self.pull_argv(self.ref, format, place))
+        self.assert_one_line(run, 1)
+        self.assertIn(path, run.err)
+        self.assertEqual(threat_files(self.work), {os.path.basename(path): b"mine"})
+
+    def test_destination_deleted_during_the_pull(self):
+        """One clear error or a whole image, and the next run completes."""
+        self.each(self.check_deleted)
+
+    def check_deleted(self, format, path):
+        def remove(reply):
+            for name in os.listdir(self.work):
+                place = self.at(name)
+                (threat_remove if os.path.isdir(place) else os.unlink)(place)
+            return reply
+
+        self.source.fault("/blobs/%s" % self.image.layers[-1], remove)
+        run = self.main(*self.pull_argv(self.ref, format, path, "-j", "1"))
+        if run.status:
+            self.assert_one_line(run, 1)
+            self.assert_only_verified(path)
+            run = self.main(*self.pull_argv(self.ref, format, path))
+            self.assertEqual(run.status, 0, run.err)
+        self.assert_whole(path)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_t120_full_device(self):
+        for format in ("archive", "rootfs"):
+            run = self.main(*self.pull_argv(self.ref, format, "/dev/full"))
+            self.assert_one_line(run, 1)
+            self.assertIn("No space left", run.err)
+            self.assertTrue(stat.S_ISCHR(os.stat("/dev/full").st_mode))
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_t135_no_locks_no_hard_links(self):
+        """NFS, FAT and the like have neither; a directory pull does without."""
+        self.source.add("lab/app", "2", build_image(THREAT_TARS + THREAT_TARS[:1]))
+        self.each(self.check_poor)
+
+    def check_poor(self, format, path):
+        refused = mock.Mock(side_effect=OSError(errno.ENOTSUP, "not supported"))
+        with mock.patch.object(os, "fsync"), mock.patch.object(os, "link", refused), \
+                mock.patch("fcntl.flock", refused):
+            self.fetch(self.ref[:-1] + "2", format, path)
+        self.assert_whole(path)
+
+    def test_t136_path_too_long(self):
+        self.each(self.check_deep)
+
+    def check_deep(self, format, path):
+        deep = os.path.join(self.work, *["d" * 200] * 25 + [os.path.basename(path)])
+        run = self.main(*self.pull_argv(self.ref, format, deep))
+        self.assert_one_line(run, 1)
+        self.assertFalse(threat_files(self.work))
+
+
+@THREAT_POSIX
+class LocalLimitsTest(ThreatProcessCase):
+    """Limits of the host, and other pulls: in processes of their own."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image([tar_bytes([("f%d" % n, threat_noise(9000, n))])
+                                  for n in range(6)])
+        self.good = set(self.image.layers)
+        self.source, self.ref = self.filled()
+
+    def side_by_side(self, count, **options):
+        """`count` pulls at once into each destination: {path: their ends}."""
+        started = [(self.at(name), self.start(*self.pull_argv(
+            self.ref, format, self.at(name)), **options))
+            for format, name in THREAT_OUTPUTS for _ in range(count)]
+        ends = collections.OrderedDict()
+        for path, process in started:
+            ends.setdefault(path, []).append(self.end(process))
+        return ends
+
+    def assert_no_leftovers(self):
+        self.assertFalse([name for name in threat_files(self.work) if ".partial" in name])
+
+    def check_together(self, count):
+        for path, runs in self.side_by_side(count).items():
+            with self.subTest(path=os.path.basename(path), count=count):
+                statuses = sorted(run.status for run in runs)
+                self.assertEqual(statuses[0], 0, [run.err for run in runs])
+                for run in runs:
+                    self.assertNotIn("Traceback", run.err)
+                    if path.endswith("root") and run.status:
+                        self.assert_one_line(run, 1)  # it is there already
+                    else:
+                        self.assertEqual((run.status, run.err), (0, ""))
+                self.assert_whole(path)
+        self.assert_no_leftovers()
+
+    def test_t124_two_at_once(self):
+        self.check_together(2)
+
+    def test_t124_eight_at_once(self):
+        self.check_together(8)
+
+    def test_t120_file_size_limit(self):
+        """The limit strikes in mid-blob, or in mid-archive."""
+        for path, runs in self.side_by_side(1, limits={"RLIMIT_FSIZE": 8000}).items():
+            with self.subTest(os.path.basename(path)):
+                self.assert_one_line(runs[0], 1)
+                self.assertIn("File too large", runs[0].err)
+                self.assertIn(os.path.basename(path), runs[0].err)
+                self.assert_only_verified(path)
+                self.assert_nothing_beside(path, *os.listdir(self.work))
+        for path, runs in self.side_by_side(1).items():
+            self.assertEqual(runs[0].status, 0, runs[0].err)
+            self.assert_whole(path)
+
+    def test_t130_few_files(self):
+        """Thirty-two descriptors are enough for four jobs, whatever there is to fetch."""
+        image = build_image([tar_bytes([("f%d" % n, b"%d" % n)]) for n in range(60)])
+        self.source.add("lab/app", "1", image)
+        for path, runs in self.side_by_side(1, limits={"RLIMIT_NOFILE": 32}).items():
+            with self.subTest(os.path.basename(path)):
+                self.assertEqual((runs[0].status, runs[0].err), (0, ""))
+                self.assert_whole(path)
+
+    def test_t130_too_few_files(self):
+        for path, runs in self.side_by_side(1, limits={"RLIMIT_NOFILE": 7}).items():
+            with self.subTest(os.path.basename(path)):
+                self.assert_one_line(runs[0], 1)
+                self.assertIn("Too many open files", runs[0].err)
+                self.assert_only_verified(path)
+
+    def test_t131_umask(self):
+        """Nothing is for others to write; what is under way in a rootfs, not to see."""
+        for umask in (0o77, 0o27, 0):
+            for path in self.side_by_side(1, umask=umask):
+                with self.subTest(path=os.path.basename(path), umask=umask):
+                    self.assert_modes(path, umask)
+            threat_remove(self.work)
+            os.mkdir(self.work)
+
+    def assert_modes(self, path, umask):
+        self.assert_whole(path)
+        if path.endswith("root"):
+            return  # the image says
+        places = [path] + [os.path.join(folder, name) for folder, names, files in
+                           os.walk(path) for name in names + files]
+        for place in places:
+            mode = stat.S_IMODE(os.stat(place).st_mode)
+            wanted = 0o777 if os.path.isdir(place) else 0o666
+            self.assertEqual(mode, wanted & ~umask, place)
+
+    def test_t129_temporary_directory_elsewhere(self):
+        """Nothing passes through TMPDIR: it may be small, slow, or another's."""
+        other = tempfile.mkdtemp(dir="/tmp" if THREAT_PLACE else None)
+        self.addCleanup(threat_remove, other)
+        os.chmod(other, 0)
+        for path, runs in self.side_by_side(1, environ={"TMPDIR": other}).items():
+            with self.subTest(os.path.basename(path)):
+                self.assertEqual((runs[0].status, runs[0].err), (0, ""))
+                self.assert_whole(path)
+        os.chmod(other, 0o700)
+        self.assertEqual(os.listdir(other), [])
+
+
+# ------------------------------------------------------------------------------
+# Time: servers that take theirs
+# ------------------------------------------------------------------------------
+
+def threat_slow_headers(reply):
+    """A status line, then a header now and then, for ever."""
+    reply.raw, reply.pace = b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999, (
+        "status", 0.02, 17)
+    return reply
+
+
+def threat_many_headers(reply):
+    """Headers as fast as they come, for ever."""
+    reply.raw = b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999
+    return reply
+
+
+#: (name, action, error class, phases)
+THREAT_DELAYS = (
+    ("a byte at a time", drip(0.02, 1), imagec.Timeout, THREAT_BODIES),
+    ("a byte of the status at a time", drip(0.02, 1, "status"), imagec.Timeout,
+     THREAT_ALL),
+    ("a byte of the headers at a time", drip(0.02, 1, "headers"), imagec.Timeout,
+     THREAT_ALL),
+    ("headers for ever", threat_slow_headers, imagec.Timeout, THREAT_ALL),
+    ("many headers", threat_many_headers, imagec.TransportError, THREAT_ALL),
+    ("no answer", hang(60), imagec.Timeout, THREAT_ALL),
+    ("stops in the body", [drip(60, 20)], imagec.Timeout, THREAT_BODIES),
+)
+
+
+class TimeTest(ThreatCase):
+    """Each ends within its limit, and names the registry: T57 T58 T109."""
+
+    LIMIT = 0.15  # seconds without progress
+    GRACE = 4  # seconds more, for all of them run side by side
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch("imagec.ATTEMPTS", 1))
+        self.patch(mock.patch.object(os, "fsync"))
+        # A body of less would end before it stalls.
+        self.image = build_image([tar_bytes([("n", threat_noise(9000))]),
+                                  tar_bytes([("m", threat_noise(8000))])],
+                                 config={"Env": ["X=" + "x" * 3000]})
+        self.good = set(self.image.layers)
+        self.index = build_index([(self.image, ("linux", "amd64", None))])
+        self.source, self.ref = self.filled(self.index, auth="bearer", tls=True)
+        self.errors = {}
+
+    def slow(self, number, phase, action):
+        """Pull from a registry of its own that is slow in one phase; what came out."""
+        names = {"manifest": self.image.digest, "config": sha256(self.image.config),
+                 "first": self.image.layers[0], "last": self.image.layers[1]}
+        registry, ref = self.filled(self.index, auth="bearer", tls=True)
+        registry.fault(THREAT_PHASES[phase].format(**names), action, THREAT_EVER)
+        format, name = THREAT_OUTPUTS[number % len(THREAT_OUTPUTS)]
+        path = self.at("%d" % number, name)
+        os.mkdir(os.path.dirname(path))
+        started = time.monotonic()
+        try:
+            self.fetch(ref, format, path, idle_timeout=self.LIMIT)
+            error = None
+        except Exception as caught:  # unittest hears of this thread only by us
+            error = caught
+        self.errors[number] = (error, time.monotonic() - started, registry.host, path)
+
+    def side_by_side(self, rows):
+        threads = [threading.Thread(target=self.slow, args=(number,) + row, daemon=True)
+                   for number, row in enumerate(rows)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 10
+        for thread in threads:
+            thread.join(max(0, end - time.monotonic()))
+
+    def test_t57_t58_t109_each_phase(self):
+        rows = [(phase, name, action, kind) for name, action, kind, phases in
+                THREAT_DELAYS for phase in phases]
+        for start in range(0, len(rows), 16):
+            batch = rows[start:start + 16]
+            self.errors.clear()
+            self.side_by_side([(phase, action) for phase, _, action, _ in batch])
+            for number, (phase, name, _, kind) in enumerate(batch):
+                with self.subTest(name, phase=phase):
+                    self.check(number, kind)
+            threat_remove(self.work)
+            os.mkdir(self.work)
+
+    def check(self, number, kind):
+        self.assertIn(number, self.errors, "hangs")
+        error, seconds, host, path = self.errors[number]
+        self.assertIsInstance(error, kind)
+        self.assertIn(host, str(error))
+        self.assertLess(seconds, self.LIMIT + self.GRACE)
+        self.assert_only_verified(path)
+
+    def test_t57_t109_the_whole_has_its_limit(self):
+        """Slow but steady is no stall; --timeout ends it."""
+        self.source.fault("/blobs/%s" % self.image.layers[0], drip(0.01, 40), THREAT_EVER)
+        for format, name in THREAT_OUTPUTS:
+            with self.subTest(format=format, name=name):
+                started = time.monotonic()
+                with self.assertRaises(imagec.Timeout) as caught:
+                    self.fetch(self.ref, format, self.at(name), timeout=0.3)
+                self.assertLess(time.monotonic() - started, 0.3 + self.GRACE)
+                self.assertIn("--timeout", str(caught.exception))
+                self.assert_only_verified(self.at(name))
+
+
+# ------------------------------------------------------------------------------
+# Bombs
+# ------------------------------------------------------------------------------
+
+THREAT_ZEROS = 300 << 20  # bytes of the layer that memory is measured with
+THREAT_MEMORY = 48 << 10  # KiB
+
+
+def threat_header(name=b"f", kind=b"0", size=0):
+    """One tar header, as raw as an attacker wants it."""
+    block = bytearray(512)
+    block[:len(name)] = name
+    block[100:108], block[124:136] = b"0000644\0", b"%011o\0" % size
+    block[156:157], block[257:265] = kind, b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def threat_member(name=b"f", kind=b"0", data=b""):
+    return threat_header(name, kind, len(data)) + data + bytes(-len(data) % 512)
+
+
+def threat_long(name):
+    """A file with a long name, GNU's way."""
+    return threat_member(b"././@LongLink", b"L", name + b"\0") + threat_header()
+
+
+def threat_sparse_map():
+    """A sparse file whose map of a mebibyte has no end, as often as it fits."""
+    text = b"99999999\n" + b"0\n" * (500 << 10)
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    return threat_member(b"x", b"x", records) + threat_member(data=text)
+
+
+def threat_link_chain(count):
+    """Hard links, each to the one that follows it."""
+    rows = [(b"l%d" % n, b"l%d" % (n + 1)) for n in range(count)]
+    tar = tar_bytes([(name.decode(), b"", {"type": b"1", "linkname": link.decode()})
+                     for name, link in rows] + [("l%d" % count, b"x")])
+    return tar
+
+
+def threat_link_maze():
+    """A link by way of half a million directories, and members that pass it."""
+    target = b"a/../" * 100000 + b"a"
+    return threat_member(b"a", b"5") + threat_member(
+        b"././@LongLink", b"K", target + b"\0") + threat_header(b"s", b"2") + b"".join(
+            threat_header(b"s/f%d" % n) for n in range(300))
+
+
+#: (name, layer blob, word of the refusal or None where it may be taken)
+THREAT_BOMBS = (
+    ("gzip, T50", lambda: gzip_bytes(bytes(20 << 20), 1), "max-layer-size"),
+    ("gzip of many members, T50", lambda: gzip_bytes(bytes(1 << 20)) * 20,
+     "max-layer-size"),
+    ("bzip2, T51", lambda: bz2.compress(bytes(20 << 20), 1), "max-layer-size"),
+    ("xz, T51", lambda: lzma.compress(bytes(20 << 20), preset=0), "max-layer-size"),
+    ("xz memory, T51", lambda: lzma.compress(b"x", filters=[
+        {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
+         "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
+    ("pax header of 8 GiB, T67", lambda: threat_header(b"x", b"x", (8 << 30) - 1),
+     "limit"),
+    ("long name of 8 GiB, T67", lambda: threat_header(b"x", b"L", (8 << 30) - 1),
+     "limit"),
+    ("file of 8 GiB, T50", lambda: threat_header(b"x", b"0", (8 << 30) - 1),
+     "max-layer-size"),
+)
+#: (name, tar): what a rootfs must refuse, or make, in the time and memory it has.
+THREAT_ROOT_BOMBS = (
+    ("long names, T67", lambda: b"".join(
+        threat_long(b"%06d" % n + b"x" * 900000) for n in range(200))),
+    ("long names of directories, T67 T68", lambda: b"".join(
+        threat_long(b"%04d/" % n * 100000) for n in range(100))),
+    ("many pax records, T67", lambda: b"".join(threat_member(b"x", b"x", b"".join(
+        b"30 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000))) + threat_header(
+            b"f%d" % m) for m in range(20))),
+    ("a sparse map without end, T152", threat_sparse_map),
+    ("a chain of hard links, T157", lambda: threat_link_chain(3000)),
+    ("a link through a maze, T157", threat_link_maze),
+    ("many members, T67", lambda: b"".join(
+        threat_header(b"f%d" % n) for n in range(20000))),
+)
+THREAT_DOCUMENTS = (
+    ("a million layers, T61", b'{"schemaVersion": 2, "mediaType": "%s", "config": {}, '
+     b'"layers": [%s]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
+                           b",".join([b"{}"] * 1300000))),
+    ("a million entries, T60", b'{"schemaVersion": 2, "manifests": [%s]}'
+     % b",".join([b"{}"] * 1300000)),
+    ("a million numbers, T61", b'{"schemaVersion": 2, "layers": [%s]}'
+     % b",".join([b"0"] * 2000000)),
+    ("deep, T54", b'{"a":' * 800000),
+    ("many keys, T35", b"{%s}" % b",".join(b'"%x":0' % n for n in range(350000))),
+    ("digits, T55", b'{"schemaVersion": %s}' % (b"9" * 4000000)),
+    ("a long text, T52", b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
+)
+
+
+class BombTest(ThreatCase):
+    """Small things that want to be large: T50 T51 T54 T55 T60 T61 T67 T68."""
+
+    def bombed(self, blob, *argv):
+        """Pull an image of one layer that is `blob`: (path -> how it ended)."""
+        image = build_image([blob], compress=None)
+        source, ref = self.filled(image)
+        ends = []
+        for format, name in THREAT_OUTPUTS[::3]:
+            run = self.main(*self.pull_argv(ref, format, self.at(name)) + argv)
+            ends.append((self.at(name), run))
+        return ends
+
+    def test_t50_t51_t67_layers(self):
+        for name, make, word in THREAT_BOMBS:
+            with self.subTest(name):
+                spent = time.process_time()
+                for path, run in self.bombed(make(), "--max-layer-size", "100000"):
+                    self.assert_one_line(run, 3)
+                    self.assertIn(word, run.err)
+                    self.assertFalse([n for n in threat_files(self.work) if not re.search(
+                        r"\.partial\.d/lock\.partial$", n)])
+                self.assertLess(time.process_time() - spent, 3)
+
+    def test_t67_t68_t152_t157_root_file_systems(self):
+        """In a few seconds and a few mebibytes, refused or made."""
+        for name, make in THREAT_ROOT_BOMBS:
+            with self.subTest(name):
+                blob = gzip_bytes(make() + bytes(1024), 1)
+                spent = time.process_time()
+                with threat_alarm(20):
+                    run = self.main(*self.pull_argv(self.filled(build_image(
+                        [blob], compress=None, rootfs={"type": "layers", "diff_ids": [
+                            sha256(zlib.decompress(blob, 31))]}))[1], "rootfs",
+                        self.at("root.tar")))
+                self.assertIn(run.status, (0, 3), run.err)
+                self.assertLess(time.process_time() - spent, 4)
+
+    def test_t54_t55_t60_t61_manifests(self):
+        for name, raw in THREAT_DOCUMENTS:
+            with self.subTest(name):
+                self.assertLess(len(raw), imagec.MANIFEST_LIMIT)
+                spent = time.process_time()
+                with self.assertRaises(imagec.InvalidDocument):
+                    imagec.decode_manifest(raw)
+                self.assertLess(time.process_time() - spent, 1.5)
+
+
+@THREAT_POSIX
+class MemoryTest(ThreatProcessCase):
+    """What a pull takes of memory does not depend on what a layer unpacks to: T50 T67."""
+
+    def test_t50_a_layer_of_zeros(self):
+        block = bytes(10 << 20)
+        first = threat_header(b"zeros", b"0", THREAT_ZEROS) + block
+        blob = gzip_bytes(first, 1) + gzip_bytes(block, 1) * (
+            len(range(0, THREAT_ZEROS, len(block))) - 1) + gzip_bytes(bytes(1024))
+        digest = hashlib.sha256(first)
+        for _ in range(len(block), THREAT_ZEROS, len(block)):
+            digest.update(block)
+        digest.update(bytes(1024))
+        image = build_image([blob], compress=None, rootfs={
+            "type": "layers", "diff_ids": ["sha256:" + digest.hexdigest()]})
+        ref = self.filled(image)[1]
+        for format, name in THREAT_OUTPUTS[:3]:
+            with self.subTest(format=format):
+                run = self.run_alone(*self.pull_argv(ref, format, self.at(name),
+                                                     "-j", "1"))
+                self.assertEqual((run.status, run.err), (0, ""))
+                self.assertLess(run.peak, THREAT_MEMORY)
+
+    def test_t67_headers_are_not_kept(self):
+        """Names and attributes of a mebibyte each do not add up."""
+        for name, make in THREAT_ROOT_BOMBS[:3]:
+            with self.subTest(name):
+                ref = self.filled(build_image([make() + bytes(1024)]))[1]
+                run = self.run_alone(*self.pull_argv(ref, "rootfs", self.at("root.tar")))
+                self.assertIn(run.status, (0, 3), run.err)
+                self.assertLess(run.peak, 2 * THREAT_MEMORY)
 
 
 # --------------------------------------------------------------------------------------
