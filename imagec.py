@@ -43,6 +43,7 @@ import hashlib
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -137,11 +138,15 @@ XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
 LAYER_SIZE_LIMIT = 64 * GIB  # bytes one layer may unpack to, unless told otherwise
 TAR_BLOCK = 512  # bytes; POSIX.1-2001 pax
+MEMBER_COUNT_LIMIT = 2000000  # members of a layer that are kept in memory
+MEMBER_NAMES_LIMIT = 32 * MIB  # bytes of their names, links and extended attributes
+PAX_COUNT_LIMIT = 4096  # records of one pax header
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
 
 TIMEOUT = 3600  # seconds for a whole command
 IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
 STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
+CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CONNECT_TIMEOUT = 30  # seconds; docker's dialler
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
