@@ -814,12 +814,15 @@ class Descriptor(NamedTuple):
     def from_document(cls, document):
         """The Descriptor a Document holds; raises InvalidDocument."""
         urls = document.get("urls", list, [])
-        if not all(type(url) is str for url in urls):
-            raise InvalidDocument("%s: 'urls' must be strings" % document.where)
+        annotations = document.get("annotations", dict, {})
+        for name, texts in (("urls", urls), ("annotations", annotations.values())):
+            if not all(type(text) is str for text in texts):
+                raise InvalidDocument("%s: '%s' must be strings"
+                                      % (document.where, name))
         platform = document.child("platform")
         return cls(document.get("mediaType", str, ""), document.digest("digest"),
                    document.size("size"), platform and cls._platform(platform),
-                   tuple(urls), document.get("annotations", dict, {}))
+                   tuple(urls), annotations)
 
     @staticmethod
     def _platform(document):
