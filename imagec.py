@@ -1696,6 +1696,23 @@ _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 
 
+def _pax_records(data):
+    """Yields (key, value) of "LENGTH KEY=VALUE\\n" records (POSIX.1-2001, pax).
+
+    Raises ValueError.
+    """
+    place = 0
+    while place < len(data):
+        match = _PAX_RECORD.match(data, place)
+        end = place + int(match.group(1)) if match else 0
+        if not match or end <= match.end() or data[end - 1:end] not in b"\n":
+            raise ValueError("a malformed pax header")
+        if end > len(data):
+            raise ValueError("a pax header that is cut short")
+        yield match.group(2), data[match.end():end - 1]
+        place = end
+
+
 class TarWalker:
     """Walks a tar as its bytes pass and adds up what its members hold.
 
@@ -1792,23 +1809,21 @@ class TarWalker:
             take(b"")
 
     def _records(self, data, everywhere):
-        """Pax records, "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax, "Extended Header")."""
-        place = 0
-        while place < len(data):
-            match = _PAX_RECORD.match(data, place)
-            end = place + int(match.group(1)) if match else 0
-            if not match or end <= match.end() or data[end - 1:end] not in b"\n":
-                raise self._bad("a malformed pax header")
-            if end > len(data):
-                raise self._bad("a pax header that is cut short")
-            key, value = match.group(2), data[match.end():end - 1]
-            if everywhere and key in (b"path", b"linkpath", b"size"):
-                raise self._bad("a global pax header that renames every member")
-            if not everywhere and key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-                self._pax.setdefault("map", []).append(value)  # 0.0 repeats its keys
-            elif not everywhere:
-                self._pax[key] = value
-            place = end
+        """The records of a pax header, for the next member or `everywhere`."""
+        if data.count(b"\n") > PAX_COUNT_LIMIT:
+            raise LimitExceeded("%s: a pax header of more than %d lines"
+                                % (self._what, PAX_COUNT_LIMIT))
+        try:
+            for key, value in _pax_records(data):
+                if everywhere and key in (b"path", b"linkpath", b"size"):
+                    raise ValueError("a global pax header that renames every member")
+                if not everywhere and key in (b"GNU.sparse.offset",
+                                              b"GNU.sparse.numbytes"):
+                    self._pax.setdefault("map", []).append(value)  # 0.0 repeats them
+                elif not everywhere:
+                    self._pax[key] = value
+        except ValueError as error:
+            raise self._bad(error) from None
 
     def _number(self, key, default):
         return default if key not in self._pax else self._integer(self._pax[key], key)
@@ -1855,7 +1870,7 @@ class TarWalker:
         if entry is not None and entry.sparse == "inline":
             if stored < TAR_BLOCK:
                 raise self._bad("a sparse file without a map")
-            return self._inline_sparse(entry, stored, b"")
+            return self._inline_sparse(entry, stored, b"", [])
         self._data = stored
         if self._visitor is not None:
             if entry is None or entry.sparse and sum(
@@ -1887,23 +1902,26 @@ class TarWalker:
             self._begin(entry and entry._replace(sparse=self._pairs(pairs, entry.size)),
                         stored)
 
-    def _inline_sparse(self, entry, stored, text):
-        """GNU sparse 1.0: decimal lines before the data, padded to a block."""
+    def _inline_sparse(self, entry, stored, rest, numbers):
+        """GNU sparse 1.0: decimal lines before the data, padded to a block.
+
+        `numbers` are those of the lines so far, `rest` is the line that goes on.
+        """
         def take(block):
             self._take = self._header
-            self._inline_sparse(entry, stored - TAR_BLOCK, text + block)
+            *lines, left = (rest + block).split(b"\n")
+            for line in lines:
+                if not numbers or len(numbers) <= 2 * numbers[0]:
+                    numbers.append(self._integer(line, b"GNU.sparse.map"))
+            if not numbers or len(numbers) <= 2 * numbers[0]:
+                return self._inline_sparse(entry, stored - TAR_BLOCK, left, numbers)
+            pairs = self._pairs(zip(numbers[1::2], numbers[2::2]), entry.size)
+            self._begin(entry._replace(sparse=pairs), stored - TAR_BLOCK)
 
-        lines = text.split(b"\n")
-        count = self._integer(lines[0], b"GNU.sparse.map") if len(lines) > 1 else None
-        if count is None or len(lines) - 1 < 1 + 2 * count:
-            if stored < TAR_BLOCK or len(text) > TAR_EXTENSION_LIMIT:
-                raise self._bad("a sparse map that does not end")
-            self._take, self._data, self._skip = take, 0, 0
-            return
-        numbers = [self._integer(line, b"GNU.sparse.map")
-                   for line in lines[1:1 + 2 * count]]
-        pairs = self._pairs(zip(numbers[::2], numbers[1::2]), entry.size)
-        self._begin(entry._replace(sparse=pairs), stored)
+        if stored < TAR_BLOCK or len(rest) > NUMBER_LIMIT or (
+                len(numbers) > TAR_EXTENSION_LIMIT // 8):
+            raise self._bad("a sparse map that does not end")
+        self._take, self._data, self._skip = take, 0, 0
 
     def _pairs(self, pairs, size):
         """A sparse map, in order, without overlap and within the file."""
