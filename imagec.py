@@ -2544,13 +2544,25 @@ class _Wire(io.RawIOBase):
         return io.BufferedReader(self, 16 * KIB)
 
     def readinto(self, buffer):
-        self._sock.settimeout(self._watch.patience())
-        received = self._file.readinto(buffer)
+        received = self._receive(buffer)
         if not received and self._watch.until is not None:
             # http.client takes headers that end early for whole ones.
             raise ConnectionResetError("closed the connection before its headers ended")
         self._watch.count(received)
         return received
+
+    def _receive(self, buffer):
+        """Waits in short turns, so that a cancel is noticed in any case."""
+        end = self._watch.patience() + time.monotonic()
+        while True:
+            left = end - time.monotonic()
+            self._sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                if left <= CANCEL_NOTICED:
+                    raise
+                self._watch.patience()  # raises where nothing is waited for any more
 
     def close(self):
         self._file.close()
@@ -3121,10 +3133,16 @@ class Transport:
         elif tunnel:
             headers.pop("Proxy-authorization", None)
         connection.watch.start()
-        if connection.sock is not None:
-            connection.sock.settimeout(connection.watch.patience())
-        connection.request(request.get_method(), request.selector, request.data,
-                           headers)
+        if connection.sock is None:
+            connection.connect()
+        connection.sock.settimeout(connection.watch.patience())
+        try:
+            connection.request(request.get_method(), request.selector, request.data,
+                               headers)
+        except OSError:
+            if connection.used:
+                raise
+            # It hung up on us, but maybe with a word of why: an alert, or an answer.
         reply = connection.getresponse()
         connection.watch.until = None
         response = Response(self, connection, reply, request)
