@@ -4312,7 +4312,8 @@ class Download:
                 partial.discard()
                 raise
             finally:
-                self._proof.abort()
+                if self._proof is not None:
+                    self._proof.abort()
             size = partial.size()
             self._tell("Verifying Checksum")
             partial.commit(self._durable)
