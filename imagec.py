@@ -4436,6 +4436,7 @@ class Download:
 _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
 _DEPTH_LIMIT = 1024  # directories inside one another
+_DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
 _RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
 _IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
 
@@ -4467,7 +4468,7 @@ class LayerStore:
         remove_tree(directory)
         os.makedirs(directory)
         self._directory = directory
-        self.entries = []
+        self.entries, self._names = [], 0
         self._pack = open(os.path.join(directory, "data"), "xb", buffering=0) if (
             packed) else None
         self._file = None
@@ -4476,6 +4477,11 @@ class LayerStore:
         """A member begins."""
         self._end()
         number, place = len(self.entries), None
+        self._names += len(entry.path) + len(entry.link) + sum(
+            len(key) + len(value) for key, value in entry.xattrs)
+        if number >= MEMBER_COUNT_LIMIT or self._names > MEMBER_NAMES_LIMIT:
+            raise LimitExceeded("more than %d members, or %d bytes of names" % (
+                MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
         if entry.kind == "file" and entry.size:
             if self._pack is not None:
                 self._file, self._base = self._pack, self._pack.seek(0, os.SEEK_END)
@@ -4540,13 +4546,17 @@ class LayerStore:
 
 
 class Node:
-    """An inode of the tree: its Entry, its data's (path, offset), any children."""
+    """An inode of the tree: its Entry, its data's (path, offset), any children.
 
-    __slots__ = ("entry", "data", "sha256", "children")
+    `linked` tells that a hard link to it was made.
+    """
+
+    __slots__ = ("entry", "data", "sha256", "children", "linked")
 
     def __init__(self, entry, data=None, sha256=None):
         self.entry, self.data, self.sha256 = entry, data, sha256
         self.children = {} if entry.kind == "dir" else None
+        self.linked = False
 
 
 class Tree:
@@ -4555,6 +4565,7 @@ class Tree:
     def __init__(self):
         self.root = Node(_IMPLICIT)
         self.unknown = 0  # members of no known kind, left out
+        self._detours = 0  # steps taken behind links
 
     def apply(self, entries):
         """Applies one layer: the `entries` of a LayerStore.
@@ -4570,9 +4581,11 @@ class Tree:
                 self._white_out(parts, own)
         todo = [row for row in entries if not (row[0] and row[0][-1].startswith(
             _WHITEOUT) and not (len(row[0]) > 1 and row[0][0].startswith(_AUFS)))]
-        while todo:  # again for links that stand before their targets
-            late = [row for row in todo if not self._add(*row)]
-            if len(late) == len(todo):
+        passes = 0
+        while todo:  # again, from the end, for links that stand before their targets
+            late = [row for row in todo if not self._add(*row)][::-1]
+            passes += 1
+            if len(late) == len(todo) or passes > _LINK_LIMIT:
                 entry = late[0][1]
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
@@ -4622,6 +4635,10 @@ class Tree:
         trail, hops = [self.root], 0
         while todo:
             part = todo.pop()
+            if hops:
+                self._detours += 1
+                if self._detours > _DETOUR_LIMIT:
+                    raise LimitExceeded("its links lead round and round")
             if part == b"..":
                 del trail[max(1, len(trail) - 1):]
                 continue
@@ -4664,6 +4681,7 @@ class Tree:
             target = self._target(entry.link)
             if target is None:
                 return False
+            target.linked = True
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.entry = entry
@@ -4710,8 +4728,9 @@ class TreeWriter:
         self.undone = collections.Counter()
 
     def write(self, directory):
-        """Makes `directory` (which must not exist) the root of the tree, all but its
-        own attributes: a directory without write permission could not be moved.
+        """Makes `directory` (which must not exist) the root of the tree.
+
+        Without its own attributes, where these would keep it from being moved.
         """
         base = os.fsencode(directory)
         os.mkdir(base, 0o700)
@@ -4728,14 +4747,22 @@ class TreeWriter:
                 os.mkdir(place, 0o700)
                 directories.append((place, node.entry))
             elif self._make(node, place):
-                first[id(node)] = place
+                if node.linked:
+                    first[id(node)] = place
                 self._dress(place, node.entry)
         for place, entry in reversed(directories):  # last, or they refuse children
             self._dress(place, entry)
+        if self._movable():
+            self._dress(base, self._tree.root.entry)
+
+    def _movable(self):
+        """Whether the root can still be moved when it has its own mode."""
+        return self._root or self._tree.root.entry.mode & 0o300 == 0o300
 
     def finish(self, directory):
-        """The attributes of the root, when it is where it is to stay."""
-        self._dress(os.fsencode(directory), self._tree.root.entry)
+        """The attributes of the root, if they had to wait until it was moved."""
+        if not self._movable():
+            self._dress(os.fsencode(directory), self._tree.root.entry)
         if self._tree.unknown:
             self.undone["members of unknown types left out"] = self._tree.unknown
 
@@ -4865,7 +4892,8 @@ def write_tree_tar(tree, write):
             write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
                              entry.mtime, first[id(node)]))
             continue
-        first[id(node)] = path
+        if node.linked:
+            first[id(node)] = path
         write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
         if node.data is not None:
             for data in _stored(node.data, entry.size):
@@ -4898,6 +4926,12 @@ def mtree_lines(tree):
     yield _mtree_line(b".", tree.root)
     for path, node in tree.walk():
         yield _mtree_line(b"./" + path, node)
+
+
+def batches(items, count):
+    """Yields lists of the next `count` of `items`."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, count)), [])
 
 
 def _mtree_line(path, node):
