@@ -5099,10 +5099,12 @@ def same_file(source, path):
 
 
 class _Stream:
-    """A binary file that may take less than it is given, as pipes do."""
+    """A binary file that may take less than it is given, as pipes do; closed at the end
+    where it is our `own`.
+    """
 
-    def __init__(self, file):
-        self._file = file
+    def __init__(self, file, own=False):
+        self._file, self._own = file, own
 
     def write(self, data):
         view = memoryview(data)
@@ -5111,6 +5113,10 @@ class _Stream:
 
     def flush(self):
         self._file.flush()
+
+    def close(self):
+        if self._own:
+            self._file.close()
 
 
 class Output:
@@ -5413,43 +5419,63 @@ class ArchiveOutput(Output):
 
     def begin(self, images, touch=True):
         known = set()
-        self._order, self._next = [], 0
+        self._order, self._next, self._fetched = [], 0, {}
         for layer in (layer for image in images for layer in image.layers):
             if layer.blob.digest not in known:
                 known.add(layer.blob.digest)
                 self._order.append(layer)
         prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
+        good = 0
         if touch:
             self._open()
-        good = 0
-        if self._stream is None and os.path.isfile(self.path + PARTIAL):
-            good = self._recover(prologue)
-        if touch and self._stream is None:
-            self._target.truncate(good)
+        if self._stream is None:
+            # What an earlier run left unfinished, else what it finished.
+            good, source = max((self._recover(prologue, path), path)
+                               for path in (self.path + PARTIAL, self.path))
+            if touch and source != self._target.path:
+                self._target.truncate()
+                self._copy(source, good)
+            elif touch:
+                self._target.truncate(good)
         if touch and not good:
             self._target.write(prologue)
+
+    def _copy(self, path, size):
+        with open(path, "rb") as file:
+            while size:
+                data = file.read(min(size, MIB))
+                self._target.write(data)
+                size -= len(data)
 
     def _open(self):
         if self._stream is not None:
             import tempfile
             self._spool = tempfile.mkdtemp(prefix="imagec-")
-            self._target = _Stream(self._stream)
+            self._target = self._stream
         else:
+            self._target = Partial(self.path)  # its lock is the lock of the spool too
             private_directory(self._spool)
-            self._target = Partial(self.path)
 
-    def _recover(self, prologue):
-        """Bytes of what an earlier run wrote, as far as it is what we would write."""
-        with open(self.path + PARTIAL, "rb") as file:
+    def _recover(self, prologue, path):
+        """Bytes at `path` that are just what we would write.
+
+        Counts their layers as done, where they are more than are done already.
+        """
+        done = []
+        if not os.path.isfile(path):
+            return 0
+        with open(path, "rb") as file:
             good = len(prologue) if file.read(len(prologue)) == prologue else 0
-            while good and self._next < len(self._order):
-                layer = self._order[self._next]
+            for layer in self._order if good else ():
                 if layer.diff_id is None or not _holds(file, layer.blob):
                     break
-                self._fetched[layer.blob.digest] = Fetched(layer.blob.size, None, True)
-                self._next += 1
+                done.append(layer.blob)
                 good = file.tell()
+        if len(done) > self._next:
+            self._next = len(done)
+            self._fetched = {blob.digest: Fetched(blob.size, None, True)
+                             for blob in done}
         return good
 
     def present(self, layer):
@@ -5509,12 +5535,12 @@ class ArchiveOutput(Output):
         if repositories:
             self._target.write(_member("repositories", canonical_json(repositories)))
         self._target.write(bytes(2 * TAR_BLOCK))
+        remove_tree(self._spool)
         if self._stream is None:
             self._target.commit()
-            self._target.close()
         else:
             self._target.flush()
-        remove_tree(self._spool)
+        self._target.close()
 
     def _docker_manifest(self):
         """manifest.json, what `docker load` reads (moby, image/tarexport)."""
@@ -5538,8 +5564,9 @@ class ArchiveOutput(Output):
         return found
 
     def abandon(self):
-        if self._target is not None and self._stream is not None:
+        if self._stream is not None:
             remove_tree(self._spool)
+            self._stream.close()
         elif self._target is not None:
             self._target.close()
 
@@ -5589,21 +5616,25 @@ class RootfsOutput(Output):
     def __init__(self, path, tag=None, stream=None):
         self.path, self._tag, self._stream = path, tag, stream
         self._tar = stream is not None or path.endswith(".tar")
-        self._lock, self._ours = None, False  # whether the staging directory is ours
+        self._target, self._ours = None, False  # whether the staging directory is ours
         self._staging = path.rstrip("/") + PARTIAL + ".d"
         if stream is not None:
             return
         check_writable(os.path.dirname(os.path.abspath(path)))
-        if not self._tar and os.path.lexists(path) and not (
-                os.path.isdir(path) and not os.path.islink(path)
-                and not os.listdir(path)):
-            raise OutputError(path, "is there already, and not an empty directory",
-                              "choose another place with -o")
+        self._check_free()
         if self._tar and os.path.isdir(path):
             raise OutputError(path, "is there and is a directory")
         if not self._tar and os.name != "posix":
             raise Unsupported("format rootfs needs a POSIX file system",
                               "write a tar: -o FILE.tar --format rootfs")
+
+    def _check_free(self):
+        path = self.path
+        if not self._tar and os.path.lexists(path) and not (
+                os.path.isdir(path) and not os.path.islink(path)
+                and not os.listdir(path)):
+            raise OutputError(path, "is there already, and not an empty directory",
+                              "choose another place with -o")
 
     def open(self, image):
         if image.platform.os == "windows":
@@ -5614,8 +5645,10 @@ class RootfsOutput(Output):
             import tempfile
             self._staging = tempfile.mkdtemp(prefix="imagec-")
         else:
+            # The lock of the staging directory; of a tar, what it is written to.
+            self._target = Partial(self.path.rstrip("/"))
+            self._check_free()  # another pull may have been waited for
             private_directory(self._staging)
-            self._lock = Partial(os.path.join(self._staging, "lock"))
         self._ours = True
         self._clear()
         make_directory(self._staging, "blobs")
@@ -5641,21 +5674,30 @@ class RootfsOutput(Output):
         for layer in image.layers:
             with naming("layer %s" % str(layer.blob.digest)):
                 tree.apply(self._stores[layer.blob.digest].entries)
-        if self._tar:
-            self._write_tar(tree)
+        if self._stream is not None:
+            self._write_sealed(tree, self._stream)
+            self._stream.flush()
+            self._stream.close()
+        elif self._tar:
+            self._target.truncate()
+            self._write_sealed(tree, self._target)
         else:
             self._write_directory(tree)
-        if self._lock is not None:
-            self._lock.close()
         remove_tree(self._staging)
+        if self._stream is None:
+            (self._target.commit if self._tar else self._target.discard)()
+            self._target.close()
         return self.path
 
     def _write_directory(self, tree):
         writer = TreeWriter(tree)
         root = os.path.join(self._staging, "root")
         writer.write(root)
-        write_file(self.path.rstrip("/") + ".mtree",
-                   "".join(mtree_lines(tree)).encode("ascii"))
+        with Partial(self.path.rstrip("/") + ".mtree") as partial:
+            partial.truncate()
+            for some in batches(mtree_lines(tree), 1000):  # all at once is many MiB
+                partial.write("".join(some).encode("ascii"))
+            partial.commit()
         if os.path.isdir(self.path):
             os.rmdir(self.path)
         os.rename(root, self.path)
@@ -5664,20 +5706,9 @@ class RootfsOutput(Output):
         for words, count in sorted(writer.undone.items()):
             log.warning("%s: %s: %d", self.path, words, count)
 
-    def _write_tar(self, tree):
-        """The tar is sealed with the digest of what is in it."""
-        if self._stream is not None:
-            target = _Stream(self._stream)
-            self._write_sealed(tree, target)
-            target.flush()
-            return
-        with Partial(self.path) as target:
-            target.truncate()
-            self._write_sealed(tree, target)
-            target.commit()
-
     @staticmethod
     def _write_sealed(tree, target):
+        """The tree as a tar that is sealed with the digest of what is in it."""
         digest = hashlib.sha256()
 
         def write(data):
@@ -5692,8 +5723,11 @@ class RootfsOutput(Output):
             self._clear()
             if self._stream is not None:
                 remove_tree(self._staging)
-        if self._lock is not None:
-            self._lock.close()
+        if self._stream is not None:
+            self._stream.close()
+        if self._target is not None:
+            self._target.discard()
+            self._target.close()
 
 
 def seal(sha256):
