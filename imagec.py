@@ -6032,7 +6032,7 @@ class Audit:
                 raise InvalidDocument("has other layers than index.json leads to for %s"
                                       % printable(config, 100))
             for tag in document.get("RepoTags", list, []):
-                if tag not in self._tags:
+                if type(tag) is not str or tag not in self._tags:
                     raise InvalidDocument("has a name that index.json has not: %s"
                                           % printable(tag, 100))
 
