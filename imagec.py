@@ -6520,28 +6520,29 @@ class Puller:
     def _in_parallel(self, actions):
         """Their results, in order; the first error ends the others and comes out."""
         import concurrent.futures
-        with concurrent.futures.ThreadPoolExecutor(self._session.jobs) as executor:
-            futures = [executor.submit(action) for action in actions]
-            try:
-                pending = futures
-                while pending:  # in short waits: a signal may come to another thread
-                    done, pending = concurrent.futures.wait(
-                        futures, 0.5, concurrent.futures.FIRST_EXCEPTION)
-                    if any(future.exception() for future in done):
-                        break
-                else:
-                    return [future.result() for future in futures]
-            except BaseException:
-                self._give_up(futures)
-                raise
-            self._give_up(futures)
+        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
+        futures = [executor.submit(action) for action in actions]
+        good = False
+        try:
+            pending = futures
+            while pending:  # in short waits: a signal may come to another thread
+                done, pending = concurrent.futures.wait(
+                    futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
+                if any(future.exception() for future in done):
+                    break
+            else:
+                good = True
+        finally:
+            if not good:
+                self._session.transport.cancel()
+            for future in futures:
+                future.cancel()
+            executor.shutdown()
         errors = [future.exception() for future in futures if not future.cancelled()]
-        raise min(filter(None, errors), key=lambda error: isinstance(error, Cancelled))
-
-    def _give_up(self, futures):
-        for future in futures:
-            future.cancel()
-        self._session.transport.cancel()
+        if any(errors):
+            raise min(filter(None, errors),
+                      key=lambda error: isinstance(error, Cancelled))
+        return [future.result() for future in futures]
 
 
 def _split_mirror(text):
@@ -6649,7 +6650,9 @@ def new_output(path, format=None, tag=None, stream=None):
                          % (name, ", ".join(OUTPUTS)))
     if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
             os.path.isfile(path) or os.path.isdir(path)):
-        stream = open(path, "wb", buffering=0)
+        stream = _Stream(open(path, "wb", buffering=0), True)
+    elif stream is not None:
+        stream = _Stream(stream)
     return OUTPUTS[name](path, tag, stream)
 
 
