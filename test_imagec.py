@@ -13752,6 +13752,113 @@ class SelfTestTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
+# Serve as the registry double
+# --------------------------------------------------------------------------------------
+
+class DoubleHandler(imagec.RegistryHandler):
+    """The program's own server with a fault, as the server's `fault` attribute says.
+
+    A fault is (part of the path, what to do); what to do changes how the answer is sent.
+    """
+
+    def answer(self, url):
+        part, spoil = self.server.fault
+        if part in url.path and self.command == "GET":
+            return spoil(self, url)
+        return super().answer(url)
+
+    def true(self, url):
+        """The answer without a fault."""
+        return super().answer(url)
+
+
+def double_status(code, name):
+    """Answers with an error."""
+    return lambda handler, url: handler.fail(code, name, "as the test wants it")
+
+
+def double_flip(handler, url):
+    """Changes one bit of the body, on its way to the client."""
+    with mock.patch.object(handler, "wfile", DoubleFlip(handler.wfile)), \
+            mock.patch.object(handler, "send_part", lambda file, at, count: (
+                file.seek(at), handler.wfile.write(file.read(count)))):
+        handler.true(url)
+
+
+class DoubleFlip:
+    """A file that flips the last bit of each body written to it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        data = bytes(data)
+        if data[:5] != b"HTTP/" and data:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def double_hang_up(handler, url):
+    """Sends nothing and hangs up."""
+    handler.close_connection = True
+    handler.connection.close()
+
+
+#: (name, part of the path, fault, error class, exit status)
+DOUBLE_FAULTS = (
+    ("no manifest", "/manifests/", double_status(404, "MANIFEST_UNKNOWN"),
+     imagec.NotFound, 4),
+    ("manifest denied", "/manifests/", double_status(403, "DENIED"),
+     imagec.AccessDenied, 5),
+    ("no blob", "/blobs/", double_status(404, "BLOB_UNKNOWN"), imagec.NotFound, 4),
+    ("broken", "/blobs/", double_status(503, "UNAVAILABLE"), imagec.RegistryError, 1),
+    ("manifest flipped", "/manifests/", double_flip, imagec.ImagecError, 3),
+    ("blob flipped", "/blobs/", double_flip, imagec.VerificationError, 3),
+    ("blob hangs up", "/blobs/", double_hang_up, imagec.TransportError, 1),
+)
+
+
+class ServedDoubleTest(RegistryCase):
+    """The Serve room as the registry double: its faults come from the test."""
+
+    def setUp(self):
+        self.place = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.place, True)
+        source = self.registry()
+        source.add("lab/app", "1", build_image([tar_bytes([("f", b"x" * 5000)])]))
+        layout = os.path.join(self.place, "layout")
+        imagec.pull(source.host + "/lab/app:1", layout, "oci", platform="linux/amd64")
+        self.server = imagec.new_server(imagec.Shelf(layout), ("127.0.0.1", 0),
+                                        handler=DoubleHandler)
+        serving = imagec.serving(self.server)
+        serving.__enter__()
+        self.addCleanup(serving.__exit__, None, None, None)
+        self.server.fault = ("never", None)
+
+    def pull(self, format="layers"):
+        with mock.patch("imagec.BACKOFF", 0.001):
+            return imagec.pull("127.0.0.1:%d/lab/app:1" % self.server.server_address[1],
+                               os.path.join(self.place, "out"), format,
+                               platform="linux/amd64")
+
+    def test_without_a_fault(self):
+        self.assertEqual(imagec.Audit().check(self.pull().path).faults, [])
+
+    def test_faults(self):
+        for name, part, spoil, kind, status in DOUBLE_FAULTS:
+            with self.subTest(name):
+                self.server.fault = (part, spoil)
+                with self.assertRaises(kind) as caught:
+                    self.pull()
+                self.assertEqual(imagec.exit_status(caught.exception), status)
+                self.assertFalse(os.path.exists(os.path.join(
+                    self.place, "out", "manifest.json")))
+
+
+# --------------------------------------------------------------------------------------
 # The house itself, and its command line
 # --------------------------------------------------------------------------------------
 
