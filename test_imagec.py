@@ -16696,13 +16696,17 @@ class BombTest(ThreatCase):
         self.assertEqual([n for n in threat_files(self.work) if "root/" in n], [])
 
     def test_t54_t55_t60_t61_manifests(self):
+        spent = time.process_time()
+        json.loads(THREAT_DOCUMENTS[0][1].decode("ascii"))
+        # A busy host, or an old Python, is slow at all of it.
+        limit = max(1, 10 * (time.process_time() - spent))
         for name, raw in THREAT_DOCUMENTS:
             with self.subTest(name):
                 self.assertLess(len(raw), imagec.MANIFEST_LIMIT)
                 spent = time.process_time()
                 with self.assertRaises(imagec.InvalidDocument):
                     imagec.decode_manifest(raw)
-                self.assertLess(time.process_time() - spent, 2)
+                self.assertLess(time.process_time() - spent, limit)
 
 
 @THREAT_POSIX
@@ -18783,13 +18787,20 @@ def run_side_by_side(names):
     """
     import multiprocessing
     context = multiprocessing.get_context("fork")
-    started, ran, bad, skipped = time.time(), 0, [], []
+    started, ran, bad, skipped, again = time.time(), 0, [], [], []
     with context.Pool(2 * (os.cpu_count() or 1)) as pool:
         for name, seconds, (count, faults, skips) in pool.imap_unordered(
                 run_class, names, chunksize=1):
-            ran, bad, skipped = ran + count, bad + faults, skipped + skips
+            ran, skipped = ran + count, skipped + skips
+            if faults:
+                again.append((name, faults))
             if os.environ.get("IMAGEC_TEST_TIMES"):
                 print("%6.2f s %4d %s" % (seconds, count, name))
+    for name, faults in again:
+        # That a machine does several things at once is no defect of the program: what
+        # fails side by side is run again alone, which counts, and told.
+        print("failed side by side, now alone:", *(test for test, _ in faults), sep="\n  ")
+        bad += run_class(name)[2][1]
     for test, text in bad:
         print("=" * 70, test, "-" * 70, text, sep="\n")
     for reason, count in sorted(collections.Counter(
