@@ -5131,6 +5131,7 @@ class Output:
     replaces = False  # whether a layer may stand in it by another blob
     several = True  # whether it holds more than one image
     streams = False  # whether it can be written to a pipe
+    wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
 
     def __init__(self, path, tag=None, stream=None):
         if stream is not None and path == "-":
@@ -5382,7 +5383,8 @@ class OCIOutput(Output):
         for digest, raw in image.documents:
             make_directory(self.path, "blobs", digest.algorithm)
             write_file(self._place(digest), raw)
-        with Partial(self._index) as partial:  # its lock is the lock of the index
+        # Its lock is the lock of the index.
+        with Partial(self._index, self.wait) as partial:
             index = self._read_index()
             add_to_index(index["manifests"], index_entry(image, self.name_of(image)))
             partial.truncate()
@@ -5454,7 +5456,8 @@ class ArchiveOutput(Output):
             self._spool = tempfile.mkdtemp(prefix="imagec-")
             self._target = self._stream
         else:
-            self._target = Partial(self.path)  # its lock is the lock of the spool too
+            # Its lock is the lock of the spool too.
+            self._target = Partial(self.path, self.wait)
             private_directory(self._spool)
 
     def _recover(self, prologue, path):
@@ -5646,7 +5649,7 @@ class RootfsOutput(Output):
             self._staging = tempfile.mkdtemp(prefix="imagec-")
         else:
             # The lock of the staging directory; of a tar, what it is written to.
-            self._target = Partial(self.path.rstrip("/"))
+            self._target = Partial(self.path.rstrip("/"), self.wait)
             self._check_free()  # another pull may have been waited for
             private_directory(self._staging)
         self._ours = True
@@ -6400,6 +6403,7 @@ class Puller:
 
     def __init__(self, session, output):
         self._session, self._output = session, output
+        output.wait = session.transport.wait  # no longer than the command may take
         self._notify = session.notify
 
     def check(self, references, platform):
