@@ -1302,7 +1302,8 @@ def make_jwt(claims):
     # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
     header = {"typ": "JWT", "alg": "RS256",
               "x5c": ["".join(TOKEN_CERT.split("\n")[1:-2])]}
-    parts = [_real_base64url(json.dumps(part).encode("utf-8")) for part in (header, claims)]
+    parts = [_real_base64url(json.dumps(part).encode("utf-8"))
+             for part in (header, claims)]
     parts.append(_real_base64url(_rs256(".".join(parts).encode("ascii"))))
     return ".".join(parts)
 
@@ -1346,7 +1347,8 @@ class _TokenHandler(http.server.BaseHTTPRequestHandler):
         if header is not None:
             scheme, _, value = header.partition(" ")
             given = base64.b64decode(value).decode("utf-8")
-            right = (scheme.lower(), given) == ("basic", REAL_USER + ":" + REAL_PASSWORD)
+            right = (scheme.lower(), given) == (
+                "basic", REAL_USER + ":" + REAL_PASSWORD)
         elif fields["grant_type"] == ["refresh_token"]:
             right = fields.get("refresh_token") == [REAL_IDENTITY_TOKEN]
         else:
@@ -6143,7 +6145,8 @@ class DownloadCase(NetworkCase):
         digest = imagec.Digest.parse(sha256(data))
         blob = imagec.Descriptor("", digest, len(data) if size else None)
         source = imagec.Source([(client or self.client(registry), "app")])
-        return imagec.Download(source, blob, self.path, notify=self.events.append, **options)
+        return imagec.Download(source, blob, self.path, notify=self.events.append,
+                               **options)
 
     def put(self, data, suffix=""):
         """Have the place hold this file and no other."""
@@ -10760,6 +10763,14 @@ class ArchiveOutputTest(StoredCase):
         return [json.loads(members[name].decode()) for name in
                 ("index.json", "manifest.json")]
 
+    def test_a_lock_is_not_waited_for_for_ever(self):
+        reference = self.serve(ARCHIVE_TARS)[0]
+        for form, name in (("archive", "a.tar"), ("rootfs", "root"),
+                           ("rootfs", "r.tar")):
+            with self.subTest(form), imagec.Partial(self.at(name)):
+                with self.assertRaises(imagec.Timeout):
+                    imagec.pull(reference, self.at(name), form, timeout=0.5)
+
     def test_finished_archive_is_not_fetched_again(self):
         reference = self.serve(ARCHIVE_TARS)[0]
         first = self.archive(reference)
@@ -13758,7 +13769,7 @@ class SelfTestTest(ServeCase):
 class DoubleHandler(imagec.RegistryHandler):
     """The program's own server with a fault, as the server's `fault` attribute says.
 
-    A fault is (part of the path, what to do); what to do changes how the answer is sent.
+    A fault is (part of the path, what to do); that changes how the answer is sent.
     """
 
     def answer(self, url):
@@ -15203,8 +15214,9 @@ class StreamTest(ProcessCase):
 # --------------------------------------------------------------------------------------
 
 README_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
-README_COMMAND = re.compile(r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)"
-                            r"[^#\n]*)|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
+README_COMMAND = re.compile(
+    r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)[^#\n]*)"
+    r"|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
 
 
 def readme_commands():
@@ -18799,7 +18811,8 @@ def run_side_by_side(names):
     for name, faults in again:
         # That a machine does several things at once is no defect of the program: what
         # fails side by side is run again alone, which counts, and told.
-        print("failed side by side, now alone:", *(test for test, _ in faults), sep="\n  ")
+        print("failed side by side, now alone:", *(test for test, _ in faults),
+              sep="\n  ")
         bad += run_class(name)[2][1]
     for test, text in bad:
         print("=" * 70, test, "-" * 70, text, sep="\n")
