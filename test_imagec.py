@@ -4664,7 +4664,9 @@ class TransportTest(NetworkCase):
         for name, action in NET_STALLS:
             with self.subTest(name), self.transport_in(idle_timeout=0.08) as transport:
                 server.fault("GET /it", action)
-                with self.within(0.6), self.fails(imagec.Timeout, server.host) as found:
+                # 3.14 counts the 100s by itself, and ends them as no HTTP.
+                kind = imagec.TransportError if "100" in name else imagec.Timeout
+                with self.within(0.6), self.fails(kind, server.host) as found:
                     self.get(transport, server.url + "/it")
                 self.assertTrue(found.exception.retryable)
 
@@ -9902,7 +9904,7 @@ class FlatModel:
         if entry.kind == "hardlink":
             self.put(path, self.inodes[entry.link.decode()])
         else:
-            text = re.split("->|=", word, 1)[1] if entry.kind != "dir" else ""
+            text = re.split("->|=", word, maxsplit=1)[1] if entry.kind != "dir" else ""
             self.put(path, [entry.kind, text])
 
     def put(self, path, inode):
@@ -13073,7 +13075,7 @@ class ServeTest(ServeCase):
             for data in SERVE_MALFORMED:
                 with self.subTest(data=data[:60]):
                     found = serve_raw(host, data)
-                    self.assertNotRegex(found, rb"Traceback|^HTTP/1\.1 5")
+                    self.assertNotRegex(found, rb"Traceback|^HTTP/1\.1 50[0-4]")
                     self.assertEqual(serve_ask(host, "/v2/").status, 200)
         self.assertEqual(err.getvalue(), "")
 
