@@ -1121,6 +1121,11 @@ def list_layers(manifest, config=None):
     if len(config.diff_ids) != len(manifest.layers):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
+    proved = {}
+    for blob, diff_id in zip(manifest.layers, config.diff_ids):
+        if proved.setdefault(blob.digest, diff_id) != diff_id:  # it is unpacked once
+            raise VerificationError("config gives two diffIDs to one blob, %s"
+                                    % str(blob.digest))
     chain = list(_chain_ids(config.diff_ids))
     history = _layer_history(config, len(chain))
     return tuple(

@@ -3294,6 +3294,21 @@ class LayersTest(TableCase):
         rootfs = {"type": "layers", "diff_ids": diff_ids}
         return self._listed(3, rootfs=rootfs, **members)
 
+    def test_t26_one_blob_with_two_diff_ids(self):
+        """It is unpacked once, so only one of them could have been proved."""
+        layers = [{"digest": "sha256:%064x" % 1, "size": 1}] * 2
+        manifest = imagec.decode_manifest(json_bytes(dict(IMAGE_DOC, layers=layers)))
+        diff_ids = ["sha256:" + digits for digits in HTTPD_DIFF_IDS[:2]]
+        for given, good in ((diff_ids, False), (diff_ids[:1] * 2, True)):
+            config = imagec.ImageConfig.parse(json_bytes(dict(CONFIG_DOC, rootfs={
+                "type": "layers", "diff_ids": given})))
+            with self.subTest(good=good):
+                if good:
+                    self.assertEqual(len(imagec.list_layers(manifest, config)), 2)
+                else:
+                    self.assertRaises(imagec.VerificationError, imagec.list_layers,
+                                      manifest, config)
+
     def test_known_chain(self):
         found = self._httpd()
         self.assertEqual(tuple(layer.id for layer in found), HTTPD_CHAIN_IDS)
