@@ -4297,7 +4297,7 @@ class Download:
         self._name = blob.digest.hex[:12]
         self._new_proof = lambda: Proof(blob, diff_id, unpack, limit, visitor)
         self._proof = self._place = None
-        self._resumed = False
+        self._resumed = self._again = False
 
     def run(self):
         """The Fetched. Raises ImagecError and OSError, and leaves then no file `path`
@@ -4360,8 +4360,12 @@ class Download:
                     self._pour(partial)
                 return self._proof.finish()
             except (VerificationError, InvalidDocument) as error:
-                # What an earlier try left may be to blame, or a mirror.
-                if not self._resumed and not self._leave(error):
+                # What an earlier try left may be to blame, once, or a mirror.
+                if self._resumed and not self._again:
+                    self._again = True
+                elif self._leave(error):
+                    self._again = False
+                else:
                     raise
                 log.info("%s; starting over", error)
                 self._start_over(partial)

@@ -6271,6 +6271,16 @@ class DownloadTest(DownloadCase):
         self.assertEqual(self.offsets(registry), [0, NET_HALF, 0])
         self.assertEqual(self.holds(), {})
 
+    def test_t104_a_bad_rest_is_not_fetched_for_ever(self):
+        registry = self.filled()
+        for _ in range(2):
+            registry.fault("/blobs/", truncate(NET_HALF))
+            registry.fault("/blobs/", flip())
+        with self.fails(imagec.DigestMismatch):
+            self.download(registry).run()
+        self.assertEqual(self.offsets(registry), [0, NET_HALF] * 2)
+        self.assertEqual(self.holds(), {})
+
     def test_t25_bad_blobs_leave_nothing(self):
         self.assertTrue(NET_BAD_BLOBS)
         registry = self.filled()
