@@ -2578,7 +2578,7 @@ class _Kept:
     """What both kinds of kept connection add to http.client's."""
 
     used = False  # has carried an exchange: its server may have closed it since
-    rank = None  # how near its peer's address is; None through a proxy
+    rank = None  # how near its peer's address is; None before there is a peer
     peer = None  # its socket, known before http.client knows it and after it let go
 
     def prepare(self, transport, request):
@@ -2614,7 +2614,8 @@ class _Kept:
                 sock.connect(target)
                 if self._socks:
                     socks_connect(sock, self._socks, *address)
-                self.rank = None if self._proxied else rank
+                # Who is behind a proxy is no neighbour of ours.
+                self.rank = _PUBLIC if self._proxied else rank
                 return sock
             except OSError as reason:
                 error = reason

@@ -4916,6 +4916,15 @@ class ProxyTest(NetworkCase):
         expected = ["http://registry.test:%d/it" % server.port]
         self.assertEqual([r.path for r in self.proxy.requests], expected)
 
+    def test_t73_who_is_behind_a_proxy_is_no_neighbour(self):
+        inner = self.server({"/x": say(b"secret")})
+        server = self.server({"/it": say(b"")})
+        self.proxy.fault("/it", redirect("http://127.0.0.1:%d/x" % inner.port))
+        self.environ(http_proxy=self.proxy.url)
+        with self.fails(imagec.UnsafeRedirect, "127.0.0.1"):
+            self.fetch(server)
+        self.assertEqual(inner.requests, [])
+
     def test_https_goes_through_connect(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
