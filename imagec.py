@@ -196,10 +196,6 @@ ACCEPT = ", ".join(MANIFEST_SHAPES)
 ODD_CONFIG_TYPES = ("application/octet-stream", "application/json", "text/html", "")
 IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.container")
 
-EMPTY_LAYER_DIFF_ID = (
-    "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
-)  # 1024 zero bytes: a tar of nothing
-
 
 # --------------------------------------------------------------------------------------
 # 2  Errors: what can go wrong, as fields and as one sentence
@@ -2603,7 +2599,7 @@ class _Kept:
         for family, kind, protocol, _, target in socket.getaddrinfo(
                 host, port, 0, socket.SOCK_STREAM):
             rank = _address_rank(target[0])
-            if self._allowed is not None and not self._may_reach(rank):
+            if self._allowed is not None and rank > self._allowed:
                 raise UnsafeRedirect(
                     "%s resolves to %s, which a server elsewhere must not send us to"
                     % (host, target[0]))
@@ -2624,9 +2620,6 @@ class _Kept:
                 sock.close()
                 raise
         raise error or OSError("no address for %s" % host)
-
-    def _may_reach(self, rank):
-        return rank == self._allowed or rank != _LINK_LOCAL and rank <= self._allowed
 
     def stale(self):
         """Whether an idle connection has been closed, or has sent what nobody asked."""
@@ -3165,8 +3158,7 @@ class Transport:
             if connection is None:
                 break
             if not connection.stale() and (allowed is None
-                                           or connection.rank in (None, allowed)
-                                           or connection.rank < allowed):
+                                           or connection.rank <= allowed):
                 break
             connection.close()
         if connection is None:

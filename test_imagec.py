@@ -81,26 +81,7 @@ except ImportError:  # Windows
 # ------------------------------------------------------------------------------
 
 # localhost and 127.0.0.1, until 2126
-TEST_CERT = """\
------BEGIN CERTIFICATE-----
-MIIBfzCCASWgAwIBAgIJAKRd+JGKWNTbMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowFDES
-MBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEP9IC
-VfqLsw5+qPg5Y4/8mIzRmWMnn9sytv16WvL1nWhuVuYFRz58ppssPHIl2uoaaWOn
-4GpszbpO0CrbmK5kCKNeMFwwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
-AoQwHQYDVR0OBBYEFELrN7IAbqtb33WLQHMMbK+ajeKpMBoGA1UdEQQTMBGCCWxv
-Y2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNIADBFAiEA/Ig5vuCtrSRqLZo3NBDM
-sN/XFInbo+ml/LMHJx9bGuUCIEvrAVbMJ/02PKUecuf2fXVR+8wmKCAsWL9zIL/J
-uoIe
------END CERTIFICATE-----
-"""
-TEST_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfDLjV1FGjkXrmDnL
-j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
-2zK2/Xpa8vWdaG5W5gVHPnymmyw8ciXa6hppY6fgamzNuk7QKtuYrmQI
------END PRIVATE KEY-----
-"""
+TEST_CERT, TEST_KEY = imagec._TEST_CERTIFICATE, imagec._TEST_KEY
 
 # wrong.example, until 2126
 WRONG_HOST_CERT = """\
@@ -1202,6 +1183,17 @@ class RegistryCase(unittest.TestCase):
         registry.close()
         unused = [f.match for f in registry.faults if f.times and not f.used]
         self.assertEqual(unused, [], "faults that were never used")
+
+    @contextlib.contextmanager
+    def fails(self, kind, *words):
+        """The block raises `kind`, in words that hold no secret and fit one line."""
+        with self.assertRaises(kind) as caught:
+            yield caught
+        text = str(caught.exception)
+        for word in words:
+            self.assertIn(word, text)
+        self.assertNotIn(PASSWORD, text)
+        self.assertNotIn("\n", text)
 
 
 # --------------------------------------------------------------------------------------
@@ -4018,7 +4010,7 @@ class LayerVerifierTest(TableCase):
         self.each(EMPTY_LAYERS, self._empty_layer)
 
     def _empty_layer(self, name, blob, count):
-        digest = imagec.Digest.parse(imagec.EMPTY_LAYER_DIFF_ID)
+        digest = imagec.Digest.of(bytes(1024))  # a tar of nothing
         for parts in feedings(blob):
             self.assertEqual(unpacked(parts), (digest, 0, count))
 
@@ -4232,17 +4224,6 @@ class NetworkCase(RegistryCase):
         self.patch(mock.patch("socket.getaddrinfo", lookup))
         self.patch(mock.patch("socket.socket", Routed))
         return reached
-
-    @contextlib.contextmanager
-    def fails(self, kind, *words):
-        """The block raises `kind`, in words that hold no secret and fit one line."""
-        with self.assertRaises(kind) as caught:
-            yield caught
-        text = str(caught.exception)
-        for word in words:
-            self.assertIn(word, text)
-        self.assertNotIn(PASSWORD, text)
-        self.assertNotIn("\n", text)
 
     @contextlib.contextmanager
     def within(self, seconds):
@@ -7303,17 +7284,6 @@ class FieldCase(RegistryCase):
                 code = imagec.main(list(argv))
         out.flush()
         return FieldRun(code, out.buffer.getvalue().decode("utf-8"), err.getvalue())
-
-    @contextlib.contextmanager
-    def fails(self, kind, *words):
-        """The block raises `kind`, in words that hold no secret and fit one line."""
-        with self.assertRaises(kind) as caught:
-            yield caught
-        text = str(caught.exception)
-        for word in words:
-            self.assertIn(word, text)
-        self.assertNotIn(PASSWORD, text)
-        self.assertNotIn("\n", text)
 
 
 # ------------------------------------------------------------------------------
