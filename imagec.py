@@ -1689,6 +1689,61 @@ class Entry(NamedTuple):
     sparse: Optional[tuple] = None
 
 
+#: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version, owner,
+#: group, device's two numbers, prefix: POSIX.1-2001, ustar.
+_TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
+
+
+def _tar_number(field):
+    """A number in a header: octal as Go reads it, or GNU's base-256. ValueError."""
+    if field[0] in (0x80, 0xff):
+        number = int.from_bytes(field[1:], "big")
+        return number - (field[0] & 1) * 256 ** (len(field) - 1)
+    text = field.strip(b" \0").partition(b"\0")[0]
+    if text and not text.isdigit():  # int() takes 1_0 and +1
+        raise ValueError("a number that is not octal")
+    return int(text or b"0", 8)
+
+
+class _Header(NamedTuple):
+    """A header block of a tar; `device` is (major, minor) where it is one's."""
+
+    type: bytes
+    name: bytes
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+    link: bytes
+    device: Tuple[int, int]
+
+    @classmethod
+    def parse(cls, block):
+        """The _Header in the bytes `block`; raises ValueError."""
+        (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _, _, major,
+         minor, prefix) = _TAR_FIELDS.unpack(block)
+        cls._check(block, _tar_number(checksum))
+        if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
+            raise ValueError("a size that is not octal")  # readers differ on the rest
+        name, prefix = name.partition(b"\0")[0], prefix.partition(b"\0")[0]
+        if prefix and magic[:6] == b"ustar\0":  # GNU keeps other things there
+            name = prefix + b"/" + name
+        return cls(kind, name, _tar_number(size), _tar_number(mode), _tar_number(uid),
+                   _tar_number(gid), _tar_number(mtime), link.partition(b"\0")[0],
+                   (_tar_number(major), _tar_number(minor)) if kind in b"34" else
+                   (0, 0))
+
+    @staticmethod
+    def _check(block, claimed):
+        """The sum of all bytes, the checksum itself as blanks; some summed chars."""
+        counted = block[:148] + b" " * 8 + block[156:]
+        total = sum(counted)
+        if total != claimed and (
+                total - 256 * sum(byte >> 7 for byte in counted) != claimed):
+            raise ValueError("a checksum that is wrong")
+
+
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
           b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
@@ -1717,8 +1772,8 @@ def _pax_records(data):
 class TarWalker:
     """Walks a tar as its bytes pass and adds up what its members hold.
 
-    tarfile is not used for the walk: it ends without a word at a broken header, so that
-    whatever follows is lost (seen on 3.6 to 3.13). It reads the single headers.
+    tarfile is not used: it ends without a word at a broken header, so that whatever
+    follows is lost (seen on 3.6 to 3.13), and with small files it was most of the work.
     `size` is the sum of the logical sizes in the headers, in bytes; `members` counts.
     A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored
     for it, `finish()` after the last, and `abort()` when no more will come. Members may
@@ -1726,8 +1781,6 @@ class TarWalker:
     """
 
     def __init__(self, what, visitor=None, limit=LAYER_SIZE_LIMIT):
-        import tarfile
-        self._tarfile = tarfile
         self._what, self._visitor, self._limit = what, visitor, limit
         self.size = self.members = 0
         self._block = bytearray()  # of the header or extension being collected
@@ -1740,23 +1793,25 @@ class TarWalker:
 
     def update(self, data):
         """Takes the next bytes; raises InvalidDocument where they are no tar."""
-        view = memoryview(data)
-        while len(view) and self._zeros < 2:
+        view, at = memoryview(data), 0
+        while at < len(view) and self._zeros < 2:
+            left = len(view) - at
             if self._data:
-                passed = min(self._data, len(view))
-                self._data -= passed
+                left = min(self._data, left)
+                self._data -= left
                 if self._visitor is not None:
-                    self._visitor.data(view[:passed])
+                    self._visitor.data(view[at:at + left])
             elif self._skip:
-                passed = min(self._skip, len(view))
-                self._skip -= passed
+                left = min(self._skip, left)
+                self._skip -= left
             else:
-                passed = min(self._want - len(self._block), len(view))
-                self._block += view[:passed]
+                left = min(self._want - len(self._block), left)
+                self._block += view[at:at + left]
                 if len(self._block) == self._want:
-                    block, self._block, self._want = self._block, bytearray(), TAR_BLOCK
-                    self._take(bytes(block))
-            view = view[passed:]
+                    block, self._block = bytes(self._block), bytearray()
+                    self._want = TAR_BLOCK
+                    self._read(block)
+            at += left
 
     def finish(self):
         """Raises InvalidDocument where the tar ends in the middle of a member."""
@@ -1764,41 +1819,41 @@ class TarWalker:
                                 or self._long or self._take != self._header):
             raise InvalidDocument("%s: the tar in it is cut short" % self._what)
 
-    def _bad(self, why):
-        return InvalidDocument("%s: not a valid tar after %d members: %s"
-                               % (self._what, self.members, why))
+    def _read(self, block):
+        take, self._take = self._take, self._header
+        try:
+            take(block)
+        except ValueError as error:
+            raise InvalidDocument("%s: not a valid tar after %d members: %s"
+                                  % (self._what, self.members, error)) from None
+
+    # What is called from here on raises ValueError for what is malformed.
 
     def _header(self, block):
         if not block.strip(b"\0"):
             if self._pax or self._long:
-                raise self._bad("an extended header of no member")
+                raise ValueError("an extended header of no member")
             self._zeros += 1
             return
         if self._zeros:
-            raise self._bad("data after a zero block")
-        try:
-            info = self._tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (self._tarfile.HeaderError, ValueError) as error:
-            raise self._bad(error) from None
-        if info.size < 0:
-            raise self._bad("a negative size")
-        if not (block[124] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", block[124:136])):
-            raise self._bad("a size that is not octal")  # int() takes 1_0 and +1
-        if info.type in b"xXgLK":
-            self._extension(info)
+            raise ValueError("data after a zero block")
+        header = _Header.parse(block)
+        if header.size < 0:
+            raise ValueError("a negative size")
+        if header.type in b"xXgLK":
+            self._extension(header)
         else:
-            self._member(info, block)
+            self._member(header, block)
 
-    def _extension(self, info):
-        if info.size > TAR_EXTENSION_LIMIT:
-            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit "
-                                "of %d" % (self._what, info.size, TAR_EXTENSION_LIMIT))
-        kind, size = info.type, info.size
+    def _extension(self, header):
+        if header.size > TAR_EXTENSION_LIMIT:
+            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
+                                "%d" % (self._what, header.size, TAR_EXTENSION_LIMIT))
+        kind, size = header.type, header.size
         if kind in b"xX" and self._pax:
-            raise self._bad("two extended headers of one member")
+            raise ValueError("two extended headers of one member")
 
         def take(block):
-            self._take = self._header
             if kind in b"LK":
                 self._long[kind] = block[:size].partition(b"\0")[0]
             else:
@@ -1814,39 +1869,36 @@ class TarWalker:
         if data.count(b"\n") > PAX_COUNT_LIMIT:
             raise LimitExceeded("%s: a pax header of more than %d lines"
                                 % (self._what, PAX_COUNT_LIMIT))
-        try:
-            for key, value in _pax_records(data):
-                if everywhere and key in (b"path", b"linkpath", b"size"):
-                    raise ValueError("a global pax header that renames every member")
-                if not everywhere and key in (b"GNU.sparse.offset",
-                                              b"GNU.sparse.numbytes"):
-                    self._pax.setdefault("map", []).append(value)  # 0.0 repeats them
-                elif not everywhere:
-                    self._pax[key] = value
-        except ValueError as error:
-            raise self._bad(error) from None
+        for key, value in _pax_records(data):
+            if everywhere and key in (b"path", b"linkpath", b"size"):
+                raise ValueError("a global pax header that renames every member")
+            if not everywhere and key in (b"GNU.sparse.offset",
+                                          b"GNU.sparse.numbytes"):
+                self._pax.setdefault("map", []).append(value)  # 0.0 repeats them
+            elif not everywhere:
+                self._pax[key] = value
 
     def _number(self, key, default):
         return default if key not in self._pax else self._integer(self._pax[key], key)
 
     def _integer(self, text, key):
         if not re.fullmatch(rb"[0-9]{1,18}", text):
-            raise self._bad("pax %s is not a number" % key.decode("ascii", "replace"))
+            raise ValueError("pax %s is not a number" % key.decode("ascii", "replace"))
         return int(text)
 
-    def _member(self, info, block):
+    def _member(self, header, block):
         """A member proper: its logical size counts, its stored bytes follow."""
-        stored = self._number(b"size", info.size)
+        stored = self._number(b"size", header.size)
         logical = self._number(b"GNU.sparse.realsize",
                                self._number(b"GNU.sparse.size", stored))
-        kind = _KINDS.get(info.type)
-        name = self._long.get(b"L") or self._pax.get(b"path")
-        if block[156:157] == b"\0" and name:  # tarfile sees the short name only
-            kind = "dir" if name.endswith(b"/") else "file"
-        if info.type == b"S":
-            logical = info._sparse_structs[2]
+        kind = _KINDS.get(header.type)
+        name = self._name(header)
+        if header.type == b"\0" and name.endswith(b"/"):
+            kind = "dir"
+        if header.type == b"S":
+            logical = _tar_number(block[483:495])
             if logical < 0:
-                raise self._bad("a negative size")
+                raise ValueError("a negative size")
         if kind not in ("file", None):
             stored = logical = 0  # POSIX: no data follows, whatever the header says
         self.members += 1
@@ -1857,11 +1909,10 @@ class TarWalker:
                                 hint="raise it with --max-layer-size")
         entry = None
         if self._visitor is not None:
-            entry = self._entry(info, kind or "unknown", logical)
+            entry = self._entry(header, kind or "unknown", logical)
         self._pax, self._long = {}, {}
-        if info.type == b"S":
-            pairs = [pair for pair in info._sparse_structs[0]]
-            self._old_sparse(pairs, block[482], entry, stored)
+        if header.type == b"S":
+            self._old_sparse(block[386:482], block[482], [], entry, stored)
         else:
             self._begin(entry, stored)
 
@@ -1870,35 +1921,29 @@ class TarWalker:
         self._skip = -stored % TAR_BLOCK
         if entry is not None and entry.sparse == "inline":
             if stored < TAR_BLOCK:
-                raise self._bad("a sparse file without a map")
+                raise ValueError("a sparse file without a map")
             return self._inline_sparse(entry, stored, b"", [])
         self._data = stored
-        if self._visitor is not None:
-            if entry is None or entry.sparse and sum(
-                    length for _, length in entry.sparse) != stored:
-                if entry is not None:
-                    raise self._bad("a sparse map that does not fit the data")
-                self._skip, self._data = self._skip + stored, 0
-            else:
-                self._visitor.entry(entry)
+        if entry is not None:
+            if entry.sparse and sum(length for _, length in entry.sparse) != stored:
+                raise ValueError("a sparse map that does not fit the data")
+            self._visitor.entry(entry)
 
-    def _old_sparse(self, pairs, more, entry, stored):
-        """Old GNU sparse: four entries in the header, 21 in each block that follows."""
-        def take(block):
-            self._take = self._header
-            try:
-                pairs.extend((self._tarfile.nti(block[at:at + 12]),
-                              self._tarfile.nti(block[at + 12:at + 24]))
-                             for at in range(0, 504, 24)
-                             if block[at + 12:at + 24].strip(b"\0"))
-            except self._tarfile.HeaderError as error:
-                raise self._bad(error) from None
-            if len(pairs) > TAR_EXTENSION_LIMIT // 24:
-                raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
-            self._old_sparse(pairs, block[504], entry, stored)
+    def _old_sparse(self, table, more, pairs, entry, stored):
+        """Old GNU sparse: four entries in the header, 21 in each block that follows.
 
+        `pairs` are those so far; the first that begins with a NUL ends a table.
+        """
+        for at in range(0, len(table), 24):
+            if not (table[at] and table[at + 12]):
+                break
+            pairs.append((_tar_number(table[at:at + 12]),
+                          _tar_number(table[at + 12:at + 24])))
+        if len(pairs) > TAR_EXTENSION_LIMIT // 24:
+            raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
         if more:
-            self._take = take
+            self._take = lambda block: self._old_sparse(block[:504], block[504], pairs,
+                                                        entry, stored)
         else:
             self._begin(entry and entry._replace(sparse=self._pairs(pairs, entry.size)),
                         stored)
@@ -1909,7 +1954,6 @@ class TarWalker:
         `numbers` are those of the lines so far, `rest` is the line that goes on.
         """
         def take(block):
-            self._take = self._header
             *lines, left = (rest + block).split(b"\n")
             for line in lines:
                 if not numbers or len(numbers) <= 2 * numbers[0]:
@@ -1921,7 +1965,7 @@ class TarWalker:
 
         if stored < TAR_BLOCK or len(rest) > NUMBER_LIMIT or (
                 len(numbers) > TAR_EXTENSION_LIMIT // 8):
-            raise self._bad("a sparse map that does not end")
+            raise ValueError("a sparse map that does not end")
         self._take, self._data, self._skip = take, 0, 0
 
     def _pairs(self, pairs, size):
@@ -1929,29 +1973,31 @@ class TarWalker:
         found, at = [], 0
         for offset, length in pairs:
             if offset < at or length < 0 or offset + length > size:
-                raise self._bad("a sparse map that makes no sense")
+                raise ValueError("a sparse map that makes no sense")
             at = offset + length
             if length:
                 found.append((offset, length))
         return tuple(found)
 
-    def _entry(self, info, kind, size):
+    def _name(self, header):
+        """The name of a member, by its header and the extensions before it."""
+        return self._pax.get(b"GNU.sparse.name", self._pax.get(
+            b"path", self._long.get(b"L", header.name)))
+
+    def _entry(self, header, kind, size):
         """The Entry of a header and the extensions before it."""
-        pax = self._pax
-        name = pax.get(b"GNU.sparse.name", pax.get(b"path", self._long.get(
-            b"L", info.name.encode("utf-8", "surrogateescape"))))
-        link = pax.get(b"linkpath", self._long.get(
-            b"K", info.linkname.encode("utf-8", "surrogateescape")))
+        name = self._name(header)
+        link = self._pax.get(b"linkpath", self._long.get(b"K", header.link))
         if b"\0" in name + link:
-            raise self._bad("a name with a NUL byte")
-        xattrs = tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
-                              if type(key) is bytes and key.startswith(_XATTR)))
-        return Entry(name, kind, size, info.mode & 0o7777,
-                     self._number(b"uid", max(info.uid, 0)),
-                     self._number(b"gid", max(info.gid, 0)),
-                     _nanoseconds(info.mtime, self._pax.get(b"mtime")), link,
-                     (max(info.devmajor, 0), max(info.devminor, 0)), xattrs,
-                     self._pax_sparse(size))
+            raise ValueError("a name with a NUL byte")
+        xattrs = tuple(sorted(
+            (key[len(_XATTR):], value) for key, value in self._pax.items()
+            if type(key) is bytes and key.startswith(_XATTR)))
+        return Entry(name, kind, size, header.mode & 0o7777,
+                     self._number(b"uid", max(header.uid, 0)),
+                     self._number(b"gid", max(header.gid, 0)),
+                     _nanoseconds(header.mtime, self._pax.get(b"mtime")), link,
+                     header.device, xattrs, self._pax_sparse(size))
 
     def _pax_sparse(self, size):
         """The map of a pax sparse file: 0.0, 0.1, or "inline" for 1.0; else None."""
@@ -4867,7 +4913,7 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
 
 
 def _tar_block(fields):
-    block = struct.pack("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x", *fields)
+    block = _TAR_FIELDS.pack(*fields)
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 

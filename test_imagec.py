@@ -10389,14 +10389,15 @@ SPARSE_CONTENT = bytes(70000) + b"middle" + bytes(5000) + b"end"
 SPARSE_PIECES = ((70000, b"middle"), (75006, b"end"))
 
 
-def sparse_old(name):
-    """GNU tar's own type S, with entries in a second header block."""
-    pairs = [(0, 0)] * 4 + [(at, len(data)) for at, data in SPARSE_PIECES]
+def sparse_old(name, empty=4):
+    """GNU tar's own type S; `empty` pieces first, so that some need a second block."""
+    pairs = [(0, 0)] * empty + [(at, len(data)) for at, data in SPARSE_PIECES]
     fields = [b"%011o\0%011o\0" % pair for pair in pairs]
-    tail = bytes(41) + b"".join(fields[:4]) + b"\1" + b"%011o\0" % len(SPARSE_CONTENT)
+    more = b"".join(fields[4:]).ljust(512, b"\0") if fields[4:] else b""
+    tail = bytes(41) + b"".join(fields[:4]).ljust(96, b"\0") + (
+        bytes([bool(more)]) + b"%011o\0" % len(SPARSE_CONTENT))
     data = b"".join(data for _, data in SPARSE_PIECES)
     whole = raw_member(name, data, b"S", magic=b"ustar  \0", tail=tail)
-    more = b"".join(fields[4:]).ljust(512, b"\0")
     return whole[:512] + more + whole[512:]
 
 
@@ -10520,11 +10521,12 @@ class RootfsOutputTest(StoredCase):
 
     def test_sparse_files(self):
         out, err = self.rootfs(raw_layer(
-            raw_member(b"before", b"b"), sparse_old(b"old"),
+            raw_member(b"before", b"b"), sparse_old(b"old"), sparse_old(b"few", 0),
             *[sparse_pax(b"pax" + minor.encode(), minor) for minor in
               ("0.0", "0.1", "1.0")] + [raw_member(b"after", b"a")]))
         self.assertEqual((err, sorted(os.listdir(out))), (
-            "", [b"after", b"before", b"old", b"pax0.0", b"pax0.1", b"pax1.0"]))
+            "", [b"after", b"before", b"few", b"old", b"pax0.0", b"pax0.1",
+                 b"pax1.0"]))
         for name in os.listdir(out):
             if name not in (b"after", b"before"):
                 with self.subTest(name):
@@ -10533,7 +10535,6 @@ class RootfsOutputTest(StoredCase):
         self.verify(os.fsdecode(out))
 
     def test_sparse_map_of_rubbish(self):
-        # The second block of an old sparse header is read by us, not by tarfile.
         whole = sparse_old(b"x")
         broken = whole[:512] + b"9" * 512 + whole[1024:]
         with self.assertRaises(imagec.InvalidDocument):
@@ -10554,6 +10555,14 @@ class RootfsOutputTest(StoredCase):
             found = {member.name.encode("utf-8", "surrogateescape"):
                      tar.extractfile(member).read() for member in tar if member.isreg()}
         self.assertEqual(found, data)
+
+    def test_GNU_keeps_no_prefix(self):
+        # Where ustar has its prefix, GNU tar keeps times with --incremental.
+        out, _ = self.rootfs(raw_layer(
+            raw_member(b"u", b"u", tail=b"dir"),
+            raw_member(b"g", b"g", magic=b"ustar  \0", tail=b"14000000000\0" * 2)))
+        self.assertEqual(sorted(os.listdir(out)), [b"dir", b"g"])
+        self.assertEqual(os.listdir(os.path.join(out, b"dir")), [b"u"])
 
     def test_GNU_long_names(self):
         name, link = b"n" * 150, b"l" * 150
