@@ -133,7 +133,7 @@ PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 STAGE_DIRECT = 256 * KIB  # bytes before a stage gets a thread: most layers are small
 STAGE_DEPTH = 4  # pieces between two stages
-INFLATE_SLICE = 32 * KIB  # bytes given to a decompressor at once: it copies the rest
+INFLATE_SLICE = 64 * KIB  # bytes given to a decompressor at once: it copies the rest
 XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
 LAYER_SIZE_LIMIT = 64 * GIB  # bytes one layer may unpack to, unless told otherwise
@@ -2044,12 +2044,13 @@ class Stage:
 
     zlib, hashlib and sockets release the interpreter lock, so stages of one layer
     really run side by side; the short queue keeps memory flat. The first pieces are
-    handed over directly: what ends there needs no thread.
+    handed over directly: what ends there needs no thread. Not `apart`, all are.
     """
 
-    def __init__(self, consumer):
+    def __init__(self, consumer, apart=True):
         self._consumer = consumer
-        self._direct = STAGE_DIRECT  # bytes still to be handed over directly
+        # Bytes still to be handed over directly.
+        self._direct = STAGE_DIRECT if apart else float("inf")
         self._queue = self._thread = self._error = None
 
     def update(self, data):
@@ -2101,17 +2102,18 @@ class LayerVerifier:
 
     Memory stays flat whatever it unpacks to. For `visitor` see TarWalker. The verdict
     comes with `finish`: a corrupt stream is reported there, so that a wrong blob digest
-    can be reported first.
+    can be reported first. `apart` tells to hash what is unpacked in another thread than
+    the one that unpacks: sooner done, but a burden where cores are few.
     """
 
-    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT, visitor=None):
+    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT, visitor=None, apart=True):
         self._what, self._limit = what, limit
         self._hash = hashlib.sha256()
         self._visitor = visitor
         self._walker = TarWalker(what, visitor, limit)
         self._bytes = 0
         self._error = None
-        self._tail = Stage(_Sink(self._take, lambda: None))
+        self._tail = Stage(_Sink(self._take, lambda: None), apart)
         self._unpacker = _Unpacker(self._tail, what)
         self._head = Stage(self._unpacker)
 
@@ -4287,12 +4289,13 @@ class Fetched(NamedTuple):
 class Proof:
     """The running verification of one blob and, if asked for, of what it unpacks to."""
 
-    def __init__(self, blob, diff_id, unpack, limit, visitor):
+    def __init__(self, blob, diff_id, unpack, limit=LAYER_SIZE_LIMIT, visitor=None,
+                 apart=True):
         what = "layer " + str(blob.digest)
         self._what, self._diff_id = what, diff_id
         self._blob = BlobVerifier(blob.digest, blob.size, what)
-        self._layer = (LayerVerifier(what, limit, visitor and visitor()) if unpack
-                       else None)
+        self._layer = LayerVerifier(what, limit, visitor and visitor(),
+                                    apart) if unpack else None
 
     @property
     def received(self):
@@ -4325,16 +4328,16 @@ class Download:
     `diff_id` is what it must unpack to, None where that is not known; `unpack` whether
     to look; `visitor` makes visitors of its members (see TarWalker), one for each
     start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
-    hears of progress.
+    hears of progress. For `apart` see LayerVerifier.
     """
 
     def __init__(self, source, blob, path, unpack=False, diff_id=None,
                  limit=LAYER_SIZE_LIMIT, notify=lambda event: None, visitor=None,
-                 durable=True):
+                 durable=True, apart=True):
         self._source, self._blob = source, blob
         self._path, self._notify, self._durable = path, notify, durable
         self._name = blob.digest.hex[:12]
-        self._new_proof = lambda: Proof(blob, diff_id, unpack, limit, visitor)
+        self._new_proof = lambda: Proof(blob, diff_id, unpack, limit, visitor, apart)
         self._proof = self._place = None
         self._resumed = self._again = False
 
@@ -5994,7 +5997,7 @@ class Audit:
             return self._seen[name, unpack]
         self._seen[name, unpack] = None
         self.blobs += 1
-        proof = Proof(descriptor, None, unpack, LAYER_SIZE_LIMIT, None)
+        proof = Proof(descriptor, None, unpack)
         with self._noting(name), reader.open(name) as file:
             try:
                 for data in iter(lambda: file.read(CHUNK), b""):
@@ -6529,9 +6532,12 @@ class Puller:
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
         for layer in order:
             self._notify(Event("Pulling fs layer", layer.blob.digest.hex[:12]))
+        # Cores to spare hash apart what others unpack, that of the largest in any case.
+        spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(order)))
         results = self._in_parallel([
-            lambda layer=layer: self._fetch_layer(image, layer)
-            for layer in order])
+            lambda layer=layer, apart=rank < spare: self._fetch_layer(image, layer,
+                                                                      apart)
+            for rank, layer in enumerate(order)])
         # 3. All are proved: the documents that make them an image.
         pairs = {layer.blob.digest: pair for layer, pair in zip(order, results)}
         modern = _modernised(
@@ -6543,7 +6549,7 @@ class Puller:
                      tuple(_pulled(layer, *pairs[layer.blob.digest])
                            for layer in image.layers))
 
-    def _fetch_layer(self, image, layer):
+    def _fetch_layer(self, image, layer, apart):
         """One layer into its place: (the Descriptor it is there by, its Fetched)."""
         output = self._output
         present = output.present(layer)
@@ -6556,7 +6562,7 @@ class Puller:
         fetched = Download(
             self._session.source(image.reference), layer.blob, path, unpack,
             layer.diff_id, self._session.max_layer_size, self._notify,
-            output.visitor(layer), output.durable).run()
+            output.visitor(layer), output.durable, apart).run()
         blob = layer.blob._replace(size=fetched.size)
         if codec_of(path) == "zstd" and self._session.recompress:
             blob = recompress(path, blob, lambda blob: output.replace(layer, blob))

@@ -4122,6 +4122,22 @@ class LayerVerifierTest(TableCase):
                 verifier.abort()
         self.assertLessEqual(threading.active_count(), threads)
 
+    def test_hashing_apart(self):
+        blob, seen = gzip_bytes(os.urandom(2 << 20)), {}
+        inflate = imagec._Gzip.decompress
+
+        def note(what, result=None):
+            seen[what] = threading.current_thread()
+            return result
+
+        for apart in (True, False):
+            with self.subTest(apart=apart), mock.patch.object(
+                    imagec._Gzip, "decompress",
+                    lambda *args: note("inflate", inflate(*args))), mock.patch.object(
+                        imagec.TarWalker, "update", lambda *_args: note("hash")):
+                unpacked([blob], apart=apart)
+                self.assertEqual(seen["hash"] is seen["inflate"], not apart)
+
     def test_any_mutation(self):
         choices = random.Random(SEED)
         for name, blob in LAYER_BLOBS:
@@ -6706,6 +6722,27 @@ class PullTest(PullCase):
                     self.pull(registry, jobs=jobs)
                     self.assertLessEqual(registry.connections, jobs + 1)
                     self.assertEqual(len(paths(registry, "/token")), 1)
+
+    def test_cores_to_spare(self):
+        registry = self.filled(build_image(
+            [tar_bytes([("f", b"x" * size)]) for size in (9000, 90000, 900)]))
+        verifier, apart = imagec.LayerVerifier, {}
+
+        def note(what, limit, visitor, flag):
+            apart[what] = flag
+            return verifier(what, limit, visitor, flag)
+
+        self.patch(mock.patch.object(imagec, "LayerVerifier", note))
+        for cores, jobs, expected in ((None, 4, 1), (1, 4, 1), (2, 4, 1), (4, 4, 1),
+                                      (5, 4, 2), (6, 4, 3), (3, 1, 2), (8, 9, 3)):
+            self.dest = os.path.join(self.folder, "%s-%d" % (cores, jobs))
+            with self.subTest(cores=cores, jobs=jobs), mock.patch.object(
+                    os, "cpu_count", lambda cores=cores: cores):
+                image = self.pull(registry, jobs=jobs)
+                largest = sorted(image.layers, key=lambda layer: -layer.blob_size)
+                self.assertEqual([apart["layer %s" % str(layer.digest)]
+                                  for layer in largest],
+                                 [True] * expected + [False] * (3 - expected))
 
     def test_rerun_fetches_nothing(self):
         image = build_image(NET_TARS)
