@@ -6407,6 +6407,33 @@ class DownloadTest(DownloadCase):
         self.download(registry).run()
         self.assertEqual(self.holds(), {"blob": NET_BLOB})
 
+    @unittest.skipUnless(hasattr(os, "posix_fadvise"), "Linux has it")
+    def test_written_behind(self):
+        data, asked = os.urandom(100000), []
+
+        def advise(fd, offset, length, advice):
+            self.assertEqual(advice, os.POSIX_FADV_DONTNEED)
+            asked.append((offset, length, os.fstat(fd).st_size))
+            raise OSError(errno.EINVAL, "not on this file system")
+
+        for durable in (True, False):
+            registry = self.filled(data)
+            self.put(data[:7000], ".partial")
+            with mock.patch.object(imagec, "CHUNK", 5000), mock.patch.object(
+                    imagec, "WRITE_BEHIND", 20000), mock.patch.object(
+                        os, "posix_fadvise", advise), self.subTest(durable=durable):
+                self.download(registry, data, durable=durable).run()
+                self.assertEqual(self.holds(), {"blob": data})
+                if not durable:
+                    self.assertEqual(asked, [])
+                place = 0
+                for offset, length, size in asked:
+                    self.assertEqual((offset, offset + length), (place, size))
+                    self.assertGreaterEqual(length, 20000)
+                    place = size
+                self.assertGreaterEqual(place, 80000 if durable else 0)
+            del asked[:]
+
     def test_t120_fsync_fails(self):
         with mock.patch("os.fsync", mock.Mock(side_effect=OSError(errno.EIO, "no"))):
             with self.assertRaises(OSError):
