@@ -4344,16 +4344,20 @@ class Download:
     `diff_id` is what it must unpack to, None where that is not known; `unpack` whether
     to look; `visitor` makes visitors of its members (see TarWalker), one for each
     start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
-    hears of progress. For `apart` see LayerVerifier.
+    hears of progress. For `apart` see LayerVerifier. `known` is what a blob that is at
+    `path` already was seen to unpack to, None where it must be unpacked to tell; it is
+    believed only where it agrees with `diff_id`.
     """
 
     def __init__(self, source, blob, path, unpack=False, diff_id=None,
                  limit=LAYER_SIZE_LIMIT, notify=lambda event: None, visitor=None,
-                 durable=True, apart=True):
+                 durable=True, apart=True, known=None):
         self._source, self._blob = source, blob
         self._path, self._notify, self._durable = path, notify, durable
         self._name = blob.digest.hex[:12]
-        self._new_proof = lambda: Proof(blob, diff_id, unpack, limit, visitor, apart)
+        self._known = known if known and known.diff_id == diff_id else None
+        self._new_proof = lambda known=None: Proof(
+            blob, diff_id, unpack and known is None, limit, visitor, apart)
         self._proof = self._place = None
         self._resumed = self._again = False
 
@@ -4391,13 +4395,13 @@ class Download:
         if not os.path.isfile(self._path) or os.path.islink(self._path):
             return None
         self._tell("Verifying")
-        proof = self._new_proof()
+        proof = self._new_proof(self._known)
         try:
             with open(self._path, "rb") as file:
                 for data in iter(lambda: file.read(CHUNK), b""):
                     self._source.transport.check()
                     proof.update(data)
-            unpacked = proof.finish()
+            unpacked = proof.finish() or self._known
         except (VerificationError, InvalidDocument) as error:
             log.warning("%s is corrupt and will be fetched again: %s",
                         self._path, error)
@@ -5223,6 +5227,9 @@ class Output:
     def present(self, layer):
         """(Descriptor, Fetched) of a layer that need not be fetched, else None."""
 
+    def known(self, layer):
+        """The Unpacked of the layer's blob, as an earlier pull saw it, else None."""
+
     def visitor(self, layer):
         """A maker of visitors (see TarWalker) for the layer's members, else None."""
 
@@ -5246,13 +5253,35 @@ def _read_document(path):
         return file.read(MANIFEST_LIMIT)
 
 
+UNPACKED = "unpacked.json"  # of a layers tree
+
+
+def unpacked_json(layers):
+    """What blobs unpack to, {Digest: Unpacked}, as the bytes of a file."""
+    return canonical_json({str(digest): {
+        "diff_id": str(unpacked.diff_id), "size": unpacked.size,
+        "bytes": unpacked.bytes} for digest, unpacked in layers.items()})
+
+
+def parse_unpacked(raw):
+    """{Digest: Unpacked} of such bytes; raises InvalidDocument."""
+    document = Document.parse(raw, UNPACKED)
+    found = {}
+    for name in document.value:
+        one = Document(document.need(name, dict), "%s.%s" % (UNPACKED, name))
+        found[document.as_digest(name, UNPACKED)] = Unpacked(
+            one.digest("diff_id"), one.size("size"), one.size("bytes"))
+    return found
+
+
 class LayersOutput(Output):
     """DEST/SCHEME/HOST/v2/REPOSITORY/TAG/: a directory a layer, and the documents.
 
     `<id>/<id>.tar` is the blob as received, `<id>/<id>.json` its v1 image JSON,
     `manifest.json` and `config.json` the exact bytes, `index.json` (and `index.1.json`,
-    ... where indexes nest) those of the index that led there. The manifest comes last:
-    where it is, everything is.
+    ... where indexes nest) those of the index that led there; `unpacked.json` is what
+    the blobs were seen to unpack to, so that the next pull need only hash them. The
+    manifest comes last: where it is, everything is.
     """
 
     format = "layers"
@@ -5276,6 +5305,10 @@ class LayersOutput(Output):
     def open(self, image):
         for layer in image.layers:
             make_directory(self._destination, *self._below + [layer.id])
+        self._unpacked = {}
+        with contextlib.suppress(OSError, InvalidDocument):
+            self._unpacked = parse_unpacked(_read_document(
+                os.path.join(self.path, UNPACKED)))
 
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
@@ -5288,6 +5321,12 @@ class LayersOutput(Output):
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
         return os.path.join(self.path, layer.id, layer.id + ".tar")
+
+    def known(self, layer):
+        return self._unpacked.get(layer.blob.digest)
+
+    def stored(self, layer, fetched):
+        self._unpacked[layer.blob.digest] = fetched.unpacked
 
     def close(self, image):
         """All blobs are there: writes the documents. The path of the whole."""
@@ -5306,6 +5345,8 @@ class LayersOutput(Output):
             if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
                     name not in documents):
                 os.unlink(os.path.join(self.path, name))
+        self._write(unpacked_json({layer.blob.digest: self._unpacked[layer.blob.digest]
+                                   for layer in image.layers}), UNPACKED)
         for name, raw in documents.items():
             self._write(raw, name)
         self._write(image.manifest.raw, "manifest.json")
@@ -5979,7 +6020,7 @@ class Audit:
     def __init__(self):
         self.faults, self.unchecked = [], []
         self.images = self.blobs = 0
-        self._seen = {}  # blob name -> its diffID, or None
+        self._seen = {}  # (blob name, whether to unpack it) -> its Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
@@ -6010,7 +6051,7 @@ class Audit:
             self.faults.append("%s: %s" % (name, error))
 
     def _blob(self, reader, descriptor, name, unpack=False):
-        """Checks one blob, and once; its diffID where it is unpacked."""
+        """Checks one blob, and once; its Unpacked where it is unpacked and good."""
         if (name, unpack) in self._seen:
             return self._seen[name, unpack]
         self._seen[name, unpack] = None
@@ -6020,11 +6061,16 @@ class Audit:
             try:
                 for data in iter(lambda: file.read(CHUNK), b""):
                     proof.update(data)
-                unpacked = proof.finish()
-                self._seen[name, unpack] = unpacked and unpacked.diff_id
+                self._seen[name, unpack] = proof.finish()
             finally:
                 proof.abort()
         return self._seen[name, unpack]
+
+    def _diff_id(self, name, unpacked, expected):
+        """`expected` is the diffID the config gives a blob, None for none."""
+        if unpacked and expected and unpacked.diff_id != expected:
+            self.faults.append("%s: unpacks to %s, the config says %s" % (
+                name, str(unpacked.diff_id), str(expected)))
 
     # -- OCI layouts and archives
 
@@ -6085,11 +6131,9 @@ class Audit:
             name = _blob_name(layer.digest).decode("ascii")
             self._named.add(name)
             tar = ".tar" in layer.media_type  # what attestations hold is none
-            actual = self._blob(reader, layer, name, tar)
-            if actual is not None and diff_ids and i < len(diff_ids) and (
-                    actual != diff_ids[i]):
-                self.faults.append("%s: unpacks to %s, the config says %s" % (
-                    name, str(actual), str(diff_ids[i])))
+            unpacked = self._blob(reader, layer, name, tar)
+            if diff_ids and i < len(diff_ids):
+                self._diff_id(name, unpacked, diff_ids[i])
 
     def _docker_manifest(self, reader):
         """manifest.json must say what index.json says; the blobs have been checked."""
@@ -6146,8 +6190,11 @@ class Audit:
             if isinstance(manifest, Manifest):
                 self._blob(reader, manifest.config, "config.json")
                 config = ImageConfig.parse(reader.read("config.json"))
+            said = {}
+            with self._noting(UNPACKED), contextlib.suppress(FileNotFoundError):
+                said = parse_unpacked(reader.read(UNPACKED))
             for layer in list_layers(manifest, config):
-                self._tree_layer(reader, layer)
+                self._tree_layer(reader, layer, said)
 
     def _leading_indexes(self, reader, manifest):
         """The outermost document; each index must lead to the next."""
@@ -6159,12 +6206,12 @@ class Audit:
                 raise VerificationError("the index does not lead to it")
         return chain[0]
 
-    def _tree_layer(self, reader, layer):
+    def _tree_layer(self, reader, layer, said):
         name = "%s/%s" % (layer.id, layer.id)
-        actual = self._blob(reader, layer.blob, name + ".tar", True)
-        if layer.diff_id is not None and actual not in (None, layer.diff_id):
-            self.faults.append("%s.tar: unpacks to %s, the config says %s" % (
-                name, str(actual), str(layer.diff_id)))
+        unpacked = self._blob(reader, layer.blob, name + ".tar", True)
+        self._diff_id(name + ".tar", unpacked, layer.diff_id)
+        if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
+            self.faults.append("%s: is wrong about %s.tar" % (UNPACKED, name))
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
@@ -6580,7 +6627,7 @@ class Puller:
         fetched = Download(
             self._session.source(image.reference), layer.blob, path, unpack,
             layer.diff_id, self._session.max_layer_size, self._notify,
-            output.visitor(layer), output.durable, apart).run()
+            output.visitor(layer), output.durable, apart, output.known(layer)).run()
         blob = layer.blob._replace(size=fetched.size)
         if codec_of(path) == "zstd" and self._session.recompress:
             blob = recompress(path, blob, lambda blob: output.replace(layer, blob))

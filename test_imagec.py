@@ -6521,12 +6521,24 @@ class OutputsTest(PullCase):
 
     def expected(self, image, ids, base):
         """{path: bytes} but for the JSON of layers."""
-        tree = {base + "/manifest.json": image.manifest}
+        tree = {base + "/manifest.json": image.manifest,
+                base + "/unpacked.json": self.unpacked(image)}
         if image.config:
             tree[base + "/config.json"] = image.config
         for name, digest in zip(ids, image.layers):
             tree["%s/%s/%s.tar" % (base, name, name)] = image.blobs[digest]
         return tree
+
+    @staticmethod
+    def unpacked(image):
+        """What its blobs unpack to, found out on our own."""
+        found = {}
+        for digest in image.layers:
+            tar = gzip.decompress(image.blobs[digest])
+            with tarfile.open(fileobj=io.BytesIO(tar)) as file:
+                size = sum(member.size for member in file)
+            found[digest] = {"diff_id": sha256(tar), "size": size, "bytes": len(tar)}
+        return json.dumps(found, sort_keys=True, separators=(",", ":")).encode("ascii")
 
     def split(self, base):
         """The tree, and apart from it {id: v1 JSON as bytes}."""
@@ -6785,6 +6797,61 @@ class PullTest(PullCase):
         said = [e.status for e in self.events if e.status == "Already exists"]
         self.assertEqual(len(said), len(image.layers))
 
+    def rerun(self, registry, change=lambda records: records):
+        """Pull again over a changed unpacked.json: (image, how many were unpacked)."""
+        path, = [os.path.join(folder, "unpacked.json") for folder, _, names in os.walk(
+            self.dest) if "unpacked.json" in names]
+        with open(path, "rb") as file:
+            good = file.read()
+        changed = change(json.loads(good.decode("ascii")))
+        with open(path, "wb") as file:
+            file.write(changed if isinstance(changed, bytes) else
+                       json.dumps(changed).encode("ascii"))
+        with mock.patch.object(imagec, "LayerVerifier",
+                               side_effect=imagec.LayerVerifier) as verifier:
+            image = self.pull(registry)
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), good)
+        return image, verifier.call_count
+
+    def test_rerun_unpacks_nothing(self):
+        registry = self.filled(build_image(NET_TARS))
+        first = self.pull(registry)
+        self.assertEqual(self.rerun(registry), (first, 0))
+        blob = os.path.join(first.path, first.layers[0].id, first.layers[0].id + ".tar")
+        with open(blob, "ab") as file:  # what is hashed is still looked at
+            file.write(b"x")
+        self.assertEqual(self.rerun(registry), (first, 1))
+
+    def test_rerun_over_records_of_rubbish(self):
+        registry = self.filled(build_image(NET_TARS))
+        first, count = self.pull(registry), len(NET_TARS)
+        top = str(first.layers[-1].digest)
+        other = str(first.layers[0].digest)
+
+        def one(**changes):
+            return lambda records: dict(records, **{top: dict(records[top], **changes)})
+
+        for name, change, unpacked in (
+                ("no JSON", lambda records: b"{", count),
+                ("no object", lambda records: [], count),
+                ("nothing", lambda records: {}, count),
+                ("null", lambda records: {top: None}, count),
+                ("no digest", lambda records: {"x": records[top]}, count),
+                ("another diffID", one(diff_id=other), 1),
+                ("no diffID", one(diff_id=None), count),
+                ("a size of text", one(size="1"), count),
+                ("a negative size", one(size=-1), count),
+                ("no number of bytes", one(bytes=None), count)):
+            with self.subTest(name):
+                self.assertEqual(self.rerun(registry, change), (first, unpacked))
+
+    def test_rerun_of_schema1_unpacks(self):
+        # Nothing else says what its diffIDs must be, and the image ID hangs on them.
+        registry = self.filled(build_image(NET_TARS, "schema1"))
+        first = self.pull(registry)
+        self.assertEqual(self.rerun(registry), (first, len(NET_TARS)))
+
     def test_t107_tokens_that_run_out_in_the_middle(self):
         image = build_image(NET_TARS)
         for jobs in (1, 4):
@@ -6953,7 +7020,7 @@ class PullTest(PullCase):
         self.assertEqual(len(results), 4)
         tree = self.tree()
         self.assertEqual([path for path in tree if path.endswith(".partial")], [])
-        self.assertEqual(len(tree), 2 * (2 * len(image.layers) + 2))
+        self.assertEqual(len(tree), 2 * (2 * len(image.layers) + 3))
 
     def test_t120_full_disk(self):
         image = build_image(NET_TARS)
@@ -11608,6 +11675,11 @@ AUDIT_LAYERS = (
     ("gone", os.unlink, "{i0}/{i0}.tar"),
     ("a link", damage_link, "{i0}/{i0}.tar"),
     ("swapped", damage_swap("../{i1}/{i1}.tar"), "{i0}/{i0}.tar"),
+    ("wrong diffIDs", damage_json(lambda value: [
+        one.update(diff_id=ZEROS) for one in value.values()]), "unpacked.json"),
+    ("wrong sizes", damage_json(lambda value: [
+        one.update(size=1) for one in value.values()]), "unpacked.json"),
+    ("no JSON", damage_write(b"{"), "unpacked.json"),
     ("flipped", damage_flip, "{i1}/{i1}.json"),
     ("gone", os.unlink, "{i1}/{i1}.json"),
     ("swapped", damage_swap("../{i1}/{i1}.json"), "{i0}/{i0}.json"),
