@@ -566,8 +566,11 @@ class Platform(NamedTuple):
     @classmethod
     def host(cls):
         """This host's architecture, with os linux: what runs containers here."""
-        import platform
-        machine = platform.machine().lower()
+        if hasattr(os, "uname"):
+            machine = os.uname().machine.lower()
+        else:
+            import platform  # slow to import
+            machine = platform.machine().lower()
         if struct.calcsize("P") == 4:  # a 32-bit Python runs 32-bit programs
             machine = {"x86_64": "386", "amd64": "386", "aarch64": "armv7l",
                        "arm64": "armv7l"}.get(machine, machine)
@@ -659,6 +662,15 @@ def canonical_json(value):
         raise InvalidDocument("a JSON value is not valid Unicode") from None
 
 
+def _is_unicode(text):
+    """Whether `text` is without halves of surrogate pairs, which JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Document:
     """A JSON object whose members are read by name and type, never by luck.
 
@@ -691,7 +703,7 @@ class Document:
                 self.where, name,
                 {dict: "object", list: "array", str: "string", int: "integer",
                  bool: "boolean"}[kind]))
-        if kind is str and re.search("[\ud800-\udfff]", value):
+        if kind is str and not _is_unicode(value):
             raise InvalidDocument("%s: '%s' is not valid Unicode" % (self.where, name))
         return value
 
@@ -2518,7 +2530,7 @@ def checked_url(url, base=None):
     """
     shown = bare_url(url)
     # Looked at before urljoin, which drops tabs and newlines without a word.
-    if len(url) > 8 * KIB or re.search(r"[\x00-\x20\\\x7f-\uffff]", url):
+    if len(url) > 8 * KIB or re.search(r"[^!-\[\]-~]", url):
         raise UnsafeRedirect("a URL with characters that are not allowed: " + shown)
     try:
         parts = urllib.parse.urlsplit(url if base is None
@@ -3000,24 +3012,28 @@ class TLSSettings:
         self._named.add(host)
 
     def context(self, host):
-        """The TLS settings for one host, made once."""
+        """The TLS settings for one host; those of others where they do for it, too."""
         verify = not (self._skip_verify or host in self._unverified)
-        with self._lock:
-            if (host, verify) not in self._contexts:
-                self._contexts[host, verify] = self._new_context(host, verify)
-            return self._contexts[host, verify]
-
-    def _new_context(self, host, verify):
-        context = ssl.create_default_context()
-        if hasattr(ssl, "TLSVersion"):
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-        else:  # 3.6, whose default takes TLS 1.0
-            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         roots, pairs = host_certificates(host, self._certs_dirs)
         if self._cacert is not None:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
             pairs.append(self._client_pair)
+        key = verify, tuple(roots), tuple(pairs)
+        with self._lock:
+            if key not in self._contexts:
+                self._contexts[key] = self._new_context(*key)
+            return self._contexts[key]
+
+    @staticmethod
+    def _new_context(verify, roots, pairs):
+        # The system's roots take 25 ms to read: only where they are looked at.
+        context = (ssl.create_default_context() if verify
+                   else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:  # 3.6, whose default takes TLS 1.0
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         for path in roots:
             _load(path, context.load_verify_locations, path)
         for certificate, key in pairs:
@@ -3354,7 +3370,7 @@ def _transport_error(error, url, idle_timeout, proxy=None):
 def _fingerprint(host):
     """The SHA-256 of the certificate a host shows, to compare with what it should."""
     parts = urllib.parse.urlsplit("//" + host)
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with socket.create_connection((parts.hostname, parts.port or 443), 5) as sock:
@@ -3780,6 +3796,8 @@ class Endpoint:
         first = None
         for scheme, skip_verify in ways:
             if skip_verify:
+                if not isinstance(first, CertificateError):
+                    continue  # no certificate was the trouble
                 self.transport.tls.skip_verify(self.host)
             try:
                 return self._probe_url("%s://%s/v2/" % (scheme, self.host))

@@ -2130,9 +2130,14 @@ class NamesTest(TableCase):
         self.each(HOSTS, self._host)
 
     def _host(self, machine, pointer, expected):
-        with mock.patch("platform.machine", return_value=machine), \
-                mock.patch("struct.calcsize", return_value=pointer):
-            self.assertEqual(str(imagec.Platform.host()), expected)
+        for posix in (True, False):
+            with mock.patch.object(os, "uname", create=True) as uname, mock.patch(
+                    "platform.machine", return_value=machine), mock.patch(
+                        "struct.calcsize", return_value=pointer):
+                uname.return_value.machine = machine
+                if not posix:
+                    del os.uname
+                self.assertEqual(str(imagec.Platform.host()), expected)
 
 
 # ------------------------------------------------------------------------------
@@ -5676,6 +5681,16 @@ class ProbeTest(NetworkCase):
         found = self.probe(registry, host=place, http=True)
         self.assertEqual(found, "https://%s/v2/" % place)  # unverified, and stays so
 
+    def test_t76_unverified_where_it_would_help(self):
+        # What does not speak TLS does not speak it unverified.
+        for tls, root, expected in ((False, None, 2), (True, None, 1),
+                                    (True, TEST_CERT, 1)):
+            registry = self.registry(tls=tls)
+            with self.subTest(tls=tls, root=root is not None):
+                found = self.probe(registry, root, http=True)
+                self.assertEqual(found.partition(":")[0], "https" if tls else "http")
+                self.assertEqual(registry.connections, expected)
+
     def test_t76_an_answer_over_tls_is_the_answer(self):
         for http in (False, True):
             with self.subTest(http=http):
@@ -8161,20 +8176,31 @@ class TLSFilesTest(FieldCase):
         self.assertEqual(registry.connections, len(proxy.requests))
 
     def test_tls_1_2_is_the_least(self):
-        made, make = [], ssl.create_default_context
+        for skip in (False, True):
+            context = imagec.TLSSettings(skip).context("registry.test")
+            if hasattr(ssl, "TLSVersion"):
+                self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+            else:
+                for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
+                    self.assertTrue(context.options & option)
 
-        def record(*args, **options):
-            made.append(make(*args, **options))
-            return made[-1]
-
-        with mock.patch("ssl.create_default_context", record):
-            self.pull(self.filled(tls=True).host)
-        context = made[0]
-        if hasattr(ssl, "TLSVersion"):
-            self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
-        else:
-            for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
-                self.assertTrue(context.options & option)
+    def test_roots_are_read_once(self):
+        # They are hundreds: reading them takes longer than a handshake.
+        self.file("certs/own.test/ca.crt", TEST_CERT)
+        settings = imagec.TLSSettings(certs_dirs=[self.at("certs")])
+        with mock.patch("ssl.create_default_context",
+                        side_effect=ssl.create_default_context) as make:
+            contexts = [settings.context(host) for host in (
+                "a.test", "b.test:5000", "own.test", "a.test")]
+            settings.skip_verify("a.test")
+            contexts.append(settings.context("a.test"))
+        self.assertEqual(make.call_count, 2)
+        self.assertEqual([context is contexts[0] for context in contexts],
+                         [True, True, False, True, False])
+        self.assertEqual([context.verify_mode for context in contexts],
+                         [ssl.CERT_REQUIRED] * 4 + [ssl.CERT_NONE])
+        self.assertEqual([context.check_hostname for context in contexts],
+                         [True] * 4 + [False])
 
     def test_tls_1_1_is_refused(self):
         registry = self.filled(tls=True)
