@@ -14063,7 +14063,7 @@ LEFT_BEHIND = {"__pycache__", "images"}
 
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
-    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
+    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl gc
     hashlib hmac http io ipaddress itertools json logging lzma os platform queue random
     re select shutil signal socket ssl stat struct subprocess sys tarfile tempfile
     threading time typing urllib zlib
@@ -14074,7 +14074,7 @@ NEWER_IMPORTS = {"compression"}  # Python 3.14
 ROOM_OF_USE = {
     "http": "Transport", "ssl": "Transport", "socket": "Transport",
     "urllib.request": "Transport", "select": "Transport",
-    "tarfile": "Verification", "subprocess": "Verification",
+    "tarfile": "Reading back", "subprocess": "Verification",
     "print": "Command line", "argparse": "Command line", "signal": "Command line",
     "input": "Command line", "sys.exit": "Command line", "sys.argv": "Command line",
     "sys.stdin": "Command line", "sys.stdout": "Command line",
@@ -14083,7 +14083,6 @@ ROOM_OF_USE = {
 #: (name, room) -> why it may stand there all the same.
 WAIVED_USES = {
     ("subprocess", "Credentials"): "a credential helper is a program",
-    ("tarfile", "Reading back"): "finds the members of a tar that was walked before",
     ("http", "Serve"): "a server speaks HTTP too", ("socket", "Serve"): "and listens",
     ("ssl", "Serve"): "with TLS", ("ssl", "Self-test"): "tells what TLS there is",
     ("urllib.request", "Self-test"): "tells which proxies there are",
