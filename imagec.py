@@ -4554,7 +4554,8 @@ class LayerStore:
 
     The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
     file of its own in it, or, where `packed`, all to one: making files costs most.
-    `entries` lists (Entry, (path, offset) of its data or None, its sha256 or None).
+    `entries` lists (Entry, its data or None, the bytes of that's sha256 or None); data
+    is (this store, where in it), small because there may be millions: see `open`.
     """
 
     def __init__(self, directory, packed=False):
@@ -4569,7 +4570,7 @@ class LayerStore:
     def entry(self, entry):
         """A member begins."""
         self._end()
-        number, place = len(self.entries), None
+        number, data = len(self.entries), None
         self._names += len(entry.path) + len(entry.link) + sum(
             len(key) + len(value) for key, value in entry.xattrs)
         if number >= MEMBER_COUNT_LIMIT or self._names > MEMBER_NAMES_LIMIT:
@@ -4578,18 +4579,31 @@ class LayerStore:
         if entry.kind == "file" and entry.size:
             if self._pack is not None:
                 self._file, self._base = self._pack, self._pack.seek(0, os.SEEK_END)
+                data = self, self._base
             else:
                 self._file, self._base = self._new_file(number), 0
-            place = (self._file.name, self._base)
+                data = self, number
             self._hash = hashlib.sha256()
             self._holes = list(reversed(entry.sparse or ((0, entry.size),)))
             self._at = 0  # in the file, holes included
-        self.entries.append((entry, place, None))
+        self.entries.append((entry, data, None))
 
     def _new_file(self, number):
-        shard = os.path.join(self._directory, str(number // 1000))
-        os.makedirs(shard, exist_ok=True)
-        return open(os.path.join(shard, str(number)), "xb", buffering=0)
+        path = self.path(number)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "xb", buffering=0)
+
+    def path(self, number):
+        """The file that holds the data of member `number`, and nothing else."""
+        return os.path.join(self._directory, str(number // 1000), str(number))
+
+    def open(self, where):
+        """A binary file that begins with the data that is at `where`."""
+        if self._pack is None:
+            return open(self.path(where), "rb", buffering=0)
+        file = open(self._pack.name, "rb", buffering=0)
+        file.seek(where)
+        return file
 
     def data(self, data):
         """What a member stores, holes left out."""
@@ -4618,13 +4632,13 @@ class LayerStore:
 
     def _end(self):
         if self._file is not None:
-            entry, place, _ = self.entries[-1]
+            entry, data, _ = self.entries[-1]
             self._zeros(entry.size)
             self._file.truncate(self._base + entry.size)
             if self._pack is None:
                 self._file.close()
             self._file = None
-            self.entries[-1] = (entry, place, self._hash.hexdigest())
+            self.entries[-1] = (entry, data, self._hash.digest())
 
     def finish(self):
         """The last member is whole."""
@@ -4639,7 +4653,7 @@ class LayerStore:
 
 
 class Node:
-    """An inode of the tree: its Entry, its data's (path, offset), any children.
+    """An inode of the tree: its Entry, data and sha256 (see LayerStore), any children.
 
     `linked` tells that a hard link to it was made.
     """
@@ -4658,6 +4672,7 @@ class Tree:
     def __init__(self):
         self.root = Node(_IMPLICIT)
         self.unknown = 0  # members of no known kind, left out
+        self.shared = set()  # data of inodes that hard links were made to
         self._detours = 0  # steps taken behind links
 
     def apply(self, entries):
@@ -4666,20 +4681,18 @@ class Tree:
         Whiteouts first, for they speak of the layers below wherever they stand. Raises
         InvalidDocument, LimitExceeded.
         """
-        entries = [(self._parts(entry.path), entry, data, sha256)
-                   for entry, data, sha256 in entries]
-        own = {parts for parts, entry, _, _ in entries if entry.kind == "dir"}
-        for parts, entry, _, _ in entries:
-            if parts and parts[-1].startswith(_WHITEOUT):
-                self._white_out(parts, own)
-        todo = [row for row in entries if not (row[0] and row[0][-1].startswith(
-            _WHITEOUT) and not (len(row[0]) > 1 and row[0][0].startswith(_AUFS)))]
-        passes = 0
+        hidden = [parts for parts in map(self._parts, (row[0].path for row in entries))
+                  if parts and parts[-1].startswith(_WHITEOUT)]
+        own = {self._parts(entry.path) for entry, _, _ in entries
+               if hidden and entry.kind == "dir"}
+        for parts in hidden:
+            self._white_out(parts, own)
+        todo, passes = entries, 0
         while todo:  # again, from the end, for links that stand before their targets
             late = [row for row in todo if not self._add(*row)][::-1]
             passes += 1
             if len(late) == len(todo) or passes > _LINK_LIMIT:
-                entry = late[0][1]
+                entry = late[0][0]
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
             todo = late
@@ -4695,10 +4708,14 @@ class Tree:
             raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
         return parts
 
+    @staticmethod
+    def _aufs(parts):
+        """Whether this is below one of the directories that AUFS kept for itself."""
+        return len(parts) > 1 and parts[0].startswith(_AUFS)
+
     def _white_out(self, parts, own):
         name = parts[-1]
-        if name != _OPAQUE and name.startswith(_AUFS) or (
-                len(parts) > 1 and parts[0].startswith(_AUFS)):
+        if name != _OPAQUE and name.startswith(_AUFS) or self._aufs(parts):
             return
         hidden = name[len(_WHITEOUT):]
         if hidden in (b"", b".", b".."):
@@ -4758,8 +4775,11 @@ class Tree:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
         return trail[-1]
 
-    def _add(self, parts, entry, data, sha256):
+    def _add(self, entry, data, sha256):
         """Puts a member in place; False for a hard link whose target is not there."""
+        parts = self._parts(entry.path)
+        if parts and parts[-1].startswith(_WHITEOUT) and not self._aufs(parts):
+            return True
         if entry.kind == "unknown":
             self.unknown += 1
             return True
@@ -4775,6 +4795,8 @@ class Tree:
             if target is None:
                 return False
             target.linked = True
+            if target.data is not None:
+                self.shared.add(target.data)
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.entry = entry
@@ -4817,7 +4839,7 @@ class TreeWriter:
     def __init__(self, tree):
         self._tree = tree
         self._root = hasattr(os, "geteuid") and os.geteuid() == 0
-        self._moved = {}
+        self._moved = {}  # shared data -> where it is now
         self.undone = collections.Counter()
 
     def write(self, directory):
@@ -4863,7 +4885,7 @@ class TreeWriter:
         """A file, link or device, still without its attributes; whether it was made."""
         entry = node.entry
         if node.data is not None:
-            self._move(node.data[0], place)
+            self._move(node.data, place)
         elif entry.kind == "file":
             os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         elif entry.kind == "symlink":
@@ -4875,12 +4897,17 @@ class TreeWriter:
         return True
 
     def _move(self, data, place):
-        """A layer that is there twice has its data once: the second file is a copy."""
+        """A layer that is there twice has its data once: the second file is a copy.
+
+        There is one where a link keeps what the layer, when it comes again, replaces.
+        """
         import shutil
         if data in self._moved:
             shutil.copyfile(self._moved[data], place)
-        else:
-            os.rename(data, place)
+            return
+        store, number = data
+        os.rename(store.path(number), place)
+        if data in self._tree.shared:
             self._moved[data] = place
 
     def _device(self, entry, place):
@@ -4994,17 +5021,16 @@ def write_tree_tar(tree, write):
             write(bytes(-entry.size % TAR_BLOCK))
 
 
-def _stored(place, size):
+def _stored(data, size):
     """The data of a file in a LayerStore, in pieces."""
-    path, offset = place
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
+    store, where = data
+    with store.open(where) as file:
         while size:
-            data = file.read(min(size, CHUNK))
-            if not data:
-                raise OutputError(path, "has been tampered with")
-            size -= len(data)
-            yield data
+            piece = file.read(min(size, CHUNK))
+            if not piece:
+                raise OutputError(file.name, "has been tampered with")
+            size -= len(piece)
+            yield piece
 
 
 def _entry_header(entry, name):
@@ -5034,7 +5060,7 @@ def _mtree_line(path, node):
              "mode=%04o" % entry.mode, "uid=%d" % entry.uid, "gid=%d" % entry.gid]
     if entry.kind == "file":
         words += ["size=%d" % entry.size, "sha256digest=" + (
-            node.sha256 or hashlib.sha256().hexdigest())]
+            node.sha256 or hashlib.sha256().digest()).hex()]
     if entry.kind == "symlink":
         words.append("link=" + _vis(entry.link))
     return " ".join(words) + "\n"

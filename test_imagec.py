@@ -10713,6 +10713,21 @@ class RootfsOutputTest(StoredCase):
                      tar.extractfile(member).read() for member in tar if member.isreg()}
         self.assertEqual(found, data)
 
+    def test_a_layer_again_and_a_link_that_kept_its_file(self):
+        # One blob, two inodes: the link's, of the layer's first time, and the file's.
+        first = raw_layer(raw_member(b"m", b"data"))
+        for link in (b"a", b"z"):  # before and after it by name
+            reference, _ = self.serve([first, raw_layer(
+                raw_member(link, kind=b"1", link=b"m")), first])
+            for name in (link.decode() + "-root", link.decode() + ".tar"):
+                self.pull("--format", "rootfs", "-o", self.at(name), reference)
+                self.verify(self.at(name))
+            root = self.at(link.decode() + "-root")
+            facts = [os.lstat(os.path.join(root, name)) for name in ("m", link.decode())]
+            self.assertEqual([(f.st_nlink, f.st_size) for f in facts], [(1, 4)] * 2)
+            for name in ("m", link.decode()):
+                self.assertEqual(stored_bytes(os.path.join(root, name)), b"data")
+
     def test_GNU_keeps_no_prefix(self):
         # Where ustar has its prefix, GNU tar keeps times with --incremental.
         out, _ = self.rootfs(raw_layer(
