@@ -4312,6 +4312,13 @@ def write_file(path, data):
         partial.commit()
 
 
+def file_identity(path):
+    """What changes when a file is changed by ordinary means."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns)
+
+
 class Fetched(NamedTuple):
     """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it
     was not unpacked), and whether it was there already.
@@ -5555,7 +5562,8 @@ class ArchiveOutput(Output):
     Blobs stand in it as they came, in the order of the layers, so that the same images
     give the same bytes. Each is fetched into a spool directory beside the archive and
     moved into it when its turn has come: at no time is more on disk than the archive
-    and the largest layer. An unfinished archive is gone on with by the next run.
+    and the largest layer. An unfinished archive is gone on with by the next run, a
+    finished one that is what would be written stays as it is.
     """
 
     format = "archive"
@@ -5572,32 +5580,41 @@ class ArchiveOutput(Output):
         self._order, self._next = [], 0  # layers in the archive's order, those in it
         self._replaced = {}  # digest -> the Descriptor of what stands for it
         self._fetched = {}  # digest -> Fetched of blobs in the spool or the archive
+        self._looked = {}  # path -> (what _recover was asked, then its answer)
+        self._source = None  # (path, bytes of it) that the archive is to begin with
         self._images = []
         self._lock = threading.Lock()
 
     def begin(self, images, touch=True):
-        known = set()
-        self._order, self._next, self._fetched = [], 0, {}
+        known, self._order, good, done = set(), [], 0, []
         for layer in (layer for image in images for layer in image.layers):
             if layer.blob.digest not in known:
                 known.add(layer.blob.digest)
                 self._order.append(layer)
         prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
-        good = 0
         if touch:
             self._open()
         if self._stream is None:
             # What an earlier run left unfinished, else what it finished.
-            good, source = max((self._recover(prologue, path), path)
-                               for path in (self.path + PARTIAL, self.path))
-            if touch and source != self._target.path:
-                self._target.truncate()
-                self._copy(source, good)
-            elif touch:
-                self._target.truncate(good)
+            partial, final = (self._recover(prologue, path)
+                              for path in (self.path + PARTIAL, self.path))
+            good, done = max(partial, final, key=lambda found: found[0])
+            if touch:
+                self._target.truncate(good if good == partial[0] else 0)
+                self._source = (self.path, good) if good > partial[0] else None
+        self._next = len(done)
+        self._fetched = {blob.digest: Fetched(blob.size, None, True) for blob in done}
         if touch and not good:
-            self._target.write(prologue)
+            self._write(prologue)
+
+    def _write(self, data):
+        if self._source is not None:
+            source, self._source = self._source, None
+            self._copy(*source)
+        self._target.write(data)
+        if self._stream is None:
+            self._target.write_behind()
 
     def _copy(self, path, size):
         with open(path, "rb") as file:
@@ -5617,13 +5634,16 @@ class ArchiveOutput(Output):
             private_directory(self._spool)
 
     def _recover(self, prologue, path):
-        """Bytes at `path` that are just what we would write.
-
-        Counts their layers as done, where they are more than are done already.
-        """
-        done = []
+        """(bytes at `path` that are just what we would write, the blobs in them)."""
         if not os.path.isfile(path):
-            return 0
+            return 0, []
+        question = file_identity(path), [layer.blob.digest for layer in self._order]
+        if self._looked.get(path, (None,))[0] != question:
+            self._looked[path] = (question,) + self._look(prologue, path)
+        return self._looked[path][1:]
+
+    def _look(self, prologue, path):
+        done = []
         with open(path, "rb") as file:
             good = len(prologue) if file.read(len(prologue)) == prologue else 0
             for layer in self._order if good else ():
@@ -5631,11 +5651,7 @@ class ArchiveOutput(Output):
                     break
                 done.append(layer.blob)
                 good = file.tell()
-        if len(done) > self._next:
-            self._next = len(done)
-            self._fetched = {blob.digest: Fetched(blob.size, None, True)
-                             for blob in done}
-        return good
+        return good, done
 
     def present(self, layer):
         blob = self._replaced.get(layer.blob.digest, layer.blob)
@@ -5658,11 +5674,11 @@ class ArchiveOutput(Output):
 
     def _move(self, layer, size):
         path = self.blob_path(layer)
-        self._target.write(tar_header(_blob_name(layer.blob.digest), size))
+        self._write(tar_header(_blob_name(layer.blob.digest), size))
         with open(path, "rb") as file:
             for data in iter(lambda: file.read(MIB), b""):
-                self._target.write(data)
-        self._target.write(bytes(-size % TAR_BLOCK))
+                self._write(data)
+        self._write(bytes(-size % TAR_BLOCK))
         os.unlink(path)
 
     def replace(self, layer, blob):
@@ -5680,26 +5696,30 @@ class ArchiveOutput(Output):
 
     def finish(self):
         """All images are there: the documents, and the final name."""
+        tail = self._tail()
+        remove_tree(self._spool)
+        if self._source is not None and _goes_on(*self._source, tail):
+            self._target.discard()  # nothing is new
+        else:
+            self._write(tail)
+            (self._target.commit if self._stream is None else self._target.flush)()
+        self._target.close()
+
+    def _tail(self):
+        """What stands behind the layers."""
         documents = collections.OrderedDict(
             pair for image, _ in self._images for pair in image.documents)
-        for digest, raw in documents.items():
-            self._target.write(_member(_blob_name(digest), raw))
+        members = [(_blob_name(digest), raw) for digest, raw in documents.items()]
         manifests = []
         for image, name in self._images:
             add_to_index(manifests, index_entry(image, name))
-        self._target.write(_member("index.json", canonical_json(
-            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})))
-        self._target.write(_member("manifest.json", self._docker_manifest()))
+        members += [("index.json", canonical_json(
+            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})),
+            ("manifest.json", self._docker_manifest())]
         repositories = self._repositories()
         if repositories:
-            self._target.write(_member("repositories", canonical_json(repositories)))
-        self._target.write(bytes(2 * TAR_BLOCK))
-        remove_tree(self._spool)
-        if self._stream is None:
-            self._target.commit()
-        else:
-            self._target.flush()
-        self._target.close()
+            members.append(("repositories", canonical_json(repositories)))
+        return b"".join(_member(*member) for member in members) + bytes(2 * TAR_BLOCK)
 
     def _docker_manifest(self):
         """manifest.json, what `docker load` reads (moby, image/tarexport)."""
@@ -5738,6 +5758,13 @@ def _member(name, data):
     """A whole member of an archive."""
     name = name if isinstance(name, bytes) else name.encode("ascii")
     return tar_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
+
+
+def _goes_on(path, offset, tail):
+    """Whether a file ends with the bytes `tail` from `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(len(tail) + 1) == tail
 
 
 def _holds(file, blob):
@@ -6882,7 +6909,7 @@ class Shelf:
 
     def trust(self, region):
         """Takes what is in a Region for good without proof."""
-        self._good[region] = _identity(region)
+        self._good[region] = file_identity(region.path)
 
     @staticmethod
     def names_of(host, repository):
@@ -6976,7 +7003,7 @@ class Shelf:
         region = self._blobs.get(digest)
         if region is None:
             return None
-        identity = _identity(region)
+        identity = file_identity(region.path)
         with self._lock:
             if self._good.get(region) == identity:
                 return region
@@ -6994,12 +7021,6 @@ class Shelf:
         with self._lock:
             self._good[region] = identity
         return region
-
-
-def _identity(region):
-    """What changes when a Region's file is changed by ordinary means."""
-    status = os.stat(region.path)
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def parse_range(value, size):

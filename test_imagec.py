@@ -10965,6 +10965,36 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(self.archive(reference), first)
         self.assertEqual(self.blob_gets() - before, 1)  # the config
 
+    def test_archive_in_which_nothing_is_new_stays(self):
+        reference, other = self.serve(ARCHIVE_TARS)[0], self.serve(
+            ARCHIVE_TARS[:2], "lab/two:1")[0]
+        self.archive(reference)
+        good, identity = stored_bytes(self.at("out.tar")), os.stat(self.at("out.tar"))
+
+        def stays():
+            now = os.stat(self.at("out.tar"))
+            return (now.st_ino, now.st_mtime_ns) == (identity.st_ino,
+                                                     identity.st_mtime_ns)
+
+        with mock.patch.object(imagec, "_holds", side_effect=imagec._holds) as holds:
+            self.archive(reference)
+        self.assertTrue(stays())
+        self.assertEqual(holds.call_count, len(ARCHIVE_TARS))  # hashed once
+        for name, damaged in (("cut", good[:-1]), ("longer", good + b"x"),
+                              ("another end", good[:-1025] + b"x" + good[-1024:])):
+            with self.subTest(name):
+                stored_write(self.at("out.tar"), damaged)
+                self.archive(reference)
+                self.assertFalse(stays())
+                self.assertEqual(stored_bytes(self.at("out.tar")), good)
+        identity = os.stat(self.at("out.tar"))
+        self.archive(reference, other)  # the same blobs, but another name beside it
+        self.assertFalse(stays())
+        self.archive(reference)
+        self.assertEqual(stored_bytes(self.at("out.tar")), good)
+        self.assertEqual(os.listdir(os.path.dirname(self.at("out.tar"))).count(
+            "out.tar.partial"), 0)
+
     def test_tar_header(self):
         rows = (
             dict(name=b"plain", size=5),
