@@ -1709,6 +1709,9 @@ class Entry(NamedTuple):
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 
 
+_GNU_MAGIC = b"ustar  \0"
+
+
 def _tar_number(field):
     """A number in a header: octal as Go reads it, or GNU's base-256. ValueError."""
     if field[0] in (0x80, 0xff):
@@ -1738,16 +1741,34 @@ class _Header(NamedTuple):
         """The _Header in the bytes `block`; raises ValueError."""
         (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _, _, major,
          minor, prefix) = _TAR_FIELDS.unpack(block)
+        if checksum[0] & 0x80:
+            raise ValueError("a checksum that is not octal")
         cls._check(block, _tar_number(checksum))
         if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
             raise ValueError("a size that is not octal")  # readers differ on the rest
-        name, prefix = name.partition(b"\0")[0], prefix.partition(b"\0")[0]
-        if prefix and magic[:6] == b"ustar\0":  # GNU keeps other things there
+        if kind == b"S" and magic != _GNU_MAGIC:
+            raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
+        name = name.partition(b"\0")[0]
+        prefix = cls._prefix(block, magic, prefix).partition(b"\0")[0]
+        if prefix:
             name = prefix + b"/" + name
         return cls(kind, name, _tar_number(size), _tar_number(mode), _tar_number(uid),
                    _tar_number(gid), _tar_number(mtime), link.partition(b"\0")[0],
                    (_tar_number(major), _tar_number(minor)) if kind in b"34" else
                    (0, 0))
+
+    @staticmethod
+    def _prefix(block, magic, prefix):
+        """What of the prefix field is one; with GNU's magic, two times stand there."""
+        if magic[:6] == b"ustar\0":
+            return prefix[:131] if block[508:] == b"tar\0" else prefix  # star has times
+        if magic == _GNU_MAGIC:
+            try:
+                for field in prefix[:12], prefix[12:24]:
+                    _tar_number(field)
+            except ValueError:  # Go before 1.8 wrote prefixes under it
+                return prefix if max(prefix) < 128 else b""
+        return b""
 
     @staticmethod
     def _check(block, claimed):
@@ -1765,6 +1786,13 @@ _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
 
 
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+
+
+def _pax_number(text, key):
+    """A value of a pax header as a number; raises ValueError."""
+    if not re.fullmatch(rb"[0-9]{1,18}", text):
+        raise ValueError("pax %s is not a number" % key.decode("ascii", "replace"))
+    return int(text)
 
 
 def _pax_records(data):
@@ -1885,6 +1913,8 @@ class TarWalker:
             raise LimitExceeded("%s: a pax header of more than %d lines"
                                 % (self._what, PAX_COUNT_LIMIT))
         for key, value in _pax_records(data):
+            if b"\0" in key or not value and key in (b"path", b"linkpath"):
+                raise ValueError("a pax record that readers disagree on")
             if everywhere and key in (b"path", b"linkpath", b"size"):
                 raise ValueError("a global pax header that renames every member")
             if not everywhere and key in (b"GNU.sparse.offset",
@@ -1894,18 +1924,14 @@ class TarWalker:
                 self._pax[key] = value
 
     def _number(self, key, default):
-        return default if key not in self._pax else self._integer(self._pax[key], key)
-
-    def _integer(self, text, key):
-        if not re.fullmatch(rb"[0-9]{1,18}", text):
-            raise ValueError("pax %s is not a number" % key.decode("ascii", "replace"))
-        return int(text)
+        return default if key not in self._pax else _pax_number(self._pax[key], key)
 
     def _member(self, header, block):
         """A member proper: its logical size counts, its stored bytes follow."""
         stored = self._number(b"size", header.size)
         logical = self._number(b"GNU.sparse.realsize",
                                self._number(b"GNU.sparse.size", stored))
+        sparse = _pax_sparse(self._pax, logical) if self._pax else None
         kind = _KINDS.get(header.type)
         name = self._name(header)
         if header.type == b"\0" and name.endswith(b"/"):
@@ -1924,7 +1950,7 @@ class TarWalker:
                                 hint="raise it with --max-layer-size")
         entry = None
         if self._visitor is not None:
-            entry = self._entry(header, kind or "unknown", logical)
+            entry = self._entry(header, kind or "unknown", logical, sparse)
         self._pax, self._long = {}, {}
         if header.type == b"S":
             self._old_sparse(block[386:482], block[482], [], entry, stored)
@@ -1940,7 +1966,8 @@ class TarWalker:
             return self._inline_sparse(entry, stored, b"", [])
         self._data = stored
         if entry is not None:
-            if entry.sparse and sum(length for _, length in entry.sparse) != stored:
+            if entry.sparse is not None and stored != sum(
+                    length for _, length in entry.sparse):
                 raise ValueError("a sparse map that does not fit the data")
             self._visitor.entry(entry)
 
@@ -1951,6 +1978,8 @@ class TarWalker:
         """
         for at in range(0, len(table), 24):
             if not (table[at] and table[at + 12]):
+                if more:  # GNU tar would stop here, others read on
+                    raise ValueError("a sparse map that ends before its end")
                 break
             pairs.append((_tar_number(table[at:at + 12]),
                           _tar_number(table[at + 12:at + 24])))
@@ -1960,7 +1989,7 @@ class TarWalker:
             self._take = lambda block: self._old_sparse(block[:504], block[504], pairs,
                                                         entry, stored)
         else:
-            self._begin(entry and entry._replace(sparse=self._pairs(pairs, entry.size)),
+            self._begin(entry and entry._replace(sparse=_sparse_map(pairs, entry.size)),
                         stored)
 
     def _inline_sparse(self, entry, stored, rest, numbers):
@@ -1972,10 +2001,10 @@ class TarWalker:
             *lines, left = (rest + block).split(b"\n")
             for line in lines:
                 if not numbers or len(numbers) <= 2 * numbers[0]:
-                    numbers.append(self._integer(line, b"GNU.sparse.map"))
+                    numbers.append(_pax_number(line, b"GNU.sparse.map"))
             if not numbers or len(numbers) <= 2 * numbers[0]:
                 return self._inline_sparse(entry, stored - TAR_BLOCK, left, numbers)
-            pairs = self._pairs(zip(numbers[1::2], numbers[2::2]), entry.size)
+            pairs = _sparse_map(zip(numbers[1::2], numbers[2::2]), entry.size)
             self._begin(entry._replace(sparse=pairs), stored - TAR_BLOCK)
 
         if stored < TAR_BLOCK or len(rest) > NUMBER_LIMIT or (
@@ -1983,23 +2012,15 @@ class TarWalker:
             raise ValueError("a sparse map that does not end")
         self._take, self._data, self._skip = take, 0, 0
 
-    def _pairs(self, pairs, size):
-        """A sparse map, in order, without overlap and within the file."""
-        found, at = [], 0
-        for offset, length in pairs:
-            if offset < at or length < 0 or offset + length > size:
-                raise ValueError("a sparse map that makes no sense")
-            at = offset + length
-            if length:
-                found.append((offset, length))
-        return tuple(found)
-
     def _name(self, header):
         """The name of a member, by its header and the extensions before it."""
+        if b"L" in self._long and b"path" in self._pax or (
+                b"K" in self._long and b"linkpath" in self._pax):
+            raise ValueError("a name by GNU's header and another by pax")
         return self._pax.get(b"GNU.sparse.name", self._pax.get(
             b"path", self._long.get(b"L", header.name)))
 
-    def _entry(self, header, kind, size):
+    def _entry(self, header, kind, size, sparse):
         """The Entry of a header and the extensions before it."""
         name = self._name(header)
         link = self._pax.get(b"linkpath", self._long.get(b"K", header.link))
@@ -2012,19 +2033,37 @@ class TarWalker:
                      self._number(b"uid", max(header.uid, 0)),
                      self._number(b"gid", max(header.gid, 0)),
                      _nanoseconds(header.mtime, self._pax.get(b"mtime")), link,
-                     header.device, xattrs, self._pax_sparse(size))
+                     header.device, xattrs, sparse)
 
-    def _pax_sparse(self, size):
-        """The map of a pax sparse file: 0.0, 0.1, or "inline" for 1.0; else None."""
-        if self._pax.get(b"GNU.sparse.major") == b"1":
-            return "inline"
-        values = self._pax.get("map")
-        if b"GNU.sparse.map" in self._pax:
-            values = self._pax[b"GNU.sparse.map"].split(b",")
-        if values is None:
-            return None
-        numbers = [self._integer(value, b"GNU.sparse.map") for value in values]
-        return self._pairs(zip(numbers[::2], numbers[1::2]), size)
+
+def _sparse_map(pairs, size):
+    """(offset, length) pairs in order, without overlap and within the file."""
+    found, at = [], 0
+    for offset, length in pairs:
+        if offset < at or length < 0 or offset + length > size:
+            raise ValueError("a sparse map that makes no sense")
+        at = offset + length
+        if length:
+            found.append((offset, length))
+    return tuple(found)
+
+
+def _pax_sparse(pax, size):
+    """The map in the pax header of a sparse file (GNU's 0.0 and 0.1), "inline" where it
+    is in the data (1.0), None for a file that is not sparse. Raises ValueError.
+    """
+    version = pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")
+    if version == (b"1", b"0"):
+        return "inline"
+    values = pax.get("map")
+    if b"GNU.sparse.map" in pax:
+        values = pax[b"GNU.sparse.map"].split(b",")
+    if values is None or version[0] not in (None, b"0"):
+        if any(type(key) is bytes and key.startswith(b"GNU.sparse.") for key in pax):
+            raise ValueError("a sparse file whose map is not there, or unknown")
+        return None
+    numbers = [_pax_number(value, b"GNU.sparse.map") for value in values]
+    return _sparse_map(zip(numbers[::2], numbers[1::2]), size)
 
 
 def _nanoseconds(seconds, text):
@@ -4591,9 +4630,10 @@ class LayerStore:
                 self._file, self._base = self._new_file(number), 0
                 data = self, number
             self._hash = hashlib.sha256()
-            self._holes = list(reversed(entry.sparse or ((0, entry.size),)))
+            self._holes = [(0, entry.size)] if entry.sparse is None else list(
+                reversed(entry.sparse))
             self._at = 0  # in the file, holes included
-        self.entries.append((entry, data, None))
+        self.entries.append((entry._replace(sparse=None), data, None))
 
     def _new_file(self, number):
         path = self.path(number)
@@ -4679,7 +4719,8 @@ class Tree:
     def __init__(self):
         self.root = Node(_IMPLICIT)
         self.unknown = 0  # members of no known kind, left out
-        self.shared = set()  # data of inodes that hard links were made to
+        self.shared = set()  # data that several inodes may have
+        self._applied = []
         self._detours = 0  # steps taken behind links
 
     def apply(self, entries):
@@ -4688,6 +4729,9 @@ class Tree:
         Whiteouts first, for they speak of the layers below wherever they stand. Raises
         InvalidDocument, LimitExceeded.
         """
+        if any(entries is earlier for earlier in self._applied):
+            self.shared.update(data for _, data, _ in entries if data is not None)
+        self._applied.append(entries)
         hidden = [parts for parts in map(self._parts, (row[0].path for row in entries))
                   if parts and parts[-1].startswith(_WHITEOUT)]
         own = {self._parts(entry.path) for entry, _, _ in entries
@@ -4802,8 +4846,6 @@ class Tree:
             if target is None:
                 return False
             target.linked = True
-            if target.data is not None:
-                self.shared.add(target.data)
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.entry = entry
@@ -4904,10 +4946,7 @@ class TreeWriter:
         return True
 
     def _move(self, data, place):
-        """A layer that is there twice has its data once: the second file is a copy.
-
-        There is one where a link keeps what the layer, when it comes again, replaces.
-        """
+        """A layer that is there twice has its data once: the second file is a copy."""
         import shutil
         if data in self._moved:
             shutil.copyfile(self._moved[data], place)

@@ -3596,6 +3596,28 @@ BAD_TARS = (
     ("pax of many digits", tar_member(b"9" * 400 + b" a=\n", kind=b"x"), "malformed"),
     ("pax, then junk", tar_member(b"6 a=b\njunk", kind=b"x") + A_FILE, "malformed pax"),
     ("NULs for pax", tar_member(bytes(10), kind=b"x") + A_FILE, "malformed pax"),
+    # what GNU tar, bsdtar and Go's archive/tar do not read alike
+    ("base-256 checksum", A_FILE[:148] + b"\x80" + (
+        sum(A_FILE[:148]) + 256 + sum(A_FILE[156:512])).to_bytes(7, "big")
+     + A_FILE[156:], "after 0 members"),
+    ("sparse, but ustar", tar_header(0, kind=b"S"), "after 0 members"),
+    ("sparse map that ends early", tar_header(0, kind=b"S", patches=[
+        GNU_MAGIC, (386, b"%011o\0" * 2 % (0, 0)), (482, b"\1"), (483, b"%011o\0" % 9)])
+     + bytes(512), "after 1 members"),
+    ("pax sparse 1.1", pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"1"))
+     + A_FILE, "after 0 members"),
+    ("pax sparse, no map", pax((b"GNU.sparse.realsize", b"3")) + A_FILE,
+     "after 0 members"),
+    ("pax sparse name, no map", pax((b"GNU.sparse.name", b"x")) + A_FILE,
+     "after 0 members"),
+    ("two names", tar_member(b"n\0", kind=b"L") + pax((b"path", b"x")) + A_FILE,
+     "after 0 members"),
+    ("two targets", pax((b"linkpath", b"x")) + tar_member(b"n\0", kind=b"K")
+     + tar_header(kind=b"2"), "after 0 members"),
+    ("empty pax path", pax((b"path", b"")) + A_FILE, "after 0 members"),
+    ("empty pax linkpath", pax((b"linkpath", b"")) + A_FILE, "after 0 members"),
+    ("NUL in a pax key", pax((b"SCHILY.xattr.user.a\0b", b"v")) + A_FILE,
+     "after 0 members"),
     # T158: an extension of nothing
     ("pax at the end", A_FILE + pax((b"path", b"x")), "cut short"),
     ("long name at the end", A_FILE + tar_member(b"n\0", kind=b"L"), "cut short"),
@@ -10339,6 +10361,8 @@ UNSAFE = (
     ("T152", "many pieces", unsafe_sparse((UNSAFE_MAP, b"0,0," * 300000)), 3),
     ("T152", "backwards", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"5,2,0,1")),
      3),
+    ("T152", "data for a hole", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"9,0")),
+     3),
     ("T152", "beyond the end", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"8,3")),
      3),
     ("T152", "data that does not fit", unsafe_sparse(
@@ -10728,13 +10752,47 @@ class RootfsOutputTest(StoredCase):
             for name in ("m", link.decode()):
                 self.assertEqual(stored_bytes(os.path.join(root, name)), b"data")
 
-    def test_GNU_keeps_no_prefix(self):
-        # Where ustar has its prefix, GNU tar keeps times with --incremental.
-        out, _ = self.rootfs(raw_layer(
-            raw_member(b"u", b"u", tail=b"dir"),
-            raw_member(b"g", b"g", magic=b"ustar  \0", tail=b"14000000000\0" * 2)))
-        self.assertEqual(sorted(os.listdir(out)), [b"dir", b"g"])
-        self.assertEqual(os.listdir(os.path.join(out, b"dir")), [b"u"])
+    def test_prefixes(self):
+        long = b"p" * 131
+        for name, expected, fields in (
+                ("ustar", b"dir/f", dict(tail=b"dir")),
+                ("no magic", b"f", dict(tail=b"dir", magic=b"")),
+                # GNU tar keeps times there with --incremental.
+                ("GNU", b"f", dict(tail=b"14000000000\0" * 2, magic=b"ustar  \0")),
+                # Go before 1.8, where a number needed base-256.
+                ("Go", b"a/dir/f", dict(tail=b"a/dir", magic=b"ustar  \0",
+                                        uid=b"\x80" + bytes(6) + b"\5")),
+                ("Go, not ASCII", b"f", dict(tail=b"d\xffr", magic=b"ustar  \0")),
+                ("star", long + b"/f", dict(
+                    tail=long + b"14000000000\0" * 2 + bytes(8) + b"tar\0"))):
+            with self.subTest(name):
+                store = imagec.LayerStore(self.at("store"))
+                walker = imagec.TarWalker("layer", store)
+                walker.update(raw_member(b"f", b"1", **fields))
+                walker.finish()
+                store.finish()
+                self.assertEqual([row[0].path for row in store.entries], [expected])
+
+    def test_a_layer_again_where_a_link_leads_elsewhere(self):
+        base = raw_layer(raw_member(b"x", kind=b"5", mode=0o755),
+                         raw_member(b"y", kind=b"5", mode=0o755),
+                         raw_member(b"d", kind=b"2", link=b"x"))
+        again = raw_layer(raw_member(b"d/f", b"data"),
+                          raw_member(b"d", kind=b"2", link=b"y"))
+        reference, _ = self.serve([base, again, again])
+        for name in ("root", "root.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference)
+            self.verify(self.at(name))
+        self.assertEqual(flat_directory_words(self.at("root")),
+                         ["d->y", "x/", "x/f=data", "y/", "y/f=data"])
+
+    def test_sparse_maps_are_not_kept(self):
+        # Thousands of pieces a member, thousands of members.
+        store = imagec.LayerStore(self.at("store"))
+        walker = imagec.TarWalker("layer", store)
+        walker.update(sparse_old(b"x") + sparse_pax(b"y", "0.1"))
+        store.finish()
+        self.assertEqual([row[0].sparse for row in store.entries], [None, None])
 
     def test_GNU_long_names(self):
         name, link = b"n" * 150, b"l" * 150
