@@ -5620,12 +5620,13 @@ class ArchiveOutput(Output):
         self._replaced = {}  # digest -> the Descriptor of what stands for it
         self._fetched = {}  # digest -> Fetched of blobs in the spool or the archive
         self._looked = {}  # path -> (what _recover was asked, then its answer)
-        self._source = None  # (path, bytes of it) that the archive is to begin with
+        self._source = None  # bytes of the finished archive that this one begins with
         self._images = []
         self._lock = threading.Lock()
 
     def begin(self, images, touch=True):
-        known, self._order, good, done = set(), [], 0, []
+        known, good, done = set(), 0, []
+        self._order, self._replaced, self._images = [], {}, []
         for layer in (layer for image in images for layer in image.layers):
             if layer.blob.digest not in known:
                 known.add(layer.blob.digest)
@@ -5641,7 +5642,7 @@ class ArchiveOutput(Output):
             good, done = max(partial, final, key=lambda found: found[0])
             if touch:
                 self._target.truncate(good if good == partial[0] else 0)
-                self._source = (self.path, good) if good > partial[0] else None
+                self._source = good if good > partial[0] else None
         self._next = len(done)
         self._fetched = {blob.digest: Fetched(blob.size, None, True) for blob in done}
         if touch and not good:
@@ -5649,18 +5650,28 @@ class ArchiveOutput(Output):
 
     def _write(self, data):
         if self._source is not None:
-            source, self._source = self._source, None
-            self._copy(*source)
+            size, self._source = self._source, None
+            self._copy(size)
         self._target.write(data)
         if self._stream is None:
             self._target.write_behind()
 
-    def _copy(self, path, size):
-        with open(path, "rb") as file:
+    def _copy(self, size):
+        with open(self.path, "rb") as file:
             while size:
                 data = file.read(min(size, MIB))
+                if not data:
+                    break
                 self._target.write(data)
                 size -= len(data)
+        self._check_source()
+
+    def _check_source(self):
+        """What was proved when we began is still what is there."""
+        (identity, _), _, _ = self._looked[self.path]
+        if file_identity(self.path) != identity:
+            raise OutputError(self.path, "another program has changed it meanwhile",
+                              "pull again")
 
     def _open(self):
         if self._stream is not None:
@@ -5737,7 +5748,8 @@ class ArchiveOutput(Output):
         """All images are there: the documents, and the final name."""
         tail = self._tail()
         remove_tree(self._spool)
-        if self._source is not None and _goes_on(*self._source, tail):
+        if self._source is not None and _goes_on(self.path, self._source, tail):
+            self._check_source()
             self._target.discard()  # nothing is new
         else:
             self._write(tail)
@@ -6132,7 +6144,7 @@ class Audit:
     def __init__(self):
         self.faults, self.unchecked = [], []
         self.images = self.blobs = 0
-        self._seen = {}  # (blob name, whether to unpack it) -> its Unpacked or None
+        self._seen = {}  # (blob name, size, whether to unpack) -> Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
@@ -6164,19 +6176,20 @@ class Audit:
 
     def _blob(self, reader, descriptor, name, unpack=False):
         """Checks one blob, and once; its Unpacked where it is unpacked and good."""
-        if (name, unpack) in self._seen:
-            return self._seen[name, unpack]
-        self._seen[name, unpack] = None
+        question = name, descriptor.size, unpack
+        if question in self._seen:
+            return self._seen[question]
+        self._seen[question] = None
         self.blobs += 1
         proof = Proof(descriptor, None, unpack)
         with self._noting(name), reader.open(name) as file:
             try:
                 for data in iter(lambda: file.read(CHUNK), b""):
                     proof.update(data)
-                self._seen[name, unpack] = proof.finish()
+                self._seen[question] = proof.finish()
             finally:
                 proof.abort()
-        return self._seen[name, unpack]
+        return self._seen[question]
 
     def _diff_id(self, name, unpacked, expected):
         """`expected` is the diffID the config gives a blob, None for none."""
@@ -6323,7 +6336,8 @@ class Audit:
         unpacked = self._blob(reader, layer.blob, name + ".tar", True)
         self._diff_id(name + ".tar", unpacked, layer.diff_id)
         if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
-            self.faults.append("%s: is wrong about %s.tar" % (UNPACKED, name))
+            self.faults.append("%s: is wrong about %s.tar: delete it, and pull again"
+                               % (UNPACKED, name))
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
@@ -6731,6 +6745,11 @@ class Puller:
         output = self._output
         present = output.present(layer)
         if present is not None:
+            blob, fetched = present
+            if blob.digest == layer.blob.digest and (
+                    layer.blob.size not in (None, fetched.size)):
+                raise SizeMismatch("layer %s" % str(blob.digest), layer.blob.size,
+                                   fetched.size)
             self._notify(Event("Already exists", layer.blob.digest.hex[:12]))
             return present
         unpack = output.unpacks or self._session.recompress or (

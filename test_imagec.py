@@ -11053,6 +11053,73 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(os.listdir(os.path.dirname(self.at("out.tar"))).count(
             "out.tar.partial"), 0)
 
+    def test_archive_that_another_program_changes(self):
+        # What was proved when the pull began is what is copied, or kept, at its end.
+        path, reference = self.at("out.tar"), self.serve(ARCHIVE_TARS)[0]
+        more = self.serve(ARCHIVE_TARS + [raw_words("new=1")], "lab/more:1")[0]
+        self.archive(reference)
+        good, begin = stored_bytes(path), imagec.ArchiveOutput.open
+        for name, change in (
+                ("cut", lambda: os.truncate(path, 2000)),
+                ("flipped", lambda: damage_at(2000)(path)),
+                ("another", lambda: (os.unlink(path), stored_write(path, good)))):
+            for wanted in (reference, more):
+                stored_write(path, good)
+
+                def touched(*args):
+                    change()
+                    return begin(*args)
+
+                with self.subTest(name, new=wanted == more), mock.patch.object(
+                        imagec.ArchiveOutput, "open", touched):
+                    run = self.main("pull", "-q", "-o", path, wanted)
+                    self.assertEqual(run.status, 1)
+                    self.assertIn("another program has changed it", run.err)
+                self.pull("-o", path, wanted)
+                self.verify(path)
+
+    def test_output_that_is_used_again(self):
+        output = imagec.new_output(self.at("out.tar"))
+        references = [self.serve(ARCHIVE_TARS[:2])[0],
+                      self.serve(ARCHIVE_TARS[1:], "lab/two:1")[0]]
+        with imagec.Session() as session:
+            for reference in references:
+                session.pull([imagec.Reference.parse(reference)], output)
+        index, _ = self.documents(self.members(self.at("out.tar")))
+        self.assertEqual(len(index["manifests"]), 1)
+        self.verify(self.at("out.tar"))
+
+    def test_two_images_that_give_one_blob_two_sizes(self):
+        good, image = self.serve(ARCHIVE_TARS)
+        manifest = json.loads(image.manifest.decode())
+        manifest["layers"][1]["size"] += 1000
+        lie = json.dumps(manifest).encode()
+        self.origin.add_manifest("lab/lie", "1", lie, image.media_type)
+        for blob in image.blobs.values():
+            self.origin.add_blob("lab/lie", blob)
+        bad = self.origin.host + "/lab/lie:1"
+        told = "expected %d bytes" % manifest["layers"][1]["size"]
+        for form, name in (("archive", "o.tar"), ("oci", "o"), ("layers", "l")):
+            for pair in ((good, bad), (bad, good)):
+                with self.subTest(form, first=pair[0]):
+                    run = self.main("pull", "-q", "--format", form, "-o", self.at(name),
+                                    *pair)
+                    self.assertEqual(run.status, 3, run.err)
+                    self.assertIn(told, run.err)
+        # An archive that somebody made so is seen through.
+        self.pull("-o", self.at("good.tar"), good)
+        members = self.members(self.at("good.tar"))
+        index = json.loads(members["index.json"].decode())
+        index["manifests"].append({"mediaType": image.media_type, "size": len(lie),
+                                   "digest": sha256(lie)})
+        members["blobs/sha256/" + sha256(lie)[7:]] = lie
+        members["index.json"] = json.dumps(index).encode()
+        stored_write(self.at("lie.tar"), tar_bytes(
+            [(name, data) for name, data in members.items() if data is not None]))
+        run = self.main("verify", self.at("lie.tar"))
+        self.assertEqual(run.status, 3)
+        self.assertIn(told, run.err)
+
     def test_tar_header(self):
         rows = (
             dict(name=b"plain", size=5),
