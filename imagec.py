@@ -1707,8 +1707,6 @@ class Entry(NamedTuple):
 #: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version, owner,
 #: group, device's two numbers, prefix: POSIX.1-2001, ustar.
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
-
-
 _GNU_MAGIC = b"ustar  \0"
 
 
@@ -2098,7 +2096,7 @@ class Stage:
 
     zlib, hashlib and sockets release the interpreter lock, so stages of one layer
     really run side by side; the short queue keeps memory flat. The first pieces are
-    handed over directly: what ends there needs no thread. Not `apart`, all are.
+    handed over directly: what ends there needs no thread. All are unless `apart`.
     """
 
     def __init__(self, consumer, apart=True):
@@ -5397,10 +5395,10 @@ class LayersOutput(Output):
     def open(self, image):
         for layer in image.layers:
             make_directory(self._destination, *self._below + [layer.id])
-        self._unpacked = {}
+        self._unpacked, path = {}, os.path.join(self.path, UNPACKED)
         with contextlib.suppress(OSError, InvalidDocument):
-            self._unpacked = parse_unpacked(_read_document(
-                os.path.join(self.path, UNPACKED)))
+            if os.path.isfile(path):
+                self._unpacked = parse_unpacked(_read_document(path))
 
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.

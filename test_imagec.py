@@ -6883,6 +6883,17 @@ class PullTest(PullCase):
             with self.subTest(name):
                 self.assertEqual(self.rerun(registry, change), (first, unpacked))
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no fifos here")
+    def test_rerun_where_the_record_is_no_file(self):
+        registry = self.filled(build_image(NET_TARS))
+        first = self.pull(registry)
+        path = os.path.join(first.path, "unpacked.json")
+        for make in (os.mkfifo, lambda path: os.symlink("manifest.json", path)):
+            os.unlink(path)
+            make(path)
+            self.assertEqual(self.pull(registry), first)
+            self.assertTrue(stat.S_ISREG(os.lstat(path).st_mode))
+
     def test_rerun_of_schema1_unpacks(self):
         # Nothing else says what its diffIDs must be, and the image ID hangs on them.
         registry = self.filled(build_image(NET_TARS, "schema1"))
