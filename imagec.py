@@ -4669,7 +4669,7 @@ class LayerStore:
         """A hole up to `until`: nothing is written, but it counts in the hash."""
         if until > self._at:
             self._file.seek(self._base + until)
-            zeros = bytes(CHUNK)
+            zeros = bytes(min(CHUNK, until - self._at))
             while self._at < until:
                 count = min(CHUNK, until - self._at)
                 self._hash.update(memoryview(zeros)[:count])
