@@ -1948,7 +1948,7 @@ class TarWalker:
                                 hint="raise it with --max-layer-size")
         entry = None
         if self._visitor is not None:
-            entry = self._entry(header, kind or "unknown", logical, sparse)
+            entry = self._entry(header, name, kind or "unknown", logical, sparse)
         self._pax, self._long = {}, {}
         if header.type == b"S":
             self._old_sparse(block[386:482], block[482], [], entry, stored)
@@ -2018,9 +2018,8 @@ class TarWalker:
         return self._pax.get(b"GNU.sparse.name", self._pax.get(
             b"path", self._long.get(b"L", header.name)))
 
-    def _entry(self, header, kind, size, sparse):
+    def _entry(self, header, name, kind, size, sparse):
         """The Entry of a header and the extensions before it."""
-        name = self._name(header)
         link = self._pax.get(b"linkpath", self._long.get(b"K", header.link))
         if b"\0" in name + link:
             raise ValueError("a name with a NUL byte")
