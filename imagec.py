@@ -4409,7 +4409,7 @@ class Download:
     start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
     hears of progress. For `apart` see LayerVerifier. `known` is what a blob that is at
     `path` already was seen to unpack to, None where it must be unpacked to tell; it is
-    believed only where it agrees with `diff_id`.
+    believed only where it agrees with `diff_id` and `limit`.
     """
 
     def __init__(self, source, blob, path, unpack=False, diff_id=None,
@@ -4418,7 +4418,8 @@ class Download:
         self._source, self._blob = source, blob
         self._path, self._notify, self._durable = path, notify, durable
         self._name = blob.digest.hex[:12]
-        self._known = known if known and known.diff_id == diff_id else None
+        self._known = known if known and known.diff_id == diff_id and (
+            max(known.size, known.bytes) <= limit) else None
         self._new_proof = lambda known=None: Proof(
             blob, diff_id, unpack and known is None, limit, visitor, apart)
         self._proof = self._place = None

@@ -6883,6 +6883,12 @@ class PullTest(PullCase):
             with self.subTest(name):
                 self.assertEqual(self.rerun(registry, change), (first, unpacked))
 
+    def test_rerun_under_a_lower_limit(self):
+        registry = self.filled(build_image(NET_TARS))
+        self.pull(registry)
+        with self.fails(imagec.LimitExceeded, "--max-layer-size"):
+            self.pull(registry, max_layer_size=10)
+
     @unittest.skipUnless(hasattr(os, "mkfifo"), "no fifos here")
     def test_rerun_where_the_record_is_no_file(self):
         registry = self.filled(build_image(NET_TARS))
