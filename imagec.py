@@ -149,6 +149,7 @@ IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
 STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CONNECT_TIMEOUT = 30  # seconds; docker's dialler
+ANSWER_AT_ONCE = 0.01  # seconds in which a near server has answered
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
 RETRY_AFTER_LIMIT = 60.0  # seconds; containers/image
@@ -2722,14 +2723,7 @@ class _Kept:
 
     def stale(self):
         """Whether an idle connection has been closed, or has sent what nobody asked."""
-        if self.sock is None:
-            return True
-        import select
-        if hasattr(select, "poll"):  # select() cannot take descriptors over 1023
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            return bool(poll.poll(0))
-        return bool(select.select([self.sock], [], [], 0)[0])
+        return self.sock is None or readable(self.sock)
 
     def abort(self):
         """Ends it from another thread: whoever waits for it wakes with an error."""
@@ -2744,8 +2738,62 @@ class _KeptHTTP(_Kept, http.client.HTTPConnection):
     pass
 
 
-class _KeptHTTPS(_Kept, http.client.HTTPSConnection):
-    pass
+class _KeptHTTPS(_Kept, http.client.HTTPConnection):
+    """TLS by our own hand, so that the system's roots, which take 25 ms to read, are
+    read while the server makes its answer, and not at all where that is not TLS.
+    """
+
+    default_port = http.client.HTTPS_PORT
+
+    def prepare(self, transport, request):
+        self._settings = transport.tls
+        self._context = transport.tls.context(
+            getattr(request, "_tunnel_host", None) or request.host)
+        return super().prepare(transport, request)
+
+    def connect(self):
+        """TCP, the proxy's tunnel if any, TLS."""
+        super().connect()
+        self.sock = self.peer = self._context.wrap_socket(
+            self.sock, server_hostname=self._tunnel_host or self.host,
+            do_handshake_on_connect=False)
+        if self._settings.wants_roots(self._context):
+            if not hasattr(socket, "TCP_CORK") or self._begin():
+                self._settings.read_roots(self._context)
+        self.sock.do_handshake()
+
+    def _begin(self):
+        """Says hello; whether the answer is TLS's, or still on its way."""
+        patience = self.sock.gettimeout()
+        self.sock.settimeout(0)
+        # Corked, it leaves after we have looked for an answer, not before: one that was
+        # there already would be judged without roots.
+        self._cork(True)
+        try:
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:  # we slept, and the cork did not hold
+            raise ConnectionAbortedError(errno.ECONNABORTED, "TLS not begun") from None
+        self._cork(False)
+        tls = not readable(self.sock, ANSWER_AT_ONCE) or socket.socket.recv(
+            self.sock, 1, socket.MSG_PEEK) == b"\x16"  # a handshake: RFC 8446, 5.1
+        self.sock.settimeout(patience)
+        return tls
+
+    def _cork(self, on):
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
+
+
+def readable(sock, seconds=0):
+    """Whether a socket has something to read, or its end, within so many `seconds`."""
+    import select
+    if hasattr(select, "poll"):  # select() cannot take descriptors over 1023
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    return bool(select.select([sock], [], [], seconds)[0])
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -3038,6 +3086,7 @@ class TLSSettings:
         self._unverified = set()  # hosts whose certificates need not be good
         self._named = set()  # hosts the user named: they may see the client certificate
         self._contexts = {}
+        self._rootless = set()  # contexts that lack the system's roots so far
         self._lock = threading.Lock()
 
     def skip_verify(self, host):
@@ -3063,11 +3112,22 @@ class TLSSettings:
                 self._contexts[key] = self._new_context(*key)
             return self._contexts[key]
 
-    @staticmethod
-    def _new_context(verify, roots, pairs):
-        # The system's roots take 25 ms to read: only where they are looked at.
-        context = (ssl.create_default_context() if verify
-                   else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    def wants_roots(self, context):
+        """Whether `read_roots` is still to be called before anything can be trusted."""
+        return context in self._rootless
+
+    def read_roots(self, context):
+        """Adds the system's roots to a context: the slow part of its making."""
+        with self._lock:
+            if context in self._rootless:
+                context.load_default_certs()
+                self._rootless.remove(context)
+
+    def _new_context(self, verify, roots, pairs):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies
+        if sys.version_info >= (3, 13):  # as ssl.create_default_context does there
+            context.verify_flags |= (ssl.VERIFY_X509_PARTIAL_CHAIN
+                                     | ssl.VERIFY_X509_STRICT)
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:  # 3.6, whose default takes TLS 1.0
@@ -3076,7 +3136,9 @@ class TLSSettings:
             _load(path, context.load_verify_locations, path)
         for certificate, key in pairs:
             _load(certificate, context.load_cert_chain, certificate, key, _no_password)
-        if not verify:
+        if verify:
+            self._rootless.add(context)
+        else:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
@@ -3265,18 +3327,13 @@ class Transport:
                 break
             connection.close()
         if connection is None:
-            connection = self._new(request).prepare(self, request)
+            kind = _KeptHTTPS if request.type == "https" else _KeptHTTP
+            connection = kind(request.host, timeout=self.idle_timeout).prepare(
+                self, request)
             connection.key = key
         with self._lock:
             self._live.add(connection)
         return connection
-
-    def _new(self, request):
-        if request.type == "https":
-            return _KeptHTTPS(
-                request.host, timeout=self.idle_timeout, context=self.tls.context(
-                    getattr(request, "_tunnel_host", None) or request.host))
-        return _KeptHTTP(request.host, timeout=self.idle_timeout)
 
     def release(self, connection, keep):
         """Takes a connection back; `keep` where another exchange may use it."""

@@ -8223,23 +8223,101 @@ class TLSFilesTest(FieldCase):
                 for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
                     self.assertTrue(context.options & option)
 
-    def test_roots_are_read_once(self):
-        # They are hundreds: reading them takes longer than a handshake.
+    def test_contexts_are_shared(self):
+        # The roots are hundreds: reading them takes longer than a handshake.
         self.file("certs/own.test/ca.crt", TEST_CERT)
         settings = imagec.TLSSettings(certs_dirs=[self.at("certs")])
-        with mock.patch("ssl.create_default_context",
-                        side_effect=ssl.create_default_context) as make:
-            contexts = [settings.context(host) for host in (
-                "a.test", "b.test:5000", "own.test", "a.test")]
-            settings.skip_verify("a.test")
-            contexts.append(settings.context("a.test"))
-        self.assertEqual(make.call_count, 2)
+        contexts = [settings.context(host) for host in (
+            "a.test", "b.test:5000", "own.test", "a.test")]
+        settings.skip_verify("a.test")
+        contexts.append(settings.context("a.test"))
         self.assertEqual([context is contexts[0] for context in contexts],
                          [True, True, False, True, False])
         self.assertEqual([context.verify_mode for context in contexts],
                          [ssl.CERT_REQUIRED] * 4 + [ssl.CERT_NONE])
         self.assertEqual([context.check_hostname for context in contexts],
                          [True] * 4 + [False])
+
+    def test_context_is_as_strict_as_the_librarys(self):
+        context, library = (imagec.TLSSettings().context("a.test"),
+                            ssl.create_default_context())
+        self.assertEqual(context.verify_flags, library.verify_flags)
+        self.assertEqual(context.options & library.options, library.options)
+        self.assertEqual(context.get_ciphers(), library.get_ciphers())
+
+    def watch_roots(self, then=lambda: None):
+        """A list that grows by one each time the system's roots are read."""
+        read, load = [], ssl.SSLContext.load_default_certs
+
+        def spy(context, *purpose):
+            load(context, *purpose)
+            read.append(context)
+            then()
+
+        self.patch(mock.patch("ssl.SSLContext.load_default_certs", spy))
+        return read
+
+    def test_roots_are_read_once_while_the_server_answers(self):
+        registry, read, waited = self.filled(tls=True), threading.Event(), []
+        inner = registry._tls
+
+        class Slow:
+            """Begins with the handshake when the client has its roots."""
+
+            def wrap_socket(self, *args, **options):
+                waited.append(read.wait(5))
+                return inner.wrap_socket(*args, **options)
+
+        if hasattr(socket, "TCP_CORK"):
+            registry._tls = Slow()
+        found = self.watch_roots(read.set)
+        self.pull(registry.host)
+        with imagec.Session() as session:
+            for name in ("127.0.0.1", "localhost"):
+                place = name + ":" + registry.host.rpartition(":")[2]
+                session.registry(place).learn_registry_url()
+        self.assertEqual(len(found), 2)  # one for each transport
+        self.assertEqual(set(waited), {True} if waited else set())
+
+    def test_roots_are_not_read_for_what_speaks_no_tls(self):
+        if not hasattr(socket, "TCP_CORK"):
+            self.skipTest("this system cannot hold back a hello")
+        registry, found = self.filled(), self.watch_roots()
+        self.pull(registry.host)
+        self.assertEqual(found, [])
+
+    def test_roots_come_first_where_the_hello_cannot_be_held_back(self):
+        cork = vars(socket).pop("TCP_CORK", None)
+        if cork is not None:
+            self.addCleanup(setattr, socket, "TCP_CORK", cork)
+        registry, found = self.filled(tls=True), self.watch_roots()
+        with mock.patch.object(imagec._KeptHTTPS, "_begin", side_effect=AssertionError):
+            self.pull(registry.host)
+        self.assertEqual(len(found), 1)
+
+    def test_answer_that_is_there_before_the_roots_is_no_verdict(self):
+        if not hasattr(socket, "TCP_CORK"):
+            self.skipTest("this system cannot hold back a hello")
+        shake, calls = ssl.SSLSocket.do_handshake, []
+
+        def slept(sock, *args):
+            """The first hello is answered while it is still being said."""
+            if not sock.server_side:
+                calls.append(sock.gettimeout())
+            if sock.server_side or len(calls) > 1:
+                return shake(sock, *args)
+            sock.settimeout(5)
+            try:
+                shake(sock, *args)
+            finally:
+                sock.settimeout(0)
+
+        registry = self.filled(tls=True)
+        with mock.patch("ssl.SSLSocket.do_handshake", slept), mock.patch.object(
+                imagec._KeptHTTPS, "_cork"):
+            self.pull(registry.host, insecure_allow_http=True)
+        self.assertEqual(calls[0], 0)
+        self.assertEqual(self.said, [])  # it was not taken unverified instead
 
     def test_tls_1_1_is_refused(self):
         registry = self.filled(tls=True)
