@@ -1364,6 +1364,16 @@ def with_layers(manifest, layers):
 # 7  Verification: push-style proof of a blob and of what it unpacks to
 # --------------------------------------------------------------------------------------
 
+def pieces(file, size=float("inf")):
+    """Yields the next `size` bytes of a binary file, or what is left, in pieces."""
+    while size:
+        data = file.read(min(CHUNK, size))
+        if not data:
+            return
+        size -= len(data)
+        yield data
+
+
 class BlobVerifier:
     """Proves one blob as its bytes pass; `received` counts them.
 
@@ -1390,6 +1400,12 @@ class BlobVerifier:
         actual = Digest(self.digest.algorithm, self._hash.hexdigest())
         if actual != self.digest:
             raise DigestMismatch(self.what, self.digest, actual)
+
+    def read(self, file):
+        """Takes what comes next in a binary file for the blob; raises as `finish`."""
+        for data in pieces(file, self.size):
+            self.update(data)
+        self.finish()
 
 
 class _Gzip:
@@ -1668,7 +1684,7 @@ def pour(path, write):
     unpacker = _Unpacker(_Sink(write), path)
     try:
         with open(path, "rb") as file:
-            for data in iter(lambda: file.read(CHUNK), b""):
+            for data in pieces(file):
                 unpacker.update(data)
         unpacker.finish()
     finally:
@@ -4519,7 +4535,7 @@ class Download:
         proof = self._new_proof(self._known)
         try:
             with open(self._path, "rb") as file:
-                for data in iter(lambda: file.read(CHUNK), b""):
+                for data in pieces(file):
                     self._source.transport.check()
                     proof.update(data)
             unpacked = proof.finish() or self._known
@@ -5117,21 +5133,14 @@ def write_tree_tar(tree, write):
             first[id(node)] = path
         write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
         if node.data is not None:
-            for data in _stored(node.data, entry.size):
-                write(data)
+            store, where = node.data
+            with store.open(where) as file:
+                end = file.tell() + entry.size
+                for data in pieces(file, entry.size):
+                    write(data)
+                if file.tell() != end:
+                    raise OutputError(file.name, "has been tampered with")
             write(bytes(-entry.size % TAR_BLOCK))
-
-
-def _stored(data, size):
-    """The data of a file in a LayerStore, in pieces."""
-    store, where = data
-    with store.open(where) as file:
-        while size:
-            piece = file.read(min(size, CHUNK))
-            if not piece:
-                raise OutputError(file.name, "has been tampered with")
-            size -= len(piece)
-            yield piece
 
 
 def _entry_header(entry, name):
@@ -5313,7 +5322,7 @@ def same_file(source, path):
         except OSError:  # no hard links here
             partial.truncate()
             with open(source, "rb") as file:
-                for data in iter(lambda: file.read(CHUNK), b""):
+                for data in pieces(file):
                     partial.write(data)
             partial.commit()
 
@@ -5713,12 +5722,8 @@ class ArchiveOutput(Output):
 
     def _copy(self, size):
         with open(self.path, "rb") as file:
-            while size:
-                data = file.read(min(size, MIB))
-                if not data:
-                    break
+            for data in pieces(file, size):
                 self._target.write(data)
-                size -= len(data)
         self._check_source()
 
     def _check_source(self):
@@ -5781,7 +5786,7 @@ class ArchiveOutput(Output):
         path = self.blob_path(layer)
         self._write(tar_header(_blob_name(layer.blob.digest), size))
         with open(path, "rb") as file:
-            for data in iter(lambda: file.read(MIB), b""):
+            for data in pieces(file):
                 self._write(data)
         self._write(bytes(-size % TAR_BLOCK))
         os.unlink(path)
@@ -5878,16 +5883,8 @@ def _holds(file, blob):
     header = tar_header(_blob_name(blob.digest), blob.size)
     if file.read(len(header)) != header:
         return False
-    verifier = BlobVerifier(blob.digest, blob.size)
-    left = blob.size
-    while left:
-        data = file.read(min(CHUNK, left))
-        if not data:
-            return False
-        verifier.update(data)
-        left -= len(data)
     try:
-        verifier.finish()
+        BlobVerifier(blob.digest, blob.size).read(file)
     except VerificationError:
         return False
     padding = -blob.size % TAR_BLOCK
@@ -6126,7 +6123,7 @@ class TarReader:
         self.path = path
         walker = TarWalker(path, limit=float("inf"))
         with open(path, "rb") as file:  # tarfile would not tell of a broken header
-            for data in iter(lambda: file.read(CHUNK), b""):
+            for data in pieces(file):
                 walker.update(data)
         walker.finish()
         self._names = collections.Counter()
@@ -6239,7 +6236,7 @@ class Audit:
         proof = Proof(descriptor, None, unpack)
         with self._noting(name), reader.open(name) as file:
             try:
-                for data in iter(lambda: file.read(CHUNK), b""):
+                for data in pieces(file):
                     proof.update(data)
                 self._seen[question] = proof.finish()
             finally:
@@ -6440,13 +6437,11 @@ def check_seal(path):
 
     Raises OutputError where it has none.
     """
-    left = os.path.getsize(path) - len(seal("0" * 64))
+    size = max(0, os.path.getsize(path) - len(seal("0" * 64)))
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while left > 0:
-            data = file.read(min(CHUNK, left))
+        for data in pieces(file, size):
             digest.update(data)
-            left -= len(data)
         end = file.read()
     if b"imagec sha256:" not in end:
         raise OutputError(path, "is no tar that a pull wrote")
@@ -6479,7 +6474,7 @@ def _differs(place, facts):
         return "%d bytes, expected %s" % (status.st_size, facts["size"])
     digest = hashlib.sha256()
     with open(place, "rb") as file:
-        for data in iter(lambda: file.read(CHUNK), b""):
+        for data in pieces(file):
             digest.update(data)
     return (None if digest.hexdigest() == facts["sha256digest"] else
             "its content differs")
@@ -7120,17 +7115,8 @@ class Shelf:
         with self._lock:
             if self._good.get(region) == identity:
                 return region
-        verifier = BlobVerifier(digest, region.size)
-        with open(region.path, "rb") as file:
-            file.seek(region.offset)
-            left = region.size
-            while left:
-                data = file.read(min(CHUNK, left))
-                if not data:
-                    break
-                left -= len(data)
-                verifier.update(data)
-        verifier.finish()
+        with RegionFile(region) as file:
+            BlobVerifier(digest, region.size).read(file)
         with self._lock:
             self._good[region] = identity
         return region
@@ -7375,10 +7361,7 @@ class RegistryHandler:
             count -= self.connection.sendfile(file, at, count) or 0
         else:
             file.seek(at)
-            while count:
-                data = file.read(min(CHUNK, count))
-                if not data:
-                    break
+            for data in pieces(file, count):
                 self.wfile.write(data)
                 count -= len(data)
         if count:
