@@ -5784,7 +5784,7 @@ class ArchiveOutput(Output):
 
     def _move(self, layer, size):
         path = self.blob_path(layer)
-        self._write(tar_header(_blob_name(layer.blob.digest), size))
+        self._write(_member_header(blob_name(layer.blob.digest), size))
         with open(path, "rb") as file:
             for data in pieces(file):
                 self._write(data)
@@ -5820,7 +5820,7 @@ class ArchiveOutput(Output):
         """What stands behind the layers."""
         documents = collections.OrderedDict(
             pair for image, _ in self._images for pair in image.documents)
-        members = [(_blob_name(digest), raw) for digest, raw in documents.items()]
+        members = [(blob_name(digest), raw) for digest, raw in documents.items()]
         manifests = []
         for image, name in self._images:
             add_to_index(manifests, index_entry(image, name))
@@ -5837,9 +5837,9 @@ class ArchiveOutput(Output):
         entries = collections.OrderedDict()
         for image, name in self._images:
             entry = entries.setdefault(image.manifest.digest, collections.OrderedDict([
-                ("Config", _blob_name(image.manifest.config.digest).decode("ascii")),
+                ("Config", blob_name(image.manifest.config.digest)),
                 ("RepoTags", None),
-                ("Layers", [_blob_name(layer.blob.digest).decode("ascii")
+                ("Layers", [blob_name(layer.blob.digest)
                             for layer in image.layers])]))
             if name is not None and str(name) not in (entry["RepoTags"] or ()):
                 entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
@@ -5861,14 +5861,18 @@ class ArchiveOutput(Output):
             self._target.close()
 
 
-def _blob_name(digest):
-    return ("blobs/%s/%s" % digest).encode("ascii")
+def blob_name(digest):
+    """A blob's name in a layout (OCI image-spec, image-layout.md)."""
+    return "blobs/%s/%s" % digest
+
+
+def _member_header(name, size):
+    return tar_header(name.encode("ascii"), size)
 
 
 def _member(name, data):
     """A whole member of an archive."""
-    name = name if isinstance(name, bytes) else name.encode("ascii")
-    return tar_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
+    return _member_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
 
 
 def _goes_on(path, offset, tail):
@@ -5880,7 +5884,7 @@ def _goes_on(path, offset, tail):
 
 def _holds(file, blob):
     """Whether an archive holds exactly this blob's member at the file's place."""
-    header = tar_header(_blob_name(blob.digest), blob.size)
+    header = _member_header(blob_name(blob.digest), blob.size)
     if file.read(len(header)) != header:
         return False
     try:
@@ -6179,6 +6183,15 @@ class RegionFile(io.RawIOBase):
         super().close()
 
 
+def layers_trees(path):
+    """Yields a reader of each image that the `layers` format keeps below `path`."""
+    for directory, names, files in os.walk(path):
+        names.sort()
+        if "manifest.json" in files:
+            del names[:]
+            yield DirectoryReader(directory)
+
+
 def index_names(reader):
     """The indexes beside a layers tree's manifest, outermost first."""
     return sorted((name for name in reader.names()
@@ -6275,7 +6288,7 @@ class Audit:
                 self.faults.append("%s: stands %d times" % (name, count))
 
     def _manifest(self, reader, descriptor, depth):
-        name = _blob_name(descriptor.digest).decode("ascii")
+        name = blob_name(descriptor.digest)
         self._named.add(name)
         with self._noting(name):
             raw = reader.read(name)
@@ -6292,9 +6305,9 @@ class Audit:
 
     def _image(self, reader, manifest):
         self.images += 1
-        name = _blob_name(manifest.config.digest).decode("ascii")
+        name = blob_name(manifest.config.digest)
         self._images.setdefault(name, []).append([
-            _blob_name(layer.digest).decode("ascii") for layer in manifest.layers])
+            blob_name(layer.digest) for layer in manifest.layers])
         self._named.add(name)
         self._blob(reader, manifest.config, name)
         diff_ids = None
@@ -6305,7 +6318,7 @@ class Audit:
                 raise VerificationError("%d diffIDs for %d layers" % (
                     len(diff_ids), len(manifest.layers)))
         for i, layer in enumerate(manifest.layers):
-            name = _blob_name(layer.digest).decode("ascii")
+            name = blob_name(layer.digest)
             self._named.add(name)
             tar = ".tar" in layer.media_type  # what attestations hold is none
             unpacked = self._blob(reader, layer, name, tar)
@@ -6342,14 +6355,9 @@ class Audit:
     # -- layers trees
 
     def _check_layers_trees(self, path):
-        found = False
-        for directory, names, files in os.walk(path):
-            names.sort()
-            if "manifest.json" in files:
-                found = True
-                del names[:]
-                self._layers_tree(DirectoryReader(directory))
-        if not found:
+        for reader in layers_trees(path):
+            self._layers_tree(reader)
+        if not self.images:
             raise OutputError(path, "holds nothing that a pull wrote")
 
     def _layers_tree(self, reader):
@@ -6605,8 +6613,9 @@ class Session:
         with naming(source.host):
             if isinstance(manifest, Manifest):
                 manifest.require_image()
-                config = _held_config(manifest.config, held) or source.fetch_config(
-                    manifest.config)
+                raw = _held(manifest.config, held)
+                config = (source.fetch_config(manifest.config) if raw is None
+                          else ImageConfig.parse(raw))
                 actual = config.platform
             elif manifest.architecture:
                 actual = Platform.normal("linux", manifest.architecture)
@@ -6664,8 +6673,9 @@ class Session:
             raise LimitExceeded("%s: more than %d indexes inside one another"
                                 % (source.repository, INDEX_DEPTH_LIMIT))
         for entry in matching(index, platform):
-            child = _held_manifest(entry, held) or source.fetch_manifest(entry.digest,
-                                                                         entry.size)
+            raw = _held(entry, held)
+            child = (source.fetch_manifest(entry.digest, entry.size) if raw is None
+                     else decode_manifest(raw, entry.media_type, entry.digest))
             try:
                 return self._choose(source, trail + [child], platform, held)
             except NoMatchingPlatform:  # of a nested index: the next entry may do
@@ -6859,21 +6869,12 @@ def _split_mirror(text):
     return host, prefix + "/" if prefix else ""
 
 
-def _held_manifest(entry, held):
-    """The manifest an index entry points to, if it is among the documents we have."""
-    for raw in held:
-        if len(raw) == entry.size and Digest.of(raw, entry.digest.algorithm) == (
-                entry.digest):
-            return decode_manifest(raw, entry.media_type, entry.digest)
-    return None
-
-
-def _held_config(descriptor, held):
-    """The ImageConfig a Descriptor points to, if it is among the documents we have."""
+def _held(descriptor, held):
+    """The bytes a Descriptor points to, if they are among the documents `held`."""
     for raw in held:
         if len(raw) == descriptor.size and (
                 Digest.of(raw, descriptor.digest.algorithm) == descriptor.digest):
-            return ImageConfig.parse(raw)
+            return raw
     return None
 
 
@@ -6993,7 +6994,8 @@ class Shelf:
             elif os.path.isfile(os.path.join(path, "oci-layout")):
                 self._add_layout(DirectoryReader(path), path)
             else:
-                self._add_trees(path)
+                for reader in layers_trees(path):
+                    self._add_tree(reader)
         except FileNotFoundError as error:
             raise OutputError(path, "lacks %s" % error.filename) from None
         if not self.repositories:
@@ -7052,19 +7054,12 @@ class Shelf:
 
     def _add_documents(self, reader, names, tag, descriptor, depth=0):
         """A document of a layout, and those it leads to."""
-        raw = reader.read(_blob_name(descriptor.digest).decode("ascii"))
+        raw = reader.read(blob_name(descriptor.digest))
         manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
         self.add(names, tag, manifest.media_type, manifest.digest, raw)
         if isinstance(manifest, Index) and depth < INDEX_DEPTH_LIMIT:
             for entry in manifest.manifests:
                 self._add_documents(reader, names, None, entry, depth + 1)
-
-    def _add_trees(self, path):
-        for directory, names, files in os.walk(path):
-            names.sort()
-            if "manifest.json" in files:
-                del names[:]
-                self._add_tree(DirectoryReader(directory))
 
     def _add_tree(self, reader):
         """An image of a layers tree: .../SCHEME/HOST/v2/REPOSITORY/TAG."""
@@ -7767,10 +7762,16 @@ def image_json(image):
         ("reference", str(image.reference)), ("digest", str(image.digest)),
         ("image_id", image.image_id), ("platform", str(image.platform)),
         ("format", image.format), ("path", image.path),
-        ("layers", [collections.OrderedDict([
-            ("id", layer.id), ("digest", str(layer.digest)),
-            ("diff_id", layer.diff_id and str(layer.diff_id)), ("size", layer.size),
-            ("blob_size", layer.blob_size)]) for layer in image.layers])])
+        ("layers", [layer_json(layer, layer.digest, layer.blob_size,
+                               [("size", layer.size)]) for layer in image.layers])])
+
+
+def layer_json(layer, digest, blob_size, more=()):
+    """A Layer or PulledLayer as a JSON-able dict."""
+    return collections.OrderedDict(
+        [("id", layer.id), ("digest", str(digest)),
+         ("diff_id", layer.diff_id and str(layer.diff_id))]
+        + list(more) + [("blob_size", blob_size)])
 
 
 def pinned(reference, digest):
@@ -7901,10 +7902,7 @@ def run_layers(args, session):
     image = session.resolve(args.reference, args.platform)
     for layer in image.layers:
         if args.json:
-            print(json.dumps(collections.OrderedDict([
-                ("id", layer.id), ("digest", str(layer.blob.digest)),
-                ("diff_id", layer.diff_id and str(layer.diff_id)),
-                ("blob_size", layer.blob.size)])))
+            print(json.dumps(layer_json(layer, layer.blob.digest, layer.blob.size)))
         else:
             print(layer.id, str(layer.blob.digest),
                   "-" if layer.blob.size is None else layer.blob.size)
@@ -7934,10 +7932,8 @@ def inspection(image):
         ("media_type", (image.indexes + (image.manifest,))[0].media_type),
         ("manifest_digest", str(image.manifest.digest)),
         ("image_id", image.image_id), ("platform", str(image.platform)),
-        ("layers", [collections.OrderedDict([
-            ("id", layer.id), ("digest", str(layer.blob.digest)),
-            ("diff_id", layer.diff_id and str(layer.diff_id)),
-            ("blob_size", layer.blob.size)]) for layer in image.layers])])
+        ("layers", [layer_json(layer, layer.blob.digest, layer.blob.size)
+                    for layer in image.layers])])
     if image.config is not None:
         for key in ("created", "author", "config"):
             if image.config.value.get(key) is not None:
