@@ -4268,6 +4268,16 @@ class Event(NamedTuple):
     total: Optional[int] = None
 
 
+@contextlib.contextmanager
+def naming_file(path):
+    """An OSError of a descriptor says which file it speaks of."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
+
+
 class Partial:
     """A file on its way to the name `final`: written as FINAL.partial, locked.
 
@@ -4335,7 +4345,7 @@ class Partial:
     def write(self, data):
         """Appends `data`."""
         view = memoryview(data)
-        with self._named():
+        with naming_file(self.path):
             while len(view):
                 view = view[os.write(self._fd, view):]
 
@@ -4352,19 +4362,10 @@ class Partial:
                                  os.POSIX_FADV_DONTNEED)
             self._begun = end
 
-    @contextlib.contextmanager
-    def _named(self):
-        """An OSError of the descriptor says which file it speaks of."""
-        try:
-            yield
-        except OSError as error:
-            error.filename = self.path
-            raise
-
     def commit(self, durable=True):
         """Gives it its final name; if `durable`, it is on disk before the name is."""
         if durable:
-            with self._named():
+            with naming_file(self.path):
                 os.fsync(self._fd)
         if os.name == "nt":
             self.close()  # Windows does not rename open files
@@ -4647,6 +4648,7 @@ _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
 _DEPTH_LIMIT = 1024  # directories inside one another
 _DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
+OPEN_PACKS = 8  # files of LayerPacks held open at once
 _RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
 _IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
 
@@ -4670,19 +4672,17 @@ class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
     The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
-    file of its own in it, or, where `packed`, all to one: making files costs most.
-    `entries` lists (Entry, its data or None, the bytes of that's sha256 or None); data
-    is (this store, where in it), small because there may be millions: see `open`.
+    file of its own in it. `entries` lists (Entry, its data or None, the bytes of that's
+    sha256 or None); data is (this store, where in it), small because there may be
+    millions.
     """
 
-    def __init__(self, directory, packed=False):
+    def __init__(self, directory):
         remove_tree(directory)
         os.makedirs(directory)
         self._directory = directory
         self.entries, self._names = [], 0
-        self._pack = open(os.path.join(directory, "data"), "xb", buffering=0) if (
-            packed) else None
-        self._file = None
+        self._file = None  # what the member's data goes to
 
     def entry(self, entry):
         """A member begins."""
@@ -4694,80 +4694,119 @@ class LayerStore:
             raise LimitExceeded("more than %d members, or %d bytes of names" % (
                 MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
         if entry.kind == "file" and entry.size:
-            if self._pack is not None:
-                self._file, self._base = self._pack, self._pack.seek(0, os.SEEK_END)
-                data = self, self._base
-            else:
-                self._file, self._base = self._new_file(number), 0
-                data = self, number
-            self._hash = hashlib.sha256()
+            data = self, self._begin(number, entry.size)
             self._holes = [(0, entry.size)] if entry.sparse is None else list(
                 reversed(entry.sparse))
             self._at = 0  # in the file, holes included
         self.entries.append((entry._replace(sparse=None), data, None))
 
-    def _new_file(self, number):
-        path = self.path(number)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, "xb", buffering=0)
+    def data(self, data):
+        """What a member stores, holes left out."""
+        if self._file is None:
+            return
+        with naming_file(self._file.name):
+            while len(data) and self._holes:
+                offset, length = self._holes.pop()
+                self._zeros(offset)
+                piece = data[:length]
+                self._put(piece)
+                self._at += len(piece)
+                if len(piece) < length:
+                    self._holes.append((offset + len(piece), length - len(piece)))
+                data = data[len(piece):]
+
+    def _zeros(self, until):
+        if until > self._at:
+            self._skip(until - self._at)
+            self._at = until
+
+    def _end(self):
+        if self._file is not None:
+            entry, data, _ = self.entries[-1]
+            with naming_file(self._file.name):
+                self._zeros(entry.size)
+                self.entries[-1] = (entry, data, self._whole())
+            self._file = None
+
+    def finish(self):
+        """The last member is whole."""
+        self._end()
+
+    def abort(self):
+        """No more will come."""
+        if self._file is not None:
+            self._file.close()
+
+    # -- where the data goes
 
     def path(self, number):
         """The file that holds the data of member `number`, and nothing else."""
         return os.path.join(self._directory, str(number // 1000), str(number))
 
-    def open(self, where):
-        """A binary file that begins with the data that is at `where`."""
-        if self._pack is None:
-            return open(self.path(where), "rb", buffering=0)
-        file = open(self._pack.name, "rb", buffering=0)
-        file.seek(where)
-        return file
+    def _begin(self, number, _size):
+        """Makes a place for a member's data: where it is."""
+        path = self.path(number)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._file, self._hash = open(path, "xb", buffering=0), hashlib.sha256()
+        return number
 
-    def data(self, data):
-        """What a member stores, holes left out."""
-        while self._file is not None and len(data) and self._holes:
-            offset, length = self._holes.pop()
-            self._zeros(offset)
-            piece = data[:length]
-            view = memoryview(piece)
-            while len(view):
-                view = view[self._file.write(view):]
-            self._hash.update(piece)
-            self._at += len(piece)
-            if len(piece) < length:
-                self._holes.append((offset + len(piece), length - len(piece)))
-            data = data[len(piece):]
+    def _put(self, data):
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view):]
+        self._hash.update(data)
 
-    def _zeros(self, until):
-        """A hole up to `until`: nothing is written, but it counts in the hash."""
-        if until > self._at:
-            self._file.seek(self._base + until)
-            zeros = bytes(min(CHUNK, until - self._at))
-            while self._at < until:
-                count = min(CHUNK, until - self._at)
-                self._hash.update(memoryview(zeros)[:count])
-                self._at += count
+    def _skip(self, count):
+        """A hole: nothing is written, but it counts in the hash."""
+        self._file.truncate(self._file.seek(count, os.SEEK_CUR))
+        zeros = bytes(min(CHUNK, count))
+        while count:
+            self._hash.update(memoryview(zeros)[:count])
+            count -= min(count, len(zeros))
 
-    def _end(self):
-        if self._file is not None:
-            entry, data, _ = self.entries[-1]
-            self._zeros(entry.size)
-            self._file.truncate(self._base + entry.size)
-            if self._pack is None:
-                self._file.close()
-            self._file = None
-            self.entries[-1] = (entry, data, self._hash.digest())
+    def _whole(self):
+        """The sha256 of the member's data."""
+        self._file.close()
+        return self._hash.digest()
+
+
+class LayerPack(LayerStore):
+    """A LayerStore that keeps all data in one file, for making files costs most; and
+    does not hash it, for nobody asks what is in a tar file by file.
+    """
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self._pack = open(os.path.join(directory, "data"), "xb", buffering=CHUNK)
+        self._size = 0
+
+    def open(self):
+        """The file that holds the data, each member's where its entry says."""
+        return open(self._pack.name, "rb", buffering=0)
 
     def finish(self):
-        """The last member is whole."""
-        self._end()
-        self.abort()
+        super().finish()
+        with naming_file(self._pack.name):
+            self._pack.truncate(self._size)  # a hole may end it
+            self._pack.close()
 
     def abort(self):
-        """No more will come."""
-        for file in (self._file, self._pack):
-            if file is not None:
-                file.close()
+        with contextlib.suppress(OSError):  # of what it still wanted to write
+            self._pack.close()
+
+    def _begin(self, _number, size):
+        self._file, where = self._pack, self._size
+        self._size += size
+        return where
+
+    def _put(self, data):
+        self._pack.write(data)
+
+    def _skip(self, count):
+        self._pack.seek(count, os.SEEK_CUR)
+
+    def _whole(self):
+        return None
 
 
 class Node:
@@ -5119,28 +5158,41 @@ _TYPEFLAGS = {"file": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir":
 
 
 def write_tree_tar(tree, write):
-    """The Tree as one tar, like `docker export`, through `write(bytes)`."""
+    """The Tree as one tar, like `docker export`, through `write(bytes)`.
+
+    Its data must be in LayerPacks.
+    """
     first = {}
-    root = tree.root.entry
-    write(_entry_header(root, b"./"))
-    for path, node in tree.walk():
-        entry = node.entry
-        if id(node) in first:
-            write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
-                             entry.mtime, first[id(node)]))
-            continue
-        if node.linked:
-            first[id(node)] = path
-        write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
-        if node.data is not None:
-            store, where = node.data
-            with store.open(where) as file:
-                end = file.tell() + entry.size
-                for data in pieces(file, entry.size):
-                    write(data)
-                if file.tell() != end:
-                    raise OutputError(file.name, "has been tampered with")
-            write(bytes(-entry.size % TAR_BLOCK))
+    write(_entry_header(tree.root.entry, b"./"))
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for path, node in tree.walk():
+            entry = node.entry
+            if id(node) in first:
+                write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
+                                 entry.mtime, first[id(node)]))
+                continue
+            if node.linked:
+                first[id(node)] = path
+            write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
+            if node.data is not None:
+                pack, where = node.data
+                if pack not in files:
+                    if len(files) == OPEN_PACKS:
+                        stack.close()
+                        files.clear()
+                    files[pack] = stack.enter_context(pack.open())
+                _copy_data(files[pack], where, entry.size, write)
+
+
+def _copy_data(file, where, size, write):
+    """A member's data from a LayerPack's file, padded."""
+    file.seek(where)
+    for data in pieces(file, size):
+        write(data)
+    if file.tell() != where + size:
+        raise OutputError(file.name, "has been tampered with")
+    write(bytes(-size % TAR_BLOCK))
 
 
 def _entry_header(entry, name):
@@ -5339,6 +5391,9 @@ class _Stream:
         view = memoryview(data)
         while len(view):
             view = view[self._file.write(view):]
+
+    def write_behind(self):
+        """Nothing of a pipe has to be put on disk."""
 
     def flush(self):
         self._file.flush()
@@ -5717,8 +5772,7 @@ class ArchiveOutput(Output):
             size, self._source = self._source, None
             self._copy(size)
         self._target.write(data)
-        if self._stream is None:
-            self._target.write_behind()
+        self._target.write_behind()
 
     def _copy(self, size):
         with open(self.path, "rb") as file:
@@ -5956,8 +6010,8 @@ class RootfsOutput(Output):
 
     def visitor(self, layer):
         def make():
-            store = LayerStore(os.path.join(self._staging, "layers",
-                                            layer.blob.digest.hex), self._tar)
+            store = (LayerPack if self._tar else LayerStore)(
+                os.path.join(self._staging, "layers", layer.blob.digest.hex))
             self._stores[layer.blob.digest] = store
             return store
         return make
@@ -6002,13 +6056,26 @@ class RootfsOutput(Output):
     @staticmethod
     def _write_sealed(tree, target):
         """The tree as a tar that is sealed with the digest of what is in it."""
-        digest = hashlib.sha256()
+        digest, pending = hashlib.sha256(), bytearray()
+        hashing = Stage(_Sink(digest.update, lambda: None))
 
         def write(data):
-            digest.update(data)
-            target.write(data)
+            pending.extend(data)
+            if len(pending) >= CHUNK:  # headers are many and small
+                flush()
 
-        write_tree_tar(tree, write)
+        def flush():
+            block = bytes(pending)
+            del pending[:]
+            hashing.update(block)
+            target.write(block)
+            target.write_behind()
+
+        try:
+            write_tree_tar(tree, write)
+            flush()
+        finally:
+            hashing.finish()
         target.write(seal(digest.hexdigest()))
 
     def abandon(self):

@@ -10236,11 +10236,11 @@ def random_word(dice, model, number):
     return "%s=%d.%d" % (name, number, dice.randrange(1000))
 
 
-def flat_store(tars, folder):
+def flat_store(tars, folder, kind=imagec.LayerStore):
     """The Tree of real tars, their files' data kept below `folder`."""
     tree = imagec.Tree()
     for number, tar in enumerate(tars):
-        store = imagec.LayerStore(os.path.join(folder, str(number)))
+        store = kind(os.path.join(folder, str(number)))
         verifier = imagec.LayerVerifier(visitor=store)
         verifier.update(tar)
         verifier.finish()
@@ -10308,13 +10308,15 @@ class FlatteningTest(unittest.TestCase):
                 self.check_written(layers, model, folder)
 
     def check_written(self, layers, model, folder):
-        tree = flat_store(map(raw_words, layers), os.path.join(folder, "data"))
-        tar = io.BytesIO()
-        imagec.write_tree_tar(tree, tar.write)
+        tars, tar = [raw_words(layer) for layer in layers], io.BytesIO()
+        tree = flat_store(tars, os.path.join(folder, "packs"), imagec.LayerPack)
+        with mock.patch.object(imagec, "OPEN_PACKS", 2):
+            imagec.write_tree_tar(tree, tar.write)
         tar.seek(0)
         with tarfile.open(fileobj=tar) as opened:
             self.assertEqual(flat_tar_words(opened), model.words())
         place = os.path.join(folder, "root")
+        tree = flat_store(tars, os.path.join(folder, "files"))
         imagec.TreeWriter(tree).write(place)
         self.assertEqual(flat_directory_words(place), model.words())
 
@@ -16456,7 +16458,8 @@ class FuzzTest(ThreatCase):
             blob = threat_mutated(dice, blob)
         scratch = os.path.join(self.root, "scratch")
         threat_remove(scratch)
-        store = imagec.LayerStore(os.path.join(scratch, "layer"), dice.random() < 0.3)
+        kind = imagec.LayerPack if dice.random() < 0.3 else imagec.LayerStore
+        store = kind(os.path.join(scratch, "layer"))
         verifier = imagec.LayerVerifier(limit=1 << 20, visitor=store)
         try:
             for start in range(0, len(blob), 4096):
@@ -16472,10 +16475,10 @@ class FuzzTest(ThreatCase):
         tree = imagec.Tree()
         tree.apply(store.entries)
         list(imagec.mtree_lines(tree))
-        if store._pack is None:
-            imagec.TreeWriter(tree).write(root)
-        else:
+        if isinstance(store, imagec.LayerPack):
             imagec.write_tree_tar(tree, lambda data: None)
+        else:
+            imagec.TreeWriter(tree).write(root)
 
     def exchange(self, action):
         transport = imagec.Transport(2, 0.2, sleep=self.naps.append)
