@@ -1488,14 +1488,8 @@ class _Members:
     def update(self, data):
         """Takes the next bytes of the stream."""
         view = memoryview(data)
-        try:
-            for start in range(0, len(view), INFLATE_SLICE):
-                self._feed(bytes(view[start:start + INFLATE_SLICE]))
-        except ImagecError:
-            raise
-        except Exception as error:  # each codec has errors of its own
-            raise InvalidDocument("%s: corrupt %s data: %s"
-                                  % (self._what, self._name, error)) from None
+        for start in range(0, len(view), INFLATE_SLICE):
+            self._feed(bytes(view[start:start + INFLATE_SLICE]))
 
     def _feed(self, data):
         while data:
@@ -1506,14 +1500,19 @@ class _Members:
                     return
                 self._member, self._began = self._opener(), False
             self._began = True
-            self._push(self._member.decompress(data, CHUNK))
+            self._unpack(data)
             while not (self._member.eof or self._member.needs_input):
-                self._push(self._member.decompress(b"", CHUNK))
+                self._unpack(b"")
             data = b""
             if self._member.eof:
                 data, self._member = self._member.unused_data, None
 
-    def _push(self, data):
+    def _unpack(self, data):
+        try:
+            data = self._member.decompress(data, CHUNK)
+        except Exception as error:  # each codec has errors of its own
+            raise InvalidDocument("%s: corrupt %s data: %s"
+                                  % (self._what, self._name, error)) from None
         if data:
             self._sink.update(data)
 
@@ -4274,7 +4273,8 @@ def naming_file(path):
     try:
         yield
     except OSError as error:
-        error.filename = path
+        if error.filename is None:
+            error.filename = path
         raise
 
 

@@ -16873,6 +16873,21 @@ class LocalLimitsTest(ThreatProcessCase):
             self.assertEqual(runs[0].status, 0, runs[0].err)
             self.assert_whole(path)
 
+    def test_t120_file_size_limit_where_layers_are_unpacked(self):
+        """No fault of the image: its blob is small enough, what is in it is not."""
+        image = build_image([tar_bytes([("zeros", bytes(500000))])])
+        self.source.add("lab/app", "1", image)
+        for path, runs in self.side_by_side(1, limits={"RLIMIT_FSIZE": 100000}).items():
+            name = os.path.basename(path)
+            with self.subTest(name):
+                if not name.startswith("root"):
+                    self.assertEqual(runs[0].status, 0, runs[0].err)
+                    continue
+                self.assert_one_line(runs[0], 1)
+                self.assertIn("File too large", runs[0].err)
+                self.assertIn(name, runs[0].err)
+                self.assertFalse(os.path.lexists(path))
+
     def test_t130_few_files(self):
         """Thirty-two descriptors are enough for four jobs, whatever there is."""
         image = build_image([tar_bytes([("f%d" % n, b"%d" % n)]) for n in range(60)])
