@@ -2753,6 +2753,10 @@ class _KeptHTTP(_Kept, http.client.HTTPConnection):
     pass
 
 
+#: How a TLS record begins (RFC 8446, 5.1): a warning may come before the handshake.
+_TLS_RECORDS = (b"\x14", b"\x15", b"\x16", b"\x17")
+
+
 class _KeptHTTPS(_Kept, http.client.HTTPConnection):
     """TLS by our own hand, so that the system's roots, which take 25 ms to read, are
     read while the server makes its answer, and not at all where that is not TLS.
@@ -2772,27 +2776,33 @@ class _KeptHTTPS(_Kept, http.client.HTTPConnection):
         self.sock = self.peer = self._context.wrap_socket(
             self.sock, server_hostname=self._tunnel_host or self.host,
             do_handshake_on_connect=False)
-        if self._settings.wants_roots(self._context):
-            if not hasattr(socket, "TCP_CORK") or self._begin():
+        # A tunnel's answer was read in short turns; and a cancel may just have come.
+        self.sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
+        rootless = self._settings.wants_roots(self._context)
+        try:
+            if rootless and (not hasattr(socket, "TCP_CORK") or self._begin()):
                 self._settings.read_roots(self._context)
-        self.sock.do_handshake()
+                rootless = False
+            self.sock.do_handshake()
+        except ssl.SSLError as error:
+            if rootless and "CERTIFICATE_VERIFY" in str(error):
+                # Without roots this is no verdict: we slept between hello and look.
+                raise ConnectionAbortedError(errno.ECONNABORTED,
+                                             "TLS not begun") from None
+            raise
 
     def _begin(self):
-        """Says hello; whether the answer is TLS's, or still on its way."""
+        """Says hello; whether the answer may be TLS, or is still on its way."""
         patience = self.sock.gettimeout()
         self.sock.settimeout(0)
         # Corked, it leaves after we have looked for an answer, not before: one that was
         # there already would be judged without roots.
         self._cork(True)
-        try:
+        with contextlib.suppress(ssl.SSLWantReadError):
             self.sock.do_handshake()
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError:  # we slept, and the cork did not hold
-            raise ConnectionAbortedError(errno.ECONNABORTED, "TLS not begun") from None
         self._cork(False)
         tls = not readable(self.sock, ANSWER_AT_ONCE) or socket.socket.recv(
-            self.sock, 1, socket.MSG_PEEK) == b"\x16"  # a handshake: RFC 8446, 5.1
+            self.sock, 1, socket.MSG_PEEK) in _TLS_RECORDS
         self.sock.settimeout(patience)
         return tls
 
@@ -3139,8 +3149,10 @@ class TLSSettings:
                 self._rootless.remove(context)
 
     def _new_context(self, verify, roots, pairs):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies
-        if sys.version_info >= (3, 13):  # as ssl.create_default_context does there
+        # As ssl.create_default_context makes it, but without roots so far, and without
+        # SSLKEYLOGFILE: no secret is written anywhere.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if sys.version_info >= (3, 13):
             context.verify_flags |= (ssl.VERIFY_X509_PARTIAL_CHAIN
                                      | ssl.VERIFY_X509_STRICT)
         if hasattr(ssl, "TLSVersion"):

@@ -734,6 +734,18 @@ def _is_undelivered(sock):
 
 
 @functools.lru_cache(maxsize=None)
+def before_handshake(server, action):
+    """The server does `action(socket)` before its part of each handshake."""
+    inner = server._tls
+
+    class Delayed:
+        def wrap_socket(self, sock, **options):
+            action(sock)
+            return inner.wrap_socket(sock, **options)
+
+    server._tls = Delayed()
+
+
 def _tls_context(kind):
     """The server side of TLS for kind True, "expired" or "wrong-host"."""
     pem = {
@@ -5734,6 +5746,30 @@ class ProbeTest(NetworkCase):
                     self.probe(registry, host=place)
                 self.assertEqual(registry.connections, 1)
 
+    def test_t114_no_tls_spoken_before_we_spoke(self):
+        self.reroute()
+        cork = imagec._KeptHTTPS._cork
+
+        def late(connection, on):
+            self.assertTrue(not on or imagec.readable(connection.sock, 5))
+            cork(connection, on)
+
+        for junk, words in NET_NO_TLS:
+            def spoil(sock, junk=junk):
+                sock.sendall(junk)
+                sock.recv(BLOCK)  # or closing would be a reset
+                sock.close()
+                raise OSError("that was all")
+
+            registry = self.registry(tls=True)
+            before_handshake(registry, spoil)
+            place = "registry.test:" + registry.host.rpartition(":")[2]
+            with self.subTest(junk=junk[:30]), mock.patch.object(
+                    imagec._KeptHTTPS, "_cork", late):
+                with self.fails(imagec.TLSError, words, "--insecure-allow-http"):
+                    self.probe(registry, host=place)
+                self.assertEqual(registry.connections, 1)
+
     def test_t114_tls_spoken_to_a_client_of_http(self):
         server = self.server({"/end": say(b"hello")}, tls=True)
         with self.fails(imagec.TransportError, server.host):
@@ -8259,17 +8295,8 @@ class TLSFilesTest(FieldCase):
 
     def test_roots_are_read_once_while_the_server_answers(self):
         registry, read, waited = self.filled(tls=True), threading.Event(), []
-        inner = registry._tls
-
-        class Slow:
-            """Begins with the handshake when the client has its roots."""
-
-            def wrap_socket(self, *args, **options):
-                waited.append(read.wait(5))
-                return inner.wrap_socket(*args, **options)
-
         if hasattr(socket, "TCP_CORK"):
-            registry._tls = Slow()
+            before_handshake(registry, lambda sock: waited.append(read.wait(5)))
         found = self.watch_roots(read.set)
         self.pull(registry.host)
         with imagec.Session() as session:
@@ -8294,6 +8321,25 @@ class TLSFilesTest(FieldCase):
         with mock.patch.object(imagec._KeptHTTPS, "_begin", side_effect=AssertionError):
             self.pull(registry.host)
         self.assertEqual(len(found), 1)
+
+    def test_warning_before_the_handshake(self):
+        # "unrecognized_name": whoever sends it goes on, and is to be verified as ever.
+        def warn(sock):
+            sock.recv(1, socket.MSG_PEEK)
+            sock.sendall(b"\x15\x03\x03\x00\x02\x01\x70")
+
+        for http in (False, True):
+            registry = self.filled(tls=True)
+            before_handshake(registry, warn)
+            self.pull(registry.host, insecure_allow_http=http)
+        self.assertEqual(self.said, [])
+
+    def test_slow_handshake_behind_a_proxy(self):
+        registry, proxy = self.filled(tls=True), FieldProxy()
+        self.addCleanup(proxy.close)
+        before_handshake(registry, lambda sock: time.sleep(0.1))
+        with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
+            self.pull(registry.host, proxy=proxy.url)
 
     def test_answer_that_is_there_before_the_roots_is_no_verdict(self):
         if not hasattr(socket, "TCP_CORK"):
