@@ -3188,6 +3188,7 @@ class Transport:
         self.clock, self._sleep = clock, sleep
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = clock() + timeout
+        self.stop = None  # an exception, where all is to end by it
         self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
         self._idle = collections.defaultdict(list)  # key -> connections, newest last
         self._live = set()
@@ -3201,7 +3202,9 @@ class Transport:
     # -- the life of the whole
 
     def check(self):
-        """Raises Cancelled or Timeout where work should not go on."""
+        """Raises Cancelled, Timeout or `stop` where work should not go on."""
+        if self.stop is not None:
+            raise self.stop
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
         if self.clock() >= self.deadline:
@@ -6923,6 +6926,7 @@ class Puller:
                     futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
                 if any(future.exception() for future in done):
                     break
+                self._session.transport.check()
             else:
                 good = True
         finally:
@@ -8286,7 +8290,7 @@ def _run(argv, handler):
     progress = None
     if not args.quiet:
         progress = new_progress(getattr(args, "progress", "none"), sys.stderr)
-    with _terminating(), new_session(args, progress) as session:
+    with new_session(args, progress) as session, _terminating(session.transport):
         try:
             args.run(args, session)
             if sys.stdout is not None:
@@ -8298,12 +8302,14 @@ def _run(argv, handler):
 
 
 @contextlib.contextmanager
-def _terminating():
+def _terminating(transport):
     """SIGTERM unwinds the stack, so that nothing half-made stays behind."""
     import signal
 
     def terminate(_number, _frame):
-        raise Terminated
+        # Raised in a finalizer, Python drops it: the next check finds it again.
+        transport.stop = Terminated()
+        raise transport.stop
 
     try:
         before = signal.signal(signal.SIGTERM, terminate)

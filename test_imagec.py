@@ -15257,6 +15257,28 @@ class CommandLineFailureTest(CommandLineCase):
                 self.assert_nothing_final()
                 self.assertTrue(all(fault.used for fault in due), "fault never met")
 
+    @unittest.skipUnless(os.name == "posix", "needs POSIX signals")
+    def test_t123_SIGTERM_in_a_finalizer(self):
+        # Python drops what is raised there, with a word of its own on standard error.
+        class Doomed:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)
+
+        fetch = imagec.Puller._in_parallel
+
+        def struck(puller, actions):
+            Doomed()
+            return fetch(puller, actions)
+
+        fault = self.origin.fault("blobs/" + self.image.layers[0], hang(), EVER)
+        with mock.patch.object(imagec.Puller, "_in_parallel", struck):
+            ended = self.pull("-q", "--timeout", "5", self.ref)
+        retire([fault])
+        self.assertEqual(ended.status, 143, ended.err)
+        self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
+        self.assert_nothing_final()
+
     def test_denials(self):
         for what, options, stdin, auth, words in DENIALS:
             with self.subTest(what):
