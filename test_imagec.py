@@ -733,7 +733,6 @@ def _is_undelivered(sock):
         return False
 
 
-@functools.lru_cache(maxsize=None)
 def before_handshake(server, action):
     """The server does `action(socket)` before its part of each handshake."""
     inner = server._tls
@@ -746,6 +745,7 @@ def before_handshake(server, action):
     server._tls = Delayed()
 
 
+@functools.lru_cache(maxsize=None)
 def _tls_context(kind):
     """The server side of TLS for kind True, "expired" or "wrong-host"."""
     pem = {
@@ -14409,7 +14409,9 @@ MUTABLE_CALLS = frozenset("""
     dict list set bytearray OrderedDict defaultdict Counter deque
 """.split())
 
-IMPORT_RATIO = 2.5  # of what importing takes, to that of the modules imported in it
+IMPORT_SECONDS = 0.15  # of CPU; the promise is 0.1, the rest is for a busy machine
+IMPORT_RATIO = 2  # of what importing takes, to that of what any client must import
+IMPORT_FLOOR = ("hashlib", "http.client", "json", "logging", "ssl", "urllib.request")
 IMPORT_SCRIPT = """
 import importlib, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -14654,12 +14656,12 @@ class ArchitectureTest(unittest.TestCase):
                     "vendor.imagec" in modules))
                 return float(out[0])
 
-            used = [alias.name for node in house().tree.body
-                    if isinstance(node, ast.Import) for alias in node.names]
             seconds("vendor.imagec")  # which compiles it
-            pairs = [(seconds("vendor.imagec"), seconds(*used)) for _ in range(5)]
+            pairs = [(seconds("vendor.imagec"), seconds(*IMPORT_FLOOR))
+                     for _ in range(5)]
         ours, theirs = (min(column) for column in zip(*pairs))
         self.assertLess(ours / theirs, IMPORT_RATIO)
+        self.assertLess(ours, IMPORT_SECONDS)
 
     def test_runs_isolated(self):
         done = subprocess.run([sys.executable, "-I", MODULE_PATH, "--help"],
