@@ -18374,9 +18374,8 @@ def readers_blobs(directory):
     return found
 
 
-@needs("docker-registry", "skopeo")
-class ReadersTest(unittest.TestCase):
-    """One image in four kinds in a real registry, pulled, and read by others."""
+class ReadersCase(unittest.TestCase):
+    """One image in four kinds in a real registry."""
 
     kinds = ("v2s2", "oci", "zstd", "v2s1")
 
@@ -18416,6 +18415,11 @@ class ReadersTest(unittest.TestCase):
                             format, platform="linux/amd64", **options)
         self.assertEqual(imagec.Audit().check(self.at(out)).faults, [])
         return image
+
+
+@needs("docker-registry", "skopeo")
+class ReadersTest(ReadersCase):
+    """Pulled, and read by programs that come and go."""
 
     def raw(self, tag):
         return skopeo_raw("docker://%s/lab/x:%s" % (self.registry.host, tag))
