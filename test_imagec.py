@@ -1445,6 +1445,28 @@ def _free_port():
         return sock.getsockname()[1]
 
 
+def start_guarded(command, log, env=None):
+    """Starts a server program, which ends when we do, with its output in file `log`."""
+    # A watchdog waits for the end of its standard input, which comes even when the
+    # test process is killed and can run no cleanup.
+    script = 'exec 3<&0; (read _ <&3; kill $$) & exec "$@" 3<&- </dev/null'
+    with open(log, "wb") as file:
+        return subprocess.Popen(["sh", "-c", script, "sh"] + command,
+                                stdin=subprocess.PIPE, stdout=file, stderr=file, env=env)
+
+
+def stop_guarded(process, patience=5):
+    """Ends what start_guarded started; kills it after `patience` seconds."""
+    process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class DockerRegistry:
     """The real docker-registry on 127.0.0.1, schema 1 enabled, stored below `root`.
 
@@ -1452,11 +1474,6 @@ class DockerRegistry:
     another registry with the same `root` serves it under other conditions. `env_extra`
     may override any setting (REGISTRY_STORAGE_DELETE_ENABLED=true).
     """
-    # A watchdog waits for the end of its standard input, which comes even when the
-    # test process is killed and can run no cleanup.
-    COMMAND = ('exec 3<&0; (read _ <&3; kill $$) & '
-               'exec docker-registry serve "$1" 3<&- </dev/null')
-
     def __init__(self, root, auth=None, tls=False, env_extra=None):
         if auth not in (None, "htpasswd", "token"):
             raise ValueError("auth: %r" % (auth,))
@@ -1526,23 +1543,13 @@ class DockerRegistry:
                if not name.startswith("REGISTRY_")}
         env["OTEL_TRACES_EXPORTER"] = "none"
         env.update(env_extra)
-        with open(self._path("log"), "wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", self.COMMAND, "sh", self._configure()],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=env)
+        self._process = start_guarded(["docker-registry", "serve", self._configure()],
+                                      self._path("log"), env)
 
     def _stop(self):
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.stdin.close()
-        if process.poll() is None:
-            process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            stop_guarded(process)
 
     def _answers(self):
         deadline = time.monotonic() + 10
