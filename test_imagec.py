@@ -18556,6 +18556,187 @@ class ReadersTest(ReadersCase):
         self.assertEqual(listed.decode().split(), [image.image_id])
 
 
+class Docker:
+    """A docker daemon with a containerd of its own, all of it below `root`."""
+
+    def __init__(self, root):
+        self._root = root
+        self._env = dict(os.environ, NO_PROXY="*", DOCKER_CONFIG=root,
+                         DOCKER_HOST="unix://" + self._at("docker.sock"))
+        config = self._at("daemon.json")  # not this machine's
+        with open(config, "w") as file:
+            file.write("{}")
+        self._process = start_guarded(
+            ["dockerd", "--config-file", config, "--data-root", self._at("data"),
+             "--exec-root", self._at("exec"), "--pidfile", self._at("pid"),
+             "--host", self._env["DOCKER_HOST"], "--storage-driver", "vfs",
+             "--bridge", "none", "--iptables=false", "--ip6tables=false",
+             "--ip-forward=false"], self._at("log"), self._env)
+
+    def _at(self, *parts):
+        return os.path.join(self._root, *parts)
+
+    def starts(self):
+        """Whether it came up."""
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if not self._run(["docker", "version"]).returncode:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _run(self, command, **options):
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=60, env=self._env, **options)
+
+    def _done(self, command, **options):
+        done = self._run(command, **options)
+        if done.returncode:
+            raise AssertionError("%s: %s" % (" ".join(command), done.stdout.decode()))
+        return done.stdout.decode()
+
+    def __call__(self, *arguments, **options):
+        """What `docker ARGUMENTS` prints."""
+        return self._done(["docker"] + list(arguments), **options)
+
+    def ctr(self, *arguments):
+        """What `ctr ARGUMENTS` prints, of its containerd."""
+        return self._done(["ctr", "--address", self._at("exec", "containerd",
+                                                        "containerd.sock"),
+                           "--namespace", "lab"] + list(arguments))
+
+    def close(self):
+        stop_guarded(self._process, 30)
+
+
+@needs("docker-registry", "skopeo", "dockerd", "docker", "containerd", "ctr")
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+class DockerTest(ReadersCase):
+    """What docker and containerd make of archives, and of what is served."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.docker = Docker(tempfile.mkdtemp(dir=cls.base))
+        if not cls.docker.starts():
+            cls.tearDownClass()
+            raise unittest.SkipTest("dockerd does not run here")
+
+    @classmethod
+    def tearDownClass(cls):
+        if getattr(cls, "docker", None) is not None:
+            cls.docker.close()
+        super().tearDownClass()
+
+    def name(self, tag):
+        return "%s/lab/x:%s" % (self.registry.host, tag)
+
+    def inspected(self, name):
+        """(image ID, diffIDs) of what docker has by a name."""
+        found, = json.loads(self.docker("image", "inspect", name))
+        return found["Id"], found["RootFS"]["Layers"]
+
+    diff_ids = [sha256(tar) for tar in READERS_TARS]
+
+    def test_docker_loads(self):
+        for tag in self.kinds:
+            with self.subTest(tag):
+                # A layer in zstd is more than this docker may know.
+                image = self.pull(tag, tag + ".tar", "archive", recompress=(
+                    "gzip" if tag == "zstd" else None))
+                self.assertIn("Loaded image: " + self.name(tag), self.docker(
+                    "load", "--input", self.at(tag + ".tar")))
+                self.assertEqual(self.inspected(self.name(tag)),
+                                 (image.image_id, self.diff_ids))
+
+    def test_docker_loads_from_a_pipe_by_another_name(self):
+        puller = subprocess.Popen(
+            [sys.executable, imagec.__file__, "pull", "--quiet", "--platform",
+             "linux/amd64", self.name("oci"), "--tag", "lab/piped:1", "--output", "-"],
+            stdout=subprocess.PIPE)
+        with puller.stdout:
+            self.docker("load", stdin=puller.stdout)
+        self.assertEqual(puller.wait(), 0)
+        self.assertEqual(self.inspected("lab/piped:1")[1], self.diff_ids)
+
+    def test_docker_imports_the_file_system(self):
+        self.pull("v2s2", "flat.tar", "rootfs")
+        self.docker("import", self.at("flat.tar"), "lab/flat:1")
+        with open(self.at("flat.tar"), "rb") as file:
+            self.assertEqual(self.inspected("lab/flat:1")[1], [sha256(file.read())])
+
+    def test_the_file_system_is_the_one_docker_exports(self):
+        self.pull("v2s2", "whole.tar", "archive")
+        self.pull("v2s2", "flat.tar", "rootfs")
+        self.docker("load", "--input", self.at("whole.tar"))
+        self.docker("create", "--name", "lab", "--network", "none", self.name("v2s2"),
+                    "sh")
+        self.docker("export", "--output", self.at("exported.tar"), "lab")
+        ours, theirs = (self.members(self.at(name))
+                        for name in ("flat.tar", "exported.tar"))
+        # Docker makes some things for itself, and does not say what the root is like.
+        for path in list(theirs):
+            if path not in ours and path.split("/")[0] in (
+                    ".dockerenv", "dev", "proc", "sys", "etc"):
+                del theirs[path]
+        del ours["."]
+        self.assertEqual(sorted(ours), sorted(theirs))
+        for path in ours:
+            self.assertEqual(ours[path], theirs[path], path)
+        self.assertGreater(len(ours), 30)
+
+    @staticmethod
+    def members(path):
+        """{path: facts} of a tar, hard links by all their names."""
+        named = {row[0] for layer in READERS_LAYERS for row in layer}
+        facts, groups = {}, {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = member.name.rstrip("/")
+                if member.islnk():
+                    first = groups[name] = groups.get(member.linkname, member.linkname)
+                    facts[name] = facts[first]
+                else:
+                    facts[name] = (
+                        member.type, member.uid, member.gid, member.linkname,
+                        # Nor what a directory is like that no layer speaks of, and
+                        # others have the time it last did something in them.
+                        member.issym() or member.isdir() and name not in named
+                        or stat.S_IMODE(member.mode),
+                        member.isdir() or int(member.mtime),
+                        member.isfile() and tar.extractfile(member).read())
+        whole = {}
+        for name in facts:
+            whole.setdefault(groups.get(name, name), set()).add(name)
+        return {name: (fact, whole[groups.get(name, name)])
+                for name, fact in facts.items()}
+
+    def test_containerd_imports(self):
+        for tag in ("v2s2", "oci", "zstd"):
+            with self.subTest(tag):
+                image = self.pull(tag, tag + ".tar", "archive")
+                self.docker.ctr("images", "import", "--snapshotter", "native",
+                                self.at(tag + ".tar"))
+                listed = self.docker.ctr("images", "ls", "name==" + self.name(tag))
+                self.assertIn(str(image.digest), listed)
+
+    def test_they_pull_what_is_served(self):
+        for tag in ("v2s2", "oci", "zstd"):
+            image = self.pull(tag, "layout", "oci")
+            shelf = imagec.Shelf(self.at("layout"))
+            server = imagec.new_server(shelf, ("127.0.0.1", 0))
+            with self.subTest(tag), imagec.serving(server):
+                name = "127.0.0.1:%d/lab/x:%s" % (server.server_address[1], tag)
+                self.docker.ctr("images", "pull", "--plain-http", "--snapshotter",
+                                "native", name)
+                self.assertIn(str(image.digest), self.docker.ctr(
+                    "images", "ls", "name==" + name))
+                if tag != "zstd":
+                    self.assertIn("Digest: " + str(image.digest),
+                                  self.docker("pull", name))
+                    self.assertEqual(self.inspected(name)[1], self.diff_ids)
+
+
 @needs("skopeo")
 class ReadersSchema1Test(RegistryCase):
     """The image ID of a schema1 image is the one that containers/image computes."""
