@@ -1254,13 +1254,13 @@ def _go_config(value):
     if value is not None and type(value) is not dict:
         raise InvalidDocument("a container config is not a JSON object")
     folded = {key.lower(): member for key, member in (value or {}).items()}
-    ordered = collections.OrderedDict()
+    ordered = {}
     for key, zero, omitted in _GO_CONFIG:
         member = folded.get(key.lower())
         if key in ("Cmd", "Entrypoint", "Shell") and type(member) is str:
             member = [member]
         if type(member) is dict:
-            member = collections.OrderedDict(sorted(member.items()))
+            member = dict(sorted(member.items()))
         member = zero if member is None else member
         if member or not omitted:
             ordered[key] = member
@@ -1293,9 +1293,8 @@ def _go_history(v1):
               ("created_by", command if type(command) is str else " ".join(command)),
               ("comment", v1.get("comment")),
               ("empty_layer", v1.get("throwaway") is True))
-    return collections.OrderedDict(
-        [("created", _go_time(v1.get("created")))]
-        + [pair for pair in fields if pair[1]])
+    return dict([("created", _go_time(v1.get("created")))]
+                + [pair for pair in fields if pair[1]])
 
 
 def modern_config(manifest, diff_ids):
@@ -1315,7 +1314,7 @@ def modern_config(manifest, diff_ids):
         members = _members(manifest.layers[-1].v1_compatibility)
     for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
         members.pop(key, None)
-    rootfs = collections.OrderedDict(type="layers")
+    rootfs = {"type": "layers"}
     if diff_ids:
         rootfs["diff_ids"] = [str(diff_id) for diff_id in diff_ids]
     members["rootfs"] = _go_json(rootfs)
@@ -1336,22 +1335,19 @@ def modern_config(manifest, diff_ids):
 def modern_manifest(config, layers):
     """A schema2 Manifest for an ImageConfig and its layers' Descriptors."""
     def described(descriptor):
-        return collections.OrderedDict([("mediaType", descriptor.media_type),
-                                        ("size", descriptor.size),
-                                        ("digest", str(descriptor.digest))])
+        return {"mediaType": descriptor.media_type, "size": descriptor.size,
+                "digest": str(descriptor.digest)}
 
     pointer = Descriptor(DOCKER_CONFIG, Digest.of(config.raw), len(config.raw))
-    raw = json.dumps(collections.OrderedDict([
-        ("schemaVersion", 2), ("mediaType", DOCKER_MANIFEST),
-        ("config", described(pointer)), ("layers", list(map(described, layers)))]),
-        separators=(",", ":")).encode("ascii")
+    raw = json.dumps({
+        "schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": described(pointer),
+        "layers": list(map(described, layers))}, separators=(",", ":")).encode("ascii")
     return Manifest(raw, DOCKER_MANIFEST, Digest.of(raw), pointer, tuple(layers))
 
 
 def with_layers(manifest, layers):
     """A Manifest like `manifest`, its layers' Descriptors replaced by `layers`."""
-    document = json.loads(manifest.raw.decode("utf-8"),
-                          object_pairs_hook=collections.OrderedDict)
+    document = json.loads(manifest.raw.decode("utf-8"))
     for member, layer in zip(document["layers"], layers):
         member.update(mediaType=layer.media_type, size=layer.size,
                       digest=str(layer.digest))
@@ -5590,18 +5586,15 @@ OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.
 def index_entry(image, name):
     """An image's descriptor in an OCI layout's index.json; `name` may be None."""
     document, platform = image.top
-    entry = collections.OrderedDict([
-        ("mediaType", document.media_type), ("digest", str(document.digest)),
-        ("size", len(document.raw))])
+    entry = {"mediaType": document.media_type, "digest": str(document.digest),
+             "size": len(document.raw)}
     if platform is not None and platform.architecture:
-        entry["platform"] = collections.OrderedDict(
-            (key, value) for key, value in (
-                ("architecture", platform.architecture), ("os", platform.os),
-                ("variant", platform.variant), ("os.version", platform.os_version))
-            if value)
+        entry["platform"] = {key: value for key, value in (
+            ("architecture", platform.architecture), ("os", platform.os),
+            ("variant", platform.variant), ("os.version", platform.os_version))
+            if value}
     if name is not None:
-        entry["annotations"] = collections.OrderedDict([
-            (NAME_ANNOTATION, str(name)), (TAG_ANNOTATION, name.tag)])
+        entry["annotations"] = {NAME_ANNOTATION: str(name), TAG_ANNOTATION: name.tag}
     return entry
 
 
@@ -5667,15 +5660,13 @@ class OCIOutput(Output):
 
     def _read_index(self):
         if not os.path.exists(self._index):
-            return collections.OrderedDict(schemaVersion=2, mediaType=OCI_INDEX,
-                                           manifests=[])
+            return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
         with open(self._index, "rb") as file:
             raw = file.read()
         for entry in Document.parse(raw, "index.json").children("manifests",
                                                                 INDEX_COUNT_LIMIT):
             entry.get("annotations", dict)
-        return json.loads(raw.decode("utf-8"),
-                          object_pairs_hook=collections.OrderedDict)
+        return json.loads(raw.decode("utf-8"))
 
     def open(self, image):
         make_directory(self.path, "blobs", "sha256")
@@ -5887,8 +5878,7 @@ class ArchiveOutput(Output):
 
     def _tail(self):
         """What stands behind the layers."""
-        documents = collections.OrderedDict(
-            pair for image, _ in self._images for pair in image.documents)
+        documents = dict(pair for image, _ in self._images for pair in image.documents)
         members = [(blob_name(digest), raw) for digest, raw in documents.items()]
         manifests = []
         for image, name in self._images:
@@ -5903,13 +5893,11 @@ class ArchiveOutput(Output):
 
     def _docker_manifest(self):
         """manifest.json, what `docker load` reads (moby, image/tarexport)."""
-        entries = collections.OrderedDict()
+        entries = {}
         for image, name in self._images:
-            entry = entries.setdefault(image.manifest.digest, collections.OrderedDict([
-                ("Config", blob_name(image.manifest.config.digest)),
-                ("RepoTags", None),
-                ("Layers", [blob_name(layer.blob.digest)
-                            for layer in image.layers])]))
+            entry = entries.setdefault(image.manifest.digest, {
+                "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
+                "Layers": [blob_name(layer.blob.digest) for layer in image.layers]})
             if name is not None and str(name) not in (entry["RepoTags"] or ()):
                 entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
         return canonical_json(list(entries.values())) + b"\n"
@@ -6141,8 +6129,8 @@ def recompress(path, blob, place):
 
 
 #: Name for --format -> what writes it.
-OUTPUTS = collections.OrderedDict((output.format, output) for output in (
-    LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput))
+OUTPUTS = {output.format: output for output in (
+    LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput)}
 
 
 def default_format(path):
@@ -6719,9 +6707,9 @@ class Session:
             raise Unsupported("%s is for one platform only" % (reference,),
                               "pull it without --platform all")
         source = self.source(reference)
-        manifests = collections.OrderedDict()
+        manifests = {}
         self._descend(source, index, manifests, 0)
-        blobs = collections.OrderedDict()
+        blobs = {}
         for manifest in manifests.values():
             if isinstance(manifest, Manifest):
                 for blob in (manifest.config,) + manifest.layers:
@@ -6859,7 +6847,7 @@ class Puller:
         # decide when we are done.
         output.locate(image)
         output.open(image)
-        wanted = collections.OrderedDict()
+        wanted = {}
         for layer in image.layers:
             wanted.setdefault(layer.blob.digest, layer)
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
@@ -7551,12 +7539,12 @@ def _test_config(diff_id):
 
 def _test_schema1(blob):
     """A schema1 manifest in signed form. Its signature is not one: none is checked."""
-    payload = json.dumps(collections.OrderedDict([
-        ("schemaVersion", 1), ("name", _TEST_REPOSITORY), ("tag", "schema1"),
-        ("architecture", Platform.host().architecture),
-        ("fsLayers", [{"blobSum": str(blob)}]),
-        ("history", [{"v1Compatibility": json.dumps(
-            {"id": blob.hex, "created": "1970-01-01T00:00:00Z"})}])]), indent=3)
+    payload = json.dumps({
+        "schemaVersion": 1, "name": _TEST_REPOSITORY, "tag": "schema1",
+        "architecture": Platform.host().architecture,
+        "fsLayers": [{"blobSum": str(blob)}],
+        "history": [{"v1Compatibility": json.dumps(
+            {"id": blob.hex, "created": "1970-01-01T00:00:00Z"})}]}, indent=3)
     tail = "\n}"
     head = payload[:-len(tail)]
 
@@ -7749,7 +7737,7 @@ class JSONProgress:
         self._lock = threading.Lock()
 
     def __call__(self, event):
-        value = collections.OrderedDict(status=event.status)
+        value = {"status": event.status}
         if event.id:
             value["id"] = event.id
         if event.current is not None:
@@ -7771,7 +7759,7 @@ class BarProgress:
 
     def __init__(self, stream, clock=time.monotonic):
         self._stream, self._clock = stream, clock
-        self._layers = collections.OrderedDict()  # id -> (event, start time and bytes)
+        self._layers = {}  # id -> (event, start time and bytes)
         self._drawn = 0  # lines on the screen
         self._next = 0
         self._lock = threading.Lock()
@@ -7841,20 +7829,19 @@ def new_progress(kind, stream):
 
 def image_json(image):
     """An Image as a JSON-able dict, as `pull --json` prints it."""
-    return collections.OrderedDict([
-        ("reference", str(image.reference)), ("digest", str(image.digest)),
-        ("image_id", image.image_id), ("platform", str(image.platform)),
-        ("format", image.format), ("path", image.path),
-        ("layers", [layer_json(layer, layer.digest, layer.blob_size,
-                               [("size", layer.size)]) for layer in image.layers])])
+    return {
+        "reference": str(image.reference), "digest": str(image.digest),
+        "image_id": image.image_id, "platform": str(image.platform),
+        "format": image.format, "path": image.path,
+        "layers": [layer_json(layer, layer.digest, layer.blob_size, size=layer.size)
+                   for layer in image.layers]}
 
 
-def layer_json(layer, digest, blob_size, more=()):
+def layer_json(layer, digest, blob_size, **more):
     """A Layer or PulledLayer as a JSON-able dict."""
-    return collections.OrderedDict(
-        [("id", layer.id), ("digest", str(digest)),
-         ("diff_id", layer.diff_id and str(layer.diff_id))]
-        + list(more) + [("blob_size", blob_size)])
+    return dict(id=layer.id, digest=str(digest),
+                diff_id=layer.diff_id and str(layer.diff_id), **more,
+                blob_size=blob_size)
 
 
 def pinned(reference, digest):
@@ -8009,14 +7996,14 @@ def run_inspect(args, session):
 
 def inspection(image):
     """A ResolvedImage as a JSON-able dict, as `inspect` prints it."""
-    value = collections.OrderedDict([
-        ("reference", pinned(image.reference, image.digest)),
-        ("digest", str(image.digest)),
-        ("media_type", (image.indexes + (image.manifest,))[0].media_type),
-        ("manifest_digest", str(image.manifest.digest)),
-        ("image_id", image.image_id), ("platform", str(image.platform)),
-        ("layers", [layer_json(layer, layer.blob.digest, layer.blob.size)
-                    for layer in image.layers])])
+    value = {
+        "reference": pinned(image.reference, image.digest),
+        "digest": str(image.digest),
+        "media_type": (image.indexes + (image.manifest,))[0].media_type,
+        "manifest_digest": str(image.manifest.digest),
+        "image_id": image.image_id, "platform": str(image.platform),
+        "layers": [layer_json(layer, layer.blob.digest, layer.blob.size)
+                   for layer in image.layers]}
     if image.config is not None:
         for key in ("created", "author", "config"):
             if image.config.value.get(key) is not None:
@@ -8136,8 +8123,8 @@ _REFERENCE_ARGUMENT = _row("reference", type=_argument(Reference.parse), metavar
                            help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
 _JSON_ARGUMENT = _row("--json", action="store_true", help="results as JSON")
 #: Command -> (function, help, arguments of its own).
-COMMANDS = collections.OrderedDict([
-    ("pull", (run_pull, "fetch images, every byte checked", [
+COMMANDS = {
+    "pull": (run_pull, "fetch images, every byte checked", [
         _row("references", nargs="*", type=_argument(Reference.parse), metavar="REF",
              help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"),
         _row("--from-file", metavar="LIST", help="references, one a line, # comments; "
@@ -8158,32 +8145,32 @@ COMMANDS = collections.OrderedDict([
              help="refuse layers that unpack to more; default %(default)s"),
         _row("--progress", choices=("auto", "bar", "plain", "json", "none"),
              default="auto"),
-        _JSON_ARGUMENT])),
-    ("layers", (run_layers, "list an image's layers, oldest first: id, digest, bytes",
-                [_REFERENCE_ARGUMENT, _JSON_ARGUMENT])),
-    ("inspect", (run_inspect, "say what an image is", [
+        _JSON_ARGUMENT]),
+    "layers": (run_layers, "list an image's layers, oldest first: id, digest, bytes",
+                [_REFERENCE_ARGUMENT, _JSON_ARGUMENT]),
+    "inspect": (run_inspect, "say what an image is", [
         _REFERENCE_ARGUMENT,
         _row("--raw", action="store_true", help="the manifest's exact bytes"),
-        _row("--config", action="store_true", help="the config's exact bytes")])),
-    ("digest", (run_digest, "print the manifest's digest", [_REFERENCE_ARGUMENT])),
-    ("auth", (run_auth, "say which credentials would be used for a registry", [
-        _row("host", metavar="HOST[:PORT][/REPOSITORY]")])),
-    ("serve", (run_serve, "a read-only registry over what was pulled", [
+        _row("--config", action="store_true", help="the config's exact bytes")]),
+    "digest": (run_digest, "print the manifest's digest", [_REFERENCE_ARGUMENT]),
+    "auth": (run_auth, "say which credentials would be used for a registry", [
+        _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
+    "serve": (run_serve, "a read-only registry over what was pulled", [
         _row("path", metavar="PATH", help="a layers tree, layout or archive"),
         _row("--listen", default="127.0.0.1:5000", metavar="HOST:PORT",
              help="default: %(default)s"),
         _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
-        _row("--tls-key", metavar="FILE", help="its PEM key")])),
-    ("selftest", (run_selftest, "prove that this host can pull", [
+        _row("--tls-key", metavar="FILE", help="its PEM key")]),
+    "selftest": (run_selftest, "prove that this host can pull", [
         _row("host", nargs="?", metavar="HOST[:PORT]",
-             help="a registry to look at too")])),
-    ("verify", (run_verify, "re-check, offline, what a pull wrote", [
+             help="a registry to look at too")]),
+    "verify": (run_verify, "re-check, offline, what a pull wrote", [
         _row("path", metavar="PATH",
-             help="a layers tree, layout, archive or rootfs")])),
-    ("tags", (run_tags, "list a repository's tags", [
+             help="a layers tree, layout, archive or rootfs")]),
+    "tags": (run_tags, "list a repository's tags", [
         _row("reference", type=_argument(Reference.parse), metavar="REPO",
-             help="[HOST[:PORT]/]REPOSITORY")])),
-])
+             help="[HOST[:PORT]/]REPOSITORY")]),
+}
 
 
 def read_password(args):
