@@ -3543,13 +3543,6 @@ def retry_after(value):
         return None
 
 
-def raise_for_status(response, what, expected=(200,)):
-    """Raises the RegistryError for a `response` whose status is not expected."""
-    if response.status in expected:
-        return
-    raise registry_error(response, what)
-
-
 def registry_error(response, what, kind=None):
     """The RegistryError for a response, in the server's own words where it has some.
 
@@ -3704,7 +3697,8 @@ def fetch_token(transport, url, credentials=None, trusting=None):
     def exchange(method, url, headers, data=None):
         with transport.open(method, url, headers, data, trusting=trusting,
                             follow=lambda parts: origin(parts) == here) as response:
-            raise_for_status(response, "token")
+            if response.status != 200:
+                raise registry_error(response, "token")
             return response.read(TOKEN_LIMIT, "token reply")
 
     def fetch():
@@ -4018,15 +4012,13 @@ class Endpoint:
             response.discard()
             self._authorizer.learn(response.headers)
             self._authorizer.refused(repository, authorization)
-        try:
-            raise_for_status(response, what, expected)
-        except AccessDenied as error:
+        if response.status in expected:
+            return response
+        with response:
+            error = registry_error(response, what)
+        if isinstance(error, AccessDenied):
             error.message += " (%s)" % self._authorizer.who(repository)
-            raise
-        finally:
-            if response.status not in expected:
-                response.close()
-        return response
+        raise error
 
 
 class Registry(Endpoint):

@@ -4827,7 +4827,8 @@ class TransportTest(NetworkCase):
 
     def demand(self, transport, server):
         with transport.open("GET", server.url + "/it") as response:
-            imagec.raise_for_status(response, "it")
+            if response.status != 200:
+                raise imagec.registry_error(response, "it")
             return response.read(99, "it")
 
     def test_t106_not_retried(self):
