@@ -909,7 +909,8 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
     signature = None
     if digest is not None and Digest.of(raw, algorithm) != digest:
         # Only a pretty signature may have a digest that is not its body's.
-        signature = _signature_or_none(raw)
+        with contextlib.suppress(InvalidDocument):
+            signature = PrettySignature.parse(raw)
         digest.check(signature.payload if signature else raw, what)
     document = Document.parse(signature.payload if signature else raw, what)
     media_type, shape = _media_type(document, content_type)
@@ -922,14 +923,6 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
         raise InvalidDocument("%s: signed, but not schema1" % what)
     return (_decode_index if shape == "index" else _decode_image)(
         document, raw, media_type, Digest.of(raw, algorithm))
-
-
-def _signature_or_none(raw):
-    try:
-        signature = PrettySignature.parse(raw)
-    except InvalidDocument:
-        return None
-    return signature if signature.signed else None
 
 
 def _media_type(document, content_type):
@@ -968,14 +961,11 @@ def _shape(document):
 
 
 def _guess_media_type(document, shape):
-    if shape == "schema1":
-        signed = document.get("signatures", list) is not None
-        return DOCKER_SCHEMA1_SIGNED if signed else DOCKER_SCHEMA1
     if shape == "image":
         config = document.child("config")
         docker = config is not None and config.get("mediaType", str) == DOCKER_CONFIG
         return DOCKER_MANIFEST if docker else OCI_MANIFEST
-    return OCI_INDEX
+    return OCI_INDEX if shape == "index" else DOCKER_SCHEMA1
 
 
 def _decode_image(document, raw, media_type, digest):
