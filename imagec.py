@@ -665,13 +665,7 @@ def canonical_json(value):
         raise InvalidDocument("a JSON value is not valid Unicode") from None
 
 
-def _is_unicode(text):
-    """Whether `text` is without halves of surrogate pairs, which JSON can spell."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: JSON can spell it
 
 
 class Document:
@@ -706,7 +700,7 @@ class Document:
                 self.where, name,
                 {dict: "object", list: "array", str: "string", int: "integer",
                  bool: "boolean"}[kind]))
-        if kind is str and not _is_unicode(value):
+        if kind is str and _HALF_PAIR.search(value):
             raise InvalidDocument("%s: '%s' is not valid Unicode" % (self.where, name))
         return value
 
@@ -1200,7 +1194,7 @@ def _go_escape(text):
 def _go_json(value):
     """JSON text of strings, numbers, lists and ordered dicts as Go writes it."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # as Go reads half a pair
+    text = _HALF_PAIR.sub("\ufffd", text)  # as Go reads one
     # Go of that time had no short forms for these two.
     return _go_escape(re.sub(r"\\[\\bf]", lambda match: {
         "\\b": "\\u0008", "\\f": "\\u000c"}.get(match.group(), match.group()), text))
