@@ -1395,19 +1395,11 @@ class _Gzip:
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
 
     def decompress(self, data, limit):
-        return self._inflate.decompress(self._inflate.unconsumed_tail + data, limit)
-
-    @property
-    def eof(self):
-        return self._inflate.eof
-
-    @property
-    def unused_data(self):
-        return self._inflate.unused_data
-
-    @property
-    def needs_input(self):
-        return not self._inflate.unconsumed_tail
+        inflate = self._inflate
+        data = inflate.decompress(inflate.unconsumed_tail + data, limit)
+        self.eof, self.unused_data = inflate.eof, inflate.unused_data
+        self.needs_input = not inflate.unconsumed_tail
+        return data
 
 
 class _Stored:
@@ -1447,10 +1439,7 @@ _CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
 
 def _codec(head):
     """(name, decompressor) of a stream that begins with `head`."""
-    for magic, name, opener in _CODECS:
-        if re.match(magic, head):
-            return name, opener
-    raise AssertionError("the last row matches everything")
+    return next(row[1:] for row in _CODECS if re.match(row[0], head))
 
 
 class _Members:
@@ -1463,7 +1452,6 @@ class _Members:
     def __init__(self, sink, name, opener, what):
         self._sink, self._name, self._opener, self._what = sink, name, opener, what
         self._member = opener()
-        self._began = False
 
     def update(self, data):
         """Takes the next bytes of the stream."""
@@ -1478,8 +1466,7 @@ class _Members:
                     data = data.lstrip(b"\0")
                 if not data:
                     return
-                self._member, self._began = self._opener(), False
-            self._began = True
+                self._member = self._opener()
             self._unpack(data)
             while not (self._member.eof or self._member.needs_input):
                 self._unpack(b"")
@@ -1498,8 +1485,7 @@ class _Members:
 
     def finish(self):
         """Raises InvalidDocument where the last member is cut short."""
-        whole = self._member is None or not self._began or self._opener is _Stored
-        if not whole:
+        if not (self._member is None or self._opener is _Stored):
             raise InvalidDocument("%s: truncated %s data" % (self._what, self._name))
 
     def abort(self):
