@@ -1616,14 +1616,13 @@ class _Unpacker:
 
     def _begin(self):
         name, opener = _codec(self._head)
-        if opener is _zstd and not _has_zstd_module():
-            self._stream = _ZstdProgram(self._sink, self._what)
-        else:
-            try:
-                self._stream = _Members(self._sink, name, opener, self._what)
-            except ImportError:
+        try:
+            self._stream = _Members(self._sink, name, opener, self._what)
+        except ImportError:
+            if name != "zstd":
                 raise Unsupported("%s is compressed with %s, which this Python was "
                                   "built without" % (self._what, name)) from None
+            self._stream = _ZstdProgram(self._sink, self._what)
         self._stream.update(self._head)
 
     def finish(self):
@@ -1654,14 +1653,6 @@ def pour(path, write):
         unpacker.finish()
     finally:
         unpacker.abort()
-
-
-def _has_zstd_module():
-    try:
-        import compression.zstd  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 class Entry(NamedTuple):
@@ -7563,13 +7554,11 @@ def describe_host():
     yield "Python", "%d.%d.%d" % sys.version_info[:3], sys.version_info >= (3, 6)
     yield "TLS", ssl.OPENSSL_VERSION, True
     codecs = ["gzip"]
-    for name, opener in (("bzip2", _bzip2), ("xz", _xz)):
+    for name, opener in (("bzip2", _bzip2), ("xz", _xz), ("zstd", _zstd)):
         with contextlib.suppress(ImportError):
             opener()
             codecs.append(name)
-    if _has_zstd_module():
-        codecs.append("zstd")
-    elif shutil.which("zstd"):
+    if "zstd" not in codecs and shutil.which("zstd"):
         codecs.append("zstd (by the zstd program)")
     yield "layers in", ", ".join(codecs), True
     roots = ssl.create_default_context().cert_store_stats()["x509_ca"]
