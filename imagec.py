@@ -3715,7 +3715,8 @@ class Authorizer:
     """Answers the challenges of one registry, and keeps its tokens by repository.
 
     `keyring` has `lookup(host, repository)` (see Keyring); None for no credentials.
-    `rank` is how near the registry's address is.
+    `rank` is how near the registry's address is; `challenge` is the Challenge in force,
+    None while the registry has asked for nothing.
     """
 
     def __init__(self, transport, registry_url, keyring=None, token_hosts=(),
@@ -3724,14 +3725,9 @@ class Authorizer:
         self._host = urllib.parse.urlsplit(registry_url).netloc
         self._keyring, self._token_hosts = keyring, frozenset(token_hosts)
         self.rank = rank
-        self._challenge = None
+        self.challenge = None
         self._tokens = {}
         self._lock = threading.Lock()
-
-    @property
-    def challenged(self):
-        """The Challenge in force, None while the registry has asked for nothing."""
-        return self._challenge
 
     def learn(self, headers):
         """Takes a 401's challenges; raises AccessDenied where we can answer none."""
@@ -3740,14 +3736,14 @@ class Authorizer:
         if challenge is None:
             raise AccessDenied("%s wants authentication of a kind we do not know"
                                % bare_url(self._registry_url), status=401)
-        self._challenge = challenge
+        self.challenge = challenge
 
     def header(self, repository):
         """The Authorization value for `repository`, None where none is asked for.
 
         The keyring is not asked before the registry asks.
         """
-        challenge = self._challenge
+        challenge = self.challenge
         if challenge is None:
             return None
         with self._lock:
@@ -3827,7 +3823,7 @@ class Endpoint:
     host may fall back to http without it. `credentials` is a Keyring or Credentials;
     the `token_hosts` may be sent them though they are not the registry's own.
     `namespace` is the registry this one is a mirror of, which containerd's mirrors are
-    told as `?ns=`.
+    told as `?ns=`. `url` is the base URL where it has been learnt, else None.
     """
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
@@ -3837,21 +3833,16 @@ class Endpoint:
         self._token_hosts, self._namespace = token_hosts, namespace
         transport.tls.name(host)
         self._authorizer = None
-        self._url = None
+        self.url = None
         self._warned = set()
         self._lock = threading.Lock()
 
     # -- who and where
 
     @property
-    def url(self):
-        """The base URL where it has been learnt, else None."""
-        return self._url
-
-    @property
     def challenge(self):
         """The Challenge in force, None where the registry has asked for nothing."""
-        return self._authorizer and self._authorizer.challenged
+        return self._authorizer and self._authorizer.challenge
 
     def learn_registry_url(self):
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
@@ -3859,9 +3850,9 @@ class Endpoint:
         Raises TransportError where no registry answers.
         """
         with self._lock:
-            if self._url is None:
-                self._url = self.transport.retrying(self._probe)
-            return self._url
+            if self.url is None:
+                self.url = self.transport.retrying(self._probe)
+            return self.url
 
     def _probe(self):
         ways = [("https", False)]
@@ -3919,7 +3910,7 @@ class Endpoint:
         AccessDenied where access is by other means than a token.
         """
         url = self.learn_registry_url()
-        if self._authorizer.challenged is None:
+        if self.challenge is None:
             with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
                                None, {"Accept": ACCEPT}) as response:
                 if response.status == 200:
@@ -3927,10 +3918,10 @@ class Endpoint:
                 if response.status != 401:
                     raise registry_error(response, "%s:%s" % (repository, reference))
                 self._authorizer.learn(response.headers)
-        if self._authorizer.challenged.scheme != "bearer":
+        if self.challenge.scheme != "bearer":
             raise AccessDenied("%s wants a user name and password, not a token"
                                % self.host)
-        return auth_url(self._authorizer.challenged, pull_scope(repository), url)
+        return auth_url(self.challenge, pull_scope(repository), url)
 
     # -- exchanges
 
