@@ -2307,13 +2307,10 @@ class Keyring:
         if only:
             yield only, _read_config(only, True)
             return
-        if env("DOCKER_AUTH_CONFIG"):
-            try:
-                yield "DOCKER_AUTH_CONFIG", _parse_config(
-                    env("DOCKER_AUTH_CONFIG").encode("utf-8", "surrogateescape"),
-                    "DOCKER_AUTH_CONFIG")
-            except InvalidDocument as error:
-                log.warning("credentials passed over: %s", error)
+        text = env("DOCKER_AUTH_CONFIG")
+        if text:
+            yield "DOCKER_AUTH_CONFIG", _read_config(
+                "DOCKER_AUTH_CONFIG", raw=text.encode("utf-8", "surrogateescape"))
         home = env("HOME") or os.path.expanduser("~")
         yield self._file(env("DOCKER_CONFIG") or os.path.join(home, ".docker"),
                          "config.json")
@@ -2332,14 +2329,17 @@ class Keyring:
         return path, _read_config(path) if os.path.isfile(path) else None
 
 
-def _read_config(path, named=False):
+def _read_config(path, named=False, raw=None):
     """A credentials file as a dict; None, and a warning, where it cannot be read.
 
-    Raises CredentialsError instead where the user `named` it.
+    Raises CredentialsError instead where the user `named` it. `raw` is the text of one
+    that is no file.
     """
     try:
-        with open(path, "rb") as file:
-            return _parse_config(file.read(CONFIG_LIMIT), path)
+        if raw is None:
+            with open(path, "rb") as file:
+                raw = file.read(CONFIG_LIMIT)
+        return Document.parse(raw, path).value
     except (OSError, InvalidDocument) as error:
         text = "%s: %s" % (
             path, error.strerror if isinstance(error, OSError) else error)
@@ -2347,10 +2347,6 @@ def _read_config(path, named=False):
             raise CredentialsError("credentials not read: " + text) from None
         log.warning("credentials passed over: %s", text)
         return None
-
-
-def _parse_config(raw, name):
-    return Document.parse(raw, name).value
 
 
 def _object(config, key):
