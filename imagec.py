@@ -1054,11 +1054,8 @@ def matching(index, platform):
             return None
         return order.get((found.os, found.architecture, found.variant))
 
-    ranked = [(rank(entry), entry) for entry in index.manifests
-              if entry.media_type in MANIFEST_SHAPES]
-    return [entry for place, entry in sorted(
-        ((place, entry) for place, entry in ranked if place is not None),
-        key=lambda pair: pair[0])]
+    return sorted((entry for entry in index.manifests if entry.media_type
+                   in MANIFEST_SHAPES and rank(entry) is not None), key=rank)
 
 
 def _same_build(wanted, found):
@@ -1569,13 +1566,10 @@ class _ZstdProgram:
             raise InvalidDocument("%s: corrupt zstd data: %s"
                                   % (self._what, error)) from None
         except OSError:
-            self._ended()
+            self.finish()
 
     def finish(self):
         """Raises InvalidDocument where the stream is corrupt or cut short."""
-        self._ended()
-
-    def _ended(self):
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._reader.join()
@@ -3599,11 +3593,8 @@ class Challenge(NamedTuple):
     @classmethod
     def choose(cls, challenges):
         """The one to answer, Bearer before Basic; None where we know neither."""
-        for scheme in ("bearer", "basic"):
-            for challenge in challenges:
-                if challenge.scheme == scheme:
-                    return challenge
-        return None
+        return next((challenge for scheme in ("bearer", "basic")
+                     for challenge in challenges if challenge.scheme == scheme), None)
 
 
 class Token:
