@@ -4322,9 +4322,9 @@ class Partial:
 
     def close(self):
         """Leaves it as it is, for another run to go on with."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None  # a signal must not have it closed twice
+        if fd is not None:
+            os.close(fd)
 
     def __enter__(self):
         return self
