@@ -19255,12 +19255,24 @@ class RealMirrorTest(RealFieldCase):
         self.assertEqual((run.status, run.err), (0, ""))
         self.assertTrue(run.out.startswith(ref + "@sha256:"))
         self.assertEqual(imagec.Audit().check(self.at("a.tar")).faults, [])
+        self.wait_until_stored(cache, self.at("a.tar"))
         upstream.close()
         again = self.main("pull", "--progress", "none", "-o", self.at("b.tar"),
                           "--mirror", cache.host, ref)
         self.assertEqual(again, run)
         with open(self.at("a.tar"), "rb") as one, open(self.at("b.tar"), "rb") as two:
             self.assertEqual(one.read(), two.read())
+
+    def wait_until_stored(self, cache, archive):
+        """The cache keeps a blob a moment after it has handed it on."""
+        with tarfile.open(archive) as tar:
+            manifest = json.loads(tar.extractfile("manifest.json").read().decode())[0]
+        links = [os.path.join(cache.storage, "docker/registry/v2/repositories/lab/app",
+                              "_layers/sha256", name.rpartition("/")[2], "link")
+                 for name in manifest["Layers"] + [manifest["Config"]]]
+        deadline = time.monotonic() + 10
+        while not all(map(os.path.exists, links)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def test_mirror_that_lacks_it(self):
         empty = DockerRegistry(tempfile.mkdtemp(dir=self.root))
