@@ -379,13 +379,13 @@ class OutputError(ImagecError):
 # Grammar: github.com/distribution/reference. ASCII classes and fullmatch throughout:
 # \d takes Arabic digits and $ a final newline.
 
-_PATH_COMPONENT = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
+_REPOSITORY = r"{0}(?:/{0})*".format(r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*")
 _HOST_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::[0-9]+)?".format(_HOST_LABEL)
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _REFERENCE = re.compile(
-    r"(?P<host>{0})/(?P<repository>{1}(?:/{1})*)(?::(?P<tag>{2}))?(?:@(?P<digest>.+))?"
-    .format(_HOST, _PATH_COMPONENT, _TAG), re.DOTALL)
+    r"(?P<host>{0})/(?P<repository>{1})(?::(?P<tag>{2}))?(?:@(?P<digest>.+))?"
+    .format(_HOST, _REPOSITORY, _TAG), re.DOTALL)
 _HEX64 = re.compile(r"[a-f0-9]{64}")
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
 
@@ -6864,8 +6864,8 @@ class Puller:
 def _split_mirror(text):
     """(host, path prefix) of `HOST[:PORT][/PREFIX]`; raises UsageError."""
     host, _, prefix = re.sub("^https?://", "", text).rstrip("/").partition("/")
-    if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(
-            "{0}(/{0})*".format(_PATH_COMPONENT), prefix):
+    if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(_REPOSITORY,
+                                                                    prefix):
         raise UsageError("not a mirror: %s" % printable(text, 100),
                          "expected HOST[:PORT][/PREFIX]")
     return host, prefix + "/" if prefix else ""
@@ -7099,6 +7099,11 @@ class Shelf:
             name = self.names_of(namespace, name)[0]
         return self.repositories[name]
 
+    def catalog(self):
+        """The names a client can spell; of a registry with a port, those without it."""
+        return sorted(name for name in self.repositories
+                      if re.fullmatch(_REPOSITORY, name))
+
     def blob(self, digest):
         """The Region of a blob, proved; None where it is not there.
 
@@ -7206,8 +7211,20 @@ class RegistryHandler:
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = USER_AGENT, ""
+    default_request_version = "HTTP/1.0"  # else what is no request gets no status line
     disable_nagle_algorithm = True
     answered = False  # whether the answer has begun
+
+    def handle(self):
+        """Answers a connection's requests; one that begins with TLS hears it is wrong.
+
+        It may hold no line feed to wait for, and containerd tries http then.
+        """
+        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake record (RFC 8446, 5.1)
+            self.rfile.read1(HEADER_LIMIT)  # what is left unread would reset it all
+            self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        else:
+            super().handle()
 
     def log_message(self, format, *args):
         log.debug("serve: %s: %s", self.client_address[0], printable(format % args))
@@ -7275,8 +7292,8 @@ class RegistryHandler:
 
     def top(self, path, query):
         if path.endswith("_catalog"):
-            names = sorted(self.server.shelf.repositories)
-            return self.page("repositories", names, "/v2/_catalog", query, {})
+            return self.page("repositories", self.server.shelf.catalog(),
+                             "/v2/_catalog", query, {})
         return self.send(200, b"{}", "application/json")
 
     def tags(self, name, query):
@@ -7854,7 +7871,7 @@ def run_serve(args, session):
     with serving(server):
         print("serving %s at %s://%s:%d/v2/: %s" % (
             args.path, "https" if args.tls_cert else "http", host,
-            server.server_address[1], ", ".join(sorted(shelf.repositories))),
+            server.server_address[1], ", ".join(shelf.catalog())),
             flush=True)
         while True:
             time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
