@@ -6835,10 +6835,12 @@ class Puller:
     def _in_parallel(self, actions):
         """Their results, in order; the first error ends the others and comes out."""
         import concurrent.futures
-        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
-        futures = [executor.submit(action) for action in actions]
-        good = False
+        name = "pull-%x-" % id(actions)
+        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs, name)
+        futures, good = [], False
         try:
+            for action in actions:
+                futures.append(executor.submit(action))
             pending = futures
             while pending:  # in short waits: a signal may come to another thread
                 done, pending = concurrent.futures.wait(
@@ -6854,6 +6856,9 @@ class Puller:
             for future in futures:
                 future.cancel()
             executor.shutdown()
+            for thread in threading.enumerate():
+                if thread.name.startswith(name):  # a signal hid it from the executor
+                    thread.join()
         errors = [future.exception() for future in futures if not future.cancelled()]
         if any(errors):
             raise min(filter(None, errors),
@@ -8239,7 +8244,8 @@ def _terminating(transport):
     """SIGTERM unwinds the stack, so that nothing half-made stays behind."""
     import signal
 
-    def terminate(_number, _frame):
+    def terminate(number, _frame):
+        signal.signal(number, signal.SIG_IGN)  # who clears up is not to be cut short
         # Raised in a finalizer, Python drops it: the next check finds it again.
         transport.stop = Terminated()
         raise transport.stop

@@ -15316,6 +15316,29 @@ class CommandLineFailureTest(CommandLineCase):
         self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
         self.assert_nothing_final()
 
+    def test_t122_a_signal_while_workers_start(self):
+        start, begun = threading.Thread.start, []
+
+        def struck(thread):
+            start(thread)
+            if threading.current_thread() is threading.main_thread():
+                begun.append(thread)
+                if len(begun) == 1:
+                    raise KeyboardInterrupt
+
+        fault = self.origin.fault("/blobs/(?!%s)" % sha256(self.image.config), hang(),
+                                  EVER)
+        for format in imagec.OUTPUTS:
+            with self.subTest(format), mock.patch.object(threading.Thread, "start",
+                                                         struck):
+                del begun[:]
+                ended = self.pull("-q", "--timeout", "5", "--format", format,
+                                  "-o", self.output + format, self.ref)
+                self.assertEqual(ended.status, 130, ended.err)
+                self.assertFalse([thread for thread in begun if thread.is_alive()])
+                self.assert_nothing_final()
+        retire([fault])
+
     def test_denials(self):
         for what, options, stdin, auth, words in DENIALS:
             with self.subTest(what):
@@ -15683,6 +15706,18 @@ class SignalTest(ProcessCase):
     def test_interrupted_twice(self):
         # The second may come when Python is on its way out and obeys it by itself.
         self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
+
+    def test_t123_terminated_twice(self):
+        done = []
+        with self.assertRaises(imagec.Terminated):
+            with imagec._terminating(imagec.Transport()):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    done.append("cleared up")
+        self.assertEqual(done, ["cleared up"])
+        self.assertNotEqual(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
 
 
 @unittest.skipUnless(os.name == "posix", "needs a POSIX shell")
