@@ -7676,9 +7676,6 @@ class PlainProgress:
             self._stream.write("%s%s%s\n" % (event.id and event.id + ": ", event.status,
                                              total))
 
-    def close(self):
-        """Nothing to put right."""
-
 
 class JSONProgress:
     """docker's event stream: a JSON object a line, `status`, `id`, `progressDetail`."""
@@ -7699,9 +7696,6 @@ class JSONProgress:
         with self._lock:
             self._stream.write(json.dumps(value) + "\n")
 
-    def close(self):
-        """Nothing to put right."""
-
 
 class BarProgress:
     """A bar a layer, redrawn in place: done, rate, time left. ASCII only."""
@@ -7718,8 +7712,11 @@ class BarProgress:
     def __call__(self, event):
         with self._lock:
             now = self._clock()
-            if not event.id or event.status.startswith("Pulling from"):
-                self._draw([("%s %s" % (event.status, event.id)).rstrip()])
+            if event.status.startswith("Pulling from"):
+                self._draw(["%s %s" % (event.status, event.id)])
+            elif not event.id:  # an image is done: its rows stay, results come below
+                self._draw([event.status])
+                self._layers, self._drawn = {}, 0
             else:
                 old = self._layers.get(event.id)
                 fresh = old is None or old[0].status != event.status
@@ -7729,6 +7726,17 @@ class BarProgress:
                 if fresh or now >= self._next:
                     self._draw([])
                     self._next = now + self.interval
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Takes the rows off the screen while something else is written there."""
+        with self._lock:
+            if self._drawn:
+                self._stream.write("\x1b[%dA\x1b[J" % self._drawn)
+                self._drawn = 0
+            yield
+            if self._layers:
+                self._draw([])
 
     def _draw(self, above):
         import shutil
@@ -7751,12 +7759,6 @@ class BarProgress:
         return "%s [%-20s] %s/%s %s/s %s" % (
             text, "=" * filled + ">" * (filled < 20), human_size(event.current),
             human_size(event.total), human_size(rate), "%d:%02d" % divmod(left, 60))
-
-    def close(self):
-        """Draws the last state."""
-        with self._lock:
-            if self._layers:
-                self._draw([])
 
 
 def human_size(size):
@@ -8166,14 +8168,19 @@ def new_session(args, progress):
 class _LineHandler(logging.Handler):
     """Log records as lines like our own, on whatever standard error is now."""
 
+    bars = None  # the BarProgress that shares it
+
     def emit(self, record):
         kind = "" if record.levelno == logging.INFO else "%s: " % (
             record.levelname.lower(),)
         lines = [record.getMessage()]
         if record.exc_info:
             lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        for line in lines:
-            complain(kind, line)
+        with contextlib.ExitStack() as stack:
+            if self.bars is not None:
+                stack.enter_context(self.bars.aside())
+            for line in lines:
+                complain(kind, line)
 
 
 def complain(kind, text):
@@ -8228,14 +8235,11 @@ def _run(argv, handler):
     progress = None
     if not args.quiet:
         progress = new_progress(getattr(args, "progress", "none"), sys.stderr)
+        handler.bars = progress if isinstance(progress, BarProgress) else None
     with new_session(args, progress) as session, _terminating(session.transport):
-        try:
-            args.run(args, session)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        finally:
-            if progress is not None:
-                progress.close()
+        args.run(args, session)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     return 0
 
 

@@ -15139,6 +15139,41 @@ class CommandLineProgressTest(CommandLineCase):
                 self.assertRegex(text, r"Downloading +\[=*>? *\] [0-9.]+k?M?B/7\d\dkB "
                                        r"[0-9.]+[kMG]?B/s [0-9]+:[0-9]{2}")
 
+    def test_bar_leaves_other_lines_alone(self):
+        # The same screen shows the bars, warnings between them, and the results.
+        screen = FakeTerminal()
+        self.origin.fault("/blobs/", status(503, {"Retry-After": "0"}), 2)
+        with mock.patch.dict(os.environ, dict(self.environ, COLUMNS="100", LINES="24"),
+                             clear=True), \
+                mock.patch.multiple(sys, stdout=screen, stderr=screen), \
+                mock.patch.object(imagec, "BACKOFF", 0):
+            code = imagec.main(["pull", "-o", self.output, "--progress", "bar",
+                                self.ref, self.ref])
+        self.assertEqual(code, 0)
+        lines = self.shown(screen.getvalue())
+        self.assertEqual(lines.count(self.ref + "@" + self.digest), 2)
+        self.assertEqual(lines.count("Digest: " + self.digest), 2)
+        self.assertEqual(sum("trying again" in line for line in lines), 2)
+        for name in self.short_names():
+            states = [line[14:].strip() for line in lines if line.startswith(name)]
+            self.assertEqual(states, ["Download complete", "Already exists"])
+
+    @staticmethod
+    def shown(text):
+        """The lines on a terminal that was sent `text`, none of them wrapped."""
+        lines, row = [""], 0
+        for piece in re.findall("\x1b\\[[0-9]*[AJK]|\n|[^\x1b\n]+", text):
+            if piece == "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            elif re.match("\x1b.*A", piece):
+                row -= int(piece[2:-1])
+            elif piece == "\x1b[J":
+                lines[row:] = [""]
+            elif piece != "\x1b[K":  # ours are written whole and then cleared behind
+                lines[row] = piece
+        return lines
+
     def test_bar_stays_within_the_screen(self):
         text = self.progress("bar", tty=True, COLUMNS="80", LINES="4")
         ups = [int(count) for count in re.findall("\x1b\\[([0-9]+)A", text)]
