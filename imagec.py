@@ -5193,6 +5193,10 @@ class ResolvedImage(NamedTuple):
     `digest` is what the reference stands for: the outermost document's. `indexes` are
     the ones that led to `manifest`, outermost first; `config` is None for schema1 until
     its layers are unpacked; `platform` is what the image says it is for.
+
+    It may also be a whole index: that is its `manifest` then, `below` are the documents
+    below it, `layers` all blobs of these, configs included, as Layers without id,
+    `platform` is "all".
     """
 
     reference: Reference
@@ -5201,8 +5205,9 @@ class ResolvedImage(NamedTuple):
     indexes: Tuple[Index, ...]
     manifest: object
     config: Optional[ImageConfig]
-    platform: Platform
+    platform: object
     layers: Tuple[Layer, ...]
+    below: tuple = ()
 
     @property
     def image_id(self):
@@ -5210,48 +5215,12 @@ class ResolvedImage(NamedTuple):
         return self.config and str(Digest.of(self.config.raw))
 
     @property
-    def top(self):
-        """(document, platform or None) that an OCI index points to for this image."""
-        return self.manifest, self.platform
-
-    @property
     def documents(self):
         """The documents a layout holds besides the layers, as (Digest, bytes) pairs."""
-        return [(self.manifest.digest, self.manifest.raw),
-                (self.manifest.config.digest, self.config.raw)]
-
-
-class ResolvedIndex(NamedTuple):
-    """An index with all it points to: `manifests` are the documents below it.
-
-    `layers` are all blobs of these, configs included, as Layers without id.
-    """
-
-    reference: Reference
-    registry_url: str
-    digest: Digest
-    index: Index
-    manifests: tuple
-    layers: Tuple[Layer, ...]
-    platform = "all"
-    image_id = config = None
-    indexes = ()
-
-    @property
-    def manifest(self):
-        """The outermost document."""
-        return self.index
-
-    @property
-    def top(self):
-        """(document, platform or None) that an OCI index points to."""
-        return self.index, None
-
-    @property
-    def documents(self):
-        """The index and everything below it that is not a blob."""
-        return [(document.digest, document.raw)
-                for document in (self.index,) + self.manifests]
+        found = [(one.digest, one.raw) for one in (self.manifest,) + self.below]
+        if self.config is not None:
+            found.append((self.manifest.config.digest, self.config.raw))
+        return found
 
 
 def existing_parent(path):
@@ -5368,7 +5337,7 @@ class Output:
         """These are all that will come; nothing is written yet unless `touch`."""
 
     def locate(self, image):
-        """Works out where a ResolvedImage or ResolvedIndex goes; touches nothing."""
+        """Works out where a ResolvedImage goes; touches nothing."""
 
     def open(self, image):
         """Makes the place for an image that was located."""
@@ -5516,10 +5485,10 @@ OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.
 
 def index_entry(image, name):
     """An image's descriptor in an OCI layout's index.json; `name` may be None."""
-    document, platform = image.top
+    document, platform = image.manifest, image.platform
     entry = {"mediaType": document.media_type, "digest": str(document.digest),
              "size": len(document.raw)}
-    if platform is not None and platform.architecture:
+    if platform != "all":
         entry["platform"] = {key: value for key, value in (
             ("architecture", platform.architecture), ("os", platform.os),
             ("variant", platform.variant), ("os.version", platform.os_version))
@@ -6629,7 +6598,7 @@ class Session:
                              tuple(found[:-1]), manifest, config, actual, layers)
 
     def resolve_index(self, reference):
-        """The ResolvedIndex of `reference`: all its platforms.
+        """The ResolvedImage of `reference` with all its platforms.
 
         Raises Unsupported where it is no index.
         """
@@ -6645,8 +6614,9 @@ class Session:
             if isinstance(manifest, Manifest):
                 for blob in (manifest.config,) + manifest.layers:
                     blobs.setdefault(blob.digest, Layer("", blob, None, ""))
-        return ResolvedIndex(reference, source.registry_url, index.digest, index,
-                             tuple(manifests.values()), tuple(blobs.values()))
+        return ResolvedImage(reference, source.registry_url, index.digest, (), index,
+                             None, "all", tuple(blobs.values()),
+                             tuple(manifests.values()))
 
     def _descend(self, source, index, manifests, depth):
         if depth > INDEX_DEPTH_LIMIT:
@@ -6688,7 +6658,7 @@ class Session:
         raise error
 
     def resolve_all(self, references, output, platform=None):
-        """What pulling `references` would fetch: ResolvedImages or ResolvedIndexes."""
+        """What pulling `references` would fetch, as ResolvedImages."""
         return [self.resolve_index(reference) if platform == "all" else
                 self.resolve(reference, platform, output) for reference in references]
 
