@@ -6049,52 +6049,48 @@ class Region(NamedTuple):
     offset: int
     size: int
 
+    def pieces(self):
+        """Yields the bytes, in pieces."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            yield from pieces(file, self.size)
 
-class DirectoryReader:
+
+class Reader:
     """The files of a layout that is a directory, by their names in it."""
 
     def __init__(self, path):
         self.path = path
 
     def names(self):
-        """All of them, sorted."""
+        """All of them, sorted, as often as they are there."""
         found = []
         for directory, _, names in os.walk(self.path):
             found += [os.path.relpath(os.path.join(directory, name), self.path).replace(
                 os.sep, "/") for name in names]
         return sorted(found)
 
-    def open(self, name):
-        """A binary file; FileNotFoundError where there is none."""
+    def region(self, name):
+        """The Region of a file; FileNotFoundError where there is none."""
         path = os.path.join(self.path, *name.split("/"))
         if not os.path.isfile(path) or os.path.islink(path):
             raise FileNotFoundError(errno.ENOENT, "not there", name)
-        return open(path, "rb")
+        return Region(path, 0, os.path.getsize(path))
 
     def read(self, name):
         """The bytes of a document."""
-        return _read_limited(self.open(name))
-
-    def region(self, name):
-        """The Region of a file."""
-        with self.open(name) as file:
-            return Region(file.name, 0, os.fstat(file.fileno()).st_size)
+        region = self.region(name)
+        if region.size > MANIFEST_LIMIT:
+            raise LimitExceeded("more than the limit of %d bytes" % MANIFEST_LIMIT)
+        return b"".join(region.pieces())
 
 
-def _read_limited(file):
-    with file:
-        raw = file.read(MANIFEST_LIMIT + 1)
-    if len(raw) > MANIFEST_LIMIT:
-        raise LimitExceeded("more than the limit of %d bytes" % MANIFEST_LIMIT)
-    return raw
-
-
-class TarReader:
+class TarReader(Reader):
     """The members of a layout that is a tar, by their names in it."""
 
     def __init__(self, path):
         import tarfile
-        self.path = path
+        super().__init__(path)
         walker = TarWalker(path, limit=float("inf"))
         with open(path, "rb") as file:  # tarfile would not tell of a broken header
             for data in pieces(file):
@@ -6113,44 +6109,12 @@ class TarReader:
                                                         member.size)
 
     def names(self):
-        """All of them, sorted, as often as they are there."""
         return sorted(self._names.elements())
 
     def region(self, name):
-        """The Region of a member; FileNotFoundError where there is none."""
         if name not in self._regions:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
         return self._regions[name]
-
-    def open(self, name):
-        """A binary file; FileNotFoundError where there is none."""
-        return RegionFile(self.region(name))
-
-    def read(self, name):
-        """The bytes of a document."""
-        return _read_limited(self.open(name))
-
-
-class RegionFile(io.RawIOBase):
-    """A Region as a binary file, for reading from its start to its end."""
-
-    def __init__(self, region):
-        super().__init__()
-        self._left = region.size
-        self._file = open(region.path, "rb", buffering=0)
-        self._file.seek(region.offset)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        count = self._file.readinto(memoryview(buffer)[:self._left])
-        self._left -= count
-        return count
-
-    def close(self):
-        self._file.close()
-        super().close()
 
 
 def layers_trees(path):
@@ -6159,7 +6123,7 @@ def layers_trees(path):
         names.sort()
         if "manifest.json" in files:
             del names[:]
-            yield DirectoryReader(directory)
+            yield Reader(directory)
 
 
 def index_names(reader):
@@ -6179,14 +6143,14 @@ class Audit:
     def __init__(self):
         self.faults, self.unchecked = [], []
         self.images = self.blobs = 0
-        self._seen = {}  # (blob name, size, whether to unpack) -> Unpacked or None
+        self._seen = {}  # (path, name, size, whether to unpack) -> Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
         if os.path.isfile(path):
             self._check_tar(path)
         elif os.path.isfile(os.path.join(path, "oci-layout")):
-            self._check_layout(DirectoryReader(path))
+            self._check_layout(Reader(path))
         elif os.path.isdir(path) and os.path.isfile(path.rstrip("/") + ".mtree"):
             self._check_rootfs(path)
         elif os.path.isdir(path):
@@ -6211,15 +6175,15 @@ class Audit:
 
     def _blob(self, reader, descriptor, name, unpack=False):
         """Checks one blob, and once; its Unpacked where it is unpacked and good."""
-        question = name, descriptor.size, unpack
+        question = reader.path, name, descriptor.size, unpack
         if question in self._seen:
             return self._seen[question]
         self._seen[question] = None
         self.blobs += 1
         proof = Proof(descriptor, None, unpack)
-        with self._noting(name), reader.open(name) as file:
+        with self._noting(name):
             try:
-                for data in pieces(file):
+                for data in reader.region(name).pieces():
                     proof.update(data)
                 self._seen[question] = proof.finish()
             finally:
@@ -6969,7 +6933,7 @@ class Shelf:
                 with naming(path):
                     self._add_layout(TarReader(path), path)
             elif os.path.isfile(os.path.join(path, "oci-layout")):
-                self._add_layout(DirectoryReader(path), path)
+                self._add_layout(Reader(path), path)
             else:
                 for reader in layers_trees(path):
                     self._add_tree(reader)
@@ -7092,8 +7056,10 @@ class Shelf:
         with self._lock:
             if self._good.get(region) == identity:
                 return region
-        with RegionFile(region) as file:
-            BlobVerifier(digest, region.size).read(file)
+        verifier = BlobVerifier(digest, region.size)
+        for data in region.pieces():
+            verifier.update(data)
+        verifier.finish()
         with self._lock:
             self._good[region] = identity
         return region
