@@ -5291,8 +5291,8 @@ def same_file(source, path):
 
 
 class _Stream:
-    """A binary file that may take less than it is given, as pipes do; closed at the end
-    where it is our `own`.
+    """A binary file in the shape of a Partial. It may take less than it is given, as
+    pipes do; it is closed at the end where it is our `own`.
     """
 
     def __init__(self, file, own=False):
@@ -5306,7 +5306,9 @@ class _Stream:
     def write_behind(self):
         """Nothing of a pipe has to be put on disk."""
 
-    def flush(self):
+    discard = write_behind
+
+    def commit(self):
         self._file.flush()
 
     def close(self):
@@ -5640,7 +5642,7 @@ class ArchiveOutput(Output):
             check_writable(os.path.dirname(os.path.abspath(path)))
             if os.path.isdir(path):
                 raise OutputError(path, "is there and is a directory")
-        self._target, self._spool = None, path + ".blobs" + PARTIAL
+        self._target, self._spool = stream, path + ".blobs" + PARTIAL
         self._order, self._next = [], 0  # layers in the archive's order, those in it
         self._replaced = {}  # digest -> the Descriptor of what stands for it
         self._fetched = {}  # digest -> Fetched of blobs in the spool or the archive
@@ -5697,7 +5699,6 @@ class ArchiveOutput(Output):
         if self._stream is not None:
             import tempfile
             self._spool = tempfile.mkdtemp(prefix="imagec-")
-            self._target = self._stream
         else:
             # Its lock is the lock of the spool too.
             self._target = Partial(self.path, self.wait)
@@ -5773,7 +5774,7 @@ class ArchiveOutput(Output):
             self._target.discard()  # nothing is new
         else:
             self._write(tail)
-            (self._target.commit if self._stream is None else self._target.flush)()
+            self._target.commit()
         self._target.close()
 
     def _tail(self):
@@ -5813,8 +5814,7 @@ class ArchiveOutput(Output):
     def abandon(self):
         if self._stream is not None:
             remove_tree(self._spool)
-            self._stream.close()
-        elif self._target is not None:
+        if self._target is not None:
             self._target.close()
 
 
@@ -5866,7 +5866,7 @@ class RootfsOutput(Output):
     def __init__(self, path, tag=None, stream=None):
         self.path, self._tag, self._stream = path, tag, stream
         self._tar = stream is not None or path.endswith(".tar")
-        self._target, self._ours = None, False  # whether the staging directory is ours
+        self._target, self._ours = stream, False  # is the staging directory ours?
         self._staging = path.rstrip("/") + PARTIAL + ".d"
         if stream is not None:
             return
@@ -5897,6 +5897,7 @@ class RootfsOutput(Output):
         else:
             # The lock of the staging directory; of a tar, what it is written to.
             self._target = Partial(self.path.rstrip("/"), self.wait)
+            self._target.truncate()
             self._check_free()  # another pull may have been waited for
             private_directory(self._staging)
         self._ours = True
@@ -5924,19 +5925,13 @@ class RootfsOutput(Output):
         for layer in image.layers:
             with naming("layer %s" % str(layer.blob.digest)):
                 tree.apply(self._stores[layer.blob.digest].entries)
-        if self._stream is not None:
-            self._write_sealed(tree, self._stream)
-            self._stream.flush()
-            self._stream.close()
-        elif self._tar:
-            self._target.truncate()
-            self._write_sealed(tree, self._target)
+        if self._tar:
+            self._write_sealed(tree)
         else:
             self._write_directory(tree)
         remove_tree(self._staging)
-        if self._stream is None:
-            (self._target.commit if self._tar else self._target.discard)()
-            self._target.close()
+        (self._target.commit if self._tar else self._target.discard)()
+        self._target.close()
         return self.path
 
     def _write_directory(self, tree):
@@ -5956,10 +5951,9 @@ class RootfsOutput(Output):
         for words, count in sorted(writer.undone.items()):
             log.warning("%s: %s: %d", self.path, words, count)
 
-    @staticmethod
-    def _write_sealed(tree, target):
+    def _write_sealed(self, tree):
         """The tree as a tar that is sealed with the digest of what is in it."""
-        digest, pending = hashlib.sha256(), bytearray()
+        target, digest, pending = self._target, hashlib.sha256(), bytearray()
         hashing = Stage(_Sink(digest.update, lambda: None))
 
         def write(data):
@@ -5986,8 +5980,6 @@ class RootfsOutput(Output):
             self._clear()
             if self._stream is not None:
                 remove_tree(self._staging)
-        if self._stream is not None:
-            self._stream.close()
         if self._target is not None:
             self._target.discard()
             self._target.close()
