@@ -5151,12 +5151,6 @@ def mtree_lines(tree):
         yield _mtree_line(b"./" + path, node)
 
 
-def batches(items, count):
-    """Yields lists of the next `count` of `items`."""
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, count)), [])
-
-
 def _mtree_line(path, node):
     entry = node.entry
     words = [_vis(path),
@@ -5940,8 +5934,9 @@ class RootfsOutput(Output):
         writer.write(root)
         with Partial(self.path.rstrip("/") + ".mtree") as partial:
             partial.truncate()
-            for some in batches(mtree_lines(tree), 1000):  # all at once is many MiB
-                partial.write("".join(some).encode("ascii"))
+            lines = mtree_lines(tree)  # all at once are many MiB
+            for some in iter(lambda: "".join(itertools.islice(lines, 1000)), ""):
+                partial.write(some.encode("ascii"))
             partial.commit()
         if os.path.isdir(self.path):
             os.rmdir(self.path)
@@ -6023,11 +6018,6 @@ def recompress(path, blob, place):
 #: Name for --format -> what writes it.
 OUTPUTS = {output.format: output for output in (
     LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput)}
-
-
-def default_format(path):
-    """The format that `path` asks for where none is named."""
-    return "archive" if path == "-" or path.endswith(".tar") else "layers"
 
 
 # --------------------------------------------------------------------------------------
@@ -6118,11 +6108,12 @@ def layers_trees(path):
             yield Reader(directory)
 
 
-def index_names(reader):
-    """The indexes beside a layers tree's manifest, outermost first."""
-    return sorted((name for name in reader.names()
-                   if re.fullmatch(r"index(\.[0-9]+)?\.json", name)),
-                  key=lambda name: (len(name), name))
+def tree_documents(reader):
+    """The decoded documents of a layers tree, outermost first; the last has layers."""
+    indexes = sorted((name for name in reader.names()
+                      if re.fullmatch(r"index(\.[0-9]+)?\.json", name)),
+                     key=lambda name: (len(name), name))
+    return [decode_manifest(reader.read(name)) for name in indexes + ["manifest.json"]]
 
 
 class Audit:
@@ -6290,8 +6281,12 @@ class Audit:
         self.images += 1
         where = os.path.join(reader.path, "manifest.json")
         with self._noting(where):
-            manifest = decode_manifest(reader.read("manifest.json"))
-            top = self._leading_indexes(reader, manifest)
+            documents = tree_documents(reader)
+            top, manifest = documents[0], documents[-1]
+            for above, below in zip(documents, documents[1:]):
+                if (below.digest, len(below.raw)) not in (
+                        (entry.digest, entry.size) for entry in above.manifests):
+                    raise VerificationError("the index does not lead to it")
             algorithm, _, value = os.path.basename(
                 os.path.abspath(reader.path)).partition("-")
             if algorithm == "sha256" and _HEX64.fullmatch(value) and (
@@ -6306,16 +6301,6 @@ class Audit:
                 said = parse_unpacked(reader.read(UNPACKED))
             for layer in list_layers(manifest, config):
                 self._tree_layer(reader, layer, said)
-
-    def _leading_indexes(self, reader, manifest):
-        """The outermost document; each index must lead to the next."""
-        chain = [decode_manifest(reader.read(name))
-                 for name in index_names(reader)] + [manifest]
-        for above, below in zip(chain, chain[1:]):
-            if not any((entry.digest, entry.size) == (below.digest, len(below.raw))
-                       for entry in above.manifests):
-                raise VerificationError("the index does not lead to it")
-        return chain[0]
 
     def _tree_layer(self, reader, layer, said):
         name = "%s/%s" % (layer.id, layer.id)
@@ -6882,7 +6867,7 @@ def new_output(path, format=None, tag=None, stream=None):
 
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
     """
-    name = format or default_format(path)
+    name = format or ("archive" if path == "-" or path.endswith(".tar") else "layers")
     if name not in OUTPUTS:
         raise UsageError("unknown format %r: expected one of %s"
                          % (name, ", ".join(OUTPUTS)))
@@ -7003,9 +6988,7 @@ class Shelf:
             return
         names = self.names_of(parts[at - 1], "/".join(parts[at + 1:-1]))
         tag = None if re.fullmatch("sha256-[a-f0-9]{64}", parts[-1]) else parts[-1]
-        documents = [reader.read(name) for name in index_names(reader)]
-        documents = [decode_manifest(raw) for raw in documents + [
-            reader.read("manifest.json")]]
+        documents = tree_documents(reader)
         for number, document in enumerate(documents):
             self.add(names, None if number else tag, document.media_type,
                      document.digest, document.raw)
@@ -8060,21 +8043,17 @@ def read_password(args):
         if args.password_stdin:
             raise UsageError("--password-stdin without -u")
         return None
-    password = _given_password(args)
-    if not password:
-        raise UsageError("the password of user %s is empty" % args.username)
-    return password
-
-
-def _given_password(args):
     if args.password_stdin:
         if sys.stdin is None:
             raise UsageError("--password-stdin, but standard input is closed")
-        return sys.stdin.readline().rstrip("\r\n")
-    password = os.environ.get("IMAGEC_PASSWORD")
-    if password is None:
-        raise UsageError("no password for user %s" % args.username,
-                         "give it in IMAGEC_PASSWORD or with --password-stdin")
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = os.environ.get("IMAGEC_PASSWORD")
+        if password is None:
+            raise UsageError("no password for user %s" % args.username,
+                             "give it in IMAGEC_PASSWORD or with --password-stdin")
+    if not password:
+        raise UsageError("the password of user %s is empty" % args.username)
     return password
 
 
