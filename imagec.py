@@ -5641,12 +5641,10 @@ class ArchiveOutput(Output):
         self._lock = threading.Lock()
 
     def begin(self, images, touch=True):
-        known, good, done = set(), 0, []
-        self._order, self._replaced, self._images = [], {}, []
+        order, good, done = {}, 0, []
         for layer in (layer for image in images for layer in image.layers):
-            if layer.blob.digest not in known:
-                known.add(layer.blob.digest)
-                self._order.append(layer)
+            order.setdefault(layer.blob.digest, layer)
+        self._order, self._replaced, self._images = list(order.values()), {}, []
         prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
         if touch:
@@ -6222,20 +6220,16 @@ class Audit:
             blob_name(layer.digest) for layer in manifest.layers])
         self._named.add(name)
         self._blob(reader, manifest.config, name)
-        diff_ids = None
-        with contextlib.suppress(Unsupported), self._noting(name):
+        layers = [Layer("", blob, None, "") for blob in manifest.layers]
+        with self._noting(name):
             manifest.require_image()
-            diff_ids = ImageConfig.parse(reader.read(name)).diff_ids
-            if len(diff_ids) != len(manifest.layers):
-                raise VerificationError("%d diffIDs for %d layers" % (
-                    len(diff_ids), len(manifest.layers)))
-        for i, layer in enumerate(manifest.layers):
-            name = blob_name(layer.digest)
+            layers = list_layers(manifest, ImageConfig.parse(reader.read(name)))
+        for layer in layers:
+            name = blob_name(layer.blob.digest)
             self._named.add(name)
-            tar = ".tar" in layer.media_type  # what attestations hold is none
-            unpacked = self._blob(reader, layer, name, tar)
-            if diff_ids and i < len(diff_ids):
-                self._diff_id(name, unpacked, diff_ids[i])
+            tar = ".tar" in layer.blob.media_type  # what attestations hold is none
+            unpacked = self._blob(reader, layer.blob, name, tar)
+            self._diff_id(name, unpacked, layer.diff_id)
 
     def _docker_manifest(self, reader):
         """manifest.json must say what index.json says; the blobs have been checked."""
