@@ -16803,7 +16803,8 @@ class ThreatKillTest(ThreatProcessCase):
     def hit(self, format, path, number):
         """Pull, and send the signal after so many bytes, or so long after the last."""
         begun = self.registry.sent_blob_bytes
-        goal = min(1, self.dice.uniform(0, 1.5)) * self.size * 0.9
+        # At least one: before that Python may still be starting, and obeys by itself.
+        goal = max(1, min(1, self.dice.uniform(0, 1.5)) * self.size * 0.9)
         late = self.dice.uniform(0, 0.03)
         started = self.start(*self.pull_argv(self.ref, format, path))
         end = time.monotonic() + 20
