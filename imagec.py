@@ -6040,7 +6040,7 @@ class Reader:
     def names(self):
         """All of them, sorted, as often as they are there."""
         found = []
-        for directory, _, names in os.walk(self.path):
+        for directory, _, names in os.walk(self.path, onerror=_raise):
             found += [os.path.relpath(os.path.join(directory, name), self.path).replace(
                 os.sep, "/") for name in names]
         return sorted(found)
@@ -6048,9 +6048,11 @@ class Reader:
     def region(self, name):
         """The Region of a file; FileNotFoundError where there is none."""
         path = os.path.join(self.path, *name.split("/"))
-        if not os.path.isfile(path) or os.path.islink(path):
-            raise FileNotFoundError(errno.ENOENT, "not there", name)
-        return Region(path, 0, os.path.getsize(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode):
+                return Region(path, 0, status.st_size)
+        raise FileNotFoundError(errno.ENOENT, "not there", name)
 
     def read(self, name):
         """The bytes of a document."""
@@ -6060,13 +6062,17 @@ class Reader:
         return b"".join(region.pieces())
 
 
+def _raise(error):
+    raise error
+
+
 class TarReader(Reader):
     """The members of a layout that is a tar, by their names in it."""
 
     def __init__(self, path):
         import tarfile
         super().__init__(path)
-        walker = TarWalker(path, limit=float("inf"))
+        walker = TarWalker("tar", limit=float("inf"))
         with open(path, "rb") as file:  # tarfile would not tell of a broken header
             for data in pieces(file):
                 walker.update(data)
@@ -6092,9 +6098,12 @@ class TarReader(Reader):
         return self._regions[name]
 
 
-def layers_trees(path):
-    """Yields a reader of each image that the `layers` format keeps below `path`."""
-    for directory, names, files in os.walk(path):
+def layers_trees(path, onerror=_raise):
+    """Yields a reader of each image that the `layers` format keeps below `path`.
+
+    `onerror(OSError)` hears of directories that cannot be read.
+    """
+    for directory, names, files in os.walk(path, onerror=onerror):
         names.sort()
         if "manifest.json" in files:
             del names[:]
@@ -6113,27 +6122,36 @@ class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what could
-    not be looked into here (a codec this host has not).
+    not be looked into here (a codec this host has not, a file of a root file system
+    that only its owner may read), `unread` what should have been, but may not be read.
     """
 
     def __init__(self):
-        self.faults, self.unchecked = [], []
+        self.faults, self.unchecked, self.unread = [], [], []
         self.images = self.blobs = 0
+        self._within = ""  # what the names of faults begin with
         self._seen = {}  # (path, name, size, whether to unpack) -> Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
-        if os.path.isfile(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise OutputError(path or "''", "is not there") from None
+        if stat.S_ISREG(mode):
             self._check_tar(path)
+        elif not stat.S_ISDIR(mode):
+            raise OutputError(path, "is neither a file nor a directory")
         elif os.path.isfile(os.path.join(path, "oci-layout")):
             self._check_layout(Reader(path))
-        elif os.path.isdir(path) and os.path.isfile(path.rstrip("/") + ".mtree"):
+        elif os.path.isfile(path.rstrip("/") + ".mtree"):
             self._check_rootfs(path)
-        elif os.path.isdir(path):
-            self._check_layers_trees(path)
         else:
-            raise OutputError(path, "is not there")
+            self._check_layers_trees(path)
         return self
+
+    def _fault(self, name, text):
+        self.faults.append("%s%s: %s" % (self._within, name, text))
 
     @contextlib.contextmanager
     def _noting(self, name):
@@ -6141,13 +6159,13 @@ class Audit:
         try:
             yield
         except Unsupported as error:
-            self.unchecked.append("%s: %s" % (name, error))
+            self.unchecked.append("%s%s: %s" % (self._within, name, error))
         except FileNotFoundError:
-            self.faults.append("%s: missing" % name)
+            self._fault(name, "missing")
         except PermissionError:
-            self.unchecked.append("%s: not ours to read" % name)
+            self.unread.append(self._within + name)
         except ImagecError as error:
-            self.faults.append("%s: %s" % (name, error))
+            self._fault(name, error)
 
     def _blob(self, reader, descriptor, name, unpack=False):
         """Checks one blob, and once; its Unpacked where it is unpacked and good."""
@@ -6169,8 +6187,8 @@ class Audit:
     def _diff_id(self, name, unpacked, expected):
         """`expected` is the diffID the config gives a blob, None for none."""
         if unpacked and expected and unpacked.diff_id != expected:
-            self.faults.append("%s: unpacks to %s, the config says %s" % (
-                name, str(unpacked.diff_id), str(expected)))
+            self._fault(name, "unpacks to %s, the config says %s" % (
+                str(unpacked.diff_id), str(expected)))
 
     # -- OCI layouts and archives
 
@@ -6187,15 +6205,18 @@ class Audit:
             self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
             for entry in entries:
                 self._manifest(reader, entry, 0)
-        names = reader.names()
+        with self._noting("directory"):
+            names = reader.names()
+        if self.unread:
+            return  # what they would lead to is no more "extra" than it is good
         if "manifest.json" in names:
             with self._noting("manifest.json"):
                 self._docker_manifest(reader)
         for name, count in collections.Counter(names).items():
             if name.startswith("blobs/") and name not in self._named:
-                self.faults.append("%s: extra, nothing points to it" % name)
+                self._fault(name, "extra, nothing points to it")
             elif count > 1:
-                self.faults.append("%s: stands %d times" % (name, count))
+                self._fault(name, "stands %d times" % count)
 
     def _manifest(self, reader, descriptor, depth):
         name = blob_name(descriptor.digest)
@@ -6249,7 +6270,7 @@ class Audit:
                                           % printable(tag, 100))
 
     def _check_tar(self, path):
-        with self._noting(path):
+        with self._noting("content"):
             reader = TarReader(path)
             names = reader.names()
             if "oci-layout" in names:
@@ -6261,20 +6282,23 @@ class Audit:
     # -- layers trees
 
     def _check_layers_trees(self, path):
-        for reader in layers_trees(path):
+        for reader in layers_trees(
+                path, lambda error: self.unread.append(os.path.relpath(error.filename,
+                                                                       path))):
+            self._within = os.path.relpath(reader.path, path) + "/"
             self._layers_tree(reader)
-        if not self.images:
+        if not (self.images or self.unread):
             raise OutputError(path, "holds nothing that a pull wrote")
 
     def _layers_tree(self, reader):
         self.images += 1
-        where = os.path.join(reader.path, "manifest.json")
-        with self._noting(where):
+        with self._noting("manifest.json"):
             documents = tree_documents(reader)
             top, manifest = documents[0], documents[-1]
             for above, below in zip(documents, documents[1:]):
-                if (below.digest, len(below.raw)) not in (
-                        (entry.digest, entry.size) for entry in above.manifests):
+                if not isinstance(above, Index) or (
+                        (below.digest, len(below.raw)) not in (
+                            (entry.digest, entry.size) for entry in above.manifests)):
                     raise VerificationError("the index does not lead to it")
             algorithm, _, value = os.path.basename(
                 os.path.abspath(reader.path)).partition("-")
@@ -6296,8 +6320,8 @@ class Audit:
         unpacked = self._blob(reader, layer.blob, name + ".tar", True)
         self._diff_id(name + ".tar", unpacked, layer.diff_id)
         if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
-            self.faults.append("%s: is wrong about %s.tar: delete it, and pull again"
-                               % (UNPACKED, name))
+            self._fault(UNPACKED, "is wrong about %s.tar: delete it, and pull again"
+                        % name)
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
@@ -6334,7 +6358,11 @@ class Audit:
             found.discard(place)
             self.blobs += 1
             with self._noting(name):
-                fault = _differs(os.path.join(base, place), facts)
+                try:
+                    fault = _differs(os.path.join(base, place), facts)
+                except PermissionError:
+                    self.unchecked.append("%s: not ours to read" % name)
+                    continue
                 if fault:
                     self.faults.append("%s: %s" % (name, fault))
         self.faults += ["%s: extra" % _vis(name) for name in sorted(found)]
@@ -7801,7 +7829,13 @@ def run_verify(args, session):
     for text in audit.faults:
         complain("", "%s: %s" % (args.path, text))
     if audit.faults:
-        raise VerificationError("%s: %d faults" % (args.path, len(audit.faults)))
+        raise VerificationError("%s: %d fault%s" % (
+            args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
+    if audit.unread:
+        raise OutputError(args.path, "cannot be checked: no permission to read %s" % (
+            audit.unread[0] if len(audit.unread) == 1 else "%s and %d more" % (
+                audit.unread[0], len(audit.unread) - 1)),
+            "run this as who may read it")
     print("%s: good: images: %d, blobs or files: %d" % (args.path, audit.images,
                                                         audit.blobs))
 

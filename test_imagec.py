@@ -12199,6 +12199,71 @@ class AuditTest(StoredCase):
             # What is wrong with an index is told of what it should lead to.
             self.faults(copy, "manifest.json" if word == "index.json" else word)
 
+    def test_what_two_trees_share_is_checked_in_both(self):
+        root = self.good("layers", "images")
+        self.origin.add("lab/app", "2", build_index([(self.image,
+                                                      ("linux", "amd64", None))]))
+        self.pull("--platform", "linux/amd64", "-o", root, self.reference[:-1] + "2")
+        for tag in "12":
+            place, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", tag,
+                                            self.words["i0"], "*.tar"))
+            with open(place, "r+b") as file:
+                good = file.read()
+                file.seek(0)
+                file.write(good[:-1] + b"x")
+            self.faults(root, "app/%s/%s" % (tag, self.words["i0"]))
+            with open(place, "wb") as file:
+                file.write(good)
+
+    def test_index_that_is_none(self):
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        shutil.copy(os.path.join(folder, "manifest.json"),
+                    os.path.join(folder, "index.json"))
+        self.faults(root, "does not lead")
+
+    #: (format, end of what may not be opened or listed, what is told)
+    UNREADABLE = (
+        ("archive", "place.tar", "content"), ("rootfs", "place.tar", "content"),
+        ("oci", "oci-layout", "oci-layout"), ("oci", "index.json", "index.json"),
+        ("oci", "{m}", "{m}"), ("oci", "{b0}", "{b0}"), ("oci", "{c}", "{c}"),
+        ("oci", "blobs", "directory"), ("oci", "blobs/sha256", "directory"),
+        ("layers", "/manifest.json", "manifest.json"),
+        ("layers", "/config.json", "config.json"), ("layers", "/{i0}.tar", "{i0}.tar"),
+        ("layers", "/{i1}.json", "{i1}.json"), ("layers", "/v2/lab", "/v2/lab"),
+        ("layers", "place", "[.];"),
+    )
+
+    def test_what_may_not_be_read_is_not_called_good(self):
+        for number, (format, end, word) in enumerate(self.UNREADABLE):
+            name = "%d/place%s" % (number, ".tar" * (end == "place.tar"))
+            os.mkdir(self.at(str(number)))
+            path = self.good(format, name)
+            end = end.format(**self.words)
+
+            def refusing(function):
+                def refuse(place, *arguments, **options):
+                    if os.fspath(place).endswith(end):
+                        raise PermissionError(errno.EACCES, "Permission denied", place)
+                    return function(place, *arguments, **options)
+                return refuse
+
+            with self.subTest(format=format, end=end), \
+                    mock.patch.object(imagec, "open", refusing(open), create=True), \
+                    mock.patch.object(os, "scandir", refusing(os.scandir)):
+                self.one_line(path, "no permission.*" + word.format(**self.words))
+
+    def test_what_is_nothing_to_check(self):
+        for path, word in (("", "''"), ("none", "not there"),
+                           ("/dev/null", "neither a file nor a directory")):
+            with self.subTest(path):
+                self.one_line(path, word)
+
+    def one_line(self, path, words):
+        run = self.main("verify", path)
+        self.assertEqual((run.status, run.out), (1, b""), run.err)
+        self.assertRegex(run.err, r"\Aimagec: [^\n]*%s[^\n]*\n\Z" % words)
+
     def test_layers_by_digest(self):
         index = self.origin.repositories["lab/app"]["1"]
         self.reference = self.reference[:-2] + "@" + index[2]
