@@ -5643,7 +5643,9 @@ class ArchiveOutput(Output):
     def begin(self, images, touch=True):
         order, good, done = {}, 0, []
         for layer in (layer for image in images for layer in image.layers):
-            order.setdefault(layer.blob.digest, layer)
+            if layer.blob.digest not in order or layer.diff_id is None:
+                # The diffID that is asked for does not come with an earlier run's blob.
+                order[layer.blob.digest] = layer
         self._order, self._replaced, self._images = list(order.values()), {}, []
         prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
@@ -5744,8 +5746,11 @@ class ArchiveOutput(Output):
         layer, old = layer._replace(blob=blob), layer.blob.digest
         with self._lock:
             self._replaced[old] = blob
-            self._order = [layer if known.blob.digest == old else known
-                           for known in self._order]
+            order = {}
+            for known in self._order:  # two layers may become one
+                known = layer if known.blob.digest == old else known
+                order.setdefault(known.blob.digest, known)
+            self._order = list(order.values())
         return self.blob_path(layer)
 
     def close(self, image):
@@ -6633,6 +6638,7 @@ class Puller:
         self._session, self._output = session, output
         output.wait = session.transport.wait  # no longer than the command may take
         self._notify = session.notify
+        self._opaque = frozenset()  # digests of layers that only unpacking tells about
 
     def check(self, references, platform):
         """Raises UsageError where the output cannot be what is asked for."""
@@ -6652,6 +6658,8 @@ class Puller:
         self.check(references, platform)
         # 1. What are they? A name that is wrong is told before anything is fetched.
         found = self.resolve(references, platform)
+        self._opaque = {layer.blob.digest for image in found for layer in image.layers
+                        if isinstance(image.manifest, Schema1Manifest)}
         try:
             output.begin(found, touch=False)
             self.check_space(found)
@@ -6738,9 +6746,9 @@ class Puller:
                 raise SizeMismatch("layer %s" % str(blob.digest), layer.blob.size,
                                    fetched.size)
             self._notify(Event("Already exists", layer.blob.digest.hex[:12]))
-            return present
+            return blob._replace(size=fetched.size), fetched
         unpack = output.unpacks or self._session.recompress or (
-            layer.diff_id is None and isinstance(image.manifest, Schema1Manifest))
+            layer.blob.digest in self._opaque)
         path = output.blob_path(layer)
         fetched = Download(
             self._session.source(image.reference), layer.blob, path, unpack,

@@ -11187,6 +11187,19 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(self.archive(reference), first)
         self.assertEqual(self.blob_gets() - before, 1)  # the config
 
+    def test_schema1_shares_layers_with_others(self):
+        # Of the one nobody knows sizes and diffIDs before the layers are there.
+        references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
+                      for count, kind in ((2, "schema1-signed"), (3, "schema1"),
+                                          (1, "docker"), (4, "oci"))]
+        for number, order in enumerate(itertools.permutations(references)):
+            with self.subTest(order=order):
+                out = self.at("%d.tar" % number)
+                if number % 2:
+                    self.pull("-o", out, order[0])
+                self.pull("-o", out, *order)
+                self.verify(out)
+
     def test_archive_in_which_nothing_is_new_stays(self):
         reference, other = self.serve(ARCHIVE_TARS)[0], self.serve(
             ARCHIVE_TARS[:2], "lab/two:1")[0]
@@ -11947,6 +11960,26 @@ class RecompressTest(StoredCase):
         self.pull("--recompress", "gzip", "-o", self.at("out"), "--format", "oci",
                   self.reference, other)
         self.verify(self.at("out"))
+
+    def test_layers_that_become_the_same(self):
+        def as_recompressed(tar):
+            deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+            return deflate.compress(tar) + deflate.flush()
+
+        references = [self.reference] + [
+            self.serve(tars, name, compress=compress)[0] for tars, name, compress in (
+                (ARCHIVE_TARS, "lab/frame:1",
+                 lambda tar: stored_zstd(tar) + SKIPPABLE_FRAME),
+                (ARCHIVE_TARS[::-1], "lab/gzip:1", as_recompressed))]
+        for number, order in enumerate(itertools.permutations(references)):
+            for options in (("-j", "1"), ("-j", "4")):
+                with self.subTest(order=order, options=options):
+                    out = self.at("%d-%s.tar" % (number, options[1]))
+                    for _ in range(2):
+                        self.pull("--recompress", "gzip", "-o", out, *options + order)
+                        self.verify(out)
+                    self.assertEqual(len(self.members(out)),
+                                     3 + len(ARCHIVE_TARS) + 2 * 3 + 3 - 2)
 
     def test_formats_that_keep_layers(self):
         for format in ("layers", "rootfs"):
