@@ -5416,6 +5416,7 @@ class LayersOutput(Output):
         self.path = os.path.join(self._destination, *self._below)
 
     def open(self, image):
+        make_directory(self._destination, *self._below)  # there may be no layer
         for layer in image.layers:
             make_directory(self._destination, *self._below + [layer.id])
         self._unpacked, path = {}, os.path.join(self.path, UNPACKED)

@@ -12232,6 +12232,17 @@ class AuditTest(StoredCase):
             # What is wrong with an index is told of what it should lead to.
             self.faults(copy, "manifest.json" if word == "index.json" else word)
 
+    def test_image_without_layers(self):
+        for kind in ("oci", "docker"):
+            self.image = build_image([], kind)
+            self.origin.add("lab/app", "1", build_index([
+                (self.image, ("linux", "amd64", None))], kind))
+            for format in imagec.OUTPUTS:
+                for end in {"rootfs": ("", ".tar"), "archive": (".tar",)}.get(
+                        format, ("",)):
+                    with self.subTest(kind=kind, format=format, end=end):
+                        self.good(format, "%s-%s%s" % (kind, format, end))
+
     def test_what_two_trees_share_is_checked_in_both(self):
         root = self.good("layers", "images")
         self.origin.add("lab/app", "2", build_index([(self.image,
