@@ -4788,13 +4788,16 @@ class Tree:
                   if parts and parts[-1].startswith(_WHITEOUT)]
         own = {self._parts(entry.path) for entry, _, _ in entries
                if hidden and entry.kind == "dir"}
+        taken = {}  # what whiteouts took away, by path
         for parts in hidden:
-            self._white_out(parts, own)
-        todo, passes = entries, 0
+            self._white_out(parts, own, taken)
+        todo, passes, lost = entries, 0, {}
         while todo:  # again, from the end, for links that stand before their targets
-            late = [row for row in todo if not self._add(*row)][::-1]
+            late = [row for row in todo if not self._add(*row, lost)][::-1]
             passes += 1
-            if len(late) == len(todo) or passes > _LINK_LIMIT:
+            if len(late) == len(todo) and lost is not taken:
+                lost = taken  # a link to a file and its whiteout give it a new name
+            elif len(late) == len(todo) or passes > _LINK_LIMIT:
                 entry = late[0][0]
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
@@ -4816,7 +4819,7 @@ class Tree:
         """Whether this is below one of the directories that AUFS kept for itself."""
         return len(parts) > 1 and parts[0].startswith(_AUFS)
 
-    def _white_out(self, parts, own):
+    def _white_out(self, parts, own, taken):
         name = parts[-1]
         if name != _OPAQUE and name.startswith(_AUFS) or self._aufs(parts):
             return
@@ -4827,7 +4830,9 @@ class Tree:
         if parent is None:
             return
         if name != _OPAQUE:
-            parent.children.pop(hidden, None)
+            node = parent.children.pop(hidden, None)
+            if node is not None and node.children is None:
+                taken[parts[:-1] + (hidden,)] = node
         elif self._node(parts[:-1]) is parent:  # where a lower link leads is not meant
             parent.children.clear()
 
@@ -4878,8 +4883,11 @@ class Tree:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
         return trail[-1]
 
-    def _add(self, entry, data, sha256):
-        """Puts a member in place; False for a hard link whose target is not there."""
+    def _add(self, entry, data, sha256, lost):
+        """Puts a member in place; False for a hard link whose target is not there.
+
+        `lost` are files by path that may be linked to though they are there no more.
+        """
         parts = self._parts(entry.path)
         if parts and parts[-1].startswith(_WHITEOUT) and not self._aufs(parts):
             return True
@@ -4894,7 +4902,7 @@ class Tree:
         parent = self._directory(parts[:-1], make=True)
         old = parent.children.get(parts[-1])
         if entry.kind == "hardlink":
-            target = self._target(entry.link)
+            target = self._target(entry.link) or lost.get(self._parts(entry.link))
             if target is None:
                 return False
             target.linked = True
