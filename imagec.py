@@ -5325,6 +5325,8 @@ class Output:
     replaces = False  # whether a layer may stand in it by another blob
     several = True  # whether it holds more than one image
     streams = False  # whether it can be written to a pipe
+    named = False  # whether the images in it have names to be loaded by
+    stream = None  # what it is written to instead of `path`
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
 
     def __init__(self, path, tag=None, stream=None):
@@ -5527,7 +5529,7 @@ class OCIOutput(Output):
     """An OCI image layout directory, which collects the images pulled into it."""
 
     format = "oci"
-    platforms = replaces = True
+    platforms = replaces = named = True
 
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path, tag, stream)
@@ -5632,10 +5634,10 @@ class ArchiveOutput(Output):
 
     format = "archive"
     durable = False
-    replaces = streams = True
+    replaces = streams = named = True
 
     def __init__(self, path, tag=None, stream=None):
-        self.path, self._tag, self._stream = path, tag, stream
+        self.path, self._tag, self.stream = path, tag, stream
         if stream is None:
             check_writable(os.path.dirname(os.path.abspath(path)))
             if os.path.isdir(path):
@@ -5660,7 +5662,7 @@ class ArchiveOutput(Output):
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
         if touch:
             self._open()
-        if self._stream is None:
+        if self.stream is None:
             # What an earlier run left unfinished, else what it finished.
             partial, final = (self._recover(prologue, path)
                               for path in (self.path + PARTIAL, self.path))
@@ -5694,10 +5696,11 @@ class ArchiveOutput(Output):
                               "pull again")
 
     def _open(self):
-        if self._stream is not None:
+        if self.stream is not None:
             import tempfile
             self._spool = tempfile.mkdtemp(prefix="imagec-")
         else:
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             # Its lock is the lock of the spool too.
             self._target = Partial(self.path, self.wait)
             private_directory(self._spool)
@@ -5813,7 +5816,7 @@ class ArchiveOutput(Output):
         return found
 
     def abandon(self):
-        if self._stream is not None:
+        if self.stream is not None:
             remove_tree(self._spool)
         if self._target is not None:
             self._target.close()
@@ -5865,7 +5868,7 @@ class RootfsOutput(Output):
     durable = several = False
 
     def __init__(self, path, tag=None, stream=None):
-        self.path, self._tag, self._stream = path, tag, stream
+        self.path, self._tag, self.stream = path, tag, stream
         self._tar = stream is not None or path.endswith(".tar")
         self._target, self._ours = stream, False  # is the staging directory ours?
         self._staging = path.rstrip("/") + PARTIAL + ".d"
@@ -5886,16 +5889,20 @@ class RootfsOutput(Output):
                 and not os.listdir(path)):
             raise OutputError(path, "is there already, and not an empty directory",
                               "choose another place with -o")
+        if not self._tar and os.path.isdir(path.rstrip("/") + ".mtree"):
+            raise OutputError(path.rstrip("/") + ".mtree",
+                              "is there and is a directory")
 
     def open(self, image):
         if image.platform.os == "windows":
             raise Unsupported("%s is a windows image: its layers make no file system "
                               "here" % (image.reference,))
         self._stores = {}
-        if self._stream is not None:
+        if self.stream is not None:
             import tempfile
             self._staging = tempfile.mkdtemp(prefix="imagec-")
         else:
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             # The lock of the staging directory; of a tar, what it is written to.
             self._target = Partial(self.path.rstrip("/"), self.wait)
             self._target.truncate()
@@ -5980,7 +5987,7 @@ class RootfsOutput(Output):
     def abandon(self):
         if self._ours and os.path.isdir(self._staging):
             self._clear()
-            if self._stream is not None:
+            if self.stream is not None:
                 remove_tree(self._staging)
         if self._target is not None:
             self._target.discard()
@@ -6480,6 +6487,11 @@ class Session:
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
+        if timeout <= 0 or max_layer_size <= 0:
+            raise UsageError("a timeout of %s seconds, layers of %s bytes: both limits "
+                             "must be over 0" % (timeout, max_layer_size))
+        if isinstance(mirrors, str) or isinstance(token_hosts, str):
+            raise UsageError("mirrors and token hosts come in lists")
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
         #: The Credentials of the command line, None for none.
@@ -6704,6 +6716,8 @@ class Puller:
 
     def check_space(self, images):
         """Raises OutputError where the disk cannot hold what is still to fetch."""
+        if self._output.stream is not None:
+            return  # it is not kept here
         import shutil
         needed = sum(max(0, (blob.size or 0) - there)
                      for _, blob, there in self.plan(images))
@@ -6874,24 +6888,26 @@ def pull(reference, output="images", format=None, platform=None, tag=None,
          progress=None, **options):
     """Pulls an image, every byte checked; the Image.
 
-    `reference` is a text such as "alpine:3.20"; `output` a path; `format` a name in
-    OUTPUTS, None for "archive" where `output` ends in .tar and else "layers";
-    `platform` a text such as "linux/arm64", None for this host's, or "all"; `tag` a
-    name for the image to be loaded by, None for its own; `progress(Event)` is told what
-    happens, from several threads; `options` are Session's. Raises ImagecError, and
-    OSError of the local disk.
+    `reference` is a Reference, or a text such as "alpine:3.20"; `output` a path;
+    `format` a name in OUTPUTS, None for "archive" where `output` ends in .tar and else
+    "layers"; `platform` a Platform, a text such as "linux/arm64", None for this host's,
+    or "all"; `tag` a name for the image to be loaded by, None for its own;
+    `progress(Event)` is told what happens, from several threads; `options` are
+    Session's. Raises ImagecError, and OSError of the local disk.
     """
-    reference = Reference.parse(reference)
+    reference = Reference.parse(str(reference))
     if platform is not None:
         platform = parse_platform(platform)
     with Session(notify=progress, **options) as session:
-        place = new_output(output, format, tag and Reference.parse(tag))
+        place = new_output(output, format, tag and Reference.parse(str(tag)))
         return session.pull([reference], place, platform)[0]
 
 
 def parse_platform(text):
     """A Platform, or "all" for all of an index. Raises InvalidReference."""
-    return text if text == "all" else Platform.parse(text)
+    if text == "all" or isinstance(text, Platform):
+        return text
+    return Platform.parse(text)
 
 
 def new_output(path, format=None, tag=None, stream=None):
@@ -6899,10 +6915,19 @@ def new_output(path, format=None, tag=None, stream=None):
 
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
     """
+    path = os.fspath(path)
+    if not path:
+        raise UsageError("the output's path is empty")
+    if format is None and re.search(r"\.(tgz|tar\.\w+)\Z", path):
+        raise UsageError("%s: archives are not compressed" % path,
+                         "name it FILE.tar, or say which --format it is")
     name = format or ("archive" if path == "-" or path.endswith(".tar") else "layers")
     if name not in OUTPUTS:
         raise UsageError("unknown format %r: expected one of %s"
                          % (name, ", ".join(OUTPUTS)))
+    if tag is not None and not OUTPUTS[name].named:
+        raise UsageError("format %s keeps no name to load it by" % name,
+                         "--tag goes with --format archive or oci")
     if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
             os.path.isfile(path) or os.path.isdir(path)):
         stream = _Stream(open(path, "wb", buffering=0), True)
@@ -7750,7 +7775,7 @@ def run_pull(args, session):
                              "pipe it on, or name a file with -o")
     output = new_output(args.output, args.format, args.tag, stream)
     if args.dry_run:
-        return print_plan(session, references, output, args.platform)
+        return print_plan(session, references, output, args.platform, args.json)
     for image in session.pull(references, output, args.platform):
         if args.json:
             print(json.dumps(image_json(image)), file=results)
@@ -7758,59 +7783,73 @@ def run_pull(args, session):
             print(pinned(image.reference, image.digest), file=results)
 
 
-def print_plan(session, references, output, platform):
+def print_plan(session, references, output, platform, as_json):
     """What a pull would fetch and from where, a line a blob, and the sum."""
     puller = Puller(session, output)
     puller.check(references, platform)
     images = puller.resolve(references, platform)
     output.begin(images, touch=False)
-    wanted = there = 0
-    for image in images:
-        print(pinned(image.reference, image.digest))
-    for image, blob, have in puller.plan(images):
-        size = blob.size or 0
-        have = min(have, size)
-        wanted, there = wanted + size, there + have
+    blobs = [{"digest": str(blob.digest), "size": blob.size,
+              "present": min(have, blob.size or 0),
+              "from": session.source(image.reference).host}
+             for image, blob, have in puller.plan(images)]
+    there = sum(blob["present"] for blob in blobs)
+    wanted = sum(blob["size"] or 0 for blob in blobs) - there
+    names = [pinned(image.reference, image.digest) for image in images]
+    if as_json:
+        return print(json.dumps({"images": names, "blobs": blobs, "to_fetch": wanted,
+                                 "present": there}))
+    print("\n".join(names))
+    for blob in blobs:
+        whole = blob["size"] and blob["present"] == blob["size"]
         print("%s %s bytes, %s" % (
-            str(blob.digest), "?" if blob.size is None else size,
-            "already there" if have == size and size else
-            "%d there, the rest from %s" % (
-                have, session.source(image.reference).host)))
-    print("to fetch: %d bytes; already there: %d" % (wanted - there, there))
+            blob["digest"], "?" if blob["size"] is None else blob["size"],
+            "already there" if whole else "%(present)d there, the rest from %(from)s"
+            % blob))
+    print("to fetch: %d bytes; already there: %d" % (wanted, there))
 
 
 def read_list(path):
     """The References in a file, one a line; "#" begins a comment. None: none."""
     if path is None:
         return []
+    if path == "-" and sys.stdin is None:
+        raise UsageError("--from-file -, but standard input is closed")
+    references = []
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
-            lines = [line.partition("#")[0].strip() for line in file]
+        with sys.stdin if path == "-" else open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                line = line.partition("#")[0].strip()
+                if line:
+                    references.append(Reference.parse(line))
+    except InvalidReference as error:
+        error.message = "%s, line %d: %s" % (path, number, error.message)
+        raise
     except UnicodeDecodeError:
         raise UsageError("%s: not a list of references in UTF-8" % path) from None
-    return [Reference.parse(line) for line in lines if line]
+    return references
 
 
 def run_serve(args, session):
     """imagec.py serve"""
     host, _, port = args.listen.rpartition(":")
-    host = host or "127.0.0.1"
+    host = host.strip("[]") or "127.0.0.1"
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise UsageError("--listen wants HOST:PORT, not %s" % args.listen)
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together")
     shelf = Shelf(args.path)
     try:
-        server = new_server(shelf, (host.strip("[]"), int(port)), session.given,
+        server = new_server(shelf, (host, int(port)), session.given,
                             args.tls_cert and (args.tls_cert, args.tls_key))
     except OSError as error:
         raise TransportError("cannot listen on %s: %s" % (
-            args.listen, _local_words(error).partition(";")[0])) from None
+            args.listen, _local_words(error))) from None
     with serving(server):
-        print("serving %s at %s://%s:%d/v2/: %s" % (
-            args.path, "https" if args.tls_cert else "http", host,
-            server.server_address[1], ", ".join(shelf.catalog())),
-            flush=True)
+        print_line("serving %s at %s://%s:%d/v2/: %s" % (
+            args.path, "https" if args.tls_cert else "http",
+            "[%s]" % host if ":" in host else host, server.server_address[1],
+            ", ".join(shelf.catalog())))
         while True:
             time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
 
@@ -7853,8 +7892,8 @@ def run_verify(args, session):
             audit.unread[0] if len(audit.unread) == 1 else "%s and %d more" % (
                 audit.unread[0], len(audit.unread) - 1)),
             "run this as who may read it")
-    print("%s: good: images: %d, blobs or files: %d" % (args.path, audit.images,
-                                                        audit.blobs))
+    print_line("%s: good: images: %d, blobs or files: %d" % (args.path, audit.images,
+                                                             audit.blobs))
 
 
 def run_layers(args, session):
@@ -7916,10 +7955,13 @@ def run_digest(args, session):
 def run_auth(args, session):
     """imagec.py auth"""
     host, _, repository = args.host.partition("/")
-    found = Keyring(authfile=args.authfile, anonymous=args.no_creds).lookup(host,
-                                                                            repository)
-    print("%s: %s" % (printable(args.host), printable(
-        found or "anonymous, no source has credentials for it")))
+    if not re.fullmatch(_HOST, host):
+        raise UsageError("not a registry: %s" % printable(args.host, 100),
+                         "expected HOST[:PORT][/REPOSITORY]")
+    keyring = Keyring(session.given, args.authfile, args.no_creds)
+    found = keyring.lookup(host, repository)
+    print_line("%s: %s" % (args.host,
+                           found or "anonymous, no source has credentials for it"))
 
 
 def run_tags(args, session):
@@ -7927,6 +7969,11 @@ def run_tags(args, session):
     registry = session.registry(args.reference.api_host)
     for tag in registry.tags(args.reference.repository):
         print(tag)
+
+
+def print_line(text):
+    """A line that may hold a path or a server's words, to standard output."""
+    print(spelled(text, sys.stdout), flush=True)
 
 
 def write_bytes(data):
@@ -7945,7 +7992,7 @@ def argument_parser():
         def error(self, message):
             raise UsageError(message, "see %s --help" % self.prog)
 
-    parser = Parser("imagec.py", description=__doc__.partition("\n")[0])
+    parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version="imagec " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND",
                                      parser_class=Parser)
@@ -8119,10 +8166,14 @@ class _LineHandler(logging.Handler):
 def complain(kind, text):
     """One line on standard error, whatever its encoding; nothing where it is closed."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        line = "imagec: %s%s\n" % (kind, printable(text))
-        encoding = sys.stderr.encoding or "ascii"
-        sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stderr.write("imagec: %s%s\n" % (kind, spelled(text, sys.stderr)))
         sys.stderr.flush()
+
+
+def spelled(text, stream):
+    """`text` as one line that a terminal obeys in nothing and `stream` can encode."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def exit_status(error):
@@ -8139,8 +8190,10 @@ def main(argv=None):
     level = log.level
     log.addHandler(handler)
     log.setLevel(handler.level)
+    args = None
     try:
-        return _run(argv, handler)
+        args = argument_parser().parse_args(argv)
+        return _run(args, handler)
     except KeyboardInterrupt:
         complain("", "interrupted")
         return 130
@@ -8154,15 +8207,15 @@ def main(argv=None):
             return 1  # who read our output has had enough
         if debug:
             log.debug("the error came from here", exc_info=True)
-        complain("", error if isinstance(error, ImagecError) else _local_words(error))
+        complain("", error if isinstance(error, ImagecError) else "%s%s" % (
+            _local_words(error), _place_hint(error, args)))
         return exit_status(error)
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
 
 
-def _run(argv, handler):
-    args = argument_parser().parse_args(argv)
+def _run(args, handler):
     if args.quiet and not args.debug:
         handler.setLevel(logging.ERROR)
     progress = None
@@ -8200,11 +8253,18 @@ def _terminating(transport):
 
 def _local_words(error):
     """An OSError of this host in words: which file, what is wrong."""
-    name = "%s: " % error.filename if error.filename else ""
-    hint = {errno.ENOSPC: "; free some space or choose another place with -o",
-            errno.EDQUOT: "; free some space or choose another place with -o",
-            errno.EACCES: "; choose another place with -o"}.get(error.errno, "")
-    return "%s%s%s" % (name, _reason(error), hint)
+    name = error.filename2 or error.filename  # of a rename, where it was to lead
+    return "%s%s" % ("%s: " % name if name else "", _reason(error))
+
+
+def _place_hint(error, args):
+    """What to do about an OSError of the place a command writes to."""
+    advice = {errno.ENOSPC: ["free some space"], errno.EDQUOT: ["free some space"],
+              errno.EACCES: [], errno.EROFS: []}.get(error.errno)
+    if advice is None or getattr(args, "output", None) is None or (
+            args.from_file is not None and error.filename == args.from_file):
+        return ""
+    return "; " + " or ".join(advice + ["choose another place with -o"])
 
 
 def _forget_output():

@@ -36,6 +36,7 @@ import json
 import logging
 import lzma
 import os
+import pathlib
 import random
 import re
 import shlex
@@ -6834,11 +6835,20 @@ class PullTest(PullCase):
         self.assertEqual(str(found.digest), image.digest)
         self.assertEqual(self.events[-1].status, "Digest: " + image.digest)
 
+    def test_pull_function_takes_values(self):
+        registry = self.filled(build_image(NET_TARS))
+        for output in (pathlib.Path(self.dest), pathlib.Path(self.dest + ".tar")):
+            imagec.pull(imagec.Reference.parse(registry.host + "/app:1"), output,
+                        platform=imagec.Platform.parse(NET_PLATFORM))
+            self.assertEqual(imagec.Audit().check(str(output)).faults, [])
+
     def test_pull_function_refuses(self):
         for arguments, options in (
                 (("UPPER",), {}), (("app", self.dest, "none"), {}),
                 (("app",), {"platform": "a/b/c/d/e"}), (("app",), {"jobs": 0}),
-                (("app",), {"username": "alice"})):
+                (("app",), {"username": "alice"}), (("app",), {"mirrors": "m.test"}),
+                (("app",), {"token_hosts": "t.test"}), (("app",), {"timeout": 0}),
+                (("app",), {"max_layer_size": -1}), (("app", ""), {})):
             with self.subTest(arguments=arguments, options=options):
                 with self.fails(imagec.UsageError):
                     imagec.pull(*arguments, **dict({"output": self.dest}, **options)
@@ -7929,6 +7939,10 @@ class CredentialsTest(FieldCase):
         run = self.main("auth", "r.test")
         self.assertEqual((run.status, run.out), (5, ""))
         self.assertRegex(run.err, r"\Aimagec: .*docker-credential-none.*\n\Z")
+        with mock.patch.dict(os.environ, IMAGEC_PASSWORD=PASSWORD):
+            run = self.main("auth", "r.test", "-u", "bob")
+        self.assertRegex(run.out, "^r.test: .*bob.*the command line")
+        self.assertNotIn(PASSWORD, run.out)
         run = self.main("auth", "r.test", "--authfile", self.at("none"))
         self.assertEqual((run.status, run.out), (5, ""))
 
@@ -9654,6 +9668,15 @@ class DryRunTest(FieldCase):
                     digest, size, self.origin.host))
             self.assertEqual(lines[3:], [
                 "to fetch: %d bytes; already there: 0" % sum(self.sizes)])
+
+    def test_json(self):
+        line, = self.plan("--json", "-o", self.at("out"), self.ref, self.ref)
+        self.assertEqual(json.loads(line), {
+            "images": ["%s@%s" % (self.ref, self.image.digest)] * 2,
+            "blobs": [{"digest": digest, "size": size, "present": 0,
+                       "from": self.origin.host}
+                      for digest, size in zip(self.image.layers, self.sizes)],
+            "to_fetch": sum(self.sizes), "present": 0})
 
     def test_nothing_is_written(self):
         before = field_files(self.root)
@@ -11460,6 +11483,35 @@ class ArchiveOutputTest(StoredCase):
         members = self.archive("--from-file", listed, one)
         tags = [entry["RepoTags"][0] for entry in self.documents(members)[1]]
         self.assertEqual(tags, [one, two, three])
+
+    def test_from_file_tells_which_line(self):
+        path = self.at("list")
+        for lines, wanted in ((b"\xef\xbb\xbflab/app\nLAB\n", "list, line 2: .*LAB"),
+                              (b"# x\r\n\r\na//b # c\r\n", "list, line 3: .*a//b")):
+            stored_write(path, lines)
+            run = self.pull("-o", self.at("out.tar"), "--from-file", path, expect=2)
+            self.assertRegex(run.err, wanted)
+
+    def test_parents_are_made(self):
+        reference = self.serve(ARCHIVE_TARS)[0]
+        for format, name in (("archive", "a/b/x.tar"), ("rootfs", "c/d/x.tar"),
+                             ("rootfs", "e/f"), ("oci", "g/h"), ("layers", "i/j")):
+            with self.subTest(format=format, name=name):
+                self.pull("-o", self.at(name), "--format", format, reference)
+                self.verify(self.at(name))
+
+    def test_pipe_named_as_a_file(self):
+        # What /dev has free says nothing about who reads from there.
+        reference = self.serve(ARCHIVE_TARS)[0]
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with mock.patch.object(imagec, "existing_parent",
+                               lambda path: self.fail("looked for room at " + path)):
+            try:
+                self.pull("-o", "/dev/fd/%d" % writing, "--format", "archive", reference)
+            finally:
+                os.close(writing)
+        self.assertIn(b"oci-layout", os.read(reading, 1 << 16))
 
     def test_from_file_that_is_no_list(self):
         for data, wanted in ((b"# caf\xe9\n", 2), (b"# only\n", 2), (b"a b\n", 2),
@@ -14053,6 +14105,7 @@ SERVE_LISTENS = (
     ("localhost:0", "http://localhost:"),
     (":0", "http://127.0.0.1:"),
     ("[::1]:0", "http://[::1]:"),
+    ("::1:0", "http://[::1]:"),
 )
 
 SERVE_BAD_LISTENS = ("x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1",
@@ -15318,6 +15371,22 @@ FAILURES = (
     ("no reference", ["pull"], [], 2, "REF"),
     ("unknown format", ["pull", "--format", "floppy", "{ref}"], [], 2, "floppy"),
     ("no job", ["pull", "-j", "0", "{ref}"], [], 2, "at least one"),
+    ("layers of no bytes", ["pull", "--max-layer-size", "0", "{ref}"], [], 2, "over 0"),
+    ("layers of less", ["pull", "--max-layer-size", "-5", "{ref}"], [], 2, "over 0"),
+    ("all platforms of one", ["inspect", "--platform", "all", "{ref}"], [], 1,
+     "one platform"),
+    ("layers of all of one", ["layers", "--platform", "all", "{ref}"], [], 1,
+     "one platform"),
+    ("no path", ["pull", "-o", "", "{ref}"], [], 2, "empty"),
+    ("compressed archive", ["pull", "-o", "{root}/x.tar.gz", "{ref}"], [], 2,
+     "not compressed"),
+    ("compressed, short", ["pull", "-o", "{root}/x.tgz", "{ref}"], [], 2, "FILE.tar"),
+    ("name for a tree", ["pull", "--tag", "a:1", "{ref}"], [], 2, "--tag goes with"),
+    ("name for a root", ["pull", "--tag", "a:1", "--format", "rootfs", "{ref}"], [], 2,
+     "--tag goes with"),
+    ("URL for a registry", ["auth", "https://{host}"], [], 2, "HOST"),
+    ("no registry to look up", ["auth", ""], [], 2, "HOST"),
+    ("registry with a blank", ["auth", "a b"], [], 2, "HOST"),
     ("jobs that are no number", ["pull", "-j", "x", "{ref}"], [], 2, "'x'"),
     ("bad reference", ["pull", "lab/App"], [], 2, "lowercase"),
     ("reference with a newline", ["pull", "lab/app\n"], [], 2, r"lab/app\\+n"),
@@ -15896,6 +15965,15 @@ class StreamTest(ProcessCase):
         process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
                              redirections="<&-")
         self.assert_one_line(self.ended(process), 2, "password")
+        process = self.start("pull", "--from-file", "-", redirections="<&-")
+        self.assert_one_line(self.ended(process), 2, "standard input is closed")
+
+    def test_without_docstrings(self):
+        process = subprocess.Popen(
+            [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref],
+            env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        self.assertEqual(self.ended(process)[:2], (0, self.digest.encode() + b"\n"))
 
     def test_reader_that_has_had_enough(self):
         commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
@@ -15927,11 +16005,14 @@ class StreamTest(ProcessCase):
             [(self.image, ("linux", "b\xe9\u4e2d", None))]))
         many = self.origin.host + "/lab/app:many"
         place = os.fsencode(os.path.join(self.root, "b\xe9"))
+        layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
+        self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
         rows = [(environ, argv, code, self.start(*argv, PYTHONUTF8="0", **environ))
                 for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
                 for argv, code in (
                     (("pull", "-q", "--json", "-o", place, self.ref), 0),
-                    (("pull", "-q", many), 4), ((b"digest", b"b\xc3\xa9\xff"), 2))]
+                    (("pull", "-q", many), 4), ((b"digest", b"b\xc3\xa9\xff"), 2),
+                    ((b"verify", layout), 0))]
         for environ, argv, code, process in rows:
             with self.subTest(environ=environ, argv=argv):
                 ended = self.ended(process)
