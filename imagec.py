@@ -129,6 +129,7 @@ TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
+PATH_MAX = 4096  # bytes of a path; Linux
 
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 WRITE_BEHIND = 4 * MIB  # bytes of a file on its way that wait to be put on disk
@@ -2657,9 +2658,13 @@ class _Kept:
         host, port = address
         if self._socks:
             host, port = self._socks.hostname, self._socks.port or 1080
+        try:
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            error.filename = host  # a proxy's, it may be
+            raise
         error = None
-        for family, kind, protocol, _, target in socket.getaddrinfo(
-                host, port, 0, socket.SOCK_STREAM):
+        for family, kind, protocol, _, target in found:
             rank = _address_rank(target[0])
             if self._allowed is not None and rank > self._allowed:
                 raise UnsafeRedirect(
@@ -3429,7 +3434,7 @@ def _transport_error(error, url, idle_timeout, proxy=None):
             host, printable(error, 100)), retryable=" 50" in str(error))
     if isinstance(error, socket.gaierror):
         return TransportError(
-            "cannot resolve host %s: %s" % (host, _reason(error)),
+            "cannot resolve host %s: %s" % (error.filename or host, _reason(error)),
             "check the name, the DNS and the proxy settings",
             retryable=error.errno == getattr(socket, "EAI_AGAIN", None))
     if isinstance(error, http.client.HTTPException) and not isinstance(
@@ -3865,15 +3870,21 @@ class Endpoint:
                 first = first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
+        if ways[-1][0] == "http" and not isinstance(first, CertificateError):
+            first.hint = None  # to let it be http
         raise first
 
     def _probe_url(self, url):
         with self.transport.open("HEAD", url) as response:
             if response.status not in (200, 401):
+                broken = response.status >= 500
                 error = registry_error(
-                    response, "%s is no registry" % self.host,
+                    response, self.host + (" is out of order" if broken else
+                                           " is no registry"),
                     RegistryError if response.status == 404 else None)
-                error.hint = "check the host name; its /v2/ should answer 200 or 401"
+                if not broken:
+                    error.hint = ("check the host name; its /v2/ should answer 200 or "
+                                  "401")
                 raise error
             final = urllib.parse.urlsplit(response.url)
             home = urllib.parse.urlsplit(url)
@@ -6918,6 +6929,8 @@ def new_output(path, format=None, tag=None, stream=None):
     path = os.fspath(path)
     if not path:
         raise UsageError("the output's path is empty")
+    if len(path) > PATH_MAX:  # os.makedirs would be lost in it
+        raise OutputError(path[:60] + "...", "is longer than %d bytes" % PATH_MAX)
     if format is None and re.search(r"\.(tgz|tar\.\w+)\Z", path):
         raise UsageError("%s: archives are not compressed" % path,
                          "name it FILE.tar, or say which --format it is")
@@ -6972,7 +6985,8 @@ class Shelf:
                 for reader in layers_trees(path):
                     self._add_tree(reader)
         except FileNotFoundError as error:
-            raise OutputError(path, "lacks %s" % error.filename) from None
+            raise OutputError(path, "lacks %s" % error.filename if os.path.exists(path)
+                              else "is not there") from None
         if not self.repositories:
             raise OutputError(path, "holds nothing that could be served")
 

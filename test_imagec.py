@@ -15378,6 +15378,12 @@ FAILURES = (
     ("layers of all of one", ["layers", "--platform", "all", "{ref}"], [], 1,
      "one platform"),
     ("no path", ["pull", "-o", "", "{ref}"], [], 2, "empty"),
+    ("endless path", ["pull", "-o", "x/" * 3000, "{ref}"], [], 1, "longer than"),
+    ("nothing to serve", ["serve", "{root}/none"], [], 1, "none: is not there"),
+    ("proxy that is not there", ["digest", "--proxy", "http://nosuch.invalid:1",
+                                 "r.test/a"], [], 1, "resolve host nosuch.invalid: "),
+    ("registry out of order", ["digest", "{ref}"], [
+        ("HEAD /v2/", status(500), EVER)], 1, "is out of order: .*HTTP 500"),
     ("compressed archive", ["pull", "-o", "{root}/x.tar.gz", "{ref}"], [], 2,
      "not compressed"),
     ("compressed, short", ["pull", "-o", "{root}/x.tgz", "{ref}"], [], 2, "FILE.tar"),
