@@ -6259,7 +6259,7 @@ class Audit:
                 raise SizeMismatch("manifest", descriptor.size, len(raw))
             manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
             if isinstance(manifest, Index):
-                if depth > INDEX_DEPTH_LIMIT:
+                if depth >= INDEX_DEPTH_LIMIT:
                     raise LimitExceeded("indexes nest too deep")
                 for entry in manifest.manifests:
                     self._manifest(reader, entry, depth + 1)
@@ -6605,7 +6605,7 @@ class Session:
                               "pull it without --platform all")
         source = self.source(reference)
         manifests = {}
-        self._descend(source, index, manifests, 0)
+        self._descend(source, index, manifests, 1)
         blobs = {}
         for manifest in manifests.values():
             if isinstance(manifest, Manifest):

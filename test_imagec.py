@@ -4089,6 +4089,19 @@ class LayerVerifierTest(TableCase):
             verifier.update(part)
         self.refused(imagec.InvalidDocument, "corrupt gzip data", verifier.finish)
 
+    def test_faults_where_a_thread_has_taken_over(self):
+        size = 4 * imagec.STAGE_DIRECT
+        data = os.urandom(size)
+        tar = tar_header(size) + data + b"\1" * 512
+        cut = gzip_bytes(tar_header(size) + data + bytes(1024))[:-imagec.STAGE_DIRECT]
+        for blob, words in ((tar, "not a valid tar"), (gzip_bytes(tar), "not a valid"),
+                            (cut, "truncated gzip")):
+            for apart in (True, False):
+                with self.subTest(words=words, apart=apart):
+                    self.refused(imagec.InvalidDocument, words, lambda: unpacked(
+                        [blob[at:at + 65536] for at in range(0, len(blob), 65536)],
+                        apart=apart))
+
     def test_limit(self):
         length = len(LAYER_TAR)
         for name, blob in LAYER_BLOBS + (ZSTD_BLOBS if CAN_ZSTD else ()):
@@ -5973,6 +5986,30 @@ class RegistryTest(NetworkCase):
                 found = self.session().resolve(reference, amd64)
                 self.assertEqual(len(found.indexes), depth)
                 self.assertEqual(str(found.digest), nested.digest)
+        with self.fails(imagec.LimitExceeded, "indexes"):
+            self.session().resolve(reference, "all")
+
+    def test_platform_of_a_later_index(self):
+        arm = build_index([(self.image, ("linux", "arm64", None))])
+        amd = build_index([(self.image, ("linux", "amd64", None))])
+        registry = self.filled(build_index([(arm, None), (amd, None)]))
+        found = self.session().resolve(
+            imagec.Reference.parse(registry.host + "/app:1"),
+            imagec.Platform.parse("linux/amd64"))
+        self.assertEqual([str(index.digest) for index in found.indexes][1:],
+                         [amd.digest])
+
+    def test_all_of_an_index_with_others_in_it(self):
+        for entry, error in (
+                (build_image(NET_TARS, "schema1"), imagec.Unsupported),
+                (_descriptor("text/plain", b"x"), imagec.Unsupported)):
+            odd = isinstance(entry, dict)
+            index = build_index([(self.image, None)] + ([] if odd else [(entry, None)]),
+                                extra_entries=[entry] if odd else [])
+            registry = self.filled(index)
+            with self.fails(error):
+                self.session().resolve(
+                    imagec.Reference.parse(registry.host + "/app:1"), "all")
 
     def test_t54_deep_json(self):
         registry = self.filled()
@@ -12290,6 +12327,27 @@ class AuditTest(StoredCase):
             # What is wrong with an index is told of what it should lead to.
             self.faults(copy, "manifest.json" if word == "index.json" else word)
 
+    def test_diff_ids_that_the_pull_did_not_look_at(self):
+        # Layers kept packed are not unpacked: this is for `verify` to find out.
+        image = build_image([raw_words("a=1"), raw_words("b=2")], rootfs={
+            "type": "layers", "diff_ids": [sha256(raw_words("a=1")), ZEROS]})
+        self.origin.add("lab/app", "1", build_index([(image,
+                                                      ("linux", "amd64", None))]))
+        for format, name in (("oci", "layout"), ("archive", "a.tar")):
+            path = self.at(name)
+            self.pull("--platform", "linux/amd64", "--format", format, "-o", path,
+                      self.reference)
+            self.faults(path, "%s: unpacks to %s, the config says %s" % (
+                image.layers[1][7:], sha256(raw_words("b=2")), ZEROS))
+
+    def test_index_of_an_earlier_image_is_gone(self):
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        self.assertIn("index.json", os.listdir(folder))
+        self.origin.add("lab/app", "1", self.image)
+        self.good("layers", "images")
+        self.assertNotIn("index.json", os.listdir(folder))
+
     def test_image_without_layers(self):
         for kind in ("oci", "docker"):
             self.image = build_image([], kind)
@@ -15371,6 +15429,10 @@ FAILURES = (
     ("no reference", ["pull"], [], 2, "REF"),
     ("unknown format", ["pull", "--format", "floppy", "{ref}"], [], 2, "floppy"),
     ("no job", ["pull", "-j", "0", "{ref}"], [], 2, "at least one"),
+    ("time that is no number", ["digest", "--timeout", "x", "{ref}"], [], 2,
+     "not a number of seconds: x"),
+    ("archive in a directory's place", ["pull", "-o", "{root}", "--format", "archive",
+                                        "{ref}"], [], 1, "is a directory"),
     ("layers of no bytes", ["pull", "--max-layer-size", "0", "{ref}"], [], 2, "over 0"),
     ("layers of less", ["pull", "--max-layer-size", "-5", "{ref}"], [], 2, "over 0"),
     ("all platforms of one", ["inspect", "--platform", "all", "{ref}"], [], 1,
