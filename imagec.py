@@ -4806,7 +4806,7 @@ class Tree:
         while todo:  # again, from the end, for links that stand before their targets
             late = [row for row in todo if not self._add(*row, lost)][::-1]
             passes += 1
-            if len(late) == len(todo) and lost is not taken:
+            if len(late) == len(todo) and taken and lost is not taken:
                 lost = taken  # a link to a file and its whiteout give it a new name
             elif len(late) == len(todo) or passes > _LINK_LIMIT:
                 entry = late[0][0]

@@ -17052,8 +17052,11 @@ class ThreatKillTest(ThreatProcessCase):
         before = threat_files(self.work)
         run = self.hit(format, path, number)
         self.assertNotIn("Traceback", run.err)
-        # Who has said what it pulled may be on its way out: there Python itself obeys.
-        if run.status and not (run.out and run.status == -number):
+        if run.status == -number != -signal.SIGKILL:
+            # All was done, and it on its way out: there Python itself obeys.
+            self.assert_whole(path)
+            self.assert_no_leftovers()
+        elif run.status:
             self.assertIn(run.status, statuses, run.err)
             self.assertEqual(run.err.count("\n"), number != signal.SIGKILL)
         self.assert_only_verified(path)
