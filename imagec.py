@@ -3870,7 +3870,7 @@ class Endpoint:
                 first = first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
-        if ways[-1][0] == "http" and not isinstance(first, CertificateError):
+        if type(first) is TLSError and ways[-1][0] == "http":
             first.hint = None  # to let it be http
         raise first
 
@@ -8170,7 +8170,7 @@ class _LineHandler(logging.Handler):
         lines = [record.getMessage()]
         if record.exc_info:
             lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             if self.bars is not None:
                 stack.enter_context(self.bars.aside())
             for line in lines:

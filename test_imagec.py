@@ -15444,6 +15444,10 @@ FAILURES = (
     ("nothing to serve", ["serve", "{root}/none"], [], 1, "none: is not there"),
     ("proxy that is not there", ["digest", "--proxy", "http://nosuch.invalid:1",
                                  "r.test/a"], [], 1, "resolve host nosuch.invalid: "),
+    ("host that is not there", ["digest", "--insecure-allow-http", "r.invalid/a"], [],
+     1, "resolve host r.invalid: .*; check the name"),
+    ("neither TLS nor HTTP", ["digest", "{ref}"], [
+        ("HEAD /v2/", garbage(b"SSH-2.0-x\r\n"), EVER)], 1, "TLS[^;]*$"),
     ("registry out of order", ["digest", "{ref}"], [
         ("HEAD /v2/", status(500), EVER)], 1, "is out of order: .*HTTP 500"),
     ("compressed archive", ["pull", "-o", "{root}/x.tar.gz", "{ref}"], [], 2,
