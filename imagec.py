@@ -3141,6 +3141,7 @@ class Transport:
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = clock() + timeout
         self.stop = None  # an exception, where all is to end by it
+        self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
         self._idle = collections.defaultdict(list)  # key -> connections, newest last
         self._live = set()
@@ -4493,6 +4494,8 @@ class Download:
                     self._source.transport.check()
                     proof.update(data)
             unpacked = proof.finish() or self._known
+        except FileNotFoundError:
+            return None  # it has just been moved on
         except (VerificationError, InvalidDocument) as error:
             log.warning("%s is corrupt and will be fetched again: %s",
                         self._path, error)
@@ -6803,9 +6806,11 @@ class Puller:
     def _in_parallel(self, actions):
         """Their results, in order; the first error ends the others and comes out."""
         import concurrent.futures
-        name = "pull-%x-" % id(actions)
-        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs, name)
+        transport = self._session.transport
+        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
         futures, good = [], False
+        # What a signal raised inside of threading could leave its locks held for ever.
+        transport.watched = True
         try:
             for action in actions:
                 futures.append(executor.submit(action))
@@ -6815,18 +6820,18 @@ class Puller:
                     futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
                 if any(future.exception() for future in done):
                     break
-                self._session.transport.check()
+                transport.check()
             else:
                 good = True
         finally:
             if not good:
-                self._session.transport.cancel()
+                transport.cancel()
             for future in futures:
                 future.cancel()
             executor.shutdown()
-            for thread in threading.enumerate():
-                if thread.name.startswith(name):  # a signal hid it from the executor
-                    thread.join()
+            transport.watched = False
+        if transport.stop is not None:  # it came after the last look
+            raise transport.stop
         errors = [future.exception() for future in futures if not future.cancelled()]
         if any(errors):
             raise min(filter(None, errors),
@@ -8236,7 +8241,7 @@ def _run(args, handler):
     if not args.quiet:
         progress = new_progress(getattr(args, "progress", "none"), sys.stderr)
         handler.bars = progress if isinstance(progress, BarProgress) else None
-    with new_session(args, progress) as session, _terminating(session.transport):
+    with new_session(args, progress) as session, _ending(session.transport):
         args.run(args, session)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -8244,25 +8249,30 @@ def _run(args, handler):
 
 
 @contextlib.contextmanager
-def _terminating(transport):
-    """SIGTERM unwinds the stack, so that nothing half-made stays behind."""
+def _ending(transport):
+    """SIGTERM and Ctrl-C unwind the stack, so that nothing half-made stays behind."""
     import signal
 
-    def terminate(number, _frame):
-        signal.signal(number, signal.SIG_IGN)  # who clears up is not to be cut short
+    def end(number, _frame):
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # clearing up is not to be cut short
         # Raised in a finalizer, Python drops it: the next check finds it again.
-        transport.stop = Terminated()
-        raise transport.stop
+        transport.stop = Terminated() if number == signal.SIGTERM else (
+            KeyboardInterrupt())
+        if not transport.watched:
+            raise transport.stop
 
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, terminate)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, end)
     except ValueError:  # not the main thread
-        yield
-        return
+        pass
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _local_words(error):

@@ -15607,7 +15607,8 @@ class CommandLineFailureTest(CommandLineCase):
         self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
         self.assert_nothing_final()
 
-    def test_t122_a_signal_while_workers_start(self):
+    @unittest.skipUnless(os.name == "posix", "needs POSIX signals")
+    def test_t122_t123_a_signal_while_workers_start(self):
         start, begun = threading.Thread.start, []
 
         def struck(thread):
@@ -15615,20 +15616,23 @@ class CommandLineFailureTest(CommandLineCase):
             if threading.current_thread() is threading.main_thread():
                 begun.append(thread)
                 if len(begun) == 1:
-                    raise KeyboardInterrupt
+                    os.kill(os.getpid(), number)
 
         fault = self.origin.fault("/blobs/(?!%s)" % sha256(self.image.config), hang(),
                                   EVER)
-        for format in imagec.OUTPUTS:
-            with self.subTest(format), mock.patch.object(threading.Thread, "start",
-                                                         struck):
-                del begun[:]
-                ended = self.pull("-q", "--timeout", "5", "--format", format,
-                                  "-o", self.output + format, self.ref)
-                self.assertEqual(ended.status, 130, ended.err)
-                self.assertFalse([thread for thread in begun if thread.is_alive()])
-                self.assert_nothing_final()
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            for format in imagec.OUTPUTS:
+                with self.subTest(format=format, signal=number), \
+                        mock.patch.object(threading.Thread, "start", struck):
+                    del begun[:]
+                    out = "%s%d%s" % (self.output, number, format)
+                    ended = self.pull("-q", "--timeout", "5", "--format", format,
+                                      "-o", out, self.ref)
+                    self.assertEqual(ended.status, status, ended.err)
+                    self.assertTrue(begun)
+                    self.assertFalse([one for one in begun if one.is_alive()])
         retire([fault])
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
 
     def test_denials(self):
         for what, options, stdin, auth, words in DENIALS:
@@ -16001,7 +16005,7 @@ class SignalTest(ProcessCase):
     def test_t123_terminated_twice(self):
         done = []
         with self.assertRaises(imagec.Terminated):
-            with imagec._terminating(imagec.Transport()):
+            with imagec._ending(imagec.Transport()):
                 try:
                     os.kill(os.getpid(), signal.SIGTERM)
                 finally:
