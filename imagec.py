@@ -130,6 +130,7 @@ TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 PATH_MAX = 4096  # bytes of a path; Linux
+PATH_PARTS_LIMIT = 500  # directories of a path; os.makedirs calls itself for each
 
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 WRITE_BEHIND = 4 * MIB  # bytes of a file on its way that wait to be put on disk
@@ -6133,7 +6134,7 @@ class TarReader(Reader):
         return self._regions[name]
 
 
-def layers_trees(path, onerror=_raise):
+def layers_trees(path, onerror):
     """Yields a reader of each image that the `layers` format keeps below `path`.
 
     `onerror(OSError)` hears of directories that cannot be read.
@@ -6147,7 +6148,7 @@ def layers_trees(path, onerror=_raise):
 
 def tree_documents(reader):
     """The decoded documents of a layers tree, outermost first; the last has layers."""
-    indexes = sorted((name for name in reader.names()
+    indexes = sorted((name for name in os.listdir(reader.path)
                       if re.fullmatch(r"index(\.[0-9]+)?\.json", name)),
                      key=lambda name: (len(name), name))
     return [decode_manifest(reader.read(name)) for name in indexes + ["manifest.json"]]
@@ -6156,9 +6157,8 @@ def tree_documents(reader):
 class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
-    `images` and `blobs` count what was found good or bad; `unchecked` says what could
-    not be looked into here (a codec this host has not, a file of a root file system
-    that only its owner may read), `unread` what should have been, but may not be read.
+    `images` and `blobs` count what was found good or bad; `unchecked` says what was not
+    looked into (no codec, a private file of a root), `unread` what should have been.
     """
 
     def __init__(self):
@@ -6240,9 +6240,10 @@ class Audit:
             self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
             for entry in entries:
                 self._manifest(reader, entry, 0)
+        names = None
         with self._noting("directory"):
             names = reader.names()
-        if self.unread:
+        if names is None or self.unread:
             return  # what they would lead to is no more "extra" than it is good
         if "manifest.json" in names:
             with self._noting("manifest.json"):
@@ -6317,9 +6318,12 @@ class Audit:
     # -- layers trees
 
     def _check_layers_trees(self, path):
-        for reader in layers_trees(
-                path, lambda error: self.unread.append(os.path.relpath(error.filename,
-                                                                       path))):
+        def closed(error):
+            if not isinstance(error, PermissionError):
+                raise error
+            self.unread.append(os.path.relpath(error.filename, path))
+
+        for reader in layers_trees(path, closed):
             self._within = os.path.relpath(reader.path, path) + "/"
             self._layers_tree(reader)
         if not (self.images or self.unread):
@@ -6355,8 +6359,7 @@ class Audit:
         unpacked = self._blob(reader, layer.blob, name + ".tar", True)
         self._diff_id(name + ".tar", unpacked, layer.diff_id)
         if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
-            self._fault(UNPACKED, "is wrong about %s.tar: delete it, and pull again"
-                        % name)
+            self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
@@ -6501,7 +6504,7 @@ class Session:
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
-        if timeout <= 0 or max_layer_size <= 0:
+        if not (timeout > 0 and max_layer_size > 0):  # nor NaN
             raise UsageError("a timeout of %s seconds, layers of %s bytes: both limits "
                              "must be over 0" % (timeout, max_layer_size))
         if isinstance(mirrors, str) or isinstance(token_hosts, str):
@@ -6931,11 +6934,12 @@ def new_output(path, format=None, tag=None, stream=None):
 
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     if not path:
         raise UsageError("the output's path is empty")
-    if len(path) > PATH_MAX:  # os.makedirs would be lost in it
-        raise OutputError(path[:60] + "...", "is longer than %d bytes" % PATH_MAX)
+    if len(os.fsencode(path)) > PATH_MAX or path.count(os.sep) > PATH_PARTS_LIMIT:
+        raise OutputError(path[:60] + "...", "is longer than %d bytes or deeper than "
+                          "%d directories" % (PATH_MAX, PATH_PARTS_LIMIT))
     if format is None and re.search(r"\.(tgz|tar\.\w+)\Z", path):
         raise UsageError("%s: archives are not compressed" % path,
                          "name it FILE.tar, or say which --format it is")
@@ -6980,6 +6984,8 @@ class Shelf:
         self._lock = threading.Lock()
         if path is None:
             return
+        if not os.path.exists(path):
+            raise OutputError(path, "is not there")
         try:
             if os.path.isfile(path):
                 with naming(path):
@@ -6987,11 +6993,11 @@ class Shelf:
             elif os.path.isfile(os.path.join(path, "oci-layout")):
                 self._add_layout(Reader(path), path)
             else:
-                for reader in layers_trees(path):
+                for reader in layers_trees(path, lambda error: log.warning(
+                        "passed over: %s: %s", error.filename, error.strerror)):
                     self._add_tree(reader)
         except FileNotFoundError as error:
-            raise OutputError(path, "lacks %s" % error.filename if os.path.exists(path)
-                              else "is not there") from None
+            raise OutputError(path, "lacks %s" % error.filename) from None
         if not self.repositories:
             raise OutputError(path, "holds nothing that could be served")
 
@@ -7836,13 +7842,15 @@ def read_list(path):
         raise UsageError("--from-file -, but standard input is closed")
     references = []
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8-sig") as file:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                line = line.partition("#")[0].strip()
+                # What Windows puts before the first may come through a pipe, too.
+                line = line.lstrip("\ufeff").partition("#")[0].strip()
                 if line:
                     references.append(Reference.parse(line))
     except InvalidReference as error:
-        error.message = "%s, line %d: %s" % (path, number, error.message)
+        error.message = "%s, line %d: %s" % (
+            "standard input" if path == "-" else path, number, error.message)
         raise
     except UnicodeDecodeError:
         raise UsageError("%s: not a list of references in UTF-8" % path) from None
@@ -7869,8 +7877,9 @@ def run_serve(args, session):
             args.path, "https" if args.tls_cert else "http",
             "[%s]" % host if ":" in host else host, server.server_address[1],
             ", ".join(shelf.catalog())))
-        while True:
+        while session.transport.stop is None:
             time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
+        raise session.transport.stop
 
 
 def run_selftest(args, session):
@@ -7936,8 +7945,7 @@ def run_inspect(args, session):
     if args.config:
         if image.config is None:
             raise Unsupported("%s is a schema1 image or an index: it has no config"
-                              % (args.reference,),
-                              "see its layers' v1 JSON with inspect --raw")
+                              % (args.reference,), "see what it has with inspect --raw")
         return write_bytes(image.config.raw)
     print(json.dumps(inspection(image), indent=2))
 
@@ -8175,7 +8183,7 @@ class _LineHandler(logging.Handler):
         lines = [record.getMessage()]
         if record.exc_info:
             lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
             if self.bars is not None:
                 stack.enter_context(self.bars.aside())
             for line in lines:

@@ -6885,7 +6885,8 @@ class PullTest(PullCase):
                 (("app",), {"platform": "a/b/c/d/e"}), (("app",), {"jobs": 0}),
                 (("app",), {"username": "alice"}), (("app",), {"mirrors": "m.test"}),
                 (("app",), {"token_hosts": "t.test"}), (("app",), {"timeout": 0}),
-                (("app",), {"max_layer_size": -1}), (("app", ""), {})):
+                (("app",), {"max_layer_size": -1}), (("app", ""), {}),
+                (("app",), {"timeout": float("nan")})):
             with self.subTest(arguments=arguments, options=options):
                 with self.fails(imagec.UsageError):
                     imagec.pull(*arguments, **dict({"output": self.dest}, **options)
@@ -12391,7 +12392,7 @@ class AuditTest(StoredCase):
         ("layers", "/manifest.json", "manifest.json"),
         ("layers", "/config.json", "config.json"), ("layers", "/{i0}.tar", "{i0}.tar"),
         ("layers", "/{i1}.json", "{i1}.json"), ("layers", "/v2/lab", "/v2/lab"),
-        ("layers", "place", "[.];"),
+        ("layers", "place", "[.];"), ("layers", "{i0}/{i0}.tar", "{i0}.tar;"),
     )
 
     def test_what_may_not_be_read_is_not_called_good(self):
@@ -12412,6 +12413,21 @@ class AuditTest(StoredCase):
                     mock.patch.object(imagec, "open", refusing(open), create=True), \
                     mock.patch.object(os, "scandir", refusing(os.scandir)):
                 self.one_line(path, "no permission.*" + word.format(**self.words))
+
+    def test_directory_that_goes_away_meanwhile(self):
+        path = self.good("oci", "layout")
+
+        def gone(place):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", place)
+
+        with mock.patch.object(os, "scandir", gone):
+            self.faults(path, "directory: missing")
+
+    def test_disk_that_fails_is_no_lack_of_permission(self):
+        path = self.good("layers", "images")
+        failing = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", path))
+        with mock.patch.object(os, "scandir", failing):
+            self.one_line(path, "Input/output error")
 
     def test_what_is_nothing_to_check(self):
         for path, word in (("", "''"), ("none", "not there"),
@@ -13159,6 +13175,21 @@ SERVE_TREES = (
 
 class ShelfTest(ServeCase):
     """What is on the shelf, and under which names."""
+
+    def test_directory_that_may_not_be_read_is_passed_over(self):
+        closed, listing = os.path.join(self.tree, "lost+found"), os.scandir
+        os.mkdir(closed)
+        self.addCleanup(os.rmdir, closed)
+
+        def refuse(place):
+            if place == closed:
+                raise PermissionError(errno.EACCES, "Permission denied", place)
+            return listing(place)
+
+        with mock.patch.object(os, "scandir", refuse), \
+                self.assertLogs(imagec.log, "WARNING") as logs:
+            self.assertIn("lab/oci", imagec.Shelf(self.tree).catalog())
+        self.assertIn("lost+found", logs.output[0])
 
     def test_tables_are_not_empty(self):
         self.assertTrue(SERVE_RANGES and SERVE_NAMES and SERVE_TREES)
@@ -15441,6 +15472,7 @@ FAILURES = (
      "one platform"),
     ("no path", ["pull", "-o", "", "{ref}"], [], 2, "empty"),
     ("endless path", ["pull", "-o", "x/" * 3000, "{ref}"], [], 1, "longer than"),
+    ("deep path", ["pull", "-o", "x/" * 1900 + "x.tar", "{ref}"], [], 1, "deeper than"),
     ("nothing to serve", ["serve", "{root}/none"], [], 1, "none: is not there"),
     ("proxy that is not there", ["digest", "--proxy", "http://nosuch.invalid:1",
                                  "r.test/a"], [], 1, "resolve host nosuch.invalid: "),
@@ -16041,6 +16073,12 @@ class StreamTest(ProcessCase):
         process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
                              redirections="<&-")
         self.assert_one_line(self.ended(process), 2, "password")
+        listed = os.path.join(self.root, "list")
+        with open(listed, "wb") as file:
+            file.write(b"\xef\xbb\xbf" + self.ref.encode() + b"\r\nUPPER\r\n")
+        process = self.start("pull", "--from-file", "-",
+                             redirections="<" + shlex.quote(listed))
+        self.assert_one_line(self.ended(process), 2, "standard input, line 2: .*UPPER")
         process = self.start("pull", "--from-file", "-", redirections="<&-")
         self.assert_one_line(self.ended(process), 2, "standard input is closed")
 
