@@ -16034,6 +16034,14 @@ class SignalTest(ProcessCase):
         # The second may come when Python is on its way out and obeys it by itself.
         self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
 
+    def test_ignored_interrupt(self):
+        # As of a job in the background: Ctrl-C in its terminal is not meant for it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        with imagec._ending(imagec.Transport()):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+
     def test_t123_terminated_twice(self):
         done = []
         with self.assertRaises(imagec.Terminated):
