@@ -7842,7 +7842,7 @@ def read_list(path):
         raise UsageError("--from-file -, but standard input is closed")
     references = []
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
+        with utf8_input() if path == "-" else open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 # What Windows puts before the first may come through a pipe, too.
                 line = line.lstrip("\ufeff").partition("#")[0].strip()
@@ -7855,6 +7855,12 @@ def read_list(path):
     except UnicodeDecodeError:
         raise UsageError("%s: not a list of references in UTF-8" % path) from None
     return references
+
+
+def utf8_input():
+    """Standard input as UTF-8, whatever the locale (3.6 takes C for ASCII)."""
+    binary = getattr(sys.stdin, "buffer", None)
+    return sys.stdin if binary is None else io.TextIOWrapper(binary, "utf-8")
 
 
 def run_serve(args, session):
