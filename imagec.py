@@ -43,7 +43,6 @@ import hashlib
 import http.client
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -808,7 +807,7 @@ class Descriptor(NamedTuple):
     """A pointer to content (OCI image-spec, descriptor.md).
 
     `size` is in bytes, None where the manifest does not say (schema1). `platform` is
-    None where there is none; `urls` are where a foreign layer may also be found.
+    None where there is none; `urls` are where a foreign layer is, which is not asked.
     """
 
     media_type: str
@@ -4059,8 +4058,8 @@ class Registry(Endpoint):
         """A Response with the bytes of a Descriptor's blob from `offset` on.
 
         Its status is 206 where the server honours the offset, 200 where it sends all,
-        416 where it has nothing there. A foreign layer that the registry does not have
-        is asked of the descriptor's https URLs, without credentials (CVE-2020-15157).
+        416 where it has nothing there. The URLs of a foreign layer are not followed:
+        any manifest may name them (CVE-2020-15157), only old Windows images do.
         """
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
         expected = (200, 206, 416) if offset else (200,)
@@ -4069,26 +4068,11 @@ class Registry(Endpoint):
             return self._exchange(
                 "GET", "%s/blobs/%s" % (repository, str(descriptor.digest)),
                 repository, what, headers, expected)
-        except RegistryError as error:
-            if error.status not in (403, 404) or not descriptor.urls:
-                raise
-            return self._open_foreign(descriptor.urls, what, headers, expected, error)
-
-    def _open_foreign(self, urls, what, headers, expected, error):
-        for url in urls:
-            try:
-                if checked_url(url).scheme != "https":
-                    raise UnsafeRedirect("a foreign layer's URL that is not https: "
-                                         + bare_url(url))
-                response = self.transport.open("GET", url, headers, trusting=_PUBLIC)
-                if response.status in expected:
-                    return response
-                error = registry_error(response, what)
-                response.close()
-            except TransportError as reason:
-                self.transport.check()
-                error = reason
-        raise error
+        except NotFound as error:
+            if descriptor.urls:
+                error.hint = ("it is a foreign layer, which its maker keeps on servers "
+                              "of his own: pull from a registry that has it")
+            raise
 
     def tags(self, repository):
         """Yields a repository's tags page by page (distribution-spec, "Listing Tags").
@@ -4629,9 +4613,8 @@ class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
     The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
-    file of its own in it. `entries` lists (Entry, its data or None, the bytes of that's
-    sha256 or None); data is (this store, where in it), small because there may be
-    millions.
+    file of its own in it. `entries` lists (Entry, its data or None); data is (this
+    store, where in it), small because there may be millions.
     """
 
     def __init__(self, directory):
@@ -4655,7 +4638,7 @@ class LayerStore:
             self._holes = [(0, entry.size)] if entry.sparse is None else list(
                 reversed(entry.sparse))
             self._at = 0  # in the file, holes included
-        self.entries.append((entry._replace(sparse=None), data, None))
+        self.entries.append((entry._replace(sparse=None), data))
 
     def data(self, data):
         """What a member stores, holes left out."""
@@ -4679,10 +4662,9 @@ class LayerStore:
 
     def _end(self):
         if self._file is not None:
-            entry, data, _ = self.entries[-1]
             with naming_file(self._file.name):
-                self._zeros(entry.size)
-                self.entries[-1] = (entry, data, self._whole())
+                self._zeros(self.entries[-1][0].size)
+                self._whole()
             self._file = None
 
     def finish(self):
@@ -4704,33 +4686,25 @@ class LayerStore:
         """Makes a place for a member's data: where it is."""
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._file, self._hash = open(path, "xb", buffering=0), hashlib.sha256()
+        self._file = open(path, "xb", buffering=0)
         return number
 
     def _put(self, data):
         view = memoryview(data)
         while len(view):
             view = view[self._file.write(view):]
-        self._hash.update(data)
 
     def _skip(self, count):
-        """A hole: nothing is written, but it counts in the hash."""
+        """A hole: nothing is written."""
         self._file.truncate(self._file.seek(count, os.SEEK_CUR))
-        zeros = bytes(min(CHUNK, count))
-        while count:
-            self._hash.update(memoryview(zeros)[:count])
-            count -= min(count, len(zeros))
 
     def _whole(self):
-        """The sha256 of the member's data."""
+        """The member's data has passed."""
         self._file.close()
-        return self._hash.digest()
 
 
 class LayerPack(LayerStore):
-    """A LayerStore that keeps all data in one file, for making files costs most; and
-    does not hash it, for nobody asks what is in a tar file by file.
-    """
+    """A LayerStore that keeps all data in one file, for making files costs most."""
 
     def __init__(self, directory):
         super().__init__(directory)
@@ -4763,19 +4737,19 @@ class LayerPack(LayerStore):
         self._pack.seek(count, os.SEEK_CUR)
 
     def _whole(self):
-        return None
+        """Another member's data may follow in the file."""
 
 
 class Node:
-    """An inode of the tree: its Entry, data and sha256 (see LayerStore), any children.
+    """An inode of the tree: its Entry, its data (see LayerStore), any children.
 
     `linked` tells that a hard link to it was made.
     """
 
-    __slots__ = ("entry", "data", "sha256", "children", "linked")
+    __slots__ = ("entry", "data", "children", "linked")
 
-    def __init__(self, entry, data=None, sha256=None):
-        self.entry, self.data, self.sha256 = entry, data, sha256
+    def __init__(self, entry, data=None):
+        self.entry, self.data = entry, data
         self.children = {} if entry.kind == "dir" else None
         self.linked = False
 
@@ -4797,11 +4771,11 @@ class Tree:
         InvalidDocument, LimitExceeded.
         """
         if any(entries is earlier for earlier in self._applied):
-            self.shared.update(data for _, data, _ in entries if data is not None)
+            self.shared.update(data for _, data in entries if data is not None)
         self._applied.append(entries)
         hidden = [parts for parts in map(self._parts, (row[0].path for row in entries))
                   if parts and parts[-1].startswith(_WHITEOUT)]
-        own = {self._parts(entry.path) for entry, _, _ in entries
+        own = {self._parts(entry.path) for entry, _ in entries
                if hidden and entry.kind == "dir"}
         taken = {}  # what whiteouts took away, by path
         for parts in hidden:
@@ -4898,7 +4872,7 @@ class Tree:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
         return trail[-1]
 
-    def _add(self, entry, data, sha256, lost):
+    def _add(self, entry, data, lost):
         """Puts a member in place; False for a hard link whose target is not there.
 
         `lost` are files by path that may be linked to though they are there no more.
@@ -4925,7 +4899,7 @@ class Tree:
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.entry = entry
         else:
-            parent.children[parts[-1]] = Node(entry, data, sha256)
+            parent.children[parts[-1]] = Node(entry, data)
         return True
 
     def _target(self, link):
@@ -5159,38 +5133,6 @@ def _entry_header(entry, name):
     size = entry.size if entry.kind == "file" else 0
     return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid,
                       entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
-
-
-def mtree_lines(tree):
-    """The Tree as mtree(5) lines: what is where, its mode, size, link and digest."""
-    yield "#mtree\n"
-    yield _mtree_line(b".", tree.root)
-    for path, node in tree.walk():
-        yield _mtree_line(b"./" + path, node)
-
-
-def _mtree_line(path, node):
-    entry = node.entry
-    words = [_vis(path),
-             "type=%s" % ("link" if entry.kind == "symlink" else entry.kind),
-             "mode=%04o" % entry.mode, "uid=%d" % entry.uid, "gid=%d" % entry.gid]
-    if entry.kind == "file":
-        words += ["size=%d" % entry.size, "sha256digest=" + (
-            node.sha256 or hashlib.sha256().digest()).hex()]
-    if entry.kind == "symlink":
-        words.append("link=" + _vis(entry.link))
-    return " ".join(words) + "\n"
-
-
-def _vis(name):
-    """A name as mtree wants it: what is not plain ASCII in octal, as vis(3) does."""
-    return "".join(chr(byte) if 33 <= byte < 127 and byte not in b"#\\=" else
-                   "\\%03o" % byte for byte in name)
-
-
-def _unvis(text):
-    return re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]),
-                  text.encode("ascii"))
 
 
 # --------------------------------------------------------------------------------------
@@ -5874,8 +5816,7 @@ def _holds(file, blob):
 class RootfsOutput(Output):
     """The image's file system: a directory, or one flattened tar of it.
 
-    A directory comes with PATH.mtree beside it, which says what was put there. Layers
-    are unpacked side by side into a staging directory; Tree makes them one.
+    Layers are unpacked side by side into a staging directory; Tree makes them one.
     """
 
     format = "rootfs"
@@ -5904,9 +5845,6 @@ class RootfsOutput(Output):
                 and not os.listdir(path)):
             raise OutputError(path, "is there already, and not an empty directory",
                               "choose another place with -o")
-        if not self._tar and os.path.isdir(path.rstrip("/") + ".mtree"):
-            raise OutputError(path.rstrip("/") + ".mtree",
-                              "is there and is a directory")
 
     def open(self, image):
         if image.platform.os == "windows":
@@ -5949,7 +5887,7 @@ class RootfsOutput(Output):
             with naming("layer %s" % str(layer.blob.digest)):
                 tree.apply(self._stores[layer.blob.digest].entries)
         if self._tar:
-            self._write_sealed(tree)
+            self._write_tar(tree)
         else:
             self._write_directory(tree)
         remove_tree(self._staging)
@@ -5961,12 +5899,6 @@ class RootfsOutput(Output):
         writer = TreeWriter(tree)
         root = os.path.join(self._staging, "root")
         writer.write(root)
-        with Partial(self.path.rstrip("/") + ".mtree") as partial:
-            partial.truncate()
-            lines = mtree_lines(tree)  # all at once are many MiB
-            for some in iter(lambda: "".join(itertools.islice(lines, 1000)), ""):
-                partial.write(some.encode("ascii"))
-            partial.commit()
         if os.path.isdir(self.path):
             os.rmdir(self.path)
         os.rename(root, self.path)
@@ -5975,10 +5907,8 @@ class RootfsOutput(Output):
         for words, count in sorted(writer.undone.items()):
             log.warning("%s: %s: %d", self.path, words, count)
 
-    def _write_sealed(self, tree):
-        """The tree as a tar that is sealed with the digest of what is in it."""
-        target, digest, pending = self._target, hashlib.sha256(), bytearray()
-        hashing = Stage(_Sink(digest.update, lambda: None))
+    def _write_tar(self, tree):
+        target, pending = self._target, bytearray()
 
         def write(data):
             pending.extend(data)
@@ -5986,18 +5916,13 @@ class RootfsOutput(Output):
                 flush()
 
         def flush():
-            block = bytes(pending)
+            target.write(bytes(pending))
             del pending[:]
-            hashing.update(block)
-            target.write(block)
             target.write_behind()
 
-        try:
-            write_tree_tar(tree, write)
-            flush()
-        finally:
-            hashing.finish()
-        target.write(seal(digest.hexdigest()))
+        write_tree_tar(tree, write)
+        write(bytes(2 * TAR_BLOCK))
+        flush()
 
     def abandon(self):
         if self._ours and os.path.isdir(self._staging):
@@ -6007,14 +5932,6 @@ class RootfsOutput(Output):
         if self._target is not None:
             self._target.discard()
             self._target.close()
-
-
-def seal(sha256):
-    """How a flattened tar ends: the end-of-archive blocks, and in a block behind them,
-    where no reader of tars looks, what all before them must hash to.
-    """
-    return bytes(2 * TAR_BLOCK) + (
-        b"imagec sha256:%s\n" % sha256.encode("ascii")).ljust(TAR_BLOCK, b"\0")
 
 
 def recompress(path, blob, place):
@@ -6154,11 +6071,15 @@ def tree_documents(reader):
     return [decode_manifest(reader.read(name)) for name in indexes + ["manifest.json"]]
 
 
+#: What to say of the rest, an unpacked root file system among it.
+_VERIFIABLE = "what verify can check is a layers tree, an OCI layout or an archive"
+
+
 class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec, a private file of a root), `unread` what should have been.
+    looked into (no codec), `unread` what should have been.
     """
 
     def __init__(self):
@@ -6168,7 +6089,10 @@ class Audit:
         self._seen = {}  # (path, name, size, whether to unpack) -> Unpacked or None
 
     def check(self, path):
-        """Re-checks what stands at `path`. Raises OutputError where it is nothing."""
+        """Re-checks what stands at `path`.
+
+        Raises OutputError where nothing does, UsageError where it cannot be checked.
+        """
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
@@ -6179,8 +6103,6 @@ class Audit:
             raise OutputError(path, "is neither a file nor a directory")
         elif os.path.isfile(os.path.join(path, "oci-layout")):
             self._check_layout(Reader(path))
-        elif os.path.isfile(path.rstrip("/") + ".mtree"):
-            self._check_rootfs(path)
         else:
             self._check_layers_trees(path)
         return self
@@ -6306,14 +6228,13 @@ class Audit:
                                           % printable(tag, 100))
 
     def _check_tar(self, path):
+        reader = None
         with self._noting("content"):
             reader = TarReader(path)
-            names = reader.names()
-            if "oci-layout" in names:
-                self._check_layout(reader)
-            else:
-                self.images += 1
-                check_seal(path)
+        if reader is not None:
+            if "oci-layout" not in reader.names():
+                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
+            self._check_layout(reader)
 
     # -- layers trees
 
@@ -6327,7 +6248,7 @@ class Audit:
             self._within = os.path.relpath(reader.path, path) + "/"
             self._layers_tree(reader)
         if not (self.images or self.unread):
-            raise OutputError(path, "holds nothing that a pull wrote")
+            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
 
     def _layers_tree(self, reader):
         self.images += 1
@@ -6363,95 +6284,6 @@ class Audit:
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
-
-    # -- root file systems
-
-    def _check_rootfs(self, path):
-        """Holds a directory against the mtree written beside it."""
-        self.images += 1
-        with open(path.rstrip("/") + ".mtree", "r", encoding="ascii",
-                  errors="backslashreplace") as file:
-            lines = [_MTREE_LINE.fullmatch(line) for line in file if line[:1] != "#"]
-        if None in lines:
-            self.faults.append("%s.mtree: is not what a pull wrote" % path)
-            return
-        wanted = {line.group("name"): line.groupdict() for line in lines}
-        base = os.fsencode(path)
-        found, closed = {b"."}, []
-        for directory, names, files in os.walk(
-                base, onerror=lambda error: closed.append(
-                    os.path.join(b".", os.path.relpath(error.filename, base), b""))):
-            found.update(
-                os.path.join(b".", os.path.relpath(os.path.join(directory, name), base))
-                for name in names + files)
-        for name, facts in sorted(wanted.items()):
-            place = _unvis(name)
-            if place.startswith(tuple(closed)):
-                self.unchecked.append("%s: not ours to read" % name)
-                continue
-            if place not in found:
-                if facts["type"] not in ("char", "block"):  # only root can make them
-                    self.faults.append("%s: missing" % name)
-                continue
-            found.discard(place)
-            self.blobs += 1
-            with self._noting(name):
-                try:
-                    fault = _differs(os.path.join(base, place), facts)
-                except PermissionError:
-                    self.unchecked.append("%s: not ours to read" % name)
-                    continue
-                if fault:
-                    self.faults.append("%s: %s" % (name, fault))
-        self.faults += ["%s: extra" % _vis(name) for name in sorted(found)]
-
-
-def check_seal(path):
-    """Raises VerificationError unless a flattened tar is what its seal says.
-
-    Raises OutputError where it has none.
-    """
-    size = max(0, os.path.getsize(path) - len(seal("0" * 64)))
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for data in pieces(file, size):
-            digest.update(data)
-        end = file.read()
-    if b"imagec sha256:" not in end:
-        raise OutputError(path, "is no tar that a pull wrote")
-    if end != seal(digest.hexdigest()):
-        raise VerificationError("its content is not what was written")
-
-
-_MTREE_LINE = re.compile(  # what mtree_lines writes
-    r"(?P<name>[!-~]+) "
-    r"type=(?:(?P<type>dir|char|block|fifo|file(?= .* sha)|link(?= .* li))) "
-    r"mode=(?P<mode>[0-7]{4}) uid=[0-9]+ gid=[0-9]+(?: size=(?P<size>[0-9]+) "
-    r"sha256digest=(?P<sha256digest>[a-f0-9]{64})| link=(?P<link>[!-~]*))?\n")
-
-
-def _differs(place, facts):
-    """How a file differs from its mtree facts, None where it does not."""
-    status = os.lstat(place)
-    kinds = {"file": stat.S_ISREG, "dir": stat.S_ISDIR, "link": stat.S_ISLNK,
-             "char": stat.S_ISCHR, "block": stat.S_ISBLK, "fifo": stat.S_ISFIFO}
-    if not kinds[facts["type"]](status.st_mode):
-        return "is no %s" % facts["type"]
-    if facts["type"] == "link":
-        return (None if os.readlink(place) == _unvis(facts["link"]) else
-                "links elsewhere")
-    if "%04o" % stat.S_IMODE(status.st_mode) != facts["mode"]:
-        return "mode %04o, expected %s" % (stat.S_IMODE(status.st_mode), facts["mode"])
-    if facts["type"] != "file":
-        return None
-    if status.st_size != int(facts["size"]):
-        return "%d bytes, expected %s" % (status.st_size, facts["size"])
-    digest = hashlib.sha256()
-    with open(place, "rb") as file:
-        for data in pieces(file):
-            digest.update(data)
-    return (None if digest.hexdigest() == facts["sha256digest"] else
-            "its content differs")
 
 
 # --------------------------------------------------------------------------------------
@@ -7590,7 +7422,7 @@ def pull_test_images(directory, tls):
                 path = os.path.join(directory, "%s-%s" % (format, tag))
                 path += ".tar" if format == "archive" else ""
                 image = pull("%s:%s" % (name, tag), path, format, **options)
-                faults = Audit().check(image.path).faults
+                faults = format != "rootfs" and Audit().check(image.path).faults
                 if faults:
                     raise VerificationError("; ".join(faults))
             yield format
@@ -8136,7 +7968,7 @@ COMMANDS = {
              help="a registry to look at too")]),
     "verify": (run_verify, "re-check, offline, what a pull wrote", [
         _row("path", metavar="PATH",
-             help="a layers tree, layout, archive or rootfs")]),
+             help="a layers tree, layout or archive")]),
     "tags": (run_tags, "list a repository's tags", [
         _row("reference", type=_argument(Reference.parse), metavar="REPO",
              help="[HOST[:PORT]/]REPOSITORY")]),

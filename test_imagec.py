@@ -1743,6 +1743,20 @@ class TableCase(unittest.TestCase):
         self.assertEqual(strays, [])
 
 
+def faults_of(path):
+    """What verify finds at a place; of a root file system, that nothing is cut off."""
+    try:
+        return imagec.Audit().check(path).faults
+    except imagec.UsageError:
+        if os.path.isdir(path):
+            return []
+        with open(path, "rb") as file, tarfile.open(path) as tar:
+            data = file.read()
+            last = max(tar.getmembers(), key=lambda member: member.offset)
+            end = last.offset_data + -(-last.size // 512) * 512
+            return [] if data[end:] == bytes(1024) else [path + ": cut short"]
+
+
 def outcome(call, *args, **options):
     """What a call returns, or the error it raises; none but ImagecError may."""
     try:
@@ -6877,7 +6891,7 @@ class PullTest(PullCase):
         for output in (pathlib.Path(self.dest), pathlib.Path(self.dest + ".tar")):
             imagec.pull(imagec.Reference.parse(registry.host + "/app:1"), output,
                         platform=imagec.Platform.parse(NET_PLATFORM))
-            self.assertEqual(imagec.Audit().check(str(output)).faults, [])
+            self.assertEqual(faults_of(str(output)), [])
 
     def test_pull_function_refuses(self):
         for arguments, options in (
@@ -7222,9 +7236,12 @@ class PullTest(PullCase):
         registry = self.filled(image, auth="basic")
         data = json.dumps(document).encode("ascii")
         registry.add_manifest("app", "odd", data, image.media_type)
+        login = dict(username="alice", password=PASSWORD)
+        self.pull(registry, "app:odd", **login)  # a registry that has it is asked
+        shutil.rmtree(self.dest)
         del registry.blobs[image.layers[0]]
-        with self.fails(imagec.UnsafeRedirect):
-            self.pull(registry, "app:odd", username="alice", password=PASSWORD)
+        with self.fails(imagec.NotFound, "foreign layer"):
+            self.pull(registry, "app:odd", **login)
         self.assertEqual(elsewhere.connections, 0)
 
     def test_t81_a_password_is_for_one_registry(self):
@@ -9242,7 +9259,7 @@ class ResumeTest(FieldCase):
                 # The config is not kept between runs.
                 self.assertEqual(registry.sent_blob_bytes,
                                  self.size + len(self.image.config))
-                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+                self.assertEqual(faults_of(self.at(name)), [])
 
     def test_archive_keeps_what_it_has_moved_in(self):
         registry = self.filled(self.image)
@@ -9265,7 +9282,7 @@ class ResumeTest(FieldCase):
             file.seek(100000)
             file.write(b"spoiled")
         self.pull(registry.host, to="a.tar")
-        self.assertEqual(imagec.Audit().check(self.at("a.tar")).faults, [])
+        self.assertEqual(faults_of(self.at("a.tar")), [])
 
     def test_failed_pull_leaves_no_file_open(self):
         for format, name in FIELD_FORMATS:
@@ -9370,7 +9387,7 @@ class KillTest(KillCase):
         self.side_by_side(self.check, rows)
         for format, name, registry in rows:
             with self.subTest(format):
-                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+                self.assertEqual(faults_of(self.at(name)), [])
 
     def check(self, format, name, registry):
         registry.fault("/blobs/", drip(0.001, BLOCK), FIELD_EVER)
@@ -9389,131 +9406,6 @@ class KillTest(KillCase):
                          lambda: registry.sent_blob_bytes, asked, buffer)
         self.assertLessEqual(registry.sent_blob_bytes,
                              self.size * 1.05 + FIELD_KILLS * buffer)
-
-
-# ------------------------------------------------------------------------------
-# Foreign layers
-# ------------------------------------------------------------------------------
-
-class ForeignLayerTest(FieldCase):
-    """Layers that are elsewhere: over https, without credentials, proved."""
-
-    def setUp(self):
-        super().setUp()
-        # The servers of others must look as if they were out there.
-        self.places.update({"far.test": "93.184.216.34", "near.test": "127.0.0.1"})
-
-        class Routed(socket.socket):
-            def connect(self, target):
-                super().connect(("127.0.0.1", target[1]))
-
-        self.patch(mock.patch("socket.socket", Routed))
-        self.far = self.registry(tls=True)
-        self.blob = gzip_bytes(FIELD_SMALL[1])
-        self.far.add_blob("x", self.blob)
-
-    def url(self, scheme="https", host="far.test", server=None):
-        port = (server or self.far).host.rpartition(":")[2]
-        return "%s://%s:%s/v2/x/blobs/%s?sig=%s" % (
-            scheme, host, port, sha256(self.blob), SIGNATURE)
-
-    def serve(self, urls, **options):
-        """A registry whose image has its second layer elsewhere."""
-        image = build_image(FIELD_SMALL, "docker")
-        document = json.loads(image.manifest.decode("ascii"))
-        document["layers"][1].update(
-            urls=urls,
-            mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")
-        registry = self.registry(**options)
-        registry.add("lab/app", None, image)
-        registry.add_manifest("lab/app", "1", json.dumps(document).encode("ascii"),
-                              image.media_type)
-        return registry
-
-    def take(self, registry, to="out", **options):
-        return self.pull(registry.host, to=to, insecure_skip_verify=True, **options)
-
-    def test_registry_is_asked_first(self):
-        registry = self.serve([self.url()])
-        self.take(registry)
-        self.assertEqual(self.far.requests, [])
-
-    def test_url_without_credentials(self):
-        for auth, code in ((None, 404), ("basic", 404), ("bearer", 404),
-                           ("basic", 403)):
-            registry = self.serve([self.url()], auth=auth)
-            registry.fault("/blobs/" + sha256(self.blob), status(code))
-            self.docker_config({"auths": {
-                host: field_entry("alice") for host in (registry.host, "far.test:%s" %
-                                                        self.far.host.split(":")[1])}})
-            self.take(registry, to="%s%d" % (auth, code))
-        self.assertEqual(len(self.far.requests), 4)
-        self.assertEqual(field_sent(self.far), [])
-
-    def test_t75_url_that_wants_a_password_gets_none(self):
-        self.far.auth = "bearer"
-        registry = self.serve([self.url()], auth="basic")
-        registry.fault("/blobs/" + sha256(self.blob), status(404), FIELD_EVER)
-        self.docker_config({"auths": {registry.host: field_entry("alice")}})
-        with self.fails(imagec.AccessDenied) as caught:
-            self.take(registry)
-        self.assertNotIn(SIGNATURE, str(caught.exception))
-        self.assertEqual([r.route for r in self.far.requests if "token" in r.path], [])
-        self.assertEqual(field_sent(self.far), [])
-
-    def test_next_url(self):
-        self.far.fault("/blobs/", status(404))
-        registry = self.serve([self.url("http"), self.url(host="none.test"), self.url(),
-                               self.url()])
-        registry.fault("/blobs/" + sha256(self.blob), status(404))
-        self.take(registry)
-        self.assertEqual(len(self.far.requests), 2)
-
-    def test_urls_that_are_refused(self):
-        plain = self.registry()
-        plain.add_blob("x", self.blob)
-        for url in (self.url("http", server=plain), self.url(host="near.test"),
-                    self.url(host="127.0.0.1"), "ftp://far.test/x",
-                    "file:///etc/passwd",
-                    "https://u:S3CR3T@far.test/x", "/v2/x", "https://far.test\\@x/"):
-            registry = self.serve([url])
-            registry.fault("/blobs/" + sha256(self.blob), status(404))
-            with self.subTest(url), self.fails(imagec.UnsafeRedirect):
-                self.take(registry)
-        self.assertEqual(plain.requests + self.far.requests, [])
-
-    def test_redirect_to_nearer_is_refused(self):
-        registry = self.serve([self.url()])
-        registry.fault("/blobs/" + sha256(self.blob), status(404))
-        self.far.fault("/blobs/", redirect(self.url(host="near.test")))
-        with self.fails(imagec.UnsafeRedirect):
-            self.take(registry)
-
-    def test_bytes_are_proved(self):
-        for action, kind in ((flip(), imagec.DigestMismatch),
-                             (extra(1), imagec.SizeMismatch)):
-            registry = self.serve([self.url()])
-            registry.fault("/blobs/" + sha256(self.blob), status(404))
-            self.far.fault("/blobs/", action)
-            with self.fails(kind):
-                self.take(registry)
-
-    def test_resume(self):
-        def farewell(reply):  # of TLS, without which the last bytes count for nothing
-            reply.ending = "close"
-            return reply
-
-        registry = self.serve([self.url()])
-        registry.fault("/blobs/" + sha256(self.blob), status(404), 2)
-        self.far.fault("/blobs/", [truncate(20), farewell])
-        self.take(registry)
-        self.assertEqual(self.far.requests[1].headers["Range"], "bytes=20-")
-
-    def test_without_urls_it_is_missing(self):
-        registry = self.serve([])
-        registry.fault("/blobs/" + sha256(self.blob), status(404))
-        with self.fails(imagec.NotFound):
-            self.take(registry)
 
 
 # ------------------------------------------------------------------------------
@@ -9639,7 +9531,7 @@ class RateLimitTest(FieldCase):
         self.manifests(registry)
         self.pull(registry.host, format="oci")
         self.assertEqual(self.manifests(registry)[-1:], ["GET"])
-        self.assertEqual(imagec.Audit().check(self.at()).faults, [])
+        self.assertEqual(faults_of(self.at()), [])
 
     def test_head_that_does_not_work_is_no_obstacle(self):
         registry = self.filled()
@@ -9885,7 +9777,7 @@ def flat_row(word):
     link = rest.encode() if kind in ("hardlink", "symlink") else b""
     data = rest if kind == "file" else None
     entry = imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link)
-    return entry, data, None
+    return entry, data
 
 
 def flat_tree(layers):
@@ -10001,7 +9893,7 @@ def raw_words(text):
 
 
 def raw_word(word):
-    entry, data, _ = flat_row(word)
+    entry, data = flat_row(word)
     kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
     mode = 0o755 if entry.kind == "dir" else 0o644
     return raw_member(entry.path, (data or "").encode(), kind, entry.link, mode=mode)
@@ -10405,7 +10297,7 @@ class FlatteningTest(unittest.TestCase):
         lower, upper = (imagec.Entry(b"d", "dir", 0, mode, 0, 0, mtime)
                         for mode, mtime in ((0o700, 1), (0o755, 2)))
         for entry in (lower, upper):
-            tree.apply([(entry, None, None)])
+            tree.apply([(entry, None)])
             found = dict(tree.walk())
             self.assertEqual(found[b"d"].entry, entry)
             self.assertIn(b"d/x", found)
@@ -10415,7 +10307,7 @@ class FlatteningTest(unittest.TestCase):
     def test_root_attributes(self):
         tree = flat_tree(["a=1"])
         self.assertEqual(tree.root.entry.mode, 0o755)
-        tree.apply([(imagec.Entry(b"./", "dir", 0, 0o711, 7, 8, 9), None, None)])
+        tree.apply([(imagec.Entry(b"./", "dir", 0, 0o711, 7, 8, 9), None)])
         self.assertEqual(tree.root.entry[3:7], (0o711, 7, 8, 9))
 
     def test_T068_depth(self):
@@ -10453,14 +10345,6 @@ class FlatteningTest(unittest.TestCase):
         tree = flat_store(tars, os.path.join(folder, "files"))
         imagec.TreeWriter(tree).write(place)
         self.assertEqual(flat_directory_words(place), model.words())
-
-    def test_mtree(self):
-        lines = list(imagec.mtree_lines(flat_tree(["d/x=1 l->d odd\\name=2"])))
-        self.assertEqual(lines[0], "#mtree\n")
-        self.assertEqual([line.split()[0] for line in lines[1:]],
-                         [".", "./d", "./d/x", "./l", "./odd\\134name"])
-        self.assertIn("type=link", lines[4])
-        self.assertIn("link=d", lines[4])
 
 
 # ------------------------------------------------------------------------------
@@ -10671,10 +10555,10 @@ class UnsafeLayersTest(StoredCase):
 
     def check_outside(self, before, *numbers):
         ours = ["out%d%s" % (number, more) for number in numbers
-                for more in ("", ".mtree", ".partial.d")]
+                for more in ("", ".partial.d")]
         self.assertEqual(stored_state(self.work, ours), before)
         for number in numbers:
-            for more in ("", ".mtree", ".partial.d"):
+            for more in ("", ".partial.d"):
                 stored_remove(self.at("out%d%s" % (number, more)))
 
     def check_result(self, row, number, status, err=""):
@@ -10683,7 +10567,6 @@ class UnsafeLayersTest(StoredCase):
         out = self.at("out%d" % number)
         if status:
             self.assertFalse(os.path.lexists(out))
-            self.assertFalse(os.path.lexists(out + ".mtree"))
             left = os.listdir(out + ".partial.d")
             self.assertLessEqual(set(left), {"blobs", "lock.partial"})
         elif len(row) > 4 and row[4] is not None:
@@ -10762,7 +10645,7 @@ class UnsafeLayersTest(StoredCase):
         os.chmod(self.at("canary", "deep"), 0o755)
         for place in ("out0.partial.d", "out0.partial.d/root", "out0.partial.d/layers",
                       "out0.partial.d/blobs", "out0.partial.d/lock.partial",
-                      "out0.mtree.partial", "out0.blobs.partial", "out0.partial"):
+                      "out0.blobs.partial", "out0.partial"):
             for format in ("rootfs", "archive"):
                 with self.subTest(place, format=format):
                     before = stored_state(self.work)
@@ -10870,7 +10753,6 @@ class RootfsOutputTest(StoredCase):
             self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime_ns),
                              (mode, 1234567890123456789), name)
             self.assertEqual((facts.st_uid, facts.st_gid), owner)
-        self.verify(os.fsdecode(out))
 
     def test_times(self):
         cases = ((b"0", 0), (b"1.5", 15 * 10 ** 8), (b"1.0000000019", 10 ** 9 + 1),
@@ -10908,7 +10790,6 @@ class RootfsOutputTest(StoredCase):
                               stat.S_IMODE(facts.st_mode)),
                              (True, os.makedev(7, 9), 0o660))
             self.assertTrue(stat.S_ISCHR(os.lstat(os.path.join(out, b"null")).st_mode))
-        self.verify(os.fsdecode(out))
 
     @unittest.skipUnless(hasattr(os, "setxattr"), "no extended attributes here")
     def test_extended_attributes(self):
@@ -10944,7 +10825,6 @@ class RootfsOutputTest(StoredCase):
                 with self.subTest(name):
                     content = stored_bytes(os.path.join(out, name))
                     self.assertEqual(content, SPARSE_CONTENT)
-        self.verify(os.fsdecode(out))
 
     def test_sparse_map_of_rubbish(self):
         whole = sparse_old(b"x")
@@ -10959,7 +10839,6 @@ class RootfsOutputTest(StoredCase):
         out, _ = self.rootfs(layer)
         for name in ROOTFS_NAMES:
             self.assertEqual(stored_bytes(os.path.join(out, name)), data[name], name)
-        self.verify(os.fsdecode(out))
         reference, _ = self.serve([layer])
         self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
         with tarfile.open(self.at("out.tar"), encoding="utf-8",
@@ -10976,7 +10855,6 @@ class RootfsOutputTest(StoredCase):
                 raw_member(link, kind=b"1", link=b"m")), first])
             for name in (link.decode() + "-root", link.decode() + ".tar"):
                 self.pull("--format", "rootfs", "-o", self.at(name), reference)
-                self.verify(self.at(name))
             root = self.at(link.decode() + "-root")
             facts = [os.lstat(os.path.join(root, name)) for name in ("m", link.decode())]
             self.assertEqual([(f.st_nlink, f.st_size) for f in facts], [(1, 4)] * 2)
@@ -11013,7 +10891,6 @@ class RootfsOutputTest(StoredCase):
         reference, _ = self.serve([base, again, again])
         for name in ("root", "root.tar"):
             self.pull("--format", "rootfs", "-o", self.at(name), reference)
-            self.verify(self.at(name))
         self.assertEqual(flat_directory_words(self.at("root")),
                          ["d->y", "x/", "x/f=data", "y/", "y/f=data"])
 
@@ -11043,7 +10920,6 @@ class RootfsOutputTest(StoredCase):
         self.assertEqual((process.returncode, err), (0, b""))
         self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))),
                          [b"caf\xe9", b"l"])
-        self.verify(self.at("out"))
 
     def test_T158_unknown_types_are_told(self):
         out, err = self.rootfs(raw_layer(raw_member(b"x", b"data", b"Z"),
@@ -11072,7 +10948,7 @@ class RootfsOutputTest(StoredCase):
         with mock.patch.object(imagec.TreeWriter, "write", write):
             self.rootfs(raw_words("a=1"))
         self.assertEqual(seen, [0o700])
-        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree"])
+        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
 
     def test_destinations(self):
         reference, _ = self.serve([raw_words("a=1")])
@@ -11105,7 +10981,7 @@ class RootfsOutputTest(StoredCase):
         self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
         with tarfile.open(self.at("out.tar")) as tar:
             self.assertEqual(flat_tar_words(tar), flat_directory_words(self.at("out")))
-        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree", "out.tar"])
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.tar"])
 
     def test_tar_keeps_what_a_user_cannot_have(self):
         reference, _ = self.serve([raw_layer(
@@ -11135,7 +11011,7 @@ class RootfsOutputTest(StoredCase):
         self.assertFalse(os.path.exists(self.at("out")))
         self.pull("--format", "rootfs", "-o", self.at("out"), reference)
         self.assertEqual(self.blob_gets(image.layers[1]), 1)
-        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.mtree"])
+        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
 
 
 @stored_needs_root
@@ -11188,30 +11064,17 @@ class RootlessTest(StoredCase):
         self.assertRegex(err, r"owners not set: \d+")
         self.assertIn("device nodes not made: 2", err)
         self.assertEqual(len(os.listdir(self.at("out"))), 20)
-        self.verify(self.at("out"))
 
     def test_cleans_up_what_it_may_not_enter(self):
         reference, _ = self.serve([raw_layer(
             raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/x", b"1"),
-            raw_member(b"./", kind=b"5", mode=0o555))])
-        os.mkdir(self.at("out.mtree"))  # the mtree cannot be written
-        os.chmod(self.at("out.mtree"), 0o555)
+            raw_member(b"./", kind=b"5", mode=0o555), raw_member(b"z" * 300, b"1"))])
         (status,), err = self.as_nobody(["pull", "-q", "--format", "rootfs", "-o",
                                          self.at("out"), reference])
         self.assertEqual(status, 1, err)
-        self.assertIn("out.mtree", err)
+        self.assertIn("File name too long", err)
         self.assertFalse(os.path.exists(self.at("out")))
         self.assertFalse(os.path.exists(self.at("out.partial.d", "root")))
-
-    def test_verify_of_what_is_not_ours_to_read(self):
-        # Some distributions have an /etc/shadow of mode 0.
-        pull = self.command(
-            raw_member(b"shadow", b"1", mode=0), raw_member(b"x", b"2"),
-            raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/y", b"3"))
-        statuses, err = self.as_nobody(pull, ["verify", self.at("out")])
-        self.assertEqual(statuses, [0, 0], err)
-        self.assertIn("not checked", err)
-        self.verify(self.at("out"))
 
 
 # ------------------------------------------------------------------------------
@@ -11536,7 +11399,7 @@ class ArchiveOutputTest(StoredCase):
                              ("rootfs", "e/f"), ("oci", "g/h"), ("layers", "i/j")):
             with self.subTest(format=format, name=name):
                 self.pull("-o", self.at(name), "--format", format, reference)
-                self.verify(self.at(name))
+                self.assertEqual(faults_of(self.at(name)), [])
 
     def test_pipe_named_as_a_file(self):
         # What /dev has free says nothing about who reads from there.
@@ -12234,43 +12097,6 @@ AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] != damage_link and row[
     ("wrong types", damage_write(b'[{"Config": [], "Layers": [[], 5]}]'),
      "manifest.json"),
 )
-AUDIT_ROOTFS = (
-    ("flipped", damage_flip, "etc/a"),
-    ("longer", damage_more(b"x"), "etc/a"),
-    ("cut", damage_cut, "etc/b"),
-    ("gone", os.unlink, "etc/b"),
-    ("gone", shutil.rmtree, "empty"),
-    ("mode", damage_chmod(0o600), "etc/a"),
-    ("mode", damage_chmod(0o4644), "etc/a"),
-    ("mode", damage_chmod(0o777), "etc"),
-    ("another type", damage_type, "etc/a"),
-    ("a link", damage_link, "etc/a"),
-    ("leads elsewhere", lambda path: (os.unlink(path), os.symlink("/etc/passwd", path)),
-     "l"),
-    ("extra", damage_write(b""), "etc/new"),
-    ("extra", os.mkdir, "etc/dir"),
-    ("extra", lambda path: os.symlink("a", path), "etc/link"),
-    ("renamed", lambda path: os.rename(path, path + "x"), "etc/a"),
-    ("swapped", damage_swap("b"), "etc/a"),
-)
-AUDIT_MTREE = (
-    ("gone line", lambda text: re.sub(r"\./etc/a .*\n", "", text), "etc/a"),
-    ("digest", lambda text: re.sub(r"(etc/a .*digest=).{4}", r"\g<1>0000", text),
-     "etc/a"),
-    ("size", lambda text: re.sub(r"(etc/a .*size=)\d", r"\g<1>9", text), "etc/a"),
-    ("size no number", lambda text: re.sub(r"(etc/a .*size=)\d", r"\g<1>x", text),
-     "mtree"),
-    ("type unknown", lambda text: text.replace("type=file", "type=fil"), "mtree"),
-    ("type missing", lambda text: text.replace("type=file", ""), "mtree"),
-    ("digest missing", lambda text: text.replace("sha256digest", "md5"), "mtree"),
-    ("mode missing", lambda text: text.replace("mode", "made"), "mtree"),
-    ("link missing", lambda text: text.replace("link=", "lint="), "mtree"),
-    ("name not ASCII", lambda text: text.replace("./etc/a", "./etc/\xe9"), "etc/a"),
-    ("octal out of range", lambda text: text.replace("./etc/a", "./etc/\\777"),
-     "etc/a"),
-    ("empty", lambda text: "", "etc/a"),
-)
-
 
 class AuditTest(StoredCase):
     """verify: what a pull wrote is good; what became of it since is told."""
@@ -12355,10 +12181,16 @@ class AuditTest(StoredCase):
             self.origin.add("lab/app", "1", build_index([
                 (self.image, ("linux", "amd64", None))], kind))
             for format in imagec.OUTPUTS:
-                for end in {"rootfs": ("", ".tar"), "archive": (".tar",)}.get(
-                        format, ("",)):
-                    with self.subTest(kind=kind, format=format, end=end):
-                        self.good(format, "%s-%s%s" % (kind, format, end))
+                end = ".tar" if format == "archive" else ""
+                with self.subTest(kind=kind, format=format):
+                    path = self.at("%s-%s%s" % (kind, format, end))
+                    if format != "rootfs":
+                        self.good(format, path)
+                        continue
+                    for path in (path, path + ".tar"):
+                        self.pull("--platform", "linux/amd64", "--format", format,
+                                  "-o", path, self.reference)
+                        self.assertEqual(faults_of(path), [])
 
     def test_what_two_trees_share_is_checked_in_both(self):
         root = self.good("layers", "images")
@@ -12385,7 +12217,7 @@ class AuditTest(StoredCase):
 
     #: (format, end of what may not be opened or listed, what is told)
     UNREADABLE = (
-        ("archive", "place.tar", "content"), ("rootfs", "place.tar", "content"),
+        ("archive", "place.tar", "content"),
         ("oci", "oci-layout", "oci-layout"), ("oci", "index.json", "index.json"),
         ("oci", "{m}", "{m}"), ("oci", "{b0}", "{b0}"), ("oci", "{c}", "{c}"),
         ("oci", "blobs", "directory"), ("oci", "blobs/sha256", "directory"),
@@ -12538,47 +12370,8 @@ class AuditTest(StoredCase):
         stored_write(path, tagged)
         self.faults(path, "manifest.json")
 
-    def test_rootfs(self):
-        root = self.good("rootfs", "out")
-        for copy, word in self.damaged(root, AUDIT_ROOTFS):
-            shutil.copyfile(root + ".mtree", copy + ".mtree")
-            self.faults(copy, word)
-
-    def test_rootfs_description(self):
-        root = self.good("rootfs", "out")
-        text = stored_bytes(root + ".mtree").decode("ascii")
-        for what, change, word in AUDIT_MTREE:
-            with self.subTest(what):
-                self.assertNotEqual(change(text), text)
-                stored_write(root + ".mtree", change(text).encode("latin-1"))
-                self.faults(root, word)
-
-    def test_rootfs_that_holds_other_things(self):
-        os.mkfifo(self.at("pipe"))
-        root = self.good("rootfs", "out")
-        os.unlink(os.path.join(root, "etc", "a"))
-        os.symlink(self.at("pipe"), os.path.join(root, "etc", "a"))
-        os.mkfifo(os.path.join(root, "etc", "pipe"))  # to read it would take for ever
-        self.faults(root, "etc/a")
-        self.faults(root, "etc/pipe")
-
-    def test_rootfs_tar(self):
-        path = self.good("rootfs", "out.tar")
-        good = stored_bytes(path)
-        for at in list(range(0, len(good), 97)) + [len(good) - 512, len(good) - 470]:
-            with self.subTest(at=at):
-                damage_at(at)(path)
-                self.faults(path, "out.tar")
-                stored_write(path, good)
-        for size in (0, 1, 511, 512, len(good) - 1, len(good) - 512, len(good) - 1536):
-            with self.subTest(size=size):
-                stored_write(path, good[:size])
-                self.faults(path, "out.tar")
-        stored_write(path, good + b"\0")
-        self.faults(path, "out.tar")
-
     def test_other_images(self):
-        every = ("layers", "oci", "rootfs", "archive")
+        every = ("layers", "oci", "archive")
         rows = ({"kind": "docker"}, every[1:2]), ({"kind": "schema1-signed"}, every), (
             {"kind": "schema1"}, every[:1]), ({"compress": None}, every[2:])
         for number, (options, formats) in enumerate(rows):
@@ -12595,11 +12388,16 @@ class AuditTest(StoredCase):
         stored_write(self.at("text"), b"hello")
         with tarfile.open(self.at("other.tar"), "w") as tar:
             tar.add(self.at("text"), "text")
-        for name, status in (("absent", 1), ("empty", 1), ("text", 3),
-                             ("other.tar", 3)):
+        reference, _ = self.serve(ARCHIVE_TARS[:1])
+        for name in ("root", "root.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference)
+        for name, status in (("absent", 1), ("empty", 2), ("text", 3),
+                             ("other.tar", 2), ("root", 2), ("root.tar", 2)):
             run = self.main("verify", self.at(name))
             self.assertEqual(run.status, status, run.err)
             self.assertIn(name, run.err)
+            self.assertEqual("what verify can check is a layers tree, an OCI layout or "
+                             "an archive" in run.err, status == 2, run.err)
 
     def test_as_a_library(self):
         audit = imagec.Audit().check(self.good("oci", "out"))
@@ -13748,7 +13546,7 @@ class ServeTest(ServeCase):
         path += ".tar" if format == "archive" else ""
         image = imagec.pull(host + "/" + name, path, format, platform=platform,
                             no_creds=True, **options)
-        self.assertEqual(imagec.Audit().check(image.path).faults, [])
+        self.assertEqual(faults_of(image.path), [])
         return image
 
     def test_pull_from_a_tree(self):
@@ -14638,7 +14436,7 @@ class ServedDoubleTest(RegistryCase):
                                platform="linux/amd64")
 
     def test_without_a_fault(self):
-        self.assertEqual(imagec.Audit().check(self.pull().path).faults, [])
+        self.assertEqual(faults_of(self.pull().path), [])
 
     def test_faults(self):
         for name, part, spoil, kind, status in DOUBLE_FAULTS:
@@ -14669,7 +14467,7 @@ LEFT_BEHIND = {"__pycache__", "images"}
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib email errno fcntl gc
-    hashlib hmac http io ipaddress itertools json logging lzma os platform queue random
+    hashlib hmac http io ipaddress json logging lzma os platform queue random
     re select shutil signal socket ssl stat struct subprocess sys tarfile tempfile
     threading time typing urllib zlib
 """.split())
@@ -16290,9 +16088,23 @@ THREAT_TARS = [
 ]
 
 
+def threat_sums(files):
+    """{name: digest of what it holds}: short enough to be told where it differs."""
+    return {name: data and sha256(data) for name, data in files.items()}
+
+
 def threat_bytes(path):
     with open(path, "rb") as file:
         return file.read()
+
+
+def threat_root(path):
+    """What each file of a root file system holds, a directory's or a tar's."""
+    if os.path.isdir(path):
+        return threat_files(path)
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read()
+                for member in tar if member.isreg()}
 
 
 def threat_remove(path):
@@ -16363,6 +16175,7 @@ class ThreatCase(RegistryCase):
     """A registry with one image, and a place to pull it to in each format."""
 
     parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
+    root_files = None  # what a root file system of the image holds, if it matters
 
     def setUp(self):
         self.root = tempfile.mkdtemp(dir=THREAT_PLACE)
@@ -16423,15 +16236,17 @@ class ThreatCase(RegistryCase):
         self.assertNotIn("Traceback", run.err)
 
     def assert_whole(self, path):
-        """What stands there passes verify."""
-        self.assertEqual(imagec.Audit().check(path).faults, [])
+        """What stands there passes verify, or is the image's file system."""
+        self.assertEqual(faults_of(path), [])
+        if self.root_files and os.path.basename(path) in ("root", "root.tar"):
+            self.assertEqual(threat_sums(threat_root(path)),
+                             threat_sums(self.root_files))
 
     def assert_only_verified(self, path, good=None):
         """No final name holds bytes that were not proved; the path need not exist."""
         good = self.good if good is None else good
-        if os.path.isfile(path) or os.path.isfile(path + ".mtree") and (
-                os.path.isdir(path)):
-            return self.assert_whole(path)
+        if os.path.isfile(path) or os.path.basename(path) == "root":
+            return os.path.lexists(path) and self.assert_whole(path)
         for name, data in threat_files(path).items():
             base = os.path.basename(name)
             if base.endswith(".tar"):
@@ -16441,7 +16256,7 @@ class ThreatCase(RegistryCase):
             elif base == "manifest.json":
                 self.assert_whole(os.path.join(path, os.path.dirname(name)))
         if os.path.exists(os.path.join(path, "index.json")):
-            faults = imagec.Audit().check(path).faults
+            faults = faults_of(path)
             self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
 
     def assert_no_leftovers(self):
@@ -16452,8 +16267,8 @@ class ThreatCase(RegistryCase):
         base = os.path.basename(path)
         for name in os.listdir(os.path.dirname(path)):
             if name not in allowed:
-                self.assertRegex(name, r"\A%s(\.partial|\.partial\.d|\.blobs\.partial|"
-                                 r"\.mtree)?\Z" % re.escape(base))
+                self.assertRegex(name, r"\A%s(\.partial|\.partial\.d|\.blobs\.partial"
+                                 r")?\Z" % re.escape(base))
 
 
 #: Starts command lines in processes of their own, forked off one that has imported all
@@ -16883,7 +16698,7 @@ class FuzzTest(ThreatCase):
                 self.assertNotEqual(bent, index)
                 with open(os.path.join(self.outputs[1], "index.json"), "wb") as file:
                     file.write(bent)
-                self.assertTrue(imagec.Audit().check(self.outputs[1]).faults)
+                self.assertTrue(faults_of(self.outputs[1]))
                 with self.assertRaises(imagec.ImagecError):
                     imagec.Shelf(self.outputs[1])
 
@@ -16898,7 +16713,7 @@ class FuzzTest(ThreatCase):
             self.assertNotEqual(bent, rows)
             with open(self.at("bent.tar"), "wb") as file:
                 file.write(tar_bytes(bent))
-            self.assertTrue(imagec.Audit().check(self.at("bent.tar")).faults)
+            self.assertTrue(faults_of(self.at("bent.tar")))
 
     def fuzz_manifest(self, dice):
         raw = threat_odd_json(dice, dice.choice(self.manifests))
@@ -16967,7 +16782,6 @@ class FuzzTest(ThreatCase):
     def flatten(self, store, root):
         tree = imagec.Tree()
         tree.apply(store.entries)
-        list(imagec.mtree_lines(tree))
         if isinstance(store, imagec.LayerPack):
             imagec.write_tree_tar(tree, lambda data: None)
         else:
@@ -17003,7 +16817,6 @@ class FuzzTest(ThreatCase):
         files = [path] if os.path.isfile(path) else [
             os.path.join(path, name) for name in sorted(threat_files(path))
             if not os.path.islink(os.path.join(path, name))]
-        files += [path + ".mtree"] * os.path.exists(path + ".mtree") * len(files)
         victim = dice.choice(files)
         before = threat_bytes(victim)
         bent = self.bend(dice, before, victim.endswith("image.tar"))
@@ -17323,8 +17136,9 @@ class LocalLimitsTest(ThreatProcessCase):
 
     def setUp(self):
         super().setUp()
-        self.image = build_image([tar_bytes([("f%d" % n, threat_noise(9000, n))])
-                                  for n in range(6)])
+        self.root_files = {"f%d" % n: threat_noise(9000, n) for n in range(6)}
+        self.image = build_image([tar_bytes([pair])
+                                  for pair in sorted(self.root_files.items())])
         self.good = set(self.image.layers)
         self.source, self.ref = self.filled()
 
@@ -17388,7 +17202,8 @@ class LocalLimitsTest(ThreatProcessCase):
 
     def test_t130_few_files(self):
         """Thirty-two descriptors are enough for four jobs, whatever there is."""
-        image = build_image([tar_bytes([("f%d" % n, b"%d" % n)]) for n in range(60)])
+        self.root_files = {"f%d" % n: b"%d" % n for n in range(60)}
+        image = build_image([tar_bytes([pair]) for pair in self.root_files.items()])
         self.source.add("lab/app", "1", image)
         for path, runs in self.side_by_side(1, limits={"RLIMIT_NOFILE": 32}).items():
             with self.subTest(os.path.basename(path)):
@@ -18841,7 +18656,7 @@ class ReadersCase(unittest.TestCase):
     def pull(self, tag, out, format, **options):
         image = imagec.pull("%s/lab/x:%s" % (self.registry.host, tag), self.at(out),
                             format, platform="linux/amd64", **options)
-        self.assertEqual(imagec.Audit().check(self.at(out)).faults, [])
+        self.assertEqual(faults_of(self.at(out)), [])
         return image
 
 
@@ -19265,7 +19080,7 @@ class RealFieldCase(FieldCase):
                         ref or self.ref, *argv)
         self.assertEqual(run.status, expect, run.err)
         if not expect:
-            self.assertEqual(imagec.Audit().check(self.at(to)).faults, [])
+            self.assertEqual(faults_of(self.at(to)), [])
             shutil.rmtree(self.at(to))
         return run
 
@@ -19611,7 +19426,7 @@ class RealResumeTest(RealFieldCase, KillCase):
         self.side_by_side(self.check, FIELD_FORMATS[:4])
         for format, name in FIELD_FORMATS[:4]:
             with self.subTest(format):
-                self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+                self.assertEqual(faults_of(self.at(name)), [])
 
     def check(self, format, name):
         size, forwarder = sum(self.layers.values()), CountingForwarder(self.real.host)
@@ -19639,7 +19454,7 @@ class RealResumeTest(RealFieldCase, KillCase):
             forwarder.carried = 0
             self.pull(forwarder.host, "lab/big:1", to=name, format=format)
             self.assertLess(forwarder.carried, 10000)
-            self.assertEqual(imagec.Audit().check(self.at(name)).faults, [])
+            self.assertEqual(faults_of(self.at(name)), [])
 
 
 @needs("docker-registry", "skopeo")
@@ -19660,7 +19475,7 @@ class RealMirrorTest(RealFieldCase):
                         "--mirror", cache.host, ref)
         self.assertEqual((run.status, run.err), (0, ""))
         self.assertTrue(run.out.startswith(ref + "@sha256:"))
-        self.assertEqual(imagec.Audit().check(self.at("a.tar")).faults, [])
+        self.assertEqual(faults_of(self.at("a.tar")), [])
         self.wait_until_stored(cache, self.at("a.tar"))
         upstream.close()
         again = self.main("pull", "--progress", "none", "-o", self.at("b.tar"),
@@ -19863,7 +19678,7 @@ class ServeCacheTest(ServeRealCase):
                     path = self.at(time + name.replace("/", "-"))
                     image = self._pull(registry.host, name, path, "oci")
                     self.assertEqual(str(image.digest), self.images[name].digest)
-                    self.assertEqual(imagec.Audit().check(path).faults, [])
+                    self.assertEqual(faults_of(path), [])
 
     @needs("skopeo")
     def test_skopeo_through_it(self):
