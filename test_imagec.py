@@ -1276,16 +1276,34 @@ TOKEN_D = int(
     "c95c21f58327bb7a5440238d90198589", 16)
 
 
-def needs(*programs):
-    """Skip the decorated test or class unless every program is on the PATH.
+#: In CI: what is skipped fails, but for what a kind of machine cannot have.
+NO_SKIP = bool(os.environ.get("IMAGEC_TEST_NO_SKIP"))
+#: Whether to leave out what needs other programs: they are the same for all Pythons.
+NO_PROGRAMS = bool(os.environ.get("IMAGEC_TEST_NO_PROGRAMS"))
+CANNOT, LEFT_OUT = "this machine cannot ", "left out: needs "
 
-    With IMAGEC_TEST_NO_SKIP set nothing is skipped: what lacks its program fails.
-    """
+
+def excused(reason):
+    """Whether a test may be skipped for this reason even in CI."""
+    return all(part.startswith((CANNOT, LEFT_OUT)) for part in reason.split("; "))
+
+
+def cannot(what):
+    """Skips the running test, for what no installing would bring to this machine."""
+    raise unittest.SkipTest(CANNOT + what)
+
+
+def needs(*programs):
+    """Skips the decorated test or class unless every program is on the PATH."""
     missing = [name for name in programs if shutil.which(name) is None]
-    if os.environ.get("IMAGEC_TEST_NO_SKIP"):
-        return lambda decorated: decorated
-    return unittest.skipUnless(
-        not missing, "needs %s: not on this machine" % ", ".join(missing))
+    if NO_PROGRAMS:
+        return unittest.skip(LEFT_OUT + ", ".join(programs))
+    return unittest.skipUnless(not missing, "not installed: " + ", ".join(missing))
+
+
+def able(condition, what):
+    """Skips the decorated test or class where this machine cannot do a thing."""
+    return unittest.skipUnless(condition, CANNOT + what)
 
 
 def _real_base64url(data):
@@ -19749,72 +19767,202 @@ class ServePodmanTest(ServeRealCase):
 # Running them all
 # --------------------------------------------------------------------------------------
 
-class Tally(unittest.TextTestResult):
-    """What a worker found, in a form that passes between processes."""
-
-    def found(self):
-        """(tests run, bad ones as (name, text), skipped ones as (name, reason))."""
-        bad = self.failures + self.errors + [
-            (test, "unexpected success") for test in self.unexpectedSuccesses]
-        return (self.testsRun, [(str(test), text) for test, text in bad],
-                [(str(test), reason) for test, reason in self.skipped])
+CLASS_SECONDS = float(os.environ.get("IMAGEC_TEST_SECONDS", "300"))  # one class may take
 
 
-def run_class(name):
-    """Runs one test class in this process: (name, seconds, found)."""
-    started = time.time()
-    suite = unittest.defaultTestLoader.loadTestsFromName(name, sys.modules["__main__"])
-    result = Tally(unittest.runner._WritelnDecorator(io.StringIO()), False, 0)
-    suite.run(result)
-    return name, time.time() - started, result.found()
+class Reporting(unittest.TestResult):
+    """Tells of each test when it begins, and of its end what was wrong or not there.
 
-
-def run_side_by_side(names):
-    """Runs test classes in a few processes; whether all went well.
-
-    Twice as many as cores, for most tests wait for clocks and sockets now and then.
+    `tell(id, wrong, lacks)`: texts; all empty for the beginning, `id` None for what is
+    wrong with, or not there for, all tests of the class.
     """
-    import multiprocessing
-    context = multiprocessing.get_context("fork")
-    started, ran, bad, skipped, again = time.time(), 0, [], [], []
-    with context.Pool(2 * (os.cpu_count() or 1)) as pool:
-        for name, seconds, (count, faults, skips) in pool.imap_unordered(
-                run_class, names, chunksize=1):
-            ran, skipped = ran + count, skipped + skips
-            if faults:
-                again.append((name, faults))
-            if os.environ.get("IMAGEC_TEST_TIMES"):
-                print("%6.2f s %4d %s" % (seconds, count, name))
-    for name, faults in again:
-        # That a machine does several things at once is no defect of the program: what
-        # fails side by side is run again alone, which counts, and told.
-        print("failed side by side, now alone:", *(
-            "%s: %s" % (test, text.rstrip().rpartition("\n")[2])
-            for test, text in faults), sep="\n  ")
-        bad += run_class(name)[2][1]
-    for test, text in bad:
-        print("=" * 70, test, "-" * 70, text, sep="\n")
-    for reason, count in sorted(collections.Counter(
-            reason for _, reason in skipped).items()):
-        print("skipped %d: %s" % (count, reason))
-    print("Ran %d tests in %.1f s on Python %s" % (
-        ran, time.time() - started, sys.version.split()[0]))
-    print("%d passed, %d failed, %d skipped" % (ran - len(bad) - len(skipped), len(bad),
-                                                len(skipped)))
-    return not bad and ran > 0
+
+    def __init__(self, tell):
+        super().__init__()
+        self._tell, self._wrong, self._lacks = tell, [], []
+
+    def startTest(self, test):
+        super().startTest(test)
+        self._tell(test.id(), None, None)
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        self._tell(test.id(), "\n".join(self._wrong), "; ".join(self._lacks))
+        self._wrong, self._lacks = [], []
+
+    def _bad(self, test, error):
+        text = "%s\n%s" % (test, self._exc_info_to_string(error, test))
+        if hasattr(test, "failureException") and test.failureException is None:
+            self._tell(None, text, "")  # of setUpClass, say
+        else:
+            self._wrong.append(text)
+
+    addError = addFailure = _bad
+
+    def addSubTest(self, test, subtest, error):
+        if error is not None:
+            self._bad(subtest, error)
+
+    def addUnexpectedSuccess(self, test):
+        self._wrong.append("%s\nunexpected success" % test)
+
+    def addSkip(self, test, reason):
+        if getattr(test, "failureException", True) is None:
+            self._tell(None, "", reason)
+        else:
+            self._lacks.append(reason)
+
+
+class Worker:
+    """A process that runs tests of one class, in a process group of its own.
+
+    `fates` is what became of each: id -> (wrong, lacks), texts; None before its end.
+    """
+
+    def __init__(self, tests):
+        import multiprocessing
+        self.fates = collections.OrderedDict((test, None) for test in tests)
+        self.name = tests[0].rpartition(".")[0].rpartition(".")[2]
+        self.pipe, theirs = multiprocessing.Pipe(False)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=self._run, args=(theirs, [test.partition(".")[2] for test in tests]))
+        self._process.start()
+        theirs.close()
+        self.began = time.monotonic()
+        self._at = "the class"  # what runs now
+
+    @staticmethod
+    def _run(pipe, names):
+        os.setpgid(0, 0)
+        suite = unittest.defaultTestLoader.loadTestsFromNames(
+            names, sys.modules["__main__"])
+        suite.run(Reporting(lambda *found: pipe.send(found)))
+
+    def receive(self):
+        """Takes the next word of it; False at its end."""
+        try:
+            test, wrong, lacks = self.pipe.recv()
+        except EOFError:
+            return False
+        if wrong is None:
+            self._at = test
+        elif test in self.fates:
+            self.fates[test] = (wrong, lacks)
+        else:
+            self._settle(wrong, lacks)
+        return True
+
+    def _settle(self, wrong, lacks):
+        """The same becomes of every test that has no fate, or of all if it is bad."""
+        for test, fate in self.fates.items():
+            if fate is None or wrong and not fate[0]:
+                self.fates[test] = (wrong, lacks)
+
+    def end(self, why=None):
+        """It has ended, or is ended for the reason `why`, with all that it started."""
+        if why is None:
+            self._process.join(10)
+            why = self._left_behind()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.join()
+        self.pipe.close()
+        if why:
+            self._settle("%s: %s" % (self.name, why), "")
+        elif None in self.fates.values():
+            self._settle("%s: it ended in %s, with status %s" % (
+                self.name, self._at, self._process.exitcode), "")
+
+    def _left_behind(self):
+        """What is wrong where a process that the class started goes on; else None."""
+        for _ in range(100):  # what was told to end may take a moment
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return None
+            time.sleep(0.05)
+        return "a process that it started was still there at its end"
+
+
+def run_side_by_side(groups, verbose=False):
+    """Runs lists of tests, each in a process: {test id: (wrong, lacks)}.
+
+    Twice as many at once as there are cores, for most wait for sockets now and then.
+    """
+    from multiprocessing.connection import wait
+    groups, running, fates = groups[::-1], [], {}
+    try:
+        while groups or running:
+            while groups and len(running) < 2 * (os.cpu_count() or 1):
+                running.append(Worker(groups.pop()))
+            ready = wait([worker.pipe for worker in running], 1)
+            for worker in list(running):
+                seconds = time.monotonic() - worker.began
+                if worker.pipe in ready and not worker.receive():
+                    worker.end()
+                elif seconds > CLASS_SECONDS:
+                    worker.end("not done within %g seconds" % CLASS_SECONDS)
+                else:
+                    continue
+                running.remove(worker)
+                fates.update(worker.fates)
+                if verbose:
+                    print("%6.2f s %4d %s" % (seconds, len(worker.fates), worker.name))
+    finally:
+        for worker in running:
+            worker.end("interrupted")
+    return fates
+
+
+def chosen_tests(names):
+    """The ids of the tests in the classes or tests named, or in all, a list a class.
+
+    The slowest classes first, as measured; the rest in the order of the file.
+    """
+    loader, module = unittest.defaultTestLoader, sys.modules["__main__"]
+    classes = [name for name, value in vars(module).items()
+               if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+    groups = []
+    for name in names or sorted(classes, key=lambda name: SLOW_CLASSES.index(
+            name) if name in SLOW_CLASSES else len(SLOW_CLASSES)):
+        kind, _, test = name.partition(".")
+        if kind not in classes or test and not hasattr(vars(module)[kind], test):
+            sys.exit("no such test: %s" % name)
+        group = [test] if test else loader.getTestCaseNames(vars(module)[kind])
+        if group:
+            groups.append(["__main__.%s.%s" % (kind, test) for test in group])
+    return groups
 
 
 def main():
-    """Runs what is named on the command line, or everything."""
-    if len(sys.argv) > 1 or not hasattr(os, "fork"):
+    """Runs what is named on the command line, or everything; 0 where all is well."""
+    if not hasattr(os, "fork"):
         return unittest.main()
-    names = [name for name, value in globals().items()
-             if isinstance(value, type) and issubclass(value, unittest.TestCase)
-             and unittest.defaultTestLoader.getTestCaseNames(value)]
-    # The slowest first, as measured; the rest in the order of the file.
-    names.sort(key=lambda name: SLOW_CLASSES.index(name) if name in SLOW_CLASSES
-               else len(SLOW_CLASSES))
-    sys.exit(0 if run_side_by_side(names) else 1)
+    verbose = "-v" in sys.argv
+    groups = chosen_tests([word for word in sys.argv[1:] if word != "-v"])
+    started = time.monotonic()
+    fates = run_side_by_side(groups, verbose)
+    count = sum(map(len, groups))
+    lacking = {test: lacks for test, (wrong, lacks) in fates.items()
+               if lacks and not wrong}
+    bad = {test: wrong for test, (wrong, _) in fates.items() if wrong}
+    if NO_SKIP:
+        bad.update((test, "%s\nskipped: %s" % (test, lacks))
+                   for test, lacks in lacking.items() if not excused(lacks))
+    for test, (wrong, _) in [] if len(bad) > 20 else run_side_by_side(
+            [[test] for test in bad]).items():
+        # It has failed all the same: what passes now and then proves nothing.
+        bad[test] += "" if wrong else "\nFLAKY: run once more, it passed"
+    for text in bad.values():
+        print("=" * 70, text, sep="\n")
+    for reason, number in sorted(collections.Counter(lacking.values()).items()):
+        print("skipped %d: %s" % (number, reason))
+    print("Ran %d of %d tests in %.1f s on Python %s" % (
+        len(fates), count, time.monotonic() - started, sys.version.split()[0]))
+    skipped = len(set(lacking) - set(bad))
+    print("%d passed, %d failed, %d skipped" % (
+        len(fates) - len(bad) - skipped, len(bad), skipped))
+    return 0 if fates and not bad and len(fates) == count else 1
 
 
 #: What takes longest begins first, so that it does not end last.
@@ -19825,4 +19973,4 @@ SLOW_CLASSES = (
     "ResumeTest", "LocalLimitsTest", "RealRegistryTest", "TimeTest")
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
