@@ -65,6 +65,67 @@ from unittest import mock
 
 import imagec
 
+MODULE_PATH = os.path.abspath(imagec.__file__)
+HOME = os.path.dirname(MODULE_PATH)
+#: In memory where the system has such a place: thousands of files come and go.
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+#: Runs the command line argv[2:] of the module in the directory argv[1].
+LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
+            "sys.exit(imagec.main())")
+#: What lives as long as the tests of this process.
+FIXTURES = contextlib.ExitStack()
+
+
+def setUpModule():
+    """One environment for every test, and for every process that one starts.
+
+    Whatever runs the tests, no variable, file or mask of its own has a part in them.
+    All that they write is in one directory, in which nothing may be left.
+    """
+    place = tempfile.mkdtemp(prefix="imagec-test-", dir=SCRATCH)
+    FIXTURES.callback(remove, place)
+    os.chmod(place, 0o755)  # some tests become another user
+    roots = os.path.join(place, "roots.pem")
+    with open(roots, "w") as file:
+        file.write(TEST_CERT)  # to read the system's roots takes longer than a pull
+    FIXTURES.callback(os.environ.update, dict(os.environ))
+    FIXTURES.callback(os.environ.clear)
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT")
+            if name in os.environ}
+    os.environ.clear()
+    os.environ.update(kept, HOME=os.path.join(place, "home"), TMPDIR=place,
+                      XDG_RUNTIME_DIR=os.path.join(place, "run"), SSL_CERT_FILE=roots,
+                      SSL_CERT_DIR=os.path.join(place, "no-such"))
+    FIXTURES.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+    tempfile.tempdir = place
+    FIXTURES.callback(os.umask, os.umask(0o022))
+    FIXTURES.callback(nothing_left_in, place)
+
+
+def nothing_left_in(place):
+    """Raises AssertionError where the tests have left something behind."""
+    left = sorted(set(os.listdir(place)) - {"roots.pem"})
+    assert not left, "left behind: %s" % left
+
+
+def tearDownModule():
+    FIXTURES.close()
+
+
+def remove(path):
+    """Removes a file or tree, whatever modes are in it."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    for folder, names, _ in os.walk(path):
+        os.chmod(folder, 0o700)
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                os.chmod(os.path.join(folder, name), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
 
 # --------------------------------------------------------------------------------------
 # Fixtures: images built in memory, and a registry double whose faults are data
@@ -1183,8 +1244,48 @@ def _error(code, name, message):
     return _json_reply({"errors": [{"code": name, "message": message}]}, code)
 
 
+Ended = collections.namedtuple("Ended", "status out err")
+
+
 class RegistryCase(unittest.TestCase):
-    """A test with registries of its own, none of whose faults may stay unused."""
+    """A directory and registries of its own, and imagec to run against them.
+
+    No fault of a registry may stay unused. `naps` are the seconds it waited for another
+    try, `said` its warnings.
+    """
+
+    def setUp(self):
+        self.root = tempfile.mkdtemp()
+        self.addCleanup(remove, self.root)
+        os.chmod(self.root, 0o755)
+        self.work = os.path.join(self.root, "work")
+        os.mkdir(self.work)
+        self.patch(mock.patch.dict(os.environ))
+        self.naps, self.said = [], []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.said.append(record.getMessage())
+        self.patch(mock.patch.object(imagec.log, "handlers", [handler]))
+        self.patch(mock.patch.object(imagec.log, "propagate", False))
+
+    def patch(self, patcher):
+        started = patcher.start()
+        self.addCleanup(patcher.stop)
+        return started
+
+    def at(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def file(self, name, content=b""):
+        """Write a file below the root, JSON unless it is text or bytes; its path."""
+        path = os.path.join(self.root, *name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        if isinstance(content, str):
+            content = content.encode("utf-8")
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
 
     def registry(self, **options):
         """Start a FakeRegistry that ends with the test."""
@@ -1197,6 +1298,64 @@ class RegistryCase(unittest.TestCase):
         unused = [f.match for f in registry.faults if f.times and not f.used]
         self.assertEqual(unused, [], "faults that were never used")
 
+    def filled(self, image, name="lab/app:1", **options):
+        """A registry that has the image."""
+        registry = self.registry(**options)
+        repository, _, tag = name.partition(":")
+        registry.add(repository, tag or "1", image)
+        return registry
+
+    def session(self, **options):
+        session = imagec.Session(**dict({"idle_timeout": 5}, **options))
+        session.transport._sleep = self.naps.append
+        self.addCleanup(session.transport.close)
+        return session
+
+    def transport(self, **options):
+        transport = imagec.Transport(
+            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options))
+        self.addCleanup(transport.close)
+        return transport
+
+    # Building the parser takes as long as a small pull.
+    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
+
+    def main(self, *argv, stdin="", stderr=None, **environ):
+        """Run a command line here; it retries at once, and syncs nothing."""
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
+        err = io.StringIO() if stderr is None else stderr
+        with warnings.catch_warnings(), mock.patch.dict(os.environ, environ), \
+                mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
+                                    stderr=err), mock.patch.object(os, "fsync"), \
+                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
+            # What another test has left open may be told at any moment.
+            warnings.simplefilter("ignore", ResourceWarning)
+            status = imagec.main(list(argv))
+        out.flush()
+        return Ended(status, out.buffer.getvalue(), err.getvalue())
+
+    def start(self, *argv, redirections="", python=sys.executable, environ=None,
+              **options):
+        """A command line in a process of its own, which does not outlive the test."""
+        command = [python, "-c", LAUNCHER, HOME] + list(argv)
+        if redirections:
+            command = ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + command
+        options = dict({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                        "stderr": subprocess.PIPE}, **options)
+        process = subprocess.Popen(command, env=dict(os.environ, **environ or {}),
+                                   **options)
+        self.addCleanup(self.reap, process)
+        return process
+
+    @staticmethod
+    def reap(process):
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
     @contextlib.contextmanager
     def fails(self, kind, *words):
         """The block raises `kind`, in words that hold no secret and fit one line."""
@@ -1207,6 +1366,108 @@ class RegistryCase(unittest.TestCase):
             self.assertIn(word, text)
         self.assertNotIn(PASSWORD, text)
         self.assertNotIn("\n", text)
+
+
+#: Starts command lines in processes of their own, forked off one that has imported all
+#: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
+SERVANT = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import imagec, concurrent.futures, shutil, tarfile, bz2, lzma, queue, tempfile
+import http.client, encodings.idna, getpass, select, socket, threading
+imagec.argument_parser()
+class Small(socket.socket):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # What the kernel holds is lost with us, and by default it may hold megabytes.
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+# The C library opens libgcc when the first thread ends: not under a limit, please.
+thread = threading.Thread(target=int)
+thread.start()
+thread.join()
+def child(job):
+    import resource
+    out = os.open(job["files"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(out, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.close(out)
+    os.chdir(job["cwd"])
+    os.umask(job["umask"])
+    os.environ.update(job["environ"])
+    for name, value in job["limits"].items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        resource.setrlimit(getattr(resource, name), (value, hard))
+    for name, value in job["patches"].items():
+        setattr(imagec, name, value)
+    if job["small"]:
+        socket.socket = Small
+    sys.argv[1:] = job["argv"]
+    return imagec.main()
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    if isinstance(job, int):
+        _, status, usage = os.wait4(job, 0)
+        print(json.dumps([status, usage.ru_maxrss, usage.ru_utime]), flush=True)
+        continue
+    process = os.fork()
+    if not process:
+        code = 99
+        try:
+            code = child(job)
+        except KeyboardInterrupt:
+            code = 130  # before main began, or after it ended
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(process, flush=True)
+"""
+
+
+class Servant:
+    """Runs command lines in processes that can be limited, killed and measured."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVANT, HOME], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, universal_newlines=True)
+
+    def _ask(self, value):
+        self._process.stdin.write(json.dumps(value) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, *argv, cwd=".", environ=None, umask=0o22, limits=None, patches=None,
+              small=False):
+        """Start a command line: (process ID, where its stderr goes).
+
+        `limits` are of the resource module, `patches` of imagec; `small` is how much of
+        what was sent the kernel may hold.
+        """
+        number, path = tempfile.mkstemp(prefix="stderr")
+        os.close(number)
+        return self._ask({
+            "argv": argv, "files": path, "cwd": cwd, "umask": umask, "small": small,
+            "environ": environ or {}, "limits": limits or {},
+            "patches": dict({"BACKOFF": 0}, **patches or {})}), path
+
+    def end(self, started):
+        """Wait for it; its peak of memory is in KiB, its time that of the processor."""
+        process, path = started
+        status, peak, seconds = self._ask(process)
+        code = status >> 8 if not status & 127 else -(status & 127)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            words = file.read()
+        os.unlink(path)
+        return Measured(code, b"", words, peak, seconds)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+Measured = collections.namedtuple("Measured", "status out err peak seconds")
 
 
 # --------------------------------------------------------------------------------------
@@ -1729,6 +1990,15 @@ def seed(registry, repository, layers):
 # ------------------------------------------------------------------------------
 
 SEED = 20140612  # of every random choice: a failure repeats itself
+
+
+@contextlib.contextmanager
+def cpu_within(seconds):
+    """The block takes no more of the processor; how long it waits is the machine's."""
+    started = time.process_time()
+    yield
+    used = time.process_time() - started
+    assert used < seconds, "%.1f s of the processor" % used
 
 
 class TableCase(unittest.TestCase):
@@ -4254,7 +4524,6 @@ NET_PLACES = {
     "private.test": "10.1.2.3",
     "metadata.test": "169.254.169.254",
 }
-NET_CLEAN = re.compile("(?i)(.*_proxy|ssl_cert_(file|dir)|request_method)$")
 EVERY_TIME = None  # of a fault: for ever
 NET_TARS = [
     tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
@@ -4264,37 +4533,7 @@ NET_TARS = [
 
 
 class NetworkCase(RegistryCase):
-    """No proxies, no system certificates (TEST_CERT is the only root), no sleep."""
-
-    def setUp(self):
-        self.folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.naps = []
-        clean = {n: v for n, v in os.environ.items() if not NET_CLEAN.match(n)}
-        # Loading the system's roots takes longer than most of these tests.
-        clean["SSL_CERT_FILE"] = self.file("root.pem", TEST_CERT.encode("ascii"))
-        self.patch(mock.patch.dict(os.environ, clean, clear=True))
-        # Without a handler, Python would print warnings on its own.
-        self.patch(mock.patch.object(imagec.log, "handlers", [logging.NullHandler()]))
-        self.patch(mock.patch.object(imagec.log, "propagate", False))
-
-    def patch(self, patcher):
-        started = patcher.start()
-        self.addCleanup(patcher.stop)
-        return started
-
-    def file(self, name, data=b""):
-        path = os.path.join(self.folder, name)
-        with open(path, "wb") as file:
-            file.write(data)
-        return path
-
-    def transport(self, **options):
-        transport = imagec.Transport(
-            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options)
-        )
-        self.addCleanup(transport.close)
-        return transport
+    """Servers of any kind, names that resolve as they should."""
 
     def client(self, registry, credentials=None, host=None, transport=None, **options):
         """An imagec.Registry that talks to the FakeRegistry."""
@@ -4303,12 +4542,6 @@ class NetworkCase(RegistryCase):
         return imagec.Registry(
             host or registry.host, transport or self.transport(), credentials, **options
         )
-
-    def session(self, **options):
-        session = imagec.Session(**dict({"idle_timeout": 5}, **options))
-        session.transport._sleep = self.naps.append
-        self.addCleanup(session.transport.close)
-        return session
 
     def server(self, replies, tls=False):
         server = Scripted(replies, tls)
@@ -4334,10 +4567,11 @@ class NetworkCase(RegistryCase):
         return reached
 
     @contextlib.contextmanager
-    def within(self, seconds):
+    def soon(self):
+        """The block does not wait for what takes half a minute, or for ever."""
         started = time.monotonic()
         yield
-        self.assertLess(time.monotonic() - started, seconds)
+        self.assertLess(time.monotonic() - started, 15)
 
     def get(self, transport, url, **options):
         """(status, bytes) of a GET."""
@@ -4770,7 +5004,7 @@ class TransportTest(NetworkCase):
                 server.fault("GET /it", action)
                 # 3.14 counts the 100s by itself, and ends them as no HTTP.
                 kind = imagec.TransportError if "100" in name else imagec.Timeout
-                with self.within(0.6), self.fails(kind, server.host) as found:
+                with self.soon(), self.fails(kind, server.host) as found:
                     self.get(transport, server.url + "/it")
                 self.assertTrue(found.exception.retryable)
 
@@ -4782,20 +5016,20 @@ class TransportTest(NetworkCase):
                 ("drip in the handshake", [garbage(record, "accept"), drip(0.03)])):
             with self.subTest(name), self.transport_in(idle_timeout=0.08) as transport:
                 secure.fault("", action)
-                with self.within(0.6), self.fails(imagec.TransportError, secure.host):
+                with self.soon(), self.fails(imagec.TransportError, secure.host):
                     self.get(transport, secure.url + "/it")
 
     def test_slow_but_steady_is_no_stall(self):
         server = self.server({"/it": say(b"x" * 12000)})
-        server.fault("GET /it", drip(0.02, 1500, "body"))
-        transport = self.transport(idle_timeout=0.08)
+        server.fault("GET /it", drip(0.15, 1500, "body"))
+        transport = self.transport(idle_timeout=1)
         self.assertEqual(len(self.get(transport, server.url + "/it")[1]), 12000)
 
     def test_deadline_bounds_everything(self):
         server = self.server({"/it": say(b"x" * 5000)})
         server.fault("GET /it", drip(0.02, 100, "body"), EVERY_TIME)
         transport = self.transport(timeout=0.15)
-        with self.within(0.6), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
+        with self.soon(), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
             transport.retrying(lambda: self.get(transport, server.url + "/it"))
 
     def test_deadline_ends_a_wait(self):
@@ -4813,7 +5047,7 @@ class TransportTest(NetworkCase):
                 server = self.server({"/it": say(b"hello" * 9)}, tls)
                 server.fault("GET /it", action)
                 threading.Timer(0.08, transport.cancel).start()
-                with self.within(1), self.fails(imagec.Cancelled):
+                with self.soon(), self.fails(imagec.Cancelled):
                     self.get(transport, server.url + "/it")
                 with self.fails(imagec.Cancelled):  # and nothing new begins
                     self.get(transport, server.url + "/it")
@@ -5103,7 +5337,7 @@ class ProxyTest(NetworkCase):
                 ("hang", lambda request: hang(30)(None)),
                 ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))):
             with self.subTest(name), mock.patch.object(self.proxy, "answer", action):
-                with self.within(1), self.fails(imagec.TransportError):
+                with self.soon(), self.fails(imagec.TransportError):
                     self.fetch(server, idle_timeout=0.08)
         self.assertEqual(server.requests, [])
 
@@ -5264,7 +5498,7 @@ class AuthorizationTest(NetworkCase):
                 self.assertEqual([tuple(challenge) for challenge in found], expected)
 
     def test_t63_challenges_take_linear_time(self):
-        with self.within(1):
+        with cpu_within(5):
             for unit in ('a="\\', "a=", ",", 'a="', "\\", "Bearer ", "a ", "a=b "):
                 imagec.Challenge.parse(["Bearer " + unit * (60000 // len(unit))])
 
@@ -5746,8 +5980,8 @@ class ProbeTest(NetworkCase):
 
     def test_t90_cacert_that_is_none(self):
         registry = self.registry(tls=True)
-        for name, path in (("missing", os.path.join(self.folder, "none.pem")),
-                           ("directory", self.folder),
+        for name, path in (("missing", os.path.join(self.root, "none.pem")),
+                           ("directory", self.root),
                            ("not PEM", self.file("junk.pem", b"junk\n"))):
             with self.subTest(name), self.fails(imagec.UsageError, "--cacert"):
                 transport = self.transport(cacert=path)
@@ -5874,7 +6108,7 @@ class ProbeTest(NetworkCase):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # and never listens
             place = "127.0.0.1:%d" % taken.getsockname()[1]
-            with self.within(1), self.fails(imagec.TransportError, place, "refused"):
+            with self.soon(), self.fails(imagec.TransportError, place, "refused"):
                 self.probe(None, host=place)
         self.assertEqual(self.naps, [])
 
@@ -6305,7 +6539,7 @@ class DownloadCase(NetworkCase):
 
     def setUp(self):
         super().setUp()
-        self.place = os.path.join(self.folder, "place")
+        self.place = os.path.join(self.root, "place")
         os.mkdir(self.place)
         self.path = os.path.join(self.place, "blob")
         self.events = []
@@ -6636,7 +6870,7 @@ class PullCase(NetworkCase):
 
     def setUp(self):
         super().setUp()
-        self.dest = os.path.join(self.folder, "dest")
+        self.dest = os.path.join(self.root, "dest")
         self.events = []
         self.patch(mock.patch("os.fsync"))  # as slow as the disk
 
@@ -6715,7 +6949,7 @@ class OutputsTest(PullCase):
     def test_schema2_and_oci(self):
         for kind in ("oci", "docker"):
             with self.subTest(kind=kind):
-                self.dest = os.path.join(self.folder, kind)
+                self.dest = os.path.join(self.root, kind)
                 image = build_image(NET_TARS[:1] + [None] + NET_TARS[1:], kind)
                 registry = self.filled(image)
                 found = self.pull(registry)
@@ -6751,7 +6985,7 @@ class OutputsTest(PullCase):
     def test_schema1(self):
         for kind in ("schema1", "schema1-signed"):
             with self.subTest(kind=kind):
-                self.dest = os.path.join(self.folder, kind)
+                self.dest = os.path.join(self.root, kind)
                 image = build_image(NET_TARS, kind)
                 registry = self.filled(image)
                 found = self.pull(registry)
@@ -6786,7 +7020,7 @@ class OutputsTest(PullCase):
         for index, names in ((inner, {"index.json": inner}),
                              (outer, {"index.json": outer, "index.1.json": inner})):
             with self.subTest(names=sorted(names)):
-                self.dest = os.path.join(self.folder, "dest%d" % len(names))
+                self.dest = os.path.join(self.root, "dest%d" % len(names))
                 registry = self.filled(index)
                 found = self.pull(registry)
                 base = "http/%s/v2/app/1" % registry.host
@@ -6832,7 +7066,7 @@ class OutputsTest(PullCase):
 
     def test_t12_links_below_the_destination(self):
         registry = self.filled(build_image(NET_TARS))
-        canary = os.path.join(self.folder, "canary")
+        canary = os.path.join(self.root, "canary")
         for parts in (["http"], ["http", registry.host], ["http", registry.host, "v2"],
                       ["http", registry.host, "v2", "app", "1"]):
             with self.subTest(parts=parts):
@@ -6845,7 +7079,7 @@ class OutputsTest(PullCase):
                 self.assertEqual(os.listdir(canary), [])
 
     def test_the_destination_itself_may_be_a_link(self):
-        real = os.path.join(self.folder, "real")
+        real = os.path.join(self.root, "real")
         os.mkdir(real)
         os.symlink(real, self.dest)
         self.pull(self.filled(build_image(NET_TARS)))
@@ -6854,11 +7088,11 @@ class OutputsTest(PullCase):
     def test_t126_destinations(self):
         registry = self.filled(build_image(NET_TARS))
         file = self.file("file")
-        dangling = os.path.join(self.folder, "dangling")
-        os.symlink(os.path.join(self.folder, "none"), dangling)
+        dangling = os.path.join(self.root, "dangling")
+        os.symlink(os.path.join(self.root, "none"), dangling)
         places = [file, os.path.join(file, "below"), dangling, os.devnull]
         if hasattr(os, "geteuid") and os.geteuid():
-            places.append(os.path.join(self.folder, "closed"))
+            places.append(os.path.join(self.root, "closed"))
             os.mkdir(places[-1], 0o500)
         for place in places:
             with self.subTest(place=os.path.basename(place)):
@@ -6929,7 +7163,7 @@ class PullTest(PullCase):
         for tls in (True, False):
             for jobs in (1, 4):
                 with self.subTest(tls=tls, jobs=jobs):
-                    self.dest = os.path.join(self.folder, "%s%d" % (tls, jobs))
+                    self.dest = os.path.join(self.root, "%s%d" % (tls, jobs))
                     registry = self.filled(image, tls=tls, auth="bearer")
                     registry.fault("/blobs/", delay(0.005), EVERY_TIME)
                     self.pull(registry, jobs=jobs)
@@ -6948,7 +7182,7 @@ class PullTest(PullCase):
         self.patch(mock.patch.object(imagec, "LayerVerifier", note))
         for cores, jobs, expected in ((None, 4, 1), (1, 4, 1), (2, 4, 1), (4, 4, 1),
                                       (5, 4, 2), (6, 4, 3), (3, 1, 2), (8, 9, 3)):
-            self.dest = os.path.join(self.folder, "%s-%d" % (cores, jobs))
+            self.dest = os.path.join(self.root, "%s-%d" % (cores, jobs))
             with self.subTest(cores=cores, jobs=jobs), mock.patch.object(
                     os, "cpu_count", lambda cores=cores: cores):
                 image = self.pull(registry, jobs=jobs)
@@ -7047,7 +7281,7 @@ class PullTest(PullCase):
         image = build_image(NET_TARS)
         for jobs in (1, 4):
             with self.subTest(jobs=jobs):
-                self.dest = os.path.join(self.folder, str(jobs))
+                self.dest = os.path.join(self.root, str(jobs))
                 registry = self.filled(image, auth="bearer")
                 registry.token_uses = 2 if jobs == 1 else 4
                 self.pull(registry, jobs=jobs)
@@ -7056,7 +7290,7 @@ class PullTest(PullCase):
     def test_t44_the_same_blob_twice(self):
         for kind in ("oci", "docker", "schema1"):
             with self.subTest(kind=kind):
-                self.dest = os.path.join(self.folder, kind)
+                self.dest = os.path.join(self.root, kind)
                 tars = [NET_TARS[0], NET_TARS[1], NET_TARS[0]]
                 image = build_image(tars, kind)
                 registry = self.filled(image)
@@ -7126,10 +7360,10 @@ class PullTest(PullCase):
                      "a" * 64 + "\n"):
             with self.subTest(id=name):
                 image = build_image(NET_TARS[:1], "schema1", id=name)
-                before = self.tree(self.folder)
+                before = self.tree(self.root)
                 with self.fails(imagec.ImagecError, "id"):
                     self.pull(self.filled(image))
-                self.assertEqual(self.tree(self.folder), before)
+                self.assertEqual(self.tree(self.root), before)
 
     def test_t04_annotations_are_no_paths(self):
         image = build_image(NET_TARS)
@@ -7141,7 +7375,7 @@ class PullTest(PullCase):
         data = json.dumps(document).encode("ascii")
         registry.add_manifest("app", "odd", data, image.media_type)
         self.pull(registry, "app:odd")
-        found = [path for path in self.tree(self.folder) if "evil" in path]
+        found = [path for path in self.tree(self.root) if "evil" in path]
         self.assertEqual(found, [])
 
     @unittest.skipUnless(hasattr(signal, "SIGKILL"), "no SIGKILL here")
@@ -7160,7 +7394,7 @@ class PullTest(PullCase):
         self.assert_nothing_final(image.layers)
         self.pull(registry)
         killed = self.tree()
-        self.dest = os.path.join(self.folder, "clean")
+        self.dest = os.path.join(self.root, "clean")
         self.pull(registry)
         self.assertEqual(killed, self.tree())
 
@@ -7185,8 +7419,9 @@ class PullTest(PullCase):
         registry.fault("/blobs/" + image.layers[4], [delay(0.1), status(404)])
         for digest in image.layers[1:4]:
             registry.fault("/blobs/" + digest, drip(0.05, 100), EVERY_TIME)
-        with self.within(1.1), self.fails(imagec.NotFound, image.layers[4]):
+        with self.fails(imagec.NotFound, image.layers[4]):
             self.pull(registry, jobs=4, idle_timeout=30)
+        self.assertLess(registry.sent_blob_bytes, sum(map(len, image.blobs.values())))
         self.assertEqual(imagec_threads(), 0)
         self.assert_nothing_final(image.layers)
 
@@ -7459,15 +7694,10 @@ class FaultsTest(PullCase):
 # What all classes here share
 # ------------------------------------------------------------------------------
 
-FIELD_CLEAN = re.compile(
-    "(?i)(.*_proxy|ssl_cert_(file|dir)|request_method|docker_.*|registry_.*|xdg_.*"
-    "|imagec_.*)$"
-)
 FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
 FIELD_HUB = "https://index.docker.io/v1/"
 FIELD_EVER = None  # times of a fault
 
-FieldRun = collections.namedtuple("FieldRun", "status out err")
 
 
 def field_noise(size, seed=0):
@@ -7508,36 +7738,17 @@ def field_blob_paths(server):
 
 
 class FieldCase(RegistryCase):
-    """A home of its own, one root certificate, no proxies, no waiting, no DNS."""
+    """A home of its own, no DNS."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.root = folder.name
+        super().setUp()
+        self.work = self.root
         self.home = os.path.join(self.root, "home")
-        clean = {n: v for n, v in os.environ.items() if not FIELD_CLEAN.match(n)}
-        # Reading the system's roots takes longer than most of these tests.
-        clean["SSL_CERT_FILE"] = self.file("roots.pem", TEST_CERT)
-        # What podman keeps by user ID must not come from this machine.
-        clean.update(HOME=self.home, XDG_RUNTIME_DIR=os.path.join(self.root, "run"))
-        self.patch(mock.patch.dict(os.environ, clean, clear=True))
-        self.naps, self.said = [], []
-        self.listen()
+        os.environ.update(HOME=self.home, XDG_RUNTIME_DIR=os.path.join(self.root,
+                                                                       "run"))
         self.places = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
         self.resolve = socket.getaddrinfo
         self.patch(mock.patch("socket.getaddrinfo", self.look_up))
-
-    def patch(self, patcher):
-        started = patcher.start()
-        self.addCleanup(patcher.stop)
-        return started
-
-    def listen(self):
-        """Warnings go to self.said."""
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: self.said.append(record.getMessage())
-        self.patch(mock.patch.object(imagec.log, "handlers", [handler]))
-        self.patch(mock.patch.object(imagec.log, "propagate", False))
 
     def look_up(self, host, *rest, **named):
         """socket.getaddrinfo of a world that ends at this machine."""
@@ -7545,33 +7756,8 @@ class FieldCase(RegistryCase):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return self.resolve(self.places[host], *rest, **named)
 
-    def file(self, name, content):
-        """Write a file below the root, JSON unless it is text or bytes; its path."""
-        path = os.path.join(self.root, *name.split("/"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not isinstance(content, (str, bytes)):
-            content = json.dumps(content)
-        if isinstance(content, str):
-            content = content.encode("utf-8")
-        with open(path, "wb") as file:
-            file.write(content)
-        return path
-
     def docker_config(self, config):
         return self.file("home/.docker/config.json", config)
-
-    def session(self, **options):
-        session = imagec.Session(**dict({"idle_timeout": 5}, **options))
-        session.transport._sleep = self.naps.append
-        self.addCleanup(session.transport.close)
-        return session
-
-    def transport(self, **options):
-        transport = imagec.Transport(
-            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options)
-        )
-        self.addCleanup(transport.close)
-        return transport
 
     def get(self, transport, url):
         """The body of a GET."""
@@ -7579,13 +7765,10 @@ class FieldCase(RegistryCase):
             return response.read(imagec.MIB, "test")
 
     def filled(self, image=None, name="lab/app", **options):
-        """A registry with an image by the tag 1."""
-        registry = self.registry(**options)
-        registry.add(name, "1", image or build_image(FIELD_SMALL))
-        return registry
+        return super().filled(image or build_image(FIELD_SMALL), name, **options)
 
     def at(self, name="out"):
-        return os.path.join(self.root, name)
+        return super().at(name)
 
     def pull(self, host, name="lab/app:1", to="out", format=None, **options):
         """Pull with a Session; the imagec.Image."""
@@ -7595,20 +7778,9 @@ class FieldCase(RegistryCase):
         with self.session(**options) as session:
             return session.pull([reference], output, platform)[0]
 
-    def main(self, *argv, stdin=""):
-        """Run a command line here; it retries at once."""
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-        err = io.StringIO()
-        streams = {"stdin": io.StringIO(stdin), "stdout": out, "stderr": err}
-        with warnings.catch_warnings():
-            # What another test has left open may be told at any moment.
-            warnings.simplefilter("ignore", ResourceWarning)
-            with mock.patch.multiple(sys, **streams), mock.patch.object(
-                imagec, "BACKOFF", 0
-            ):
-                code = imagec.main(list(argv))
-        out.flush()
-        return FieldRun(code, out.buffer.getvalue().decode("utf-8"), err.getvalue())
+    def main(self, *argv, **options):
+        ended = super().main(*argv, **options)
+        return ended._replace(out=ended.out.decode("utf-8"))
 
 
 # ------------------------------------------------------------------------------
@@ -9135,26 +9307,6 @@ FIELD_RANGES = (
     ("too long", FIELD_NOISE + b"x", None, [0]),
 )
 
-#: Forks a command line (JSON, one a line) off a process that has imported all already:
-#: prints its process ID, then its status.
-FIELD_SERVANT = """
-import json, os, socket, sys
-sys.path.insert(0, sys.argv[1])
-import imagec, argparse, concurrent.futures.thread, shutil, signal, encodings.idna
-class Small(socket.socket):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        # What the kernel holds is lost with us, and by default it may hold megabytes.
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-socket.socket = Small
-for line in iter(sys.stdin.readline, ""):
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(imagec.main(json.loads(line)))
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 FIELD_KILLS = 10  # of each format
 
 
@@ -9167,31 +9319,6 @@ def field_files(top):
                 path = os.path.join(folder, name)
                 found[path] = os.lstat(path).st_size
     return found
-
-
-class FieldServant:
-    """Runs pulls that can be killed; see FIELD_SERVANT."""
-
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", FIELD_SERVANT,
-             os.path.dirname(os.path.abspath(imagec.__file__))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
-
-    def start(self, *argv):
-        """Start a command line; its process ID."""
-        self._process.stdin.write(json.dumps(argv) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def status(self):
-        """Wait for it."""
-        return int(self._process.stdout.readline())
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 class ResumeTest(FieldCase):
@@ -9363,7 +9490,7 @@ class KillCase(FieldCase):
         `buffer` is how many bytes may be lost each time.
         """
         argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name), ref]
-        servant = FieldServant()
+        servant = Servant()
         try:
             for amount in amounts:
                 begun, count = self.begun(name, sizes), len(asked())
@@ -9376,18 +9503,17 @@ class KillCase(FieldCase):
                 if format != "archive":
                     after = self.on_disk(name) - sent()
                     self.assertGreaterEqual(after, before - buffer)
-            servant.start(*argv)
-            self.assertEqual(servant.status(), 0)
+            self.assertEqual(servant.end(servant.start(*argv)).status, 0)
         finally:
             servant.close()
 
     def kill(self, servant, argv, is_time):
-        process, deadline = servant.start(*argv), time.monotonic() + 20
+        started, deadline = servant.start(*argv, small=True), time.monotonic() + 20
         while not is_time():
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.003)
-        os.kill(process, signal.SIGKILL)
-        self.assertEqual(servant.status(), signal.SIGKILL)
+        os.kill(started[0], signal.SIGKILL)
+        self.assertEqual(servant.end(started).status, -signal.SIGKILL)
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "needs POSIX processes")
@@ -9725,8 +9851,7 @@ class DryRunTest(FieldCase):
                 with self.fails(imagec.OutputError, needed, self.at(name)):
                     self.pull(self.origin.host, to=name, format=format)
         self.assertEqual(self.layer_requests(), [])
-        run_names = [path for path in os.listdir(self.root) if path != "roots.pem"]
-        self.assertEqual(run_names, [])
+        self.assertEqual(os.listdir(self.root), ["work"])
 
     def test_enough_is_enough(self):
         with self.full_disk(sum(self.sizes)):
@@ -9753,15 +9878,8 @@ class DryRunTest(FieldCase):
 # Fixtures: members and layers in a word each, imagec.main, processes
 # ------------------------------------------------------------------------------
 
-STORED_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
 STORED_NOBODY = 65534  # a user no file belongs to
-#: Thousands of small files come and go: in memory, where the system has a place for it.
-STORED_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-STORED_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
-#: argv[1] is where the module is, argv[2:] a command line.
-STORED_LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
-                   "sys.exit(imagec.main())")
 #: Runs command lines (JSON on stdin: one to warm up, then a list) as another user. The
 #: first, as ourselves, imports what that user may have no right to read.
 STORED_SERVANT = """
@@ -9948,17 +10066,6 @@ def stored_state(directory, besides=()):
     return state
 
 
-def stored_remove(path):
-    """Removes a file or tree, whatever modes are in it."""
-    if os.path.isfile(path):
-        os.unlink(path)
-    for folder, names, _ in os.walk(path):
-        for name in names:
-            if not os.path.islink(os.path.join(folder, name)):
-                os.chmod(os.path.join(folder, name), 0o700)
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def stored_zstd(data):
     return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE,
                           check=True).stdout
@@ -9966,33 +10073,14 @@ def stored_zstd(data):
 
 stored_needs_zstd = unittest.skipUnless(shutil.which("zstd"), "needs the zstd program")
 stored_needs_root = unittest.skipUnless(
-    STORED_ROOT, "needs root, to become another user")
-
-Run = collections.namedtuple("Run", "status out err")
-
+    ROOT, "needs root, to become another user")
 
 class StoredCase(RegistryCase):
-    """A registry, a directory, and imagec.main to pull from one into the other."""
+    """A registry, and imagec.main to pull from it into a directory."""
 
     def setUp(self):
-        self.root = tempfile.mkdtemp(dir=STORED_PLACE)
-        self.addCleanup(stored_remove, self.root)
-        os.chmod(self.root, 0o755)
-        roots = os.path.join(self.root, "roots.pem")
-        stored_write(roots, TEST_CERT.encode("ascii"))
-        clean = {name: value for name, value in os.environ.items()
-                 if not re.search("(?i)_proxy$|^IMAGEC_|^SSL_|^PYTHON", name)}
-        # Reading the system's roots takes longer than a pull.
-        self.environ = dict(clean, SSL_CERT_FILE=roots)
-        patch = mock.patch.dict(os.environ, self.environ, clear=True)
-        patch.start()
-        self.addCleanup(patch.stop)
-        self.work = os.path.join(self.root, "work")
-        os.mkdir(self.work)
+        super().setUp()
         self.origin = self.registry()
-
-    def at(self, *parts):
-        return os.path.join(self.work, *parts)
 
     def serve(self, layers, name="lab/app:1", **options):
         """Offer an image; (its reference, the BuiltImage)."""
@@ -10000,20 +10088,6 @@ class StoredCase(RegistryCase):
         repository, _, tag = name.partition(":")
         self.origin.add(repository, tag, image)
         return self.origin.host + "/" + name, image
-
-    # Building the parser takes as long as a small pull.
-    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
-
-    def main(self, *argv):
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-        err = io.StringIO()
-        # Nothing here has to outlive the machine.
-        with mock.patch.multiple(sys, stdout=out, stderr=err), \
-                mock.patch.object(os, "fsync"), \
-                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
-            code = imagec.main(list(argv))
-        out.flush()
-        return Run(code, out.buffer.getvalue(), err.getvalue())
 
     def pull(self, *argv, expect=0):
         run = self.main("pull", "-q", *argv)
@@ -10027,31 +10101,15 @@ class StoredCase(RegistryCase):
         self.assertEqual(run.status, 0, run.err)
         return run.err
 
-    def start(self, *argv, python=sys.executable, **options):
-        process = subprocess.Popen(
-            [python, "-c", STORED_LAUNCHER, STORED_HOME] + list(argv),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=dict(self.environ, **options.pop("environ", {})), **options)
-        self.addCleanup(self.reap, process)
-        return process
-
-    @staticmethod
-    def reap(process):
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-
     def as_nobody(self, *work):
         """Run command lines as a user without rights: (their statuses, stderr)."""
         warm = ["pull", "-q", "--format", "rootfs", "-o",
                 tempfile.mkdtemp(dir=self.root),
                 self.serve([raw_words("a=1")], "lab/warm:1")[0]]
         done = subprocess.run(
-            [sys.executable, "-c", STORED_SERVANT, STORED_HOME, str(STORED_NOBODY)],
+            [sys.executable, "-c", STORED_SERVANT, HOME, str(STORED_NOBODY)],
             input=json.dumps([warm, work]).encode(), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=self.environ, timeout=60, cwd=self.work)
+            stderr=subprocess.PIPE, timeout=60, cwd=self.work)
         self.assertEqual(done.returncode, 0, done.stderr)
         return (json.loads(done.stdout.decode().splitlines()[-1]),
                 done.stderr.decode("utf-8", "replace"))
@@ -10348,7 +10406,7 @@ class FlatteningTest(unittest.TestCase):
             layers = [" ".join(random_layer(dice, model, number))
                       for number in range(4)]
             with self.subTest(seed=seed, layers=layers), \
-                    tempfile.TemporaryDirectory(dir=STORED_PLACE) as folder:
+                    tempfile.TemporaryDirectory() as folder:
                 self.check_written(layers, model, folder)
 
     def check_written(self, layers, model, folder):
@@ -10577,7 +10635,7 @@ class UnsafeLayersTest(StoredCase):
         self.assertEqual(stored_state(self.work, ours), before)
         for number in numbers:
             for more in ("", ".partial.d"):
-                stored_remove(self.at("out%d%s" % (number, more)))
+                remove(self.at("out%d%s" % (number, more)))
 
     def check_result(self, row, number, status, err=""):
         wanted = row[3] if isinstance(row[3], tuple) else (row[3],)
@@ -10674,7 +10732,7 @@ class UnsafeLayersTest(StoredCase):
                     for name in glob.glob(self.at("out0*")):
                         if os.path.islink(name):
                             os.unlink(name)
-                        stored_remove(name)
+                        remove(name)
                     self.assertEqual(stored_state(self.work), before)
 
     def test_T162_no_program_runs(self):
@@ -10751,7 +10809,7 @@ class RootfsOutputTest(StoredCase):
     def rootfs(self, *layers, name="lab/app:1", out="out"):
         reference, _ = self.serve(list(layers), name)
         err = self.warnings("--format", "rootfs", "-o", self.at(out), reference)
-        if not STORED_ROOT:  # a directory no layer speaks of is root's
+        if not ROOT:  # a directory no layer speaks of is root's
             err = re.sub(".*owners not set.*\n", "", err)
         return os.fsencode(self.at(out)), err
 
@@ -10760,7 +10818,7 @@ class RootfsOutputTest(StoredCase):
                 (b"setgid", 0o2755, b"0"), (b"dir", 0o1777, b"5"),
                 (b"closed", 0o555, b"5"), (b"closed/x", 0o600, b"0"),
                 (b"group", 0o2750, b"5")]
-        owner = (1234, 4321) if STORED_ROOT else (os.geteuid(), os.getegid())
+        owner = (1234, 4321) if ROOT else (os.geteuid(), os.getegid())
         out, err = self.rootfs(raw_layer(*[
             raw_member(name, b"", kind, mode=mode, uid=owner[0], gid=owner[1],
                        pax=[(b"mtime", b"1234567890.123456789")])
@@ -10812,7 +10870,7 @@ class RootfsOutputTest(StoredCase):
     @unittest.skipUnless(hasattr(os, "setxattr"), "no extended attributes here")
     def test_extended_attributes(self):
         self.work = tempfile.mkdtemp()  # on a disk: few keep them in memory
-        self.addCleanup(stored_remove, self.work)
+        self.addCleanup(remove, self.work)
         probe = self.at("probe")
         stored_write(probe, b"")
         try:
@@ -11474,8 +11532,8 @@ class ArchiveOutputTest(StoredCase):
         reference, _ = self.serve(ARCHIVE_TARS)
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
-                [sys.executable, "-c", STORED_LAUNCHER, STORED_HOME, "pull", "-q", "-o",
-                 "-", reference], stdout=full, stderr=subprocess.PIPE, env=self.environ)
+                [sys.executable, "-c", LAUNCHER, HOME, "pull", "-q", "-o",
+                 "-", reference], stdout=full, stderr=subprocess.PIPE)
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertEqual(done.stderr.count(b"\n"), 1, done.stderr)
 
@@ -11530,7 +11588,7 @@ class ArchiveOutputTest(StoredCase):
                 self.assertEqual(os.listdir(self.work), ["out.tar"])
                 self.archive(reference, out="fresh.tar")
                 self.assertEqual(members, self.members(self.at("fresh.tar")))
-            stored_remove(self.work)
+            remove(self.work)
             os.mkdir(self.work)
 
     def test_unfinished_archive_is_not_believed(self):
@@ -11695,7 +11753,7 @@ class OCIOutputTest(StoredCase):
         os.mkdir(self.at("canary"))
         reference, _ = self.serve(ARCHIVE_TARS)
         for parts in (("blobs",), ("blobs", "sha256")):
-            stored_remove(self.out)
+            remove(self.out)
             os.makedirs(os.path.join(self.out, *parts[:-1]))
             stored_write(os.path.join(self.out, "oci-layout"),
                          b'{"imageLayoutVersion": "1.0.0"}')
@@ -12163,7 +12221,7 @@ class AuditTest(StoredCase):
             with self.subTest(what, where=where):
                 damage(os.path.join(copy, where))
                 yield copy, where.rpartition("/")[2]
-            stored_remove(copy)
+            remove(copy)
 
     def test_layers(self):
         root = self.good("layers", "images")
@@ -12669,12 +12727,6 @@ class Schema1ConversionTest(StoredCase):
 # Fixtures: a store of pulled images, running servers, clients of one request
 # ------------------------------------------------------------------------------
 
-SERVE_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
-SERVE_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-SERVE_LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
-                  "sys.exit(imagec.main())")
-SERVE_CLEAN = re.compile(
-    "(?i).*_proxy$|^IMAGEC_|^SSL_|^PYTHON|^DOCKER_|^REGISTRY_|^XDG_|^HOME$")
 SERVE_NOISE = b"".join(hashlib.sha512(b"%d" % i).digest() for i in range(400))
 SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]))
 SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
@@ -12684,18 +12736,6 @@ SERVE_NO_DIGEST = "sha256:" + "0" * 64
 SERVE_CANARY = b"canary that nobody may see"
 
 ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
-ServeRun = collections.namedtuple("ServeRun", "status out err")
-
-
-def serve_clean_environment(root):
-    """The environment without a trace of this machine's owner, proxies or roots."""
-    clean = {name: value for name, value in os.environ.items()
-             if not SERVE_CLEAN.match(name)}
-    roots = os.path.join(root, "roots.pem")
-    serve_write(roots, TEST_CERT.encode("ascii"))
-    # Reading the system's roots takes longer than most of these tests.
-    return dict(clean, SSL_CERT_FILE=roots, HOME=os.path.join(root, "home"),
-                XDG_RUNTIME_DIR=os.path.join(root, "run"))
 
 
 def serve_write(path, data):
@@ -12804,23 +12844,18 @@ class ServeCase(RegistryCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.root = tempfile.mkdtemp(dir=SERVE_PLACE)
-        cls._patches = [
-            mock.patch.dict(os.environ, serve_clean_environment(cls.root), clear=True),
-            mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0)]
-        for patch in cls._patches:
-            patch.start()
+        cls.store = tempfile.mkdtemp()
         try:
-            cls._fill()
+            with mock.patch.object(os, "fsync"), mock.patch.object(
+                    imagec, "BACKOFF", 0):
+                cls._fill()
         except BaseException:
             cls.tearDownClass()
             raise
 
     @classmethod
     def tearDownClass(cls):
-        for patch in cls._patches:
-            patch.stop()
-        shutil.rmtree(cls.root, ignore_errors=True)
+        remove(cls.store)
         super().tearDownClass()
 
     @classmethod
@@ -12840,7 +12875,7 @@ class ServeCase(RegistryCase):
 
     @classmethod
     def _pull_all(cls, name, format, repositories, platform="linux/amd64"):
-        path = os.path.join(cls.root, name)
+        path = os.path.join(cls.store, name)
         for repository in repositories:
             index = cls.images[repository].children
             # By its mirror an image is pulled as of Docker Hub, which is not asked.
@@ -12850,19 +12885,6 @@ class ServeCase(RegistryCase):
                 platform=platform if index else "linux/amd64", no_creds=True,
                 mirrors=[cls.origin] if hub else [])
         return path
-
-    def setUp(self):
-        self.work = tempfile.mkdtemp(dir=self.root)
-        self.logged = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: self.logged.append(record.getMessage())
-        for name, value in (("handlers", [handler]), ("propagate", False)):
-            patch = mock.patch.object(imagec.log, name, value)
-            patch.start()
-            self.addCleanup(patch.stop)
-
-    def at(self, *parts):
-        return os.path.join(self.work, *parts)
 
     def start(self, shelf, credentials=None, tls=None, handler=None):
         """The host of a server of a Shelf, or of what is at a path, until the end."""
@@ -12901,36 +12923,19 @@ class ServeCase(RegistryCase):
         if code:
             self.assertEqual(errors[0]["code"], code)
 
-    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
-
-    def main(self, *argv, stdin=""):
+    def main(self, *argv, **options):
         """A command line run here; whatever waits is interrupted instead."""
-        out, err = io.StringIO(), io.StringIO()
-        with mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
-                                 stderr=err), \
-                mock.patch.object(imagec, "argument_parser", self.parser), \
-                mock.patch.object(imagec.time, "sleep", side_effect=KeyboardInterrupt):
-            status = imagec.main(list(argv))
-        self.assertNotIn("Traceback", err.getvalue())
-        return ServeRun(status, out.getvalue(), err.getvalue())
+        with mock.patch.object(imagec.time, "sleep", side_effect=KeyboardInterrupt):
+            ended = super().main(*argv, **options)
+        self.assertNotIn("Traceback", ended.err)
+        return ended._replace(out=ended.out.decode("utf-8"))
 
     def process(self, *argv, stdin=b""):
         """`imagec.py serve` as a process, and the first line it prints."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE_LAUNCHER, SERVE_HOME, "serve"] + list(argv),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(self.reap, process)
+        process = super().start("serve", *argv, stdin=subprocess.PIPE)
         process.stdin.write(stdin)
         process.stdin.close()
         return process, process.stdout.readline().decode("utf-8")
-
-    @staticmethod
-    def reap(process):
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 # ------------------------------------------------------------------------------
@@ -13620,7 +13625,7 @@ class ServeTest(ServeCase):
                 self.assertTrue(asked)
                 for path in asked:
                     self.assertIn("ns=" + urllib.parse.quote(namespace, ""), path)
-        self.assertEqual(self.logged, [])
+        self.assertEqual(self.said, [])
 
     # -- requests that mean no good
 
@@ -13686,7 +13691,7 @@ class ServeTest(ServeCase):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                     struct.pack("ii", 1, 0))
             self.assertEqual(serve_ask(host, "/v2/").status, 200)
-        self.assertEqual((err.getvalue(), self.logged), ("", []))
+        self.assertEqual((err.getvalue(), self.said), ("", []))
 
     # -- connections
 
@@ -13758,14 +13763,12 @@ class ServeTest(ServeCase):
             except Exception as error:
                 failures.append(error)
 
-        begun = time.monotonic()
         threads = [threading.Thread(target=client) for _ in range(200)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         self.assertEqual(failures, [])
-        self.assertLess(time.monotonic() - begun, 3)
 
     def test_slow_client_blocks_nobody(self):
         data = bytes(16 << 20)
@@ -13835,7 +13838,7 @@ class ServeTest(ServeCase):
         for headers in ({}, {"Range": "bytes=0-3"}):
             self.refused(serve_ask(host, url, headers=headers), 500)
         self.assertEqual(serve_ask(host, url, "HEAD").status, 500)
-        self.assertIn(digest[7:19], self.logged[0])
+        self.assertIn(digest[7:19], self.said[0])
         other = self.images["lab/oci"].layers[0]
         self.assertEqual(serve_ask(host, "/v2/lab/oci/blobs/" + other).status, 200)
         with self.assertRaises(imagec.ImagecError):
@@ -13997,7 +14000,7 @@ class ServeTest(ServeCase):
             self.assertNotIn(b"200 OK", serve_raw(
                 host, b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"))
             self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 200)
-        self.assertEqual((err.getvalue(), self.logged), ("", []))
+        self.assertEqual((err.getvalue(), self.said), ("", []))
 
 
 # ------------------------------------------------------------------------------
@@ -14259,7 +14262,7 @@ class SelfTestTest(ServeCase):
 
     def test_shipped_command(self):
         done = subprocess.run(
-            [sys.executable, "-I", os.path.join(SERVE_HOME, "imagec.py"), "selftest"],
+            [sys.executable, "-I", MODULE_PATH, "selftest"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -14434,11 +14437,10 @@ class ServedDoubleTest(RegistryCase):
     """The Serve room as the registry double: its faults come from the test."""
 
     def setUp(self):
-        self.place = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.place, True)
+        super().setUp()
         source = self.registry()
         source.add("lab/app", "1", build_image([tar_bytes([("f", b"x" * 5000)])]))
-        layout = os.path.join(self.place, "layout")
+        layout = self.at("layout")
         imagec.pull(source.host + "/lab/app:1", layout, "oci", platform="linux/amd64")
         self.server = imagec.new_server(imagec.Shelf(layout), ("127.0.0.1", 0),
                                         handler=DoubleHandler)
@@ -14450,7 +14452,7 @@ class ServedDoubleTest(RegistryCase):
     def pull(self, format="layers"):
         with mock.patch("imagec.BACKOFF", 0.001):
             return imagec.pull("127.0.0.1:%d/lab/app:1" % self.server.server_address[1],
-                               os.path.join(self.place, "out"), format,
+                               self.at("out"), format,
                                platform="linux/amd64")
 
     def test_without_a_fault(self):
@@ -14463,16 +14465,14 @@ class ServedDoubleTest(RegistryCase):
                 with self.assertRaises(kind) as caught:
                     self.pull()
                 self.assertEqual(imagec.exit_status(caught.exception), status)
-                self.assertFalse(os.path.exists(os.path.join(
-                    self.place, "out", "manifest.json")))
+                self.assertEqual([name for _, _, files in os.walk(self.at("out"))
+                                  for name in files if name == "manifest.json"], [])
 
 
 # --------------------------------------------------------------------------------------
 # The house itself, and its command line
 # --------------------------------------------------------------------------------------
 
-MODULE_PATH = os.path.abspath(imagec.__file__)
-HOME = os.path.dirname(MODULE_PATH)
 
 # ------------------------------------------------------------------------------
 # Architecture
@@ -14845,33 +14845,14 @@ class ReadmeTest(unittest.TestCase):
 # ------------------------------------------------------------------------------
 
 #: What a command left: its status, its stdout as bytes, its stderr as text.
-Ended = collections.namedtuple("Ended", "status out err")
 
 #: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e"
                          "\u2066-\u2069\ud800-\udfff]")
 POISON = "\x1b]0;x\x07\x1b[31m\x9b31m\u202e\r\nimagec: all is well\x7f\x08"
 
-#: In memory where the system has such a place: every file pulled is synced to disk.
-SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-
 SMALL_TARS = [tar_bytes([("etc", None), ("etc/a", b"one")]),
               tar_bytes([("etc/b", b"two" * 1000)])]
-
-
-def plain_environment(root):
-    """This process's environment without proxies and passwords.
-
-    One CA certificate instead of the system's hundreds: reading those takes longer than
-    the rest of a pull.
-    """
-    kept = {name: value for name, value in os.environ.items()
-            if not re.search("(?i)_proxy$|^IMAGEC_|^PYTHON|^LC_|^SSL_|^LANG", name)}
-    path = os.path.join(root, "roots.pem")
-    if not os.path.exists(path):
-        with open(path, "w") as file:
-            file.write(TEST_CERT)
-    return dict(kept, SSL_CERT_FILE=path, SSL_CERT_DIR=os.path.join(root, "no-such"))
 
 
 class FakeTerminal(io.StringIO):
@@ -14885,27 +14866,14 @@ class CommandLineCase(RegistryCase):
     """A registry with one small image, and imagec.main to run against it."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory(dir=SCRATCH)
-        self.addCleanup(directory.cleanup)
-        self.root = directory.name
+        super().setUp()
+        # The command line's own handler is the one that counts.
+        self.patch(mock.patch.object(imagec.log, "handlers", []))
         self.output = os.path.join(self.root, "images")
-        self.environ = plain_environment(self.root)
         self.origin = self.registry()
         self.image = build_image(SMALL_TARS)
         self.digest = self.origin.add("lab/app", "1", self.image)
         self.ref = self.origin.host + "/lab/app:1"
-
-    def main(self, *argv, stdin="", stderr=None, **environ):
-        """Run a command here; it retries at once."""
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
-        err = io.StringIO() if stderr is None else stderr
-        with mock.patch.dict(os.environ, dict(self.environ, **environ), clear=True), \
-                mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
-                                    stderr=err), \
-                mock.patch.object(imagec, "BACKOFF", 0):
-            code = imagec.main(list(argv))
-        out.flush()
-        return Ended(code, out.buffer.getvalue(), err.getvalue())
 
     def pull(self, *argv, **options):
         return self.main("pull", "-o", self.output, *argv, **options)
@@ -15216,7 +15184,7 @@ class CommandLineProgressTest(CommandLineCase):
         # The same screen shows the bars, warnings between them, and the results.
         screen = FakeTerminal()
         self.origin.fault("/blobs/", status(503, {"Retry-After": "0"}), 2)
-        with mock.patch.dict(os.environ, dict(self.environ, COLUMNS="100", LINES="24"),
+        with mock.patch.dict(os.environ, dict(os.environ, COLUMNS="100", LINES="24"),
                              clear=True), \
                 mock.patch.multiple(sys, stdout=screen, stderr=screen), \
                 mock.patch.object(imagec, "BACKOFF", 0):
@@ -15359,9 +15327,9 @@ FAILURES = (
      "--max-layer-size"),
     ("too slow for --timeout", ["digest", "--timeout", "0.5", "{ref}"], [
         (MANIFEST, hang(), 1)], 1, "--timeout"),
-    ("destination is a file", ["pull", "-o", "{root}/roots.pem", "{ref}"], [], 1,
-     "roots.pem.*not a directory"),
-    ("destination below a file", ["pull", "-o", "{root}/roots.pem/a", "{ref}"], [], 1,
+    ("destination is a file", ["pull", "-o", "{root}/file", "{ref}"], [], 1,
+     "file.*not a directory"),
+    ("destination below a file", ["pull", "-o", "{root}/file/a", "{ref}"], [], 1,
      "not a directory"),
     ("destination is a device", ["pull", "-o", "/dev/null", "{ref}"], [], 1,
      "not a directory"),
@@ -15419,6 +15387,7 @@ class CommandLineFailureTest(CommandLineCase):
         return self.main(*argv)
 
     def test_failures(self):
+        self.file("file")
         for what, argv, faults, code, words in FAILURES:
             self.output = os.path.join(self.root, what.replace(" ", "-"))
             with self.subTest(what):
@@ -15503,7 +15472,7 @@ class CommandLineFailureTest(CommandLineCase):
                 ("expired", (), {}, 1, "not to be trusted"),
                 ("wrong-host", (), {}, 1, "not to be trusted"),
                 ("expired", ("--insecure-skip-verify",), {}, 0, ""),
-                (True, ("--cacert", self.environ["SSL_CERT_FILE"]),
+                (True, ("--cacert", os.environ["SSL_CERT_FILE"]),
                  {"SSL_CERT_FILE": os.devnull}, 0, "")):
             with self.subTest(tls=tls, options=options, environ=environ):
                 registry = self.registry(tls=tls)
@@ -15536,7 +15505,7 @@ class CommandLineFailureTest(CommandLineCase):
         self.assert_nothing_final()
 
     def test_destination_is_looked_at_before_the_network(self):
-        self.pull("-q", "-o", self.environ["SSL_CERT_FILE"], self.ref)
+        self.pull("-q", "-o", os.environ["SSL_CERT_FILE"], self.ref)
         self.assertEqual(self.origin.requests, [])
 
     def test_first_error_ends_the_rest_at_once(self):
@@ -15760,32 +15729,8 @@ class SecretsTest(CommandLineCase):
 # ------------------------------------------------------------------------------
 
 #: Starts quicker than the script itself: what is imported is compiled once only.
-LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
-            "sys.exit(imagec.main())")
-
-
 class ProcessCase(CommandLineCase):
     """The command line in processes of its own; rows of a table run side by side."""
-
-    def start(self, *argv, redirections="", stdin=subprocess.DEVNULL,
-              stdout=subprocess.PIPE, **environ):
-        command = [sys.executable, "-c", LAUNCHER, HOME] + list(argv)
-        if redirections:
-            command = ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + command
-        process = subprocess.Popen(
-            command, env=dict(self.environ, **environ), stdin=stdin, stdout=stdout,
-            stderr=subprocess.PIPE)
-        self.addCleanup(self.end, process)
-        return process
-
-    @staticmethod
-    def end(process):
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
 
     @staticmethod
     def ended(process):
@@ -15909,8 +15854,8 @@ class StreamTest(ProcessCase):
     def test_without_docstrings(self):
         process = subprocess.Popen(
             [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref],
-            env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(self.end, process)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.reap, process)
         self.assertEqual(self.ended(process)[:2], (0, self.digest.encode() + b"\n"))
 
     def test_reader_that_has_had_enough(self):
@@ -15945,7 +15890,8 @@ class StreamTest(ProcessCase):
         place = os.fsencode(os.path.join(self.root, "b\xe9"))
         layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
         self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
-        rows = [(environ, argv, code, self.start(*argv, PYTHONUTF8="0", **environ))
+        rows = [(environ, argv, code, self.start(
+                *argv, environ=dict(environ, PYTHONUTF8="0")))
                 for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
                 for argv, code in (
                     (("pull", "-q", "--json", "-o", place, self.ref), 0),
@@ -15961,8 +15907,8 @@ class StreamTest(ProcessCase):
     def test_as_shipped(self):
         process = subprocess.Popen(
             [sys.executable, "-I", MODULE_PATH, "pull", "-o", self.output, self.ref],
-            env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(self.end, process)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(self.reap, process)
         ended = self.ended(process)
         self.assertEqual(ended.status, 0, ended.err)
         self.assertEqual(ended.out.decode("ascii"), self.ref + "@" + self.digest + "\n")
@@ -15973,7 +15919,6 @@ class StreamTest(ProcessCase):
 # Every command of the README
 # --------------------------------------------------------------------------------------
 
-README_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
 README_COMMAND = re.compile(
     r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)[^#\n]*)"
     r"|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
@@ -15981,7 +15926,7 @@ README_COMMAND = re.compile(
 
 def readme_commands():
     """Every command of the README that runs the program, as a shell would read it."""
-    with open(os.path.join(README_HOME, "README.md"), encoding="utf-8") as file:
+    with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
         found = README_COMMAND.findall(file.read())
     return [(first or second).replace("\\|", "|").strip() for first, second in found]
 
@@ -15990,8 +15935,7 @@ class ReadmeCommandsTest(RegistryCase):
     """Every command of the README does what it says, on images served here."""
 
     def setUp(self):
-        self.place = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.place, True)
+        super().setUp()
         here = imagec.Platform.host()
         here = ("linux", here.architecture, here.variant or None)
         other = ("linux", "riscv64" if here[1] == "arm64" else "arm64", None)
@@ -16004,7 +15948,7 @@ class ReadmeCommandsTest(RegistryCase):
         self.open.add("debian", "12", build_image([tar_bytes([("etc/", None)])]))
         self.closed = self.registry(auth="basic", users={"USER": PASSWORD})
         self.closed.add("team/app", "1", image)
-        with open(os.path.join(self.place, "images.txt"), "w") as file:
+        with open(os.path.join(self.work, "images.txt"), "w") as file:
             file.write("# two of them\n%s/alpine\n%s/debian:12\n" % (
                 self.open.host, self.open.host))
 
@@ -16012,7 +15956,7 @@ class ReadmeCommandsTest(RegistryCase):
         """The command with the names of registries that are here."""
         for pattern, text in (
                 (r"\bpython3 ", shlex.quote(sys.executable) + " "),
-                (r"\bimagec\.py", os.path.join(README_HOME, "imagec.py")),
+                (r"\bimagec\.py", os.path.join(HOME, "imagec.py")),
                 (r"sha256:<digest>", self.index.digest),
                 (r"localhost:5000/debian", self.open.host + "/debian"),
                 (r"(?<= )alpine(?=[ @]|$)", self.open.host + "/alpine"),
@@ -16030,9 +15974,9 @@ class ReadmeCommandsTest(RegistryCase):
         if "|" not in command and " serve " not in command:
             return self.run_here(shlex.split(command)[2:])
         process = subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command], cwd=self.place,
+            ["bash", "-o", "pipefail", "-c", command], cwd=self.work,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=dict(os.environ, HOME=self.place, PASSWORD=PASSWORD),
+            env=dict(os.environ, HOME=self.work, PASSWORD=PASSWORD),
             start_new_session=True)
         if " serve " in command:
             self.assertIn(b"serving", process.stdout.readline())
@@ -16044,10 +15988,10 @@ class ReadmeCommandsTest(RegistryCase):
         raw = io.BytesIO()
         out = io.TextIOWrapper(raw, "utf-8", write_through=True)
         before = os.getcwd()
-        os.chdir(self.place)
+        os.chdir(self.work)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), \
-                    mock.patch.dict(os.environ, {"HOME": self.place}):
+                    mock.patch.dict(os.environ, {"HOME": self.work}):
                 status = imagec.main(argv)
         finally:
             os.chdir(before)
@@ -16066,7 +16010,7 @@ class ReadmeCommandsTest(RegistryCase):
                 self.assertIn(status, (expected, -signal.SIGTERM), output)
 
     def test_tests_named_are_there(self):
-        with open(os.path.join(README_HOME, "README.md"), encoding="utf-8") as file:
+        with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
             named = set(re.findall(r"`([A-Z][A-Za-z]+Test)`", file.read()))
         self.assertGreater(len(named), 8)
         self.assertLessEqual(named, set(vars(sys.modules[__name__])))
@@ -16080,9 +16024,6 @@ class ReadmeCommandsTest(RegistryCase):
 # What all classes here share
 # ------------------------------------------------------------------------------
 
-THREAT_HOME = os.path.dirname(os.path.abspath(imagec.__file__))
-#: In memory where the system has such a place: thousands of files come and go.
-THREAT_PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
 THREAT_EVER = None  # times of a fault
 THREAT_PLATFORM = "linux/amd64"
 #: (format, where it goes): everything a pull can write.
@@ -16125,15 +16066,6 @@ def threat_root(path):
                 for member in tar if member.isreg()}
 
 
-def threat_remove(path):
-    """Remove a tree, whatever modes are in it."""
-    for folder, names, _ in os.walk(path):
-        for name in names:
-            if not os.path.islink(os.path.join(folder, name)):
-                os.chmod(os.path.join(folder, name), 0o700)
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def threat_files(top):
     """{relative path: bytes, or where a link leads} of all below a place."""
     found = {}
@@ -16147,18 +16079,6 @@ def threat_files(top):
                         threat_bytes(path) if stat.S_ISREG(status.st_mode) else None)
                 found[os.path.relpath(path, top)] = data
     return found
-
-
-def threat_environment(root):
-    """This process's environment without proxies, passwords and system certificates."""
-    kept = {name: value for name, value in os.environ.items()
-            if not re.search("(?i)_proxy$|^IMAGEC_|^PYTHON|^SSL_|^DOCKER|^REGISTRY",
-                             name)}
-    path = os.path.join(root, "roots.pem")
-    with open(path, "w") as file:
-        file.write(TEST_CERT)
-    # Reading the system's roots takes longer than a pull.
-    return dict(kept, SSL_CERT_FILE=path, HOME=root, XDG_RUNTIME_DIR=root)
 
 
 class ThreatHang(BaseException):
@@ -16186,41 +16106,20 @@ def threat_alarm(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-ThreatRun = collections.namedtuple("ThreatRun", "status out err peak seconds")
-
-
 class ThreatCase(RegistryCase):
     """A registry with one image, and a place to pull it to in each format."""
 
-    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
     root_files = None  # what a root file system of the image holds, if it matters
 
     def setUp(self):
-        self.root = tempfile.mkdtemp(dir=THREAT_PLACE)
-        self.addCleanup(threat_remove, self.root)
-        self.work = os.path.join(self.root, "work")
-        os.mkdir(self.work)
-        self.environ = threat_environment(self.root)
-        self.naps = []
-        self.patch(mock.patch.dict(os.environ, self.environ, clear=True))
-        self.patch(mock.patch.object(imagec.log, "handlers", [logging.NullHandler()]))
-        self.patch(mock.patch.object(imagec.log, "propagate", False))
+        super().setUp()
+        os.environ["HOME"] = self.root
         self.image = build_image(THREAT_TARS)
         self.good = set(self.image.layers) | {sha256(self.image.config)}
 
-    def patch(self, patcher):
-        started = patcher.start()
-        self.addCleanup(patcher.stop)
-        return started
-
-    def at(self, *parts):
-        return os.path.join(self.work, *parts)
-
     def filled(self, image=None, name="lab/app:1", **options):
         """A registry that has the image: (it, the image's reference)."""
-        registry = self.registry(**options)
-        repository, _, tag = name.partition(":")
-        registry.add(repository, tag, image or self.image)
+        registry = super().filled(image or self.image, name, **options)
         return registry, registry.host + "/" + name
 
     def fetch(self, ref, format, path, **options):
@@ -16231,18 +16130,6 @@ class ThreatCase(RegistryCase):
             output = imagec.new_output(path, format)
             return session.pull([imagec.Reference.parse(ref)], output,
                                 imagec.Platform.parse(THREAT_PLATFORM))
-
-    def main(self, *argv, stdin=""):
-        """Run a command line here; it retries at once, and syncs nothing."""
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-        err = io.StringIO()
-        given = io.StringIO(stdin)
-        with mock.patch.multiple(sys, stdout=out, stderr=err, stdin=given), \
-                mock.patch.object(os, "fsync"), \
-                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
-            code = imagec.main(list(argv))
-        out.flush()
-        return ThreatRun(code, out.buffer.getvalue(), err.getvalue(), 0, 0)
 
     def pull_argv(self, ref, format, path, *more):
         return ("pull", "-q", "--platform", THREAT_PLATFORM, "--format", format,
@@ -16289,103 +16176,24 @@ class ThreatCase(RegistryCase):
                                  r")?\Z" % re.escape(base))
 
 
-#: Starts command lines in processes of their own, forked off one that has imported all
-#: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
-THREAT_SERVANT = """
-import json, os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import imagec, concurrent.futures, shutil, tarfile, bz2, lzma, queue, tempfile
-import http.client, encodings.idna, getpass, select, threading
-imagec.argument_parser()
-# The C library opens libgcc when the first thread ends: not under a limit, please.
-thread = threading.Thread(target=int)
-thread.start()
-thread.join()
-def child(job):
-    import resource
-    out = os.open(job["files"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(out, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.close(out)
-    os.chdir(job["cwd"])
-    os.umask(job["umask"])
-    os.environ.update(job["environ"])
-    for name, value in job["limits"].items():
-        hard = resource.getrlimit(getattr(resource, name))[1]
-        resource.setrlimit(getattr(resource, name), (value, hard))
-    for name, value in job["patches"].items():
-        setattr(imagec, name, value)
-    sys.argv[1:] = job["argv"]
-    return imagec.main()
-for line in iter(sys.stdin.readline, ""):
-    job = json.loads(line)
-    if isinstance(job, int):
-        _, status, usage = os.wait4(job, 0)
-        print(json.dumps([status, usage.ru_maxrss, usage.ru_utime]), flush=True)
-        continue
-    process = os.fork()
-    if not process:
-        code = 99
-        try:
-            code = child(job)
-        except KeyboardInterrupt:
-            code = 130  # before main began, or after it ended
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    print(process, flush=True)
-"""
-
-
-class ThreatServant:
-    """Runs command lines in processes that can be limited, killed and measured."""
-
-    def __init__(self, environ):
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", THREAT_SERVANT, THREAT_HOME], env=environ,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
-
-    def ask(self, value):
-        self._process.stdin.write(json.dumps(value) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
 class ThreatProcessCase(ThreatCase):
     """Command lines in processes of their own."""
 
     @classmethod
     def setUpClass(cls):
-        cls.place = tempfile.mkdtemp(dir=THREAT_PLACE)
-        cls.servant = ThreatServant(threat_environment(cls.place))
+        super().setUpClass()
+        cls.servant = Servant()
 
     @classmethod
     def tearDownClass(cls):
         cls.servant.close()
-        threat_remove(cls.place)
+        super().tearDownClass()
 
-    def start(self, *argv, environ=None, umask=0o22, limits=None, patches=None):
-        """Start a command line: (process ID, where its stderr goes)."""
-        number, path = tempfile.mkstemp(dir=self.root, prefix="stderr")
-        os.close(number)
-        return self.servant.ask({
-            "argv": argv, "files": path, "cwd": self.work, "umask": umask,
-            "environ": environ or {}, "limits": limits or {},
-            "patches": dict({"BACKOFF": 0}, **patches or {})}), path
+    def start(self, *argv, **options):
+        return self.servant.start(*argv, cwd=self.work, **options)
 
     def end(self, started):
-        """Wait for it; its peak of memory is in KiB, its time that of the processor."""
-        process, path = started
-        status, peak, seconds = self.servant.ask(process)
-        code = status >> 8 if not status & 127 else -(status & 127)
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return ThreatRun(code, b"", file.read(), peak, seconds)
+        return self.servant.end(started)
 
     def run_alone(self, *argv, **options):
         return self.end(self.start(*argv, **options))
@@ -16489,7 +16297,7 @@ class PhaseFaultsTest(ThreatCase):
                 format, name = next(turns)
                 with self.subTest(fault=fault, phase=phase, format=format, name=name):
                     self.check(format, name, (phase, action, times), kind, code, word)
-                threat_remove(self.at("case"))
+                remove(self.at("case"))
             next(turns)  # or a phase would always meet the same format
 
     def strike(self, phase, action, times):
@@ -16680,7 +16488,7 @@ class FuzzTest(ThreatCase):
                         break
         self.assertEqual(os.listdir(os.path.join(self.root, "canary")), [])
         self.assertLessEqual(set(os.listdir(self.root)),
-                             {"canary", "work", "roots.pem", "scratch"})
+                             {"canary", "work", "scratch"})
 
     def run_case(self, family, number):
         dice = random.Random("%d %s %d" % (THREAT_SEED, family, number))
@@ -16783,7 +16591,7 @@ class FuzzTest(ThreatCase):
         if dice.random() < 0.3:
             blob = threat_mutated(dice, blob)
         scratch = os.path.join(self.root, "scratch")
-        threat_remove(scratch)
+        remove(scratch)
         kind = imagec.LayerPack if dice.random() < 0.3 else imagec.LayerStore
         store = kind(os.path.join(scratch, "layer"))
         verifier = imagec.LayerVerifier(limit=1 << 20, visitor=store)
@@ -16889,7 +16697,7 @@ class FuzzTest(ThreatCase):
             with mock.patch("imagec.ATTEMPTS", 1):
                 self.fetch(self.ref[:-1] + "bent", format, os.path.join(case, name))
         finally:
-            threat_remove(case)
+            remove(case)
 
 
 # ------------------------------------------------------------------------------
@@ -16926,7 +16734,7 @@ class ThreatKillTest(ThreatProcessCase):
             (format, name), (number_sent, statuses) = next(outputs), next(signals)
             with self.subTest(kill=number, name=name, signal=number_sent):
                 self.check(format, name, number_sent, statuses)
-            threat_remove(self.work)
+            remove(self.work)
             os.mkdir(self.work)
 
     def check(self, format, name, number, statuses):
@@ -17016,7 +16824,7 @@ class LocalFaultsTest(ThreatCase):
         for format, name in THREAT_OUTPUTS:
             with self.subTest(format=format, name=name):
                 check(format, self.at(name), *args)
-            threat_remove(self.work)
+            remove(self.work)
             os.mkdir(self.work)
 
     def broken(self, name, code, at, format, path):
@@ -17254,8 +17062,8 @@ class LocalLimitsTest(ThreatProcessCase):
 
     def test_t129_temporary_directory_elsewhere(self):
         """Nothing passes through TMPDIR: it may be small, slow, or another's."""
-        other = tempfile.mkdtemp(dir="/tmp" if THREAT_PLACE else None)
-        self.addCleanup(threat_remove, other)
+        other = tempfile.mkdtemp(dir="/tmp" if SCRATCH else None)
+        self.addCleanup(remove, other)
         os.chmod(other, 0)
         for path, runs in self.side_by_side(1, environ={"TMPDIR": other}).items():
             with self.subTest(os.path.basename(path)):
@@ -17351,7 +17159,7 @@ class TimeTest(ThreatCase):
             for number, (phase, name, _, kind) in enumerate(batch):
                 with self.subTest(name, phase=phase):
                     self.check(number, kind)
-            threat_remove(self.work)
+            remove(self.work)
             os.mkdir(self.work)
 
     def check(self, number, kind):
@@ -17625,7 +17433,7 @@ class ThreatRowsTest(ThreatCase):
                                                     path))
                     self.assertEqual(run.status, status_code, run.err)
                     self.assert_only_verified(path, set(image.layers))
-                    threat_remove(path)
+                    remove(path)
 
     def test_t48_more_than_an_image(self):
         """Inline data is not believed, an artifact is no image."""
@@ -17716,7 +17524,7 @@ class ThreatRowsTest(ThreatCase):
         self.source.auth = "basic"
         runs = [subprocess.Popen(
             [sys.executable, os.path.join(home, "imagec.py")] + list(self.pull_argv(
-                self.ref, format, name)), cwd=self.work, env=self.environ,
+                self.ref, format, name)), cwd=self.work,
             stderr=subprocess.PIPE) for format, name in THREAT_OUTPUTS[::3]]
         for run in runs:
             err = run.communicate(timeout=20)[1]
@@ -17811,7 +17619,7 @@ class SecretsEverywhereTest(ThreatCase):
             format, name = THREAT_OUTPUTS[number % len(THREAT_OUTPUTS)]
             with self.subTest(what, format=format, name=name):
                 self.check(what, auth, who, fault, format, name)
-            threat_remove(self.work)
+            remove(self.work)
             os.mkdir(self.work)
 
     def check(self, what, auth, who, fault, format, name):
@@ -18025,7 +17833,6 @@ class PullContract:
 
     user = password = None  # what the registry wants, None = nothing
     options = ()  # of the command line
-    environ = {}
 
     def setUp(self):
         super().setUp()
@@ -18039,7 +17846,7 @@ class PullContract:
         if password is not None:
             options["stdin"] = password + "\n"
             argv += ("-u", self.user or "alice", "--password-stdin")
-        return self.main(name, *argv, **dict(self.environ, **options))
+        return self.main(name, *argv, **options)
 
     def fetch(self, reference, *argv, **options):
         """A pull that must succeed, as `--json` tells of it."""
@@ -18134,17 +17941,12 @@ class PullContract:
         self.assertEqual(self.files(), [])
 
     def test_library(self):
-        with mock.patch.dict(os.environ, self.environ_of_library()):
-            image = imagec.pull(self.app + "oci", self.output, username=self.user,
-                                password=self.password)
+        image = imagec.pull(self.app + "oci", self.output, username=self.user,
+                            password=self.password)
         witness = self.witness("oci")
         self.assertEqual(str(image.digest), witness.digest)
         self.assertEqual([str(layer.diff_id) for layer in image.layers],
                          witness.diff_ids)
-
-    def environ_of_library(self):
-        return dict(self.environ, SSL_CERT_FILE=self.environ.get(
-            "SSL_CERT_FILE", os.path.join(self.root, "roots.pem")))
 
 
 # ------------------------------------------------------------------------------
@@ -18251,9 +18053,8 @@ class Seeded:
     TAGS = ("lab/app:oci", "lab/app:v2s1", "lab/app:v2s2", "lab/app:zstd")
 
     def __init__(self):
-        directory = tempfile.TemporaryDirectory(dir=SCRATCH)
-        atexit.register(directory.cleanup)
-        self.root = directory.name
+        self.root = tempfile.mkdtemp()
+        FIXTURES.callback(remove, self.root)
         self.source_tars = list(source_tars())
         # Each skopeo mostly waits; side by side they take half the time.
         with DockerRegistry(self.root) as registry, \
@@ -18414,17 +18215,13 @@ class RealTLSTest(PullContract, RealPullCase):
 
     def setUp(self):
         super().setUp()
-        path = os.path.join(self.root, "real.pem")
-        with open(path, "w") as file:
-            file.write(REAL_CERT)
-        self.environ = dict(self.environ, SSL_CERT_FILE=path)
+        os.environ["SSL_CERT_FILE"] = self.file("real.pem", REAL_CERT)
 
     def test_unknown_certificate(self):
-        before = self.environ
-        self.environ = dict(before, SSL_CERT_FILE=os.devnull)
-        ended = self.command("digest", "-q", self.app + "oci")
+        self.options = ("--cacert", os.environ.pop("SSL_CERT_FILE"))
+        os.environ["SSL_CERT_FILE"] = os.devnull
+        ended = self.main("digest", "-q", "--no-creds", self.app + "oci")
         self.assert_one_line(ended, 1, "not to be trusted")
-        self.options = ("--cacert", before["SSL_CERT_FILE"])
         self.fetch(self.app + "oci")
 
     def test_tree_says_https(self):
@@ -18491,8 +18288,7 @@ class RealTokenTest(PullContract, RealPullCase):
                                     (300, 301, 2)):
             self.tokens.expires_in, now = says, [0]
             del self.tokens.requests[:]
-            with mock.patch.dict(os.environ, self.environ_of_library()), \
-                    imagec.Session(self.user, self.password) as session:
+            with imagec.Session(self.user, self.password) as session:
                 session.transport.clock = lambda: time.monotonic() + now[0]
                 reference = imagec.Reference.parse(self.app + "oci")
                 session.manifest(reference)
@@ -18635,13 +18431,14 @@ def readers_blobs(directory):
     return found
 
 
-class ReadersCase(unittest.TestCase):
+class ReadersCase(RegistryCase):
     """One image in four kinds in a real registry."""
 
     kinds = ("v2s2", "oci", "zstd", "v2s1")
 
     @classmethod
     def setUpClass(cls):
+        super().setUpClass()
         cls.base = tempfile.mkdtemp()
         try:
             cls.registry = DockerRegistry(cls.base)
@@ -18654,22 +18451,8 @@ class ReadersCase(unittest.TestCase):
     def tearDownClass(cls):
         if getattr(cls, "registry", None) is not None:
             cls.registry.close()
-        imagec.remove_tree(cls.base)
-
-    def setUp(self):
-        roots = os.path.join(self.base, "roots.pem")
-        with open(roots, "w") as file:
-            file.write(TEST_CERT)
-        patch = mock.patch.dict(os.environ, SSL_CERT_FILE=roots, NO_PROXY="*")
-        patch.start()
-        self.addCleanup(patch.stop)
-        level = imagec.log.level
-        imagec.log.setLevel("ERROR")
-        self.addCleanup(imagec.log.setLevel, level)
-        self.work = tempfile.mkdtemp(dir=self.base)
-
-    def at(self, *parts):
-        return os.path.join(self.work, *parts)
+        remove(cls.base)
+        super().tearDownClass()
 
     def pull(self, tag, out, format, **options):
         image = imagec.pull("%s/lab/x:%s" % (self.registry.host, tag), self.at(out),
@@ -19036,7 +18819,7 @@ class FieldSeed:
 
     def __init__(self):
         self.root = tempfile.mkdtemp(prefix="field-")
-        atexit.register(shutil.rmtree, self.root, ignore_errors=True)
+        FIXTURES.callback(remove, self.root)
         big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
         with DockerRegistry(self.root) as registry:
             for name, layers in (("app", FIELD_SMALL), ("big", big)):
@@ -19555,25 +19338,19 @@ class ServeRealCase(RegistryCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.root = tempfile.mkdtemp()
-        cls._patches = [mock.patch.dict(os.environ, NO_PROXY="*", no_proxy="*"),
-                        mock.patch.object(os, "fsync")]
-        for patch in cls._patches:
-            patch.start()
-        cls._running = []
+        cls.store = tempfile.mkdtemp()
+        cls._running = contextlib.ExitStack()
         try:
-            cls._fill()
+            with mock.patch.object(os, "fsync"):
+                cls._fill()
         except BaseException:
             cls.tearDownClass()
             raise
 
     @classmethod
     def tearDownClass(cls):
-        for running in cls._running:
-            running.__exit__(None, None, None)
-        for patch in cls._patches:
-            patch.stop()
-        shutil.rmtree(cls.root, ignore_errors=True)
+        cls._running.close()
+        remove(cls.store)
         super().tearDownClass()
 
     @classmethod
@@ -19587,7 +19364,7 @@ class ServeRealCase(RegistryCase):
                 origin.add(name, "1", image)
             for format, names in (("layers", cls.images), ("oci", modern),
                                   ("archive", ["lab/docker"])):
-                path = os.path.join(cls.root, {"archive": "a.tar"}.get(format, format))
+                path = os.path.join(cls.store, {"archive": "a.tar"}.get(format, format))
                 for name in names:
                     cls._pull(origin.host, name, path, format)
                 cls.hosts[format] = (cls._serve(path), names)
@@ -19603,15 +19380,8 @@ class ServeRealCase(RegistryCase):
     @classmethod
     def _serve(cls, path):
         server = imagec.new_server(imagec.Shelf(path), ("127.0.0.1", 0))
-        cls._running.append(imagec.serving(server))
-        cls._running[-1].__enter__()
+        cls._running.enter_context(imagec.serving(server))
         return "127.0.0.1:%d" % server.server_address[1]
-
-    def setUp(self):
-        self.work = tempfile.mkdtemp(dir=self.root)
-
-    def at(self, *parts):
-        return os.path.join(self.work, *parts)
 
     def each(self):
         """(format, host, name, BuiltImage) of all that is served, a subtest each."""
@@ -19666,7 +19436,7 @@ class ServeSkopeoTest(ServeRealCase):
         self.assertEqual(json.loads(done.stdout.decode())["Tags"], ["1"])
 
     def test_password(self):
-        shelf = imagec.Shelf(os.path.join(self.root, "oci"))
+        shelf = imagec.Shelf(os.path.join(self.store, "oci"))
         server = imagec.new_server(shelf, ("127.0.0.1", 0),
                                    imagec.Credentials("alice", PASSWORD))
         with imagec.serving(server):
@@ -19854,6 +19624,7 @@ class Worker:
 
     def _settle(self, wrong, lacks):
         """The same becomes of every test that has no fate, or of all if it is bad."""
+        wrong = wrong and "%s: %s" % (self.name, wrong)
         for test, fate in self.fates.items():
             if fate is None or wrong and not fate[0]:
                 self.fates[test] = (wrong, lacks)
@@ -19868,10 +19639,10 @@ class Worker:
         self._process.join()
         self.pipe.close()
         if why:
-            self._settle("%s: %s" % (self.name, why), "")
+            self._settle(why, "")
         elif None in self.fates.values():
-            self._settle("%s: it ended in %s, with status %s" % (
-                self.name, self._at, self._process.exitcode), "")
+            self._settle("it ended in %s, with status %s" % (
+                self._at, self._process.exitcode), "")
 
     def _left_behind(self):
         """What is wrong where a process that the class started goes on; else None."""
