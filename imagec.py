@@ -7298,10 +7298,12 @@ class _TestHandler(RegistryHandler):
 
 
 def _test_layer():
-    """The bytes of a small layer's tar."""
+    """The bytes of a small layer's tar, which belongs to whoever runs this."""
     text = b"This came through imagec.\n"
-    return (tar_header(b"etc/", 0, b"5", 0o755) + tar_header(b"etc/imagec", len(text))
-            + text + bytes(-len(text) % TAR_BLOCK) + bytes(2 * TAR_BLOCK))
+    owner = {"uid": os.geteuid(), "gid": os.getegid()} if hasattr(os, "geteuid") else {}
+    return (b"".join(tar_header(name, 0, b"5", 0o755, **owner) for name in (
+        b"./", b"etc/")) + tar_header(b"etc/imagec", len(text), **owner) + text
+            + bytes(-len(text) % TAR_BLOCK) + bytes(2 * TAR_BLOCK))
 
 
 def _test_config(diff_id):
