@@ -1928,36 +1928,54 @@ def skopeo_raw(ref, *options, creds=None):
     return _skopeo("inspect", "--raw", "--tls-verify=false", *(options + (ref,)))
 
 
-def _write_blob(layout, media_type, data):
-    digest = hashlib.sha256(data).hexdigest()
-    with open(os.path.join(layout, "blobs", "sha256", digest), "wb") as file:
-        file.write(data)
-    return {"mediaType": media_type, "digest": "sha256:" + digest, "size": len(data)}
+def _write_blob(layout, media_type, chunks):
+    """Write what is drawn; its descriptor."""
+    digest, partial, size = hashlib.sha256(), os.path.join(layout, "partial"), 0
+    with open(partial, "wb") as file:
+        for data in chunks:
+            digest.update(data)
+            size += file.write(data)
+    os.rename(partial, os.path.join(layout, "blobs", "sha256", digest.hexdigest()))
+    return {"mediaType": media_type, "digest": "sha256:" + digest.hexdigest(),
+            "size": size}
 
 
 def _write_json(layout, kind, value):
     return _write_blob(layout, "application/vnd.oci.image.%s.v1+json" % kind,
-                       json.dumps(value, sort_keys=True).encode("utf-8"))
+                       [json.dumps(value, sort_keys=True).encode("utf-8")])
 
 
-def _gzip(data):
-    # Without a fixed time equal layers would have different digests.
-    out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as file:
-        file.write(data)
-    return out.getvalue()
+def _write_layer(layout, layer, level):
+    """(descriptor, diffID) of a tar: its bytes, or the path of a file as large as may be.
+
+    Without a time in its header, or equal layers would have different digests.
+    """
+    deflate = zlib.compressobj(level, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    digest = hashlib.sha256()
+
+    def packed(file):
+        for data in iter(lambda: file.read(1 << 20), b""):
+            digest.update(data)
+            yield deflate.compress(data)
+        yield deflate.flush()
+
+    with io.BytesIO(layer) if isinstance(layer, bytes) else open(layer, "rb") as file:
+        written = _write_blob(layout, "application/vnd.oci.image.layer.v1.tar+gzip",
+                              packed(file))
+    return written, "sha256:" + digest.hexdigest()
 
 
-def oci_layout(path, layers, config_extra=None, platform="linux/amd64"):
+def oci_layout(path, layers, config_extra=None, platform="linux/amd64", level=6):
     """Write an OCI image layout with tag `latest` to the new directory `path`.
 
-    `layers` are uncompressed tar files (bytes); `config_extra` replaces members of
-    the image's configuration; `platform` is "os/architecture[/variant]".
+    `layers` are uncompressed tar files (bytes, or paths), packed by gzip at `level`;
+    `config_extra` replaces members of the image's configuration; `platform` is
+    "os/architecture[/variant]".
     """
     path = str(path)
     os.makedirs(os.path.join(path, "blobs", "sha256"))
     config = dict(zip(("os", "architecture", "variant"), platform.split("/")))
-    diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+    descriptors, diff_ids = zip(*(_write_layer(path, layer, level) for layer in layers))
     created = "2001-02-03T04:05:06Z"
     config.update(created=created, config={},
                   rootfs={"type": "layers", "diff_ids": diff_ids},
@@ -1966,9 +1984,7 @@ def oci_layout(path, layers, config_extra=None, platform="linux/amd64"):
                            for number in range(len(layers))])
     config.update(config_extra or {})
     manifest = {"schemaVersion": 2, "config": _write_json(path, "config", config),
-                "layers": [_write_blob(
-                    path, "application/vnd.oci.image.layer.v1.tar+gzip", _gzip(layer))
-                    for layer in layers]}
+                "layers": descriptors}
     entry = _write_json(path, "manifest", manifest)
     entry["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
     with open(os.path.join(path, "index.json"), "w") as file:
@@ -2015,15 +2031,31 @@ def cpu_within(seconds):
     assert used < seconds, "%.1f s of the processor" % used
 
 
+def rows(*tables):
+    """The decorated method is a test, called with each row of the tables.
+
+    Each is a subTest named by its first cell.
+    """
+    table = [row for rows in tables for row in rows]
+    assert table, "an empty table proves nothing"
+
+    def decorate(check):
+        @functools.wraps(check)
+        def test(self):
+            for row in table:
+                with self.subTest(row[0]):
+                    check(self, *row)
+        del test.__wrapped__  # whose arguments unittest need not know
+        return test
+    return decorate
+
+
 class TableCase(unittest.TestCase):
-    """A test whose rows are data, each row a subTest named by its first cell."""
+    """A test whose rows are data."""
 
     def each(self, table, check):
         """Run `check` on every row of a table that has some."""
-        self.assertTrue(table, "an empty table proves nothing")
-        for row in table:
-            with self.subTest(row[0]):
-                check(*row)
+        rows(table)(lambda _self, *row: check(*row))(self)
 
     def refused(self, kind, words, call, *args):
         """Return the error, of exactly that kind and with those words, of a call."""
@@ -2370,25 +2402,19 @@ HOSTS = (
 class NamesTest(TableCase):
     """Text becomes a value, or an InvalidReference."""
 
-    def test_good_references(self):
-        self.each(GOOD_REFERENCES, self._good_reference)
-
-    def _good_reference(self, text, host, repository, tag, digest):
+    @rows(GOOD_REFERENCES)
+    def test_good_references(self, text, host, repository, tag, digest):
         found = imagec.Reference.parse(text)
         self.assertEqual(found[:3], (host, repository, tag))
         self.assertEqual(found.digest and str(found.digest), digest)
         self.assertEqual(imagec.Reference.parse(str(found)), found)
 
-    def test_bad_references(self):
-        self.each(BAD_REFERENCES, self._bad_reference)
-
-    def _bad_reference(self, text, words):
+    @rows(BAD_REFERENCES)
+    def test_bad_references(self, text, words):
         self.refused(imagec.InvalidReference, words, imagec.Reference.parse, text)
 
-    def test_reference_parts(self):
-        self.each(REFERENCE_PARTS, self._reference_parts)
-
-    def _reference_parts(self, text, *parts):
+    @rows(REFERENCE_PARTS)
+    def test_reference_parts(self, text, *parts):
         found = imagec.Reference.parse(text)
         named = (found.tag_or_digest, found.api_host, found.name, str(found))
         self.assertEqual(named, parts)
@@ -2403,17 +2429,13 @@ class NamesTest(TableCase):
             if isinstance(found, imagec.Reference):
                 self.assertEqual(imagec.Reference.parse(str(found)), found, text)
 
-    def test_good_digests(self):
-        self.each(GOOD_DIGESTS, self._good_digest)
-
-    def _good_digest(self, text, algorithm, digits):
+    @rows(GOOD_DIGESTS)
+    def test_good_digests(self, text, algorithm, digits):
         found = imagec.Digest.parse(text)
         self.assertEqual((found, str(found)), ((algorithm, digits), text))
 
-    def test_bad_digests(self):
-        self.each(BAD_DIGESTS, self._bad_digest)
-
-    def _bad_digest(self, text, words):
+    @rows(BAD_DIGESTS)
+    def test_bad_digests(self, text, words):
         self.refused(imagec.InvalidReference, words, imagec.Digest.parse, text)
 
     def test_digest_of_bytes(self):
@@ -2427,19 +2449,15 @@ class NamesTest(TableCase):
         self.assertEqual(error.what, "thing")
         self.assertEqual((error.expected, error.actual), (digest, digest.of(b"x")))
 
-    def test_good_platforms(self):
-        self.each(GOOD_PLATFORMS, self._good_platform)
-
-    def _good_platform(self, text, *parts):
+    @rows(GOOD_PLATFORMS)
+    def test_good_platforms(self, text, *parts):
         found = imagec.Platform.parse(text)
         self.assertEqual(found, parts + ("",))
         self.assertEqual(imagec.Platform.normal(*found), found)
         self.assertEqual(imagec.Platform.parse(str(found)), found)
 
-    def test_bad_platforms(self):
-        self.each(BAD_PLATFORMS, self._bad_platform)
-
-    def _bad_platform(self, text, words):
+    @rows(BAD_PLATFORMS)
+    def test_bad_platforms(self, text, words):
         self.refused(imagec.InvalidReference, words, imagec.Platform.parse, text)
 
     def test_a_system_alone_means_this_architecture(self):
@@ -2448,24 +2466,18 @@ class NamesTest(TableCase):
             expected = imagec.Platform.host()._replace(os=system)
             self.assertEqual(imagec.Platform.parse(text), expected)
 
-    def test_platform_texts(self):
-        self.each(PLATFORM_TEXTS, self._platform_text)
-
-    def _platform_text(self, parts, text):
+    @rows(PLATFORM_TEXTS)
+    def test_platform_texts(self, parts, text):
         self.assertEqual(str(imagec.Platform(*parts)), text)
 
-    def test_candidates(self):
-        self.each(CANDIDATES, self._candidates)
-
-    def _candidates(self, text, *expected):
+    @rows(CANDIDATES)
+    def test_candidates(self, text, *expected):
         found = imagec.Platform.parse(text).candidates()
         names = tuple("/".join(filter(None, each[1:3])) for each in found)
         self.assertEqual(names, expected)
 
-    def test_host(self):
-        self.each(HOSTS, self._host)
-
-    def _host(self, machine, pointer, expected):
+    @rows(HOSTS)
+    def test_host(self, machine, pointer, expected):
         for posix in (True, False):
             with mock.patch.object(os, "uname", create=True) as uname, mock.patch(
                     "platform.machine", return_value=machine), mock.patch(
@@ -2600,25 +2612,19 @@ MEMBERS_REFUSED = (
 class DocumentsTest(TableCase):
     """Bytes become a JSON value that every parser agrees on, or an InvalidDocument."""
 
-    def test_json_read(self):
-        self.each(JSON_READ, self._json_read)
-
-    def _json_read(self, raw, value):
+    @rows(JSON_READ)
+    def test_json_read(self, raw, value):
         self.assertEqual(imagec.parse_json(raw, "doc"), value)
 
-    def test_json_refused(self):
-        self.each(JSON_REFUSED, self._json_refused)
-
-    def _json_refused(self, name, raw, words):
+    @rows(JSON_REFUSED)
+    def test_json_refused(self, name, raw, words):
         error = self.refused(
             imagec.InvalidDocument, words, imagec.parse_json, raw, "doc"
         )
         self.assertLess(len(str(error)), 200)
 
-    def test_html_is_hinted_at(self):
-        self.each(HTML_BODIES, self._html)
-
-    def _html(self, raw, hinted):
+    @rows(HTML_BODIES)
+    def test_html_is_hinted_at(self, raw, hinted):
         error = self.refused(
             imagec.InvalidDocument, "doc is not", imagec.parse_json, raw, "doc"
         )
@@ -2630,17 +2636,13 @@ class DocumentsTest(TableCase):
         for _ in range(2000):
             outcome(imagec.parse_json, mutated(text, choices, cut=True), "doc")
 
-    def test_members_read(self):
-        self.each(MEMBERS_READ, self._member_read)
-
-    def _member_read(self, text, method, args, value):
+    @rows(MEMBERS_READ)
+    def test_members_read(self, text, method, args, value):
         document = imagec.Document.parse(text.encode("utf-8"), "doc")
         self.assertEqual(getattr(document, method)(*args), value)
 
-    def test_members_refused(self):
-        self.each(MEMBERS_REFUSED, self._member_refused)
-
-    def _member_refused(self, text, method, args, words):
+    @rows(MEMBERS_REFUSED)
+    def test_members_refused(self, text, method, args, words):
         document = imagec.Document.parse(text.encode("utf-8"), "doc")
         self.refused(imagec.InvalidDocument, words, getattr(document, method), *args)
 
@@ -2789,10 +2791,8 @@ class SignaturesTest(TableCase):
             found = imagec.PrettySignature.parse(raw)
             self.assertEqual(found, (raw, False))
 
-    def test_signatures_read(self):
-        self.each(SIGNATURES_READ, self._read)
-
-    def _read(self, name, signatures, payload):
+    @rows(SIGNATURES_READ)
+    def test_signatures_read(self, name, signatures, payload):
         found = imagec.PrettySignature.parse(pretty(PAYLOAD, signatures))
         self.assertEqual(found, (payload, True))
 
@@ -2807,10 +2807,8 @@ class SignaturesTest(TableCase):
             imagec.InvalidDocument, "beyond its end", imagec.PrettySignature.parse, body
         )
 
-    def test_signatures_refused(self):
-        self.each(SIGNATURES_REFUSED, self._refused)
-
-    def _refused(self, name, signatures, words):
+    @rows(SIGNATURES_REFUSED)
+    def test_signatures_refused(self, name, signatures, words):
         body = pretty(PAYLOAD, signatures)
         self.refused(
             imagec.InvalidDocument, words, imagec.PrettySignature.parse, body
@@ -3272,19 +3270,15 @@ def put_to_use(raw):
 class ManifestsTest(TableCase):
     """Bytes become one kind of manifest, or an InvalidDocument."""
 
-    def test_types_decided(self):
-        self.each(TYPES_DECIDED, self._type_decided)
-
-    def _type_decided(self, header, media_type, document, kind):
+    @rows(TYPES_DECIDED)
+    def test_types_decided(self, header, media_type, document, kind):
         raw = typed(document, media_type)
         found = imagec.decode_manifest(raw, type_header(header))
         self.assertEqual(found.media_type, MANIFEST_TYPES[kind])
         self.assertEqual(found.raw, raw)
 
-    def test_ambiguous(self):
-        self.each(AMBIGUOUS, self._ambiguous)
-
-    def _ambiguous(self, name, header, media_type, document, words):
+    @rows(AMBIGUOUS)
+    def test_ambiguous(self, name, header, media_type, document, words):
         raw, header = typed(document, media_type), type_header(header)
         self.refused(
             imagec.InvalidDocument, words, imagec.decode_manifest, raw, header
@@ -3301,10 +3295,8 @@ class ManifestsTest(TableCase):
                 imagec.Unsupported, "not an image", imagec.decode_manifest, raw
             )
 
-    def test_member_faults(self):
-        self.each(MEMBER_FAULTS, self._member_fault)
-
-    def _member_fault(self, name, path, odd, words):
+    @rows(MEMBER_FAULTS)
+    def test_member_faults(self, name, path, odd, words):
         with self.subTest(path=path, odd=odd):
             raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
             self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
@@ -3393,10 +3385,8 @@ class ManifestsTest(TableCase):
         words = "two sizes for " + SUM_B
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
-    def test_config_types(self):
-        self.each(CONFIG_TYPES, self._config_type)
-
-    def _config_type(self, media_type, image):
+    @rows(CONFIG_TYPES)
+    def test_config_types(self, media_type, image):
         raw = json_bytes(planted(IMAGE_DOC, ("config", "mediaType"), media_type))
         found = imagec.decode_manifest(raw)
         if image:
@@ -3475,17 +3465,13 @@ class Schema1Test(TableCase):
             pretty(payload), None, imagec.Digest.of(payload),
         )
 
-    def test_payloads_refused(self):
-        self.each(PAYLOADS_REFUSED, self._payload_refused)
-
-    def _payload_refused(self, payload, words):
+    @rows(PAYLOADS_REFUSED)
+    def test_payloads_refused(self, payload, words):
         raw = json_bytes(dict(SCHEMA1_DOC, signatures=length_and_tail(0, payload)))
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
-    def test_chains_read(self):
-        self.each(CHAINS_READ, self._chain_read)
-
-    def _chain_read(self, name, entries, expected):
+    @rows(CHAINS_READ)
+    def test_chains_read(self, name, entries, expected):
         found = imagec.decode_manifest(schema1_chain(entries))
         self.assertEqual("".join(layer.id[0] for layer in found.layers), expected)
         # Of neighbours the older stays, and its blob with it.
@@ -3496,10 +3482,8 @@ class Schema1Test(TableCase):
             self.assertEqual(entries[blob][0], letter)
             self.assertEqual(blob, place)
 
-    def test_chains_refused(self):
-        self.each(CHAINS_REFUSED, self._chain_refused)
-
-    def _chain_refused(self, name, entries, words):
+    @rows(CHAINS_REFUSED)
+    def test_chains_refused(self, name, entries, words):
         raw = schema1_chain(entries)
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
@@ -3510,10 +3494,8 @@ class Schema1Test(TableCase):
                 imagec.InvalidDocument, "must be as many", imagec.decode_manifest, raw
             )
 
-    def test_v1_faults(self):
-        self.each(V1_FAULTS, self._v1_fault)
-
-    def _v1_fault(self, entry, words):
+    @rows(V1_FAULTS)
+    def test_v1_faults(self, entry, words):
         raw = json_bytes(schema1_document([entry]))
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
@@ -3538,28 +3520,22 @@ class Schema1Test(TableCase):
 class AnyManifestTest(TableCase):
     """Whatever the bytes, no error but ImagecError."""
 
-    def test_any_value(self):
-        self.each(DOCUMENTS, self._any_value)
-
-    def _any_value(self, name, document):
+    @rows(DOCUMENTS)
+    def test_any_value(self, name, document):
         self.none_stray(put_to_use, (
             (place, json_bytes(odd)) for place, odd in odd_documents(document)
         ))
 
-    def test_any_truncation(self):
-        self.each(DOCUMENTS, self._any_truncation)
-
-    def _any_truncation(self, name, document):
+    @rows(DOCUMENTS)
+    def test_any_truncation(self, name, document):
         raw = json_bytes(document)
         self.assertNotIsInstance(outcome(put_to_use, raw), Exception)
         for length in range(len(raw)):
             found = outcome(put_to_use, raw[:length])
             self.assertIsInstance(found, imagec.InvalidDocument, length)
 
-    def test_any_mutation(self):
-        self.each(DOCUMENTS, self._any_mutation)
-
-    def _any_mutation(self, name, document):
+    @rows(DOCUMENTS)
+    def test_any_mutation(self, name, document):
         choices = random.Random(SEED)
         mutants = [mutated(json_bytes(document), choices) for _ in range(300)]
         self.none_stray(put_to_use, zip(mutants, mutants))
@@ -3586,10 +3562,8 @@ class AnyManifestTest(TableCase):
 class MatchingTest(TableCase):
     """Of an index, what fits a platform, best first."""
 
-    def test_matching(self):
-        self.each(MATCHING, self._matching)
-
-    def _matching(self, name, wanted, platforms, places):
+    @rows(MATCHING)
+    def test_matching(self, name, wanted, platforms, places):
         entries = [
             dict(entry_platform(text), size=place, digest=SUM_A,
                  mediaType=MANIFEST_TYPES["oci"])
@@ -3690,10 +3664,8 @@ class LayersTest(TableCase):
         for rootfs in ({}, {"diff_ids": None}, {"type": "layers", "diff_ids": []}):
             self.assertEqual(self._listed(0, rootfs=rootfs), ())
 
-    def test_configs_refused(self):
-        self.each(CONFIGS_REFUSED, self._config_refused)
-
-    def _config_refused(self, members, words):
+    @rows(CONFIGS_REFUSED)
+    def test_configs_refused(self, members, words):
         raw = json_bytes(dict(CONFIG_DOC, **members))
         self.refused(imagec.InvalidDocument, words, imagec.ImageConfig.parse, raw)
 
@@ -4108,10 +4080,8 @@ class VerificationTest(TableCase):
 class TarWalkerTest(TableCase):
     """The sizes in a tar add up, or the tar is refused."""
 
-    def test_good_tars(self):
-        self.each(GOOD_TARS, self._good_tar)
-
-    def _good_tar(self, name, data, size, members):
+    @rows(GOOD_TARS)
+    def test_good_tars(self, name, data, size, members):
         for parts in feedings(data):
             walker = walked(parts)
             self.assertEqual((walker.size, walker.members), (size, members))
@@ -4161,17 +4131,13 @@ class TarWalkerTest(TableCase):
             info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
 
-    def test_bad_tars(self):
-        self.each(BAD_TARS, self._bad_tar)
-
-    def _bad_tar(self, name, data, words):
+    @rows(BAD_TARS)
+    def test_bad_tars(self, name, data, words):
         for parts in feedings(data):
             self.refused(imagec.InvalidDocument, words, walked, parts)
 
-    def test_bombs(self):
-        self.each(TAR_BOMBS, self._bomb)
-
-    def _bomb(self, name, data):
+    @rows(TAR_BOMBS)
+    def test_bombs(self, name, data):
         self.refused(imagec.LimitExceeded, "limit of 1048576", walked, [data])
 
     def test_as_long_as_the_limit(self):
@@ -4367,10 +4333,8 @@ class LayerVerifierTest(TableCase):
             error = self.refused(imagec.InvalidDocument, words, unpacked, parts)
             self.assertIn("layer 1", str(error))
 
-    def test_empty_layers(self):
-        self.each(EMPTY_LAYERS, self._empty_layer)
-
-    def _empty_layer(self, name, blob, count):
+    @rows(EMPTY_LAYERS)
+    def test_empty_layers(self, name, blob, count):
         digest = imagec.Digest.of(bytes(1024))  # a tar of nothing
         for parts in feedings(blob):
             self.assertEqual(unpacked(parts), (digest, 0, count))
