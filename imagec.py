@@ -35,6 +35,14 @@ Importing this module does nothing. Only `ImagecError` (with its subclasses) and
 `logging.getLogger("imagec")`. What is in `__all__` is meant to be used by others.
 """
 
+import sys
+
+if __name__ == "__main__" and not (
+        sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    # The script's directory, or with -m the current one: whoever can write there would
+    # choose what is imported below, and later.
+    del sys.path[0]
+
 import base64
 import collections
 import contextlib
@@ -52,7 +60,6 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 import urllib.parse

@@ -17329,7 +17329,8 @@ class MemoryTest(ThreatProcessCase):
 
 #: Modules the program imports, early or late: traps of these names lie around.
 THREAT_TRAPS = ("json", "tarfile", "queue", "bz2", "lzma", "shutil", "tempfile", "http",
-                "concurrent", "select", "fcntl", "signal", "argparse", "subprocess")
+                "concurrent", "select", "fcntl", "signal", "argparse", "subprocess",
+                "ipaddress", "ssl", "base64")
 
 
 class ThreatRowsTest(ThreatCase):
@@ -17473,21 +17474,24 @@ class ThreatRowsTest(ThreatCase):
 
     @THREAT_POSIX
     def test_t91_modules_lying_around(self):
-        """Run from a directory full of traps, or with a .netrc, as shipped."""
+        """Run in a directory full of traps, or from one, or with a .netrc, as shipped."""
         home = os.path.join(self.root, "bin")
         os.mkdir(home)
         shutil.copy(imagec.__file__, os.path.join(home, "imagec.py"))
-        for name in THREAT_TRAPS:
-            with open(self.at(name + ".py"), "w") as file:
+        os.symlink(os.path.join(home, "imagec.py"), self.at("linked.py"))
+        for place, name in itertools.product((self.work, home), THREAT_TRAPS):
+            with open(os.path.join(place, name + ".py"), "w") as file:
                 file.write("import os; os.mkdir(%r)" % self.at("trapped"))
         with open(os.path.join(self.root, ".netrc"), "w") as file:
             file.write("machine 127.0.0.1 login alice password %s\n" % PASSWORD)
         os.chmod(file.name, 0o600)
         self.source.auth = "basic"
+        ways = ([os.path.join(home, "imagec.py")], ["linked.py"], ["-m", "linked"])
         runs = [subprocess.Popen(
-            [sys.executable, os.path.join(home, "imagec.py")] + list(self.pull_argv(
+            [sys.executable] + ways[number % 3] + list(self.pull_argv(
                 self.ref, format, name)), cwd=self.work,
-            stderr=subprocess.PIPE) for format, name in THREAT_OUTPUTS[::3]]
+            stderr=subprocess.PIPE)
+            for number, (format, name) in enumerate(THREAT_OUTPUTS[:3])]
         for run in runs:
             err = run.communicate(timeout=20)[1]
             self.assertEqual(run.returncode, 5, err)
