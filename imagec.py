@@ -125,6 +125,11 @@ TOKEN_LIMIT = 1 * MIB  # bytes of a token server's reply; containers/image
 TOKEN_LENGTH_LIMIT = 64 * KIB  # characters; far over any JWT, under header limits
 ERROR_BODY_LIMIT = 64 * KIB  # bytes; go-containerregistry
 ERROR_TEXT_LIMIT = 300  # characters of a server's own words in a message
+MESSAGE_LIMIT = 2000  # characters of a message, about a screen of a terminal
+PLATFORMS_SHOWN = 20  # of an index that has none that fits
+SECRET_FLOOR = 4  # characters; a shorter secret would blank out every text
+SECRET_WORD = 6  # characters; a shorter one is hidden only where it stands alone
+SECRET_FORMS_LIMIT = 500  # spellings of secrets; each new token adds one or two
 HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
 NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
 INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 8259, 6)
@@ -211,19 +216,69 @@ IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.cont
 # 2  Errors: what can go wrong, as fields and as one sentence
 # --------------------------------------------------------------------------------------
 
+class Secrets:
+    """What this process must not say, and how texts get rid of it.
+
+    One for all that runs in a process: errors and log lines outlive those who made
+    them. A server can still spell a secret as we would not know it again, backwards
+    say; this is for what servers and libraries repeat.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._forms = ()  # newest last; changed as a whole: reading takes no lock
+
+    def add(self, *secrets):
+        """Each of the texts `secrets` (None: nothing) is hidden from now on.
+
+        As it is and percent-encoded. Those under SECRET_FLOOR characters are not.
+        """
+        forms = {form for secret in filter(None, secrets) for form in (
+            secret, urllib.parse.quote(secret), urllib.parse.quote_plus(secret))}
+        # A URL's host comes in lowercase.
+        forms.update([form.lower() for form in forms if len(form) < 256])
+        forms = sorted(form for form in forms if len(form) >= SECRET_FLOOR)
+        with self._lock:
+            older = [form for form in self._forms if form not in forms]
+            self._forms = tuple(older + forms)[-SECRET_FORMS_LIMIT:]
+
+    def hide(self, text):
+        """`text` with `***` for each of them, and for what a URL has before its @."""
+        text = re.sub("(?<=://)[^\\s/:@]*:[^\\s/]*@(?!sha[0-9]+:)", "***@", text)
+        for form in sorted(self._forms, key=len, reverse=True):
+            if len(form) >= SECRET_WORD:
+                text = text.replace(form, "***")
+            elif form in text:
+                text = re.sub("(?<![A-Za-z0-9])%s(?![A-Za-z0-9])" % re.escape(form),
+                              "***", text)
+        return text
+
+
+SECRETS = Secrets()
+
+
 def printable(text, limit=None):
-    """`text` with everything a terminal might obey, or could not show, escaped.
+    """`text` without SECRETS and with everything a terminal might obey escaped.
 
     Control, format (bidi among them) and surrogate characters become `\\xNN` or
-    `\\uNNNN`; over `limit` characters the rest becomes `...`.
+    `\\uNNNN`; over `limit` characters the middle becomes `...`. Bytes name a file.
     """
-    text = str(text)
+    text = SECRETS.hide(os.fsdecode(text) if isinstance(text, bytes) else str(text))
     if limit is not None and len(text) > limit:
-        text = text[:limit] + "..."
+        text = text[:limit - limit // 4] + "..." + text[-(limit // 4):]
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
                    for c in text)
+
+
+def _fit_to_show(record):
+    """A filter of log records: whoever handles one gets a text without secrets."""
+    record.msg, record.args = printable(record.getMessage(), 2 * MESSAGE_LIMIT), None
+    return True
+
+
+log.addFilter(_fit_to_show)
 
 
 class ImagecError(Exception):
@@ -241,8 +296,8 @@ class ImagecError(Exception):
     retry_after = None
 
     def __init__(self, message, hint=None):
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message, MESSAGE_LIMIT)
+        super().__init__(self.message)
         self.hint = hint
 
     def __str__(self):
@@ -251,7 +306,7 @@ class ImagecError(Exception):
             text += ", from %s" % self.source
         if self.hint:
             text += "; %s" % self.hint
-        return printable(text)
+        return printable(text, 2 * MESSAGE_LIMIT)
 
 
 @contextlib.contextmanager
@@ -355,7 +410,10 @@ class NoMatchingPlatform(NotFound):
     """The index has nothing for the platform wanted; `available` is what it has."""
 
     def __init__(self, wanted, available):
-        listed = ", ".join(sorted(set(map(str, available)))) or "none"
+        names = sorted(set(map(str, available)))
+        listed = ", ".join(names[:PLATFORMS_SHOWN]) or "none"
+        if len(names) > PLATFORMS_SHOWN:
+            listed += " and %d more" % (len(names) - PLATFORMS_SHOWN)
         super().__init__("no image for platform %s; there is: %s" % (wanted, listed),
                          hint="choose with --platform")
         self.wanted, self.available = wanted, tuple(available)
