@@ -456,6 +456,15 @@ _HEX64 = re.compile(r"[a-f0-9]{64}")
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
 
 
+def shown(text, limit=None):
+    """What was to be a name, for a message: before an @ may stand a password.
+
+    Not where a digest follows it.
+    """
+    return printable(re.sub("^.*@(?!sha[0-9]+:[^@]*$)", "***@", text, flags=re.DOTALL),
+                     limit)
+
+
 class Digest(NamedTuple):
     """A digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
 
@@ -469,7 +478,7 @@ class Digest(NamedTuple):
         length = _DIGEST_LENGTHS.get(algorithm)
         if length is None:
             raise InvalidReference("invalid digest '%s': expected sha256:<64 hex "
-                                   "digits>" % printable(text, 80))
+                                   "digits>" % shown(str(text), 80))
         if not re.fullmatch("[a-f0-9]{%d}" % length, value):
             raise InvalidReference(
                 "invalid digest '%s': expected %d lowercase hex digits after %s:"
@@ -517,12 +526,12 @@ class Reference(NamedTuple):
         name = remainder.partition(":")[0]
         if name != name.lower():
             raise InvalidReference("invalid reference '%s': a repository must be "
-                                   "lowercase" % printable(text))
+                                   "lowercase" % shown(text))
         match = _REFERENCE.fullmatch(host + "/" + remainder)
         if not match:
             raise InvalidReference("invalid reference '%s': expected "
                                    "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
-                                   % printable(text))
+                                   % shown(text))
         return cls._checked(*match.group("host", "repository", "tag", "digest"))
 
     @classmethod
@@ -6744,7 +6753,7 @@ def _split_mirror(text):
     host, _, prefix = re.sub("^https?://", "", text).rstrip("/").partition("/")
     if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(_REPOSITORY,
                                                                     prefix):
-        raise UsageError("not a mirror: %s" % printable(text, 100),
+        raise UsageError("not a mirror: %s" % shown(text, 100),
                          "expected HOST[:PORT][/PREFIX]")
     return host, prefix + "/" if prefix else ""
 
@@ -7767,7 +7776,7 @@ def run_serve(args, session):
     host, _, port = args.listen.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise UsageError("--listen wants HOST:PORT, not %s" % args.listen)
+        raise UsageError("--listen wants HOST:PORT, not %s" % shown(args.listen, 100))
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together")
     shelf = Shelf(args.path)
@@ -7888,7 +7897,7 @@ def run_auth(args, session):
     """imagec.py auth"""
     host, _, repository = args.host.partition("/")
     if not re.fullmatch(_HOST, host):
-        raise UsageError("not a registry: %s" % printable(args.host, 100),
+        raise UsageError("not a registry: %s" % shown(args.host, 100),
                          "expected HOST[:PORT][/REPOSITORY]")
     keyring = Keyring(session.given, args.authfile, args.no_creds)
     found = keyring.lookup(host, repository)
