@@ -2265,6 +2265,8 @@ class _Sink(NamedTuple):
 
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
 _HUB_NAMES = frozenset([DOCKER_HUB, "index.docker.io", DOCKER_HUB_API])
+_CONTROL = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # RFC 7617, and what is no UTF-8
+_NO_TOKEN = re.compile("[^!-~]")
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
 _HELPER_EMPTY = ("credentials not found in native keychain",
@@ -2276,7 +2278,8 @@ class Credentials:
     refresh token for its token server), or a ready registry token. Each may be None.
 
     `source` says in words where they were found. Not a tuple: its repr must not show
-    the secrets. Also the simplest keyring: it gives itself for every host.
+    the secrets. Also the simplest keyring: it gives itself for every host. Raises
+    UsageError for what no header can hold: line breaks, NUL, tokens that are not ASCII.
     """
 
     __slots__ = ("username", "password", "identity_token", "registry_token", "source")
@@ -2286,6 +2289,14 @@ class Credentials:
         self.username, self.password = username, password
         self.identity_token, self.registry_token = identity_token, registry_token
         self.source = source
+        for what, value, unfit in (
+                ("user name", username, _CONTROL), ("password", password, _CONTROL),
+                ("identity token", identity_token, _NO_TOKEN),
+                ("registry token", registry_token, _NO_TOKEN)):
+            if value and unfit.search(value):
+                raise UsageError("the %s, from %s, holds a line break or another "
+                                 "character that cannot be sent" % (what, source))
+        SECRETS.add(password, identity_token, registry_token)
 
     def basic(self):
         """The value of an Authorization header (RFC 7617, UTF-8); None without both."""
@@ -2310,7 +2321,9 @@ class Credentials:
 def basic_header(username, password):
     """The value of a Basic Authorization header (RFC 7617, UTF-8)."""
     pair = "%s:%s" % (username, password)
-    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+    code = base64.b64encode(pair.encode("utf-8")).decode("ascii")
+    SECRETS.add(password, code.rstrip("="))
+    return "Basic " + code
 
 
 class Keyring:
@@ -2488,7 +2501,11 @@ def _entry_credentials(entry, source):
     token, ready = values.get("identitytoken"), values.get("registrytoken")
     if not (username and password or token or ready):
         return None
-    return Credentials(username, password, token, ready, source)
+    try:
+        return Credentials(username, password, token, ready, source)
+    except UsageError as error:
+        log.warning("%s: passed over", error)
+        return None
 
 
 def _ask_helper(suffix, server, source):
@@ -2525,9 +2542,12 @@ def _ask_helper(suffix, server, source):
     if not secret:
         return None
     source = "%s, %s" % (source, program)
-    if username == "<token>":
-        return Credentials(identity_token=secret, source=source)
-    return Credentials(username, secret, source=source)
+    try:
+        if username == "<token>":
+            return Credentials(identity_token=secret, source=source)
+        return Credentials(username, secret, source=source)
+    except UsageError as error:
+        raise CredentialsError(error.message) from None
 
 
 def _run_helper(command, text, program):

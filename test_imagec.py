@@ -7862,6 +7862,15 @@ FIELD_ENTRIES = (
     ([], None),
     ("alice:pw", None),
     (None, None),
+    # what would break a header
+    ({"registrytoken": "S3CR3T\n"}, None),
+    ({"registrytoken": "S3CR3T\rX: y"}, None),
+    ({"registrytoken": "S3CR3T\0"}, None),
+    ({"registrytoken": "S3CR3T\u00e9"}, None),
+    ({"identitytoken": "S3CR3T\n"}, None),
+    ({"auth": field_base64("alice:S3CR3T\n")}, None),
+    ({"auth": field_base64("al\nice:S3CR3T")}, None),
+    ({"username": "bob", "password": "S3CR3T\x7f"}, None),
 )
 
 #: Files that hold nothing we can use, which must not stop a pull. T83
@@ -7888,6 +7897,8 @@ FIELD_HELPERS = (
     ("no URL", "echo 'no credentials server URL'; exit 1", None),
     ("no user", "echo 'no credentials username'; exit 1", None),
     ("empty secret", _FIELD_SAYS % ("bob", ""), None),
+    ("secret of two lines", _FIELD_SAYS % ("bob", r"S3CR3T\u000a"), "password"),
+    ("token of two lines", _FIELD_SAYS % ("<token>", r"S3CR3T\u000a"), "token"),
     ("fails", "echo S3CR3T; exit 1", "status 1"),
     ("is killed", "kill -9 $$", "docker-credential-"),
     ("says nothing", "exit 0", "protocol"),
@@ -8031,6 +8042,26 @@ class CredentialsTest(FieldCase):
         self.docker_config({"auths": {"r.test": {}}})
         self.file("run/containers/auth.json", field_auths("r.test"))
         self.assertEqual(self.user(self.keyring()), "r.test")
+
+    def test_what_would_break_a_header_is_told_when_it_is_read(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        self.docker_config({"auths": {registry.host: {"registrytoken": "S3CR3T\n"}}})
+        with self.fails(imagec.AccessDenied, "anonymous"):
+            self.pull(registry.host)
+        told, = {text for text in self.said if "passed over" in text}
+        self.assertIn(registry.host, told)
+        self.assertIn("registry token", told)
+        self.assertNotIn("S3CR3T", told)
+        for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\n"),
+                               ("al\tice", PASSWORD), ("alice", "S3CR3T\udcff")):
+            with mock.patch.dict(os.environ):
+                os.environ["IMAGEC_PASSWORD"] = password.replace("\0", "\x01")
+                run = self.main("digest", "-u", user, registry.host + "/lab/app")
+            self.assertEqual(run.status, 2, run.err)
+            self.assertRegex(run.err, r"\Aimagec: the (password|user name), [^\n]+\n\Z")
+            self.assertNotIn("S3CR3T", run.err)
+            with self.fails(imagec.UsageError):
+                imagec.Credentials(user, password)
 
     def test_given_are_for_one_host(self):
         keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
