@@ -2643,8 +2643,8 @@ def checked_url(url, base=None):
 
 def bare_url(url):
     """`url` fit for messages: no query or user information, which hold secrets."""
-    text = re.split("[?#]", url, maxsplit=1)[0]
-    return printable(re.sub("//[^/]*@", "//", text), 200)
+    return printable(re.split("[?#]", re.sub("//[^/]*@", "//", url), maxsplit=1)[0],
+                     200)
 
 
 def origin(parts):
@@ -2901,18 +2901,20 @@ def split_proxy(url):
     """A proxy's URL taken apart; raises UsageError."""
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        secrets = [urllib.parse.unquote(text or "").encode("utf-8")
-                   for text in (parts.username, parts.password)]
+        user, secret = [urllib.parse.unquote(text or "")
+                        for text in (parts.username, parts.password)]
+        SECRETS.add(secret or user)  # some proxies take a token for a user
         if parts.scheme in ("http", "socks5", "socks5h") and parts.hostname and (
-                parts.port != 0 and max(map(len, secrets)) < 256) and not (
+                parts.port != 0 and len(user.encode("utf-8")) < 256) and len(
+                    secret.encode("utf-8")) < 256 and not (
                     parts.path.strip("/") or parts.query or parts.fragment):
             return parts
     except ValueError:
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
     raise UsageError("the proxy's URL is not one we can use",
-                     "expected http://, socks5:// or "
-                     "socks5h://[USER:PASSWORD@]HOST:PORT")
+                     "expected http://, socks5:// or socks5h://, and then "
+                     "[USER:PASSWORD@]HOST:PORT")
 
 
 def _receive(sock, count):
@@ -3043,7 +3045,6 @@ class Response:
         self._transport, self._connection, self._keep = transport, connection, True
         self._reply, self.url = reply, request.full_url
         self.status, self.headers = reply.status, reply.headers
-        self._sent = request.get_header("Authorization") or ""
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
         self.rank = connection.rank
@@ -3071,17 +3072,6 @@ class Response:
     def place(self):
         """The host and path it came from, for messages."""
         return bare_url(self.url)
-
-    def redact(self, text):
-        """`text` of the server's without what was sent to it as proof of who we are."""
-        scheme, _, secret = self._sent.partition(" ")
-        secrets = [secret]
-        if scheme == "Basic":
-            pair = base64.b64decode(secret).decode("utf-8")
-            secrets += [pair, pair.partition(":")[2]]
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "***")
-        return text
 
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
@@ -3637,9 +3627,8 @@ def _error_body(response):
         pairs = []
     words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
     if words:
-        words = "HTTP %d, %s" % (response.status, printable(response.redact(words),
-                                                            ERROR_TEXT_LIMIT))
-    return [response.redact(code) for code, _ in pairs], words
+        words = "HTTP %d, %s" % (response.status, printable(words, ERROR_TEXT_LIMIT))
+    return [SECRETS.hide(code) for code, _ in pairs], words
 
 
 # --------------------------------------------------------------------------------------
@@ -3703,6 +3692,7 @@ class Token:
     __slots__ = ("value", "expires")
 
     def __init__(self, value, expires):
+        SECRETS.add(value)
         self.value, self.expires = value, expires
 
     def __repr__(self):
@@ -3768,13 +3758,16 @@ def fetch_token(transport, url, credentials=None, trusting=None):
             raise InvalidDocument(
                 "token reply holds a token that is not printable ASCII")
         renewed = document.get("refresh_token", str)
-        if renewed and credentials and credentials.identity_token:
+        if renewed and not _NO_TOKEN.search(renewed) and (
+                credentials and credentials.identity_token):
+            SECRETS.add(renewed)
             credentials.identity_token = renewed  # the old one may be good no longer
     return Token(value, started + _lifetime(document.value.get("expires_in")))
 
 
 def _oauth_form(url, identity_token):
     """(url, headers, body) of a POST that says what the GET of `url` would."""
+    SECRETS.add(identity_token)  # as all that is sent, lest others crowd it out
     parts = urllib.parse.urlsplit(url)
     query = dict(urllib.parse.parse_qsl(parts.query))
     form = urllib.parse.urlencode([
@@ -4028,7 +4021,7 @@ class Endpoint:
             headers = dict(headers, Authorization=authorization)
         response = self.transport.open(method, url, headers)
         for warning in response.headers.get_all("Warning", []):
-            self._warn(response.redact(warning))
+            self._warn(warning)
         if rate_limit(response.headers):
             log.debug("%s: %s", self.host, rate_limit(response.headers))
         return response

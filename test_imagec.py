@@ -8285,6 +8285,23 @@ class CredentialsTest(FieldCase):
         sent = [form["refresh_token"] for _, form, _ in self.asked_for_tokens(registry)]
         self.assertEqual(sent, ["old", "new"])
 
+    def test_tokens_that_a_token_server_repeats(self):
+        registry = self.registry(auth="bearer")
+        say = json.dumps({"errors": [{"code": "DENIED", "message": "%s is not valid"}]})
+        for old, new, told in (("S3CR3T-OLD", "", "S3CR3T-OLD"),
+                               ("S3CR3T-OLD", "S3CR3T-NEW", "S3CR3T-NEW")):
+            found = imagec.Credentials(identity_token=old)
+            if new:
+                reply = {"token": "t", "refresh_token": new}
+                registry.fault("POST", body(json.dumps(reply).encode("ascii")), 1)
+                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
+                                   found)
+            registry.fault("POST", status(401, body=(say % told).encode("ascii")), 1)
+            with self.fails(imagec.AccessDenied, "*** is not valid") as caught:
+                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
+                                   found)
+            self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
+
     def test_registry_token_is_sent_as_it_is(self):
         registry = self.filled(auth="bearer", anonymous=False)
         self.patch(mock.patch.dict(
