@@ -7459,6 +7459,15 @@ def test_shelf(directory):
     return shelf
 
 
+def _proxy_shown(url):
+    """A proxy without its user and password."""
+    try:
+        parts = split_proxy(url)
+    except UsageError as error:
+        return error.message
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def describe_host():
     """Yields (what, what it is, whether it is good enough) of this host."""
     import shutil
@@ -7476,7 +7485,7 @@ def describe_host():
     paths = ssl.get_default_verify_paths()
     yield "CA roots", "%d from %s" % (roots, paths.cafile or paths.capath or (
         "nowhere: https needs --cacert FILE")), True
-    proxies = {key: bare_url(value) for key, value in
+    proxies = {key: value if key == "no" else _proxy_shown(value) for key, value in
                urllib.request.getproxies().items() if key in ("http", "https", "no")}
     yield "proxies", ", ".join("%s: %s" % pair for pair in sorted(proxies.items())) or (
         "none"), True

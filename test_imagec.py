@@ -14275,6 +14275,20 @@ class SelfTestTest(ServeCase):
         self.assertNotRegex(codecs, "bzip2|zstd")
         self.assertRegex(run.out, "(?m)^proxies .*127.0.0.1:9")
 
+    def test_proxies_are_shown_without_their_users(self):
+        for url, words in (("us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
+                           ("http://us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
+                           ("socks5h://us3r:S3@CR3T@h.test", "socks5h://h.test"),
+                           ("http://us3r:S3/CR3T@127.0.0.1:9", "not one we can use"),
+                           ("http://us3r:S3?CR3T@127.0.0.1:9", "not one we can use"),
+                           ("ftp://us3r:S3CR3T@127.0.0.1:9", "not one we can use")):
+            with self.subTest(url):
+                run = self.hasty(http_proxy=url, no_proxy="h.test,.x")
+                row = re.search("(?m)^proxies .*", run.out).group()
+                self.assertIn("http: " + words, row.replace("the proxy's URL is ", ""))
+                self.assertIn("no: h.test,.x", row)
+                self.assertNotRegex(run.out + run.err, "us3r|S3|CR3T")
+
     def test_broken_credentials(self):
         serve_write(self.at("config.json"), b"{oops")
         for environ in ({"DOCKER_CONFIG": self.work},
