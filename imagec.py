@@ -6441,7 +6441,8 @@ class Session:
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.max_layer_size, self.recompress = (
             jobs, max_layer_size, recompress)
-        self.notify = notify or (lambda event: None)
+        self.notify = lambda event: notify and notify(event._replace(
+            status=SECRETS.hide(event.status), id=SECRETS.hide(event.id)))
         self._registries, self._sources = {}, {}
 
     def __enter__(self):
@@ -7695,7 +7696,7 @@ def image_json(image):
     """An Image as a JSON-able dict, as `pull --json` prints it."""
     return {
         "reference": str(image.reference), "digest": str(image.digest),
-        "image_id": image.image_id, "platform": str(image.platform),
+        "image_id": image.image_id, "platform": SECRETS.hide(str(image.platform)),
         "format": image.format, "path": image.path,
         "layers": [layer_json(layer, layer.digest, layer.blob_size, size=layer.size)
                    for layer in image.layers]}
@@ -7883,7 +7884,16 @@ def run_inspect(args, session):
             raise Unsupported("%s is a schema1 image or an index: it has no config"
                               % (args.reference,), "see what it has with inspect --raw")
         return write_bytes(image.config.raw)
-    print(json.dumps(inspection(image), indent=2))
+    print(json.dumps(hidden(inspection(image)), indent=2))
+
+
+def hidden(value):
+    """A JSON-able value without SECRETS in its texts."""
+    if isinstance(value, str):
+        return SECRETS.hide(value)
+    if isinstance(value, dict):
+        return {hidden(key): hidden(member) for key, member in value.items()}
+    return list(map(hidden, value)) if isinstance(value, list) else value
 
 
 def inspection(image):
@@ -7931,7 +7941,7 @@ def run_tags(args, session):
     """imagec.py tags"""
     registry = session.registry(args.reference.api_host)
     for tag in registry.tags(args.reference.repository):
-        print(tag)
+        print(SECRETS.hide(tag))
 
 
 def print_line(text):
@@ -7940,8 +7950,11 @@ def print_line(text):
 
 
 def write_bytes(data):
-    """Exact bytes to standard output."""
+    """Exact bytes to standard output; to a terminal nothing that it might obey."""
     if sys.stdout is not None:  # None where it is closed
+        if sys.stdout.isatty():
+            lines = data.decode("utf-8", "surrogateescape").split("\n")
+            return print("\n".join(spelled(line, sys.stdout) for line in lines))
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -8129,14 +8142,15 @@ class _LineHandler(logging.Handler):
 def complain(kind, text):
     """One line on standard error, whatever its encoding; nothing where it is closed."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write("imagec: %s%s\n" % (kind, spelled(text, sys.stderr)))
+        sys.stderr.write("imagec: %s%s\n" % (kind, spelled(text, sys.stderr,
+                                                           2 * MESSAGE_LIMIT)))
         sys.stderr.flush()
 
 
-def spelled(text, stream):
+def spelled(text, stream, limit=None):
     """`text` as one line that a terminal obeys in nothing and `stream` can encode."""
     encoding = getattr(stream, "encoding", None) or "ascii"
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    return printable(text, limit).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def exit_status(error):
@@ -8223,7 +8237,7 @@ def _ending(transport):
 def _local_words(error):
     """An OSError of this host in words: which file, what is wrong."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
-    return "%s%s" % ("%s: " % name if name else "", _reason(error))
+    return "%s%s" % (printable(name) + ": " if name else "", _reason(error))
 
 
 def _place_hint(error, args):

@@ -14913,6 +14913,13 @@ class FakeTerminal(io.StringIO):
         return True
 
 
+class TerminalOutput(io.TextIOWrapper):
+    """The same for standard output, which has a `buffer` of bytes."""
+
+    def isatty(self):
+        return True
+
+
 class CommandLineCase(RegistryCase):
     """A registry with one small image, and imagec.main to run against it."""
 
@@ -15543,6 +15550,36 @@ class CommandLineFailureTest(CommandLineCase):
         self.assertEqual(ended.err.count("trying again"), imagec.ATTEMPTS - 1)
         self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
 
+    def test_messages_have_an_end(self):
+        many = build_index([(self.image, ("os%d" % number, "a" * 30, None))
+                            for number in range(3000)])
+        self.origin.add("lab/app", "crowd", many)
+        ended = self.pull("-q", self.origin.host + "/lab/app:crowd")
+        self.assert_one_line(ended, 4, "os0/a+, .* and 2980 more.*--platform")
+        self.assertLess(len(ended.err), 2000)
+        long = "x" * 300000
+        for action in (body(spoiled_manifest(self.image, mediaType=long)),
+                       body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),))),
+                       headers(docker_content_digest=long[:60000])):
+            fault = self.origin.fault(MANIFEST, action, EVER)
+            for more in ((), ("--debug",)):
+                ended = self.main("digest", self.ref, *more)
+                self.assertIn(ended.status, (1, 3), ended.err[:2000])
+                self.assertLess(max(map(len, ended.err.splitlines())), 5000)
+            retire([fault])
+        for text in (long, "\x1b" * 300000):
+            error = imagec.OutputError("/" + text, "not there", "try another")
+            self.assertLess(max(len(str(error)), len(repr(error))), 10000)
+            self.assertTrue(str(error).endswith("not there; try another"))
+
+    def test_names_of_files_are_no_bytes(self):
+        for name, shown in ((b"/a/b", "/a/b"), (b"/a/\xff", r"/a/\udcff"), (3, "3"),
+                            ("/a/\x1b", r"/a/\x1b")):
+            error = OSError(28, "No space left on device", name)
+            with mock.patch.object(imagec.Partial, "write", side_effect=error):
+                ended = self.pull("-q", self.ref)
+            self.assertIn("imagec: %s: No space left on device" % shown, ended.err)
+
     def test_destination_that_is_read_only(self):
         with mock.patch("os.access", return_value=False):  # root may write everywhere
             self.assert_one_line(self.pull("-q", self.ref), 1, "no permission")
@@ -15643,6 +15680,28 @@ class TerminalInjectionTest(CommandLineCase):
                     retire([fault])
                 self.assert_clean(ended)
                 self.assertTrue(ended.err)
+
+    def test_exact_bytes(self):
+        """A terminal obeys none of them, a file or pipe gets each as it is."""
+        config = json.dumps(dict(json.loads(self.image.config.decode("utf-8")),
+                                 author=POISON), indent=1, ensure_ascii=False).encode()
+        self.assertIn(b"\xc2\x9b31m", config)
+        image = build_image(SMALL_TARS)
+        image.blobs[sha256(config)] = config
+        manifest = json.loads(image.manifest.decode("utf-8"))
+        manifest["config"].update(digest=sha256(config), size=len(config))
+        manifest["annotations"] = {"x": POISON}
+        raw = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8")
+        image.manifest, image.digest = raw, sha256(raw)
+        self.origin.add("lab/app", "1", image)
+        for option, expected in (("--raw", raw), ("--config", config)):
+            ended = self.main("inspect", option, self.ref)
+            self.assertEqual(ended.out, expected)
+            with mock.patch.object(io, "TextIOWrapper", TerminalOutput):
+                ended = self.main("inspect", option, self.ref)
+            self.assertEqual(ended.status, 0)
+            self.assert_clean(ended)
+            self.assertEqual(ended.out.count(b"\n"), expected.count(b"\n") + 1)
 
     def assert_clean(self, ended):
         drawn = re.sub("\x1b\\[[0-9]*[AK]", "", ended.err)  # the bar's own
@@ -15757,6 +15816,113 @@ class SecretsTest(CommandLineCase):
                                       *self.LOGIN, stdin=PASSWORD)
                     self.assertEqual(ended.status, 1, ended.err)
                     self.assert_no_secret(ended)
+
+    def repeated(self, secret):
+        """What a server that has a secret may say, in each place (match, action)."""
+        yield MANIFEST, body(spoiled_manifest(self.image, mediaType="a/" + secret))
+        yield MANIFEST, headers(docker_content_digest="sha256:" + secret)
+        yield MANIFEST, headers(content_encoding=secret)
+        yield MANIFEST, headers(Warning='299 - "%s"' % secret)
+        yield MANIFEST, headers(ratelimit_limit=secret)
+        yield MANIFEST, body(('{"%s": 1, "%s": 2}' % (secret, secret)).encode("ascii"))
+        yield MANIFEST, garbage(b"HTTP/1.1 " + secret.encode("ascii") + b"\r\n\r\n")
+        yield MANIFEST, status(403, body=poisoned_json(
+            {"errors": [{"code": secret, "message": secret}]}))
+        for place in ("http://127.0.0.1:1/%s", "http://%s.test/", "%s://x/",
+                      "http://x:%s/", "http://x@%s/", "http://u:%s@h/",
+                      "http://[%s/?x"):
+            yield "GET .*/blobs/", redirect(place % secret)
+
+    def test_what_servers_repeat(self):
+        secret = "S3CR3T/9"
+        base = base64.b64encode(("alice:" + secret).encode("ascii")).decode("ascii")
+        self.origin.users["alice"] = secret
+        token = "S3CR3T-TOKEN"
+        self.origin.tokens[token] = ["repository:lab/app:pull"]
+        self.origin.fault("GET /token", body(poisoned_json({"token": token})), EVER)
+        for auth, forms in (
+                ("basic", (secret, urllib.parse.quote(secret, safe=""), base)),
+                ("bearer", (token,))):
+            self.origin.auth = auth
+            for form in forms:
+                for number, (match, action) in enumerate(self.repeated(form)):
+                    self.output += "x"
+                    fault = self.origin.fault(match, action, EVER)
+                    with self.subTest(auth=auth, form=form, number=number):
+                        ended = self.pull("--debug", self.ref, *self.LOGIN,
+                                          stdin=secret)
+                        self.assertTrue(fault.used)
+                        for text in (form, form.lower(), form.rstrip("=")):
+                            self.assertNotIn(text, ended.err)
+                    retire([fault])
+
+    def test_results_and_progress(self):
+        self.origin.auth = "basic"
+        told = build_image(SMALL_TARS, author=PASSWORD, config={
+            "Labels": {PASSWORD: "x " + PASSWORD, "source": "ssh://git@h/" + PASSWORD}})
+        digest = self.origin.add("lab/app", "1", told)
+        self.origin.add("lab/app", "t-" + PASSWORD, told)
+        runs = [self.main(*argv, *self.LOGIN, stdin=PASSWORD) for argv in (
+            ("inspect", self.ref), ("tags", self.origin.host + "/lab/app"),
+            ("pull", "--json", "--progress", "json", "-o", self.output, self.ref))]
+        for ended in runs:
+            self.assertEqual(ended.status, 0, ended.err)
+            self.assert_no_secret(ended)
+        value = ordered(runs[0].out.decode("ascii"))
+        self.assertEqual(dict(value["config"]["Labels"]),
+                         {"***": "x ***", "source": "ssh://git@h/***"})
+        self.assertEqual(value["digest"], digest)
+        self.assertEqual(sorted(runs[1].out.decode("ascii").split()), ["1", "t-***"])
+        # What a script goes on with is what it asked for, whatever the password.
+        self.origin.users["alice"] = "lab/app"
+        ended = self.pull("--json", self.ref, *self.LOGIN, stdin="lab/app")
+        self.assertEqual(ordered(ended.out.decode("ascii"))["reference"], self.ref)
+
+    #: (secrets, text, what is shown)
+    HIDDEN = (
+        ((PASSWORD,), "x S3CR3T y S3CR3T", "x *** y ***"),
+        ((PASSWORD,), "xS3CR3Ty", "x***y"),
+        ((PASSWORD,), "http://s3cr3t.test", "http://***.test"),
+        (("a b/c+",), "a b/c+ a%20b/c%2B a+b%2Fc%2B", "*** *** ***"),
+        (("S3CR3T", "S3CR3T-LONGER"), "S3CR3T-LONGER", "***"),
+        # too short to be hidden, and too short to be hidden inside a word
+        (("pw",), "pw", "pw"),
+        (("test",), "test latest test. testing :test@", "*** latest ***. testing :***@"),
+        ((None, ""), "as it is", "as it is"),
+        # what a URL has before its @, but no name before a digest, and no mail
+        ((), "see http://u:x@h/p, a@b", "see http://***@h/p, a@b"),
+        ((), "http://u:a@b@h", "http://***@h"),
+        ((), "ssh://git@h/x", "ssh://git@h/x"),
+        ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12"),
+    )
+
+    def test_hide(self):
+        for secrets, text, expected in self.HIDDEN:
+            with self.subTest(text):
+                known = imagec.Secrets()
+                known.add(*secrets)
+                self.assertEqual(known.hide(text), expected)
+
+    def test_secrets_are_kept_in_bounds(self):
+        known = imagec.Secrets()
+        known.add("S3CR3T-0", "S3CR3T-USED")
+        for number in range(imagec.SECRET_FORMS_LIMIT):
+            known.add("S3CR3T-%d" % number)
+            known.add("S3CR3T-USED")  # as a password is for each token
+        self.assertEqual(known.hide("S3CR3T-USED"), "***")
+        self.assertEqual(known.hide("S3CR3T-499"), "***")
+        self.assertEqual(known.hide("S3CR3T-0"), "S3CR3T-0")
+
+    def test_log_records_of_whoever_listens(self):
+        imagec.Credentials("alice", PASSWORD)
+        log, seen = logging.getLogger("imagec"), []
+        handler = logging.Handler()
+        handler.emit = seen.append
+        with mock.patch.object(log, "handlers", [handler]), mock.patch.object(
+                log, "propagate", False):
+            log.warning("%s says %s\n%d%%", "h", PASSWORD, 5)
+        self.assertEqual([one.getMessage() for one in seen], [r"h says ***\n5%"])
+        self.assertNotIn(PASSWORD, repr(vars(seen[0])))
 
     def test_proxy_password(self):
         proxy = self.registry()
