@@ -7968,6 +7968,22 @@ def argument_parser():
         def error(self, message):
             raise UsageError(message, "see %s --help" % self.prog)
 
+        def parse_known_args(self, args=None, namespace=None):
+            args = sys.argv[1:] if args is None else list(args)
+            for text in args:
+                if text == "--" or self._subparsers and text[:1] != "-":
+                    break  # what follows is the command's
+                wrong = wrong_option(text, self._option_string_actions)
+                if wrong:
+                    self.error(wrong)
+            return super().parse_known_args(args, namespace)
+
+        def parse_args(self, args=None, namespace=None):
+            parsed, rest = self.parse_known_args(args, namespace)
+            if rest:  # not shown, as in wrong_option
+                self.error("more arguments than it takes: %d" % len(rest))
+            return parsed
+
     parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version="imagec " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND",
@@ -7982,6 +7998,28 @@ def argument_parser():
         for flags, options in arguments:
             command.add_argument(*flags, **options)
     return parser
+
+
+def wrong_option(text, known):
+    """What is wrong with the argument `text`, if it is an option; None for nothing.
+
+    `known` are argparse's actions by option. argparse itself takes any beginning of an
+    option for it, `--password SECRET` for `--password-stdin`, and repeats in its errors
+    what was typed. (`allow_abbrev=False` refuses `-j1` before Python 3.8.)
+    """
+    if text[:1] != "-" or text == "-" or re.fullmatch("-[0-9.]+", text):
+        return None
+    name, value, _ = text.partition("=")
+    if text[:2] != "--":  # of -qj1 the -j: the first that takes a value, or is unknown
+        name = next(("-" + letter for letter in text[1:] if "-" + letter not in known
+                     or known["-" + letter].nargs != 0), text[:2])
+        value = ""
+    if name in known:
+        return "%s takes no value" % name if value and known[name].nargs == 0 else None
+    if name == "-p" or name.startswith("--pass"):
+        return ("all on this host can read a password on the command line: give it with"
+                " --password-stdin or in IMAGEC_PASSWORD")
+    return "no such option: " + name
 
 
 def _add_common_arguments(parser):
@@ -8092,6 +8130,9 @@ def read_password(args):
         if args.password_stdin:
             raise UsageError("--password-stdin without -u")
         return None
+    if ":" in args.username:
+        raise UsageError("-u wants a user name alone",
+                         "the password comes from IMAGEC_PASSWORD or --password-stdin")
     if args.password_stdin:
         if sys.stdin is None:
             raise UsageError("--password-stdin, but standard input is closed")

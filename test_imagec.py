@@ -15155,6 +15155,69 @@ class CommandLineCredentialsTest(CommandLineCase):
             self.assert_one_line(self.main("digest", self.ref, *argv), 2, words)
         self.assertEqual(self.origin.requests, [])
 
+    #: (words of the error, argv): what follows is never repeated, nothing is sent
+    HUNTED = (
+        ("--password-stdin or in IMAGEC_PASSWORD", (
+            "digest -u me --password hunter2 {ref}", "digest --password=hunter2 {ref}",
+            "digest {ref} -u me -p hunter2", "digest {ref} -phunter2",
+            "digest {ref} -qphunter2", "digest {ref} -qp hunter2",
+            "pull -u me --pass hunter2 {ref}", "pull --passwd=hunter2 {ref}",
+            "pull --passwordhunter2 {ref}", "pull --password-std hunter2 {ref}",
+            "-p hunter2 pull {ref}", "--password=hunter2 pull {ref}",
+            "--password hunter2 pull {ref}", "pull {ref} --password HUNTER2!",
+            "selftest --password hunter2", "auth -p hunter2 {host}")),
+        ("takes no value", ("digest --password-stdin=hunter2 {ref}",
+                            "digest --no-creds=hunter2 {ref}")),
+        ("no such option: --pwd;", ("digest --pwd hunter2 {ref}",
+                                    "pull --pwd HUNTER2! {ref}",
+                                    "--pwd=hunter2 pull {ref}")),
+        ("no such option: -P;", ("digest -Phunter2 {ref}", "digest -qPhunter2 {ref}",
+                                 "-P hunter2 digest {ref}")),
+        ("more arguments", ("digest -u me {ref} hunter2",)),
+        ("user name alone", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
+        # userinfo, wherever a host or a URL is expected
+        ("not a mirror", ("pull --mirror https://u:hunter2@h.test {ref}",
+                          "pull --mirror u:hunter2@h.test {ref}",
+                          "pull --mirror u:hunt/hunter2@h.test {ref}")),
+        ("invalid reference", ("digest u:hunter2@{host}/x", "selftest u:hunter2@h.test",
+                               "pull https://u:hunter2@h.test/x",
+                               "pull {ref} --tag u:hunter2@h.test/x")),
+        ("not a registry", ("auth u:hunter2@h.test", "auth https://u:hunter2@h.test",
+                            "auth https://u:hunter2@h.test/lab/app")),
+        ("proxy's URL", ("digest --proxy http://u:hunter2/@h.test h.test/x",
+                         "digest --proxy ftp://u:hunter2@h.test h.test/x")),
+        ("--listen", ("serve --listen u:hunter2@h.test images",)),
+    )
+
+    def test_what_may_be_a_password_is_not_repeated(self):
+        for words, commands in self.HUNTED:
+            for command in commands:
+                argv = command.format(ref=self.ref, host=self.origin.host).split()
+                with self.subTest(command), mock.patch.object(
+                        imagec, "pull_test_images", return_value=[]):
+                    ended = self.main(*argv)
+                    self.assertRegex(ended.err, r"\Aimagec: [^\n]+\n\Z")
+                    self.assertIn(words, ended.err)
+                    self.assertEqual(ended.status, 2)
+                    self.assertNotIn(b"hunter2", ended.err.lower().encode() + ended.out)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_options_are_written_out(self):
+        parser = imagec.argument_parser()
+        for command, (_, _, own) in imagec.COMMANDS.items():
+            rest = ["x"] * sum(not flags[0].startswith("-") for flags, _ in own)
+            for option in ("--usern=x", "--no-cred", "--quie", "--rec=gzip", "--js"):
+                with self.subTest(command=command, option=option):
+                    with self.assertRaisesRegex(imagec.UsageError, "no such option: --"):
+                        parser.parse_args([command, option] + rest)
+        for options, jobs in (("-j1", 1), ("-qj1", 1), ("-j 1", 1), ("-qj 12", 12),
+                              ("--jobs=3", 3), ("--jobs 3", 3), ("-j -1", -1)):
+            found = parser.parse_args(["pull", "-ux"] + options.split() + ["a", "b"])
+            self.assertEqual((found.jobs, found.quiet, found.username),
+                             (jobs, "q" in options, "x"))
+        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).path, "-p")
+        self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
+
     def test_a_registry_that_asks_for_none_gets_none(self):
         self.done("digest", "-u", "alice", self.ref, IMAGEC_PASSWORD=PASSWORD)
         self.assertFalse([request for request in self.origin.requests
