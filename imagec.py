@@ -2619,10 +2619,16 @@ def _address_rank(address):
     return _PRIVATE if ip.is_private else _PUBLIC
 
 
+#: Host and port of a URL from outside. No % in it: urllib.request unquotes a host, and
+#: what comes out would stand in a CONNECT line.
+_AUTHORITY = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
+
 def checked_url(url, base=None):
     """`url`, relative to `base` if given, taken apart; raises UnsafeRedirect.
 
     Servers choose these URLs, and parsers disagree on odd ones, so those are refused.
+    Without the fragment, which is not sent: some parsers seek its # from the end.
     """
     shown = bare_url(url)
     # Looked at before urljoin, which drops tabs and newlines without a word.
@@ -2634,11 +2640,11 @@ def checked_url(url, base=None):
         port = parts.port
     except ValueError:
         raise UnsafeRedirect("a URL that is not valid: " + shown) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in ("http", "https"):
         raise UnsafeRedirect("a URL that is not http or https: " + shown)
-    if "@" in parts.netloc:
-        raise UnsafeRedirect("a URL with user information: " + shown)
-    return parts
+    if not _AUTHORITY.fullmatch(parts.netloc) or port == 0:
+        raise UnsafeRedirect("a URL whose host is no plain name or address: " + shown)
+    return parts._replace(fragment="")
 
 
 def bare_url(url):
@@ -2820,7 +2826,7 @@ class _KeptHTTPS(_Kept, http.client.HTTPConnection):
         """TCP, the proxy's tunnel if any, TLS."""
         super().connect()
         self.sock = self.peer = self._context.wrap_socket(
-            self.sock, server_hostname=self._tunnel_host or self.host,
+            self.sock, server_hostname=(self._tunnel_host or self.host).strip("[]"),
             do_handshake_on_connect=False)
         # A tunnel's answer was read in short turns; and a cancel may just have come.
         self.sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
@@ -3294,6 +3300,7 @@ class Transport:
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         first = checked_url(url)
+        url = first.geturl()
         seen = {url}
         for _ in range(REDIRECT_LIMIT + 1):
             response = self._once(_Request(url, method, headers, data, trusting))
@@ -3361,6 +3368,8 @@ class Transport:
             proxy = headers.pop("Proxy-authorization", None)
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy}
                                   if proxy else {})
+            if ":" in connection._tunnel_host:  # before 3.13 CONNECT lacks these
+                connection._tunnel_host = "[%s]" % connection._tunnel_host
         elif tunnel:
             headers.pop("Proxy-authorization", None)
         connection.watch.start()
@@ -3702,8 +3711,8 @@ class Token:
 def auth_url(challenge, scope, registry_url):
     """The URL to GET a token from, as the Bearer `challenge` of a registry says.
 
-    The scope is ours, whatever the challenge says: a registry must not widen what a
-    token is good for. Raises InvalidDocument, UnsafeRedirect.
+    The scope is ours, whatever challenge and realm say: a registry must not widen what
+    a token is good for. Raises InvalidDocument, UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
@@ -3713,11 +3722,12 @@ def auth_url(challenge, scope, registry_url):
     if registry_url.startswith("https:") and parts.scheme != "https":
         raise UnsafeRedirect("%s asks to fetch a token without TLS, from %s"
                              % (bare_url(registry_url), bare_url(realm)))
-    query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    query = [pair for pair in urllib.parse.parse_qsl(
+        parts.query, keep_blank_values=True) if pair[0] != "scope"]
     if challenge.parameters.get("service"):
         query.append(("service", challenge.parameters["service"]))
     query.append(("scope", scope))
-    return parts._replace(query=urllib.parse.urlencode(query), fragment="").geturl()
+    return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
 def fetch_token(transport, url, credentials=None, trusting=None):

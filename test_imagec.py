@@ -4615,6 +4615,14 @@ def paths(server, word=""):
 # Transport
 # ------------------------------------------------------------------------------
 
+#: Hosts that urllib.request would unquote, or that are neither a name nor an address.
+NET_ODD_HOSTS = (
+    "10.0.0.5%3a6379%2f%20HTTP%2f1.1%0d%0a%0d%0aFLUSHALL%0d%0aQUIT%3a443",
+    "127.0.0.1%3a6379", "127.0.0.1%20x", "%6cocalhost", "a.test%00", "a.test%40b.test",
+    "[::1%25lo]", "[::1%0d%0a]", "[::1]x", "x[::1]", "[a.test]", "[v1.x]", "a.test,b.test",
+    "a.test;b", "a.test!", "a(b", "~a", "a=b", "a&b", "$a", "*", "a:b@c", ":5000", "a:+5",
+)
+
 #: (Location, path it must lead to, or None where it must be refused)
 NET_LOCATIONS = (
     ("/end", "/end"),
@@ -4645,7 +4653,8 @@ NET_LOCATIONS = (
     ("http://[::1/end", None),
     ("http://{host}x/end", None),
     ("/" + "e" * 9000, None),
-)
+    ("http://{host}/end#a#/b@c", "/end"),
+) + tuple(("http://%s/end" % host, None) for host in NET_ODD_HOSTS)
 
 #: (where the redirecting server is, where to, may it). T74; all ports are one server's.
 NET_NEARNESS = (
@@ -5245,6 +5254,30 @@ class ProxyTest(NetworkCase):
         found = [(r.method, r.path) for r in self.proxy.requests]
         self.assertEqual(found, [("CONNECT", "registry.test:%d" % server.port)])
 
+    def test_no_server_writes_to_the_proxy(self):
+        for host in NET_ODD_HOSTS:
+            server = self.server({"/it": to("https://%s/x" % host)}, tls=True)
+            self.environ(https_proxy="http://bob:S3CR3T@" + self.proxy.host)
+            place = "registry.test:%d" % server.port
+            del self.proxy.requests[:]
+            with self.subTest(host=host), self.fails(imagec.UnsafeRedirect):
+                self.fetch(server)
+            home, secret = "https://%s/v2/" % place, imagec.Credentials("a", PASSWORD)
+            authorizer = imagec.Authorizer(self.transport(), home, secret)
+            authorizer.challenge = imagec.Challenge("bearer", {
+                "realm": "https://%s/token" % host})
+            with self.subTest(realm=host), self.fails(imagec.UnsafeRedirect):
+                authorizer.header("app")
+            found = [(r.method, r.path) for r in self.proxy.requests]
+            self.assertEqual(found, [("CONNECT", place)])
+
+    def test_addresses_are_written_in_brackets(self):
+        server = self.server({"/it": say(b"hello")}, tls=True)
+        self.environ(https_proxy=self.proxy.url)
+        self.assertEqual(self.fetch(server, "[fd00::1]"), (200, b"hello"))
+        self.assertEqual([r.path for r in self.proxy.requests],
+                         ["[fd00::1]:%d" % server.port])
+
     def test_tunnel_is_kept(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
@@ -5415,7 +5448,10 @@ NET_REALMS = (
     ("https://[::1/token", "s", None),
     ("https://t.test:99999/token", "s", None),
     ("https:///token", "s", "https://registry.test/token?service=s&scope={scope}"),
-)
+    # T85: nor can the realm
+    ("https://t.test/token?scope=repository:x:push&a=b&sc%6fpe=y", None,
+     "https://t.test/token?a=b&scope={scope}"),
+) + tuple(("https://%s/token" % host, "s", None) for host in NET_ODD_HOSTS)
 
 #: (registry, realm, hosts allowed by the user, may it have the password). T72
 NET_TRUST = (
@@ -5934,6 +5970,7 @@ NET_LINKS = (
     ("</other/list>; rel=\"next\"", None),
     ("<http://a@{host}/v2/app/tags/list?last=b>; rel=\"next\"", None),  # T93
     ("<http://[::1/v2/>; rel=\"next\"", None),
+    ("<http://127.0.0.1%3a{port}/v2/app/tags/list?last=b>; rel=\"next\"", None),
 )
 
 
@@ -19292,6 +19329,19 @@ class RealHTTPProxyTest(RealProxyCase):
         proxy = self.start("ConnectPort 1")
         run = self.take("--proxy", proxy.host, expect=1)
         self.assertRegex(run.err, "proxy.*" + proxy.host)
+
+    def test_a_registry_sends_nothing_of_its_own_through_it(self):
+        proxy, inner = self.start("BasicAuth bob S3CR3T"), Server()
+        self.addCleanup(inner.close)
+        odd = "https://127.0.0.1%%3a%s%%2f%%20HTTP%%2f1.1%%0d%%0a%%0d%%0aFLUSHALL%%3a443/x"
+        registry = self.filled(tls=True)
+        os.environ["SSL_CERT_FILE"] = self.file("double.pem", TEST_CERT)
+        registry.fault("/blobs/", redirect(odd % inner.host.rpartition(":")[2]))
+        run = self.take("--proxy", "http://bob:S3CR3T@" + proxy.host, expect=1,
+                        ref=registry.host + "/lab/app:1")
+        self.assertRegex(run.err, "no plain name or address")
+        self.assertEqual(inner.connections, 0)
+        self.assertEqual(self.asked(proxy), {"CONNECT"})
 
     def test_registry_that_is_down(self):
         proxy = self.start()
