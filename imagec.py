@@ -162,6 +162,7 @@ IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
 STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CONNECT_TIMEOUT = 30  # seconds; docker's dialler
+IDLE_CONNECTIONS_LIMIT = 32  # kept for later; each is a descriptor, of often 1,024
 ANSWER_AT_ONCE = 0.01  # seconds in which a near server has answered
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
@@ -3233,7 +3234,7 @@ class Transport:
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
-        self._idle = collections.defaultdict(list)  # key -> connections, newest last
+        self._idle = []  # connections, newest last
         self._live = set()
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -3266,8 +3267,7 @@ class Transport:
         """Closes every connection."""
         self.cancel()
         with self._lock:
-            idle = [c for kept in self._idle.values() for c in kept]
-            self._idle.clear()
+            idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
@@ -3394,8 +3394,10 @@ class Transport:
         allowed = None if request.proxy else request.allowed
         while True:
             with self._lock:
-                kept = self._idle[key]
-                connection = kept.pop() if kept else None
+                connection = next((kept for kept in reversed(self._idle)
+                                   if kept.key == key), None)
+                if connection is not None:
+                    self._idle.remove(connection)
             if connection is None:
                 break
             if not connection.stale() and (allowed is None
@@ -3415,10 +3417,11 @@ class Transport:
         """Takes a connection back; `keep` where another exchange may use it."""
         with self._lock:
             self._live.discard(connection)
-            keep = keep and not self._cancelled.is_set()
-            if keep:
-                self._idle[connection.key].append(connection)
-        if not keep:
+            if keep and not self._cancelled.is_set():
+                self._idle.append(connection)
+                connection = (self._idle.pop(0) if
+                              len(self._idle) > IDLE_CONNECTIONS_LIMIT else None)
+        if connection is not None:
             connection.close()
 
     @contextlib.contextmanager
@@ -3589,7 +3592,7 @@ def retry_after(value):
     try:
         when = email.utils.mktime_tz(email.utils.parsedate_tz(value))
         return max(0, when - time.time())
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, IndexError):  # the last up to 3.9
         return None
 
 

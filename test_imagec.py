@@ -4749,6 +4749,7 @@ NET_RETRY_AFTER = (
     ("soon", None), ("", None),
     ("Fri, 31 Dec 9999 23:59:59 GMT", 60), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
     ("Wed, 99 Foo 2015 99:28:00 GMT", None), ("\xff\xfe", None),
+    ("Mon Jan 9  , GMT", None), ("Jan 9    , , 1.2", None),
 )
 
 #: (host, NO_PROXY, is the proxy passed by), as golang.org/x/net/http/httpproxy. T88
@@ -5058,6 +5059,16 @@ class TransportTest(NetworkCase):
                 for _ in range(5):
                     self.get(transport, server.url + "/it")
                 self.assertEqual(server.connections, 1)
+
+    def test_idle_connections_are_bounded(self):
+        servers = [self.server({"/it": say(b"hello")}) for _ in range(4)]
+        transport = self.transport()
+        with mock.patch.object(imagec, "IDLE_CONNECTIONS_LIMIT", 3):
+            for server in servers[:3] + servers[:1] + servers[3:]:
+                self.get(transport, server.url + "/it")  # the second's is the oldest
+            for server in servers[2:] + servers[:1] + servers[1:2]:
+                self.get(transport, server.url + "/it")
+        self.assertEqual([server.connections for server in servers], [1, 2, 1, 1])
 
     def test_t111_stale_connections(self):
         for name, action, times in (
