@@ -2605,19 +2605,41 @@ def loopback(host):
 
 _PUBLIC, _PRIVATE, _LOOPBACK, _LINK_LOCAL = range(4)  # how near an address is
 
+#: (how near, networks): the first that holds an address counts. IANA's special-purpose
+#: address registries; Pythons differ in what they take for global. In the first row the
+#: metadata services of clouds that are not link-local, too.
+_NEARNESS = [(rank, [ipaddress.ip_network(text) for text in texts.split()])
+             for rank, texts in (
+    (_LINK_LOCAL, "169.254.0.0/16 224.0.0.0/4 fe80::/10 ff00::/8 100.100.100.200 "
+                  "168.63.129.16 192.0.0.192 fd00:ec2::254 fd20:ce::254"),
+    (_LOOPBACK, "127.0.0.0/8 0.0.0.0 ::/127"),
+    (_PRIVATE, "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 172.16.0.0/12 192.0.0.0/24 "
+               "192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 "
+               "198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 64:ff9b:1::/48"),
+    (_PUBLIC, "0.0.0.0/0 ::/96 ::ffff:0:0/96 ::ffff:0:0:0/96 64:ff9b::/96 2001::/32"),
+    (_PRIVATE, "2001::/23 2001:db8::/32 3fff::/20"),
+    (_PUBLIC, "2000::/3"),
+    (_PRIVATE, "::/0"))]
+#: (network, where in its addresses an IPv4 address lies that they lead to, in bits from
+#: the right, what it is xor-ed with): IPv4-compatible, -mapped and -translated, NAT64
+#: (RFC 6052, RFC 8215), 6to4, Teredo's server and client.
+_WRAPPINGS = [(ipaddress.ip_network(text), shift, mask) for text, shift, mask in (
+    ("::/96", 0, 0), ("::ffff:0:0/96", 0, 0), ("::ffff:0:0:0/96", 0, 0),
+    ("64:ff9b::/96", 0, 0), ("64:ff9b:1::/48", 0, 0), ("2002::/16", 80, 0),
+    ("2001::/32", 64, 0), ("2001::/32", 0, 0xffffffff))]
+
 
 def _address_rank(address):
-    """How near an IP address is, None for what is none."""
+    """How near an IP address, and what it leads to, is; None for what is none."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return None
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_link_local or ip.is_multicast:
-        return _LINK_LOCAL  # the metadata services of clouds among them
-    if ip.is_loopback or ip.is_unspecified:
-        return _LOOPBACK
-    return _PRIVATE if ip.is_private else _PUBLIC
+    inner = [ipaddress.IPv4Address(int(ip) >> shift & 0xffffffff ^ mask)
+             for network, shift, mask in _WRAPPINGS if ip in network]
+    return max(next(rank for rank, networks in _NEARNESS
+                    if any(one in network for network in networks))
+               for one in [ip] + inner)
 
 
 #: Host and port of a URL from outside. No % in it: urllib.request unquotes a host, and

@@ -4512,6 +4512,7 @@ NET_PLACES = {
     "public2.test": "93.184.216.35",
     "private.test": "10.1.2.3",
     "metadata.test": "169.254.169.254",
+    "shared.test": "100.64.1.2",
 }
 EVERY_TIME = None  # of a fault: for ever
 NET_TARS = [
@@ -4656,6 +4657,28 @@ NET_LOCATIONS = (
     ("http://{host}/end#a#/b@c", "/end"),
 ) + tuple(("http://%s/end" % host, None) for host in NET_ODD_HOSTS)
 
+_NEAR = ("public", "private", "loopback", "link-local")  # by rank
+#: (how near, addresses), by IANA's special-purpose address registries. T74
+NET_ADDRESSES = (
+    ("public", "8.8.8.8 93.184.216.34 100.63.255.255 100.128.0.0 172.32.0.0 192.0.1.0 "
+               "198.17.255.255 198.20.0.0 223.255.255.255 2606:4700::1 2001:4860::1"),
+    ("public", "::ffff:8.8.8.8 ::8.8.8.8 64:ff9b::808:808 2002:808:808::1 "
+               "2001:0:808:808::f7f7:f7f7"),
+    ("private", "10.1.2.3 172.16.0.1 172.31.255.255 192.168.1.1 100.64.0.0 "
+                "100.127.255.255 192.0.0.1 192.0.2.1 198.18.0.1 198.19.255.255 0.0.0.1 "
+                "198.51.100.1 203.0.113.1 192.88.99.1 240.0.0.1 255.255.255.255"),
+    ("private", "fc00::1 fd00::1 fec0::1 100::1 2001:db8::1 2001:2::1 2001:10::1 1::1 "
+                "3fff::1 4000::1 5f00::1 64:ff9b:1::808:808"),
+    ("private", "::ffff:10.1.2.3 ::10.1.2.3 64:ff9b::a01:203 2002:a01:203::1 "
+                "2001:0:808:808::f5fe:fdfc 2001:0:a01:203::f7f7:f7f7 ::ffff:0:a01:203"),
+    ("loopback", "127.0.0.1 127.9.9.9 0.0.0.0 ::1 :: ::ffff:127.0.0.1 64:ff9b::7f00:1 "
+                 "2002:7f00:1:: ::127.0.0.1 64:ff9b:1::7f00:1"),
+    ("link-local", "169.254.169.254 224.0.0.1 fe80::1 fe80::1%lo ff02::1 "
+                   "100.100.100.200 192.0.0.192 168.63.129.16 fd00:ec2::254 "
+                   "::ffff:169.254.169.254 64:ff9b::a9fe:a9fe 2002:a9fe:a9fe:: "
+                   "::169.254.169.254 64:ff9b:1::a9fe:a9fe 64:ff9b::6464:64c8"),
+)
+
 #: (where the redirecting server is, where to, may it). T74; all ports are one server's.
 NET_NEARNESS = (
     ("public.test", "public2.test", True),
@@ -4677,6 +4700,15 @@ NET_NEARNESS = (
     ("registry.test", "private.test", True),
     ("registry.test", "other.test", True),
     ("registry.test", "169.254.169.254", False),
+    ("public.test", "shared.test", False),
+    ("public.test", "[64:ff9b::a09:909]", False),
+    ("public.test", "[2002:a09:909::1]", False),
+    ("public.test", "[::10.9.9.9]", False),
+    ("public.test", "192.0.0.192", False),
+    ("private.test", "shared.test", True),
+    ("private.test", "100.100.100.200", False),
+    ("shared.test", "private.test", True),
+    ("shared.test", "100.100.100.200", False),
 )
 
 #: (name, header lines, body as sent, what is read, None where it must be refused). T113
@@ -4914,6 +4946,14 @@ class TransportTest(NetworkCase):
                 with self.fails(imagec.TransportError):
                     self.get(transport, url)
                 self.assertEqual(len(reached), 1)
+
+    def test_t74_how_near_addresses_are(self):
+        for near, addresses in NET_ADDRESSES:
+            for address in addresses.split():
+                with self.subTest(address):
+                    self.assertEqual(_NEAR[imagec._address_rank(address)], near)
+        for name in ("", "a.test", "1.2.3", "0x7f.1", "2130706433", "[::1]"):
+            self.assertIsNone(imagec._address_rank(name))
 
     @contextlib.contextmanager
     def transport_in(self, **options):
