@@ -2337,12 +2337,15 @@ class Keyring:
     5. podman's auth.json in its places; 6. ~/.dockercfg.
 
     With `anonymous` there are none. `environ` is a mapping, None for the process's own.
+    `sole` says in words what else is for one registry only, None for nothing.
     """
 
-    def __init__(self, given=None, authfile=None, anonymous=False, environ=None):
+    def __init__(self, given=None, authfile=None, anonymous=False, environ=None,
+                 sole=None):
         self._given, self._authfile, self._anonymous = given, authfile, anonymous
         self._environ = os.environ if environ is None else environ
-        self._given_host = None
+        self._sole = sole or given and "one user name and password"
+        self._sole_host = None
         self._lock = threading.Lock()
         self._found = {}
 
@@ -2364,15 +2367,14 @@ class Keyring:
     def claim(self, host):
         """`host` is one of the registries that will be asked.
 
-        Raises UsageError where given credentials would be for two.
+        Raises UsageError where what is for one registry would be for two.
         """
         host = DOCKER_HUB if host in _HUB_NAMES else host
-        if self._given is not None:
-            self._given_host = self._given_host or host
-            if host != self._given_host:
-                raise UsageError("one user name and password, but two registries: %s "
-                                 "and %s" % (self._given_host, host),
-                                 "pull from one at a time")
+        if self._sole:
+            self._sole_host = self._sole_host or host
+            if host != self._sole_host:
+                raise UsageError("%s, but two registries: %s and %s" % (
+                    self._sole, self._sole_host, host), "pull from one at a time")
 
     def _search(self, host, repository):
         if self._anonymous:
@@ -2597,9 +2599,14 @@ def _run_helper(command, text, program):
 # bpo-115997); and a socket's timeout is for each recv, so a byte a minute keeps a
 # request alive for ever.
 
+def host_name(host):
+    """The name or address in `HOST[:PORT]`, in lower case, without brackets."""
+    return urllib.parse.urlsplit("//" + host).hostname or ""
+
+
 def loopback(host):
     """Whether `host[:port]` names this machine by a loopback address or localhost."""
-    name = urllib.parse.urlsplit("//" + host).hostname or ""
+    name = host_name(host)
     return name == "localhost" or _address_rank(name) == _LOOPBACK
 
 
@@ -2668,6 +2675,15 @@ def checked_url(url, base=None):
     if not _AUTHORITY.fullmatch(parts.netloc) or port == 0:
         raise UnsafeRedirect("a URL whose host is no plain name or address: " + shown)
     return parts._replace(fragment="")
+
+
+def names_host(hosts, parts):
+    """Whether one of `hosts` (`HOST[:PORT]`, where it has no port any) is that of a URL
+    taken apart.
+    """
+    _, name, port = origin(parts)
+    name = "[%s]" % name if ":" in name else name
+    return not {name, "%s:%d" % (name, port)}.isdisjoint(map(str.lower, hosts))
 
 
 def bare_url(url):
@@ -2756,6 +2772,9 @@ class _Wire(io.RawIOBase):
         super().close()
 
 
+_LENIENCE = "if that is right, allow it with %s"
+
+
 class _Kept:
     """What both kinds of kept connection add to http.client's."""
 
@@ -2767,6 +2786,7 @@ class _Kept:
         """Binds it to a transport, to go where the request goes."""
         self.watch = _Watch(transport)
         self._allowed = None if request.proxy else request.allowed
+        self._option = request.option
         self._proxied, self._socks = bool(request.proxy), request.socks
         self.response_class = self._response
         self._create_connection = self._connect_socket
@@ -2777,7 +2797,7 @@ class _Kept:
         return http.client.HTTPResponse(_Wire(sock, self.watch), *args, **kwargs)
 
     def _connect_socket(self, address, _timeout=None, _source=None):
-        """Tries every address of the host; refuses to reach nearer than allowed."""
+        """Tries every address of the host that is no nearer than allowed."""
         host, port = address
         if self._socks:
             host, port = self._socks.hostname, self._socks.port or 1080
@@ -2790,9 +2810,12 @@ class _Kept:
         for family, kind, protocol, _, target in found:
             rank = _address_rank(target[0])
             if self._allowed is not None and rank > self._allowed:
-                raise UnsafeRedirect(
-                    "%s resolves to %s, which a server elsewhere must not send us to"
-                    % (host, target[0]))
+                error = error or UnsafeRedirect(
+                    "%s resolves to %s, which is nearer than %s" % (
+                        host, target[0], "the server that sent us there"
+                        if self._option else "it was before"),
+                    self._option and _LENIENCE % self._option)
+                continue
             patience = min(self.watch.patience(), CONNECT_TIMEOUT)
             sock = self.peer = socket.socket(family, kind, protocol)
             try:
@@ -2860,7 +2883,7 @@ class _KeptHTTPS(_Kept, http.client.HTTPConnection):
                 rootless = False
             self.sock.do_handshake()
         except ssl.SSLError as error:
-            if rootless and "CERTIFICATE_VERIFY" in str(error):
+            if rootless and _distrusts(error):
                 # Without roots this is no verdict: we slept between hello and look.
                 raise ConnectionAbortedError(errno.ECONNABORTED,
                                              "TLS not begun") from None
@@ -3054,20 +3077,22 @@ class _PooledHandler(urllib.request.AbstractHTTPHandler):
 
 
 class _Request(urllib.request.Request):
-    """`allowed` is how near its address may be, None for anywhere; `proxy` the host and
+    """`allowed` is how near its address may be, None for anywhere; `option` what on the
+    command line would let its host be anywhere, None for nothing; `proxy` the host and
     port of the proxy it goes through, None for none; `socks` its URL if it is SOCKS.
     """
 
-    def __init__(self, url, method, headers, data=None, allowed=None):
+    def __init__(self, url, method, headers, data=None, allowed=None, option=None):
         super().__init__(url, data, headers, method=method)
-        self.allowed = allowed
+        self.allowed, self.option = allowed, option
         self.proxy = self.socks = None
 
 
 class Response:
     """An HTTP response whose body is still to be read.
 
-    `status`; `headers` (email.message.Message); `url` it finally came from.
+    `status`; `headers` (email.message.Message); `url` it finally came from; `rank` is
+    how near its server is, `first_rank` how near the one that was asked first.
     """
 
     def __init__(self, transport, connection, reply, request):
@@ -3076,7 +3101,7 @@ class Response:
         self.status, self.headers = reply.status, reply.headers
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
-        self.rank = connection.rank
+        self.rank = self.first_rank = connection.rank
 
     def _framing(self, method):
         """The body's length or None; raises TransportError if framing is ambiguous."""
@@ -3173,24 +3198,37 @@ class TLSSettings:
         self._skip_verify, self._cacert = skip_verify, cacert
         self._client_pair = client_pair
         self._certs_dirs = default_certs_dirs() if certs_dirs is None else certs_dirs
-        self._unverified = set()  # hosts whose certificates need not be good
-        self._named = set()  # hosts the user named: they may see the client certificate
+        self._named = set()  # registries: they may see the client certificate
+        #: Name of a host -> whether any certificate of it is taken; False: once one has
+        #: turned out to be bad.
+        self._insecure = {}
         self._contexts = {}
         self._rootless = set()  # contexts that lack the system's roots so far
         self._lock = threading.Lock()
 
-    def skip_verify(self, host):
-        """From now on any certificate is taken of `host` (`HOST[:PORT]`)."""
-        log.warning("the certificate of %s is not verified", host)
-        self._unverified.add(host)
+    def name(self, host, forgiving=False, registry=True):
+        """The user named `host` (`HOST[:PORT]`).
 
-    def name(self, host):
-        """The user named `host` (`HOST[:PORT]`): it may see the client certificate."""
-        self._named.add(host)
+        `skip_verify` is for the hosts of such names only. Where `forgiving`, a bad
+        certificate is taken, with a warning. Only a `registry` may see the client
+        certificate.
+        """
+        if registry:
+            self._named.add(host)
+        if self._skip_verify or forgiving:
+            self._insecure.setdefault(host_name(host), self._skip_verify)
+
+    def forgives(self, host):
+        """Whether a certificate of `host` that has turned out to be bad is taken."""
+        taken = self._insecure.get(host_name(host))
+        if taken is False:
+            log.warning("the certificate of %s is not verified", host)
+            self._insecure[host_name(host)] = True
+        return taken is not None
 
     def context(self, host):
         """The TLS settings for one host; those of others where they do for it, too."""
-        verify = not (self._skip_verify or host in self._unverified)
+        verify = not self._insecure.get(host_name(host))
         roots, pairs = host_certificates(host, self._certs_dirs)
         if self._cacert is not None:
             roots.append(self._cacert)
@@ -3240,22 +3278,25 @@ class Transport:
     """Safe HTTP exchanges over kept connections; may be used by many threads.
 
     `timeout` bounds everything done with it, `idle_timeout` each silence, in seconds.
-    `skip_verify` takes any certificate; `cacert` is a PEM file of roots added to the
-    system's (which honour SSL_CERT_FILE and SSL_CERT_DIR); `client_pair` is a
-    certificate and a key file shown to the hosts that `tls.name` is told of.
-    `certs_dirs` are the places of HOST[:PORT]/ directories of more of these (None:
-    docker's and podman's). `proxy` is a URL, None for the environment's.
+    `skip_verify` takes any certificate of the hosts that `tls.name` is told of;
+    `cacert` is a PEM file of roots added to the system's (which honour SSL_CERT_FILE
+    and SSL_CERT_DIR); `client_pair` is a certificate and a key file shown to the
+    registries among them. `certs_dirs` are the places of HOST[:PORT]/ directories of
+    more of these (None: docker's and podman's). `proxy` is a URL, None for the
+    environment's. Servers may send us to `storage_hosts` (see names_host) wherever
+    these are, and over http.
     """
 
     def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
                  cacert=None, client_pair=None, proxy=None, certs_dirs=None,
-                 clock=time.monotonic, sleep=None):
+                 storage_hosts=(), clock=time.monotonic, sleep=None):
         self.clock, self._sleep = clock, sleep
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = clock() + timeout
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
+        self._storage_hosts = storage_hosts
         self._idle = []  # connections, newest last
         self._live = set()
         self._lock = threading.Lock()
@@ -3313,37 +3354,46 @@ class Transport:
     # -- one exchange
 
     def open(self, method, url, headers=None, data=None, trusting=None,
-             follow=lambda parts: True):
+             follow=lambda parts: True, option=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
-        None where the user chose it. Authorization stays with the origin it was meant
-        for. `follow(parts)` may forbid a redirect.
+        None where the user chose it. No redirect leads nearer than any server on the
+        way is. Authorization stays with the origin it was meant for. `follow(parts)`
+        may forbid a redirect. `option` of the command line would allow this URL's host;
+        None: --storage-host, but the first.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
-        first = checked_url(url)
-        url = first.geturl()
-        seen = {url}
+        parts = first = checked_url(url)
+        ranks, seen = [] if trusting is None else [trusting], set()
         for _ in range(REDIRECT_LIMIT + 1):
-            response = self._once(_Request(url, method, headers, data, trusting))
+            url = parts.geturl()
+            if url in seen:
+                raise UnsafeRedirect("%s redirects in a loop" % bare_url(url))
+            seen.add(url)
+            response = self._once(_Request(url, method, headers, data, trusting,
+                                           option and "%s %s" % (option, parts.netloc)))
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or location is None or data is not None:
+                response.first_rank = (ranks + [response.rank])[0]
                 return response
             response.discard()
             parts = checked_url(location, url)
-            if url.startswith("https:") and parts.scheme != "https":
-                raise UnsafeRedirect("%s redirects from https to http"
-                                     % response.place())
+            lent = names_host(self._storage_hosts, parts)
+            if parts.scheme != "https" and not lent and any(
+                    one.startswith("https:") for one in seen):
+                raise UnsafeRedirect(
+                    "%s redirects from https to http" % response.place(),
+                    _LENIENCE % "--storage-host " + parts.netloc if follow(parts)
+                    else None)
             if not follow(parts):
                 raise UnsafeRedirect("%s redirects to another host, %s"
                                      % (response.place(), parts.hostname))
-            url = parts.geturl()
-            if url in seen:
-                raise UnsafeRedirect("%s redirects in a loop" % response.place())
-            seen.add(url)
-            if origin(parts) != origin(first):
+            if lent or origin(parts) != origin(first):
                 headers.pop("Authorization", None)
-                trusting = response.rank if trusting is None else trusting
+            ranks.append(response.rank)
+            trusting = None if lent else min(ranks)
+            option = option or "--storage-host"
         raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
                                                              REDIRECT_LIMIT))
 
@@ -3373,6 +3423,10 @@ class Transport:
             connection = self._take(key, request)
             try:
                 return self._send(connection, request)
+            except (ssl.SSLError, ssl.CertificateError) as error:
+                self.release(connection, False)
+                if not _distrusts(error) or not self.tls.forgives(key[2] or key[1]):
+                    raise
             except (http.client.RemoteDisconnected, ConnectionError):
                 # A kept connection may have been closed by its server meanwhile: that
                 # is no failed try, another connection tells.
@@ -3456,7 +3510,7 @@ class Transport:
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.check()
             raise _transport_error(error, bare_url(url), self.idle_timeout,
-                                   request is not None and request.proxy) from error
+                                   request and request.option) from error
 
 
 def default_certs_dirs():
@@ -3521,17 +3575,25 @@ def _reason(error):
                      ERROR_TEXT_LIMIT)
 
 
-def _transport_error(error, url, idle_timeout, proxy=None):
-    """The TransportError for what a library raised while talking to `url`."""
-    host = urllib.parse.urlsplit(url).netloc or url
+def _distrusts(error):
+    """Whether it is the server's certificate that `error` is about."""
     # ssl.CertificateError is a ValueError of its own on 3.6, an SSLError later.
-    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error):
+    return isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error)
+
+
+def _transport_error(error, url, idle_timeout, option=None):
+    """The TransportError for what a library raised while talking to `url`.
+
+    `option` is what makes its host one that --insecure-skip-verify is for, or None.
+    """
+    host = urllib.parse.urlsplit(url).netloc or url
+    if _distrusts(error):
         why = getattr(error, "verify_message", "") or error
         return CertificateError(
-            "%s: its certificate (%s) is not to be trusted: %s" % (
-                host, "behind the proxy" if proxy else _fingerprint(host), why),
+            "%s: its certificate is not to be trusted: %s" % (host, why),
             "check this host's clock, add its CA with --cacert FILE, or take any "
-            "certificate with --insecure-skip-verify")
+            "certificate with --insecure-skip-verify" + (
+                " and %s" % option if option else ""))
     if "alert" in str(error) and "CERTIFICATE" in str(error).upper():
         return CertificateError("%s wants a client certificate, or another one: %s" % (
             host, _reason(error)), "give it with --cert FILE --key FILE, or in certs.d")
@@ -3561,19 +3623,6 @@ def _transport_error(error, url, idle_timeout, proxy=None):
         return TransportError("%s did not answer in HTTP: %s: %s" % (
             url, type(error).__name__, printable(error, 100)), retryable=True)
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
-
-
-def _fingerprint(host):
-    """The SHA-256 of the certificate a host shows, to compare with what it should."""
-    parts = urllib.parse.urlsplit("//" + host)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    try:
-        with socket.create_connection((parts.hostname, parts.port or 443), 5) as sock:
-            with context.wrap_socket(sock, server_hostname=parts.hostname) as tls:
-                return "SHA-256 " + hashlib.sha256(tls.getpeercert(True)).hexdigest()
-    except (OSError, ValueError):
-        return "not seen"
 
 
 class Budget:
@@ -3768,8 +3817,9 @@ def fetch_token(transport, url, credentials=None, trusting=None):
     here = origin(checked_url(url))
 
     def exchange(method, url, headers, data=None):
-        with transport.open(method, url, headers, data, trusting=trusting,
-                            follow=lambda parts: origin(parts) == here) as response:
+        with transport.open(method, url, headers, data, trusting,
+                            lambda parts: origin(parts) == here,
+                            "--token-host") as response:
             if response.status != 200:
                 raise registry_error(response, "token")
             return response.read(TOKEN_LIMIT, "token reply")
@@ -3838,7 +3888,7 @@ class Authorizer:
                  rank=None):
         self._transport, self._registry_url = transport, registry_url
         self._host = urllib.parse.urlsplit(registry_url).netloc
-        self._keyring, self._token_hosts = keyring, frozenset(token_hosts)
+        self._keyring, self._token_hosts = keyring, token_hosts
         self.rank = rank
         self.challenge = None
         self._tokens = {}
@@ -3895,13 +3945,16 @@ class Authorizer:
 
     def _fetch(self, challenge, repository, credentials):
         url = auth_url(challenge, pull_scope(repository), self._registry_url)
-        if credentials and not self._trusts(urllib.parse.urlsplit(url)):
+        realm = urllib.parse.urlsplit(url)
+        named = names_host(self._token_hosts, realm)
+        if credentials and not (named or self._trusts(realm)):
             log.warning("no password sent to %s, which is not a token server of %s: "
                         "fetching an anonymous token; allow it with --token-host",
                         bare_url(url), urllib.parse.urlsplit(self._registry_url).netloc)
             credentials = None
         try:
-            return fetch_token(self._transport, url, credentials, self.rank)
+            return fetch_token(self._transport, url, credentials,
+                               None if named else self.rank)
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
             error.hint = "check the user name and password, or where they come from"
@@ -3911,13 +3964,11 @@ class Authorizer:
         """Whether the password may go to this token server.
 
         A registry chooses the realm; one that is tampered with must not be able to send
-        the password elsewhere. Trusted are the registry's own host, the host known to
-        serve its tokens, one in the same domain over TLS, and what the user allowed.
+        the password elsewhere. Trusted are, besides what the user named, the registry's
+        own host, the host known to serve its tokens, one in the same domain over TLS.
         """
         home = urllib.parse.urlsplit(self._registry_url)
-        if realm.hostname == home.hostname or realm.hostname in self._token_hosts:
-            return True
-        if KNOWN_REALMS.get(home.hostname) == realm.hostname:
+        if realm.hostname in (home.hostname, KNOWN_REALMS.get(home.hostname)):
             return True
         if realm.scheme != "https" or _address_rank(home.hostname) is not None:
             return False
@@ -3934,11 +3985,12 @@ class Authorizer:
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
-    `allow_http` lets the probe fall back to unverified https and to http; a loopback
-    host may fall back to http without it. `credentials` is a Keyring or Credentials;
-    the `token_hosts` may be sent them though they are not the registry's own.
-    `namespace` is the registry this one is a mirror of, which containerd's mirrors are
-    told as `?ns=`. `url` is the base URL where it has been learnt, else None.
+    `allow_http` lets it fall back to unverified https, the probe also to http; a
+    loopback host may fall back to http without it. `credentials` is a Keyring or
+    Credentials; the `token_hosts` (see names_host) may be sent them though they are not
+    the registry's own. `namespace` is the registry this one is a mirror of, which
+    containerd's mirrors are told as `?ns=`. `url` is the base URL where it has been
+    learnt, else None.
     """
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
@@ -3946,7 +3998,7 @@ class Endpoint:
         self.host, self.transport = host, transport
         self._keyring, self._allow_http = credentials, allow_http
         self._token_hosts, self._namespace = token_hosts, namespace
-        transport.tls.name(host)
+        transport.tls.name(host, allow_http)
         self._authorizer = None
         self.url = None
         self._warned = set()
@@ -3970,17 +4022,11 @@ class Endpoint:
             return self.url
 
     def _probe(self):
-        ways = [("https", False)]
-        if self._allow_http:
-            ways += [("https", True), ("http", False)]
-        elif loopback(self.host):
-            ways += [("http", False)]
+        schemes = ["https"]
+        if self._allow_http or loopback(self.host):
+            schemes.append("http")
         first = None
-        for scheme, skip_verify in ways:
-            if skip_verify:
-                if not isinstance(first, CertificateError):
-                    continue  # no certificate was the trouble
-                self.transport.tls.skip_verify(self.host)
+        for scheme in schemes:
             try:
                 return self._probe_url("%s://%s/v2/" % (scheme, self.host))
             except RegistryError as error:
@@ -3993,7 +4039,7 @@ class Endpoint:
                 first = first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
-        if type(first) is TLSError and ways[-1][0] == "http":
+        if type(first) is TLSError and schemes[-1] == "http":
             first.hint = None  # to let it be http
         raise first
 
@@ -4009,13 +4055,14 @@ class Endpoint:
                     error.hint = ("check the host name; its /v2/ should answer 200 or "
                                   "401")
                 raise error
-            final = urllib.parse.urlsplit(response.url)
-            home = urllib.parse.urlsplit(url)
-            if final.hostname == home.hostname:  # http -> https, or another port
+            final, rank = urllib.parse.urlsplit(response.url), response.first_rank
+            here = final.hostname == urllib.parse.urlsplit(url).hostname
+            if here:  # http -> https, or another port
                 url = "%s://%s/v2/" % (final.scheme, final.netloc)
+                rank = response.rank
             self._authorizer = Authorizer(self.transport, url, self._keyring,
-                                          self._token_hosts, response.rank)
-            if response.status == 401 and final.hostname == home.hostname:
+                                          self._token_hosts, rank)
+            if response.status == 401 and here:
                 with contextlib.suppress(AccessDenied):
                     # One that we cannot answer may not be meant for what we ask next.
                     self._authorizer.learn(response.headers)
@@ -4054,7 +4101,9 @@ class Endpoint:
                 self._namespace, "")
         if authorization:
             headers = dict(headers, Authorization=authorization)
-        response = self.transport.open(method, url, headers)
+        # The name may lead elsewhere by now, but not nearer than when it was learnt.
+        response = self.transport.open(method, url, headers,
+                                       trusting=self._authorizer.rank)
         for warning in response.headers.get_all("Warning", []):
             self._warn(warning)
         if rate_limit(response.headers):
@@ -6444,7 +6493,9 @@ class Session:
     `username` and `password` are for the registry of the first reference asked for, and
     no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
     in seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
-    registry. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
+    registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts, for any port
+    where they have none; the insecure options are for one registry, its mirrors and
+    these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
     manifest and digests follow. For `insecure_allow_http` and `token_hosts` see
     Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
     """
@@ -6453,7 +6504,8 @@ class Session:
                  idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
                  insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
-                 max_layer_size=LAYER_SIZE_LIMIT, recompress=None, notify=None):
+                 max_layer_size=LAYER_SIZE_LIMIT, recompress=None, notify=None,
+                 storage_hosts=()):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -6461,18 +6513,26 @@ class Session:
         if not (timeout > 0 and max_layer_size > 0):  # nor NaN
             raise UsageError("a timeout of %s seconds, layers of %s bytes: both limits "
                              "must be over 0" % (timeout, max_layer_size))
-        if isinstance(mirrors, str) or isinstance(token_hosts, str):
-            raise UsageError("mirrors and token hosts come in lists")
+        if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts)):
+            raise UsageError("mirrors, token hosts and storage hosts come in lists")
+        hosts = tuple(token_hosts) + tuple(storage_hosts)
+        if not all(map(_AUTHORITY.fullmatch, hosts)):
+            raise UsageError("a token or storage host is not HOST[:PORT]")
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
         #: The Credentials of the command line, None for none.
         self.given = None if username is None else Credentials(
             username, password, source="the command line")
-        self._keyring = Keyring(self.given, authfile, no_creds)
+        self._keyring = Keyring(
+            self.given, authfile, no_creds,
+            sole="--insecure-skip-verify is for one registry" if insecure_skip_verify
+            else insecure_allow_http and "--insecure-allow-http is for one registry")
         self._mirror_keyring = Keyring(None, authfile, no_creds)
         self._mirrors = [_split_mirror(mirror) for mirror in mirrors]
         self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
-                                   client_pair, proxy)
+                                   client_pair, proxy, storage_hosts=storage_hosts)
+        for host in hosts:
+            self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.max_layer_size, self.recompress = (
             jobs, max_layer_size, recompress)
@@ -8065,8 +8125,10 @@ def _add_common_arguments(parser):
     add("--password-stdin", action="store_true", help="from standard input")
     add("--authfile", metavar="FILE", help="the only file of credentials to look into")
     add("--no-creds", action="store_true", help="use no credentials that lie around")
-    add("--token-host", action="append", default=[], metavar="HOST",
+    add("--token-host", action="append", default=[], metavar="HOST[:PORT]",
         help="may be sent the password to give tokens")
+    add("--storage-host", action="append", default=[], metavar="HOST[:PORT]",
+        help="may be redirected to, wherever it is, also over http; repeatable")
     add("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
         help="for the whole command; default %(default)s")
     add("--cacert", metavar="FILE", help="PEM roots to trust besides the system's")
@@ -8076,7 +8138,8 @@ def _add_common_arguments(parser):
         "environment's")
     add("--mirror", action="append", default=[], metavar="HOST[:PORT][/PREFIX]",
         help="try there first; repeatable")
-    add("--insecure-skip-verify", action="store_true", help="take any TLS certificate")
+    add("--insecure-skip-verify", action="store_true", help="take any TLS certificate "
+        "of the registry, its mirrors, token and storage hosts")
     add("--insecure-allow-http", action="store_true",
         help="fall back to unverified https, then to http")
     add("-q", "--quiet", action="store_true", help="no progress, no warnings")
@@ -8191,8 +8254,9 @@ def new_session(args, progress):
         insecure_skip_verify=args.insecure_skip_verify,
         insecure_allow_http=args.insecure_allow_http, cacert=args.cacert,
         client_pair=args.cert and (args.cert, args.key), proxy=args.proxy,
-        token_hosts=args.token_host, authfile=args.authfile, no_creds=args.no_creds,
-        mirrors=args.mirror, jobs=getattr(args, "jobs", JOBS),
+        token_hosts=args.token_host, storage_hosts=args.storage_host,
+        authfile=args.authfile, no_creds=args.no_creds, mirrors=args.mirror,
+        jobs=getattr(args, "jobs", JOBS),
         max_layer_size=getattr(args, "max_layer_size", LAYER_SIZE_LIMIT),
         recompress=getattr(args, "recompress", None), notify=progress)
 

@@ -1317,9 +1317,11 @@ class RegistryCase(unittest.TestCase):
         self.addCleanup(session.transport.close)
         return session
 
-    def transport(self, **options):
+    def transport(self, named=(), **options):
         transport = imagec.Transport(
             sleep=self.naps.append, **dict({"idle_timeout": 5}, **options))
+        for host in named:
+            transport.tls.name(host)
         self.addCleanup(transport.close)
         return transport
 
@@ -4620,8 +4622,9 @@ def paths(server, word=""):
 NET_ODD_HOSTS = (
     "10.0.0.5%3a6379%2f%20HTTP%2f1.1%0d%0a%0d%0aFLUSHALL%0d%0aQUIT%3a443",
     "127.0.0.1%3a6379", "127.0.0.1%20x", "%6cocalhost", "a.test%00", "a.test%40b.test",
-    "[::1%25lo]", "[::1%0d%0a]", "[::1]x", "x[::1]", "[a.test]", "[v1.x]", "a.test,b.test",
-    "a.test;b", "a.test!", "a(b", "~a", "a=b", "a&b", "$a", "*", "a:b@c", ":5000", "a:+5",
+    "[::1%25lo]", "[::1%0d%0a]", "[::1]x", "x[::1]", "[a.test]", "[v1.x]", "a:b@c",
+    "a.test,b.test", "a.test;b", "a.test!", "a(b", "~a", "a=b", "a&b", "$a", "*",
+    ":5000", "a:+5",
 )
 
 #: (Location, path it must lead to, or None where it must be refused)
@@ -4709,6 +4712,25 @@ NET_NEARNESS = (
     ("private.test", "100.100.100.200", False),
     ("shared.test", "private.test", True),
     ("shared.test", "100.100.100.200", False),
+)
+
+#: (hosts on the way, the last of which is not reached unless it is "", storage hosts).
+#: T74; {port} is everybody's.
+NET_CHAINS = (
+    ("private.test public.test private.test", ""),
+    ("registry.test public.test private.test", ""),
+    ("registry.test private.test registry.test", ""),
+    ("public.test private.test", "private.test:1"),
+    ("public.test private.test", "rivate.test te.test 10.1.2.3"),
+    ("public.test private.test metadata.test", "private.test"),
+    ("public.test private.test shared.test", "private.test"),
+    ("private.test public.test public2.test -", ""),
+    ("private.test public.test private.test -", "private.test"),
+    ("public.test private.test -", "private.test"),
+    ("public.test private.test -", "PRIVATE.test:{port}"),
+    ("public.test metadata.test private.test public2.test -",
+     "metadata.test private.test"),
+    ("public.test 127.0.0.1 -", "127.0.0.1:{port}"),
 )
 
 #: (name, header lines, body as sent, what is read, None where it must be refused). T113
@@ -4893,7 +4915,8 @@ class TransportTest(NetworkCase):
     def test_t77_https_never_leads_to_http(self):
         plain = self.server({"/end": say(b"hello")})
         secure = self.server({"/start": to(plain.url + "/end")}, tls=True)
-        with self.fails(imagec.UnsafeRedirect, "from https to http"):
+        with self.fails(imagec.UnsafeRedirect, "from https to http",
+                        "allow it with --storage-host " + plain.host):
             self.get(self.transport(), secure.url + "/start")
         self.assertEqual(plain.requests, [])
 
@@ -4954,6 +4977,80 @@ class TransportTest(NetworkCase):
                     self.assertEqual(_NEAR[imagec._address_rank(address)], near)
         for name in ("", "a.test", "1.2.3", "0x7f.1", "2130706433", "[::1]"):
             self.assertIsNone(imagec._address_rank(name))
+
+    def test_t74_chains_of_redirects(self):
+        self.reroute()
+        for way, lent in NET_CHAINS:
+            server = self.server({"/end": say(b"hello")})
+            hops = ["http://%s:%d" % (host, server.port) for host in way.split()]
+            if way.endswith("-"):
+                hops[-1] = hops[-2] + "/end"
+            for number, hop in enumerate(hops[1:]):
+                server.replies["/%d" % number] = to(
+                    hop if hop.endswith("/end") else hop + "/%d" % (number + 1))
+            storage = lent.format(port=server.port).split()
+            secret = {"Authorization": "Bearer S3CR3T"}
+            with self.subTest(way, lent=lent), \
+                    self.transport_in(storage_hosts=storage) as transport:
+                if way.endswith("-"):
+                    found = self.get(transport, hops[0] + "/0", headers=secret)
+                    self.assertEqual(found, (200, b"hello"))
+                else:
+                    last = hops[-1][len("http://"):]
+                    with self.fails(imagec.UnsafeRedirect, last.partition(":")[0],
+                                    "allow it with --storage-host " + last):
+                        self.get(transport, hops[0] + "/0", headers=secret)
+                    self.assertEqual(len(server.requests), len(hops) - 1)
+                self.assertEqual(authorizations(*[server]), ["Bearer S3CR3T"])
+
+    def test_t77_https_leads_to_http_at_a_storage_host(self):
+        other = self.server({"/end": say(b"hello")})
+        plain = self.server({"/end": say(b"hello"), "/on": to(other.url + "/end")})
+        secure = self.server({"/start": to(plain.url + "/end"),
+                              "/far": to(plain.url + "/on")}, tls=True)
+        secret = {"Authorization": "Bearer S3CR3T"}
+        transport = self.transport(storage_hosts=[plain.host])
+        found = self.get(transport, secure.url + "/start", headers=secret)
+        self.assertEqual(found, (200, b"hello"))
+        with self.fails(imagec.UnsafeRedirect, "from https to http", plain.host,
+                        "allow it with --storage-host " + other.host):
+            self.get(transport, secure.url + "/far", headers=secret)
+        self.assertEqual(authorizations(plain, other), [])
+        self.assertEqual(other.requests, [])
+
+    def test_a_storage_host_is_sent_no_credential_though_it_is_the_registry(self):
+        server = self.server({"/start": to("/end"), "/end": say(b"hello")})
+        transport = self.transport(storage_hosts=[server.host])
+        self.get(transport, server.url + "/start",
+                 headers={"Authorization": "Bearer S3CR3T"})
+        self.assertEqual([r.headers["Authorization"] for r in server.requests],
+                         ["Bearer S3CR3T", None])
+
+    def test_t74_a_name_that_leads_nearer_by_now(self):
+        reached = self.reroute()
+        server = self.server({"/end": say(b"hello")})
+
+        def start(request):
+            NET_PLACES["public.test"] = "10.1.2.3"
+            return truncate(1.0)(to("/end")(request))
+
+        server.replies["/start"] = start
+        with mock.patch.dict(NET_PLACES), self.fails(imagec.UnsafeRedirect, "10.1.2.3"):
+            self.get(self.transport(), "http://public.test:%d/start" % server.port)
+        self.assertEqual(reached, ["93.184.216.34"])
+
+    def test_t74_another_address_may_do(self):
+        reached, server = self.reroute(), self.server({"/end": say(b"hello")})
+        lookup = socket.getaddrinfo
+
+        def both(host, *rest):
+            near = lookup("private.test", *rest) if host == "public2.test" else []
+            return near + lookup(host, *rest)
+
+        server.replies["/start"] = to("http://public2.test:%d/end" % server.port)
+        with mock.patch("socket.getaddrinfo", both):
+            self.get(self.transport(), "http://public.test:%d/start" % server.port)
+        self.assertEqual(reached, ["93.184.216.34", "93.184.216.35"])
 
     @contextlib.contextmanager
     def transport_in(self, **options):
@@ -5274,7 +5371,7 @@ class ProxyTest(NetworkCase):
     def fetch(self, server, host="registry.test", **options):
         scheme = server.url.partition(":")[0]
         url = "%s://%s:%d/it" % (scheme, host, server.port)
-        return self.get(self.transport(skip_verify=True, **options), url)
+        return self.get(self.transport([host], skip_verify=True, **options), url)
 
     def test_t88_bypasses_proxy(self):
         self.assertTrue(NET_NO_PROXY)
@@ -5332,7 +5429,7 @@ class ProxyTest(NetworkCase):
     def test_tunnel_is_kept(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
-        transport = self.transport(skip_verify=True)
+        transport = self.transport(["registry.test"], skip_verify=True)
         for _ in range(3):
             self.get(transport, "https://registry.test:%d/it" % server.port)
         self.assertEqual(len(self.proxy.requests), 1)
@@ -5365,7 +5462,7 @@ class ProxyTest(NetworkCase):
     def test_t88_authorization_is_not_shown_to_a_tunnel(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
-        self.get(self.transport(skip_verify=True),
+        self.get(self.transport(["registry.test"], skip_verify=True),
                  "https://registry.test:%d/it" % server.port,
                  headers={"Authorization": "Bearer S3CR3T"})
         self.assertEqual(authorizations(self.proxy), [])
@@ -5515,6 +5612,8 @@ NET_TRUST = (
     ("https://registry.test/v2/", "https://evil.test/token", (), False),
     ("https://registry.test/v2/", "https://evil.test/token", ("evil.test",), True),
     ("https://registry.test/v2/", "https://evil.test/token", ("vil.test",), False),
+    ("https://registry.test/v2/", "https://evil.test/token", ("Evil.test:443",), True),
+    ("https://registry.test/v2/", "https://evil.test/token", ("evil.test:80",), False),
     ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
     ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
     ("https://registry.a.test/v2/", "https://registry.a.test.evil/token", (), False),
@@ -5683,6 +5782,24 @@ class AuthorizationTest(NetworkCase):
                     continue
                 with self.fails(imagec.TransportError):
                     authorizer.header("s")
+                self.assertEqual(reached, [])
+
+    def test_t74_a_token_server_that_the_user_names_may_be_anywhere(self):
+        reached = self.reroute()
+        server = self.server({"/token": say(b'{"token": "t"}')})
+        realm = "private.test:%d" % server.port
+        for named in ((), ("private.test:1", "test"), ("private.test",), (realm,)):
+            with self.subTest(named=named):
+                authorizer = imagec.Authorizer(
+                    self.transport(), "http://public.test/v2/", None, named, rank=0)
+                authorizer.challenge = imagec.Challenge("bearer", {
+                    "realm": "http://%s/token" % realm})
+                if realm in named or "private.test" in named:
+                    self.assertEqual(authorizer.header("app"), "Bearer t")
+                    continue
+                with self.fails(imagec.UnsafeRedirect, "10.1.2.3",
+                                "allow it with --token-host " + realm):
+                    authorizer.header("app")
                 self.assertEqual(reached, [])
 
     def test_t74_a_private_registry_may_have_a_private_realm(self):
@@ -6180,6 +6297,44 @@ class ProbeTest(NetworkCase):
         secure, plain = self.registry(tls=True), self.registry()
         plain.fault("HEAD /v2/$", redirect(secure.url + "/v2/"))
         self.assertEqual(self.probe(plain), secure.url + "/v2/")
+
+    def test_t74_a_registry_comes_no_nearer(self):
+        reached, image = self.reroute(), build_image(NET_TARS)
+        for first, then, allowed in (
+                ("93.184.216.34", "127.0.0.1", False),
+                ("93.184.216.34", "10.1.2.3", False),
+                ("10.1.2.3", "169.254.169.254", False),
+                ("10.1.2.3", "10.9.9.9", True), ("127.0.0.1", "10.1.2.3", True),
+                ("93.184.216.34", "93.184.216.35", True)):
+            registry = self.registry()
+            registry.add("app", "1", image)
+            registry.fault("HEAD /v2/$", truncate(1.0))
+            place = "public.test:" + registry.host.rpartition(":")[2]
+            client = self.client(registry, "alice", place, allow_http=True)
+            del reached[:]
+            with self.subTest(first, then=then), mock.patch.dict(NET_PLACES):
+                NET_PLACES["public.test"] = first
+                client.learn_registry_url()
+                NET_PLACES["public.test"] = then
+                if allowed:
+                    client.fetch_manifest("app", "1")
+                    continue
+                with self.fails(imagec.UnsafeRedirect, then):
+                    client.fetch_manifest("app", "1")
+                self.assertNotIn(then, reached)
+
+    def test_t74_a_registry_may_send_its_probe_elsewhere(self):
+        self.reroute()
+        other = self.registry()
+        for home in ("private.test", "localhost"):
+            registry = self.registry()
+            registry.add("app", "1", build_image(NET_TARS))
+            port, away = (one.host.rpartition(":")[2] for one in (registry, other))
+            registry.fault("HEAD /v2/$", [truncate(1.0), redirect(
+                "http://public.test:%s/v2/" % away)])
+            client = self.client(registry, host="%s:%s" % (home, port), allow_http=True)
+            with self.subTest(home):
+                client.fetch_manifest("app", "1")
 
     def test_nothing_listens(self):
         with socket.socket() as taken:
@@ -8464,6 +8619,24 @@ FIELD_BAD_PAIRS = (
 )
 
 
+#: (whose certificate is bad besides the registry's, is it of the same host name or far,
+#: options, what the refusal names, None where it is taken)
+FIELD_INSECURE = (
+    ("nobody", None, {}, None),
+    ("mirror", "far", {"mirrors": "far"}, None),
+    ("token", "near", {}, None),
+    ("token", "far", {}, "--insecure-skip-verify and --token-host"),
+    ("token", "far", {"storage_hosts": "far"}, None),
+    ("token", "far", {"token_hosts": "far"}, None),
+    ("token", "far", {"token_hosts": "localhost"}, None),
+    ("storage", "far", {}, "--insecure-skip-verify and --storage-host"),
+    ("storage", "far", {"storage_hosts": "other.test"},
+     "--insecure-skip-verify and --storage-host"),
+    ("storage", "far", {"storage_hosts": "far"}, None),
+    ("storage", "far", {"storage_hosts": "localhost"}, None),
+)
+
+
 class FieldTLSRegistry(FakeRegistry):
     """Asks for a client certificate; keeps what each exchange was shown."""
 
@@ -8599,6 +8772,17 @@ class TLSFilesTest(FieldCase):
         self.assertEqual(set(store.shown), {None})
         self.assertNotIn(None, registry.shown)
 
+    def test_client_certificate_is_not_for_storage_hosts(self):
+        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
+        registry = self.client_registry(auth="basic", anonymous=False)
+        store.blobs = registry.blobs
+        registry.redirect_blobs_to = store.url
+        self.pull(registry.host, client_pair=self.pair(), storage_hosts=[store.host],
+                  username="alice", password=PASSWORD)
+        self.assertEqual(set(store.shown), {None})
+        self.assertEqual(field_sent(store), [])
+        self.assertTrue(field_sent(registry))
+
     def test_client_certificate_is_not_for_another_token_server(self):
         tokens = self.client_registry(demand=ssl.CERT_OPTIONAL, auth="bearer")
         registry = self.client_registry(auth="bearer", realm=tokens.url + "/token")
@@ -8638,22 +8822,53 @@ class TLSFilesTest(FieldCase):
         for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
                                 ("wrong-host", WRONG_HOST_CERT, "127.0.0.1")):
             registry = self.registry(tls=kind)
-            der = ssl.PEM_cert_to_DER_cert(pem)
             trusted = self.file("trusted.pem", pem)
             for cacert, words in ((trusted, (word,)), (None, (unknown,))):
                 with self.subTest(kind=kind, cacert=cacert), self.fails(
-                        imagec.CertificateError, registry.host, sha256(der)[7:],
-                        "--cacert", "--insecure-skip-verify", *words):
+                        imagec.CertificateError, registry.host, "--cacert",
+                        "--insecure-skip-verify", *words):
                     self.pull(registry.host, cacert=cacert)
             self.assertEqual(registry.requests, [])
 
-    def test_certificate_is_not_looked_at_past_the_proxy(self):
-        registry = self.registry(tls="expired")
-        proxy = FieldProxy()
+    def test_bad_certificate_is_not_looked_at_again(self):
+        # The name may lead elsewhere by then.
+        registry, proxy = self.registry(tls="expired"), FieldProxy()
         self.addCleanup(proxy.close)
+        transport = self.transport()
+        with self.fails(imagec.CertificateError):
+            self.get(transport, registry.url + "/v2/")
+        self.assertEqual(registry.connections, 1)
         with self.fails(imagec.CertificateError):
             self.pull(registry.host, proxy=proxy.url)
-        self.assertEqual(registry.connections, len(proxy.requests))
+        self.assertEqual(registry.connections, 1 + len(proxy.requests))
+
+    def test_what_the_insecure_options_are_for(self):
+        self.assertTrue(FIELD_INSECURE)
+        for part, named, options, words in FIELD_INSECURE:
+            registry, other = (self.filled(tls="expired", auth="bearer")
+                               for _ in range(2))
+            near, far = other.host, other.host.replace("127.0.0.1", "localhost")
+            if part == "storage":
+                other.blobs, registry.redirect_blobs_to = registry.blobs, (
+                    "https://%s" % (near if named == "near" else far))
+            elif part == "token":
+                registry.realm = "https://%s/token" % (
+                    near if named == "near" else far)
+            options = {key: [far if value == "far" else value]
+                       for key, value in options.items()}
+            for flag in ("insecure_skip_verify", "insecure_allow_http"):
+                del self.said[:]
+                with self.subTest(part, named=named, options=options, flag=flag):
+                    given = dict(options, **{flag: True})
+                    if words is None:
+                        self.pull(registry.host, to=registry.host + flag, **given)
+                        self.assertFalse([line for line in self.said
+                                          if "leaving the mirror" in line])
+                        continue
+                    with self.fails(imagec.CertificateError, far, "%s %s" % (
+                            words, far)):
+                        self.pull(registry.host, to=registry.host + flag, **given)
+                    self.assertEqual(other.requests, [])
 
     def test_tls_1_2_is_the_least(self):
         for skip in (False, True):
@@ -8670,7 +8885,10 @@ class TLSFilesTest(FieldCase):
         settings = imagec.TLSSettings(certs_dirs=[self.at("certs")])
         contexts = [settings.context(host) for host in (
             "a.test", "b.test:5000", "own.test", "a.test")]
-        settings.skip_verify("a.test")
+        self.assertFalse(settings.forgives("a.test"))
+        settings.name("a.test:5000", forgiving=True)
+        self.assertIs(settings.context("a.test"), contexts[0])
+        self.assertTrue(settings.forgives("a.test"))
         contexts.append(settings.context("a.test"))
         self.assertEqual([context is contexts[0] for context in contexts],
                          [True, True, False, True, False])
@@ -8988,7 +9206,7 @@ class FieldProxyTest(FieldCase):
             variables = {k: places.get(v, v) for k, v in variables.items()}
             del self.proxy.requests[:]
             with self.subTest(words), mock.patch.dict(os.environ, variables):
-                transport = self.transport(skip_verify=True)
+                transport = self.transport(["registry.test"], skip_verify=True)
                 self.get(transport, self.named(registries[scheme]))
                 self.assertEqual(len(self.proxy.requests), int(used))
 
@@ -15319,6 +15537,26 @@ class CommandLineCredentialsTest(CommandLineCase):
         self.assertEqual(ended.status, 2)
         self.assertRegex(ended.err, r"\Aimagec: [^\n]*two registries[^\n]*\n\Z")
         self.assertEqual(other.requests, [])
+
+    def test_an_insecure_option_is_for_one_registry(self):
+        other = self.registry(tls="expired", auth="basic")
+        other.add("lab/app", "1", self.image)
+        for option in ("--insecure-skip-verify", "--insecure-allow-http"):
+            ended = self.pull("-q", option, self.ref, other.host + "/lab/app:1")
+            self.assert_one_line(ended, 2, "%s .*two registries.*%s" % (
+                option, re.escape(other.host)))
+            ended = self.pull("-q", option, self.ref, "--mirror", self.origin.host)
+            self.assertEqual((ended.status, ended.err), (0, ""))
+        self.assertEqual(other.connections, 0)
+
+    def test_storage_and_token_hosts(self):
+        for option in ("--storage-host", "--token-host"):
+            for host in ("", "a/b", "https://a", "u:S3CR3T@a", "a:b", "a b", "a%3a1"):
+                ended = self.main("digest", self.ref, option, host)
+                self.assert_one_line(ended, 2, "HOST")
+                self.assertNotIn("S3CR3T", ended.err)
+            self.done("digest", self.ref, option, "my_store.lan:9000", option, "b")
+        self.assertTrue(self.origin.requests)
 
 
 class CommandLineProgressTest(CommandLineCase):
