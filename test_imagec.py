@@ -4475,6 +4475,48 @@ class LayerVerifierTest(TableCase):
                 verifier.abort()
         self.assertLessEqual(threading.active_count(), threads)
 
+    def test_each_piece_asks_whether_to_go_on(self):
+        # T51: a few kilobytes of zeros are unpacked for minutes
+        tar = tar_header(32 << 20) + bytes(32 << 20)
+        blobs = [bz2.compress(tar), lzma.compress(tar), gzip_bytes(tar)]
+        ends = (KeyboardInterrupt(), imagec.Timeout("late"), imagec.Cancelled("no"))
+        for blob, (apart, end) in itertools.product(
+                blobs, zip((True, False, True), ends)):
+            with self.subTest(blob[:4], apart=apart, end=type(end)):
+                asked = []
+
+                def check():
+                    asked.append(None)
+                    if len(asked) > 3:
+                        raise end
+
+                verifier = imagec.LayerVerifier("layer 1", apart=apart, check=check)
+                with self.assertRaises(type(end)):
+                    for data in pieces(blob, itertools.repeat(1 << 20)):
+                        verifier.update(data)
+                    verifier.finish()
+                verifier.abort()
+                self.assertLessEqual(verifier._bytes, 3 * imagec.CHUNK)
+
+    def test_what_is_given_up_ends_at_once(self):
+        passed, released = threading.Event(), threading.Event()
+
+        def check():
+            passed.set()
+            released.wait(10)
+
+        def abort():
+            released.set()
+            abort_head()
+
+        verifier = imagec.LayerVerifier("layer 1", check=check)
+        abort_head, verifier._head.abort = verifier._head.abort, abort
+        verifier._head._direct = 0  # in a thread from the first piece on
+        verifier.update(bz2.compress(tar_header(32 << 20) + bytes(32 << 20)))
+        self.assertTrue(passed.wait(10))
+        verifier.abort()
+        self.assertLessEqual(verifier._bytes, imagec.CHUNK)
+
     def test_hashing_apart(self):
         blob, seen = gzip_bytes(os.urandom(2 << 20)), {}
         inflate = imagec._Gzip.decompress
@@ -7407,9 +7449,9 @@ class PullTest(PullCase):
             [tar_bytes([("f", b"x" * size)]) for size in (9000, 90000, 900)]))
         verifier, apart = imagec.LayerVerifier, {}
 
-        def note(what, limit, visitor, flag):
+        def note(what, limit, visitor, flag, check):
             apart[what] = flag
-            return verifier(what, limit, visitor, flag)
+            return verifier(what, limit, visitor, flag, check)
 
         self.patch(mock.patch.object(imagec, "LayerVerifier", note))
         for cores, jobs, expected in ((None, 4, 1), (1, 4, 1), (2, 4, 1), (4, 4, 1),
@@ -16392,6 +16434,28 @@ class ProcessCase(CommandLineCase):
         return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
 
 
+#: A pull whose look-up of a name never returns: the lock is its own already.
+STUCK = """
+import ctypes, socket, sys, threading
+sys.path.insert(0, sys.argv[1])
+import imagec
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
+asked = threading.Lock()
+def tell():
+    with asked:
+        print("asked", flush=True)
+def look_up(*args, **options):
+    lock(mutex)
+    asked.release()
+    lock(mutex)
+asked.acquire()
+threading.Thread(target=tell, daemon=True).start()
+sys.setswitchinterval(1000)  # it runs when the call has been made, not before
+socket.getaddrinfo = look_up
+imagec.main(["pull", "-q", "registry.invalid/x:1"])
+"""
+
+
 @able(os.name == "posix", "signal as POSIX has it")
 class SignalTest(ProcessCase):
     """Ctrl-C and SIGTERM end a command at once, wherever it waits (T122, T123)."""
@@ -16448,6 +16512,24 @@ class SignalTest(ProcessCase):
     def test_interrupted_twice(self):
         # The second may come when Python is on its way out and obeys it by itself.
         self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
+
+    @unittest.skipUnless(hasattr(signal, "pthread_kill"), "needs threads of POSIX")
+    def test_a_call_that_does_not_return(self):
+        """Python cannot run a handler then; the second signal ends the process."""
+        for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
+                                      (signal.SIGINT, signal.SIGTERM, 143),
+                                      (signal.SIGTERM, signal.SIGTERM, 143)):
+            process = subprocess.Popen(
+                [sys.executable, "-c", STUCK, HOME],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.addCleanup(self.end, process)
+            with self.subTest(first=first, second=second):
+                self.assertEqual(process.stdout.readline(), b"asked\n")
+                process.send_signal(first)
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                process.send_signal(second)
+                self.assertEqual(process.wait(10), status)
 
     def test_ignored_interrupt(self):
         # As of a job in the background: Ctrl-C in its terminal is not meant for it.
@@ -17758,6 +17840,90 @@ THREAT_DELAYS = (
 )
 
 
+#: (class or module, function, format, output, is it pulled twice): where time is up
+THREAT_WORK = (
+    (imagec._Members, "update", "layers", "layers", False),
+    (imagec.Download, "_existing", "layers", "layers", True),
+    (imagec.Download, "_existing", "oci", "oci", True),
+    (imagec.Download, "_take_up", "oci", "oci", False),
+    (imagec.ArchiveOutput, "_look", "archive", "image.tar", True),
+    (imagec.ArchiveOutput, "_move", "archive", "image.tar", False),
+    (imagec.ArchiveOutput, "_copy", "archive", "image.tar", True),
+    (imagec.Tree, "apply", "rootfs", "root", False),
+    (imagec.TreeWriter, "write", "rootfs", "root", False),
+    (imagec.TreeWriter, "_move", "rootfs", "root", False),
+    (imagec, "tree_tar_size", "rootfs", "root.tar", False),
+    (imagec, "write_tree_tar", "rootfs", "root.tar", False),
+    (imagec, "_copy_data", "rootfs", "root.tar", False),
+)
+
+
+class WorkTest(ThreatCase):
+    """Whatever is done when time is up, or Ctrl-C comes, is not done to its end."""
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(os, "fsync"))
+        self.image = build_image(THREAT_TARS + THREAT_TARS[:1])  # one is there twice
+        self.good = set(self.image.layers) | {sha256(self.image.config)}
+        self.source, self.ref = self.filled()
+
+    def pull(self, session, format, path):
+        return session.pull([imagec.Reference.parse(self.ref)],
+                            imagec.new_output(path, format),
+                            imagec.Platform.parse(THREAT_PLATFORM))
+
+    def ended(self, place, name, format, path, end):
+        """Pull; when that function begins, `end(transport)`: what came out of it all."""
+        done, work = [], getattr(place, name)
+        session = imagec.Session(idle_timeout=5, jobs=1)
+
+        def late(*args, **options):
+            end(session.transport)
+            done.append("begun")
+            result = work(*args, **options)
+            done.append("done")
+            return result
+
+        with session, mock.patch.object(place, name, late):
+            try:
+                self.pull(session, format, path)
+            except BaseException as error:
+                return error, done
+        return None, done
+
+    def test_when_time_is_up(self):
+        self.each(imagec.Timeout, lambda transport: setattr(transport, "deadline", 0))
+
+    def test_when_interrupted(self):
+        stop = KeyboardInterrupt()
+        self.each(KeyboardInterrupt, lambda transport: setattr(transport, "stop", stop))
+
+    def each(self, kind, end):
+        for place, name, format, output, again in THREAT_WORK:
+            with self.subTest(name, format=format, output=output):
+                path = self.at(output)
+                if again:
+                    self.fetch(self.ref, format, path)
+                if name == "_copy":  # the archive begins like another
+                    self.source.add("lab/app", "1", build_image(
+                        THREAT_TARS + [tar_bytes([("new", b"new")])]))
+                if name == "_take_up":
+                    place = os.path.join(path, "blobs", "sha256")
+                    os.makedirs(place)
+                    for digest in self.image.layers:
+                        with open(os.path.join(place, digest[7:] + ".partial"),
+                                  "wb") as file:
+                            file.write(self.image.blobs[digest][:99])
+                    place = imagec.Download
+                error, done = self.ended(place, name, format, path, end)
+                self.assertIsInstance(error, kind)
+                self.assertEqual(done[-1], "begun")
+                self.source.add("lab/app", "1", self.image)
+            remove(self.work)
+            os.mkdir(self.work)
+
+
 class TimeTest(ThreatCase):
     """Each ends within its limit, and names the registry: T57 T58 T109."""
 
@@ -17966,6 +18132,27 @@ class BombTest(ThreatCase):
             run = self.main(*self.pull_argv(ref, "rootfs", self.at("root")))
         self.assert_one_line(run, 3)
         self.assertEqual([n for n in threat_files(self.work) if "root/" in n], [])
+
+    def test_t62_t152_holes_that_the_disk_cannot_hold(self):
+        """Holes take no room where they are unpacked, but in a tar they are zeros."""
+        layer = raw_layer(raw_member(b"x", pax=[
+            (b"GNU.sparse.major", b"0"), (b"GNU.sparse.minor", b"1"),
+            (b"GNU.sparse.size", b"%d" % (64 << 20)), (b"GNU.sparse.map", b"0,0")]))
+        ref = self.filled(build_image([layer]))[1]
+        usage = collections.namedtuple("Usage", "total used free")(1 << 30, 0, 32 << 20)
+        with mock.patch("shutil.disk_usage", return_value=usage), mock.patch.object(
+                imagec, "write_tree_tar") as written:
+            run = self.main(*self.pull_argv(ref, "rootfs", self.at("root.tar")))
+            self.assert_one_line(run, 1)
+            self.assertRegex(run.err, r"root.tar: 6\d{7} bytes are needed, 33554432 are")
+            self.assertEqual(written.mock_calls, [])
+        self.assertEqual(self.pulled_holes(ref), 64 << 20)
+
+    def pulled_holes(self, ref):
+        run = self.main(*self.pull_argv(ref, "rootfs", self.at("root.tar")))
+        self.assertEqual(run.status, 0, run.err)
+        with tarfile.open(self.at("root.tar")) as tar:
+            return tar.getmember("x").size
 
     def test_t54_t55_t60_t61_manifests(self):
         spent = time.process_time()
