@@ -72,7 +72,7 @@ __version__ = "0.1.0"
 __all__ = [
     # Errors
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
-    "LimitExceeded", "VerificationError", "DigestMismatch", "SizeMismatch",
+    "LimitExceeded", "TooLarge", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "TLSError", "CertificateError", "UnsafeRedirect",
     "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform",
     "AccessDenied", "RateLimited", "CredentialsError", "OutputError",
@@ -152,8 +152,8 @@ XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
 LAYER_SIZE_LIMIT = 64 * GIB  # bytes one layer may unpack to, unless told otherwise
 TAR_BLOCK = 512  # bytes; POSIX.1-2001 pax
-MEMBER_COUNT_LIMIT = 2000000  # members of a layer that are kept in memory
-MEMBER_NAMES_LIMIT = 32 * MIB  # bytes of their names, links and extended attributes
+MEMBER_COUNT_LIMIT = 2000000  # members of an image's layers, unless told otherwise
+MEMBER_NAMES_LIMIT = 256 * MIB  # bytes of their names, links and extended attributes
 PAX_COUNT_LIMIT = 4096  # records of one pax header
 MEMBERS_BETWEEN_CHECKS = 256  # whether to go on; with the longest names, 0.1 s
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
@@ -339,6 +339,10 @@ class InvalidDocument(ImagecError):
 
 class LimitExceeded(InvalidDocument):
     """Something from outside is larger than we are willing to take."""
+
+
+class TooLarge(LimitExceeded):
+    """Something is larger than an option allows, which `hint` names: no one lied."""
 
 
 class VerificationError(ImagecError):
@@ -1997,9 +2001,9 @@ class TarWalker:
         self.members += 1
         self.size += logical
         if self.size > self._limit:  # which a sparse file reaches in a few bytes
-            raise LimitExceeded("%s holds files of more than the limit of %d bytes"
-                                % (self._what, self._limit),
-                                hint="raise it with --max-layer-size")
+            raise TooLarge("%s holds files of more than the limit of %d bytes"
+                           % (self._what, self._limit),
+                           hint="raise it with --max-layer-size")
         entry = None
         if self._visitor is not None:
             entry = self._entry(header, name, kind or "unknown", logical, sparse)
@@ -2228,9 +2232,9 @@ class LayerVerifier:
         self._check()
         self._bytes += len(data)
         if self._bytes > self._limit:
-            raise LimitExceeded("%s unpacks to more than the limit of %d bytes"
-                                % (self._what, self._limit),
-                                hint="raise it with --max-layer-size")
+            raise TooLarge("%s unpacks to more than the limit of %d bytes"
+                           % (self._what, self._limit),
+                           hint="raise it with --max-layer-size")
         self._hash.update(data)
         self._walker.update(data)
 
@@ -4672,6 +4676,8 @@ class Download:
             unpacked = proof.finish() or self._known
         except FileNotFoundError:
             return None  # it has just been moved on
+        except TooLarge:
+            raise  # it would be no smaller if it were fetched again
         except (VerificationError, InvalidDocument) as error:
             log.warning("%s is corrupt and will be fetched again: %s",
                         self._path, error)
@@ -4810,18 +4816,48 @@ def remove_tree(path):
             within.append(deeper)
 
 
+class Census:
+    """The members that an image's layers may have together; counts from many threads.
+
+    `limit` is how many, the directories they imply included.
+    """
+
+    def __init__(self, limit=MEMBER_COUNT_LIMIT):
+        self._limit = limit
+        self._members = self._names = 0
+        self._lock = threading.Lock()
+
+    def add(self, members, names, what):
+        """Counts so many `members` with so many bytes of `names`; or uncounts them.
+
+        Raises TooLarge, LimitExceeded; `what` is the layer they are in.
+        """
+        with self._lock:
+            self._members += members
+            self._names += names
+        if self._members > self._limit:
+            raise TooLarge("%s: with it the image has more than the limit of %d files"
+                           % (what, self._limit), hint="raise it with --max-files")
+        if self._names > MEMBER_NAMES_LIMIT:
+            raise LimitExceeded(
+                "%s: with it the names of the image's files take more than the limit "
+                "of %d bytes" % (what, MEMBER_NAMES_LIMIT))
+
+
 class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
     The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
     file of its own in it. `entries` lists (Entry, its data or None); data is (this
-    store, where in it), small because there may be millions.
+    store, where in it), small because there may be millions. `census` counts them for
+    the image, `what` is the layer.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, census=None, what="layer"):
         remove_tree(directory)
         os.makedirs(directory)
         self._directory = directory
+        self._census, self._what = census or Census(), what
         self.entries, self._names = [], 0
         self._file = None  # what the member's data goes to
 
@@ -4829,11 +4865,10 @@ class LayerStore:
         """A member begins."""
         self._end()
         number, data = len(self.entries), None
-        self._names += len(entry.path) + len(entry.link) + sum(
+        names = len(entry.path) + len(entry.link) + sum(
             len(key) + len(value) for key, value in entry.xattrs)
-        if number >= MEMBER_COUNT_LIMIT or self._names > MEMBER_NAMES_LIMIT:
-            raise LimitExceeded("more than %d members, or %d bytes of names" % (
-                MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
+        self._census.add(1, names, self._what)
+        self._names += names
         if entry.kind == "file" and entry.size:
             data = self, self._begin(number, entry.size)
             self._holes = [(0, entry.size)] if entry.sparse is None else list(
@@ -4877,6 +4912,10 @@ class LayerStore:
         if self._file is not None:
             self._file.close()
 
+    def forget(self):
+        """Another store takes its place."""
+        self._census.add(-len(self.entries), -self._names, self._what)
+
     # -- where the data goes
 
     def path(self, number):
@@ -4907,8 +4946,8 @@ class LayerStore:
 class LayerPack(LayerStore):
     """A LayerStore that keeps all data in one file, for making files costs most."""
 
-    def __init__(self, directory):
-        super().__init__(directory)
+    def __init__(self, directory, census=None, what="layer"):
+        super().__init__(directory, census, what)
         self._pack = open(os.path.join(directory, "data"), "xb", buffering=CHUNK)
         self._size = 0
 
@@ -4966,11 +5005,11 @@ def watched(rows, check):
 class Tree:
     """The file tree an image's layers make; `apply` them oldest first.
 
-    `check` raises where work on it should not go on.
+    `check` raises where work on it should not go on; `census` has counted the members.
     """
 
-    def __init__(self, check=go_on):
-        self.check = check
+    def __init__(self, check=go_on, census=None):
+        self.check, self._census = check, census or Census()
         self.root = Node(_IMPLICIT)
         self.unknown = 0  # members of no known kind, left out
         self.shared = set()  # data that several inodes may have
@@ -5081,6 +5120,7 @@ class Tree:
             if node is None or node.children is None:
                 if not make:
                     return None
+                self._census.add(1, 0, show(b"/".join(parts)))
                 node = trail[-1].children[part] = Node(_IMPLICIT)
             trail.append(node)
             if len(trail) > _DEPTH_LIMIT:
@@ -5516,6 +5556,7 @@ class Output:
     stream = None  # what it is written to instead of `path`
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
     check = staticmethod(go_on)  # raises where work should not go on
+    max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
 
     def __init__(self, path, tag=None, stream=None):
         if stream is not None and path == "-":
@@ -6081,7 +6122,7 @@ class RootfsOutput(Output):
         if image.platform.os == "windows":
             raise Unsupported("%s is a windows image: its layers make no file system "
                               "here" % (image.reference,))
-        self._stores = {}
+        self._stores, self._census = {}, Census(self.max_files)
         if self.stream is not None:
             import tempfile
             self._staging = tempfile.mkdtemp(prefix="imagec-")
@@ -6105,15 +6146,19 @@ class RootfsOutput(Output):
         return os.path.join(self._staging, "blobs", layer.blob.digest.hex)
 
     def visitor(self, layer):
+        digest = layer.blob.digest
+
         def make():
-            store = (LayerPack if self._tar else LayerStore)(
-                os.path.join(self._staging, "layers", layer.blob.digest.hex))
-            self._stores[layer.blob.digest] = store
-            return store
+            if digest in self._stores:  # of a try that failed
+                self._stores.pop(digest).forget()
+            self._stores[digest] = (LayerPack if self._tar else LayerStore)(
+                os.path.join(self._staging, "layers", digest.hex), self._census,
+                "layer " + str(digest))
+            return self._stores[digest]
         return make
 
     def close(self, image):
-        tree = Tree(self.check)
+        tree = Tree(self.check, self._census)
         for layer in image.layers:
             with naming("layer %s" % str(layer.blob.digest)):
                 tree.apply(self._stores[layer.blob.digest].entries)
@@ -6564,15 +6609,16 @@ class Session:
                  idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
                  insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
-                 max_layer_size=LAYER_SIZE_LIMIT, recompress=None, notify=None,
-                 storage_hosts=()):
+                 max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
+                 recompress=None, notify=None, storage_hosts=()):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
-        if not (timeout > 0 and max_layer_size > 0):  # nor NaN
-            raise UsageError("a timeout of %s seconds, layers of %s bytes: both limits "
-                             "must be over 0" % (timeout, max_layer_size))
+        if not (timeout > 0 and max_layer_size > 0 and max_files > 0):  # nor NaN
+            raise UsageError("a timeout of %s seconds, layers of %s bytes, %s files: "
+                             "these limits must be over 0" % (timeout, max_layer_size,
+                                                              max_files))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts)):
             raise UsageError("mirrors, token hosts and storage hosts come in lists")
         hosts = tuple(token_hosts) + tuple(storage_hosts)
@@ -6594,8 +6640,8 @@ class Session:
         for host in hosts:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
-        self.jobs, self.max_layer_size, self.recompress = (
-            jobs, max_layer_size, recompress)
+        self.jobs, self.recompress = jobs, recompress
+        self.max_layer_size, self.max_files = max_layer_size, max_files
         self.notify = lambda event: notify and notify(event._replace(
             status=SECRETS.hide(event.status), id=SECRETS.hide(event.id)))
         self._registries, self._sources = {}, {}
@@ -6751,6 +6797,7 @@ class Puller:
         self._session, self._output = session, output
         # No longer than the command may take.
         output.wait, output.check = session.transport.wait, session.transport.check
+        output.max_files = session.max_files
         self._notify = session.notify
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
 
@@ -7709,6 +7756,7 @@ EXIT_STATUSES = (
     (UsageError, 2),
     (AccessDenied, 5),
     (NotFound, 4),
+    (TooLarge, 1),
     (VerificationError, 3),
     (InvalidDocument, 3),
     (ImagecError, 1),
@@ -8248,6 +8296,8 @@ COMMANDS = {
              "%(default)s"),
         _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
              help="refuse layers that unpack to more; default %(default)s"),
+        _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
+             help="refuse to unpack more files than this; default %(default)s"),
         _row("--progress", choices=("auto", "bar", "plain", "json", "none"),
              default="auto"),
         _JSON_ARGUMENT]),
@@ -8314,6 +8364,7 @@ def new_session(args, progress):
         authfile=args.authfile, no_creds=args.no_creds, mirrors=args.mirror,
         jobs=getattr(args, "jobs", JOBS),
         max_layer_size=getattr(args, "max_layer_size", LAYER_SIZE_LIMIT),
+        max_files=getattr(args, "max_files", MEMBER_COUNT_LIMIT),
         recompress=getattr(args, "recompress", None), notify=progress)
 
 
@@ -8439,16 +8490,16 @@ def _second_signal(numbers):
     in returns, and some do not.
     """
     import signal
-    if not numbers:
+    if not numbers or os.name != "posix":
         yield
         return
-    ours, wakeup = socket.socketpair()
-    wakeup.setblocking(False)
+    ours, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
     done = threading.Event()
 
     def listen():
         first = None
-        for number in iter(lambda: ours.recv(1), b""):
+        for number in iter(lambda: os.read(ours, 1), b""):
             if number[0] in numbers and first is None:
                 first = time.monotonic()
             elif number[0] in numbers and not done.wait(
@@ -8456,16 +8507,16 @@ def _second_signal(numbers):
                 os._exit(128 + number[0])
 
     thread = threading.Thread(target=listen, daemon=True)
-    before = signal.set_wakeup_fd(wakeup.fileno())
+    before = signal.set_wakeup_fd(wakeup)
     try:
         thread.start()
         yield
     finally:
         signal.set_wakeup_fd(before)
         done.set()
-        wakeup.close()
+        os.close(wakeup)
         thread.join()
-        ours.close()
+        os.close(ours)
 
 
 def _local_words(error):
