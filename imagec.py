@@ -161,6 +161,8 @@ TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's arch
 TIMEOUT = 3600  # seconds for a whole command
 IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
 STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
+LOCK_TOLD = 5  # seconds until it is told that another process is waited for
+LOCK_PATIENCE = 600  # seconds in which what it writes must grow
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CLEARING_UP = 1.0  # seconds after a first signal that a second leaves
 CONNECT_TIMEOUT = 30  # seconds; docker's dialler
@@ -4415,43 +4417,61 @@ class Partial:
     """A file on its way to the name `final`: written as FINAL.partial, locked.
 
     The lock makes a second pull of the same thing wait for the first instead of writing
-    into its file. `wait(seconds)` is how to wait, and may raise.
+    into its file. `wait(seconds)` is how to wait, and may raise. What stands there and
+    is not ours alone is removed. Raises OutputError where it cannot be, and where
+    another process holds the file for LOCK_PATIENCE seconds in which it does not grow.
     """
 
-    def __init__(self, final, wait=time.sleep):
+    def __init__(self, final, wait=time.sleep, clock=time.monotonic):
         self.final = final
         self.path = final + PARTIAL
         self._begun = 0  # bytes the system was told to put on disk
-        waiting = False
+        patience = _Patience(self.path, clock)
         while True:
-            self._fd = self._open()
+            self._fd, new = self._open()
             try:
-                if _try_lock(self._fd) and self._still_there():
-                    break
+                locked = _try_lock(self._fd)
+                if locked and self._still_there():
+                    if new or self._ours():
+                        break
+                    self._remove()
+                patience.spend(self.size())
             except BaseException:
                 self.close()
                 raise
             self.close()
-            if not waiting:
-                log.info("waiting for another pull of %s", final)
-                waiting = True
-            wait(0.1)
+            if not locked:
+                wait(0.1)
 
     def _open(self):
-        flags = os.O_RDWR | os.O_CREAT | _O_NOFOLLOW | _O_BINARY
+        """(descriptor, whether the file is a new one)."""
+        flags = os.O_RDWR | _O_NOFOLLOW | _O_BINARY
+        while True:
+            with contextlib.suppress(FileExistsError):
+                return os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+            try:
+                return os.open(self.path, flags), False
+            except FileNotFoundError:
+                continue  # it has just been moved on
+            except OSError as error:
+                # A link planted there must not choose where we write.
+                if not (isinstance(error, PermissionError)
+                        or os.path.islink(self.path)):
+                    raise
+            self._remove()
+
+    def _ours(self):
+        """Whether nobody else can write into what an earlier run has left."""
+        status = os.fstat(self._fd)
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and (
+            ours_alone(status))
+
+    def _remove(self):
         try:
-            fd = os.open(self.path, flags, 0o666)
-        except OSError:
-            if not os.path.islink(self.path):
-                raise
-            os.unlink(self.path)  # a link planted there must not choose where we write
-            return self._open()
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            os.close(fd)
             os.unlink(self.path)
-            return self._open()
-        return fd
+        except PermissionError:
+            raise OutputError(self.path, "is in the way: not a file of ours alone",
+                              "choose another place with -o") from None
 
     def _still_there(self):
         """Whoever held the lock may have renamed or removed the file meanwhile."""
@@ -4524,6 +4544,39 @@ class Partial:
         self.close()
 
 
+class _Patience:
+    """How long a file that another process holds, the one at `path`, is waited for."""
+
+    def __init__(self, path, clock):
+        self._path, self._clock = path, clock
+        self._begin, self._told = clock(), False
+        self._size, self._grew = None, None  # bytes, and since when there are so many
+
+    def spend(self, size):
+        """The file has `size` bytes now; raises OutputError where that was long so."""
+        now = self._clock()
+        if size != self._size:
+            self._size, self._grew = size, now
+        if now - self._grew >= LOCK_PATIENCE:
+            raise OutputError(
+                self._path, "another process holds it, and it has not grown for %d "
+                "seconds" % LOCK_PATIENCE, "end that process, or choose another place "
+                "with -o")
+        if not self._told and now - self._begin >= LOCK_TOLD:
+            self._told = True
+            log.warning("%s: waiting, for another process holds it", self._path)
+
+
+def ours_alone(status):
+    """Whether what os.stat tells of is ours, and not for everybody to write to.
+
+    A group's bit is not looked at: under a umask of 002 our own files have it, and then
+    new ones would be no better.
+    """
+    return not hasattr(os, "geteuid") or (
+        status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH)
+
+
 def _try_lock(fd):
     """Locks the file; False where another holds it. No lock where there is none."""
     try:
@@ -4547,9 +4600,9 @@ def sync_directory(path):
             os.close(fd)
 
 
-def write_file(path, data):
-    """Puts the bytes `data` at `path`, whole or not at all."""
-    with Partial(path) as partial:
+def write_file(path, data, wait=time.sleep):
+    """Puts the bytes `data` at `path`, whole or not at all. For `wait` see Partial."""
+    with Partial(path, wait) as partial:
         partial.truncate()
         partial.write(data)
         partial.commit()
@@ -5489,9 +5542,8 @@ def private_directory(path):
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or hasattr(os, "geteuid") and (
-            status.st_uid != os.geteuid()):
-        raise OutputError(path, "is in the way: not a directory of ours")
+    if not (stat.S_ISDIR(status.st_mode) and ours_alone(status)):
+        raise OutputError(path, "is in the way: not a directory of ours alone")
 
 
 def same_file(source, path):
@@ -5805,7 +5857,7 @@ class OCIOutput(Output):
             make_directory(self.path, "blobs", layer.blob.digest.algorithm)
         marker = os.path.join(self.path, "oci-layout")
         if not os.path.exists(marker):
-            write_file(marker, OCI_LAYOUT)
+            write_file(marker, OCI_LAYOUT, self.wait)
 
     def held(self, reference, registry_url):
         name = str(self._tag or reference._replace(digest=None))
@@ -5840,7 +5892,7 @@ class OCIOutput(Output):
         """All layers are there: adds the documents, then the image to the index."""
         for digest, raw in image.documents:
             make_directory(self.path, "blobs", digest.algorithm)
-            write_file(self._place(digest), raw)
+            write_file(self._place(digest), raw, self.wait)
         # Its lock is the lock of the index.
         with Partial(self._index, self.wait) as partial:
             index = self._read_index()

@@ -7026,6 +7026,103 @@ class DownloadTest(DownloadCase):
                 with open(canary, "rb") as file:
                     self.assertEqual(file.read(), b"canary")
 
+    @unittest.skipUnless(hasattr(os, "geteuid"), "needs users")
+    def test_t132_partial_files_of_others(self):
+        """What others could write into gets no final name; ours is gone on with."""
+        own, other = os.geteuid(), 65534
+        registry = self.filled()
+        for umask, user, mode, used in (
+                (0o022, own, 0o644, True), (0o022, own, 0o600, True),
+                (0o002, own, 0o664, True), (0o022, own, 0o646, False),
+                (0o022, own, 0o666, False), (0, own, 0o666, False),
+                (0o022, other, 0o666, False), (0o022, other, 0o644, False)):
+            if user != own and own:
+                continue  # only root can plant it
+            with self.subTest(umask=umask, user=user, mode="%o" % mode):
+                del registry.requests[:]
+                self.put(NET_BLOB[:NET_HALF], ".partial")
+                os.chmod(self.path + ".partial", mode)
+                os.chown(self.path + ".partial", user, -1)
+                before = os.umask(umask)
+                try:
+                    self.download(registry).run()
+                finally:
+                    os.umask(before)
+                self.assertEqual(self.offsets(registry), [NET_HALF if used else 0])
+                status = os.stat(self.path)
+                self.assertEqual((status.st_uid, stat.S_IMODE(status.st_mode)), (
+                    own, mode if used else 0o666 & ~umask))
+                self.assertEqual(self.holds(), {"blob": NET_BLOB})
+
+    def test_t132_a_partial_file_that_cannot_be_removed(self):
+        self.put(NET_BLOB[:NET_HALF], ".partial")
+        os.chmod(self.path + ".partial", 0o666)
+        refused = PermissionError(errno.EPERM, "Operation not permitted")
+        with mock.patch.object(os, "unlink", side_effect=refused), self.fails(
+                imagec.OutputError, "blob.partial", "not a file of ours alone"):
+            self.download(self.filled()).run()
+        self.assertEqual(self.holds(), {"blob.partial": NET_BLOB[:NET_HALF]})
+
+    @unittest.skipUnless(hasattr(os, "geteuid"), "needs users")
+    def test_t132_directories_of_others(self):
+        place = os.path.join(self.place, "x.partial.d")
+        for mode, good in ((0o700, True), (0o755, True), (0o777, False)):
+            imagec.private_directory(place)
+            os.chmod(place, mode)
+            with self.subTest(mode="%o" % mode):
+                if good:
+                    imagec.private_directory(place)
+                    continue
+                with self.fails(imagec.OutputError, place):
+                    imagec.private_directory(place)
+
+    @unittest.skipUnless(os.name == "posix", "no locks here")
+    def test_t124_a_lock_that_is_held(self):
+        """It is told, and given up where who holds it does not get on."""
+        import fcntl
+        for name, grows, freed, told, error in (
+                ("at once", False, 0.5, False, None),
+                ("soon", False, 9, True, None),
+                ("a slow pull", True, 3000, True, None),
+                ("for ever", False, None, True, imagec.OutputError)):
+            with self.subTest(name), open(self.path + ".partial", "wb") as holder:
+                fcntl.flock(holder, fcntl.LOCK_EX)
+                now, naps = [1000.0], []
+
+                def wait(seconds):
+                    naps.append(seconds)
+                    now[0] += 50 * seconds if now[0] > 1010 else seconds
+                    if grows:
+                        os.write(holder.fileno(), b"x")
+                    if freed is not None and now[0] >= 1000 + freed:
+                        fcntl.flock(holder, fcntl.LOCK_UN)
+
+                with self.logged("WARNING") as lines:
+                    try:
+                        imagec.Partial(self.path, wait, lambda: now[0]).close()
+                        caught = None
+                    except imagec.ImagecError as refusal:
+                        caught = refusal
+                self.assertIs(caught and type(caught), error)
+                self.assertEqual(len(lines), told, lines)
+                for text in lines + [str(caught)] * bool(error):
+                    self.assertIn(self.path + ".partial", text)
+                    self.assertIn("another process holds it", text)
+                waited = now[0] - 1000
+                self.assertLess(abs(waited - (freed or 600)), 10)
+
+    @contextlib.contextmanager
+    def logged(self, level):
+        """The lines that are logged meanwhile, at that level or above."""
+        lines = []
+        handler = logging.Handler(level)
+        handler.emit = lambda record: lines.append(record.getMessage())
+        imagec.log.addHandler(handler)
+        try:
+            yield lines
+        finally:
+            imagec.log.removeHandler(handler)
+
     def test_t132_a_directory_in_the_way(self):
         os.mkdir(self.path + ".partial")
         with self.assertRaises(OSError):
@@ -17875,7 +17972,7 @@ class WorkTest(ThreatCase):
                             imagec.Platform.parse(THREAT_PLATFORM))
 
     def ended(self, place, name, format, path, end):
-        """Pull; when that function begins, `end(transport)`: what came out of it all."""
+        """Pull; when that function begins, `end(transport)`: what came of it all."""
         done, work = [], getattr(place, name)
         session = imagec.Session(idle_timeout=5, jobs=1)
 
@@ -18185,7 +18282,7 @@ class BombTest(ThreatCase):
                 imagec, "write_tree_tar") as written:
             run = self.main(*self.pull_argv(ref, "rootfs", self.at("root.tar")))
             self.assert_one_line(run, 1)
-            self.assertRegex(run.err, r"root.tar: 6\d{7} bytes are needed, 33554432 are")
+            self.assertRegex(run.err, r"root.tar: 6\d{7} bytes are needed, 3355443")
             self.assertEqual(written.mock_calls, [])
         self.assertEqual(self.pulled_holes(ref), 64 << 20)
 
@@ -18239,7 +18336,8 @@ class MemoryTest(ThreatProcessCase):
                 ref = self.filled(build_image([make() + bytes(1024)], compress=(
                     functools.partial(gzip_bytes, level=1))))[1]
                 argv = self.pull_argv(ref, "rootfs", self.at("root.tar"))
-                run = self.run_alone(*argv, limits={"RLIMIT_CPU": 10})
+                run = self.run_alone(*argv, limits={"RLIMIT_CPU": 10}, patches={
+                    "MEMBER_NAMES_LIMIT": 32 << 20})
                 self.assertIn(run.status, (0, 3), run.err)
                 self.assertLess(run.peak, THREAT_MEMORY + (28 << 10))
                 self.assertLess(run.seconds, 2.5)
