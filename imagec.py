@@ -132,6 +132,7 @@ SECRET_WORD = 6  # characters; a shorter one is hidden only where it stands alon
 SECRET_FORMS_LIMIT = 500  # spellings of secrets; each new token adds one or two
 HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
 NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
+JSON_DEPTH_LIMIT = 100  # objects and arrays inside one another; real ones stay under 20
 INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 8259, 6)
 LAYER_COUNT_LIMIT = 2048  # layers of an image; docker itself stops at 127
 INDEX_COUNT_LIMIT = 16384  # entries of one index
@@ -700,7 +701,7 @@ def parse_json(raw, what):
     """The value of the JSON text in the bytes `raw`; raises InvalidDocument.
 
     Refuses what json.loads lets pass: other encodings, duplicate keys, NaN and
-    Infinity, numbers no other parser holds, and nesting beyond the stack.
+    Infinity, numbers no other parser holds, and nesting beyond JSON_DEPTH_LIMIT.
     """
     def pairs(items):
         value = dict(items)
@@ -723,8 +724,10 @@ def parse_json(raw, what):
         raise ValueError("%s is not JSON" % text)
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
-                          parse_int=integer, parse_float=real, parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
+                           parse_int=integer, parse_float=real, parse_constant=constant)
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         reason = ("nested too deep" if isinstance(error, RecursionError)
                   else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error)
@@ -735,6 +738,17 @@ def parse_json(raw, what):
                               hint) from None
 
 
+def _check_depth(value):
+    """Raises ValueError where a JSON value is deeper than all that walk it later."""
+    level = [[value]]
+    for _ in range(JSON_DEPTH_LIMIT + 1):
+        level = [child for one in level
+                 for child in (one.values() if type(one) is dict else one)
+                 if type(child) in (dict, list)]
+    if level:
+        raise ValueError("nested too deep")
+
+
 def canonical_json(value):
     """`value` as compact JSON bytes, keys sorted: the same on every Python.
 
@@ -743,8 +757,6 @@ def canonical_json(value):
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"),
                           ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise InvalidDocument("a JSON value is nested too deep") from None
     except UnicodeEncodeError:
         raise InvalidDocument("a JSON value is not valid Unicode") from None
 

@@ -2555,6 +2555,10 @@ JSON_REFUSED = (
     # T54
     ("deep arrays", b"[" * 100000, "nested too deep"),
     ("deep objects", b'{"a":' * 100000, "nested too deep"),
+    ("101 arrays", b"[" * 101 + b"]" * 101, "nested too deep"),
+    ("101 objects", b'{"a":' * 101 + b"1" + b"}" * 101, "nested too deep"),
+    ("deep on one side", b'[{}, 1, "", {"a": %s}]' % (b"[" * 99 + b"]" * 99),
+     "nested too deep"),
     # T55: had it been converted, the number would not be in the message
     ("33 digits", b"[" + b"9" * 33 + b"]", "a number of 33 digits"),
     ("200000 digits", b"[" + b"7" * 200000 + b"]", "a number of 200000 digits"),
@@ -2637,6 +2641,12 @@ class DocumentsTest(TableCase):
             imagec.InvalidDocument, words, imagec.parse_json, raw, "doc"
         )
         self.assertLess(len(str(error)), 200)
+
+    def test_as_deep_as_may_be(self):
+        for text in (b"[" * 100 + b"5" + b"]" * 100,
+                     b'{"a":' * 100 + b"5" + b"}" * 100):
+            value = imagec.parse_json(text, "doc")
+            self.assertEqual(imagec.canonical_json(value), text)
 
     @rows(HTML_BODIES)
     def test_html_is_hinted_at(self, raw, hinted):
@@ -7097,7 +7107,7 @@ class DownloadTest(DownloadCase):
                     if freed is not None and now[0] >= 1000 + freed:
                         fcntl.flock(holder, fcntl.LOCK_UN)
 
-                with self.logged("WARNING") as lines:
+                with self.said("WARNING") as lines:
                     try:
                         imagec.Partial(self.path, wait, lambda: now[0]).close()
                         caught = None
