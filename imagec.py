@@ -137,6 +137,8 @@ INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 825
 LAYER_COUNT_LIMIT = 2048  # layers of an image; docker itself stops at 127
 INDEX_COUNT_LIMIT = 16384  # entries of one index
 INDEX_DEPTH_LIMIT = 8  # indexes inside indexes; two are seen in the field
+DOCUMENT_COUNT_LIMIT = 1000  # manifests and indexes that one name leads to
+DOCUMENT_BYTES_LIMIT = 64 * MIB  # of all of them
 TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 REFERENCE_LENGTH_LIMIT = 1024  # characters
@@ -322,8 +324,8 @@ def naming(source):
         yield
     except ImagecError as error:
         # Those of the network name their URL themselves; the user's are of no host.
-        if error.source is None and not isinstance(
-                error, (TransportError, RegistryError, UsageError)):
+        if error.source is None and (isinstance(error, NoMatchingPlatform) or not (
+                isinstance(error, (TransportError, RegistryError, UsageError)))):
             error.source = source
         raise
 
@@ -1157,6 +1159,79 @@ def matching(index, platform):
 def _same_build(wanted, found):
     """Windows images fit by the first three parts of os.version (regclient's rule)."""
     return wanted.os_version.split(".")[:3] == found.os_version.split(".")[:3]
+
+
+class Graph:
+    """The manifests and indexes that a name leads to, each got and judged once.
+
+    They may share what is below them, so that a few kilobytes of indexes hold more ways
+    than anyone can go. `fetch(Descriptor)` gives a document, decoded; None is passed
+    over. Raises LimitExceeded beyond INDEX_DEPTH_LIMIT, DOCUMENT_COUNT_LIMIT and
+    DOCUMENT_BYTES_LIMIT, and what `fetch` raises.
+    """
+
+    def __init__(self, fetch):
+        self._fetch = fetch
+        self._seen = set()  # what Descriptors said: type, digest, size
+        self._count = self._bytes = 0
+
+    def _get(self, entry):
+        """What a Descriptor points to; None where it was had before."""
+        if entry[:3] in self._seen:
+            return None
+        self._seen.add(entry[:3])
+        self._count += 1
+        self._bytes += entry.size
+        if self._count > DOCUMENT_COUNT_LIMIT or self._bytes > DOCUMENT_BYTES_LIMIT:
+            raise LimitExceeded("one name leads to more than %d manifests and indexes, "
+                                "or to more than %d bytes of them"
+                                % (DOCUMENT_COUNT_LIMIT, DOCUMENT_BYTES_LIMIT))
+        return self._fetch(entry)
+
+    @staticmethod
+    def _check_depth(depth):
+        if depth > INDEX_DEPTH_LIMIT:
+            raise LimitExceeded("more than %d indexes inside one another"
+                                % INDEX_DEPTH_LIMIT)
+
+    def walk(self, entries, depth=0):
+        """Yields the documents below `depth` indexes, level by level, each once.
+
+        `entries` are the Descriptors to begin with. What an earlier walk has given is
+        not given again; the limits are of each walk.
+        """
+        self._count = self._bytes = 0
+        while entries:
+            self._check_depth(depth)
+            below = []
+            for document in filter(None, map(self._get, entries)):
+                yield document
+                if isinstance(document, Index):
+                    below += document.manifests
+            entries, depth = below, depth + 1
+
+    def choose(self, document, platform):
+        """The documents from `document` down to the image for a Platform.
+
+        Raises NoMatchingPlatform.
+        """
+        found = self._descend((document,), platform)
+        if found is None:
+            raise NoMatchingPlatform(platform, [
+                entry.platform for entry in document.manifests
+                if entry.platform and entry.platform.os not in ("", "unknown")])
+        return found
+
+    def _descend(self, trail, platform):
+        if not isinstance(trail[-1], Index):
+            return trail
+        self._check_depth(len(trail))
+        for entry in matching(trail[-1], platform):
+            child = self._get(entry)  # where it was had before, it did not fit
+            found = child and self._descend(trail + (child,), platform)
+            if found:
+                return found
+        return None
 
 
 class ImageConfig(NamedTuple):
@@ -6766,7 +6841,9 @@ class Session:
         wanted = platform or Platform.host()
         source = self.source(reference)
         held = output.held(reference, source.registry_url) if output else []
-        found = self._choose(source, [self.manifest(reference, held)], wanted, held)
+        top = self.manifest(reference, held)
+        with naming("%s/%s" % (source.host, source.repository)):
+            found = self._graph(source, held).choose(top, wanted)
         manifest, config, actual = found[-1], None, None
         with naming(source.host):
             if isinstance(manifest, Manifest):
@@ -6783,7 +6860,7 @@ class Session:
         elif actual not in wanted.candidates():
             log.warning("%s is for %s, not for %s", reference, actual, wanted)
         return ResolvedImage(reference, source.registry_url, found[0].digest,
-                             tuple(found[:-1]), manifest, config, actual, layers)
+                             found[:-1], manifest, config, actual, layers)
 
     def resolve_index(self, reference):
         """The ResolvedImage of `reference` with all its platforms.
@@ -6795,55 +6872,30 @@ class Session:
             raise Unsupported("%s is for one platform only" % (reference,),
                               "pull it without --platform all")
         source = self.source(reference)
-        manifests = {}
-        self._descend(source, index, manifests, 1)
-        blobs = {}
-        for manifest in manifests.values():
-            if isinstance(manifest, Manifest):
-                for blob in (manifest.config,) + manifest.layers:
-                    blobs.setdefault(blob.digest, Layer("", blob, None, ""))
-        return ResolvedImage(reference, source.registry_url, index.digest, (), index,
-                             None, "all", tuple(blobs.values()),
-                             tuple(manifests.values()))
-
-    def _descend(self, source, index, manifests, depth):
-        if depth > INDEX_DEPTH_LIMIT:
-            raise LimitExceeded("%s: more than %d indexes inside one another"
-                                % (source.repository, INDEX_DEPTH_LIMIT))
-        for entry in index.manifests:
-            if entry.media_type not in MANIFEST_SHAPES:
-                raise Unsupported("%s: an index entry of type %s" % (
-                    source.repository, printable(entry.media_type, 80)))
-            if entry.digest not in manifests:
-                child = source.fetch_manifest(entry.digest, entry.size)
-                manifests[entry.digest] = child
+        below, blobs = {}, {}
+        with naming("%s/%s" % (source.host, source.repository)):
+            for child in self._graph(source).walk(index.manifests, 1):
+                below[child.digest] = child
                 if isinstance(child, Schema1Manifest):
-                    raise Unsupported("%s: a schema1 manifest in an index"
-                                      % source.repository)
-                if isinstance(child, Index):
-                    self._descend(source, child, manifests, depth + 1)
+                    raise Unsupported("a schema1 manifest in an index")
+                if isinstance(child, Manifest):
+                    for blob in (child.config,) + child.layers:
+                        blobs.setdefault(blob.digest, Layer("", blob, None, ""))
+        return ResolvedImage(reference, source.registry_url, index.digest, (), index,
+                             None, "all", tuple(blobs.values()), tuple(below.values()))
 
-    def _choose(self, source, trail, platform, held):
-        """`trail` (indexes, outermost first) followed down to an image manifest."""
-        index = trail[-1]
-        if not isinstance(index, Index):
-            return trail
-        if len(trail) > INDEX_DEPTH_LIMIT:
-            raise LimitExceeded("%s: more than %d indexes inside one another"
-                                % (source.repository, INDEX_DEPTH_LIMIT))
-        for entry in matching(index, platform):
+    @staticmethod
+    def _graph(source, held=()):
+        """The Graph of what a Source has, less the documents `held`."""
+        def fetch(entry):
+            if entry.media_type not in MANIFEST_SHAPES:
+                raise Unsupported("an index entry of type %s"
+                                  % printable(entry.media_type, 80))
             raw = _held(entry, held)
-            child = (source.fetch_manifest(entry.digest, entry.size) if raw is None
-                     else decode_manifest(raw, entry.media_type, entry.digest))
-            try:
-                return self._choose(source, trail + [child], platform, held)
-            except NoMatchingPlatform:  # of a nested index: the next entry may do
-                continue
-        error = NoMatchingPlatform(platform, [
-            entry.platform for entry in index.manifests
-            if entry.platform and entry.platform.os not in ("", "unknown")])
-        error.source = "%s/%s" % (source.host, source.repository)
-        raise error
+            if raw is not None:
+                return decode_manifest(raw, entry.media_type, entry.digest)
+            return source.fetch_manifest(entry.digest, entry.size)
+        return Graph(fetch)
 
     def pull(self, references, output, platform=None):
         """Pulls `references` into `output` (of the Outputs room): their Images.

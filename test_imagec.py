@@ -6539,6 +6539,45 @@ class RegistryTest(NetworkCase):
         with self.fails(imagec.LimitExceeded, "indexes"):
             self.session().resolve(reference, "all")
 
+    def bushy(self, levels, width=3):
+        """A registry of indexes, each naming the one below it as often as it is wide.
+
+        The innermost has this image, for a platform that nobody asks for.
+        """
+        top = build_index([(self.image, ("plan9", "mips", None))])
+        for _ in range(levels):
+            top = build_index([(top, None)] * width)
+        return self.filled(top)
+
+    def test_documents_are_asked_for_once(self):
+        registry = self.bushy(imagec.INDEX_DEPTH_LIMIT - 1)
+        reference = imagec.Reference.parse(registry.host + "/app:1")
+        with self.fails(imagec.NoMatchingPlatform, registry.host + "/app"):
+            self.session().resolve(reference, imagec.Platform.parse("linux/amd64"))
+        asked = [path for path in paths(registry) if "sha256:" in path]
+        self.assertEqual(len(asked), imagec.INDEX_DEPTH_LIMIT - 1)
+        self.assertEqual(len(set(asked)), len(asked))
+
+    def crowd(self, count):
+        """A registry of an index with that many others, each unlike the rest."""
+        images = [build_index([], extra_entries=[self.image.descriptor(
+            annotations={"n": str(n)}, platform=_platform(("plan9", "mips", None)))])
+            for n in range(count)]
+        return self.filled(build_index([(image, None) for image in images]))
+
+    def test_documents_of_a_name_are_counted(self):
+        for limit, value in (("DOCUMENT_COUNT_LIMIT", 20),
+                             ("DOCUMENT_BYTES_LIMIT", 20 * 400)):
+            for platform in (imagec.Platform.parse("linux/amd64"), "all"):
+                with self.subTest(limit, platform=str(platform)), \
+                        mock.patch.object(imagec, limit, value):
+                    registry = self.crowd(21)
+                    reference = imagec.Reference.parse(registry.host + "/app:1")
+                    with self.fails(imagec.LimitExceeded, "one name leads to more"):
+                        self.session().resolve(reference, platform)
+                    asked = [path for path in paths(registry) if "sha256:" in path]
+                    self.assertLessEqual(len(asked), 20)
+
     def test_platform_of_a_later_index(self):
         arm = build_index([(self.image, ("linux", "arm64", None))])
         amd = build_index([(self.image, ("linux", "amd64", None))])
