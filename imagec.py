@@ -1962,7 +1962,8 @@ class TarWalker:
 
     tarfile is not used: it ends without a word at a broken header, so that whatever
     follows is lost (seen on 3.6 to 3.13), and with small files it was most of the work.
-    `size` is the sum of the logical sizes in the headers, in bytes; `members` counts.
+    `size` is the sum of the logical sizes in the headers, in bytes; `members` counts;
+    `offset` is how many bytes have passed, those after the end left out.
     A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored
     for it, `finish()` after the last, and `abort()` when no more will come. Members may
     not hold more than `limit` bytes, holes included.
@@ -1970,7 +1971,7 @@ class TarWalker:
 
     def __init__(self, what, visitor=None, limit=LAYER_SIZE_LIMIT):
         self._what, self._visitor, self._limit = what, visitor, limit
-        self.size = self.members = 0
+        self.size = self.members = self.offset = 0
         self._block = bytearray()  # of the header or extension being collected
         self._want = TAR_BLOCK
         self._data = self._skip = 0  # bytes of data, then of padding, still to pass
@@ -1995,11 +1996,12 @@ class TarWalker:
             else:
                 left = min(self._want - len(self._block), left)
                 self._block += view[at:at + left]
-                if len(self._block) == self._want:
-                    block, self._block = bytes(self._block), bytearray()
-                    self._want = TAR_BLOCK
-                    self._read(block)
             at += left
+            self.offset += left
+            if len(self._block) == self._want:
+                block, self._block = bytes(self._block), bytearray()
+                self._want = TAR_BLOCK
+                self._read(block)
 
     def finish(self):
         """Raises InvalidDocument where the tar ends in the middle of a member."""
@@ -4474,6 +4476,7 @@ class Source:
 PARTIAL = ".partial"  # suffix of what is not yet proved
 _O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 class Event(NamedTuple):
@@ -4912,6 +4915,101 @@ class Download:
         end, total = int(match.group(2)) + 1, match.group(3)
         size = self._blob.size or (end if total == "*" else int(total))
         return end == size and total in ("*", str(size))
+
+
+class Region(NamedTuple):
+    """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
+
+    path: str
+    offset: int
+    size: int
+
+    def open(self):
+        """The file, at the first of them: a regular one, no link, and not waited for.
+
+        Raises OSError, InvalidDocument.
+        """
+        file = open(self.path, "rb", opener=lambda path, flags: os.open(
+            path, flags | _O_NOFOLLOW | _O_NONBLOCK))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise InvalidDocument("%s is not a regular file" % self.path)
+        file.seek(self.offset)
+        return file
+
+    def pieces(self):
+        """Yields the bytes, in pieces."""
+        with self.open() as file:
+            yield from pieces(file, self.size)
+
+
+def _raise(error):
+    raise error
+
+
+class Reader:
+    """The files of a layout or tree that is a directory, by their names in it.
+
+    `path` is the user's choice and may be a link; below it none is followed. `check` is
+    called as work goes on, and may raise.
+    """
+
+    def __init__(self, path, check=lambda: None):
+        self.path, self.check = path, check
+
+    def names(self, onerror=_raise):
+        """Those of all that is no directory, sorted.
+
+        `onerror(OSError)` hears of directories that cannot be listed.
+        """
+        found, waiting = [], [(self.path, "")]
+        while waiting:  # os.walk calls itself for each level before 3.12
+            path, prefix = waiting.pop()
+            try:
+                with os.scandir(path) as entries:
+                    for entry in entries:
+                        self.check()
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append((entry.path, prefix + entry.name + "/"))
+                        else:
+                            found.append(prefix + entry.name)
+            except OSError as error:
+                onerror(error)
+        return sorted(found)
+
+    def region(self, name):
+        """The Region of a file.
+
+        Raises FileNotFoundError where nothing is there, InvalidDocument where it is no
+        regular file.
+        """
+        path = self.path
+        for part in name.split("/"):
+            path = os.path.join(path, part)
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode):  # nor is a link followed on the way
+                break
+        if not stat.S_ISREG(status.st_mode) or (
+                path != os.path.join(self.path, *name.split("/"))):
+            raise InvalidDocument("%s is not a regular file" % name)
+        return Region(path, 0, status.st_size)
+
+    def read(self, name):
+        """The bytes of a document; raises as `region`, and LimitExceeded."""
+        self.check()
+        region = self.region(name)
+        if region.size > MANIFEST_LIMIT:
+            raise LimitExceeded("%s is larger than the limit of %d bytes"
+                                % (name, MANIFEST_LIMIT))
+        return b"".join(region.pieces())
+
+    def found(self, *names):
+        """The bytes of the documents of these names that are there and can be read."""
+        documents = []
+        for name in names:
+            with contextlib.suppress(OSError, InvalidDocument):
+                documents.append(self.read(name))
+        return documents
 
 
 # --------------------------------------------------------------------------------------
@@ -5739,11 +5837,6 @@ class Output:
         return name._replace(digest=None) if name.tag else None
 
 
-def _read_document(path):
-    with open(path, "rb") as file:
-        return file.read(MANIFEST_LIMIT)
-
-
 UNPACKED = "unpacked.json"  # of a layers tree
 
 
@@ -5797,18 +5890,17 @@ class LayersOutput(Output):
         make_directory(self._destination, *self._below)  # there may be no layer
         for layer in image.layers:
             make_directory(self._destination, *self._below + [layer.id])
-        self._unpacked, path = {}, os.path.join(self.path, UNPACKED)
-        with contextlib.suppress(OSError, InvalidDocument):
-            if os.path.isfile(path):
-                self._unpacked = parse_unpacked(_read_document(path))
+        self._unpacked = {}
+        for raw in Reader(self.path).found(UNPACKED):
+            with contextlib.suppress(InvalidDocument):
+                self._unpacked = parse_unpacked(raw)
 
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
-        places = [os.path.join(self._destination, scheme, *self._parts(
-            reference, registry_url)[1:]) for scheme in ("https", "http")]
-        return [_read_document(os.path.join(path, name)) for path in places
-                for name in ("index.json", "manifest.json", "config.json")
-                if os.path.isfile(os.path.join(path, name))]
+        _, *parts = self._parts(reference, registry_url)
+        return Reader(self._destination).found(*(
+            "/".join([scheme] + parts + [name]) for scheme in ("https", "http")
+            for name in ("index.json", "manifest.json", "config.json")))
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
@@ -5903,6 +5995,7 @@ class OCIOutput(Output):
         super().__init__(path, tag, stream)
         check_writable(path)
         self._index = os.path.join(path, "index.json")
+        self._reader = Reader(path)
         if os.path.isdir(path) and not self._begun(os.listdir(path)):
             self._check_layout()
 
@@ -5916,9 +6009,8 @@ class OCIOutput(Output):
     def _check_layout(self):
         """Refuses to touch what is there and is no layout we understand."""
         try:
-            with open(os.path.join(self.path, "oci-layout"), "rb") as file:
-                version = Document.parse(file.read(MANIFEST_LIMIT), "oci-layout").need(
-                    "imageLayoutVersion", str)
+            version = Document.parse(self._reader.read("oci-layout"),
+                                     "oci-layout").need("imageLayoutVersion", str)
             self._read_index()
         except (OSError, InvalidDocument) as error:
             raise OutputError(self.path, "is there and is no OCI image layout: %s" % (
@@ -5929,10 +6021,10 @@ class OCIOutput(Output):
                               "this program does not know" % printable(version, 20))
 
     def _read_index(self):
-        if not os.path.exists(self._index):
+        try:
+            raw = self._reader.read("index.json")
+        except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
-        with open(self._index, "rb") as file:
-            raw = file.read()
         for entry in Document.parse(raw, "index.json").children("manifests",
                                                                 INDEX_COUNT_LIMIT):
             entry.get("annotations", dict)
@@ -5950,19 +6042,14 @@ class OCIOutput(Output):
         name = str(self._tag or reference._replace(digest=None))
         for entry in self._read_index()["manifests"]:
             if (entry.get("annotations") or {}).get(NAME_ANNOTATION) == name:
-                return list(self._held(
-                    Document.as_digest(entry.get("digest"), "index")))
+                digest = Document.as_digest(entry.get("digest"), "index")
+                held = self._reader.found(blob_name(digest))
+                with contextlib.suppress(ImagecError):  # corrupt, say
+                    held += [raw for manifest in map(decode_manifest, held)
+                             if isinstance(manifest, Manifest) for raw in
+                             self._reader.found(blob_name(manifest.config.digest))]
+                return held
         return []
-
-    def _held(self, digest):
-        path = self._place(digest)
-        if os.path.isfile(path):
-            raw = _read_document(path)
-            yield raw
-            with contextlib.suppress(ImagecError):  # a config, or corrupt
-                manifest = decode_manifest(raw)
-                if isinstance(manifest, Manifest):
-                    yield from self._held(manifest.config.digest)
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
@@ -6385,105 +6472,104 @@ OUTPUTS = {output.format: output for output in (
 # 15  Reading back: what a pull wrote, re-checked offline
 # --------------------------------------------------------------------------------------
 
-class Region(NamedTuple):
-    """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
-
-    path: str
-    offset: int
-    size: int
-
-    def pieces(self):
-        """Yields the bytes, in pieces."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            yield from pieces(file, self.size)
-
-
-class Reader:
-    """The files of a layout that is a directory, by their names in it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def names(self):
-        """All of them, sorted, as often as they are there."""
-        found = []
-        for directory, _, names in os.walk(self.path, onerror=_raise):
-            found += [os.path.relpath(os.path.join(directory, name), self.path).replace(
-                os.sep, "/") for name in names]
-        return sorted(found)
-
-    def region(self, name):
-        """The Region of a file; FileNotFoundError where there is none."""
-        path = os.path.join(self.path, *name.split("/"))
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode):
-                return Region(path, 0, status.st_size)
-        raise FileNotFoundError(errno.ENOENT, "not there", name)
-
-    def read(self, name):
-        """The bytes of a document."""
-        region = self.region(name)
-        if region.size > MANIFEST_LIMIT:
-            raise LimitExceeded("more than the limit of %d bytes" % MANIFEST_LIMIT)
-        return b"".join(region.pieces())
-
-
-def _raise(error):
-    raise error
-
-
 class TarReader(Reader):
-    """The members of a layout that is a tar, by their names in it."""
+    """The members of a layout that is a tar, by their names as they stand in it.
 
-    def __init__(self, path):
-        import tarfile
-        super().__init__(path)
-        walker = TarWalker("tar", limit=float("inf"))
-        with open(path, "rb") as file:  # tarfile would not tell of a broken header
+    It is walked as layers are (see TarWalker): once, without a look at the data. Raises
+    InvalidDocument where it is no tar, or goes on behind its end.
+    """
+
+    def __init__(self, path, check=lambda: None):
+        super().__init__(os.path.realpath(path), check)
+        self._members = collections.defaultdict(list)  # name -> Region or None of each
+        self._names_size = 0
+        self._walker = TarWalker("tar", self, float("inf"))
+        with Region(self.path, 0, 0).open() as file:
             for data in pieces(file):
-                walker.update(data)
-        walker.finish()
-        self._names = collections.Counter()
-        self._regions = {}
-        if not walker.members:
+                check()
+                self._walker.update(data)
+            self._walker.finish()
+            file.seek(self._walker.offset)
+            if any(data.strip(b"\0") for data in pieces(file)):
+                raise InvalidDocument("there is more behind the end of the tar")
+        if not self._members:
             raise InvalidDocument("no tar, or an empty one")
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isdir():
-                    self._names[member.name] += 1
-                if member.isreg():
-                    self._regions[member.name] = Region(path, member.offset_data,
-                                                        member.size)
+
+    def entry(self, entry):
+        """A member begins: what a TarWalker tells its visitor."""
+        self._names_size += len(entry.path)
+        if self._walker.members > MEMBER_COUNT_LIMIT or (
+                self._names_size > MEMBER_NAMES_LIMIT):
+            raise LimitExceeded("more than %d members, or %d bytes of names" % (
+                MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
+        name = entry.path.decode("utf-8", "backslashreplace")
+        if entry.kind == "dir":
+            name += "/" * (not name.endswith("/"))
+        plain = entry.kind == "file" and entry.sparse is None
+        self._members[name].append(
+            Region(self.path, self._walker.offset, entry.size) if plain else None)
+
+    def data(self, data):
+        """What a member holds is read when it is asked for."""
 
     def names(self):
-        return sorted(self._names.elements())
+        """All of them, sorted, as often as they are there; directories end in "/"."""
+        return sorted(name for name, members in self._members.items()
+                      for _ in members)
 
     def region(self, name):
-        if name not in self._regions:
+        if name not in self._members:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
-        return self._regions[name]
+        region, *more = self._members[name]
+        if region is None or more:
+            raise InvalidDocument("%s %s" % (name, "stands more than once" if more else
+                                             "is not a regular file"))
+        return region
 
 
-def layers_trees(path, onerror):
-    """Yields a reader of each image that the `layers` format keeps below `path`.
+def layout_entries(reader):
+    """The Descriptors in an OCI layout's index.json."""
+    index = Document.parse(reader.read("index.json"), "index.json")
+    return [Descriptor.from_document(entry)
+            for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
 
-    `onerror(OSError)` hears of directories that cannot be read.
-    """
-    for directory, names, files in os.walk(path, onerror=onerror):
-        names.sort()
-        if "manifest.json" in files:
-            del names[:]
-            yield Reader(directory)
+
+def layout_document(reader, descriptor):
+    """The document in an OCI layout that a Descriptor points to, proved and decoded."""
+    raw = reader.read(blob_name(descriptor.digest))
+    if len(raw) != descriptor.size:
+        raise SizeMismatch("manifest", descriptor.size, len(raw))
+    return decode_manifest(raw, descriptor.media_type, descriptor.digest)
+
+
+def layers_trees(names):
+    """Where among these names of files the `layers` format keeps images: prefixes."""
+    last = None
+    for tree in sorted(name[:-len("manifest.json")] for name in names
+                       if ("/" + name).endswith("/manifest.json")):
+        if last is None or not tree.startswith(last):
+            yield tree
+            last = tree
+
+
+def tree_digest(path):
+    """The Digest that a layers tree's directory is named by, None where by a tag."""
+    name = os.path.basename(os.path.abspath(path))
+    with contextlib.suppress(InvalidReference):
+        return Digest.parse(name.replace("-", ":", 1))
 
 
 def tree_documents(reader):
-    """The decoded documents of a layers tree, outermost first; the last has layers."""
-    indexes = sorted((name for name in os.listdir(reader.path)
-                      if re.fullmatch(r"index(\.[0-9]+)?\.json", name)),
-                     key=lambda name: (len(name), name))
-    return [decode_manifest(reader.read(name)) for name in indexes + ["manifest.json"]]
+    """The documents of a layers tree by name, decoded, outermost first."""
+    documents, digest = {}, tree_digest(reader.path)
+    with contextlib.suppress(FileNotFoundError):
+        for depth in range(INDEX_DEPTH_LIMIT):
+            name = "index.%d.json" % depth if depth else "index.json"
+            documents[name] = decode_manifest(
+                reader.read(name), None, None if depth else digest)
+    documents["manifest.json"] = decode_manifest(
+        reader.read("manifest.json"), None, None if documents else digest)
+    return documents
 
 
 #: What to say of the rest, an unpacked root file system among it.
@@ -6494,19 +6580,24 @@ class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec), `unread` what should have been.
+    looked into (no codec), `unread` what should have been; `ignored` names the files
+    there that were not looked at, for no image needs them. `check` is called as work
+    goes on, and may raise.
     """
 
-    def __init__(self):
-        self.faults, self.unchecked, self.unread = [], [], []
+    def __init__(self, check=lambda: None):
+        self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
         self.images = self.blobs = 0
+        self._go_on = check
         self._within = ""  # what the names of faults begin with
+        self._needed = set()  # names that images lead to
         self._seen = {}  # (path, name, size, whether to unpack) -> Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`.
 
-        Raises OutputError where nothing does, UsageError where it cannot be checked.
+        Raises OutputError where nothing does, UsageError where there is no image or it
+        cannot be checked.
         """
         try:
             mode = os.stat(path).st_mode
@@ -6516,10 +6607,12 @@ class Audit:
             self._check_tar(path)
         elif not stat.S_ISDIR(mode):
             raise OutputError(path, "is neither a file nor a directory")
-        elif os.path.isfile(os.path.join(path, "oci-layout")):
-            self._check_layout(Reader(path))
+        elif os.path.lexists(os.path.join(path, "oci-layout")):
+            self._check_layout(Reader(path, self._go_on))
         else:
             self._check_layers_trees(path)
+        if not (self.images or self.faults or self.unread):
+            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
         return self
 
     def _fault(self, name, text):
@@ -6530,6 +6623,8 @@ class Audit:
         """What is wrong inside becomes a fault of `name`."""
         try:
             yield
+        except TransportError:
+            raise  # of `check`
         except Unsupported as error:
             self.unchecked.append("%s%s: %s" % (self._within, name, error))
         except FileNotFoundError:
@@ -6545,11 +6640,16 @@ class Audit:
         if question in self._seen:
             return self._seen[question]
         self._seen[question] = None
+        self._needed.add(self._within + name)
         self.blobs += 1
         proof = Proof(descriptor, None, unpack)
         with self._noting(name):
             try:
-                for data in reader.region(name).pieces():
+                region = reader.region(name)
+                if descriptor.size not in (None, region.size):  # or: each lie is hashed
+                    raise SizeMismatch("blob", descriptor.size, region.size)
+                for data in region.pieces():
+                    self._go_on()
                     proof.update(data)
                 self._seen[question] = proof.finish()
             finally:
@@ -6568,84 +6668,105 @@ class Audit:
         with self._noting("oci-layout"):
             Document.parse(reader.read("oci-layout"), "oci-layout").need(
                 "imageLayoutVersion", str)
-        self._named = {"oci-layout", "index.json"}
-        self._images, self._tags = {}, set()  # config -> layers; full names
+        self._images, self._tags, self._tops = [], set(), set()
+        graph = Graph(lambda entry: self._document(reader, entry))
         with self._noting("index.json"):
-            index = Document.parse(reader.read("index.json"), "index.json")
-            entries = [Descriptor.from_document(entry) for entry in
-                       index.children("manifests", INDEX_COUNT_LIMIT)]
+            entries = layout_entries(reader)
             self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
             for entry in entries:
-                self._manifest(reader, entry, 0)
+                for manifest in graph.walk([entry]):
+                    self._image(reader, manifest)
         names = None
         with self._noting("directory"):
             names = reader.names()
         if names is None or self.unread:
             return  # what they would lead to is no more "extra" than it is good
-        if "manifest.json" in names:
-            with self._noting("manifest.json"):
-                self._docker_manifest(reader)
-        for name, count in collections.Counter(names).items():
-            if name.startswith("blobs/") and name not in self._named:
-                self._fault(name, "extra, nothing points to it")
-            elif count > 1:
-                self._fault(name, "stands %d times" % count)
+        for name, look in (("manifest.json", self._docker_manifest),
+                           ("repositories", self._repositories)):
+            if name in names:
+                with self._noting(name):
+                    look(parse_json(reader.read(name), name))
+        self._needed.update(("oci-layout", "index.json", "manifest.json",
+                             "repositories"))
+        self._check_names(collections.Counter(names), isinstance(reader, TarReader))
 
-    def _manifest(self, reader, descriptor, depth):
+    def _check_names(self, names, archive):
+        """An archive holds what its images need, once, and nothing else.
+
+        Who loads one that holds more may take another image (one reads "./index.json"
+        for "index.json"). A directory may hold what a pull has left.
+        """
+        folders = {"blobs/", "blobs/sha256/"}.union(
+            os.path.dirname(name) + "/" for name in self._needed if "/" in name)
+        for name, count in names.items():
+            if count > 1:
+                self._fault(name, "stands %d times" % count)
+            elif name not in self._needed and not archive:
+                self.ignored.append(name)
+            elif name not in self._needed and name not in folders:
+                self._fault(name, "extra, nothing points to it")
+
+    def _document(self, reader, descriptor):
+        """A document that was found good, else None."""
         name = blob_name(descriptor.digest)
-        self._named.add(name)
+        self._needed.add(name)
         with self._noting(name):
-            raw = reader.read(name)
-            if len(raw) != descriptor.size:
-                raise SizeMismatch("manifest", descriptor.size, len(raw))
-            manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
-            if isinstance(manifest, Index):
-                if depth >= INDEX_DEPTH_LIMIT:
-                    raise LimitExceeded("indexes nest too deep")
-                for entry in manifest.manifests:
-                    self._manifest(reader, entry, depth + 1)
-            elif isinstance(manifest, Manifest):
-                self._image(reader, manifest)
+            return layout_document(reader, descriptor)
 
     def _image(self, reader, manifest):
+        if isinstance(manifest, Index):
+            return
         self.images += 1
-        name = blob_name(manifest.config.digest)
-        self._images.setdefault(name, []).append([
-            blob_name(layer.digest) for layer in manifest.layers])
-        self._named.add(name)
-        self._blob(reader, manifest.config, name)
+        if isinstance(manifest, Schema1Manifest):
+            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
+                               "none")
+        config = blob_name(manifest.config.digest)
+        self._images.append((config, [blob_name(layer.digest)
+                                      for layer in manifest.layers]))
+        self._blob(reader, manifest.config, config)
         layers = [Layer("", blob, None, "") for blob in manifest.layers]
-        with self._noting(name):
+        with self._noting(config):
             manifest.require_image()
-            layers = list_layers(manifest, ImageConfig.parse(reader.read(name)))
+            layers = list_layers(manifest, ImageConfig.parse(reader.read(config)))
+        self._tops.update(layer.id for layer in layers[-1:])
         for layer in layers:
-            name = blob_name(layer.blob.digest)
-            self._named.add(name)
             tar = ".tar" in layer.blob.media_type  # what attestations hold is none
-            unpacked = self._blob(reader, layer.blob, name, tar)
-            self._diff_id(name, unpacked, layer.diff_id)
+            name = blob_name(layer.blob.digest)
+            self._diff_id(name, self._blob(reader, layer.blob, name, tar),
+                          layer.diff_id)
 
-    def _docker_manifest(self, reader):
+    def _docker_manifest(self, entries):
         """manifest.json must say what index.json says; the blobs have been checked."""
-        raw = reader.read("manifest.json")
-        entries = parse_json(raw, "manifest.json")
         if type(entries) is not list:
             raise InvalidDocument("is not a JSON array")
+        images = {canonical_json(image) for image in self._images}
         for entry in entries:
             document = Document(entry, "manifest.json")
             config, layers = document.need("Config", str), document.need("Layers", list)
-            if layers not in self._images.get(config, ()):
+            if canonical_json((config, layers)) not in images:
                 raise InvalidDocument("has other layers than index.json leads to for %s"
                                       % printable(config, 100))
             for tag in document.get("RepoTags", list, []):
-                if type(tag) is not str or tag not in self._tags:
-                    raise InvalidDocument("has a name that index.json has not: %s"
-                                          % printable(tag, 100))
+                self._check_tag(tag)
+
+    def _check_tag(self, tag):
+        if type(tag) is not str or tag not in self._tags:
+            raise InvalidDocument("has a name that index.json has not: %s"
+                                  % printable(tag, 100))
+
+    def _repositories(self, value):
+        """`repositories`, what docker before 1.10 reads, must say so too."""
+        for name, tags in Document(value, "repositories").value.items():
+            for tag, top in Document(tags, name).value.items():
+                self._check_tag("%s:%s" % (name, tag))
+                if top not in self._tops:
+                    raise InvalidDocument("has another layer for %s than its image"
+                                          % printable(name, 100))
 
     def _check_tar(self, path):
         reader = None
         with self._noting("content"):
-            reader = TarReader(path)
+            reader = TarReader(path, self._go_on)
         if reader is not None:
             if "oci-layout" not in reader.names():
                 raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
@@ -6659,27 +6780,24 @@ class Audit:
                 raise error
             self.unread.append(os.path.relpath(error.filename, path))
 
-        for reader in layers_trees(path, closed):
-            self._within = os.path.relpath(reader.path, path) + "/"
-            self._layers_tree(reader)
-        if not (self.images or self.unread):
-            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
+        names = Reader(path, self._go_on).names(closed)
+        for self._within in layers_trees(names):
+            self._layers_tree(Reader(os.path.join(path, self._within), self._go_on))
+        self._within = ""
+        self.ignored += [name for name in names if name not in self._needed]
 
     def _layers_tree(self, reader):
         self.images += 1
         with self._noting("manifest.json"):
             documents = tree_documents(reader)
-            top, manifest = documents[0], documents[-1]
-            for above, below in zip(documents, documents[1:]):
-                if not isinstance(above, Index) or (
-                        (below.digest, len(below.raw)) not in (
-                            (entry.digest, entry.size) for entry in above.manifests)):
+            self._needed.update(self._within + name for name in documents)
+            *_, manifest = chain = list(documents.values())
+            for above, below in zip(chain, chain[1:]):
+                digests = [Digest.of(below.raw, name) for name in _DIGEST_LENGTHS]
+                if not isinstance(above, Index) or not any(
+                        entry.digest in digests and entry.size == len(below.raw)
+                        for entry in above.manifests):
                     raise VerificationError("the index does not lead to it")
-            algorithm, _, value = os.path.basename(
-                os.path.abspath(reader.path)).partition("-")
-            if algorithm == "sha256" and _HEX64.fullmatch(value) and (
-                    top.digest != Digest(algorithm, value)):
-                raise DigestMismatch("the image", Digest(algorithm, value), top.digest)
             config = None
             if isinstance(manifest, Manifest):
                 self._blob(reader, manifest.config, "config.json")
@@ -6687,6 +6805,7 @@ class Audit:
             said = {}
             with self._noting(UNPACKED), contextlib.suppress(FileNotFoundError):
                 said = parse_unpacked(reader.read(UNPACKED))
+                self._needed.add(self._within + UNPACKED)
             for layer in list_layers(manifest, config):
                 self._tree_layer(reader, layer, said)
 
@@ -6696,6 +6815,7 @@ class Audit:
         self._diff_id(name + ".tar", unpacked, layer.diff_id)
         if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
             self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
+        self._needed.add(self._within + name + ".json")
         with self._noting(name + ".json"):
             if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
                 raise VerificationError("is not the layer's v1 JSON")
@@ -7209,10 +7329,12 @@ class Shelf:
     Made from what a pull wrote at `path`, or empty where that is None. A repository
     goes by the name it was pulled by (`docker.io/library/alpine`), by that without the
     host (`library/alpine`), and Docker Hub's own images by their short name (`alpine`).
+    `check` is called as it is made, and may raise.
     """
 
-    def __init__(self, path=None):
+    def __init__(self, path=None, check=lambda: None):
         self.repositories = {}  # name -> reference -> (media type, Digest, bytes)
+        self._below = {}  # digest -> the same, of documents that any name may share
         self._blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
         self._lock = threading.Lock()
@@ -7221,19 +7343,23 @@ class Shelf:
         if not os.path.exists(path):
             raise OutputError(path, "is not there")
         try:
-            if os.path.isfile(path):
-                with naming(path):
-                    self._add_layout(TarReader(path), path)
-            elif os.path.isfile(os.path.join(path, "oci-layout")):
-                self._add_layout(Reader(path), path)
-            else:
-                for reader in layers_trees(path, lambda error: log.warning(
-                        "passed over: %s: %s", error.filename, error.strerror)):
-                    self._add_tree(reader)
+            with naming(path):
+                self._fill(path, check)
         except FileNotFoundError as error:
             raise OutputError(path, "lacks %s" % error.filename) from None
         if not self.repositories:
             raise OutputError(path, "holds nothing that could be served")
+
+    def _fill(self, path, check):
+        if os.path.isfile(path):
+            self._add_layout(TarReader(path, check), path)
+        elif os.path.lexists(os.path.join(path, "oci-layout")):
+            self._add_layout(Reader(path, check), path)
+        else:
+            names = Reader(path, check).names(lambda error: log.warning(
+                "passed over: %s: %s", error.filename, error.strerror))
+            for tree in layers_trees(names):
+                self._add_tree(Reader(os.path.join(path, tree), check))
 
     def add(self, names, reference, media_type, digest, raw):
         """Puts a document on the shelf: by its digest and, if not None, `reference`."""
@@ -7263,29 +7389,26 @@ class Shelf:
                 if match:
                     self.add_blob(Digest.parse("%s:%s" % match.groups()),
                                   reader.region(name))
-        index = Document.parse(reader.read("index.json"), "index.json")
         nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
             os.path.abspath(path)).lower()).strip("-") or "image"
-        for entry in index.children("manifests", INDEX_COUNT_LIMIT):
-            descriptor = Descriptor.from_document(entry)
-            name = descriptor.annotations.get(NAME_ANNOTATION)
-            reference = Reference.parse(name) if name else None
-            names = (self.names_of(reference.host, reference.repository) if reference
-                     else [nameless])
-            tag = (reference.tag if reference else
-                   descriptor.annotations.get(TAG_ANNOTATION))
+        graph = Graph(lambda descriptor: layout_document(reader, descriptor))
+        for entry in layout_entries(reader):
+            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+            names = [nameless]
+            try:
+                if name:
+                    reference = Reference.parse(name)
+                    names = self.names_of(reference.host, reference.repository)
+                    tag = reference.tag
+            except InvalidReference as error:
+                log.warning("%s: an image is passed over: %s", path, error)
+                continue
             if tag is not None and not re.fullmatch(_TAG, tag):
                 tag = None
-            self._add_documents(reader, names, tag, descriptor)
-
-    def _add_documents(self, reader, names, tag, descriptor, depth=0):
-        """A document of a layout, and those it leads to."""
-        raw = reader.read(blob_name(descriptor.digest))
-        manifest = decode_manifest(raw, descriptor.media_type, descriptor.digest)
-        self.add(names, tag, manifest.media_type, manifest.digest, raw)
-        if isinstance(manifest, Index) and depth < INDEX_DEPTH_LIMIT:
-            for entry in manifest.manifests:
-                self._add_documents(reader, names, None, entry, depth + 1)
+            for document in graph.walk([entry]):
+                self._below[str(document.digest)] = (
+                    document.media_type, document.digest, document.raw)
+            self.add(names, tag, *self._below[str(entry.digest)])
 
     def _add_tree(self, reader):
         """An image of a layers tree: .../SCHEME/HOST/v2/REPOSITORY/TAG."""
@@ -7295,8 +7418,8 @@ class Shelf:
         if at is None:
             return
         names = self.names_of(parts[at - 1], "/".join(parts[at + 1:-1]))
-        tag = None if re.fullmatch("sha256-[a-f0-9]{64}", parts[-1]) else parts[-1]
-        documents = tree_documents(reader)
+        tag = None if tree_digest(reader.path) else parts[-1]
+        documents = list(tree_documents(reader).values())
         for number, document in enumerate(documents):
             self.add(names, None if number else tag, document.media_type,
                      document.digest, document.raw)
@@ -7310,12 +7433,13 @@ class Shelf:
 
     def document(self, name, reference, namespace=None):
         """(media type, Digest, bytes) or None; KeyError where there is no such name."""
-        return self.documents(name, namespace).get(reference)
+        return self.documents(name, namespace).get(reference) or (
+            self._below.get(reference))
 
     def documents(self, name, namespace=None):
         """All of a name by reference; `namespace` is the host they must be of, if any.
 
-        Raises KeyError where there are none.
+        Left out are those below its indexes. Raises KeyError where there are none.
         """
         if namespace:
             name = self.names_of(namespace, name)[0]
@@ -7579,7 +7703,7 @@ class RegistryHandler:
         if part:
             headers.append(("Content-Range", "bytes %d-%d/%d" % (
                 first, end - 1, region.size)))
-        with open(region.path, "rb") as file:  # if gone, found out before the head
+        with region.open() as file:  # if gone, found out before the head
             self.head(206 if part else 200, end - first, "application/octet-stream",
                       headers)
             if self.command != "HEAD":
@@ -8117,7 +8241,7 @@ def run_serve(args, session):
         raise UsageError("--listen wants HOST:PORT, not %s" % shown(args.listen, 100))
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together")
-    shelf = Shelf(args.path)
+    shelf = Shelf(args.path, session.transport.check)
     try:
         server = new_server(shelf, (host, int(port)), session.given,
                             args.tls_cert and (args.tls_cert, args.tls_key))
@@ -8159,7 +8283,7 @@ def run_selftest(args, session):
 
 def run_verify(args, session):
     """imagec.py verify"""
-    audit = Audit().check(args.path)
+    audit = Audit(session.transport.check).check(args.path)
     for text in audit.unchecked:
         complain("warning: not checked: ", text)
     for text in audit.faults:
@@ -8172,8 +8296,14 @@ def run_verify(args, session):
             audit.unread[0] if len(audit.unread) == 1 else "%s and %d more" % (
                 audit.unread[0], len(audit.unread) - 1)),
             "run this as who may read it")
-    print_line("%s: good: images: %d, blobs or files: %d" % (args.path, audit.images,
-                                                             audit.blobs))
+    rest = ""
+    if audit.ignored:
+        rest = "; not looked at: %d" % len(audit.ignored)
+        complain("warning: ", "%s: not looked at, for no image needs it: %s%s" % (
+            args.path, audit.ignored[0], " and %d more" % (len(audit.ignored) - 1)
+            if len(audit.ignored) > 1 else ""))
+    print_line("%s: good: images: %d, blobs or files: %d%s" % (
+        args.path, audit.images, audit.blobs, rest))
 
 
 def run_layers(args, session):

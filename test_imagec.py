@@ -12715,22 +12715,29 @@ AUDIT_OCI = (
     ("gone", os.unlink, AUDIT_BLOBS + "{m}"),
     ("layers swapped", damage_json(lambda value: value["layers"].reverse()),
      AUDIT_BLOBS + "{m}"),
-    ("extra", damage_write(b"extra"), AUDIT_BLOBS + "f" * 64),
-    ("extra", damage_write(b"extra"), AUDIT_BLOBS + "x.partial"),
-    ("extra", damage_write(b"extra"), "blobs/stray"),
     ("gone", os.unlink, "index.json"),
+    ("a link", damage_link, "index.json"), ("a link", damage_link, "oci-layout"),
+    ("a directory", damage_type, "oci-layout"),
     ("cut", damage_cut, "index.json"),
     ("no object", damage_write(b"[]"), "index.json"),
     ("leads elsewhere", damage_json(
         lambda value: value["manifests"][0].update(digest=ZEROS)), "index.json"),
     ("wrong size", damage_json(
         lambda value: value["manifests"][0].update(size=7)), "index.json"),
-    ("emptied", damage_json(lambda value: value["manifests"].clear()), "index.json"),
     ("no JSON", damage_write(b"{"), "oci-layout"),
     ("no version", damage_write(b"{}"), "oci-layout"),
 )
-AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] != damage_link and row[2:] !=
-                      ("blobs/stray",)) + (
+#: What no image needs: of an archive a fault, of a directory it is told.
+AUDIT_EXTRA = tuple(("extra", damage_write(b"extra"), where) for where in (
+    AUDIT_BLOBS + "f" * 64, AUDIT_BLOBS + "x.partial", "blobs/stray", "stray"))
+AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] not in (
+    damage_link, damage_type)) + AUDIT_EXTRA + (
+    ("emptied", damage_json(lambda value: value["manifests"].clear()), "index.json"),
+    ("no names", damage_write(b"[]"), "repositories"),
+    ("another name", damage_json(lambda value: value.update(x={"1": "0" * 64})),
+     "repositories"),
+    ("another layer", damage_json(lambda value: [tags.update(
+        (tag, "0" * 64) for tag in tags) for tags in value.values()]), "repositories"),
     ("a layer less", damage_json(lambda value: value[0]["Layers"].pop()),
      "manifest.json"),
     ("layers swapped", damage_json(lambda value: value[0]["Layers"].reverse()),
@@ -12936,9 +12943,76 @@ class AuditTest(StoredCase):
     def test_oci(self):
         root = self.good("oci", "out")
         for copy, word in self.damaged(root, AUDIT_OCI):
-            if not os.path.exists(os.path.join(copy, "oci-layout")):
-                continue
             self.faults(copy, self.named(word))
+
+    def told(self, path, count, *names):
+        """Verify what holds something beside its images: good, but for that."""
+        run = self.main("verify", path)
+        self.assertEqual(run.status, 0, run.err)
+        self.assertTrue(run.out.endswith(b"; not looked at: %d\n" % count), run.out)
+        self.assertRegex(run.err, r"\Aimagec: warning: [^\n]+\n\Z")
+        for name in names:
+            self.assertIn(name, run.err)
+
+    def test_what_no_image_of_a_directory_needs(self):
+        root = self.good("oci", "out")
+        for copy, word in self.damaged(root, AUDIT_EXTRA):
+            self.told(copy, 1, word)
+        for name in ("one", "two"):
+            stored_write(os.path.join(root, name), b"extra")
+        os.symlink("/", os.path.join(root, "blobs", "root"))
+        self.told(root, 3, "blobs/root and 2 more")
+
+    def test_pull_that_failed_leaves_a_good_layout(self):
+        root = self.good("oci", "out")
+        other = build_image([raw_words("x=1"), raw_words("y=2")])
+        self.origin.add("lab/app", "2", other)
+        self.origin.fault(other.layers[1], flip(), times=None)
+        self.pull("--format", "oci", "-o", root, self.reference[:-1] + "2", "-j", "1",
+                  expect=3)
+        self.told(root, 1, other.layers[0][7:])
+
+    def test_trees_beside_what_is_none(self):
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        others = os.path.join(os.path.dirname(folder), "2")
+        shutil.copytree(folder, others)
+        os.unlink(os.path.join(others, "manifest.json"))  # as after a kill
+        stored_write(os.path.join(root, "README"), b"hello")
+        stored_write(os.path.join(folder, "more"), b"hello")
+        # two layers with their JSON, config.json, index.json, unpacked.json
+        self.told(root, 9, "README and 8 more")
+
+    def test_no_image_is_not_good(self):
+        root = self.good("oci", "out")
+        damage_json(lambda value: value["manifests"].clear())(
+            os.path.join(root, "index.json"))
+        self.nothing(root)
+        rootfs = self.at("rootfs")
+        self.pull("--platform", "linux/amd64", "--format", "rootfs", "-o", rootfs,
+                  self.reference)
+        for name in ("oci-layout", "index.json"):
+            shutil.copy(os.path.join(root, name), rootfs)
+        self.nothing(rootfs)
+
+    def nothing(self, path):
+        run = self.main("verify", path)
+        self.assertEqual((run.status, run.out), (2, b""), run.err)
+        self.assertIn("no image is in it", run.err)
+
+    def test_layers_by_another_algorithm(self):
+        root = self.good("layers", "images")
+        folder, = glob.glob(os.path.join(root, "http", "*", "v2", "lab", "app", "*"))
+        os.unlink(os.path.join(folder, "index.json"))
+        digest = hashlib.sha512(self.image.manifest).hexdigest()
+        for name in (digest, "0" * 128):
+            renamed = os.path.join(os.path.dirname(folder), "sha512-" + name)
+            os.rename(folder, renamed)
+            if name == digest:
+                self.verify(root)
+            else:
+                self.faults(root, "sha512:" + digest)
+            os.rename(renamed, folder)
 
     def named(self, word):
         # An index that leads to nothing makes the manifest extra, or missing.
@@ -12986,6 +13060,78 @@ class AuditTest(StoredCase):
         twice = good[:-1024] + raw_member(b"index.json", b"{}") + bytes(1024)
         stored_write(path, twice)
         self.faults(path, "index.json")
+
+    #: (what, members put before an archive's end, words of the fault)
+    MEMBERS = (
+        ("another name of one", raw_member(b"./index.json", b"{}"), "./index.json"),
+        ("another by pax", raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
+         "./index.json"),
+        ("one's name by pax", raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
+         "index.json: stands 2 times"),
+        ("a folder twice", raw_member(b"blobs/", kind=b"5"), "blobs/: stands 2 times"),
+        ("a folder without its slash", raw_member(b"blobs", kind=b"5"), "blobs/"),
+        ("the folder of all", raw_member(b"./", kind=b"5"), "./: extra"),
+        ("another folder", raw_member(b"x/", kind=b"5"), "x/: extra"),
+        ("a file like a folder", raw_member(b"index.json/"), "index.json/"),
+        ("a link", raw_member(b"x", kind=b"2", link=b"index.json"), "x: extra"),
+        ("a link of one's name", raw_member(b"index.json", kind=b"2", link=b"x"),
+         "index.json"),
+        ("a device", raw_member(b"null", kind=b"3"), "null: extra"),
+        ("a pipe", raw_member(b"pipe", kind=b"6"), "pipe: extra"),
+        ("of no known kind", raw_member(b"z", kind=b"Z"), "z: extra"),
+        ("not UTF-8", raw_member(b"\xff\x1b"), "xff"),
+    )
+
+    def test_members_that_are_not_of_an_archive(self):
+        path = self.good("archive", "out.tar")
+        good = stored_bytes(path)[:-1024]
+        for what, members, words in self.MEMBERS:
+            with self.subTest(what):
+                stored_write(path, good + members + bytes(1024))
+                self.faults(path, words)
+        for rest in (raw_member(b"x"), bytes(512) + b"x"):
+            stored_write(path, good + bytes(1024) + rest)
+            self.faults(path, "behind the end")
+        stored_write(path, good + bytes(10240))
+        self.verify(path)
+
+    def test_second_image_in_other_words(self):
+        # What podman and skopeo load of it is the second: they clean names.
+        path = self.good("archive", "out.tar")
+        self.image = build_image([raw_words("etc/evil=1")])
+        self.origin.add("lab/app", "1", self.image)
+        other = self.good("archive", "other.tar")
+        data = stored_bytes(path)[:-1024]
+        with tarfile.open(other) as tar:
+            for member in tar:
+                if member.isfile():
+                    data += raw_member(b"./" + member.name.encode(),
+                                       tar.extractfile(member).read())
+        stored_write(path, data + bytes(1024))
+        self.faults(path, "./index.json: extra")
+
+    def test_sparse_member_is_no_file_of_an_archive(self):
+        path = self.good("archive", "out.tar")
+        good = stored_bytes(path)
+        with tarfile.open(path) as tar:
+            index = tar.getmember("index.json")
+        end = index.offset_data + -(-index.size // 512) * 512
+        member = raw_member(b"x", good[index.offset_data:][:index.size], pax=(
+            (b"GNU.sparse.map", b"0,%d" % index.size),
+            (b"GNU.sparse.name", b"index.json"),
+            (b"GNU.sparse.size", b"%d" % index.size)))
+        stored_write(path, good[:index.offset] + member + good[end:])
+        self.faults(path, "index.json is not a regular file")
+
+    def test_headers_of_an_archive_take_no_time(self):
+        path = self.good("archive", "out.tar")
+        good = stored_bytes(path)[:-1024]
+        header = raw_member(b"h", pax_records((b"comment", b"7" * 160000)), kind=b"x")
+        stored_write(path, good + header + raw_member(b"x") + bytes(1024))
+        spent = time.process_time()
+        with threat_alarm(20):
+            self.faults(path, "x: extra")
+        self.assertLess(time.process_time() - spent, 2)
 
     def test_T011_links_in_an_archive(self):
         path = self.good("archive", "out.tar")
@@ -13047,6 +13193,116 @@ class AuditTest(StoredCase):
             self.assertIn(name, run.err)
             self.assertEqual("what verify can check is a layers tree, an OCI layout or "
                              "an archive" in run.err, status == 2, run.err)
+
+    def test_nested_indexes_take_no_time(self):
+        root = self.good("oci", "out")
+        descriptor = json.loads(stored_bytes(os.path.join(root, "index.json")).decode()
+                                )["manifests"][0]
+        for _ in range(imagec.INDEX_DEPTH_LIMIT - 1):
+            raw = json.dumps({"schemaVersion": 2, "manifests": [descriptor] * 6}
+                             ).encode()
+            stored_write(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
+            descriptor = _descriptor(MEDIA_TYPES["oci"]["index"], raw)
+        stored_write(os.path.join(root, "index.json"), json.dumps(
+            {"schemaVersion": 2, "manifests": [descriptor] * 6}).encode())
+        spent = time.process_time()
+        with threat_alarm(30):
+            self.verify(root)
+            shelf = imagec.Shelf(root)
+        self.assertLess(time.process_time() - spent, 2)
+        self.assertTrue(shelf.document("out", self.image.digest))
+        with mock.patch.object(imagec, "DOCUMENT_COUNT_LIMIT", 5):
+            self.faults(root, "one name leads to more than 5")
+            with self.assertRaises(imagec.LimitExceeded):
+                imagec.Shelf(root)
+
+    def test_blob_of_many_sizes_is_hashed_once(self):
+        root = self.good("oci", "out")
+        descriptor = json.loads(self.image.manifest.decode())["layers"][0]
+        entries = []
+        for size in range(40):
+            document = json.loads(self.image.manifest.decode())
+            document["layers"] = [dict(descriptor, size=descriptor["size"] + size)]
+            raw = json.dumps(document).encode()
+            stored_write(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
+            entries.append(_descriptor(self.image.media_type, raw))
+        stored_write(os.path.join(root, "index.json"), json.dumps(
+            {"schemaVersion": 2, "manifests": entries}).encode())
+        path = os.path.join(root, AUDIT_BLOBS, self.words["b0"])
+        with mock.patch.object(imagec, "open", wraps=open, create=True) as opened:
+            audit = imagec.Audit().check(root)
+        self.assertEqual(len([c for c in opened.call_args_list if c[0][0] == path]), 1)
+        self.assertEqual(len([f for f in audit.faults if "expected" in f]), 39)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    def test_only_regular_files_are_read(self):
+        blobs = tuple(AUDIT_BLOBS + self.words[word] for word in ("m", "c", "b0"))
+        rows = [("oci", name) for name in ("oci-layout", "index.json") + blobs]
+        tree = "http/%s/v2/lab/app/1/" % self.origin.host
+        rows += [("layers", tree + name) for name in (
+            "manifest.json", "config.json", "index.json", "unpacked.json",
+            self.words["i0"] + "/" + self.words["i0"] + ".tar")]
+        kinds = (os.mkfifo, lambda path: os.symlink("/dev/zero", path),
+                 lambda path: os.symlink(path + "~", path))
+        places = {format: self.good(format, format) for format in ("oci", "layers")}
+        for format, name in rows:
+            path = os.path.join(places[format], *name.split("/"))
+            for number, make in enumerate(kinds):
+                os.rename(path, path + "~")
+                make(path)
+                with self.subTest(name, number=number), threat_alarm(5):
+                    self.faults(places[format], "not a regular file")
+                    if not name.endswith(("unpacked.json", "oci-layout")):
+                        with self.assertRaises(imagec.InvalidDocument):
+                            imagec.Shelf(places[format])
+                os.unlink(path)
+                os.rename(path + "~", path)
+
+    def test_folder_that_is_a_link_is_not_entered(self):
+        root = self.good("oci", "out")
+        os.rename(os.path.join(root, "blobs"), self.at("elsewhere"))
+        os.symlink(self.at("elsewhere"), os.path.join(root, "blobs"))
+        self.faults(root, "not a regular file")
+
+    def test_deep_directories(self):
+        root = self.good("layers", "images")
+        where = os.open(root, os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=where)
+            below = os.open("d", os.O_RDONLY, dir_fd=where)
+            os.close(where)
+            where = below
+        os.close(os.open("x", os.O_CREAT, dir_fd=where))
+        os.close(where)
+        place = root + "/d" * 1500
+        try:
+            self.told(root, 1, "/d/x")
+            self.assertTrue(imagec.Shelf(root).repositories)
+        finally:
+            os.unlink(os.path.join(place, "x"))
+            while place != root:
+                os.rmdir(place)
+                place = os.path.dirname(place)
+
+    def test_work_goes_on_only_while_it_may(self):
+        for format in ("oci", "layers", "archive"):
+            path = self.good(format, format)
+            for look in (lambda check: imagec.Audit(check).check(path),
+                         lambda check: imagec.Shelf(path, check)):
+                count, ended = 0, True
+                while ended:
+                    calls = iter(range(count))
+
+                    def check():
+                        if next(calls, None) is None:
+                            raise imagec.Timeout("not done")
+
+                    try:
+                        look(check)
+                        ended = False
+                    except imagec.Timeout:
+                        count += 1
+                self.assertGreater(count, 2)
 
     def test_as_a_library(self):
         audit = imagec.Audit().check(self.good("oci", "out"))
@@ -15067,7 +15323,7 @@ class ServedDoubleTest(RegistryCase):
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib email errno fcntl gc
     hashlib hmac http io ipaddress json logging lzma os platform queue random
-    re select shutil signal socket ssl stat struct subprocess sys tarfile tempfile
+    re select shutil signal socket ssl stat struct subprocess sys tempfile
     threading time typing urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
@@ -15076,7 +15332,7 @@ NEWER_IMPORTS = {"compression"}  # Python 3.14
 ROOM_OF_USE = {
     "http": "Transport", "ssl": "Transport", "socket": "Transport",
     "urllib.request": "Transport", "select": "Transport",
-    "tarfile": "Reading back", "subprocess": "Verification",
+    "subprocess": "Verification",
     "print": "Command line", "argparse": "Command line", "signal": "Command line",
     "input": "Command line", "sys.exit": "Command line", "sys.argv": "Command line",
     "sys.stdin": "Command line", "sys.stdout": "Command line",
