@@ -12369,6 +12369,40 @@ class OCIOutputTest(StoredCase):
             self.assertEqual(stored_bytes(path), data)
         self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    def test_only_regular_files_are_read(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        for name in ("index.json", "oci-layout"):
+            path = os.path.join(self.out, name)
+            for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+                os.rename(path, path + "~")
+                make(path)
+                with self.subTest(name), threat_alarm(5):
+                    run = self.main("pull", "--format", "oci", "-o", self.out, reference)
+                    self.assertEqual(run.status, 1, run.err)
+                    self.assertIn(name + " is not a regular file", run.err)
+                os.unlink(path)
+                os.rename(path + "~", path)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    def test_documents_there_that_are_none(self):
+        # What is there by the name wanted is not believed, and not waited for.
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        place = os.path.join(self.out, "blobs", "sha256", image.digest[7:])
+        damage_json(lambda value: value["config"].update(digest=image.digest))(place)
+        self.layout(reference)
+        self.verify(self.out)
+        for name in (image.digest[7:], sha256(image.config)[7:]):
+            place = os.path.join(self.out, "blobs", "sha256", name)
+            for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+                os.unlink(place)
+                make(place)
+                with self.subTest(name), threat_alarm(5):
+                    self.layout(reference)
+                    self.verify(self.out)
+
     def test_failure_keeps_the_index(self):
         one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
         self.layout(one)
