@@ -183,7 +183,8 @@ TOKEN_LIFETIME_LIMIT = 86400  # seconds; a larger claim is not believed
 TOKEN_MARGIN = 5  # seconds before its end at which a token counts as over; regclient
 
 SERVE_THREADS = 256  # connections served at once
-SERVE_TIMEOUT = 60  # seconds a client may be silent, or take nothing
+SERVE_TIMEOUT = 60  # seconds for a request's head; a client may as long take nothing
+SERVE_IDLE = 1  # seconds a connection is kept idle while others wait for a place
 HELPER_TIMEOUT = 30  # seconds for a credential helper; some ask a person or a cloud
 JOBS = 4  # layers at once
 USER_AGENT = "imagec/" + __version__
@@ -7321,6 +7322,7 @@ def new_output(path, format=None, tag=None, stream=None):
 _ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs)/"
                     r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
                         r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")  # RFC 7230, 3.2
 
 
 class Shelf:
@@ -7495,7 +7497,7 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
 
     `credentials` ask for Basic authentication; `tls` is a (certificate, key) pair of
     files; `handler` is a subclass of RegistryHandler, None for that itself. At most
-    SERVE_THREADS connections are served at once, the others wait.
+    SERVE_THREADS connections are served at once, others take the place of idle ones.
     """
     import http.server
     context = None
@@ -7505,7 +7507,8 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
     bases = (handler or RegistryHandler, http.server.BaseHTTPRequestHandler)
     kind = type("Server", (_BoundedThreads, http.server.HTTPServer), {
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-        "places": threading.BoundedSemaphore(SERVE_THREADS)})
+        "places": threading.BoundedSemaphore(SERVE_THREADS),
+        "waiting": {}, "lock": threading.Lock()})
     server = kind(address, type("Handler", bases, {}))
     server.shelf, server.credentials, server.context = shelf, credentials, context
     return server
@@ -7518,6 +7521,7 @@ class _BoundedThreads:
     request_queue_size = 512  # connections that may wait
     context = None
     stopping = False
+    waiting = lock = None  # connection -> since when it owes us a request's head
 
     def server_bind(self):
         # HTTPServer's own looks up this host's name: that can take long without DNS.
@@ -7530,10 +7534,12 @@ class _BoundedThreads:
         super().shutdown()
 
     def process_request(self, request, client_address):
-        while not self.places.acquire(timeout=0.1):
+        while not self.places.acquire(timeout=0.01):
             if self.stopping:
                 self.shutdown_request(request)
                 return
+            self.service_actions()
+            self.end_waits(SERVE_IDLE, 1)
         try:
             threading.Thread(target=self._serve, args=(request, client_address),
                              daemon=True).start()
@@ -7541,15 +7547,39 @@ class _BoundedThreads:
             self.places.release()
             raise
 
+    def waits(self, connection, begins=True):
+        """Notes whether we wait for the head of a request from a connection."""
+        with self.lock:
+            self.waiting.pop(connection, None)  # what comes last has waited least
+            if begins:
+                self.waiting[connection] = time.monotonic()
+
+    def end_waits(self, patience, most=None):
+        """Ends waits of over `patience` seconds, the longest first, `most` of them."""
+        with self.lock:
+            for connection, since in list(self.waiting.items())[:most]:
+                if time.monotonic() - since > patience:
+                    with contextlib.suppress(OSError):  # TLS wants no farewell here
+                        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    def service_actions(self):
+        """However a head drips, it has to come in time."""
+        self.end_waits(SERVE_TIMEOUT)
+
     def _serve(self, request, client_address):
         try:
             request.settimeout(SERVE_TIMEOUT)
             if self.context is not None:  # here: a slow handshake must block nobody
-                request = self.context.wrap_socket(request, server_side=True)
+                request = self.context.wrap_socket(request, server_side=True,
+                                                   do_handshake_on_connect=False)
+            self.waits(request)
+            if self.context is not None:
+                request.do_handshake()
             self.finish_request(request, client_address)
         except Exception as error:  # of one client; it must not end the server
             log.debug("serving %s: %s", client_address[0], error)
         finally:
+            self.waits(request, False)
             self.shutdown_request(request)
             self.places.release()
 
@@ -7573,6 +7603,29 @@ class RegistryHandler:
             self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
         else:
             super().handle()
+
+    def handle_one_request(self):
+        """Answers a request; from then on the next one is waited for."""
+        super().handle_one_request()
+        self.server.waits(self.connection)
+
+    def parse_request(self):
+        """Whether the head that came is one; answers it where not.
+
+        One that a proxy before us may read in another way is none: then what is a body
+        to it would be a request to us (RFC 7230, 3.2.4 and 3.3.3).
+        """
+        if not super().parse_request():
+            return False
+        self.server.waits(self.connection, False)
+        lengths = self.headers.get_all("Content-Length", [])
+        if (self.headers.defects or self.headers.get_payload() or lengths[1:]
+                or not all(map(_FIELD.fullmatch, map(":".join, self.headers.items())))
+                or not all(re.fullmatch(r"[0-9]+[ \t]*", one) for one in lengths)):
+            self.close_connection = True
+            self.fail(400, "UNSUPPORTED", "malformed header fields")
+            return False
+        return True
 
     def log_message(self, format, *args):
         log.debug("serve: %s: %s", self.client_address[0], printable(format % args))

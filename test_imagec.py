@@ -12379,7 +12379,8 @@ class OCIOutputTest(StoredCase):
                 os.rename(path, path + "~")
                 make(path)
                 with self.subTest(name), threat_alarm(5):
-                    run = self.main("pull", "--format", "oci", "-o", self.out, reference)
+                    run = self.main("pull", "--format", "oci", "-o", self.out,
+                                    reference)
                     self.assertEqual(run.status, 1, run.err)
                     self.assertIn(name + " is not a regular file", run.err)
                 os.unlink(path)
@@ -13955,6 +13956,27 @@ class ShelfTest(ServeCase):
         self.assertIsNotNone(found)
         self.assertEqual(found[2], image.manifest)
 
+    def test_name_that_is_none_is_passed_over(self):
+        path, _, _ = self.copied()
+        with open(os.path.join(path, "index.json"), encoding="ascii") as file:
+            index = json.load(file)
+        for name in ("Foo Bar", "a:b:c", "\u2028", "x" * 2000):
+            first = dict(index["manifests"][0])
+            first["annotations"] = {"io.containerd.image.name": name}
+            serve_write(os.path.join(path, "index.json"), json.dumps(dict(
+                index, manifests=[first] + index["manifests"])).encode("ascii"))
+            del self.logged[:]
+            with self.subTest(name):
+                self.assertIn("lab/oci", imagec.Shelf(path).catalog())
+                warned, = self.logged
+                self.assertIn(path, warned)
+                if len(name) < 100:
+                    self.assertIn(imagec.printable(name), warned)
+            serve_write(os.path.join(path, "index.json"), json.dumps(dict(
+                index, manifests=[first])).encode("ascii"))
+            with self.assertRaises(imagec.OutputError):
+                imagec.Shelf(path)
+
     def test_namespace_decides_between_hosts(self):
         shelf = imagec.Shelf()
         for host in (b"a.test", b"b.test"):
@@ -14397,6 +14419,21 @@ SERVE_MALFORMED = (
     b"GET /v2/ HTTP/1.1\r\nHost: x",
 )
 
+#: Header fields that two programs may read in two ways, and then what follows, too.
+SERVE_TWO_WAYS = (
+    b"Content-Length: 0\r\nContent-Length: 38",
+    b"Content-Length: 38\r\nContent-Length: 0",
+    b"Content-Length: 0\r\ncontent-length: 0", b"Content-Length: 0, 0",
+    b"Content-Length: x", b"Content-Length: +0", b"Content-Length: -0",
+    b"Content-Length: 0x0", b"Content-Length:", b"Content-Length: 0_0",
+    b"Content-Length: \xd9\xa1", b"Content-Length:\r\n 0", b"Content-Length: 0\r\n 38",
+    b"Transfer-Encoding : chunked", b"Content-Length : 38", b"Content-Length\t: 38",
+    b" Content-Length: 38", b"X: y\r\n\tz",
+    b"X: y\r\r\nContent-Length: 38", b"X: y\r\rContent-Length: 38",
+    b"no colon\r\nContent-Length: 38", b": no name\r\nContent-Length: 38",
+    b"Content-Length\0: 38", b"Content(Length): 38", b"X\xff: y", b"X Y: z",
+)
+
 #: A path that a pattern may take ages to refuse, and with it the whole process.
 SERVE_LONG_NAMES = ("a/" * 22 + "!", "a-" * 2000 + "!", "a." * 2000 + "!",
                     "a__" * 2000 + "!", "a:" * 2000 + "!", "-" * 4000 + "!")
@@ -14532,6 +14569,22 @@ class ServeTest(ServeCase):
                     self.assertEqual(serve_ask(host, "/v2/").status, 200)
         self.assertEqual(err.getvalue(), "")
 
+    def test_heads_that_can_be_read_in_two_ways(self):
+        host = self.start(self.archive)
+        more = b"GET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n"
+        for method in (b"GET", b"HEAD", b"POST"):
+            head = method + b" /v2/ HTTP/1.1\r\nHost: x\r\n"
+            for fields in SERVE_TWO_WAYS:
+                with self.subTest(method=method, fields=fields):
+                    found = serve_raw(host, head + fields + b"\r\n\r\n" + more)
+                    self.assertRegex(found, rb"\AHTTP/1\.1 400 ")
+                    self.assertEqual(found.count(b"HTTP/1.1 "), 1, found)
+                    self.assertIn(b"\r\nConnection: close\r\n", found)
+        for fields in (b"Content-Length: 0", b"Content-Length:0 \t", b"X-y.z~: (a)"):
+            found = serve_raw(host, b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + fields
+                              + b"\r\n\r\n")
+            self.assertRegex(found, rb"\AHTTP/1\.1 200 ")
+
     def test_client_that_begins_with_tls(self):
         # Go's, and with it containerd, know an answer in plain http by its "HTTP/";
         # and they wait for one, a line feed in their hello or not.
@@ -14657,6 +14710,60 @@ class ServeTest(ServeCase):
             with serve_connect(host) as silent, serve_connect(host) as half:
                 half.sendall(b"GET /v2/ HTTP/1.1\r\n")
                 self.assertEqual((silent.recv(1), half.recv(1)), (b"", b""))
+
+    def test_head_that_drips(self):
+        with mock.patch.object(imagec, "SERVE_TIMEOUT", 0.3):
+            for tls in (None, self.pair()):
+                host = self.start(self.archive, tls=tls)
+                with self.subTest(tls=bool(tls)), threat_alarm(10), \
+                        contextlib.suppress(ConnectionError, ssl.SSLError):
+                    sock = serve_connect(host)
+                    if tls:
+                        sock = self.client_context().wrap_socket(
+                            sock, server_hostname="localhost")
+                    self.addCleanup(sock.close)
+                    sock.settimeout(0.02)
+                    sock.sendall(b"GET /v2/ HTTP/1.1\r\nX: ")
+                    while True:
+                        sock.sendall(b"y")
+                        with contextlib.suppress(socket.timeout):
+                            self.assertEqual(sock.recv(1), b"")
+                            break
+
+    def test_longest_idle_makes_room(self):
+        data = bytes(16 << 20)
+        shelf, digest, _ = self.shelf_of(data)
+        with mock.patch.object(imagec, "SERVE_THREADS", 3):
+            host = self.start(shelf)
+        request = b"GET /v2/%s HTTP/1.1\r\nHost: x\r\n\r\n"
+        blob = request % (b"lab/app/blobs/" + digest.encode("ascii"))
+
+        def ask(sock, sent, end):
+            sock.sendall(sent)
+            found = b""
+            while not found.endswith(end):
+                found += sock.recv(1)
+            self.assertTrue(found.startswith(b"HTTP/1.1 200 "))
+
+        socks = []
+        for idle, (sent, end) in enumerate(((blob, b"\r\n\r\n"), (request % b"", b"{}"),
+                                            (request % b"", b"{}"))):
+            socks.append(serve_connect(host))
+            self.addCleanup(socks[-1].close)
+            ask(socks[-1], sent, end)
+            while len(self.server.waiting) < idle:
+                time.sleep(0.001)
+        busy, longest, other = socks
+        longest.sendall(b"GET ")  # which does not count
+        with mock.patch.object(imagec, "SERVE_IDLE", 0):
+            self.assertEqual(serve_ask(host, "/v2/").status, 200)
+        self.assertEqual(longest.recv(1), b"")
+        ask(other, request % b"", b"{}")
+        count = 0
+        while count < len(data):
+            piece = busy.recv(1 << 20)
+            self.assertTrue(piece)
+            count += len(piece)
 
     def crowded(self):
         """A server for two connections, which are taken, and a third that waits."""
