@@ -4938,10 +4938,10 @@ class Region(NamedTuple):
         file.seek(self.offset)
         return file
 
-    def pieces(self):
+    def pieces(self, check=go_on):
         """Yields the bytes, in pieces."""
         with self.open() as file:
-            yield from pieces(file, self.size)
+            yield from pieces(file, self.size, check)
 
 
 def _raise(error):
@@ -4955,7 +4955,7 @@ class Reader:
     called as work goes on, and may raise.
     """
 
-    def __init__(self, path, check=lambda: None):
+    def __init__(self, path, check=go_on):
         self.path, self.check = path, check
 
     def names(self, onerror=_raise):
@@ -6480,18 +6480,17 @@ class TarReader(Reader):
     InvalidDocument where it is no tar, or goes on behind its end.
     """
 
-    def __init__(self, path, check=lambda: None):
+    def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
         self._members = collections.defaultdict(list)  # name -> Region or None of each
         self._names_size = 0
         self._walker = TarWalker("tar", self, float("inf"))
         with Region(self.path, 0, 0).open() as file:
-            for data in pieces(file):
-                check()
+            for data in pieces(file, check=check):
                 self._walker.update(data)
             self._walker.finish()
             file.seek(self._walker.offset)
-            if any(data.strip(b"\0") for data in pieces(file)):
+            if any(data.strip(b"\0") for data in pieces(file, check=check)):
                 raise InvalidDocument("there is more behind the end of the tar")
         if not self._members:
             raise InvalidDocument("no tar, or an empty one")
@@ -6586,7 +6585,7 @@ class Audit:
     goes on, and may raise.
     """
 
-    def __init__(self, check=lambda: None):
+    def __init__(self, check=go_on):
         self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
         self.images = self.blobs = 0
         self._go_on = check
@@ -6643,14 +6642,13 @@ class Audit:
         self._seen[question] = None
         self._needed.add(self._within + name)
         self.blobs += 1
-        proof = Proof(descriptor, None, unpack)
+        proof = Proof(descriptor, None, unpack, check=self._go_on)
         with self._noting(name):
             try:
                 region = reader.region(name)
                 if descriptor.size not in (None, region.size):  # or: each lie is hashed
                     raise SizeMismatch("blob", descriptor.size, region.size)
-                for data in region.pieces():
-                    self._go_on()
+                for data in region.pieces(self._go_on):
                     proof.update(data)
                 self._seen[question] = proof.finish()
             finally:
@@ -7334,7 +7332,7 @@ class Shelf:
     `check` is called as it is made, and may raise.
     """
 
-    def __init__(self, path=None, check=lambda: None):
+    def __init__(self, path=None, check=go_on):
         self.repositories = {}  # name -> reference -> (media type, Digest, bytes)
         self._below = {}  # digest -> the same, of documents that any name may share
         self._blobs = {}  # Digest -> Region

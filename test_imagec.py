@@ -13339,6 +13339,23 @@ class AuditTest(StoredCase):
                         count += 1
                 self.assertGreater(count, 2)
 
+    def test_unpacking_asks_whether_to_go_on(self):
+        # T51: a few kilobytes of zeros are unpacked for minutes
+        self.image = build_image([tar_header(32 << 20) + bytes((32 << 20) + 1024)],
+                                 compress=bz2.compress)
+        self.origin.add("lab/app", "1", self.image)
+        path, asked = self.good("oci", "out"), []
+        imagec.Audit(lambda: asked.append(None)).check(path)
+        self.assertGreater(len(asked), (32 << 20) // imagec.CHUNK)
+
+    def test_the_command_has_a_deadline(self):
+        for format in ("oci", "layers", "archive"):
+            path = self.good(format, format)
+            for command in ("verify", "serve"):
+                run = self.main(command, path, "--timeout", "0.000001")
+                self.assertEqual((run.status, run.out), (1, b""), run.err)
+                self.assertRegex(run.err, r"\Aimagec: not done within [^\n]+\n\Z")
+
     def test_as_a_library(self):
         audit = imagec.Audit().check(self.good("oci", "out"))
         self.assertEqual((audit.faults, audit.unchecked), ([], []))
