@@ -7075,7 +7075,7 @@ class DownloadTest(DownloadCase):
                 with open(canary, "rb") as file:
                     self.assertEqual(file.read(), b"canary")
 
-    @unittest.skipUnless(hasattr(os, "geteuid"), "needs users")
+    @able(hasattr(os, "geteuid"), "tell users apart")
     def test_t132_partial_files_of_others(self):
         """What others could write into gets no final name; ours is gone on with."""
         own, other = os.geteuid(), 65534
@@ -7112,7 +7112,7 @@ class DownloadTest(DownloadCase):
             self.download(self.filled()).run()
         self.assertEqual(self.holds(), {"blob.partial": NET_BLOB[:NET_HALF]})
 
-    @unittest.skipUnless(hasattr(os, "geteuid"), "needs users")
+    @able(hasattr(os, "geteuid"), "tell users apart")
     def test_t132_directories_of_others(self):
         place = os.path.join(self.place, "x.partial.d")
         for mode, good in ((0o700, True), (0o755, True), (0o777, False)):
@@ -7125,7 +7125,7 @@ class DownloadTest(DownloadCase):
                 with self.fails(imagec.OutputError, place):
                     imagec.private_directory(place)
 
-    @unittest.skipUnless(os.name == "posix", "no locks here")
+    @able(os.name == "posix", "lock files")
     def test_t124_a_lock_that_is_held(self):
         """It is told, and given up where who holds it does not get on."""
         import fcntl
@@ -7146,31 +7146,19 @@ class DownloadTest(DownloadCase):
                     if freed is not None and now[0] >= 1000 + freed:
                         fcntl.flock(holder, fcntl.LOCK_UN)
 
-                with self.said("WARNING") as lines:
-                    try:
-                        imagec.Partial(self.path, wait, lambda: now[0]).close()
-                        caught = None
-                    except imagec.ImagecError as refusal:
-                        caught = refusal
+                del self.said[:]
+                try:
+                    imagec.Partial(self.path, wait, lambda: now[0]).close()
+                    caught = None
+                except imagec.ImagecError as refusal:
+                    caught = refusal
                 self.assertIs(caught and type(caught), error)
-                self.assertEqual(len(lines), told, lines)
-                for text in lines + [str(caught)] * bool(error):
+                self.assertEqual(len(self.said), told, self.said)
+                for text in self.said + [str(caught)] * bool(error):
                     self.assertIn(self.path + ".partial", text)
                     self.assertIn("another process holds it", text)
                 waited = now[0] - 1000
                 self.assertLess(abs(waited - (freed or 600)), 10)
-
-    @contextlib.contextmanager
-    def logged(self, level):
-        """The lines that are logged meanwhile, at that level or above."""
-        lines = []
-        handler = logging.Handler(level)
-        handler.emit = lambda record: lines.append(record.getMessage())
-        imagec.log.addHandler(handler)
-        try:
-            yield lines
-        finally:
-            imagec.log.removeHandler(handler)
 
     def test_t132_a_directory_in_the_way(self):
         os.mkdir(self.path + ".partial")
@@ -12369,7 +12357,7 @@ class OCIOutputTest(StoredCase):
             self.assertEqual(stored_bytes(path), data)
         self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
 
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    @able(hasattr(os, "mkfifo"), "make fifos")
     def test_only_regular_files_are_read(self):
         reference, _ = self.serve(ARCHIVE_TARS)
         self.layout(reference)
@@ -12386,7 +12374,7 @@ class OCIOutputTest(StoredCase):
                 os.unlink(path)
                 os.rename(path + "~", path)
 
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    @able(hasattr(os, "mkfifo"), "make fifos")
     def test_documents_there_that_are_none(self):
         # What is there by the name wanted is not believed, and not waited for.
         reference, image = self.serve(ARCHIVE_TARS)
@@ -13269,7 +13257,7 @@ class AuditTest(StoredCase):
         self.assertEqual(len([c for c in opened.call_args_list if c[0][0] == path]), 1)
         self.assertEqual(len([f for f in audit.faults if "expected" in f]), 39)
 
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    @able(hasattr(os, "mkfifo"), "make fifos")
     def test_only_regular_files_are_read(self):
         blobs = tuple(AUDIT_BLOBS + self.words[word] for word in ("m", "c", "b0"))
         rows = [("oci", name) for name in ("oci-layout", "index.json") + blobs]
@@ -13982,10 +13970,10 @@ class ShelfTest(ServeCase):
             first["annotations"] = {"io.containerd.image.name": name}
             serve_write(os.path.join(path, "index.json"), json.dumps(dict(
                 index, manifests=[first] + index["manifests"])).encode("ascii"))
-            del self.logged[:]
+            del self.said[:]
             with self.subTest(name):
                 self.assertIn("lab/oci", imagec.Shelf(path).catalog())
-                warned, = self.logged
+                warned, = self.said
                 self.assertIn(path, warned)
                 if len(name) < 100:
                     self.assertIn(imagec.printable(name), warned)
@@ -17074,7 +17062,7 @@ class SignalTest(ProcessCase):
         # The second may come when Python is on its way out and obeys it by itself.
         self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
 
-    @unittest.skipUnless(hasattr(signal, "pthread_kill"), "needs threads of POSIX")
+    @able(hasattr(signal, "pthread_kill"), "signal a thread")
     def test_a_call_that_does_not_return(self):
         """Python cannot run a handler then; the second signal ends the process."""
         for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
@@ -17083,7 +17071,7 @@ class SignalTest(ProcessCase):
             process = subprocess.Popen(
                 [sys.executable, "-c", STUCK, HOME],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.addCleanup(self.end, process)
+            self.addCleanup(self.reap, process)
             with self.subTest(first=first, second=second):
                 self.assertEqual(process.stdout.readline(), b"asked\n")
                 process.send_signal(first)
