@@ -4606,11 +4606,15 @@ class Partial:
                                  os.POSIX_FADV_DONTNEED)
             self._begun = end
 
+    def sync(self):
+        """Has it on disk."""
+        with naming_file(self.path):
+            os.fsync(self._fd)
+
     def commit(self, durable=True):
         """Gives it its final name; if `durable`, it is on disk before the name is."""
         if durable:
-            with naming_file(self.path):
-                os.fsync(self._fd)
+            self.sync()
         if os.name == "nt":
             self.close()  # Windows does not rename open files
         os.replace(self.path, self.final)
@@ -4706,6 +4710,15 @@ def file_identity(path):
             status.st_ctime_ns)
 
 
+def unchanged(path, status):
+    """Whether the file at `path` is the one, as it was, that os.stat told of."""
+    with contextlib.suppress(FileNotFoundError):
+        now = os.lstat(path)
+        return os.path.samestat(now, status) and (now.st_size, now.st_mtime_ns) == (
+            status.st_size, status.st_mtime_ns)
+    return False
+
+
 class Fetched(NamedTuple):
     """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it
     was not unpacked), and whether it was there already.
@@ -4755,6 +4768,9 @@ class Proof:
 class Download:
     """Fetches one blob from a Source to the file `path`; `run` does it.
 
+    Where something else has that name, it keeps it, and the blob goes to `aside`, if
+    that is not None: `path` tells where it is.
+
     `diff_id` is what it must unpack to, None where that is not known; `unpack` whether
     to look; `visitor` makes visitors of its members (see TarWalker), one for each
     start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
@@ -4765,10 +4781,11 @@ class Download:
 
     def __init__(self, source, blob, path, unpack=False, diff_id=None,
                  limit=LAYER_SIZE_LIMIT, notify=lambda event: None, visitor=None,
-                 durable=True, apart=True, known=None):
+                 durable=True, apart=True, known=None, aside=None):
         self._source, self._blob = source, blob
         self._check = source.transport.check
-        self._path, self._notify, self._durable = path, notify, durable
+        self._notify, self._durable = notify, durable
+        self.path, self._aside = path, aside
         self._name = blob.digest.hex[:12]
         self._known = known if known and known.diff_id == diff_id and (
             max(known.size, known.bytes) <= limit) else None
@@ -4785,7 +4802,7 @@ class Download:
         found = self._existing()
         if found:
             return found
-        with Partial(self._path, self._source.transport.wait) as partial:
+        with Partial(self.path, self._source.transport.wait) as partial:
             found = self._existing()  # another pull may have finished while we waited
             if found:
                 partial.discard()
@@ -4800,6 +4817,8 @@ class Download:
                     self._proof.abort()
             size = partial.size()
             self._tell("Verifying Checksum")
+            if self._aside is not None and os.path.lexists(self.path):
+                self.path = partial.final = self._aside
             partial.commit(self._durable)
         self._tell("Download complete")
         return Fetched(size, unpacked, False)
@@ -4808,13 +4827,21 @@ class Download:
         self._notify(Event(status, self._name, current, self._blob.size))
 
     def _existing(self):
-        """The Fetched where a good blob is at `path` already: a name proves nothing."""
-        if not os.path.isfile(self._path) or os.path.islink(self._path):
+        """The Fetched where a good blob is there already: a name proves nothing."""
+        for path in filter(None, (self.path, self._aside)):
+            found = self._existing_at(path)
+            if found:
+                self.path = path
+                return found
+        return None
+
+    def _existing_at(self, path):
+        if not os.path.isfile(path) or os.path.islink(path):
             return None
         self._tell("Verifying")
         proof = self._new_proof(self._known)
         try:
-            with open(self._path, "rb") as file:
+            with open(path, "rb") as file:
                 for data in pieces(file, check=self._check):
                     proof.update(data)
             unpacked = proof.finish() or self._known
@@ -4823,8 +4850,8 @@ class Download:
         except TooLarge:
             raise  # it would be no smaller if it were fetched again
         except (VerificationError, InvalidDocument) as error:
-            log.warning("%s is corrupt and will be fetched again: %s",
-                        self._path, error)
+            log.warning("%s is corrupt, or another blob, and will be fetched again: %s",
+                        path, error)
             return None
         finally:
             proof.abort()
@@ -5732,12 +5759,15 @@ def private_directory(path):
         raise OutputError(path, "is in the way: not a directory of ours alone")
 
 
-def same_file(source, path):
-    """Makes `path` the same file as the verified `source`: a hard link, else a copy."""
+def same_file(source, path, wait, check):
+    """Makes `path` the same file as the verified `source`: a hard link, else a copy.
+
+    For `wait` see Partial; `check` raises where work should not go on.
+    """
     if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
         return
     link = path + PARTIAL + ".link"
-    with Partial(path) as partial:
+    with Partial(path, wait) as partial:
         try:
             if os.path.lexists(link):
                 os.unlink(link)
@@ -5747,7 +5777,7 @@ def same_file(source, path):
         except OSError:  # no hard links here
             partial.truncate()
             with open(source, "rb") as file:
-                for data in pieces(file):
+                for data in pieces(file, check=check):
                     partial.write(data)
             partial.commit()
 
@@ -5823,8 +5853,11 @@ class Output:
     def visitor(self, layer):
         """A maker of visitors (see TarWalker) for the layer's members, else None."""
 
-    def stored(self, layer, fetched):
-        """The layer's blob is verified and at its blob_path; from any thread."""
+    def aside(self, layer):
+        """Where the layer's blob waits while another has its blob_path, else None."""
+
+    def stored(self, layer, fetched, path):
+        """The layer's blob is verified and at `path`; from any thread."""
 
     def finish(self):
         """No image follows."""
@@ -5839,6 +5872,7 @@ class Output:
 
 
 UNPACKED = "unpacked.json"  # of a layers tree
+ASIDE = ".new" + PARTIAL  # suffix of what is proved, but whose name is still another's
 
 
 def unpacked_json(layers):
@@ -5866,7 +5900,9 @@ class LayersOutput(Output):
     `manifest.json` and `config.json` the exact bytes, `index.json` (and `index.1.json`,
     ... where indexes nest) those of the index that led there; `unpacked.json` is what
     the blobs were seen to unpack to, so that the next pull need only hash them. The
-    manifest comes last: where it is, everything is.
+    manifest comes last: where it is, everything is. What is there is replaced only when
+    all that is new is there too, whole and proved: until then it waits with the suffix
+    ASIDE.
     """
 
     format = "layers"
@@ -5875,6 +5911,8 @@ class LayersOutput(Output):
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path, tag, stream)
         self._destination = path
+        self._unpacked = {}  # path of an image -> {Digest of a blob: Unpacked}
+        self._proved = {}  # blob_path -> where the blob is, os.stat of it
         check_writable(path)
 
     def _parts(self, reference, registry_url):
@@ -5891,10 +5929,10 @@ class LayersOutput(Output):
         make_directory(self._destination, *self._below)  # there may be no layer
         for layer in image.layers:
             make_directory(self._destination, *self._below + [layer.id])
-        self._unpacked = {}
+        self._unpacked[self.path] = {}
         for raw in Reader(self.path).found(UNPACKED):
             with contextlib.suppress(InvalidDocument):
-                self._unpacked = parse_unpacked(raw)
+                self._unpacked[self.path] = parse_unpacked(raw)
 
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
@@ -5907,38 +5945,82 @@ class LayersOutput(Output):
         """Where the blob of `layer` must go."""
         return os.path.join(self.path, layer.id, layer.id + ".tar")
 
-    def known(self, layer):
-        return self._unpacked.get(layer.blob.digest)
+    def aside(self, layer):
+        return self.blob_path(layer) + ASIDE
 
-    def stored(self, layer, fetched):
-        self._unpacked[layer.blob.digest] = fetched.unpacked
+    def known(self, layer):
+        return self._unpacked[self.path].get(layer.blob.digest)
+
+    def stored(self, layer, fetched, path):
+        self._unpacked[self.path][layer.blob.digest] = fetched.unpacked
+        self._proved[self.blob_path(layer)] = path, os.lstat(path)
 
     def close(self, image):
-        """All blobs are there: writes the documents. The path of the whole."""
-        first = {}
+        """All blobs are there: they and the documents get their names. The path."""
+        self.locate(image)
+        documents = self._documents(image)
+        with Partial(os.path.join(self.path, "manifest.json"), self.wait) as partial:
+            # Its lock is the lock of the tree; what may fail comes first.
+            partial.truncate()
+            partial.write(image.manifest.raw)
+            moves = list(self._blobs_to_move(image))
+            aside = ASIDE if os.path.lexists(partial.final) else ""
+            for name, raw in documents.items():
+                path = os.path.join(self.path, *name.split("/"))
+                write_file(path + aside, raw, self.wait)
+                if aside:
+                    moves.append((path + aside, path))
+            partial.sync()
+            for source, path in moves:
+                os.replace(source, path)
+            for layer in image.layers:  # of a pull that failed, of another blob
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.aside(layer))
+            for name in os.listdir(self.path):  # of an image this name had before
+                if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
+                        name not in documents):
+                    os.unlink(os.path.join(self.path, name))
+            for directory in {os.path.dirname(path) for _, path in moves}:
+                sync_directory(directory)
+            partial.commit(durable=False)
+            sync_directory(self.path)
+        return self.path
+
+    def _blobs_to_move(self, image):
+        """Yields (where it is, its name) of each blob that has not its name yet."""
+        sources = {}
         for layer in image.layers:
             path = self.blob_path(layer)
-            source = first.setdefault(layer.blob.digest, path)
+            source = sources.get(layer.blob.digest)
+            if source is None:
+                source, status = self._proved[path]
+                if not unchanged(source, status):
+                    source = path  # another pull of the same may have moved it
+                if not unchanged(source, status):
+                    raise OutputError(path, "another program has changed it meanwhile",
+                                      "pull again")
+                sources[layer.blob.digest] = source
+            elif not (os.path.lexists(path) and os.path.samefile(source, path)):
+                same_file(source, self.aside(layer), self.wait, self.check)
+                source = self.aside(layer)
+            else:
+                continue
             if source != path:
-                same_file(source, path)
-            self._write(layer.v1_json.encode("utf-8"), layer.id, layer.id + ".json")
+                yield source, path
+
+    def _documents(self, image):
+        """{name below the image's path: bytes} of all but its manifest."""
         documents = {"index.%d.json" % depth if depth else "index.json": index.raw
                      for depth, index in enumerate(image.indexes)}
         if isinstance(image.manifest, Manifest):
             documents["config.json"] = image.config.raw
-        for name in os.listdir(self.path):  # of an image this name had before
-            if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
-                    name not in documents):
-                os.unlink(os.path.join(self.path, name))
-        self._write(unpacked_json({layer.blob.digest: self._unpacked[layer.blob.digest]
-                                   for layer in image.layers}), UNPACKED)
-        for name, raw in documents.items():
-            self._write(raw, name)
-        self._write(image.manifest.raw, "manifest.json")
-        return self.path
-
-    def _write(self, data, *parts):
-        write_file(os.path.join(self.path, *parts), data)
+        documents[UNPACKED] = unpacked_json({
+            layer.blob.digest: self._unpacked[self.path][layer.blob.digest]
+            for layer in image.layers})
+        for layer in image.layers:
+            documents["%s/%s.json" % (layer.id, layer.id)] = (
+                layer.v1_json.encode("utf-8"))
+        return documents
 
 
 NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
@@ -6190,7 +6272,7 @@ class ArchiveOutput(Output):
         """Where the blob of `layer` must go."""
         return os.path.join(self._spool, layer.blob.digest.hex)
 
-    def stored(self, layer, fetched):
+    def stored(self, layer, fetched, path):
         with self._lock:
             self._fetched[layer.blob.digest] = fetched
             while self._next < len(self._order):
@@ -7060,8 +7142,9 @@ class Puller:
             output.begin(found, touch=False)
             self.check_space(found)
             output.begin(found)
-            pulled = [self._fetch(image) for image in found]
-            # 4. All are there: what makes them images to others.
+            fetched = [self._fetch(image) for image in found]
+            # 4. All are proved: what makes them images to others.
+            pulled = [self._close(*one) for one in fetched]
             output.finish()
         except BaseException:
             output.abandon()
@@ -7097,6 +7180,7 @@ class Puller:
                                           for _, blob, there in self.plan(images)))
 
     def _fetch(self, image):
+        """The layers: (image, it as its layers tell, its PulledLayers)."""
         reference, output = image.reference, self._output
         self._notify(Event("Pulling from " + reference.repository,
                            reference.tag_or_digest))
@@ -7116,16 +7200,19 @@ class Puller:
             lambda layer=layer, apart=rank < spare: self._fetch_layer(image, layer,
                                                                       apart)
             for rank, layer in enumerate(order)])
-        # 3. All are proved: the documents that make them an image.
+        # 3. Only now there is a config for what came without.
         pairs = {layer.blob.digest: pair for layer, pair in zip(order, results)}
         modern = _modernised(
             image, [pairs[layer.blob.digest] for layer in image.layers])
-        path = output.close(image if output.verbatim else modern)
         self._notify(Event("Digest: %s" % str(image.digest)))
-        return Image(reference, image.digest, modern.image_id, image.platform,
-                     output.format, path,
-                     tuple(_pulled(layer, *pairs[layer.blob.digest])
-                           for layer in image.layers))
+        return image, modern, tuple(_pulled(layer, *pairs[layer.blob.digest])
+                                    for layer in image.layers)
+
+    def _close(self, image, modern, layers):
+        output = self._output
+        path = output.close(image if output.verbatim else modern)
+        return Image(image.reference, image.digest, modern.image_id, image.platform,
+                     output.format, path, layers)
 
     def _fetch_layer(self, image, layer, apart):
         """One layer into its place: (the Descriptor it is there by, its Fetched)."""
@@ -7141,11 +7228,12 @@ class Puller:
             return blob._replace(size=fetched.size), fetched
         unpack = output.unpacks or self._session.recompress or (
             layer.blob.digest in self._opaque)
-        path = output.blob_path(layer)
-        fetched = Download(
-            self._session.source(image.reference), layer.blob, path, unpack,
-            layer.diff_id, self._session.max_layer_size, self._notify,
-            output.visitor(layer), output.durable, apart, output.known(layer)).run()
+        download = Download(
+            self._session.source(image.reference), layer.blob, output.blob_path(layer),
+            unpack, layer.diff_id, self._session.max_layer_size, self._notify,
+            output.visitor(layer), output.durable, apart, output.known(layer),
+            output.aside(layer))
+        fetched, path = download.run(), download.path
         blob = layer.blob._replace(size=fetched.size)
         if codec_of(path) == "zstd" and self._session.recompress:
             blob = recompress(path, blob, lambda blob: output.replace(layer, blob),
@@ -7156,7 +7244,7 @@ class Puller:
         elif codec_of(path) == "zstd" and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(blob.digest))
-        output.stored(layer, fetched)
+        output.stored(layer, fetched, path)
         return blob, fetched
 
     def _in_parallel(self, actions):

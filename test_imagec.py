@@ -7466,11 +7466,16 @@ class OutputsTest(PullCase):
         self.assertEqual(str(found.digest), sha256(odd))
 
     def test_the_manifest_comes_last(self):
-        written, real = [], imagec.write_file
-        with mock.patch("imagec.write_file", lambda path, data: (
-                written.append(os.path.basename(path)), real(path, data))):
-            self.pull(self.filled(build_image(NET_TARS)))
-        self.assertEqual(written[-2:], ["config.json", "manifest.json"])
+        written, real = [], os.replace
+        registry = self.filled(build_image(NET_TARS))
+        for _ in range(2):  # where nothing is, and where the same is
+            with mock.patch("os.replace", lambda source, path: (
+                    written.append(os.path.basename(path)), real(source, path))):
+                self.pull(registry)
+            self.assertEqual(written.pop(), "manifest.json")
+            self.assertIn("config.json", written)
+            self.assertNotIn("manifest.json", written)
+            del written[:]
 
     def test_t12_links_below_the_destination(self):
         registry = self.filled(build_image(NET_TARS))
@@ -17649,6 +17654,138 @@ THREAT_CHALLENGES = (
     'Bearer realm="https://auth.test/token",service="a b",scope="repository:x:pull"',
     'Basic realm="x\\"y", Bearer realm=/token, charset=UTF-8', "Negotiate abc==, Basic",
 )
+
+
+class ReplacedTest(ThreatCase):
+    """A pull that fails leaves the image that was there as it was (T163).
+
+    The registry has compressed the same layers anew: other blobs, of the same names.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(os, "fsync"))
+        self.old, self.new = (
+            build_index([(build_image(
+                THREAT_TARS + THREAT_TARS[:1], config={"User": str(level)},
+                compress=functools.partial(gzip_bytes, level=level)),
+                ("linux", "amd64", None))]) for level in (9, 1))
+        self.source, self.ref = self.filled(self.old)
+        self.image = self.new.children[0]
+        order = sorted(set(self.image.layers),
+                       key=lambda one: -len(self.image.blobs[one]))
+        self.names = {"manifest": self.image.digest, "first": order[0],
+                      "last": order[-1], "config": sha256(self.image.config)}
+
+    def each(self, check):
+        """`check(format, path)` where the old image is, and the new one is offered."""
+        for format, name in THREAT_OUTPUTS:
+            if name != "root":  # that is refused where anything is
+                path = self.at(name)
+                self.source.add("lab/app", "1", self.old)
+                self.fetch(self.ref, format, path)
+                self.source.add("lab/app", "1", self.new)
+                del self.source.requests[:]
+                with self.subTest(format=format, name=name):
+                    check(format, path)
+                del self.source.faults[:]
+                remove(self.work)
+                os.mkdir(self.work)
+
+    def state(self, path):
+        return threat_files(path) if os.path.isdir(path) else threat_bytes(path)
+
+    def assert_kept(self, path, before):
+        self.assert_sound(path)
+        after = self.state(path)
+        if isinstance(before, dict):
+            after = {name: after.get(name) for name in before}
+        self.assertEqual(after, before)
+
+    def assert_sound(self, path):
+        """Blobs that the next run goes on with are no fault."""
+        self.assertEqual([fault for fault in faults_of(path)
+                          if "extra, nothing" not in fault], [])
+
+    def asked(self, digest):
+        """How often a blob was asked for."""
+        return sum(request.path.endswith("/blobs/" + digest)
+                   for request in self.source.requests)
+
+    def rerun(self, format, path, struck):
+        """The next run completes, and fetches no layer that came whole before."""
+        whole = [digest for digest in self.image.layers if digest not in struck
+                 and self.names["last"] in struck]
+        del self.source.faults[:], self.source.requests[:]
+        self.fetch(self.ref, format, path)
+        self.assert_whole(path)
+        self.assert_no_leftovers()
+        self.assertEqual([self.asked(digest) for digest in whole], [0] * len(whole))
+
+    def test_each_phase(self):
+        for phase, match in THREAT_PHASES.items():
+            if phase in ("probe", "token"):
+                continue  # nothing has been touched then
+            for action, kind in ((status(404), imagec.NotFound),
+                                 (flip(), imagec.VerificationError)):
+                with self.subTest(phase=phase, kind=kind):
+                    self.each(functools.partial(self.check_phase, match.format(
+                        **self.names), action, kind))
+
+    def check_phase(self, match, action, kind, format, path):
+        before = self.state(path)
+        self.source.fault(match, action, THREAT_EVER)
+        with self.assertRaises((kind, imagec.InvalidDocument)):
+            self.fetch(self.ref, format, path, jobs=1)
+        self.assert_kept(path, before)
+        self.rerun(format, path, match)
+        if format == "layers":
+            found = {sha256(data) for data in self.state(path).values()}
+            self.assertLessEqual(set(self.image.layers), found)
+
+    def test_another_image_of_the_same_command(self):
+        """Nothing of the first is replaced when the second fails."""
+        self.second = build_image([tar_bytes([("x", b"x")])])
+        self.source.add("lab/app", "2", self.second)
+        self.each(self.check_second)
+
+    def check_second(self, format, path):
+        if path.endswith("root.tar"):
+            return  # it holds one image
+        before = self.state(path)
+        self.source.fault(self.second.layers[0], status(404), THREAT_EVER)
+        with self.assertRaises(imagec.NotFound), imagec.Session(jobs=1) as session:
+            session.pull([imagec.Reference.parse(self.ref[:-1] + tag) for tag in "12"],
+                         imagec.new_output(path, format),
+                         imagec.Platform.parse(THREAT_PLATFORM))
+        self.assert_kept(path, before)
+
+    def test_each_local_call(self):
+        """Up to the last moment the old image is there; then the new one is."""
+        for name, code in (("write", errno.ENOSPC), ("open", errno.EMFILE)):
+            for at in range(1, 99):
+                used = []
+                with self.subTest(call=name, at=at):
+                    self.each(functools.partial(self.check_call, name, code, at, used))
+                if not any(used):
+                    break
+
+    def check_call(self, name, code, at, used, format, path):
+        if format != "layers":
+            return  # each of its names is that of one blob, or the whole is one file
+        before, broken = self.state(path), ThreatBroken(name, code, at)
+        with mock.patch.object(os, name, broken):
+            try:
+                self.fetch(self.ref, format, path, jobs=1)
+                failed = False
+            except (OSError, imagec.ImagecError):
+                failed = True
+        used.append(broken.calls >= at)
+        if failed:
+            self.assert_kept(path, before)
+        self.fetch(self.ref, format, path)
+        self.assert_whole(path)
+        self.assert_no_leftovers()
 
 
 def threat_mutated(dice, data):
