@@ -16,7 +16,7 @@ and so does this file: a room uses only the rooms above it (1 and 2 are free to 
      4  Documents                bytes -> JSON value, read strictly
      5  Signatures               libtrust signatures: what a schema1 digest covers
      6  Manifests                bytes -> value: manifests, indexes, configs
-     7  Verification             push-style proof of a blob and of what it unpacks to
+     7  Proof                    chunks -> proved chunks, and what they unpack to
      8  Credentials              who we are to a registry
      9  Transport                one safe HTTP exchange; knows nothing of images
     10  Authorization            challenge -> token
@@ -51,6 +51,7 @@ import hashlib
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -86,8 +87,8 @@ __all__ = [
     "Descriptor", "Manifest", "Index", "Schema1Layer", "Schema1Manifest",
     "decode_manifest", "matching", "ImageConfig", "Layer", "list_layers",
     "modern_config", "modern_manifest",
-    # Verification
-    "BlobVerifier", "Entry", "TarWalker", "Unpacked", "LayerVerifier",
+    # Proof
+    "proved", "Entry", "Tar", "Unpacked", "unpack", "prove",
     # Credentials
     "Credentials", "Keyring",
     # Transport
@@ -1510,8 +1511,14 @@ def with_layers(manifest, layers):
 
 
 # --------------------------------------------------------------------------------------
-# 7  Verification: push-style proof of a blob and of what it unpacks to
+# 7  Proof: chunks -> proved chunks, and what they unpack to
 # --------------------------------------------------------------------------------------
+# A blob's bytes are drawn, not pushed: each step is a generator over the one before it,
+
+#     received -> proved -> inflated -> Tar
+
+# and raises when its turn has come. `check` is called in each, and raises where work
+# should not go on.
 
 def go_on():
     """The `check` of who has no limit: one raises where work should not go on."""
@@ -1528,38 +1535,101 @@ def pieces(file, size=float("inf"), check=go_on):
         yield data
 
 
-class BlobVerifier:
-    """Proves one blob as its bytes pass; `received` counts them.
+def proved(chunks, digest, size=None, what=None):
+    """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
 
-    `size` is None where the manifest does not say.
+    SizeMismatch as soon as there are too many bytes, or where there are too few;
+    DigestMismatch. `size` is None where the manifest does not say.
+    """
+    what, received = what or "blob " + str(digest), 0
+    hashing = hashlib.new(digest.algorithm)
+    for data in chunks:
+        received += len(data)
+        if size is not None and received > size:
+            raise SizeMismatch(what, size, received)
+        hashing.update(data)
+        yield data
+    if size is not None and received != size:
+        raise SizeMismatch(what, size, received)
+    actual = Digest(digest.algorithm, hashing.hexdigest())
+    if actual != digest:
+        raise DigestMismatch(what, digest, actual)
+
+
+class Apart:
+    """Runs `consume(chunks, check)` in a thread of its own, a few chunks behind who
+    gives them: the only thread boundary inside a layer.
+
+    zlib, hashlib and sockets release the interpreter lock, so that stages of one layer
+    really run side by side; the short queue keeps memory flat. What ends within its
+    first chunks needs no thread. What `consume` raises comes with `finish`, so that a
+    wrong blob digest can be told first; but at once where no more should be given.
     """
 
-    def __init__(self, digest, size=None, what=None):
-        self.digest, self.size = digest, size
-        self.what = what or "blob " + str(digest)
-        self.received = 0
-        self._hash = hashlib.new(digest.algorithm)
+    def __init__(self, consume, check=go_on):
+        self._consume, self._check = consume, check
+        self._early, self._room = [], STAGE_DIRECT  # kept for want of a thread so far
+        self._queue = self._thread = self._result = self._error = None
+        self._given_up = False
 
-    def update(self, data):
-        """Takes the next bytes; raises SizeMismatch as soon as there are too many."""
-        self.received += len(data)
-        if self.size is not None and self.received > self.size:
-            raise SizeMismatch(self.what, self.size, self.received)
-        self._hash.update(data)
+    def check(self):
+        """The `check` of what runs apart: nobody waits for it any more, or as ours."""
+        if self._given_up:
+            raise Cancelled("cancelled")
+        self._check()
+
+    def put(self, data):
+        """Gives the next chunk."""
+        self._room -= len(data)
+        if self._room > 0:
+            return self._early.append(data)
+        if self._thread is None:
+            import queue
+            self._queue = queue.Queue(STAGE_DEPTH)
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        if self._error is not None and (
+                not isinstance(self._error, ImagecError)
+                or isinstance(self._error, (LimitExceeded, TransportError))):
+            raise self._error
+        self._queue.put(data)
+
+    def _chunks(self):
+        while self._early:
+            yield self._early.pop(0)
+        if self._queue is not None:
+            yield from iter(self._queue.get, None)
+
+    def _run(self):
+        chunks = self._chunks()
+        try:
+            self._result = self._consume(chunks, self.check)
+        except BaseException as error:  # carried to the thread that feeds us
+            self._error = error
+        for _ in chunks:  # only drained, so that nobody waits for room
+            pass
 
     def finish(self):
-        """Raises SizeMismatch or DigestMismatch unless what passed is the blob."""
-        if self.size is not None and self.received != self.size:
-            raise SizeMismatch(self.what, self.size, self.received)
-        actual = Digest(self.digest.algorithm, self._hash.hexdigest())
-        if actual != self.digest:
-            raise DigestMismatch(self.what, self.digest, actual)
+        """Everything has been given: what `consume` made of it."""
+        if self._thread is None:
+            self._run()
+        self._stop()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
-    def read(self, file, check=go_on):
-        """Takes what comes next in a binary file for the blob; raises as `finish`."""
-        for data in pieces(file, self.size, check):
-            self.update(data)
-        self.finish()
+    def _stop(self):
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self._given_up = True
+        self._stop()
 
 
 class _Gzip:
@@ -1573,15 +1643,6 @@ class _Gzip:
         data = inflate.decompress(inflate.unconsumed_tail + data, limit)
         self.eof, self.unused_data = inflate.eof, inflate.unused_data
         self.needs_input = not inflate.unconsumed_tail
-        return data
-
-
-class _Stored:
-    """The decompressor of what is not compressed."""
-
-    eof, needs_input, unused_data = False, True, b""
-
-    def decompress(self, data, limit):
         return data
 
 
@@ -1607,7 +1668,7 @@ _CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
     (rb"BZh", "bzip2", _bzip2),
     (rb"\xfd7zXZ\x00", "xz", _xz),
     (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd", _zstd),
-    (rb"", "tar", _Stored),
+    (rb"", "tar", None),
 )
 
 
@@ -1616,218 +1677,119 @@ def _codec(head):
     return next(row[1:] for row in _CODECS if re.match(row[0], head))
 
 
-class _Members:
-    """Unpacks a stream of compressed members or frames, one after the other, to `sink`.
-
-    Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
-    new member are an error, for another tool would read them otherwise.
-    """
-
-    def __init__(self, sink, name, opener, what):
-        self._sink, self._name, self._opener, self._what = sink, name, opener, what
-        self._member = opener()
-
-    def update(self, data):
-        """Takes the next bytes of the stream."""
-        view = memoryview(data)
-        for start in range(0, len(view), INFLATE_SLICE):
-            self._feed(bytes(view[start:start + INFLATE_SLICE]))
-
-    def _feed(self, data):
-        while data:
-            if self._member is None:
-                if self._name in ("gzip", "xz"):
-                    data = data.lstrip(b"\0")
-                if not data:
-                    return
-                self._member = self._opener()
-            self._unpack(data)
-            while not (self._member.eof or self._member.needs_input):
-                self._unpack(b"")
-            data = b""
-            if self._member.eof:
-                data, self._member = self._member.unused_data, None
-
-    def _unpack(self, data):
-        try:
-            data = self._member.decompress(data, CHUNK)
-        except Exception as error:  # each codec has errors of its own
-            raise InvalidDocument("%s: corrupt %s data: %s"
-                                  % (self._what, self._name, error)) from None
-        if data:
-            self._sink.update(data)
-
-    def finish(self):
-        """Raises InvalidDocument where the last member is cut short."""
-        if not (self._member is None or self._opener is _Stored):
-            raise InvalidDocument("%s: truncated %s data" % (self._what, self._name))
-
-    def abort(self):
-        """Nothing to give back."""
-
-
-def _zstd_parts():
-    """Yields how many bytes each part of a zstd stream has, and is sent the first four
-    of them (RFC 8878, 3.1). Raises ValueError where no frame begins.
-    """
-    while True:
-        magic = yield 4
-        if re.fullmatch(rb"[\x50-\x5f]\x2a\x4d\x18", magic):
-            yield struct.unpack("<I", (yield 4))[0]
-            continue
-        if magic != b"\x28\xb5\x2f\xfd":
-            raise ValueError("no frame begins with %s" % magic.hex())
-        flags = (yield 1)[0]
-        single = flags >> 5 & 1
-        yield 1 - single + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        last = 0
-        while not last:
-            block = int.from_bytes((yield 3), "little")
-            last = block & 1
-            yield 1 if block >> 1 & 3 == 1 else block >> 3
-        yield 4 * (flags >> 2 & 1)
-
-
-class _ZstdFrames:
-    """Sees that a stream has zstd frames only: the program unpacks gzip and xz too."""
-
-    def __init__(self):
-        self._parts = _zstd_parts()
-        self._left, self._first = next(self._parts), b""
-
-    def update(self, data):
-        """Takes the next bytes; raises ValueError where they begin no frame."""
-        view = memoryview(data)
-        while view or not self._left:
-            if not self._left:
-                self._left, self._first = self._parts.send(self._first), b""
-            passed = view[:self._left]
-            self._first += bytes(passed[:4 - len(self._first)])
-            self._left -= len(passed)
-            view = view[len(passed):]
-
-
-class _ZstdProgram:
-    """Unpacks zstd by the `zstd` program, where Python has no `compression.zstd`."""
-
-    def __init__(self, sink, what):
-        import shutil
-        import subprocess
-        program = shutil.which("zstd")
-        if program is None or not os.path.isabs(program):
-            raise Unsupported("%s is compressed with zstd, which this Python cannot "
-                              "unpack" % what,
-                              hint="install the zstd program, or use Python 3.14")
-        self._what, self._sink, self._error = what, sink, None
-        self._frames = _ZstdFrames()
-        self._process = subprocess.Popen(
-            [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self._reader = threading.Thread(target=self._drain, daemon=True)
-        self._reader.start()
-
-    def _drain(self):
-        try:
-            for data in iter(lambda: self._process.stdout.read1(CHUNK), b""):
-                self._sink.update(data)
-        except BaseException as error:  # carried to the thread that feeds us
-            self._error = error
-            self._process.kill()
-
-    def update(self, data):
-        """Takes the next bytes of the stream."""
-        try:
-            self._frames.update(data)
-            self._process.stdin.write(data)
-        except ValueError as error:
-            raise InvalidDocument("%s: corrupt zstd data: %s"
-                                  % (self._what, error)) from None
-        except OSError:
-            self.finish()
-
-    def finish(self):
-        """Raises InvalidDocument where the stream is corrupt or cut short."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._reader.join()
-        words = self._process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
-        self.abort()
-        if self._error is not None:
-            raise self._error
-        if self._process.returncode:
-            raise InvalidDocument("%s: corrupt zstd data: %s"
-                                  % (self._what, words.strip() or "zstd failed"))
-
-    def abort(self):
-        """Ends the program."""
-        if self._process.poll() is None and self._reader.is_alive():
-            self._process.kill()
-        self._reader.join()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-
-class _Unpacker:
-    """A layer blob's bytes in, its tar's out to `sink`; what it is, magic tells."""
-
-    def __init__(self, sink, what):
-        self._sink, self._what = sink, what
-        self._head = b""
-        self._stream = None
-
-    def update(self, data):
-        """Takes the next bytes of the blob."""
-        if self._stream is not None:
-            return self._stream.update(data)
-        self._head += bytes(data)
-        if len(self._head) >= _MAGIC_LENGTH:
-            self._begin()
-
-    def _begin(self):
-        name, opener = _codec(self._head)
-        try:
-            self._stream = _Members(self._sink, name, opener, self._what)
-        except ImportError:
-            if name != "zstd":
-                raise Unsupported("%s is compressed with %s, which this Python was "
-                                  "built without" % (self._what, name)) from None
-            self._stream = _ZstdProgram(self._sink, self._what)
-        self._stream.update(self._head)
-
-    def finish(self):
-        """Raises InvalidDocument where the stream is cut short."""
-        if self._stream is None:
-            self._begin()
-        self._stream.finish()
-
-    def abort(self):
-        """Gives back what the codec holds."""
-        if self._stream is not None:
-            self._stream.abort()
-
-
 def codec_of(path):
     """The name of what the file at `path` is compressed with, "tar" for nothing."""
     with open(path, "rb") as file:
         return _codec(file.read(_MAGIC_LENGTH))[0]
 
 
-def pour(path, write, check=go_on):
-    """Unpacks the layer blob at `path` into `write(bytes)`; raises InvalidDocument."""
-    def put(data):
-        check()
-        write(data)
+def inflated(chunks, what):
+    """Yields the tar in a layer's blob; what it is packed with, magic tells.
 
-    unpacker = _Unpacker(_Sink(put), path)
+    Raises InvalidDocument, Unsupported.
+    """
+    chunks, head = iter(chunks), b""
+    for data in chunks:
+        head += data
+        if len(head) >= _MAGIC_LENGTH:
+            break
+    name, opener = _codec(head)
+    chunks = itertools.chain([head], chunks)
     try:
-        with open(path, "rb") as file:
-            for data in pieces(file):
-                unpacker.update(data)
-        unpacker.finish()
+        member = opener and opener()
+    except ImportError:
+        if name != "zstd":
+            raise Unsupported("%s is compressed with %s, which this Python was built "
+                              "without" % (what, name)) from None
+        chunks = _zstd_program(chunks, what)
+        opener = None
+    yield from chunks if opener is None else _streams(chunks, name, opener, member,
+                                                      what)
+
+
+def _streams(chunks, name, opener, member, what):
+    """Yields what a stream of compressed members or frames holds, one after the other.
+
+    Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
+    new member are an error, for another tool would read them otherwise.
+    """
+    for chunk in chunks:
+        for at in range(0, len(chunk), INFLATE_SLICE):
+            data = bytes(chunk[at:at + INFLATE_SLICE])
+            while data:
+                if member is None:
+                    data = data.lstrip(b"\0") if name in ("gzip", "xz") else data
+                    if not data:
+                        break
+                    member = opener()
+                yield from _decompressed(member, data, name, what)
+                data = b""
+                if member.eof:
+                    data, member = member.unused_data, None
+    if member is not None:
+        raise InvalidDocument("%s: truncated %s data" % (what, name))
+
+
+def _decompressed(member, data, name, what):
+    """Yields what a decompressor makes of `data`, at most CHUNK bytes at once."""
+    while True:
+        try:
+            made = member.decompress(data, CHUNK)
+        except Exception as error:  # each codec has errors of its own
+            raise InvalidDocument("%s: corrupt %s data: %s"
+                                  % (what, name, error)) from None
+        if made:
+            yield made
+        if member.eof or member.needs_input:
+            return
+        data = b""
+
+
+def _zstd_program(chunks, what):
+    """Yields what the `zstd` program unpacks, where Python has no `compression.zstd`.
+
+    It takes gzip and xz behind a frame for what they are; the diffID decides.
+    """
+    import shutil
+    import subprocess
+    program = shutil.which("zstd")
+    if program is None or not os.path.isabs(program):
+        raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
+                          % what, hint="install the zstd program, or use Python 3.14")
+    process = subprocess.Popen(
+        [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    errors = []
+
+    def feed():
+        try:
+            with process.stdin:
+                for data in chunks:
+                    process.stdin.write(data)
+        except OSError:
+            pass  # it has ended, and says why
+        except BaseException as error:  # carried to who draws from us
+            errors.append(error)
+            process.kill()
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    try:
+        yield from iter(lambda: process.stdout.read1(CHUNK), b"")
+        feeder.join()
+        words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
+        if errors:
+            raise errors[0]
+        if process.wait():
+            raise InvalidDocument("%s: corrupt zstd data: %s"
+                                  % (what, words.strip() or "zstd failed"))
     finally:
-        unpacker.abort()
+        if process.poll() is None:
+            process.kill()
+        feeder.join()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 class Entry(NamedTuple):
@@ -1835,8 +1797,7 @@ class Entry(NamedTuple):
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
     logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
-    `device` is (major, minor); `sparse` is where a sparse file has data, as (offset,
-    length) pairs, or None.
+    `device` is (major, minor).
     """
 
     path: bytes
@@ -1849,7 +1810,6 @@ class Entry(NamedTuple):
     link: bytes = b""
     device: Tuple[int, int] = (0, 0)
     xattrs: Tuple[Tuple[bytes, bytes], ...] = ()
-    sparse: Optional[tuple] = None
 
 
 #: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version, owner,
@@ -1958,102 +1918,107 @@ def _pax_records(data):
         place = end
 
 
-class TarWalker:
-    """Walks a tar as its bytes pass and adds up what its members hold.
+class Tar:
+    """The members of a tar, drawn from its `chunks`, each with its data.
 
-    tarfile is not used: it ends without a word at a broken header, so that whatever
-    follows is lost (seen on 3.6 to 3.13), and with small files it was most of the work.
-    `size` is the sum of the logical sizes in the headers, in bytes; `members` counts;
-    `offset` is how many bytes have passed, those after the end left out.
-    A `visitor`, if given, hears `entry(Entry)`, then `data(bytes)` of what is stored
-    for it, `finish()` after the last, and `abort()` when no more will come. Members may
-    not hold more than `limit` bytes, holes included.
+        for entry, data in Tar(chunks, what): ...
+
+    `data` yields what is stored for the Entry, as bytes-likes, and for each hole of a
+    sparse file how many bytes it is long, as an int; it need not be drawn. The tar is
+    read to its end marker; what is behind stays in `chunks`. tarfile is not used: it
+    ends without a word at a broken header, so that whatever follows is lost (seen on
+    3.6 to 3.13), and with small files it was most of the work. So far, `size` is the
+    sum of the logical sizes in the headers, in bytes, `members` counts, `offset` is how
+    many bytes were read; `sparse` tells of the last member. Members may not hold more
+    than `limit` bytes, holes included. Raises InvalidDocument, LimitExceeded, TooLarge.
     """
 
-    def __init__(self, what, visitor=None, limit=LAYER_SIZE_LIMIT):
-        self._what, self._visitor, self._limit = what, visitor, limit
+    def __init__(self, chunks, what, limit=LAYER_SIZE_LIMIT):
+        self._chunks, self._what, self._limit = iter(chunks), what, limit
         self.size = self.members = self.offset = 0
-        self._block = bytearray()  # of the header or extension being collected
-        self._want = TAR_BLOCK
-        self._data = self._skip = 0  # bytes of data, then of padding, still to pass
-        self._take = self._header  # what the block collected is for
+        self.sparse = False
+        self._view = memoryview(b"")  # of the chunk that is being read
+        self._left = 0  # bytes of the member still to come, padding included
         self._pax = {}  # extended header for the next member
         self._long = {}  # GNU long name (L) and link (K) for the next member
-        self._zeros = 0
 
-    def update(self, data):
-        """Takes the next bytes; raises InvalidDocument where they are no tar."""
-        view, at = memoryview(data), 0
-        while at < len(view) and self._zeros < 2:
-            left = len(view) - at
-            if self._data:
-                left = min(self._data, left)
-                self._data -= left
-                if self._visitor is not None:
-                    self._visitor.data(view[at:at + left])
-            elif self._skip:
-                left = min(self._skip, left)
-                self._skip -= left
-            else:
-                left = min(self._want - len(self._block), left)
-                self._block += view[at:at + left]
-            at += left
-            self.offset += left
-            if len(self._block) == self._want:
-                block, self._block = bytes(self._block), bytearray()
-                self._want = TAR_BLOCK
-                self._read(block)
-
-    def finish(self):
-        """Raises InvalidDocument where the tar ends in the middle of a member."""
-        if self._zeros < 2 and (self._data or self._skip or self._block or self._pax
-                                or self._long or self._take != self._header):
-            raise InvalidDocument("%s: the tar in it is cut short" % self._what)
-
-    def _read(self, block):
-        take, self._take = self._take, self._header
+    def __iter__(self):
         try:
-            take(block)
+            yield from self._walk()
         except ValueError as error:
+            if isinstance(error, ImagecError):  # a UsageError is one, too
+                raise
             raise InvalidDocument("%s: not a valid tar after %d members: %s"
                                   % (self._what, self.members, error)) from None
 
     # What is called from here on raises ValueError for what is malformed.
 
-    def _header(self, block):
-        if not block.strip(b"\0"):
-            if self._pax or self._long:
-                raise ValueError("an extended header of no member")
-            self._zeros += 1
-            return
-        if self._zeros:
-            raise ValueError("data after a zero block")
-        header = _Header.parse(block)
-        if header.size < 0:
-            raise ValueError("a negative size")
-        if header.type in b"xXgLK":
-            self._extension(header)
-        else:
-            self._member(header, block)
+    def _walk(self):
+        zeros = 0
+        while zeros < 2 and self._more():
+            block = self._take(TAR_BLOCK)
+            if not block.strip(b"\0"):
+                if self._pax or self._long:
+                    raise ValueError("an extended header of no member")
+                zeros += 1
+                continue
+            if zeros:
+                raise ValueError("data after a zero block")
+            header = _Header.parse(block)
+            if header.size < 0:
+                raise ValueError("a negative size")
+            if header.type in b"xXgLK":
+                self._extension(header)
+            else:
+                yield self._member(header, block)
+                for _ in self._draw(self._left):
+                    pass
+        if self._pax or self._long:
+            self._cut()
+
+    def _cut(self):
+        raise InvalidDocument("%s: the tar in it is cut short" % self._what)
+
+    def _more(self):
+        """Whether anything is left."""
+        while not self._view:
+            data = next(self._chunks, None)
+            if data is None:
+                return False
+            self._view = memoryview(data)
+        return True
+
+    def _draw(self, count):
+        """Yields the next `count` bytes in pieces."""
+        while count:
+            if not self._more():
+                self._cut()
+            piece, self._view = self._view[:count], self._view[count:]
+            count -= len(piece)
+            self._left -= len(piece)
+            self.offset += len(piece)
+            yield piece
+
+    def _take(self, count):
+        if len(self._view) < count:
+            return b"".join(self._draw(count))
+        block, self._view = bytes(self._view[:count]), self._view[count:]
+        self._left -= count
+        self.offset += count
+        return block
 
     def _extension(self, header):
-        if header.size > TAR_EXTENSION_LIMIT:
-            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
-                                "%d" % (self._what, header.size, TAR_EXTENSION_LIMIT))
         kind, size = header.type, header.size
+        if size > TAR_EXTENSION_LIMIT:
+            raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
+                                "%d" % (self._what, size, TAR_EXTENSION_LIMIT))
         if kind in b"xX" and self._pax:
             raise ValueError("two extended headers of one member")
-
-        def take(block):
-            if kind in b"LK":
-                self._long[kind] = block[:size].partition(b"\0")[0]
-            else:
-                self._records(block[:size], kind == b"g")
-
-        if size:
-            self._want, self._take = -(-size // TAR_BLOCK) * TAR_BLOCK, take
+        data = self._take(size + -size % TAR_BLOCK)[:size]
+        if kind in b"LK":
+            self._long[kind] = data.partition(b"\0")[0]
         else:
-            take(b"")
+            self._records(data, kind == b"g")
 
     def _records(self, data, everywhere):
         """The records of a pax header, for the next member or `everywhere`."""
@@ -2075,112 +2040,101 @@ class TarWalker:
         return default if key not in self._pax else _pax_number(self._pax[key], key)
 
     def _member(self, header, block):
-        """A member proper: its logical size counts, its stored bytes follow."""
+        """(Entry, data) of a member proper: its logical size counts."""
         stored = self._number(b"size", header.size)
-        logical = self._number(b"GNU.sparse.realsize",
-                               self._number(b"GNU.sparse.size", stored))
-        sparse = _pax_sparse(self._pax, logical) if self._pax else None
+        size = self._number(b"GNU.sparse.realsize",
+                            self._number(b"GNU.sparse.size", stored))
+        sparse = _pax_sparse(self._pax, size) if self._pax else None
         kind = _KINDS.get(header.type)
-        name = self._name(header)
-        if header.type == b"\0" and name.endswith(b"/"):
-            kind = "dir"
+        entry = self._entry(header, kind or "unknown")
+        if header.type == b"\0" and entry.path.endswith(b"/"):
+            kind, entry = "dir", entry._replace(kind="dir")
         if header.type == b"S":
-            logical = _tar_number(block[483:495])
-            if logical < 0:
+            size = _tar_number(block[483:495])
+            if size < 0:
                 raise ValueError("a negative size")
         if kind not in ("file", None):
-            stored = logical = 0  # POSIX: no data follows, whatever the header says
+            stored = size = 0  # POSIX: no data follows, whatever the header says
         self.members += 1
-        self.size += logical
+        self.size += size
         if self.size > self._limit:  # which a sparse file reaches in a few bytes
             raise TooLarge("%s holds files of more than the limit of %d bytes"
                            % (self._what, self._limit),
                            hint="raise it with --max-layer-size")
-        entry = None
-        if self._visitor is not None:
-            entry = self._entry(header, name, kind or "unknown", logical, sparse)
         self._pax, self._long = {}, {}
         if header.type == b"S":
-            self._old_sparse(block[386:482], block[482], [], entry, stored)
-        else:
-            self._begin(entry, stored)
+            sparse = self._old_sparse(block, size)
+        self._left = stored + -stored % TAR_BLOCK
+        if sparse == "inline":
+            sparse, stored = self._inline_sparse(stored, size)
+        if sparse is not None and stored != sum(length for _, length in sparse):
+            raise ValueError("a sparse map that does not fit the data")
+        self.sparse = sparse is not None
+        return entry._replace(size=size), (
+            self._spread(sparse, size) if self.sparse else self._draw(stored))
 
-    def _begin(self, entry, stored):
-        """The member's data comes next; 1.0 sparse files begin it with their map."""
-        self._skip = -stored % TAR_BLOCK
-        if entry is not None and entry.sparse == "inline":
-            if stored < TAR_BLOCK:
-                raise ValueError("a sparse file without a map")
-            return self._inline_sparse(entry, stored, b"", [])
-        self._data = stored
-        if entry is not None:
-            if entry.sparse is not None and stored != sum(
-                    length for _, length in entry.sparse):
-                raise ValueError("a sparse map that does not fit the data")
-            self._visitor.entry(entry)
+    def _spread(self, sparse, size):
+        """Yields the data of a sparse file, and the numbers of bytes between it."""
+        at = 0
+        for offset, length in sparse + ((size, 0),):
+            if offset > at:
+                yield offset - at
+            yield from self._draw(length)
+            at = offset + length
 
-    def _old_sparse(self, table, more, pairs, entry, stored):
+    def _old_sparse(self, block, size):
         """Old GNU sparse: four entries in the header, 21 in each block that follows.
 
-        `pairs` are those so far; the first that begins with a NUL ends a table.
+        The first that begins with a NUL ends a table.
         """
-        for at in range(0, len(table), 24):
-            if not (table[at] and table[at + 12]):
-                if more:  # GNU tar would stop here, others read on
-                    raise ValueError("a sparse map that ends before its end")
-                break
-            pairs.append((_tar_number(table[at:at + 12]),
-                          _tar_number(table[at + 12:at + 24])))
-        if len(pairs) > TAR_EXTENSION_LIMIT // 24:
-            raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
-        if more:
-            self._take = lambda block: self._old_sparse(block[:504], block[504], pairs,
-                                                        entry, stored)
-        else:
-            self._begin(entry and entry._replace(sparse=_sparse_map(pairs, entry.size)),
-                        stored)
+        table, more, pairs = block[386:482], block[482], []
+        while True:
+            for at in range(0, len(table), 24):
+                if not (table[at] and table[at + 12]):
+                    if more:  # GNU tar would stop here, others read on
+                        raise ValueError("a sparse map that ends before its end")
+                    break
+                pairs.append((_tar_number(table[at:at + 12]),
+                              _tar_number(table[at + 12:at + 24])))
+            if len(pairs) > TAR_EXTENSION_LIMIT // 24:
+                raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
+            if not more:
+                return _sparse_map(pairs, size)
+            block = self._take(TAR_BLOCK)
+            table, more = block[:504], block[504]
 
-    def _inline_sparse(self, entry, stored, rest, numbers):
-        """GNU sparse 1.0: decimal lines before the data, padded to a block.
+    def _inline_sparse(self, stored, size):
+        """GNU sparse 1.0: (map, bytes of data behind it).
 
-        `numbers` are those of the lines so far, `rest` is the line that goes on.
+        It stands before the data as decimal lines, padded to a block.
         """
-        def take(block):
-            *lines, left = (rest + block).split(b"\n")
+        numbers, rest = [], b""
+        while not numbers or len(numbers) <= 2 * numbers[0]:
+            if stored < TAR_BLOCK or len(rest) > NUMBER_LIMIT or (
+                    len(numbers) > TAR_EXTENSION_LIMIT // 8):
+                raise ValueError("a sparse map that does not end")
+            *lines, rest = (rest + self._take(TAR_BLOCK)).split(b"\n")
+            stored -= TAR_BLOCK
             for line in lines:
                 if not numbers or len(numbers) <= 2 * numbers[0]:
                     numbers.append(_pax_number(line, b"GNU.sparse.map"))
-            if not numbers or len(numbers) <= 2 * numbers[0]:
-                return self._inline_sparse(entry, stored - TAR_BLOCK, left, numbers)
-            pairs = _sparse_map(zip(numbers[1::2], numbers[2::2]), entry.size)
-            self._begin(entry._replace(sparse=pairs), stored - TAR_BLOCK)
+        return _sparse_map(zip(numbers[1::2], numbers[2::2]), size), stored
 
-        if stored < TAR_BLOCK or len(rest) > NUMBER_LIMIT or (
-                len(numbers) > TAR_EXTENSION_LIMIT // 8):
-            raise ValueError("a sparse map that does not end")
-        self._take, self._data, self._skip = take, 0, 0
-
-    def _name(self, header):
-        """The name of a member, by its header and the extensions before it."""
-        if b"L" in self._long and b"path" in self._pax or (
-                b"K" in self._long and b"linkpath" in self._pax):
+    def _entry(self, header, kind):
+        """The Entry of a header and the extensions before it; its size comes later."""
+        pax, long = self._pax, self._long
+        if b"L" in long and b"path" in pax or b"K" in long and b"linkpath" in pax:
             raise ValueError("a name by GNU's header and another by pax")
-        return self._pax.get(b"GNU.sparse.name", self._pax.get(
-            b"path", self._long.get(b"L", header.name)))
-
-    def _entry(self, header, name, kind, size, sparse):
-        """The Entry of a header and the extensions before it."""
-        link = self._pax.get(b"linkpath", self._long.get(b"K", header.link))
-        if b"\0" in name + link:
-            raise ValueError("a name with a NUL byte")
-        xattrs = tuple(sorted(
-            (key[len(_XATTR):], value) for key, value in self._pax.items()
-            if type(key) is bytes and key.startswith(_XATTR)))
-        return Entry(name, kind, size, header.mode & 0o7777,
+        name = pax.get(b"GNU.sparse.name", pax.get(
+            b"path", long.get(b"L", header.name)))
+        link = pax.get(b"linkpath", long.get(b"K", header.link))
+        xattrs = tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
+                              if type(key) is bytes and key.startswith(_XATTR)))
+        return Entry(name, kind, 0, header.mode & 0o7777,
                      self._number(b"uid", max(header.uid, 0)),
                      self._number(b"gid", max(header.gid, 0)),
-                     _nanoseconds(header.mtime, self._pax.get(b"mtime")), link,
-                     header.device, xattrs, sparse)
+                     _nanoseconds(header.mtime, pax.get(b"mtime")), link, header.device,
+                     xattrs)
 
 
 def _sparse_map(pairs, size):
@@ -2240,137 +2194,71 @@ class Unpacked(NamedTuple):
     bytes: int
 
 
-class Stage:
-    """Runs a push-style consumer in a thread of its own, a few pieces behind.
+def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=None, apart=True,
+           check=go_on):
+    """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
 
-    zlib, hashlib and sockets release the interpreter lock, so stages of one layer
-    really run side by side; the short queue keeps memory flat. The first pieces are
-    handed over directly: what ends there needs no thread. All are unless `apart`.
+    `visit(Tar)` may draw its members. `apart` tells to hash what is unpacked in another
+    thread than the one that unpacks: sooner done, but a burden where cores are few.
+    Raises InvalidDocument, LimitExceeded, TooLarge, Unsupported.
     """
-
-    def __init__(self, consumer, apart=True):
-        self._consumer = consumer
-        # Bytes still to be handed over directly.
-        self._direct = STAGE_DIRECT if apart else float("inf")
-        self._queue = self._thread = self._error = None
-
-    def update(self, data):
-        """Takes the next bytes; raises what earlier ones made the consumer raise."""
-        if self._direct > 0:
-            self._direct -= len(data)
-            return self._consumer.update(data)
-        if self._thread is None:
-            import queue
-            self._queue = queue.Queue(STAGE_DEPTH)
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        if self._error is not None:
-            raise self._error
-        self._queue.put(bytes(data))  # the caller may use its buffer again
-
-    def _run(self):
-        for data in iter(self._queue.get, None):
-            if self._error is None:  # else only drained, so that nobody waits for room
-                try:
-                    self._consumer.update(data)
-                except BaseException as error:  # carried to the thread that feeds us
-                    self._error = error
-
-    def stop(self):
-        """Waits until everything has passed."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._queue.put(None)
-            thread.join()
-            self._direct = float("inf")
-
-    def finish(self):
-        """Everything has been given: the consumer's `finish`."""
-        self.stop()
-        if self._error is not None:
-            raise self._error
-        return self._consumer.finish()
-
-    def abort(self):
-        """Gives up what has not passed yet."""
-        if self._error is None:
-            self._error = Cancelled("cancelled")
-        self.stop()
+    with contextlib.closing(inflated(chunks, what)) as tar:
+        if not apart:
+            return _read_tar(tar, what, limit, visit, check)
+        with Apart(lambda given, check: _read_tar(given, what, limit, visit, check),
+                   check) as reader:
+            for data in tar:
+                reader.put(data)
+            return reader.finish()
 
 
-class LayerVerifier:
-    """Unpacks a layer as its blob's bytes pass, to learn its diffID and size.
+def _read_tar(chunks, what, limit, visit, check):
+    count, hashing = 0, hashlib.sha256()
 
-    Memory stays flat whatever it unpacks to. For `visitor` see TarWalker. The verdict
-    comes with `finish`: a corrupt stream is reported there, so that a wrong blob digest
-    can be reported first. `apart` tells to hash what is unpacked in another thread than
-    the one that unpacks: sooner done, but a burden where cores are few. `check` raises
-    where work should not go on: few bytes may unpack to many.
+    def counted():
+        nonlocal count
+        for data in chunks:
+            check()  # here: few bytes may unpack to many
+            count += len(data)
+            if count > limit:
+                raise TooLarge("%s unpacks to more than the limit of %d bytes"
+                               % (what, limit), hint="raise it with --max-layer-size")
+            hashing.update(data)
+            yield data
+
+    given = counted()
+    tar = Tar(given, what, limit)
+    if visit is not None:
+        visit(tar)
+    else:
+        for _ in tar:
+            pass
+    for _ in given:  # what is behind its end counts, too
+        pass
+    return Unpacked(Digest("sha256", hashing.hexdigest()), tar.size, count)
+
+
+def prove(chunks, blob, unpack=None, diff_id=None, check=go_on):
+    """Draws `chunks`: (how many bytes, what `unpack(chunks, check)` gives, or None).
+
+    They come from a generator, which is closed in any case, must be the blob of the
+    Descriptor `blob`, and unpack to `diff_id` where that is not None. A wrong blob
+    digest is told before what it causes.
     """
-
-    def __init__(self, what="layer", limit=LAYER_SIZE_LIMIT, visitor=None, apart=True,
-                 check=go_on):
-        self._what, self._limit, self._check = what, limit, check
-        self._hash = hashlib.sha256()
-        self._visitor = visitor
-        self._walker = TarWalker(what, visitor, limit)
-        self._bytes = 0
-        self._error = None
-        self._tail = Stage(_Sink(self._take, lambda: None), apart)
-        self._unpacker = _Unpacker(self._tail, what)
-        self._head = Stage(self._unpacker)
-
-    def _take(self, data):
-        self._check()
-        self._bytes += len(data)
-        if self._bytes > self._limit:
-            raise TooLarge("%s unpacks to more than the limit of %d bytes"
-                           % (self._what, self._limit),
-                           hint="raise it with --max-layer-size")
-        self._hash.update(data)
-        self._walker.update(data)
-
-    def update(self, data):
-        """Takes the next bytes of the blob; raises LimitExceeded, and as `check`."""
-        if self._error is None:
-            try:
-                self._head.update(data)
-            except (LimitExceeded, TransportError):
-                raise
-            except ImagecError as error:
-                self._error = error
-
-    def finish(self):
-        """The Unpacked; raises InvalidDocument, LimitExceeded, Unsupported."""
-        if self._error is not None:
-            raise self._error
-        self._head.finish()
-        self._tail.finish()
-        self._walker.finish()
-        if self._visitor is not None:
-            self._visitor.finish()
-        return Unpacked(Digest("sha256", self._hash.hexdigest()), self._walker.size,
-                        self._bytes)
-
-    def abort(self):
-        """Gives up; may be called at any time."""
-        self._check = _cancelled  # what is in the middle of a piece, too
-        self._head.abort()
-        self._tail.abort()
-        self._unpacker.abort()
-        if self._visitor is not None:
-            self._visitor.abort()
-
-
-def _cancelled():
-    raise Cancelled("cancelled")
-
-
-class _Sink(NamedTuple):
-    """Functions in the shape of a push-style consumer."""
-
-    update: object
-    finish: object = None
+    what, size = "layer " + str(blob.digest), 0
+    with contextlib.closing(chunks):
+        chunks = proved(chunks, blob.digest, blob.size, what)
+        if unpack is None:
+            return sum(map(len, chunks)), None
+        with Apart(unpack, check) as unpacking:
+            for data in chunks:
+                size += len(data)
+                unpacking.put(data)
+            unpacked = unpacking.finish()
+    if diff_id is not None and unpacked.diff_id != diff_id:
+        raise DigestMismatch(what + " unpacked (diffID)", diff_id, unpacked.diff_id,
+                             "the config and the layer disagree")
+    return size, unpacked
 
 
 # --------------------------------------------------------------------------------------
@@ -4329,13 +4217,8 @@ class Registry(Endpoint):
 
         def fetch():
             with self.open_blob(repository, descriptor) as response:
-                verifier = BlobVerifier(descriptor.digest, descriptor.size, what)
-                body = bytearray()
-                for chunk in response.chunks(16 * KIB):
-                    verifier.update(chunk)
-                    body += chunk
-                verifier.finish()
-                return bytes(body)
+                return b"".join(proved(response.chunks(16 * KIB), descriptor.digest,
+                                       descriptor.size, what))
 
         with naming(self.host):
             return ImageConfig.parse(self.transport.retrying(fetch), what)
@@ -4729,71 +4612,28 @@ class Fetched(NamedTuple):
     reused: bool
 
 
-class Proof:
-    """The running verification of one blob and, if asked for, of what it unpacks to."""
-
-    def __init__(self, blob, diff_id, unpack, limit=LAYER_SIZE_LIMIT, visitor=None,
-                 apart=True, check=go_on):
-        what = "layer " + str(blob.digest)
-        self._what, self._diff_id = what, diff_id
-        self._blob = BlobVerifier(blob.digest, blob.size, what)
-        self._layer = LayerVerifier(what, limit, visitor and visitor(), apart,
-                                    check) if unpack else None
-
-    @property
-    def received(self):
-        return self._blob.received
-
-    def update(self, data):
-        self._blob.update(data)
-        if self._layer is not None:
-            self._layer.update(data)
-
-    def finish(self):
-        """The Unpacked or None. A wrong blob digest is told before what it causes."""
-        self._blob.finish()
-        if self._layer is None:
-            return None
-        unpacked = self._layer.finish()
-        if self._diff_id is not None and unpacked.diff_id != self._diff_id:
-            raise DigestMismatch(self._what + " unpacked (diffID)", self._diff_id,
-                                 unpacked.diff_id, "the config and the layer disagree")
-        return unpacked
-
-    def abort(self):
-        if self._layer is not None:
-            self._layer.abort()
-
-
 class Download:
     """Fetches one blob from a Source to the file `path`; `run` does it.
 
     Where something else has that name, it keeps it, and the blob goes to `aside`, if
     that is not None: `path` tells where it is.
 
-    `diff_id` is what it must unpack to, None where that is not known; `unpack` whether
-    to look; `visitor` makes visitors of its members (see TarWalker), one for each
-    start. `durable` tells to flush it to disk before it has its name. `notify(Event)`
-    hears of progress. For `apart` see LayerVerifier. `known` is what a blob that is at
-    `path` already was seen to unpack to, None where it must be unpacked to tell; it is
-    believed only where it agrees with `diff_id` and `limit`.
+    `unpack(chunks, check)` looks into it, None where nobody has to, and it must unpack
+    to `diff_id` where that is not None (see prove). `durable` tells to flush it to disk
+    before it has its name. `notify(Event)` hears of progress. `known` is what a blob
+    that is there already was seen to unpack to, None where it must be unpacked to tell.
     """
 
-    def __init__(self, source, blob, path, unpack=False, diff_id=None,
-                 limit=LAYER_SIZE_LIMIT, notify=lambda event: None, visitor=None,
-                 durable=True, apart=True, known=None, aside=None):
+    def __init__(self, source, blob, path, unpack=None, diff_id=None,
+                 notify=lambda event: None, durable=True, known=None, aside=None):
         self._source, self._blob = source, blob
-        self._check = source.transport.check
-        self._notify, self._durable = notify, durable
         self.path, self._aside = path, aside
-        self._name = blob.digest.hex[:12]
-        self._known = known if known and known.diff_id == diff_id and (
-            max(known.size, known.bytes) <= limit) else None
-        self._new_proof = lambda known=None: Proof(
-            blob, diff_id, unpack and known is None, limit, visitor, apart,
-            self._check)
-        self._proof = self._place = None
-        self._resumed = self._again = False
+        self._unpack, self._diff_id, self._known = unpack, diff_id, known
+        self._notify, self._durable = notify, durable
+        self._check = source.transport.check
+        self._place = None  # where it is fetched from
+        self._ranges = True  # whether a Range may be asked for
+        self._resumed = False  # whether what an earlier try left is part of it
 
     def run(self):
         """The Fetched. Raises ImagecError and OSError, and leaves then no file `path`
@@ -4808,14 +4648,10 @@ class Download:
                 partial.discard()
                 return found
             try:
-                unpacked = self._receive(partial)
+                size, unpacked = self._receive(partial)
             except (VerificationError, InvalidDocument):
                 partial.discard()
                 raise
-            finally:
-                if self._proof is not None:
-                    self._proof.abort()
-            size = partial.size()
             self._tell("Verifying Checksum")
             if self._aside is not None and os.path.lexists(self.path):
                 self.path = partial.final = self._aside
@@ -4824,7 +4660,8 @@ class Download:
         return Fetched(size, unpacked, False)
 
     def _tell(self, status, current=None):
-        self._notify(Event(status, self._name, current, self._blob.size))
+        self._notify(Event(status, self._blob.digest.hex[:12], current,
+                           self._blob.size))
 
     def _existing(self):
         """The Fetched where a good blob is there already: a name proves nothing."""
@@ -4839,12 +4676,11 @@ class Download:
         if not os.path.isfile(path) or os.path.islink(path):
             return None
         self._tell("Verifying")
-        proof = self._new_proof(self._known)
         try:
-            with open(path, "rb") as file:
-                for data in pieces(file, check=self._check):
-                    proof.update(data)
-            unpacked = proof.finish() or self._known
+            region = Region(path, 0, os.path.getsize(path))
+            size, unpacked = prove(region.pieces(self._check), self._blob,
+                                   None if self._known else self._unpack,
+                                   self._diff_id, self._check)
         except FileNotFoundError:
             return None  # it has just been moved on
         except TooLarge:
@@ -4853,85 +4689,89 @@ class Download:
             log.warning("%s is corrupt, or another blob, and will be fetched again: %s",
                         path, error)
             return None
-        finally:
-            proof.abort()
         self._tell("Already exists")
-        return Fetched(proof.received, unpacked, True)
+        return Fetched(size, unpacked or self._known, True)
 
     def _receive(self, partial):
-        self._proof = self._new_proof()
-        self._take_up(partial)
-        budget = Budget(self._source.transport)
+        """(bytes, Unpacked or None) of the blob, when it is all in `partial`."""
+        again = False
+        if self._blob.size is not None and partial.size() > self._blob.size:
+            partial.truncate()
         while True:
-            before = self._proof.received
             try:
-                if before != self._blob.size or not before:
-                    self._pour(partial)
-                return self._proof.finish()
+                return prove(self._chunks(partial), self._blob, self._unpack,
+                             self._diff_id, self._check)
             except (VerificationError, InvalidDocument) as error:
                 # What an earlier try left may be to blame, once, or a mirror.
-                if self._resumed and not self._again:
-                    self._again = True
+                if self._resumed and not again:
+                    again = True
                 elif self._leave(error):
-                    self._again = False
+                    again = False
                 else:
                     raise
                 log.info("%s; starting over", error)
-                self._start_over(partial)
-            except ImagecError as error:
-                try:
-                    budget.spend(error, self._proof.received - before)
-                except ImagecError:
-                    if not self._leave(error):
-                        raise
-                    budget = Budget(self._source.transport)
+                partial.truncate()
 
     def _leave(self, error):
         """Whether the blob can be had from another place than the one that failed."""
         return self._place is not None and self._source.leave(self._place, error)
 
-    def _take_up(self, partial):
-        """Goes on from an earlier run: what it left is hashed again, not believed."""
-        if self._blob.size is not None and partial.size() > self._blob.size:
-            partial.truncate()
-        for data in partial.chunks():
+    def _chunks(self, partial):
+        """Yields the blob: what an earlier run left, then what the registry sends.
+
+        That is put behind it. Where it breaks off, tries again.
+        """
+        received = 0
+        for data in partial.chunks():  # hashed again, not believed
             self._check()
-            self._proof.update(data)
-        if self._proof.received:
-            self._resumed = True
-            self._tell("Resuming", self._proof.received)
+            received += len(data)
+            yield data
+        self._resumed = received > 0
+        if received:
+            self._tell("Resuming", received)
+        budget = Budget(self._source.transport)
+        while received != self._blob.size or not received:
+            before = received
+            try:
+                for data in self._rest(received):
+                    partial.write(data)
+                    if self._durable:
+                        partial.write_behind()
+                    received += len(data)
+                    self._tell("Downloading", received)
+                    yield data
+                return
+            except ImagecError as error:
+                try:
+                    budget.spend(error, received - before)
+                except ImagecError:
+                    if not self._leave(error):
+                        raise
+                    budget = Budget(self._source.transport)
+                self._resumed = received > 0
 
-    def _start_over(self, partial):
-        self._proof.abort()
-        self._proof = self._new_proof()
-        self._resumed = False
-        partial.truncate()
-
-    def _pour(self, partial):
-        """One try: the blob's rest from the registry, onto disk and into the proof."""
-        offset = self._proof.received
-        self._place, response = self._source.open_blob(self._blob, offset)
+    def _rest(self, offset):
+        """Yields the blob from `offset` on, in one try."""
+        asked, self._ranges = offset if self._ranges else 0, True
+        self._place, response = self._source.open_blob(self._blob, asked)
         with response:
-            if offset and not self._continues(response, offset):
-                self._start_over(partial)
-                if response.status != 200:
-                    raise TransportError(
-                        "%s: cannot go on at byte %d (HTTP %d, Content-Range %s)" % (
-                            response.place(), offset, response.status,
-                            printable(response.headers.get("Content-Range"), 60)),
-                        retryable=True)
-            self._resumed = self._proof.received > 0
-            for chunk in response.chunks():
-                self._proof.update(chunk)
-                partial.write(chunk)
-                if self._durable:
-                    partial.write_behind()
-                self._tell("Downloading", self._proof.received)
-            short = self._blob.size and self._proof.received < self._blob.size
-            if short and response.length is None:  # only the size tells it was cut
-                raise TransportError("%s ended at byte %d of %d" % (
-                    response.place(), self._proof.received, self._blob.size),
+            at = asked if asked and self._continues(response, asked) else 0
+            if response.status != 200 and at != asked:
+                self._ranges = False
+                raise TransportError(
+                    "%s: cannot go on at byte %d (HTTP %d, Content-Range %s)" % (
+                        response.place(), offset, response.status,
+                        printable(response.headers.get("Content-Range"), 60)),
                     retryable=True)
+            for chunk in response.chunks():
+                known = max(0, offset - at)  # bytes of it that are here already
+                at += len(chunk)
+                if known < len(chunk):
+                    yield chunk[known:]
+            # Where there is no length, only the size tells that it was cut.
+            if response.length is None and at < (self._blob.size or 0):
+                raise TransportError("%s ended at byte %d of %d" % (
+                    response.place(), at, self._blob.size), retryable=True)
 
     def _continues(self, response, offset):
         """Whether a 206 holds exactly the bytes from `offset` on (RFC 7233, 4.2)."""
@@ -5113,10 +4953,10 @@ class Census:
 class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
-    The visitor of a TarWalker. `directory` is emptied first; each file's data goes to a
-    file of its own in it. `entries` lists (Entry, its data or None); data is (this
-    store, where in it), small because there may be millions. `census` counts them for
-    the image, `what` is the layer.
+    `directory` is emptied first; each file's data goes to a file of its own in it.
+    `entries` lists (Entry, its data or None); data is (this store, where in it), small
+    because there may be millions. `census` counts them for the image, `what` is the
+    layer.
     """
 
     def __init__(self, directory, census=None, what="layer"):
@@ -5125,125 +4965,63 @@ class LayerStore:
         self._directory = directory
         self._census, self._what = census or Census(), what
         self.entries, self._names = [], 0
-        self._file = None  # what the member's data goes to
 
-    def entry(self, entry):
-        """A member begins."""
-        self._end()
-        number, data = len(self.entries), None
-        names = len(entry.path) + len(entry.link) + sum(
-            len(key) + len(value) for key, value in entry.xattrs)
-        self._census.add(1, names, self._what)
-        self._names += names
-        if entry.kind == "file" and entry.size:
-            data = self, self._begin(number, entry.size)
-            self._holes = [(0, entry.size)] if entry.sparse is None else list(
-                reversed(entry.sparse))
-            self._at = 0  # in the file, holes included
-        self.entries.append((entry._replace(sparse=None), data))
-
-    def data(self, data):
-        """What a member stores, holes left out."""
-        if self._file is None:
-            return
-        with naming_file(self._file.name):
-            while len(data) and self._holes:
-                offset, length = self._holes.pop()
-                self._zeros(offset)
-                piece = data[:length]
-                self._put(piece)
-                self._at += len(piece)
-                if len(piece) < length:
-                    self._holes.append((offset + len(piece), length - len(piece)))
-                data = data[len(piece):]
-
-    def _zeros(self, until):
-        if until > self._at:
-            self._skip(until - self._at)
-            self._at = until
-
-    def _end(self):
-        if self._file is not None:
-            with naming_file(self._file.name):
-                self._zeros(self.entries[-1][0].size)
-                self._whole()
-            self._file = None
-
-    def finish(self):
-        """The last member is whole."""
-        self._end()
-
-    def abort(self):
-        """No more will come."""
-        if self._file is not None:
-            self._file.close()
+    def visit(self, tar):
+        """Keeps the members of a Tar."""
+        for entry, data in tar:
+            number, place = len(self.entries), None
+            if b"\0" in entry.path + entry.link:
+                raise InvalidDocument("%s: a name with a NUL byte" % self._what)
+            names = len(entry.path) + len(entry.link) + sum(
+                len(key) + len(value) for key, value in entry.xattrs)
+            self._census.add(1, names, self._what)
+            self._names += names
+            if entry.kind == "file" and entry.size:
+                place = self, self._keep(number, entry.size, data)
+            self.entries.append((entry, place))
 
     def forget(self):
         """Another store takes its place."""
         self._census.add(-len(self.entries), -self._names, self._what)
 
-    # -- where the data goes
-
     def path(self, number):
         """The file that holds the data of member `number`, and nothing else."""
         return os.path.join(self._directory, str(number // 1000), str(number))
 
-    def _begin(self, number, _size):
-        """Makes a place for a member's data: where it is."""
+    def _keep(self, number, _size, data):
+        """Keeps a member's data: where it is."""
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._file = open(path, "xb", buffering=0)
+        with naming_file(path), open(path, "xb") as file:
+            for piece in data:
+                if type(piece) is int:  # a hole
+                    file.truncate(file.seek(piece, os.SEEK_CUR))
+                else:
+                    file.write(piece)
         return number
-
-    def _put(self, data):
-        view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view):]
-
-    def _skip(self, count):
-        """A hole: nothing is written."""
-        self._file.truncate(self._file.seek(count, os.SEEK_CUR))
-
-    def _whole(self):
-        """The member's data has passed."""
-        self._file.close()
 
 
 class LayerPack(LayerStore):
     """A LayerStore that keeps all data in one file, for making files costs most."""
 
-    def __init__(self, directory, census=None, what="layer"):
-        super().__init__(directory, census, what)
-        self._pack = open(os.path.join(directory, "data"), "xb", buffering=CHUNK)
-        self._size = 0
-
-    def open(self):
-        """The file that holds the data, each member's where its entry says."""
-        return open(self._pack.name, "rb", buffering=0)
-
-    def finish(self):
-        super().finish()
-        with naming_file(self._pack.name):
+    def visit(self, tar):
+        self._size, path = 0, self.path(None)
+        with naming_file(path), open(path, "xb", buffering=CHUNK) as self._pack:
+            super().visit(tar)
             self._pack.truncate(self._size)  # a hole may end it
-            self._pack.close()
 
-    def abort(self):
-        with contextlib.suppress(OSError):  # of what it still wanted to write
-            self._pack.close()
+    def path(self, _number):
+        """The file that holds the data, each member's where its entry says."""
+        return os.path.join(self._directory, "data")
 
-    def _begin(self, _number, size):
-        self._file, where = self._pack, self._size
-        self._size += size
+    def _keep(self, _number, size, data):
+        where, self._size = self._size, self._size + size
+        for piece in data:
+            if type(piece) is int:
+                self._pack.seek(piece, os.SEEK_CUR)
+            else:
+                self._pack.write(piece)
         return where
-
-    def _put(self, data):
-        self._pack.write(data)
-
-    def _skip(self, count):
-        self._pack.seek(count, os.SEEK_CUR)
-
-    def _whole(self):
-        """Another member's data may follow in the file."""
 
 
 class Node:
@@ -5630,7 +5408,8 @@ def write_tree_tar(tree, write):
                     if len(files) == OPEN_PACKS:
                         stack.close()
                         files.clear()
-                    files[pack] = stack.enter_context(pack.open())
+                    files[pack] = stack.enter_context(
+                        open(pack.path(None), "rb", buffering=0))
                 _copy_data(files[pack], where, entry.size, write, tree.check)
 
 
@@ -5851,7 +5630,7 @@ class Output:
         """The Unpacked of the layer's blob, as an earlier pull saw it, else None."""
 
     def visitor(self, layer):
-        """A maker of visitors (see TarWalker) for the layer's members, else None."""
+        """What is to draw the members of the layer's Tar (see unpack), else None."""
 
     def aside(self, layer):
         """Where the layer's blob waits while another has its blob_path, else None."""
@@ -6387,7 +6166,8 @@ def _holds(file, blob, check):
     if file.read(len(header)) != header:
         return False
     try:
-        BlobVerifier(blob.digest, blob.size).read(file, check)
+        for _ in proved(pieces(file, blob.size, check), blob.digest, blob.size):
+            pass
     except VerificationError:
         return False
     padding = -blob.size % TAR_BLOCK
@@ -6457,14 +6237,14 @@ class RootfsOutput(Output):
     def visitor(self, layer):
         digest = layer.blob.digest
 
-        def make():
+        def visit(tar):
             if digest in self._stores:  # of a try that failed
                 self._stores.pop(digest).forget()
-            self._stores[digest] = (LayerPack if self._tar else LayerStore)(
+            store = self._stores[digest] = (LayerPack if self._tar else LayerStore)(
                 os.path.join(self._staging, "layers", digest.hex), self._census,
                 "layer " + str(digest))
-            return self._stores[digest]
-        return make
+            store.visit(tar)
+        return visit
 
     def close(self, image):
         tree = Tree(self.check, self._census)
@@ -6534,7 +6314,10 @@ def recompress(path, blob, place, check=go_on):
             digest.update(data)
             partial.write(data)
 
-        pour(path, lambda data: write(deflate.compress(data)), check)
+        region = Region(path, 0, os.path.getsize(path))
+        for data in inflated(region.pieces(), path):
+            check()
+            write(deflate.compress(data))
         write(deflate.flush())
         kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
             DOCKER_LAYER)
@@ -6558,41 +6341,34 @@ OUTPUTS = {output.format: output for output in (
 class TarReader(Reader):
     """The members of a layout that is a tar, by their names as they stand in it.
 
-    It is walked as layers are (see TarWalker): once, without a look at the data. Raises
+    It is walked as layers are (see Tar): once, without a look at the data. Raises
     InvalidDocument where it is no tar, or goes on behind its end.
     """
 
     def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
         self._members = collections.defaultdict(list)  # name -> Region or None of each
-        self._names_size = 0
-        self._walker = TarWalker("tar", self, float("inf"))
+        names = 0
         with Region(self.path, 0, 0).open() as file:
-            for data in pieces(file, check=check):
-                self._walker.update(data)
-            self._walker.finish()
-            file.seek(self._walker.offset)
+            tar = Tar(pieces(file, check=check), "tar", float("inf"))
+            for entry, _ in tar:
+                names += len(entry.path)
+                if tar.members > MEMBER_COUNT_LIMIT or names > MEMBER_NAMES_LIMIT:
+                    raise LimitExceeded("more than %d members, or %d bytes of names" % (
+                        MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
+                self._add(entry, tar.sparse, tar.offset)
+            file.seek(tar.offset)
             if any(data.strip(b"\0") for data in pieces(file, check=check)):
                 raise InvalidDocument("there is more behind the end of the tar")
         if not self._members:
             raise InvalidDocument("no tar, or an empty one")
 
-    def entry(self, entry):
-        """A member begins: what a TarWalker tells its visitor."""
-        self._names_size += len(entry.path)
-        if self._walker.members > MEMBER_COUNT_LIMIT or (
-                self._names_size > MEMBER_NAMES_LIMIT):
-            raise LimitExceeded("more than %d members, or %d bytes of names" % (
-                MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
+    def _add(self, entry, sparse, offset):
         name = entry.path.decode("utf-8", "backslashreplace")
         if entry.kind == "dir":
             name += "/" * (not name.endswith("/"))
-        plain = entry.kind == "file" and entry.sparse is None
-        self._members[name].append(
-            Region(self.path, self._walker.offset, entry.size) if plain else None)
-
-    def data(self, data):
-        """What a member holds is read when it is asked for."""
+        self._members[name].append(Region(self.path, offset, entry.size) if (
+            entry.kind == "file" and not sparse) else None)
 
     def names(self):
         """All of them, sorted, as often as they are there; directories end in "/"."""
@@ -6673,7 +6449,7 @@ class Audit:
         self._go_on = check
         self._within = ""  # what the names of faults begin with
         self._needed = set()  # names that images lead to
-        self._seen = {}  # (path, name, size, whether to unpack) -> Unpacked or None
+        self._seen = {}  # (path, name, size, whether a tar) -> Unpacked or None
 
     def check(self, path):
         """Re-checks what stands at `path`.
@@ -6716,25 +6492,23 @@ class Audit:
         except ImagecError as error:
             self._fault(name, error)
 
-    def _blob(self, reader, descriptor, name, unpack=False):
-        """Checks one blob, and once; its Unpacked where it is unpacked and good."""
-        question = reader.path, name, descriptor.size, unpack
+    def _blob(self, reader, descriptor, name, tar=False):
+        """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
+        question = reader.path, name, descriptor.size, tar
         if question in self._seen:
             return self._seen[question]
         self._seen[question] = None
         self._needed.add(self._within + name)
         self.blobs += 1
-        proof = Proof(descriptor, None, unpack, check=self._go_on)
+        what = "layer " + str(descriptor.digest)
         with self._noting(name):
-            try:
-                region = reader.region(name)
-                if descriptor.size not in (None, region.size):  # or: each lie is hashed
-                    raise SizeMismatch("blob", descriptor.size, region.size)
-                for data in region.pieces(self._go_on):
-                    proof.update(data)
-                self._seen[question] = proof.finish()
-            finally:
-                proof.abort()
+            region = reader.region(name)
+            if descriptor.size not in (None, region.size):  # or: each lie is hashed
+                raise SizeMismatch("blob", descriptor.size, region.size)
+            _, self._seen[question] = prove(
+                region.pieces(self._go_on), descriptor, (
+                    lambda chunks, check: unpack(chunks, what, check=check))
+                if tar else None, check=self._go_on)
         return self._seen[question]
 
     def _diff_id(self, name, unpacked, expected):
@@ -7226,13 +7000,22 @@ class Puller:
                                    fetched.size)
             self._notify(Event("Already exists", layer.blob.digest.hex[:12]))
             return blob._replace(size=fetched.size), fetched
-        unpack = output.unpacks or self._session.recompress or (
-            layer.blob.digest in self._opaque)
+        limit, unpacks = self._session.max_layer_size, (
+            output.unpacks or self._session.recompress
+            or layer.blob.digest in self._opaque)
+
+        def look(chunks, check):
+            return unpack(chunks, "layer " + str(layer.blob.digest), limit,
+                          output.visitor(layer), apart, check)
+
+        known = output.known(layer)
+        if known and (known.diff_id != layer.diff_id
+                      or max(known.size, known.bytes) > limit):
+            known = None
         download = Download(
             self._session.source(image.reference), layer.blob, output.blob_path(layer),
-            unpack, layer.diff_id, self._session.max_layer_size, self._notify,
-            output.visitor(layer), output.durable, apart, output.known(layer),
-            output.aside(layer))
+            look if unpacks else None, layer.diff_id, self._notify, output.durable,
+            known, output.aside(layer))
         fetched, path = download.run(), download.path
         blob = layer.blob._replace(size=fetched.size)
         if codec_of(path) == "zstd" and self._session.recompress:
@@ -7551,10 +7334,8 @@ class Shelf:
         with self._lock:
             if self._good.get(region) == identity:
                 return region
-        verifier = BlobVerifier(digest, region.size)
-        for data in region.pieces():
-            verifier.update(data)
-        verifier.finish()
+        for _ in proved(region.pieces(), digest, region.size):
+            pass
         with self._lock:
             self._good[region] = identity
         return region
