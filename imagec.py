@@ -100,11 +100,11 @@ __all__ = [
     # Flattening
     "Tree",
     # Outputs
-    "OUTPUTS",
+    "Image", "OUTPUTS",
     # Reading back
     "Audit",
     # Pull
-    "PulledLayer", "Image", "Session", "Puller", "pull",
+    "Session", "Puller", "pull",
     # Serve
     "Shelf", "new_server", "serving",
     # Command line
@@ -1261,11 +1261,13 @@ class ImageConfig(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer of an image about to be fetched.
+    """One layer of an image.
 
-    `id` is the v1 id for schema1, else the hex of the OCI chainID; `diff_id` is None
-    where only unpacking tells (schema1); `v1_json` is its v1 image JSON, as text. A
-    `throwaway` layer (schema1) changed nothing: modern formats leave it out.
+    `id` is the v1 id for schema1, else the hex of the OCI chainID; `blob` the
+    Descriptor of what is transferred; `diff_id` is None where only unpacking tells
+    (schema1) and that was not done yet; `v1_json` is its v1 image JSON, as text. A
+    `throwaway` layer (schema1) changed nothing: modern formats leave it out. `size` is
+    the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
     """
 
     id: str
@@ -1273,6 +1275,17 @@ class Layer(NamedTuple):
     diff_id: Optional[Digest]
     v1_json: str
     throwaway: bool = False
+    size: Optional[int] = None
+
+    @property
+    def digest(self):
+        """The blob's digest."""
+        return self.blob.digest
+
+    @property
+    def blob_size(self):
+        """The blob's size in bytes; None for schema1 before it was fetched."""
+        return self.blob.size
 
 
 def list_layers(manifest, config=None):
@@ -5447,12 +5460,13 @@ def _entry_header(entry, name):
 # An output never sees the network. It says where each blob goes, and is told when all
 # are there; only then does it write what makes them an image. Bytes stay as they came.
 
-class ResolvedImage(NamedTuple):
-    """An image as its registry describes it, before any layer is fetched.
+class Image(NamedTuple):
+    """An image: as its registry describes it, and at last as a pull has made it.
 
     `digest` is what the reference stands for: the outermost document's. `indexes` are
     the ones that led to `manifest`, outermost first; `config` is None for schema1 until
-    its layers are unpacked; `platform` is what the image says it is for.
+    its layers are unpacked; `platform` is what the image says it is for. `format` and
+    `path` say where it was pulled to, else they are None.
 
     It may also be a whole index: that is its `manifest` then, `below` are the documents
     below it, `layers` all blobs of these, configs included, as Layers without id,
@@ -5468,6 +5482,8 @@ class ResolvedImage(NamedTuple):
     platform: object
     layers: Tuple[Layer, ...]
     below: tuple = ()
+    format: Optional[str] = None
+    path: Optional[str] = None
 
     @property
     def image_id(self):
@@ -5614,7 +5630,7 @@ class Output:
         """These are all that will come; nothing is written yet unless `touch`."""
 
     def locate(self, image):
-        """Works out where a ResolvedImage goes; touches nothing."""
+        """Works out where a Image goes; touches nothing."""
 
     def open(self, image):
         """Makes the place for an image that was located."""
@@ -5728,10 +5744,10 @@ class LayersOutput(Output):
         return self.blob_path(layer) + ASIDE
 
     def known(self, layer):
-        return self._unpacked[self.path].get(layer.blob.digest)
+        return self._unpacked[self.path].get(layer.digest)
 
     def stored(self, layer, fetched, path):
-        self._unpacked[self.path][layer.blob.digest] = fetched.unpacked
+        self._unpacked[self.path][layer.digest] = fetched.unpacked
         self._proved[self.blob_path(layer)] = path, os.lstat(path)
 
     def close(self, image):
@@ -5770,7 +5786,7 @@ class LayersOutput(Output):
         sources = {}
         for layer in image.layers:
             path = self.blob_path(layer)
-            source = sources.get(layer.blob.digest)
+            source = sources.get(layer.digest)
             if source is None:
                 source, status = self._proved[path]
                 if not unchanged(source, status):
@@ -5778,7 +5794,7 @@ class LayersOutput(Output):
                 if not unchanged(source, status):
                     raise OutputError(path, "another program has changed it meanwhile",
                                       "pull again")
-                sources[layer.blob.digest] = source
+                sources[layer.digest] = source
             elif not (os.path.lexists(path) and os.path.samefile(source, path)):
                 same_file(source, self.aside(layer), self.wait, self.check)
                 source = self.aside(layer)
@@ -5794,7 +5810,7 @@ class LayersOutput(Output):
         if isinstance(image.manifest, Manifest):
             documents["config.json"] = image.config.raw
         documents[UNPACKED] = unpacked_json({
-            layer.blob.digest: self._unpacked[self.path][layer.blob.digest]
+            layer.digest: self._unpacked[self.path][layer.digest]
             for layer in image.layers})
         for layer in image.layers:
             documents["%s/%s.json" % (layer.id, layer.id)] = (
@@ -5895,7 +5911,7 @@ class OCIOutput(Output):
     def open(self, image):
         make_directory(self.path, "blobs", "sha256")
         for layer in image.layers:
-            make_directory(self.path, "blobs", layer.blob.digest.algorithm)
+            make_directory(self.path, "blobs", layer.digest.algorithm)
         marker = os.path.join(self.path, "oci-layout")
         if not os.path.exists(marker):
             write_file(marker, OCI_LAYOUT, self.wait)
@@ -5915,7 +5931,7 @@ class OCIOutput(Output):
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
-        return self._place(layer.blob.digest)
+        return self._place(layer.digest)
 
     def replace(self, layer, blob):
         """Another Descriptor will stand for the layer here: where its blob goes."""
@@ -5971,9 +5987,9 @@ class ArchiveOutput(Output):
     def begin(self, images, touch=True):
         order, good, done = {}, 0, []
         for layer in (layer for image in images for layer in image.layers):
-            if layer.blob.digest not in order or layer.diff_id is None:
+            if layer.digest not in order or layer.diff_id is None:
                 # The diffID that is asked for does not come with an earlier run's blob.
-                order[layer.blob.digest] = layer
+                order[layer.digest] = layer
         self._order, self._replaced, self._images = list(order.values()), {}, []
         prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
             tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
@@ -6026,7 +6042,7 @@ class ArchiveOutput(Output):
         """(bytes at `path` that are just what we would write, the blobs in them)."""
         if not os.path.isfile(path):
             return 0, []
-        question = file_identity(path), [layer.blob.digest for layer in self._order]
+        question = file_identity(path), [layer.digest for layer in self._order]
         if self._looked.get(path, (None,))[0] != question:
             self._looked[path] = (question,) + self._look(prologue, path)
         return self._looked[path][1:]
@@ -6043,17 +6059,17 @@ class ArchiveOutput(Output):
         return good, done
 
     def present(self, layer):
-        blob = self._replaced.get(layer.blob.digest, layer.blob)
+        blob = self._replaced.get(layer.digest, layer.blob)
         fetched = self._fetched.get(blob.digest)
         return fetched and (blob, fetched)
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
-        return os.path.join(self._spool, layer.blob.digest.hex)
+        return os.path.join(self._spool, layer.digest.hex)
 
     def stored(self, layer, fetched, path):
         with self._lock:
-            self._fetched[layer.blob.digest] = fetched
+            self._fetched[layer.digest] = fetched
             while self._next < len(self._order):
                 digest = self._order[self._next].blob.digest
                 if digest not in self._fetched:
@@ -6063,7 +6079,7 @@ class ArchiveOutput(Output):
 
     def _move(self, layer, size):
         path = self.blob_path(layer)
-        self._write(_member_header(blob_name(layer.blob.digest), size))
+        self._write(_member_header(blob_name(layer.digest), size))
         with open(path, "rb") as file:
             for data in pieces(file, check=self.check):
                 self._write(data)
@@ -6072,7 +6088,7 @@ class ArchiveOutput(Output):
 
     def replace(self, layer, blob):
         """Another Descriptor will stand for the layer here: where its blob goes."""
-        layer, old = layer._replace(blob=blob), layer.blob.digest
+        layer, old = layer._replace(blob=blob), layer.digest
         with self._lock:
             self._replaced[old] = blob
             order = {}
@@ -6119,7 +6135,7 @@ class ArchiveOutput(Output):
         for image, name in self._images:
             entry = entries.setdefault(image.manifest.digest, {
                 "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
-                "Layers": [blob_name(layer.blob.digest) for layer in image.layers]})
+                "Layers": [blob_name(layer.digest) for layer in image.layers]})
             if name is not None and str(name) not in (entry["RepoTags"] or ()):
                 entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
         return canonical_json(list(entries.values())) + b"\n"
@@ -6232,10 +6248,10 @@ class RootfsOutput(Output):
 
     def blob_path(self, layer):
         """Where the blob of `layer` must go."""
-        return os.path.join(self._staging, "blobs", layer.blob.digest.hex)
+        return os.path.join(self._staging, "blobs", layer.digest.hex)
 
     def visitor(self, layer):
-        digest = layer.blob.digest
+        digest = layer.digest
 
         def visit(tar):
             if digest in self._stores:  # of a try that failed
@@ -6249,8 +6265,8 @@ class RootfsOutput(Output):
     def close(self, image):
         tree = Tree(self.check, self._census)
         for layer in image.layers:
-            with naming("layer %s" % str(layer.blob.digest)):
-                tree.apply(self._stores[layer.blob.digest].entries)
+            with naming("layer %s" % str(layer.digest)):
+                tree.apply(self._stores[layer.digest].entries)
         if self._tar:
             self._write_tar(tree)
         else:
@@ -6586,7 +6602,7 @@ class Audit:
         self._tops.update(layer.id for layer in layers[-1:])
         for layer in layers:
             tar = ".tar" in layer.blob.media_type  # what attestations hold is none
-            name = blob_name(layer.blob.digest)
+            name = blob_name(layer.digest)
             self._diff_id(name, self._blob(reader, layer.blob, name, tar),
                           layer.diff_id)
 
@@ -6668,7 +6684,7 @@ class Audit:
         name = "%s/%s" % (layer.id, layer.id)
         unpacked = self._blob(reader, layer.blob, name + ".tar", True)
         self._diff_id(name + ".tar", unpacked, layer.diff_id)
-        if unpacked and said.get(layer.blob.digest, unpacked) != unpacked:
+        if unpacked and said.get(layer.digest, unpacked) != unpacked:
             self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
         self._needed.add(self._within + name + ".json")
         with self._noting(name + ".json"):
@@ -6679,32 +6695,6 @@ class Audit:
 # --------------------------------------------------------------------------------------
 # 16  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
-
-class PulledLayer(NamedTuple):
-    """One layer of a pulled image, oldest first in its Image.
-
-    `size` is the sum of the sizes in its tar headers, `blob_size` what was transferred,
-    both in bytes; `diff_id` and `size` are None where the layer was not unpacked.
-    """
-
-    id: str
-    digest: Digest
-    diff_id: Optional[Digest]
-    size: Optional[int]
-    blob_size: int
-
-
-class Image(NamedTuple):
-    """What a pull made: `digest` is what the reference means, `path` where it is."""
-
-    reference: Reference
-    digest: Digest
-    image_id: str
-    platform: Platform
-    format: str
-    path: str
-    layers: Tuple[PulledLayer, ...]
-
 
 class Session:
     """The registries one command talks to, and how.
@@ -6806,7 +6796,7 @@ class Session:
         return source.fetch_manifest(reference.digest or reference.tag)
 
     def resolve(self, reference, platform=None, output=None):
-        """The ResolvedImage of `reference` for `platform` (None: this host's; "all").
+        """The Image of `reference` for `platform` (None: this host's; "all").
 
         Documents that `output` has are not fetched again. Raises NoMatchingPlatform,
         Unsupported, and what Registry.fetch_manifest raises.
@@ -6834,11 +6824,11 @@ class Session:
             actual = wanted
         elif actual not in wanted.candidates():
             log.warning("%s is for %s, not for %s", reference, actual, wanted)
-        return ResolvedImage(reference, source.registry_url, found[0].digest,
+        return Image(reference, source.registry_url, found[0].digest,
                              found[:-1], manifest, config, actual, layers)
 
     def resolve_index(self, reference):
-        """The ResolvedImage of `reference` with all its platforms.
+        """The Image of `reference` with all its platforms.
 
         Raises Unsupported where it is no index.
         """
@@ -6856,7 +6846,7 @@ class Session:
                 if isinstance(child, Manifest):
                     for blob in (child.config,) + child.layers:
                         blobs.setdefault(blob.digest, Layer("", blob, None, ""))
-        return ResolvedImage(reference, source.registry_url, index.digest, (), index,
+        return Image(reference, source.registry_url, index.digest, (), index,
                              None, "all", tuple(blobs.values()), tuple(below.values()))
 
     @staticmethod
@@ -6910,7 +6900,7 @@ class Puller:
         self.check(references, platform)
         # 1. What are they? A name that is wrong is told before anything is fetched.
         found = self.resolve(references, platform)
-        self._opaque = {layer.blob.digest for image in found for layer in image.layers
+        self._opaque = {layer.digest for image in found for layer in image.layers
                         if isinstance(image.manifest, Schema1Manifest)}
         try:
             output.begin(found, touch=False)
@@ -6940,8 +6930,8 @@ class Puller:
         for image in images:
             self._output.locate(image)
             for layer in image.layers:
-                if layer.blob.digest not in seen:
-                    seen.add(layer.blob.digest)
+                if layer.digest not in seen:
+                    seen.add(layer.digest)
                     present = self._output.present(layer)
                     yield image, layer.blob, present[1].size if present else (
                         _bytes_there(self._output.blob_path(layer)))
@@ -6954,7 +6944,7 @@ class Puller:
                                           for _, blob, there in self.plan(images)))
 
     def _fetch(self, image):
-        """The layers: (image, it as its layers tell, its PulledLayers)."""
+        """The layers: (image, it as its layers tell, they as they were pulled)."""
         reference, output = image.reference, self._output
         self._notify(Event("Pulling from " + reference.repository,
                            reference.tag_or_digest))
@@ -6964,10 +6954,10 @@ class Puller:
         output.open(image)
         wanted = {}
         for layer in image.layers:
-            wanted.setdefault(layer.blob.digest, layer)
+            wanted.setdefault(layer.digest, layer)
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
         for layer in order:
-            self._notify(Event("Pulling fs layer", layer.blob.digest.hex[:12]))
+            self._notify(Event("Pulling fs layer", layer.digest.hex[:12]))
         # Cores to spare hash apart what others unpack, that of the largest in any case.
         spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(order)))
         results = self._in_parallel([
@@ -6975,18 +6965,17 @@ class Puller:
                                                                       apart)
             for rank, layer in enumerate(order)])
         # 3. Only now there is a config for what came without.
-        pairs = {layer.blob.digest: pair for layer, pair in zip(order, results)}
+        pairs = {layer.digest: pair for layer, pair in zip(order, results)}
         modern = _modernised(
-            image, [pairs[layer.blob.digest] for layer in image.layers])
+            image, [pairs[layer.digest] for layer in image.layers])
         self._notify(Event("Digest: %s" % str(image.digest)))
-        return image, modern, tuple(_pulled(layer, *pairs[layer.blob.digest])
+        return image, modern, tuple(_pulled(layer, *pairs[layer.digest])
                                     for layer in image.layers)
 
     def _close(self, image, modern, layers):
         output = self._output
         path = output.close(image if output.verbatim else modern)
-        return Image(image.reference, image.digest, modern.image_id, image.platform,
-                     output.format, path, layers)
+        return modern._replace(layers=layers, format=output.format, path=path)
 
     def _fetch_layer(self, image, layer, apart):
         """One layer into its place: (the Descriptor it is there by, its Fetched)."""
@@ -6994,18 +6983,18 @@ class Puller:
         present = output.present(layer)
         if present is not None:
             blob, fetched = present
-            if blob.digest == layer.blob.digest and (
+            if blob.digest == layer.digest and (
                     layer.blob.size not in (None, fetched.size)):
                 raise SizeMismatch("layer %s" % str(blob.digest), layer.blob.size,
                                    fetched.size)
-            self._notify(Event("Already exists", layer.blob.digest.hex[:12]))
+            self._notify(Event("Already exists", layer.digest.hex[:12]))
             return blob._replace(size=fetched.size), fetched
         limit, unpacks = self._session.max_layer_size, (
             output.unpacks or self._session.recompress
-            or layer.blob.digest in self._opaque)
+            or layer.digest in self._opaque)
 
         def look(chunks, check):
-            return unpack(chunks, "layer " + str(layer.blob.digest), limit,
+            return unpack(chunks, "layer " + str(layer.digest), limit,
                           output.visitor(layer), apart, check)
 
         known = output.known(layer)
@@ -7121,10 +7110,9 @@ def _modernised(image, pairs):
 
 
 def _pulled(layer, blob, fetched):
-    unpacked = fetched.unpacked
-    return PulledLayer(layer.id, layer.blob.digest,
-                       unpacked.diff_id if unpacked else layer.diff_id,
-                       unpacked.size if unpacked else None, blob.size)
+    layer = layer._replace(blob=layer.blob._replace(size=blob.size))
+    return layer._replace(diff_id=fetched.unpacked.diff_id,
+                          size=fetched.unpacked.size) if fetched.unpacked else layer
 
 
 def pull(reference, output="images", format=None, platform=None, tag=None,
@@ -7299,7 +7287,7 @@ class Shelf:
             config = ImageConfig.parse(reader.read("config.json"))
             self.add_blob(manifest.config.digest, reader.region("config.json"))
         for layer in list_layers(manifest, config):
-            self.add_blob(layer.blob.digest, reader.region("%s/%s.tar" % (layer.id,
+            self.add_blob(layer.digest, reader.region("%s/%s.tar" % (layer.id,
                                                                           layer.id)))
 
     def document(self, name, reference, namespace=None):
@@ -8057,15 +8045,14 @@ def image_json(image):
         "reference": str(image.reference), "digest": str(image.digest),
         "image_id": image.image_id, "platform": SECRETS.hide(str(image.platform)),
         "format": image.format, "path": image.path,
-        "layers": [layer_json(layer, layer.digest, layer.blob_size, size=layer.size)
-                   for layer in image.layers]}
+        "layers": [layer_json(layer, size=layer.size) for layer in image.layers]}
 
 
-def layer_json(layer, digest, blob_size, **more):
-    """A Layer or PulledLayer as a JSON-able dict."""
-    return dict(id=layer.id, digest=str(digest),
+def layer_json(layer, **more):
+    """A Layer as a JSON-able dict."""
+    return dict(id=layer.id, digest=str(layer.digest),
                 diff_id=layer.diff_id and str(layer.diff_id), **more,
-                blob_size=blob_size)
+                blob_size=layer.blob_size)
 
 
 def pinned(reference, digest):
@@ -8231,9 +8218,9 @@ def run_layers(args, session):
     image = session.resolve(args.reference, args.platform)
     for layer in image.layers:
         if args.json:
-            print(json.dumps(layer_json(layer, layer.blob.digest, layer.blob.size)))
+            print(json.dumps(layer_json(layer)))
         else:
-            print(layer.id, str(layer.blob.digest),
+            print(layer.id, str(layer.digest),
                   "-" if layer.blob.size is None else layer.blob.size)
 
 
@@ -8262,15 +8249,14 @@ def hidden(value):
 
 
 def inspection(image):
-    """A ResolvedImage as a JSON-able dict, as `inspect` prints it."""
+    """A Image as a JSON-able dict, as `inspect` prints it."""
     value = {
         "reference": pinned(image.reference, image.digest),
         "digest": str(image.digest),
         "media_type": (image.indexes + (image.manifest,))[0].media_type,
         "manifest_digest": str(image.manifest.digest),
         "image_id": image.image_id, "platform": str(image.platform),
-        "layers": [layer_json(layer, layer.blob.digest, layer.blob.size)
-                   for layer in image.layers]}
+        "layers": list(map(layer_json, image.layers))}
     if image.config is not None:
         for key in ("created", "author", "config"):
             if image.config.value.get(key) is not None:
