@@ -1399,60 +1399,6 @@ def _go_time(text):
     return seconds + ("." + fraction if fraction else "") + zone
 
 
-#: Go's struct container.Config: (key, zero value, left out when empty).
-_GO_CONFIG = (
-    ("Hostname", "", False), ("Domainname", "", False), ("User", "", False),
-    ("AttachStdin", False, False), ("AttachStdout", False, False),
-    ("AttachStderr", False, False), ("ExposedPorts", None, True), ("Tty", False, False),
-    ("OpenStdin", False, False), ("StdinOnce", False, False), ("Env", None, False),
-    ("Cmd", None, False), ("Healthcheck", None, True), ("ArgsEscaped", False, True),
-    ("Image", "", False), ("Volumes", None, False), ("WorkingDir", "", False),
-    ("Entrypoint", None, False), ("NetworkDisabled", False, True),
-    ("MacAddress", "", True), ("OnBuild", None, False), ("Labels", None, False),
-    ("StopSignal", "", True), ("StopTimeout", None, True), ("Shell", None, True),
-)
-#: What of a v1 image survives docker's old re-encoding, besides the two configs.
-_V1_KEPT = ("id", "parent", "comment", "container", "docker_version", "author",
-            "architecture", "variant", "os", "Size")
-
-
-def _go_config(value):
-    """A container config through Go's struct: its order, its zero values."""
-    if value is not None and type(value) is not dict:
-        raise InvalidDocument("a container config is not a JSON object")
-    folded = {key.lower(): member for key, member in (value or {}).items()}
-    ordered = {}
-    for key, zero, omitted in _GO_CONFIG:
-        member = folded.get(key.lower())
-        if key in ("Cmd", "Entrypoint", "Shell") and type(member) is str:
-            member = [member]
-        if type(member) is dict:
-            member = dict(sorted(member.items()))
-        member = zero if member is None else member
-        if member or not omitted:
-            ordered[key] = member
-    return ordered
-
-
-def _reencoded(v1):
-    """The members of a v1 image as docker before 1.8.3 made others re-encode them."""
-    members = {key: _go_json(v1[key]) for key in _V1_KEPT if v1.get(key)}
-    members["created"] = _go_json(_go_time(v1.get("created")))
-    members["container_config"] = _go_json(_go_config(v1.get("container_config")))
-    if v1.get("config") is not None:
-        members["config"] = _go_json(_go_config(v1["config"]))
-    return members
-
-
-def _older(version, than):
-    """docker's versions.LessThan: dotted integers, anything else counts as 0."""
-    def numbers(text):
-        found = [int(part) if re.fullmatch("[0-9]{1,9}", part) else 0
-                 for part in text.split(".")]
-        return found + [0] * (len(than.split(".")) - len(found))
-    return numbers(version) < numbers(than)
-
-
 def _go_history(v1):
     """One entry of a config's history, from a v1 image."""
     command = (v1.get("container_config") or {}).get("Cmd") or []
@@ -1469,16 +1415,12 @@ def modern_config(manifest, diff_ids):
 
     `diff_ids` are those of its layers that are not throwaway, oldest first. Its digest
     is the image ID that containers/image computes, byte for byte
-    (manifest/docker_schema1.go, ToSchema2Config). Raises InvalidDocument.
+    (manifest/docker_schema1.go, ToSchema2Config), except for images of docker before
+    1.8.3, whose members it re-encodes. Raises InvalidDocument.
     """
     images = [parse_json(layer.v1_compatibility.encode("utf-8"), "v1Compatibility")
               for layer in manifest.layers]
-    newest = images[-1]
-    version = newest.get("docker_version") or ""
-    if version and _older(str(version), "1.8.3"):
-        members = _reencoded(newest)
-    else:
-        members = _members(manifest.layers[-1].v1_compatibility)
+    members = _members(manifest.layers[-1].v1_compatibility)
     for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
         members.pop(key, None)
     rootfs = {"type": "layers"}
