@@ -176,6 +176,8 @@ ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
 RETRY_AFTER_LIMIT = 60.0  # seconds; containers/image
 PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth it
+REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
+PROGRESS_INTERVAL = 10  # seconds between two lines of progress where there is none
 REDIRECT_LIMIT = 10  # hops; Go's net/http
 RETRIED_STATUSES = frozenset([408, 429, 500, 502, 503, 504, 522])
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
@@ -6899,7 +6901,8 @@ class Puller:
             wanted.setdefault(layer.digest, layer)
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
         for layer in order:
-            self._notify(Event("Pulling fs layer", layer.digest.hex[:12]))
+            self._notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
+                               layer.blob_size))
         # Cores to spare hash apart what others unpack, that of the largest in any case.
         spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(order)))
         results = self._in_parallel([
@@ -7858,127 +7861,108 @@ class Terminated(BaseException):
     """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
 
 
-class PlainProgress:
-    """A line an event, on standard error; of a download only its begin and its end."""
+class Progress:
+    """What a pull does: a line for each layer that is done, one line for the rest.
 
-    def __init__(self, stream):
-        self._stream = stream
-        self._seen = set()
+    On a terminal the latter is a live one, redrawn in place; elsewhere, and where
+    `kind` is "plain", it comes from time to time. With "none" nothing is told.
+    """
+
+    DONE = ("Download complete", "Already exists")
+
+    def __init__(self, stream, kind="none", clock=time.monotonic):
+        self._stream, self._clock = None if kind == "none" else stream, clock
+        self._live = kind == "auto" and stream is not None and stream.isatty() and (
+            os.environ.get("TERM", "dumb") != "dumb")
+        self._interval = REDRAW_INTERVAL if self._live else PROGRESS_INTERVAL
+        self._layers = {}  # of this image: id -> its last Event, all bytes filled in
+        self._received, self._began, self._due = 0, clock(), 0
+        self._shown = ""  # the live line that is on the screen
         self._lock = threading.Lock()
 
     def __call__(self, event):
+        if self._stream is None:
+            return
         with self._lock:
-            if event.current is not None:
-                if (event.id, event.status) in self._seen:
-                    return
-                self._seen.add((event.id, event.status))
-            total = " (%s)" % human_size(event.total) if event.current is not None and (
-                event.total) else ""
-            self._stream.write("%s%s%s\n" % (event.id and event.id + ": ", event.status,
-                                             total))
-
-
-class JSONProgress:
-    """docker's event stream: a JSON object a line, `status`, `id`, `progressDetail`."""
-
-    def __init__(self, stream):
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    def __call__(self, event):
-        value = {"status": event.status}
-        if event.id:
-            value["id"] = event.id
-        if event.current is not None:
-            value["progressDetail"] = {
-                key: number for key, number in (("current", event.current),
-                                                ("total", event.total))
-                if number is not None}
-        with self._lock:
-            self._stream.write(json.dumps(value) + "\n")
-
-
-class BarProgress:
-    """A bar a layer, redrawn in place: done, rate, time left. ASCII only."""
-
-    interval = 0.1  # seconds between two drawings
-
-    def __init__(self, stream, clock=time.monotonic):
-        self._stream, self._clock = stream, clock
-        self._layers = {}  # id -> (event, start time and bytes)
-        self._drawn = 0  # lines on the screen
-        self._next = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, event):
-        with self._lock:
-            now = self._clock()
-            if event.status.startswith("Pulling from"):
-                self._draw(["%s %s" % (event.status, event.id)])
-            elif not event.id:  # an image is done: its rows stay, results come below
-                self._draw([event.status])
-                self._layers, self._drawn = {}, 0
+            now, lines = self._clock(), []
+            whole = event.status.startswith(("Pulling from ", "Digest: "))
+            if whole:
+                self._layers, self._received, self._began, self._due = {}, 0, now, 0
             else:
-                old = self._layers.get(event.id)
-                fresh = old is None or old[0].status != event.status
-                self._layers[event.id] = (
-                    (event, now, event.current or 0) if fresh else
-                    (event, old[1], old[2]))
-                if fresh or now >= self._next:
-                    self._draw([])
-                    self._next = now + self.interval
+                self._count(event)
+            if whole or event.status in self.DONE:
+                lines.append("%s%s" % (event.id and event.id + ": ", event.status))
+            due = now >= self._due
+            if due:
+                self._due = now + self._interval
+            if lines or due:
+                rest = self._rest(now) if self._layers and (due or self._live) else ""
+                if rest and not self._live:
+                    lines.append(rest)
+                self._write(lines, rest if self._live else "")
+
+    def close(self):
+        """Takes the live line off the screen."""
+        with self._lock:
+            self._write([])
 
     @contextlib.contextmanager
     def aside(self):
-        """Takes the rows off the screen while something else is written there."""
+        """Takes the live line off the screen while something else is written there."""
         with self._lock:
-            if self._drawn:
-                self._stream.write("\x1b[%dA\x1b[J" % self._drawn)
-                self._drawn = 0
+            shown = self._shown
+            self._write([])
             yield
-            if self._layers:
-                self._draw([])
+            self._write([], shown)
 
-    def _draw(self, above):
-        import shutil
-        width, height = shutil.get_terminal_size()
-        rows = [self._row(*row) for row in self._layers.values()]
-        rows = rows[-max(1, height - 2):]
-        up = "\x1b[%dA" % self._drawn if self._drawn else ""
-        lines = [line[:width - 1] + "\x1b[K\n" for line in above + rows]
-        self._stream.write(up + "".join(lines))
+    def _count(self, event):
+        old = self._layers.get(event.id, event)
+        total = old.total if event.total is None else event.total
+        there = (old.current if event.current is None else event.current) or 0
+        if event.status == "Downloading":
+            self._received += max(0, there - old.current)
+        elif event.status in self.DONE:
+            there = total or there
+        self._layers[event.id] = event._replace(current=there, total=total)
+
+    def _rest(self, now):
+        """Layers done and all, bytes there and all, rate, time left; ASCII only."""
+        layers = self._layers.values()
+        there = sum(layer.current for layer in layers)
+        sizes = [layer.total for layer in layers]
+        rate = self._received / max(now - self._began, 0.001)
+        text = "%d/%d %s" % (sum(layer.status in self.DONE for layer in layers),
+                             len(layers), human_size(there))
+        if None not in sizes:  # as in schema1
+            text += "/" + human_size(sum(sizes))
+        if rate:
+            text += " %s/s" % human_size(rate)
+        if rate and None not in sizes:
+            text += " %d:%02d left" % divmod((sum(sizes) - there) / rate, 60)
+        return text
+
+    def _write(self, lines, live=""):
+        """Lines above the live one, which is cut where it would wrap."""
+        if not (lines or live or self._shown):
+            return
+        if live:
+            width = 0
+            with contextlib.suppress(OSError, ValueError):  # not all terminals tell
+                width = os.get_terminal_size(self._stream.fileno()).columns
+            live = live[:(width or 40) - 1]
+        self._stream.write("".join(["\r\x1b[K" if self._shown else ""]
+                                   + [line + "\n" for line in lines] + [live]))
         self._stream.flush()
-        self._drawn = len(rows)
-
-    def _row(self, event, since, already):
-        text = "%s: %-18s" % (event.id, event.status)
-        if event.current is None or not event.total:
-            return text
-        rate = (event.current - already) / max(self._clock() - since, 0.001)
-        filled = 20 * event.current // event.total
-        left = (event.total - event.current) / rate if rate else 0
-        return "%s [%-20s] %s/%s %s/s %s" % (
-            text, "=" * filled + ">" * (filled < 20), human_size(event.current),
-            human_size(event.total), human_size(rate), "%d:%02d" % divmod(left, 60))
+        self._shown = live
 
 
 def human_size(size):
     """Bytes as people read them, in powers of 1000 as docker does."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return "%.3g%s" % (size, unit)
         size /= 1000
     return "%.4gTB" % size
-
-
-def new_progress(kind, stream):
-    """The listener for `--progress kind`, None for none."""
-    if stream is None or kind == "none":
-        return None
-    if kind == "auto":
-        kind = "bar" if stream.isatty() and os.name == "posix" else "plain"
-    return {"bar": BarProgress, "plain": PlainProgress,
-            "json": JSONProgress}[kind](stream)
 
 
 def image_json(image):
@@ -8392,8 +8376,7 @@ COMMANDS = {
              help="refuse layers that unpack to more; default %(default)s"),
         _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
              help="refuse to unpack more files than this; default %(default)s"),
-        _row("--progress", choices=("auto", "bar", "plain", "json", "none"),
-             default="auto"),
+        _row("--progress", choices=("auto", "plain", "none"), default="auto"),
         _JSON_ARGUMENT]),
     "layers": (run_layers, "list an image's layers, oldest first: id, digest, bytes",
                 [_REFERENCE_ARGUMENT, _JSON_ARGUMENT]),
@@ -8465,7 +8448,9 @@ def new_session(args, progress):
 class _LineHandler(logging.Handler):
     """Log records as lines like our own, on whatever standard error is now."""
 
-    bars = None  # the BarProgress that shares it
+    def __init__(self):
+        super().__init__()
+        self.progress = Progress(None)  # what shares it
 
     def emit(self, record):
         kind = "" if record.levelno == logging.INFO else "%s: " % (
@@ -8473,9 +8458,7 @@ class _LineHandler(logging.Handler):
         lines = [record.getMessage()]
         if record.exc_info:
             lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:
-            if self.bars is not None:
-                stack.enter_context(self.bars.aside())
+        with contextlib.suppress(OSError, ValueError), self.progress.aside():
             for line in lines:
                 complain(kind, line)
 
@@ -8536,11 +8519,10 @@ def main(argv=None):
 def _run(args, handler):
     if args.quiet and not args.debug:
         handler.setLevel(logging.ERROR)
-    progress = None
-    if not args.quiet:
-        progress = new_progress(getattr(args, "progress", "none"), sys.stderr)
-        handler.bars = progress if isinstance(progress, BarProgress) else None
-    with new_session(args, progress) as session, _ending(session.transport):
+    handler.progress = progress = Progress(
+        sys.stderr, "none" if args.quiet else getattr(args, "progress", "none"))
+    with new_session(args, progress) as session, _ending(
+            session.transport), contextlib.closing(progress):
         args.run(args, session)
         if sys.stdout is not None:
             sys.stdout.flush()

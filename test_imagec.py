@@ -16184,115 +16184,187 @@ class CommandLineCredentialsTest(CommandLineCase):
 class CommandLineProgressTest(CommandLineCase):
     """Each kind of --progress, on a terminal and elsewhere."""
 
+    ERASED = "\r\x1b[K"
+    REST = (r"[0-9]/[0-9] [0-9.]+[kM]?B/[0-9.]+[kM]B"
+            r"( [0-9.]+[kMG]?B/s [0-9]+:[0-9]{2} left)?")
+
     def setUp(self):
         super().setUp()
         tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
                 for number in range(2)]
         self.image = build_image(tars + SMALL_TARS, compress=None)
         self.digest = self.origin.add("lab/app", "1", self.image)
-        patch = mock.patch.object(imagec.BarProgress, "interval", 0)
-        patch.start()
-        self.addCleanup(patch.stop)
 
-    def progress(self, kind, tty, **environ):
+    def often(self):
+        self.patch(mock.patch.multiple(imagec, REDRAW_INTERVAL=0, PROGRESS_INTERVAL=0))
+
+    def progress(self, kind, tty, term="xterm"):
+        self.often()
         stream = FakeTerminal() if tty else io.StringIO()
-        ended = self.pull("--progress", kind, self.ref, stderr=stream, **environ)
+        ended = self.pull("--progress", kind, self.ref, stderr=stream, TERM=term)
         self.assertEqual(ended[:2], (0, (self.ref + "@" + self.digest + "\n").encode()))
         return ended.err
 
-    def short_names(self):
-        return {name[7:19] for name in self.image.layers}
+    def told(self, *states):
+        """The lines of these pulls, but for those of the rest."""
+        names = sorted(name[7:19] for name in self.image.layers)
+        return sorted(line for state in states for line in [
+            "1: Pulling from lab/app", "Digest: " + self.digest]
+                      + ["%s: %s" % (name, state) for name in names])
+
+    def listener(self, stream, kind="auto"):
+        """A Progress with a clock that stands at `self.now`, told of three layers."""
+        self.now = 100.0
+        with mock.patch.dict(os.environ, TERM="xterm"):
+            progress = imagec.Progress(stream, kind, lambda: self.now)
+        progress(imagec.Event("Pulling from lab/app", "1"))
+        for name, size in (("aa", 1000000), ("bb", 3000000), ("cc", 500)):
+            progress(imagec.Event("Pulling fs layer", name, None, size))
+        return progress
+
+    @staticmethod
+    def come(progress, name, count, status="Downloading"):
+        progress(imagec.Event(status, name, count, None))
 
     def test_none(self):
         self.assertEqual(self.progress("none", tty=True), "")
 
-    def test_plain(self):
-        for kind, tty in (("plain", True), ("auto", False)):
-            self.output += "x"
-            lines = self.progress(kind, tty).splitlines()
-            self.assertEqual(lines[0], "1: Pulling from lab/app")
-            self.assertEqual(lines[-1], "Digest: " + self.digest)
-            for name in self.short_names():
-                told = [line.partition(": ")[2] for line in lines
-                        if line.startswith(name)]
-                self.assertRegex(told.pop(1), r"^Downloading \([0-9.]+[kM]?B\)$")
-                self.assertEqual(told, ["Pulling fs layer", "Verifying Checksum",
-                                        "Download complete"])
+    def test_lines(self):
+        for kind, tty, term in (("plain", True, "xterm"), ("auto", False, "xterm"),
+                                ("plain", False, "xterm"), ("auto", True, "dumb")):
+            with self.subTest(kind, tty=tty, term=term):
+                self.output += "x"
+                text = self.progress(kind, tty, term=term)
+                self.assertNotRegex(text, "[^ -~\n]")
+                lines = text.splitlines()
+                rest = [line for line in lines if re.fullmatch(self.REST, line)]
+                self.assertGreater(len(rest), 3)
+                self.assertEqual(sorted(set(lines) - set(rest)),
+                                 self.told("Download complete"))
+                self.assertEqual((lines[0], lines[-1]), (
+                    "1: Pulling from lab/app", "Digest: " + self.digest))
 
-    def test_json(self):
-        events = [ordered(line) for line in
-                  self.progress("json", tty=True).splitlines()]
-        self.assertLessEqual({tuple(event) for event in events}, {
-            ("status", "id"), ("status", "id", "progressDetail"), ("status",)})
-        self.assertEqual(dict(events[0]), {"status": "Pulling from lab/app", "id": "1"})
-        self.assertEqual(dict(events[-1]), {"status": "Digest: " + self.digest})
-        for name in self.image.layers:
-            size = len(self.image.blobs[name])
-            details = [event["progressDetail"] for event in events
-                       if event.get("id") == name[7:19] and "progressDetail" in event]
-            self.assertEqual({detail["total"] for detail in details}, {size})
-            counts = [detail["current"] for detail in details]
-            self.assertEqual((counts, counts[-1]), (sorted(counts), size))
+    def test_a_terminal_gets_a_live_line(self):
+        text = self.progress("auto", True)
+        live = re.findall(r"([^\r\n\x1b]+)\r", text.replace(self.ERASED, "\r"))
+        self.assertGreater(len(live), 3)
+        for line in live:
+            self.assertRegex(line, r"\A%s\Z" % self.REST)
+            self.assertLess(len(line), 40)
+        self.assertEqual(sorted(self.shown(text)[:-1]), self.told("Download complete"))
+        self.assertEqual(self.shown(text)[-1], "")
 
-    def test_bar(self):
-        for width in (30, 60, 100):
-            self.output += "x"
-            text = self.progress("bar", tty=True, COLUMNS=str(width), LINES="24")
-            drawn = re.sub("\x1b\\[[0-9]*[AK]", "", text).split("\n")
-            for line in drawn:
-                self.assertLess(len(line), width, line)
-                self.assertRegex(line, r"\A[ -~]*\Z")
-            self.assertIn("Pulling from lab/app 1", drawn)
-            final = [line for line in drawn if "Download comp" in line]
-            self.assertEqual({line[:12] for line in final}, self.short_names())
-            if width == 100:
-                self.assertRegex(text, r"Downloading +\[=*>? *\] [0-9.]+k?M?B/7\d\dkB "
-                                       r"[0-9.]+[kMG]?B/s [0-9]+:[0-9]{2}")
-
-    def test_bar_leaves_other_lines_alone(self):
-        # The same screen shows the bars, warnings between them, and the results.
+    def test_what_else_is_said_stands_by_itself(self):
+        # The same screen shows the progress, warnings in between, and the results.
+        self.often()
         screen = FakeTerminal()
-        self.origin.fault("/blobs/", status(503, {"Retry-After": "0"}), 2)
-        with mock.patch.dict(os.environ, dict(os.environ, COLUMNS="100", LINES="24"),
-                             clear=True), \
+        self.origin.fault("/blobs/" + self.image.layers[-1],
+                          status(503, {"Retry-After": "0"}), 2)
+        with mock.patch.dict(os.environ, TERM="xterm"), \
                 mock.patch.multiple(sys, stdout=screen, stderr=screen), \
                 mock.patch.object(imagec, "BACKOFF", 0):
-            code = imagec.main(["pull", "-o", self.output, "--progress", "bar",
-                                self.ref, self.ref])
+            code = imagec.main(["pull", "-o", self.output, self.ref, self.ref])
         self.assertEqual(code, 0)
         lines = self.shown(screen.getvalue())
-        self.assertEqual(lines.count(self.ref + "@" + self.digest), 2)
-        self.assertEqual(lines.count("Digest: " + self.digest), 2)
-        self.assertEqual(sum("trying again" in line for line in lines), 2)
-        for name in self.short_names():
-            states = [line[14:].strip() for line in lines if line.startswith(name)]
-            self.assertEqual(states, ["Download complete", "Already exists"])
+        warned = [line for line in lines if "trying again" in line]
+        self.assertEqual(len(warned), 2)
+        pinned = self.ref + "@" + self.digest
+        self.assertEqual(sorted(lines), sorted(
+            self.told("Download complete", "Already exists") + warned + [pinned] * 2
+            + [""]))
+        self.assertIn(self.ERASED + "imagec: ", screen.getvalue())
+
+    def test_an_error_stands_by_itself(self):
+        self.often()
+        self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
+        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm")
+        self.assertEqual(ended.status, 4)
+        lines = self.shown(ended.err)
+        self.assertRegex(lines[-2], "^imagec: .*" + self.image.layers[-1])
+        self.assertFalse([line for line in lines if re.match(self.REST, line)])
 
     @staticmethod
     def shown(text):
-        """The lines on a terminal that was sent `text`, none of them wrapped."""
-        lines, row = [""], 0
-        for piece in re.findall("\x1b\\[[0-9]*[AJK]|\n|[^\x1b\n]+", text):
-            if piece == "\n":
-                row += 1
-                lines += [""] * (row == len(lines))
-            elif re.match("\x1b.*A", piece):
-                row -= int(piece[2:-1])
-            elif piece == "\x1b[J":
-                lines[row:] = [""]
-            elif piece != "\x1b[K":  # ours are written whole and then cleared behind
-                lines[row] = piece
-        return lines
+        """The lines on a terminal that was sent `text`."""
+        return re.sub(r"[^\n]*\r\x1b\[K", "", text).split("\n")
 
-    def test_bar_stays_within_the_screen(self):
-        text = self.progress("bar", tty=True, COLUMNS="80", LINES="4")
-        ups = [int(count) for count in re.findall("\x1b\\[([0-9]+)A", text)]
-        self.assertLess(max(ups), 4)
+    def test_rest(self):
+        self.often()
+        stream = FakeTerminal()
+        progress = self.listener(stream)
+        self.now += 1
+        self.come(progress, "bb", 500000, "Resuming")
+        self.come(progress, "bb", 1000000)
+        progress(imagec.Event("Already exists", "cc"))
+        self.now += 1
+        self.come(progress, "bb", 500000)  # begun again
+        self.come(progress, "bb", 1500000)
+        progress(imagec.Event("Download complete", "bb"))
+        self.now += 60
+        self.come(progress, "aa", 999700)
+        progress.close()
+        self.assertEqual(self.shown(stream.getvalue()), [
+            "1: Pulling from lab/app", "cc: Already exists", "bb: Download complete",
+            ""])
+        self.assertEqual(re.findall("[0-9]/[^\r\n]*", stream.getvalue())[3:], [
+            "0/3 500kB/4MB", "0/3 1MB/4MB 500kB/s 0:06 left",
+            "1/3 1MB/4MB 500kB/s 0:06 left", "1/3 500kB/4MB 250kB/s 0:14 left",
+            "1/3 1.5MB/4MB 750kB/s 0:03 left", "2/3 3MB/4MB 750kB/s 0:01 left",
+            "2/3 4MB/4MB 40.3kB/s 0:00 left"])
 
-    def test_bar_comes_by_itself_on_a_terminal_only(self):
-        self.assertIn("\x1b[", self.progress("auto", tty=True))
-        self.output += "x"
-        self.assertNotIn("\x1b", self.progress("auto", tty=False))
+    def test_sizes_that_no_manifest_tells(self):
+        self.often()
+        stream = io.StringIO()
+        progress = imagec.Progress(stream, "plain", lambda: 0)
+        progress(imagec.Event("Pulling fs layer", "aa"))
+        self.come(progress, "aa", 999)
+        self.assertEqual(stream.getvalue().splitlines()[-1], "0/1 999B 999kB/s")
+
+    def test_at_most_every_ten_seconds(self):
+        for kind, seconds in (("plain", 10), ("auto", 0.1)):
+            stream = FakeTerminal()
+            progress = self.listener(stream, kind)
+            self.assertNotIn("/3", stream.getvalue())
+            for part in range(1, 1001):
+                self.now = 100 + seconds * part / 250
+                self.come(progress, "aa", 1000 * part)
+            self.assertEqual(stream.getvalue().count("0/3 "), 4)
+            progress(imagec.Event("Download complete", "bb"))
+            self.assertIn("bb: Download complete", self.shown(stream.getvalue()))
+
+    def test_width_is_that_of_the_terminal(self):
+        if not hasattr(os, "openpty"):
+            cannot("open a terminal")
+        import fcntl
+        import termios
+        whole = "0/3 999kB/4MB 999B/s 50:04 left"
+        for width, wanted in ((200, whole), (30, whole[:29]), (0, whole)):
+            with self.subTest(width):
+                master, slave = os.openpty()
+                self.addCleanup(os.close, master)
+                fcntl.ioctl(slave, termios.TIOCSWINSZ,
+                            struct.pack("HHHH", 24, width, 0, 0))
+                with open(slave, "w") as stream:
+                    progress = self.listener(stream)
+                    self.now += 1000
+                    self.come(progress, "aa", 999000)
+                    text = ""
+                    while whole[:12] not in text:
+                        text += os.read(master, 65536).decode("ascii")
+                self.assertEqual(text.rpartition("\n")[2], wanted)
+
+    def test_longest(self):
+        self.often()
+        stream = FakeTerminal()
+        self.now = 0.0
+        progress = imagec.Progress(stream, "plain", lambda: self.now)
+        for number in range(100):
+            progress(imagec.Event("Pulling fs layer", str(number), None, 999444000))
+        self.now = 80.5
+        self.come(progress, "1", 999444000)
+        line = stream.getvalue().splitlines()[-1]
+        self.assertEqual(line, "0/100 999MB/99.9GB 12.4MB/s 132:49 left")
+        self.assertEqual(len(line), 39)
 
 
 # ------------------------------------------------------------------------------
@@ -16716,7 +16788,7 @@ class TerminalInjectionTest(CommandLineCase):
             self.assertEqual(ended.out.count(b"\n"), expected.count(b"\n") + 1)
 
     def assert_clean(self, ended):
-        drawn = re.sub("\x1b\\[[0-9]*[AK]", "", ended.err)  # the bar's own
+        drawn = ended.err.replace("\r\x1b[K", "")  # the live line's own
         for text in (drawn, ended.out.decode("utf-8")):
             self.assertIsNone(UNPRINTABLE.search(text), ascii(text))
             self.assertNotRegex(text, "(?m)^imagec: all is well")
@@ -16733,10 +16805,10 @@ class TerminalInjectionTest(CommandLineCase):
                      ("inspect", many), ("pull", "-o", self.output, many),
                      ("layers", "--json", self.ref),
                      ("pull", "--json", "-o", self.output, self.ref),
-                     ("pull", "--progress", "json", "-o", self.output, self.ref)):
+                     ("pull", "--progress", "plain", "-o", self.output, self.ref)):
             with self.subTest(argv=argv):
                 for stream in (FakeTerminal(), io.StringIO()):
-                    self.assert_clean(self.main(*argv, stderr=stream))
+                    self.assert_clean(self.main(*argv, stderr=stream, TERM="xterm"))
 
 
 class EchoRegistry(FakeRegistry):
@@ -16876,7 +16948,7 @@ class SecretsTest(CommandLineCase):
         self.origin.add("lab/app", "t-" + PASSWORD, told)
         runs = [self.main(*argv, *self.LOGIN, stdin=PASSWORD) for argv in (
             ("inspect", self.ref), ("tags", self.origin.host + "/lab/app"),
-            ("pull", "--json", "--progress", "json", "-o", self.output, self.ref))]
+            ("pull", "--json", "--progress", "plain", "-o", self.output, self.ref))]
         for ended in runs:
             self.assertEqual(ended.status, 0, ended.err)
             self.assert_no_secret(ended)
