@@ -1443,17 +1443,18 @@ def modern_config(manifest, diff_ids):
     return ImageConfig.parse(raw)
 
 
-def modern_manifest(config, layers):
-    """A schema2 Manifest for an ImageConfig and its layers' Descriptors."""
+def modern_manifest(config, layers, media_type=DOCKER_MANIFEST,
+                    config_type=DOCKER_CONFIG):
+    """A Manifest, by default schema2, for an ImageConfig and layers' Descriptors."""
     def described(descriptor):
         return {"mediaType": descriptor.media_type, "size": descriptor.size,
                 "digest": str(descriptor.digest)}
 
-    pointer = Descriptor(DOCKER_CONFIG, Digest.of(config.raw), len(config.raw))
+    pointer = Descriptor(config_type, Digest.of(config.raw), len(config.raw))
     raw = json.dumps({
-        "schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": described(pointer),
+        "schemaVersion": 2, "mediaType": media_type, "config": described(pointer),
         "layers": list(map(described, layers))}, separators=(",", ":")).encode("ascii")
-    return Manifest(raw, DOCKER_MANIFEST, Digest.of(raw), pointer, tuple(layers))
+    return Manifest(raw, media_type, Digest.of(raw), pointer, tuple(layers))
 
 
 def with_layers(manifest, layers):
@@ -7685,69 +7686,44 @@ def _test_layer():
             + bytes(-len(text) % TAR_BLOCK) + bytes(2 * TAR_BLOCK))
 
 
-def _test_config(diff_id):
-    platform = Platform.host()
-    return canonical_json({
-        "architecture": platform.architecture, "os": platform.os,
-        "variant": platform.variant, "created": "1970-01-01T00:00:00Z",
-        "rootfs": {"type": "layers", "diff_ids": [str(diff_id)]}})
-
-
 def _test_schema1(blob):
     """A schema1 manifest in signed form. Its signature is not one: none is checked."""
-    payload = json.dumps({
+    head = json.dumps({
         "schemaVersion": 1, "name": _TEST_REPOSITORY, "tag": "schema1",
         "architecture": Platform.host().architecture,
         "fsLayers": [{"blobSum": str(blob)}],
-        "history": [{"v1Compatibility": json.dumps(
-            {"id": blob.hex, "created": "1970-01-01T00:00:00Z"})}]}, indent=3)
-    tail = "\n}"
-    head = payload[:-len(tail)]
-
-    def encoded(text):
-        return base64.urlsafe_b64encode(
-            text.encode("ascii")).decode("ascii").rstrip("=")
-
-    protected = encoded(json.dumps({"formatLength": len(head),
-                                    "formatTail": encoded(tail)}))
-    body = ('%s,\n   "signatures": '
-            '[{"header": {}, "signature": "", "protected": "%s"}]\n}')
-    return (body % (head, protected)).encode("ascii")
+        "history": [{"v1Compatibility": json.dumps({"id": blob.hex})}]}).encode()[:-1]
+    protected = base64.urlsafe_b64encode(canonical_json(
+        {"formatLength": len(head), "formatTail": "fQ"}))  # base64 of "}"
+    return b'%s, "signatures": [{"protected": "%s"}]}' % (head, protected.rstrip(b"="))
 
 
 def test_shelf(directory):
     """A Shelf with one small image as schema1, schema2, OCI index; blobs below it."""
-    shelf = Shelf()
-    tar = _test_layer()
+    shelf, tar, host = Shelf(), _test_layer(), Platform.host()
     deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     blob = deflate.compress(tar) + deflate.flush()
-    config = _test_config(Digest.of(tar))
-    for data in (blob, config):
+    platform = {"os": host.os, "architecture": host.architecture,
+                "variant": host.variant}
+    config = ImageConfig.parse(canonical_json(dict(platform, rootfs={
+        "type": "layers", "diff_ids": [str(Digest.of(tar))]})))
+    for data in (blob, config.raw):
         path = os.path.join(directory, Digest.of(data).hex)
         write_file(path, data)
         shelf.add_blob(Digest.of(data), Region(path, 0, len(data)))
-
-    def put(tag, raw, content_type):
-        manifest = decode_manifest(raw, content_type)
-        shelf.add([_TEST_REPOSITORY], tag, content_type, manifest.digest, raw)
-        return {"mediaType": content_type, "digest": str(manifest.digest),
-                "size": len(raw), "platform": {"os": "linux", "architecture":
-                                               Platform.host().architecture}}
-
-    def described(media_type, data):
-        return {"mediaType": media_type, "digest": str(Digest.of(data)),
-                "size": len(data)}
-
-    for tag, media_type, config_type, layer_type in (
-            ("schema2", DOCKER_MANIFEST, DOCKER_CONFIG, DOCKER_LAYER),
-            (None, OCI_MANIFEST, OCI_CONFIG, OCI_LAYER)):
-        entry = put(tag, canonical_json({
-            "schemaVersion": 2, "mediaType": media_type,
-            "config": described(config_type, config),
-            "layers": [described(layer_type, blob)]}), media_type)
-    put("oci", canonical_json({"schemaVersion": 2, "mediaType": OCI_INDEX,
-                               "manifests": [entry]}), OCI_INDEX)
-    put("schema1", _test_schema1(Digest.of(blob)), DOCKER_SCHEMA1_SIGNED)
+    layer = Descriptor(DOCKER_LAYER, Digest.of(blob), len(blob))
+    oci = modern_manifest(config, [layer._replace(media_type=OCI_LAYER)],
+                          OCI_MANIFEST, OCI_CONFIG)
+    index = canonical_json({
+        "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+            {"mediaType": OCI_MANIFEST, "digest": str(oci.digest),
+             "size": len(oci.raw), "platform": platform}]})
+    for tag, raw, media_type in (
+            ("schema1", _test_schema1(layer.digest), DOCKER_SCHEMA1_SIGNED),
+            ("schema2", modern_manifest(config, [layer]).raw, DOCKER_MANIFEST),
+            ("oci", index, OCI_INDEX), (None, oci.raw, OCI_MANIFEST)):
+        shelf.add([_TEST_REPOSITORY], tag, media_type,
+                  decode_manifest(raw, media_type).digest, raw)
     return shelf
 
 
