@@ -1017,8 +1017,11 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
         return _decode_schema1(raw, signature, algorithm, what)
     if signature:
         raise InvalidDocument("%s: signed, but not schema1" % what)
-    return (_decode_index if shape == "index" else _decode_image)(
-        document, raw, media_type, Digest.of(raw, algorithm))
+    if shape == "image":
+        return _decode_image(document, raw, media_type, Digest.of(raw, algorithm))
+    entries = document.children("manifests", INDEX_COUNT_LIMIT)
+    return Index(raw, media_type, Digest.of(raw, algorithm),
+                 tuple(map(Descriptor.from_document, entries)))
 
 
 def _media_type(document, content_type):
@@ -1034,7 +1037,10 @@ def _media_type(document, content_type):
                               % (document.where, header, claimed))
     media_type = claimed or (header if header in MANIFEST_SHAPES else None)
     if media_type is None:
-        media_type = _guess_media_type(document, shape)
+        config = document.child("config") if shape == "image" else None
+        docker = config is not None and config.get("mediaType", str) == DOCKER_CONFIG
+        media_type = {"index": OCI_INDEX, "schema1": DOCKER_SCHEMA1}.get(
+            shape, DOCKER_MANIFEST if docker else OCI_MANIFEST)
     if MANIFEST_SHAPES[media_type] != shape:
         raise InvalidDocument("%s claims to be %s but has the shape of a %s manifest"
                               % (document.where, media_type, shape))
@@ -1056,14 +1062,6 @@ def _shape(document):
     return shapes[0]
 
 
-def _guess_media_type(document, shape):
-    if shape == "image":
-        config = document.child("config")
-        docker = config is not None and config.get("mediaType", str) == DOCKER_CONFIG
-        return DOCKER_MANIFEST if docker else OCI_MANIFEST
-    return OCI_INDEX if shape == "index" else DOCKER_SCHEMA1
-
-
 def _decode_image(document, raw, media_type, digest):
     config = document.child("config")
     if config is None:
@@ -1076,11 +1074,6 @@ def _decode_image(document, raw, media_type, digest):
             raise InvalidDocument("%s gives two sizes for %s"
                                   % (document.where, layer.digest))
     return Manifest(raw, media_type, digest, Descriptor.from_document(config), layers)
-
-
-def _decode_index(document, raw, media_type, digest):
-    entries = document.children("manifests", INDEX_COUNT_LIMIT)
-    return Index(raw, media_type, digest, tuple(map(Descriptor.from_document, entries)))
 
 
 def _decode_schema1(raw, signature, algorithm, what):
@@ -1152,17 +1145,13 @@ def matching(index, platform):
         found = entry.platform
         if found is None:
             return len(order)
-        if platform.os_version and not _same_build(platform, found):
+        if platform.os_version and (  # a build: regclient's rule for Windows
+                platform.os_version.split(".")[:3] != found.os_version.split(".")[:3]):
             return None
         return order.get((found.os, found.architecture, found.variant))
 
     return sorted((entry for entry in index.manifests if entry.media_type
                    in MANIFEST_SHAPES and rank(entry) is not None), key=rank)
-
-
-def _same_build(wanted, found):
-    """Windows images fit by the first three parts of os.version (regclient's rule)."""
-    return wanted.os_version.split(".")[:3] == found.os_version.split(".")[:3]
 
 
 class Graph:
