@@ -835,173 +835,161 @@ def _tls_context(kind):
 # ------------------------------------------------------------------------------
 
 
-def status(code, headers=(), body=b""):
+def action(change):
+    """What is called with all but the Reply, and gives what is done to one."""
+
+    @functools.wraps(change)
+    def given(*args, **options):
+        def done(reply):
+            return change(reply, *args, **options)
+        done.early = "accept" in args or options.get("phase") == "accept"
+        return done
+    return given
+
+
+@action
+def status(reply, code, headers=(), body=b""):
     """Answer `code` instead."""
-    return lambda reply: Reply(code, body, headers)
+    return Reply(code, body, headers)
 
 
-def body(data, **headers):
+@action
+def body(reply, data, **headers):
     """Answer 200 with `data`; of the true headers only Content-Type remains."""
-
-    def change(reply):
-        spoiled = Reply(200, data, {"Content-Type": reply.headers["Content-Type"]})
-        return _with_headers(spoiled, headers)
-
-    return change
+    kind = {"Content-Type": reply.headers["Content-Type"]}
+    return _with_headers(Reply(200, data, kind), headers)
 
 
-def headers(**changed):
+@action
+def headers(reply, **changed):
     """Replace headers of the true reply, or remove those given as None."""
-    return lambda reply: _with_headers(reply, changed)
+    return _with_headers(reply, changed)
 
 
-def redirect(location, code=307):
+@action
+def redirect(reply, location, code=307):
     """Point elsewhere; None leaves the Location out."""
-    return lambda reply: Reply(code, headers={"Location": location})
+    return Reply(code, headers={"Location": location})
 
 
-def flip(offset=-1):
+@action
+def flip(reply, offset=-1):
     """Flip one bit of the body about to be sent."""
-
-    def change(reply):
-        spoiled = bytearray(reply.body)
-        spoiled[offset] ^= 1
-        reply.body = bytes(spoiled)
-        return reply
-
-    return change
+    spoiled = bytearray(reply.body)
+    spoiled[offset] ^= 1
+    return _set(reply, body=bytes(spoiled))
 
 
-def truncate(amount=0.5):
+@action
+def truncate(reply, amount=0.5):
     """Close cleanly in mid-body; truncate(1.0) closes an idle connection unannounced.
 
     Over TLS there is no close_notify, as when an attacker cuts the connection.
     """
-    return lambda reply: _set(reply, cut=("body", amount), ending="fin")
+    return _set(reply, cut=("body", amount), ending="fin")
 
 
-def reset(amount=0.5, phase="body"):
+@action
+def reset(reply, amount=0.5, phase="body"):
     """Send RST in mid-phase: accept, status, headers or body.
 
     At accept it strikes the next connection, before TLS and whatever the match.
     """
     cut = ("status", 0) if phase == "accept" else (phase, amount)
-    return _at(phase, lambda reply: _set(reply, cut=cut, ending="reset"))
+    return _set(reply, cut=cut, ending="reset")
 
 
-def extra(count, lie=False):
+@action
+def extra(reply, count, lie=False):
     """Add zero bytes to the true body; with `lie` past its Content-Length.
 
     The connection stays open after a lie, its next reply out of step.
     """
-
-    def change(reply):
-        if lie:
-            reply.more = [bytes(count)]
-        else:
-            reply.fill(reply.body + bytes(count))
-        return reply
-
-    return change
+    if lie:
+        return _set(reply, more=[bytes(count)])
+    reply.fill(reply.body + bytes(count))
+    return reply
 
 
-def endless(chunk=bytes(BLOCK), interval=0, limit=1 << 30, framing="chunked"):
+@action
+def endless(reply, chunk=bytes(BLOCK), interval=0, limit=1 << 30, framing="chunked"):
     """Let the true body be followed by `chunk` again and again, up to `limit` bytes.
 
     `framing` is chunked, length (all of it declared) or close. With an interval all
     of the body comes at the pace of one chunk.
     """
-
-    def change(reply):
-        count = limit // len(chunk)
-        reply.more = itertools.repeat(chunk, count)
-        if interval:
-            reply.pace = ("body", interval, len(chunk))
-        if framing == "chunked":
-            return chunked(BLOCK)(reply)
-        if framing == "close":
-            return close_delimited()(reply)
-        reply.put("Content-Length", str(len(reply.body) + count * len(chunk)))
-        return reply
-
-    return change
+    count = limit // len(chunk)
+    reply.more = itertools.repeat(chunk, count)
+    if interval:
+        reply.pace = ("body", interval, len(chunk))
+    if framing == "chunked":
+        return chunked(BLOCK)(reply)
+    if framing == "close":
+        return close_delimited()(reply)
+    reply.put("Content-Length", str(len(reply.body) + count * len(chunk)))
+    return reply
 
 
-def chunked(size=4096):
+@action
+def chunked(reply, size=4096):
     """Send the true body with chunked transfer coding."""
-
-    def change(reply):
-        reply.chunk = size
-        return headers(content_length=None, transfer_encoding="chunked")(reply)
-
-    return change
+    reply.chunk = size
+    return _with_headers(
+        reply, {"content_length": None, "transfer_encoding": "chunked"})
 
 
-def close_delimited():
+@action
+def close_delimited(reply):
     """Send the true body without a length; only the end of the connection ends it."""
-
-    def change(reply):
-        reply.ending = "close"
-        return headers(content_length=None, connection="close")(reply)
-
-    return change
+    reply.ending = "close"
+    return _with_headers(reply, {"content_length": None, "connection": "close"})
 
 
-def no_range():
+@action
+def no_range(reply):
     """Answer 200 with the whole blob to a request for a part."""
-
-    def change(reply):
-        reply.code = 200
-        reply.fill(reply.whole)
-        return headers(content_range=None, accept_ranges=None)(reply)
-
-    return change
+    reply.code = 200
+    reply.fill(reply.whole)
+    return _with_headers(reply, {"content_range": None, "accept_ranges": None})
 
 
-def partial(content_range, start):
+@action
+def partial(reply, content_range, start):
     """Answer 206 with this Content-Range and the blob from `start` on."""
-
-    def change(reply):
-        reply.code = 206
-        reply.fill(reply.whole[start:])
-        return headers(content_range=content_range)(reply)
-
-    return change
+    reply.code = 206
+    reply.fill(reply.whole[start:])
+    return _with_headers(reply, {"content_range": content_range})
 
 
-def delay(seconds):
+@action
+def delay(reply, seconds):
     """Wait, then send the true reply."""
-    return lambda reply: _set(reply, pause=seconds)
+    return _set(reply, pause=seconds)
 
 
-def drip(interval, chunk=1, phase="body"):
+@action
+def drip(reply, interval, chunk=1, phase="body"):
     """Send `chunk` bytes each interval, from status, headers or body on."""
-    return lambda reply: _set(reply, pace=(phase, interval, chunk))
+    return _set(reply, pace=(phase, interval, chunk))
 
 
-def garbage(data, phase="request"):
+@action
+def garbage(_reply, data, phase="request"):
     """Send raw bytes in place of an HTTP reply, then close.
 
     With phase "accept" they answer the first bytes of a connection, also of TLS.
     """
-    return _at(phase, lambda reply: _set(Reply(200), raw=data, ending="fin"))
+    return _set(Reply(200), raw=data, ending="fin")
 
 
-def hang(seconds=60, phase="request"):
+@action
+def hang(_reply, seconds=60, phase="request"):
     """Close without an answer after some time; phase "accept" stalls TLS too."""
-    return _at(
-        phase, lambda reply: _set(Reply(200), raw=b"", ending="fin", pause=seconds)
-    )
-
-
-def _at(phase, change):
-    change.early = phase == "accept"
-    return change
+    return _set(Reply(200), raw=b"", ending="fin", pause=seconds)
 
 
 def _set(reply, **attributes):
-    for name, value in attributes.items():
-        setattr(reply, name, value)
+    vars(reply).update(attributes)
     return reply
 
 
