@@ -27,7 +27,6 @@ import gzip
 import hashlib
 import hmac
 import http.client
-import http.server
 import io
 import itertools
 import json
@@ -41,7 +40,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -327,12 +325,12 @@ def build_index(images_with_platforms, kind="oci", extra_entries=()):
         "mediaType": MEDIA_TYPES[kind]["index"],
         "manifests": entries + list(extra_entries),
     }
-    index = BuiltImage(_json(document, 3), document["mediaType"])
+    index = BuiltImage(json_bytes(document, 3), document["mediaType"])
     index.children = [image for image, _ in images_with_platforms]
     return index
 
 
-def _json(document, indent=None):
+def json_bytes(document, indent=None):
     """Encode as Go does: compact, or indented by three as docker's manifests are."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(document, indent=indent, separators=separators).encode("ascii")
@@ -359,7 +357,7 @@ def _schema2(steps, kind, platform, diff_ids, extra):
         "config": _descriptor(types["config"], config),
         "layers": [_descriptor(_layer_type(types, blob), blob) for blob in layers],
     }
-    image = BuiltImage(_json(document, 3), types["manifest"], config=config)
+    image = BuiltImage(json_bytes(document, 3), types["manifest"], config=config)
     image.blobs[sha256(config)] = config
     return image
 
@@ -384,7 +382,7 @@ def _image_config(steps, platform, diff_ids, extra):
         history=history,
     )
     document.update(extra)
-    return _json(document)
+    return json_bytes(document)
 
 
 def _command(number, blob):
@@ -401,11 +399,11 @@ def _schema1(steps, kind, platform, extra):
         "architecture": platform[1],
         "fsLayers": [{"blobSum": sha256(blob)} for blob in reversed(blobs)],
         "history": [
-            {"v1Compatibility": _json(entry).decode("ascii") + "\n"}
+            {"v1Compatibility": json_bytes(entry).decode("ascii") + "\n"}
             for entry in reversed(history)
         ],
     }
-    payload = _json(document, 3)
+    payload = json_bytes(document, 3)
     body = _sign(payload) if kind == "schema1-signed" else payload
     media_type = MEDIA_TYPES[kind]["manifest"]
     image = BuiltImage(body, media_type, digest=sha256(payload))
@@ -443,19 +441,20 @@ def _sign(payload):
     length = len(payload) - len(tail)
     protected = {
         "formatLength": length,
-        "formatTail": _base64url(tail),
+        "formatTail": url64(tail),
         "time": CREATED,
     }
     signature = {
         "header": {"jwk": JWK, "alg": "ES256"},
-        "signature": _base64url(hashlib.sha512(payload).digest()),
-        "protected": _base64url(_json(protected)),
+        "signature": url64(hashlib.sha512(payload).digest()),
+        "protected": url64(json_bytes(protected)),
     }
     # The new member's text, without the brace that opens its document.
-    return payload[:length] + b"," + _json({"signatures": [signature]}, 3)[1:]
+    return payload[:length] + b"," + json_bytes({"signatures": [signature]}, 3)[1:]
 
 
-def _base64url(data):
+def url64(data):
+    """Base64url without padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
@@ -1012,6 +1011,9 @@ IDENTITY_TOKEN = "S3CR3T-IDENTITY"
 class FakeRegistry(Server):
     """A registry of the distribution API; all attributes may be changed live."""
 
+    auth = None  # or basic, bearer
+    realm = None  # token URL; None = its own
+    anonymous = True  # gives tokens without credentials
     service = "fixture"
     token_field = "token"  # or access_token, both
     expires_in = 300  # seconds, None = not said; only token_uses ends a token
@@ -1024,16 +1026,12 @@ class FakeRegistry(Server):
     # {token: scopes}, of all registries: one may trust the tokens of another.
     tokens = {}
 
-    def __init__(
-        self, auth=None, tls=False, users=None, realm=None, anonymous=True, blobs=None
-    ):
-        self.auth = auth  # or basic, bearer
-        self.users = {"alice": PASSWORD} if users is None else users
-        self.realm = realm  # token URL; None = its own
-        self.anonymous = anonymous  # gives tokens without credentials
-        self.blobs = {} if blobs is None else blobs  # {digest: bytes}
+    def __init__(self, tls=False, **attributes):
+        self.users = {"alice": PASSWORD}
+        self.blobs = {}  # {digest: bytes}
         self.repositories = {}  # {name: {tag or digest: (bytes, media type, digest)}}
         self._uses = collections.Counter()
+        vars(self).update(attributes)
         super().__init__(tls)
 
     def add(self, repository, tag, image):
@@ -1148,8 +1146,8 @@ class FakeRegistry(Server):
             form = urllib.parse.parse_qs(request.body.decode("ascii"))
         if not self._trusts(request, form):
             return _error(401, "UNAUTHORIZED", "incorrect username or password")
-        token = "S3CR3T-TOKEN-" + os.urandom(16).hex()
-        self.tokens[token] = " ".join(form.get("scope", [])).split()
+        known = request.method == "POST" or "Authorization" in request.headers
+        token = self.token(known, " ".join(form.get("scope", [])).split())
         both = ("token", "access_token")
         fields = both if self.token_field == "both" else (self.token_field,)
         document = {field: token for field in fields}
@@ -1157,9 +1155,17 @@ class FakeRegistry(Server):
             document["expires_in"] = self.expires_in
         return _json_reply(document)
 
+    def token(self, known, scopes):
+        """A new token of who has these scopes, for a known user or for anybody."""
+        token = "S3CR3T-TOKEN-" + os.urandom(16).hex()
+        self.tokens[token] = scopes
+        return token
+
     def _trusts(self, request, form):
         """May whoever asks for a token have one?"""
         first = {name: values[0] for name, values in form.items()}
+        if first.get("service", self.service) != self.service:
+            return False
         if request.method == "POST" and first.get("grant_type") == "refresh_token":
             return first.get("refresh_token") == IDENTITY_TOKEN
         if request.method == "POST":
@@ -1229,7 +1235,7 @@ def _credentials(request):
 
 
 def _json_reply(document, code=200):
-    return Reply(code, _json(document), {"Content-Type": "application/json"})
+    return Reply(code, json_bytes(document), {"Content-Type": "application/json"})
 
 
 def _error(code, name, message):
@@ -1472,29 +1478,10 @@ Measured = collections.namedtuple("Measured", "status out err peak seconds")
 
 REAL_USER = "alice"
 REAL_PASSWORD = "S3CR3T-alice"
-REAL_IDENTITY_TOKEN = "IDENTITY-alice"
+REAL_IDENTITY_TOKEN = IDENTITY_TOKEN
 HTPASSWD = "alice:$2y$05$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n"
 
-REAL_CERT = """\
------BEGIN CERTIFICATE-----
-MIIBkzCCATmgAwIBAgIITFSbKtuhBqIwCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJ
-bG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxOTkxMjMxMjM1OTU5WjAUMRIw
-EAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAREdbcD
-tnvXiWAt13Gs2RsqwPxfA7F9rkKmVXP1A5CT2UYwmR2lP1qFq3JbH0Jeq4U/kDSI
-gugffW/wGl0cixyko3MwcTAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIC
-hDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUew567fG6n7MFEUWrxFtv
-kU54HwUwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0gA
-MEUCIGX4brYwysohCRSZHyI0ELeEAcvzw9fuCJCe7sRSLLvzAiEA+WoLvth8ctKF
-P6pBqbi59KrLy7mB3SE08eBwthWmmJs=
------END CERTIFICATE-----
-"""
-REAL_KEY = """\
------BEGIN EC PRIVATE KEY-----
-MHcCAQEEIJYXMR6QzZzia+9JVFZVTCROYfw76rGM9WkGdMoYX1fDoAoGCCqGSM49
-AwEHoUQDQgAERHW3A7Z714lgLddxrNkbKsD8XwOxfa5CplVz9QOQk9lGMJkdpT9a
-hatyWx9CXquFP5A0iILoH31v8BpdHIscpA==
------END EC PRIVATE KEY-----
-"""
+REAL_CERT = TEST_CERT
 TOKEN_CERT = """\
 -----BEGIN CERTIFICATE-----
 MIIC9DCCAdygAwIBAgIITFSbKtuhBqMwDQYJKoZIhvcNAQELBQAwFzEVMBMGA1UE
@@ -1515,14 +1502,8 @@ GN9qJ+7AYuGoQk8NtkW9Z2dK0cUETyaRFIhZESoZhBG+78cLg7LUigNHdWZv1M2b
 nyrWDEUD32ufhhK6mUbgY//EjCVp3x3PEZNpVrBaZX6v9qO5MCBHfw==
 -----END CERTIFICATE-----
 """
-TOKEN_N = int(
-    "98b1d6b328558018ce0dbbc62cf07bd124b582d8fd37e91f577aec0d8d5ce0fe9c6e4d6b3425f2d4"
-    "385d21783298c0b2a5ec584dca7f275abeae355919ddbfa6f0360ce35557b3d8118c8db42a4194b0"
-    "fb54dcb5820863bd95341cefab96ff434a507b7c8fb346dfc69db2ebf5c43f5117d4c2656643409d"
-    "3910e7ad92c817c3b5bcd421eb8ded48b8e4c33a1a5785a3b41687d0088a8b5cd82824ac01da28f4"
-    "33a0746a624150fddc7f6c0e8835ebdd2cd91f4ac3739487480cedebd3655916095b8dfba144b06e"
-    "586bcbe5a1dcd55dc8d3d0155b68abe411bc1c3f9ff81fd58a95411b20de64c670b29ebd7b6ef83d"
-    "7a3e4b629560752eea63e70431fbb67b", 16)
+# The modulus and the private exponent of its key.
+TOKEN_N = int.from_bytes(ssl.PEM_cert_to_DER_cert(TOKEN_CERT)[155:411], "big")
 TOKEN_D = int(
     "2008a7273cddfb1ab917ce7dfbed93bc43bc44b02b2770a3dfa16d2646b2e68ce3da8c29626e57ac"
     "480ad9bbb2b9b32b877db6e4d307ac04f09df19938c0f9b5170defd43d9241aba1badffb9d25d700"
@@ -1573,10 +1554,6 @@ def able(condition, what):
     return unittest.skipUnless(condition, CANNOT + what)
 
 
-def _real_base64url(data):
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
-
-
 def _rs256(message):
     """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2), so that no openssl is needed."""
     info = bytes.fromhex("3031300d060960864801650304020105000420")
@@ -1587,139 +1564,41 @@ def _rs256(message):
     return number.to_bytes(size, "big")
 
 
-def make_jwt(claims):
-    """Return `claims` as a JWT that a registry trusting TOKEN_CERT accepts."""
-    # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
-    header = {"typ": "JWT", "alg": "RS256",
-              "x5c": ["".join(TOKEN_CERT.split("\n")[1:-2])]}
-    parts = [_real_base64url(json.dumps(part).encode("utf-8"))
-             for part in (header, claims)]
-    parts.append(_real_base64url(_rs256(".".join(parts).encode("ascii"))))
-    return ".".join(parts)
+class TokenServer(FakeRegistry):
+    """A token server whose tokens the real docker-registry takes.
 
-
-class _ThreadingServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-
-class _TokenHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    # Head and body go out in two writes; Nagle would hold back the second one.
-    disable_nagle_algorithm = True
-    timeout = 30
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        owner = self.server.owner
-        owner.requests.append((self.command, self.path, dict(self.headers), body))
-        address = urllib.parse.urlsplit(self.path)
-        if address.path != "/token":
-            return self._reply(404, {"errors": [{"code": "NOT_FOUND"}]})
-        query = address.query if self.command == "GET" else body.decode("utf-8")
-        fields = urllib.parse.parse_qs(query)
-        try:
-            user = self._user(fields)
-        except ValueError:
-            return self._reply(401, {"errors": [{"code": "UNAUTHORIZED"}]})
-        self._reply(200, owner.answer(user, fields))
-
-    do_POST = do_GET
-
-    def _user(self, fields):
-        """The authenticated user's name, None if anonymous; ValueError if wrong."""
-        header = self.headers.get("Authorization")
-        if header is None and "grant_type" not in fields:
-            return None
-        if header is not None:
-            scheme, _, value = header.partition(" ")
-            given = base64.b64decode(value).decode("utf-8")
-            right = (scheme.lower(), given) == (
-                "basic", REAL_USER + ":" + REAL_PASSWORD)
-        elif fields["grant_type"] == ["refresh_token"]:
-            right = fields.get("refresh_token") == [REAL_IDENTITY_TOKEN]
-        else:
-            names = ("grant_type", "username", "password")
-            given = [fields.get(name) for name in names]
-            right = given == [["password"], [REAL_USER], [REAL_PASSWORD]]
-        if not right:
-            raise ValueError("wrong credentials")
-        return REAL_USER
-
-    def _reply(self, status, value):
-        data = json.dumps(value).encode("utf-8")
-        self.send_response(status)
-        if status == 401:
-            self.send_header("WWW-Authenticate", 'Basic realm="token server"')
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-class TokenServer:
-    """GET and POST /token: anonymous may pull outside private/, alice may do all.
-
-    A test may change `token_field` ("token", "access_token" or "both"), `expires_in`
-    (what the reply says; None: nothing) and `valid_for` (seconds until the token truly
-    expires; registries grant up to 60 more) at any time, and read `requests`: a list
-    of (method, path with query, headers, body).
+    Anonymous may pull outside private/, alice may do all. A token truly expires after
+    `valid_for` seconds; registries grant up to 60 more.
     """
-    SERVICE = "registry.test"
-    ISSUER = "issuer.test"
+    auth, service, issuer = "bearer", "registry.test", "issuer.test"
+    token_field = "both"
+    valid_for = 300
 
     def __init__(self):
-        self.token_field = "both"
-        self.expires_in = 300
-        self.valid_for = 300
-        self.requests = []
-        self._server = _ThreadingServer(("127.0.0.1", 0), _TokenHandler)
-        self._server.owner = self
-        self.host = "127.0.0.1:%d" % self._server.server_address[1]
-        self.url = "http://%s/token" % self.host
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.daemon = True
-        self._thread.start()
+        super().__init__(users={REAL_USER: REAL_PASSWORD})
 
-    def close(self):
-        """Stop listening; may be called twice."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def answer(self, user, fields):
-        """The JSON reply to an authenticated request for `fields` (as of parse_qs)."""
-        scopes = " ".join(fields.get("scope", [])).split()
-        service = fields.get("service", [self.SERVICE])[0]
-        token = self.token(user, scopes, service)
-        names = ["token", "access_token"]
-        if self.token_field != "both":
-            names = [self.token_field]
-        reply = {name: token for name in names}
-        if self.expires_in is not None:
-            reply["expires_in"] = self.expires_in
-        return reply
-
-    def token(self, user, scopes, service=SERVICE):
-        """A JWT with those of `scopes` ("type:name:action,action") `user` may have."""
+    def token(self, known, scopes):
+        """A JWT with those of the scopes (type:name:action,action) one may have."""
         now = int(time.time())
-        return make_jwt({
-            "iss": self.ISSUER, "aud": service, "sub": user or "",
+        claims = {
+            "iss": self.issuer, "aud": self.service, "sub": REAL_USER if known else "",
             "iat": now, "nbf": now - 60, "exp": now + self.valid_for,
-            "jti": _real_base64url(os.urandom(12)),
-            "access": [self._access(user, scope) for scope in scopes]})
+            "jti": os.urandom(12).hex(),
+            "access": [self._access(known, scope) for scope in scopes]}
+        # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
+        header = {"typ": "JWT", "alg": "RS256",
+                  "x5c": ["".join(TOKEN_CERT.split("\n")[1:-2])]}
+        parts = [url64(json_bytes(part)) for part in (header, claims)]
+        parts.append(url64(_rs256(".".join(parts).encode("ascii"))))
+        return ".".join(parts)
 
     @staticmethod
-    def _access(user, scope):
+    def _access(known, scope):
         # A repository's name may hold a colon of its own ("host:port/name").
         rest, _, actions = scope.rpartition(":")
         kind, _, name = rest.partition(":")
         asked = actions.split(",")
-        if user is None:
+        if not known:
             public = kind == "repository" and not name.startswith("private/")
             asked = [action for action in asked if public and action == "pull"]
         return {"type": kind, "name": name, "actions": asked}
@@ -1796,18 +1675,15 @@ class DockerRegistry:
 
     def request(self, path, headers=None, method="GET"):
         """Return (status, headers, body) of one request, without any proxy."""
+        connection = http.client.HTTPConnection(self.host, timeout=10)
         if self.tls:
-            context = ssl.create_default_context(cadata=REAL_CERT)
             connection = http.client.HTTPSConnection(
-                self.host, timeout=10, context=context)
-        else:
-            connection = http.client.HTTPConnection(self.host, timeout=10)
-        try:
+                self.host, timeout=10,
+                context=ssl.create_default_context(cadata=REAL_CERT))
+        with contextlib.closing(connection):
             connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
             return response.status, response.headers, response.read()
-        finally:
-            connection.close()
 
     def _start(self, env_extra):
         for _ in range(3):
@@ -1860,29 +1736,23 @@ class DockerRegistry:
         http_part = {"addr": self.host, "secret": "not secret"}
         if self.tls:
             http_part["tls"] = {"certificate": self._path("cert.pem", REAL_CERT),
-                                "key": self._path("key.pem", REAL_KEY)}
+                                "key": self._path("key.pem", TEST_KEY)}
         config = {
             "version": "0.1",
             "log": {"level": "error", "accesslog": {"disabled": True}},
-            "storage": {
-                "filesystem": {"rootdirectory": self.storage},
-                "maintenance": {"uploadpurging": {"enabled": False}}},
-            "http": http_part,
-            "compatibility": {"schema1": {
-                "enabled": True,
-                "signingkeyfile": self._path("schema1.pem", REAL_KEY)}}}
-        if self.auth is not None:
-            config["auth"] = {self.auth: self._auth_options()}
+            "storage": {"filesystem": {"rootdirectory": self.storage},
+                        "maintenance": {"uploadpurging": {"enabled": False}}},
+            "http": http_part, "compatibility": {"schema1": {"enabled": True}}}
+        if self.auth == "htpasswd":
+            config["auth"] = {"htpasswd": {"realm": "registry.test",
+                                           "path": self._path("htpasswd", HTPASSWD)}}
+        elif self.auth == "token":
+            config["auth"] = {"token": {
+                "realm": self.token_server.url + "/token",
+                "service": TokenServer.service, "issuer": TokenServer.issuer,
+                "rootcertbundle": self._path("token.pem", TOKEN_CERT)}}
         # JSON is YAML, and needs no thought about quoting.
         return self._path("config.yml", json.dumps(config, indent=1))
-
-    def _auth_options(self):
-        if self.auth == "htpasswd":
-            return {"realm": "registry.test",
-                    "path": self._path("htpasswd", HTPASSWD)}
-        return {"realm": self.token_server.url,
-                "service": TokenServer.SERVICE, "issuer": TokenServer.ISSUER,
-                "rootcertbundle": self._path("token.pem", TOKEN_CERT)}
 
 
 def _skopeo(*arguments):
@@ -1890,10 +1760,7 @@ def _skopeo(*arguments):
         ["skopeo", "--insecure-policy"] + list(arguments), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120,
         env=dict(os.environ, NO_PROXY="*", no_proxy="*"))
-    if done.returncode:
-        raise AssertionError("skopeo %s: exit code %d\n%s" % (
-            " ".join(arguments), done.returncode,
-            done.stderr.decode("utf-8", "replace")))
+    assert not done.returncode, (arguments, done.stderr.decode("utf-8", "replace"))
     return done.stdout
 
 
@@ -1903,20 +1770,15 @@ def skopeo_copy(source, destination, *options):
             *(options + (source, destination)))
 
 
-def _creds(creds):
-    return () if creds is None else ("--creds", creds)
+def skopeo_inspect(ref, *options):
+    """What `skopeo inspect` says of `ref`, as a dict."""
+    told = _skopeo("inspect", "--tls-verify=false", *(options + (ref,)))
+    return json.loads(told.decode("utf-8"))
 
 
-def skopeo_inspect(ref, *options, creds=None):
-    """What `skopeo inspect` says of `ref`, as a dict; creds: "user:password"."""
-    options = _creds(creds) + options
-    return json.loads(_skopeo(
-        "inspect", "--tls-verify=false", *(options + (ref,))).decode("utf-8"))
-
-
-def skopeo_raw(ref, *options, creds=None):
-    """The manifest of `ref` byte by byte, as its registry serves it to skopeo."""
-    options = _creds(creds) + options
+def skopeo_raw(ref, creds=None):
+    """The manifest of `ref` byte by byte, as skopeo, "user:password", is served it."""
+    options = () if creds is None else ("--creds", creds)
     return _skopeo("inspect", "--raw", "--tls-verify=false", *(options + (ref,)))
 
 
@@ -1957,12 +1819,10 @@ def _write_layer(layout, layer, level):
     return written, "sha256:" + digest.hexdigest()
 
 
-def oci_layout(path, layers, config_extra=None, platform="linux/amd64", level=6):
+def oci_layout(path, layers, platform="linux/amd64", level=6):
     """Write an OCI image layout with tag `latest` to the new directory `path`.
 
-    `layers` are uncompressed tar files (bytes, or paths), packed by gzip at `level`;
-    `config_extra` replaces members of the image's configuration; `platform` is
-    "os/architecture[/variant]".
+    `layers` are uncompressed tar files (bytes, or paths), packed by gzip at `level`.
     """
     path = str(path)
     os.makedirs(os.path.join(path, "blobs", "sha256"))
@@ -1974,7 +1834,6 @@ def oci_layout(path, layers, config_extra=None, platform="linux/amd64", level=6)
                   # Conversion to schema 1 needs one entry for each layer.
                   history=[{"created": created, "created_by": "layer %d" % number}
                            for number in range(len(layers))])
-    config.update(config_extra or {})
     manifest = {"schemaVersion": 2, "config": _write_json(path, "config", config),
                 "layers": descriptors}
     entry = _write_json(path, "manifest", manifest)
@@ -2096,11 +1955,6 @@ def mutated(data, choices, cut=False):
     mutant = bytearray(data)
     mutant[choices.randrange(len(data))] = choices.randrange(256)
     return bytes(mutant[:choices.randrange(len(data) + 1)] if cut else mutant)
-
-
-def json_bytes(value):
-    """A value as JSON, lone surrogates and all."""
-    return json.dumps(value).encode("ascii")
 
 
 def compact_table(*rows):
@@ -2713,11 +2567,6 @@ SIGNED_IDS = (  # oldest first
 
 PAYLOAD = b'{\n   "a": 1\n}'
 PAYLOAD_END = len(PAYLOAD) - 2
-
-
-def url64(data):
-    """Base64url without padding."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
 def protected(**members):
