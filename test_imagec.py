@@ -11,7 +11,6 @@ unless IMAGEC_TEST_NO_SKIP is set: then they fail.
 """
 
 import ast
-import atexit
 import base64
 import bisect
 import bz2
@@ -133,11 +132,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# ------------------------------------------------------------------------------
-# Certificates: every key here is public knowledge, and guards nothing.
-# All are self-signed P-256 and their own CA; a client trusts TEST_CERT as cafile.
-# ------------------------------------------------------------------------------
-
+# Certificates: every key here is public knowledge, and guards nothing. All are
+# self-signed P-256 and their own CA; a client trusts TEST_CERT as cafile.
 # localhost and 127.0.0.1, until 2126
 TEST_CERT, TEST_KEY = imagec._TEST_CERTIFICATE, imagec._TEST_KEY
 
@@ -185,46 +181,31 @@ Wx0qriH1XnFhIUUOoTKytdd5LXTcmQ1dUZ1Ps8lCbHRg4ENHRMhJhDDK
 -----END PRIVATE KEY-----
 """
 
-# ------------------------------------------------------------------------------
-# Image builder: tar_bytes, build_image, build_index
-# ------------------------------------------------------------------------------
-
 CREATED = "2020-01-01T00:00:00Z"
+RUN_CONFIG = {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}
 
 # The blob that stands in schema1 for a layer that changed nothing: an empty tar,
 # gzipped by the first docker; its digest (a3ed95ca...) is known to every client.
 EMPTY_LAYER = bytes.fromhex(
-    "1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000"
-)
+    "1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000")
 
 # The public half of TEST_KEY; `kid` is its libtrust fingerprint, as clients check.
-JWK = {
-    "crv": "P-256",
-    "kid": "6JRW:KSZO:5PDT:2UL4:XFVA:IJ32:EXSA:A6Y5:ESDW:SY4L:JGXE:7FU7",
-    "kty": "EC",
-    "x": "P9ICVfqLsw5-qPg5Y4_8mIzRmWMnn9sytv16WvL1nWg",
-    "y": "blbmBUc-fKabLDxyJdrqGmljp-BqbM26TtAq25iuZAg",
-}
+JWK = {"crv": "P-256", "kty": "EC",
+       "kid": "6JRW:KSZO:5PDT:2UL4:XFVA:IJ32:EXSA:A6Y5:ESDW:SY4L:JGXE:7FU7",
+       "x": "P9ICVfqLsw5-qPg5Y4_8mIzRmWMnn9sytv16WvL1nWg",
+       "y": "blbmBUc-fKabLDxyJdrqGmljp-BqbM26TtAq25iuZAg"}
 
 _OCI = "application/vnd.oci.image."
 _DOCKER = "application/vnd.docker."
 MEDIA_TYPES = {
-    "oci": {
-        "manifest": _OCI + "manifest.v1+json",
-        "index": _OCI + "index.v1+json",
-        "config": _OCI + "config.v1+json",
-        "layer": _OCI + "layer.v1.tar",
-        "gzip": "+gzip",
-        "zstd": "+zstd",
-    },
-    "docker": {
-        "manifest": _DOCKER + "distribution.manifest.v2+json",
-        "index": _DOCKER + "distribution.manifest.list.v2+json",
-        "config": _DOCKER + "container.image.v1+json",
-        "layer": _DOCKER + "image.rootfs.diff.tar",
-        "gzip": ".gzip",
-        "zstd": ".zstd",
-    },
+    "oci": {"manifest": _OCI + "manifest.v1+json", "index": _OCI + "index.v1+json",
+            "config": _OCI + "config.v1+json", "layer": _OCI + "layer.v1.tar",
+            "gzip": "+gzip", "zstd": "+zstd"},
+    "docker": {"manifest": _DOCKER + "distribution.manifest.v2+json",
+               "index": _DOCKER + "distribution.manifest.list.v2+json",
+               "config": _DOCKER + "container.image.v1+json",
+               "layer": _DOCKER + "image.rootfs.diff.tar",
+               "gzip": ".gzip", "zstd": ".zstd"},
     "schema1": {"manifest": _DOCKER + "distribution.manifest.v1+json"},
     "schema1-signed": {"manifest": _DOCKER + "distribution.manifest.v1+prettyjws"},
 }
@@ -257,13 +238,8 @@ def tar_bytes(members):
     """Build a tar from rows (name, content or None for a directory[, attributes])."""
     out = io.BytesIO()
     # Both the default format and the default encoding depend on the Python running.
-    with tarfile.open(
-        fileobj=out,
-        mode="w",
-        format=tarfile.PAX_FORMAT,
-        encoding="utf-8",
-        errors="surrogateescape",
-    ) as tar:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT,
+                      encoding="utf-8", errors="surrogateescape") as tar:
         for name, content, *attributes in members:
             info = tarfile.TarInfo(name)
             if content is None:
@@ -282,26 +258,19 @@ def gzip_bytes(data, level=6):
 
 
 def zstd_bytes(data):
-    done = subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE,
-                          check=True)
-    return done.stdout
+    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE,
+                          check=True).stdout
 
 
-def build_image(
-    layers,
-    kind="oci",
-    platform=("linux", "amd64", None),
-    compress=gzip_bytes,
-    **config_extra
-):
+def build_image(layers, kind="oci", platform=("linux", "amd64", None),
+                compress=gzip_bytes, **config_extra):
     """Build an image of kind oci, docker, schema1 or schema1-signed.
 
     `layers` are uncompressed tars, oldest first; None is a step without a layer.
     `compress` may be None; `config_extra` overrides members of the image config.
     """
-    steps = [
-        tar if tar is None or compress is None else compress(tar) for tar in layers
-    ]
+    steps = [tar if tar is None or compress is None else compress(tar)
+             for tar in layers]
     diff_ids = [sha256(tar) for tar in layers if tar is not None]
     if kind.startswith("schema1"):
         image = _schema1(steps, kind, platform, config_extra)
@@ -320,11 +289,8 @@ def build_index(images_with_platforms, kind="oci", extra_entries=()):
     for image, platform in images_with_platforms:
         extra = {"platform": _platform(platform)} if platform else {}
         entries.append(image.descriptor(**extra))
-    document = {
-        "schemaVersion": 2,
-        "mediaType": MEDIA_TYPES[kind]["index"],
-        "manifests": entries + list(extra_entries),
-    }
+    document = {"schemaVersion": 2, "mediaType": MEDIA_TYPES[kind]["index"],
+                "manifests": entries + list(extra_entries)}
     index = BuiltImage(json_bytes(document, 3), document["mediaType"])
     index.children = [image for image, _ in images_with_platforms]
     return index
@@ -351,21 +317,17 @@ def _schema2(steps, kind, platform, diff_ids, extra):
     config = _image_config(steps, platform, diff_ids, extra)
     types = MEDIA_TYPES[kind]
     layers = [blob for blob in steps if blob is not None]
+    codings = {b"\x1f\x8b": types["gzip"], b"\x28\xb5": types["zstd"]}
     document = {
         "schemaVersion": 2,
         "mediaType": types["manifest"],
         "config": _descriptor(types["config"], config),
-        "layers": [_descriptor(_layer_type(types, blob), blob) for blob in layers],
+        "layers": [_descriptor(types["layer"] + codings.get(blob[:2], ""), blob)
+                   for blob in layers],
     }
     image = BuiltImage(json_bytes(document, 3), types["manifest"], config=config)
     image.blobs[sha256(config)] = config
     return image
-
-
-def _layer_type(types, blob):
-    """The media type that fits a layer's first bytes."""
-    coding = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(blob[:2])
-    return types["layer"] + types.get(coding, "")
 
 
 def _image_config(steps, platform, diff_ids, extra):
@@ -375,12 +337,8 @@ def _image_config(steps, platform, diff_ids, extra):
         if blob is None:
             history[-1]["empty_layer"] = True
     document = dict(
-        _platform(platform),
-        created=CREATED,
-        config={"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
-        rootfs={"type": "layers", "diff_ids": diff_ids},
-        history=history,
-    )
+        _platform(platform), created=CREATED, config=RUN_CONFIG,
+        rootfs={"type": "layers", "diff_ids": diff_ids}, history=history)
     document.update(extra)
     return json_bytes(document)
 
@@ -398,10 +356,8 @@ def _schema1(steps, kind, platform, extra):
         "tag": "latest",
         "architecture": platform[1],
         "fsLayers": [{"blobSum": sha256(blob)} for blob in reversed(blobs)],
-        "history": [
-            {"v1Compatibility": json_bytes(entry).decode("ascii") + "\n"}
-            for entry in reversed(history)
-        ],
+        "history": [{"v1Compatibility": json_bytes(entry).decode("ascii") + "\n"}
+                    for entry in reversed(history)],
     }
     payload = json_bytes(document, 3)
     body = _sign(payload) if kind == "schema1-signed" else payload
@@ -416,18 +372,18 @@ def _v1_history(steps, platform, extra):
     history, parent = [], None
     for number, blob in enumerate(steps):
         seed = "%s %d %s" % (parent, number, sha256(blob or EMPTY_LAYER))
-        entry = {"id": hashlib.sha256(seed.encode("ascii")).hexdigest()}
+        entry = {"id": hashlib.sha256(seed.encode("ascii")).hexdigest(),
+                 "created": CREATED,
+                 "container_config": {"Cmd": [_command(number, blob)]}}
         if parent:
             entry["parent"] = parent
-        entry["created"] = CREATED
-        entry["container_config"] = {"Cmd": [_command(number, blob)]}
         if blob is None:
             entry["throwaway"] = True
         history.append(entry)
         parent = entry["id"]
     if history:
-        history[-1].update(_platform(platform), docker_version="1.12.6")
-        history[-1]["config"] = {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}
+        history[-1].update(_platform(platform), docker_version="1.12.6",
+                           config=RUN_CONFIG)
         history[-1].update(extra)
     return history
 
@@ -439,11 +395,7 @@ def _sign(payload):
     """
     tail = b"\n}"
     length = len(payload) - len(tail)
-    protected = {
-        "formatLength": length,
-        "formatTail": url64(tail),
-        "time": CREATED,
-    }
+    protected = {"formatLength": length, "formatTail": url64(tail), "time": CREATED}
     signature = {
         "header": {"jwk": JWK, "alg": "ES256"},
         "signature": url64(hashlib.sha512(payload).digest()),
@@ -499,8 +451,7 @@ class Reply:
         self.is_blob = False  # counted in sent_blob_bytes
         self.is_challenge = False  # faults wait for the reply behind it
         self.fill(body)
-        for name, value in dict(headers).items():
-            self.put(name, value)
+        _with_headers(self, dict(headers))
 
     def put(self, name, value):
         """Set a header, given as content_type or Content-Type.
@@ -553,11 +504,9 @@ class Reply:
         """The offset and length of a phase within the reply."""
         head = self.head()
         status_line = head.find(b"\n") + 1
-        return {
-            "status": (0, status_line),
-            "headers": (status_line, len(head) - status_line),
-            "body": (len(head), len(self.body)),
-        }[phase]
+        return {"status": (0, status_line),
+                "headers": (status_line, len(head) - status_line),
+                "body": (len(head), len(self.body))}[phase]
 
     def _cut_offset(self):
         phase, amount = self.cut
@@ -696,8 +645,7 @@ class Server:
         if self._tls and early is None:
             # Wrapped here and shaken later, so that close() sees one socket only.
             sock = self._tls.wrap_socket(
-                sock, server_side=True, do_handshake_on_connect=False
-            )
+                sock, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=self._serve, args=(sock, early), daemon=True)
         self._live[sock] = thread
         thread.start()
@@ -813,17 +761,14 @@ def before_handshake(server, action):
 @functools.lru_cache(maxsize=None)
 def _tls_context(kind):
     """The server side of TLS for kind True, "expired" or "wrong-host"."""
-    pem = {
-        True: TEST_CERT + TEST_KEY,
-        "expired": EXPIRED_CERT + EXPIRED_KEY,
-        "wrong-host": WRONG_HOST_CERT + WRONG_HOST_KEY,
-    }[kind]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # The ssl module takes a key from a file only.
     with tempfile.TemporaryDirectory() as folder:
-        # The ssl module takes a key from a file only.
         path = os.path.join(folder, "pair.pem")
         with open(path, "w") as file:
-            file.write(pem)
+            file.write({True: TEST_CERT + TEST_KEY,
+                        "expired": EXPIRED_CERT + EXPIRED_KEY,
+                        "wrong-host": WRONG_HOST_CERT + WRONG_HOST_KEY}[kind])
         context.load_cert_chain(path)
     return context
 
@@ -1040,9 +985,8 @@ class FakeRegistry(Server):
             self.add(repository, None, child)
         for blob in image.blobs.values():
             self.add_blob(repository, blob)
-        return self.add_manifest(
-            repository, tag, image.manifest, image.media_type, image.digest
-        )
+        return self.add_manifest(repository, tag, image.manifest, image.media_type,
+                                 image.digest)
 
     def add_blob(self, repository, data):
         """Store a blob; return its digest."""
@@ -1080,9 +1024,8 @@ class FakeRegistry(Server):
         if entry is None:
             return _error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         data, media_type, digest = entry
-        return Reply(
-            200, data, {"Content-Type": media_type, "Docker-Content-Digest": digest}
-        )
+        return Reply(200, data, {"Content-Type": media_type,
+                                 "Docker-Content-Digest": digest})
 
     def _blob(self, request, repository, digest):
         if repository not in self.repositories or digest not in self.blobs:
@@ -1134,8 +1077,8 @@ class FakeRegistry(Server):
         reply = _json_reply({"name": repository, "tags": tags[:size]})
         if 0 < size < len(tags):
             more = urllib.parse.urlencode([("last", tags[size - 1]), ("n", size)])
-            link = '</v2/%s/tags/list?%s>; rel="next"' % (repository, more)
-            reply.put("Link", link)
+            reply.put("Link",
+                      '</v2/%s/tags/list?%s>; rel="next"' % (repository, more))
         return reply
 
     def _token(self, request):
@@ -1148,9 +1091,8 @@ class FakeRegistry(Server):
             return _error(401, "UNAUTHORIZED", "incorrect username or password")
         known = request.method == "POST" or "Authorization" in request.headers
         token = self.token(known, " ".join(form.get("scope", [])).split())
-        both = ("token", "access_token")
-        fields = both if self.token_field == "both" else (self.token_field,)
-        document = {field: token for field in fields}
+        document = {field: token for field in ("token", "access_token")
+                    if self.token_field in (field, "both")}
         if self.expires_in is not None:
             document["expires_in"] = self.expires_in
         return _json_reply(document)
@@ -1215,8 +1157,7 @@ class FakeRegistry(Server):
         resources = [scope.rpartition(":") for scope in self.tokens[token]]
         return repository is None or any(
             resource == "repository:" + repository and "pull" in actions.split(",")
-            for resource, _, actions in resources
-        )
+            for resource, _, actions in resources)
 
     _routes = (
         ("(?:GET|HEAD) /v2/", _ping),
@@ -1616,8 +1557,8 @@ def start_guarded(command, log, env=None):
     # test process is killed and can run no cleanup.
     script = 'exec 3<&0; (read _ <&3; kill $$) & exec "$@" 3<&- </dev/null'
     with open(log, "wb") as file:
-        return subprocess.Popen(["sh", "-c", script, "sh"] + command,
-                                stdin=subprocess.PIPE, stdout=file, stderr=file, env=env)
+        return subprocess.Popen(["sh", "-c", script, "sh"] + command, env=env,
+                                stdin=subprocess.PIPE, stdout=file, stderr=file)
 
 
 def stop_guarded(process, patience=5):
@@ -1640,20 +1581,11 @@ class DockerRegistry:
     may override any setting (REGISTRY_STORAGE_DELETE_ENABLED=true).
     """
     def __init__(self, root, auth=None, tls=False, env_extra=None):
-        if auth not in (None, "htpasswd", "token"):
-            raise ValueError("auth: %r" % (auth,))
-        self.auth = auth
-        self.tls = tls
-        self.storage = os.path.join(str(root), "storage")
-        self.directory = tempfile.mkdtemp(prefix="registry-", dir=str(root))
+        self.auth, self.tls = auth, tls
+        self.storage = os.path.join(root, "storage")
+        self.directory = tempfile.mkdtemp(prefix="registry-", dir=root)
         self.token_server = TokenServer() if auth == "token" else None
-        self._process = None
-        atexit.register(self.close)
-        try:
-            self._start(env_extra or {})
-        except BaseException:
-            self.close()
-            raise
+        self._start(env_extra or {})
 
     def __enter__(self):
         return self
@@ -1663,15 +1595,9 @@ class DockerRegistry:
 
     def close(self):
         """Stop the registry and its token server; may be called twice."""
-        atexit.unregister(self.close)
-        self._stop()
+        stop_guarded(self._process)
         if self.token_server is not None:
             self.token_server.close()
-
-    def log_text(self):
-        """What docker-registry has printed so far."""
-        with open(self._path("log"), "rb") as file:
-            return file.read().decode("utf-8", "replace")
 
     def request(self, path, headers=None, method="GET"):
         """Return (status, headers, body) of one request, without any proxy."""
@@ -1690,37 +1616,28 @@ class DockerRegistry:
             self._spawn(env_extra)
             if self._answers():
                 return
-            self._stop()
+            stop_guarded(self._process)
+            with open(self._path("log"), encoding="utf-8", errors="replace") as file:
+                said = file.read()
             # Another program may have taken the free port in the meantime.
-            if "address already in use" not in self.log_text():
+            if "address already in use" not in said:
                 break
-        raise RuntimeError("docker-registry does not answer:\n" + self.log_text())
+        raise RuntimeError("docker-registry does not answer:\n" + said)
 
     def _spawn(self, env_extra):
         self.host = "127.0.0.1:%d" % _free_port()
         self.url = "%s://%s" % ("https" if self.tls else "http", self.host)
-        # Any REGISTRY_* variable would override our configuration; the exporter
-        # (version 3) would look for a collector.
-        env = {name: value for name, value in os.environ.items()
-               if not name.startswith("REGISTRY_")}
-        env["OTEL_TRACES_EXPORTER"] = "none"
-        env.update(env_extra)
+        # The exporter of version 3 would look for a collector.
+        env = dict(os.environ, OTEL_TRACES_EXPORTER="none", **env_extra)
         self._process = start_guarded(["docker-registry", "serve", self._configure()],
                                       self._path("log"), env)
-
-    def _stop(self):
-        process, self._process = self._process, None
-        if process is not None:
-            stop_guarded(process)
 
     def _answers(self):
         deadline = time.monotonic() + 10
         while self._process.poll() is None and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.request("/v2/")[0] in (200, 401):
                     return True
-            except (OSError, http.client.HTTPException):
-                pass
             time.sleep(0.01)
         return False
 
@@ -1795,15 +1712,12 @@ def _write_blob(layout, media_type, chunks):
 
 
 def _write_json(layout, kind, value):
-    return _write_blob(layout, "application/vnd.oci.image.%s.v1+json" % kind,
-                       [json.dumps(value, sort_keys=True).encode("utf-8")])
+    return _write_blob(layout, MEDIA_TYPES["oci"][kind], [json_bytes(value)])
 
 
 def _write_layer(layout, layer, level):
-    """(descriptor, diffID) of a tar: its bytes, or the path of a file as large as may be.
-
-    Without a time in its header, or equal layers would have different digests.
-    """
+    """(descriptor, diffID) of a tar: its bytes, or the path of one of any size."""
+    # Without a time in its header, or equal layers would have different digests.
     deflate = zlib.compressobj(level, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     digest = hashlib.sha256()
 
@@ -1814,8 +1728,7 @@ def _write_layer(layout, layer, level):
         yield deflate.flush()
 
     with io.BytesIO(layer) if isinstance(layer, bytes) else open(layer, "rb") as file:
-        written = _write_blob(layout, "application/vnd.oci.image.layer.v1.tar+gzip",
-                              packed(file))
+        written = _write_blob(layout, _OCI + "layer.v1.tar+gzip", packed(file))
     return written, "sha256:" + digest.hexdigest()
 
 
@@ -1824,7 +1737,6 @@ def oci_layout(path, layers, platform="linux/amd64", level=6):
 
     `layers` are uncompressed tar files (bytes, or paths), packed by gzip at `level`.
     """
-    path = str(path)
     os.makedirs(os.path.join(path, "blobs", "sha256"))
     config = dict(zip(("os", "architecture", "variant"), platform.split("/")))
     descriptors, diff_ids = zip(*(_write_layer(path, layer, level) for layer in layers))
@@ -1865,10 +1777,6 @@ def seed(registry, repository, layers):
 # --------------------------------------------------------------------------------------
 # Names to Verification
 # --------------------------------------------------------------------------------------
-
-# ------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------
 
 SEED = 20140612  # of every random choice: a failure repeats itself
 
