@@ -1865,11 +1865,9 @@ def mutated(data, choices, cut=False):
     return bytes(mutant[:choices.randrange(len(data) + 1)] if cut else mutant)
 
 
-def compact_table(*rows):
-    """Rows written as one text each, cells apart by blanks; `-` is an empty cell."""
-    return tuple(
-        tuple("" if cell == "-" else cell for cell in row.split()) for row in rows
-    )
+def worded(*groups):
+    """Rows (what is bad, words of the message) of groups that begin with the words."""
+    return tuple((bad, words) for words, *group in groups for bad in group)
 
 
 # ------------------------------------------------------------------------------
@@ -1929,89 +1927,39 @@ GOOD_REFERENCES = (
     ("a" * 247, "docker.io", "library/" + "a" * 247, "latest", None),
 )
 
-BAD_REFERENCES = (
-    # text, words of the message
-    ("", "expected [HOST[:PORT]/]REPOSITORY"),
-    ("::1/a", "expected"),
-    ("foo/Bar", "lowercase"),
-    ("UPPER", "lowercase"),
-    ("a/SUM_B@" + SHA256_A, "lowercase"),
-    ("a___b/c", "expected"),
-    ("a..b", "expected"),
-    ("a.-b", "expected"),
-    ("-a/b", "expected"),
-    ("a-", "expected"),
-    ("app//b", "expected"),
-    ("/app", "expected"),
-    ("app/", "expected"),
-    ("a b", "expected"),
-    ("a/b:", "expected"),
-    ("a:b:c", "expected"),
-    (":tag", "expected"),
-    ("a:-tag", "expected"),
-    ("a:.tag", "expected"),
-    ("http://x/y", "expected"),
-    ("app:" + LONG_TAG + "t", "expected"),
-    ("app@", "expected"),
-    ("app@sha256:" + HEX64.upper(), "invalid digest"),
-    ("app@sha256:" + HEX64[:32], "invalid digest"),
-    ("app@sha512:" + HEX64, "invalid digest"),
-    ("app@md5:" + HEX64[:32], "invalid digest"),
-    ("app@" + SHA256_A + "@" + SHA256_A, "invalid digest"),
-    (HEX64, "looks like an image ID"),
-    ("scratch", "reserved"),
-    ("scratch:1", "reserved"),
-    ("docker.io/library/scratch", "reserved"),
-    ("h.io./a", "expected"),
-    ("-h.io/a", "expected"),
-    ("h_o.io/a", "expected"),
-    ("[::1%25eth0]/a", "expected"),
-    ("[::ffff:127.0.0.1]/a", "expected"),
-    # T02: `$` takes a final newline, \d and int() other scripts' digits
-    ("ubuntu\n", "expected"),
-    ("ubuntu:22.04\n", "expected"),
-    ("h.io:80\n/a", "expected"),
-    ("app@" + SHA256_A + "\n", "invalid digest"),
-    ("app@sha256:" + HEX64[:61] + ARABIC_DIGITS, "invalid digest"),
-    ("app:" + ARABIC_DIGITS, "expected"),
-    ("h.io:8" + ARABIC_DIGITS + "/a", "expected"),
-    ("h.io:8_0/a", "expected"),
-    ("h.io:+80/a", "expected"),
-    # T05
-    ("host/../x", "expected"),
-    ("h.io/../x", "expected"),
-    ("h.io/a/./x", "expected"),
-    ("host/a?b#c", "expected"),
-    ("h.io/a%2f..", "expected"),
-    ("h.io/a\\b", "expected"),
-    ("user:pw@host/x", "expected"),
-    ("user@h.io/x", "expected"),
+BAD_REFERENCES = worded(
+    ("expected [HOST[:PORT]/]REPOSITORY", ""),
+    ("expected",
+     "::1/a", "a___b/c", "a..b", "a.-b", "-a/b", "a-", "app//b", "/app", "app/", "a b",
+     "a/b:", "a:b:c", ":tag", "a:-tag", "a:.tag", "http://x/y", "app:" + LONG_TAG + "t",
+     "app@", "h.io./a", "-h.io/a", "h_o.io/a", "[::1%25eth0]/a", "[::ffff:127.0.0.1]/a",
+     # T02: `$` takes a final newline, \d and int() other scripts' digits
+     "ubuntu\n", "ubuntu:22.04\n", "h.io:80\n/a", "app:" + ARABIC_DIGITS,
+     "h.io:8" + ARABIC_DIGITS + "/a", "h.io:8_0/a", "h.io:+80/a",
+     # T05
+     "host/../x", "h.io/../x", "h.io/a/./x", "host/a?b#c", "h.io/a%2f..", "h.io/a\\b",
+     "user:pw@host/x", "user@h.io/x", "h.io/x y", "h.io\r\n/x", "h.io/x\0",
+     "h.io/\u00e9", "h.io/\u0131", "h.io/\ud800", "h.io/\x1b]0;x\x07"),
+    ("lowercase", "foo/Bar", "UPPER", "a/SUM_B@" + SHA256_A, "h.io/x\r\nHost: evil",
+     "h.io/\u212a"),  # the Kelvin sign, whose lower case is k
+    ("invalid digest",
+     "app@sha256:" + HEX64.upper(), "app@sha256:" + HEX64[:32], "app@sha512:" + HEX64,
+     "app@md5:" + HEX64[:32], "app@" + SHA256_A + "@" + SHA256_A,
+     "app@" + SHA256_A + "\n", "app@sha256:" + HEX64[:61] + ARABIC_DIGITS),
+    ("looks like an image ID", HEX64),
+    ("reserved", "scratch", "scratch:1", "docker.io/library/scratch"),
     # not a word of what stands before an @, unless a digest follows
-    ("u:S3CR3T@h.io/x", "'***@h.io/x'"),
-    ("u:S3CR3T@h.io", "invalid digest 'h.io'"),
-    ("u:S3@CR3T@h.io", "invalid digest '***@h.io'"),
-    ("u:S3/CR3T@h.io/x", "'***@h.io/x'"),
-    ("u:S3@CR3T@h.io/x:1", "'***@h.io/x:1'"),
-    ("u:S3CR3T@h.io/x@" + SHA256_A, "'***@h.io/x@sha256:"),
-    ("https://u:S3CR3T@h.io/x", "'***@h.io/x'"),
-    ("a//b@" + SHA256_A, "'a//b@sha256:"),
-    ("h.io/x y", "expected"),
-    ("h.io/x\r\nHost: evil", "lowercase"),
-    ("h.io\r\n/x", "expected"),
-    ("h.io/x\0", "expected"),
-    ("h.io/\u00e9", "expected"),
-    ("h.io/\u0131", "expected"),
-    ("h.io/\u212a", "lowercase"),  # the Kelvin sign, whose lower case is k
-    ("h.io/\ud800", "expected"),
-    ("h.io/\x1b]0;x\x07", "expected"),
-    ("h.io:0/x", "port"),
-    ("h.io:99999/x", "port"),
-    ("h.io:65536/x", "port"),
-    ("h.io:1000443/x", "port"),
-    ("h.io:" + "9" * 900 + "/x", "port"),
-    ("h.io/" + "a" * 256, "longer than 255"),
-    ("a" * 248, "longer than 255"),
-    ("h.io/a:" + "t" * 5000, "longer than 1024"),
+    ("'***@h.io/x'",
+     "u:S3CR3T@h.io/x", "u:S3/CR3T@h.io/x", "https://u:S3CR3T@h.io/x"),
+    ("invalid digest 'h.io'", "u:S3CR3T@h.io"),
+    ("invalid digest '***@h.io'", "u:S3@CR3T@h.io"),
+    ("'***@h.io/x:1'", "u:S3@CR3T@h.io/x:1"),
+    ("'***@h.io/x@sha256:", "u:S3CR3T@h.io/x@" + SHA256_A),
+    ("'a//b@sha256:", "a//b@" + SHA256_A),
+    ("port", "h.io:0/x", "h.io:99999/x", "h.io:65536/x", "h.io:1000443/x",
+     "h.io:" + "9" * 900 + "/x"),
+    ("longer than 255", "h.io/" + "a" * 256, "a" * 248),
+    ("longer than 1024", "h.io/a:" + "t" * 5000),
 )
 
 REFERENCE_PARTS = (
@@ -2031,80 +1979,48 @@ GOOD_DIGESTS = (
     (SHA512_A, "sha512", HEX64 * 2),
 )
 
-BAD_DIGESTS = (
-    # T01, T02, T14
-    ("", "expected sha256:"),
-    ("../x", "expected sha256:"),
-    (HEX64, "expected sha256:"),
-    ("md5:" + HEX64[:32], "expected sha256:"),
-    ("sha1:" + HEX64[:40], "expected sha256:"),
-    ("SHA256:" + HEX64, "expected sha256:"),
-    ("sha256+b64u:" + HEX64, "expected sha256:"),
-    (" " + SHA256_A, "expected sha256:"),
-    (":" + HEX64, "expected sha256:"),
-    (None, "expected sha256:"),
-    (5, "expected sha256:"),
-    (["sha256", HEX64], "expected sha256:"),
-    ("sha256:", "expected 64 lowercase"),
-    ("sha256:../../../x", "expected 64 lowercase"),
-    ("sha256:" + HEX64[:63], "expected 64 lowercase"),
-    (SHA256_A + "0", "expected 64 lowercase"),
-    (SHA256_A + "\n", "expected 64 lowercase"),
-    (SHA256_A + "\0", "expected 64 lowercase"),
-    ("sha256:\n" + HEX64[1:], "expected 64 lowercase"),
-    ("sha256:" + HEX64[:60] + "/../", "expected 64 lowercase"),
-    ("sha256:" + HEX64[:60] + "\\..\\", "expected 64 lowercase"),
-    ("sha256:" + HEX64.upper(), "expected 64 lowercase"),
-    ("sha256:" + HEX64[:61] + ARABIC_DIGITS, "expected 64 lowercase"),
-    ("sha256:" + HEX64[:61] + "\uff11\uff12\uff13", "expected 64 lowercase"),
-    ("sha384:" + HEX64, "expected 96 lowercase"),
-    ("sha512:" + HEX64, "expected 128 lowercase"),
+# T01, T02, T14
+BAD_DIGESTS = worded(
+    ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32], "sha1:" + HEX64[:40],
+     "SHA256:" + HEX64, "sha256+b64u:" + HEX64, " " + SHA256_A, ":" + HEX64, None, 5,
+     ["sha256", HEX64]),
+    ("expected 64 lowercase",
+     "sha256:", "sha256:../../../x", "sha256:" + HEX64[:63], SHA256_A + "0",
+     SHA256_A + "\n", SHA256_A + "\0", "sha256:\n" + HEX64[1:],
+     "sha256:" + HEX64[:60] + "/../", "sha256:" + HEX64[:60] + "\\..\\",
+     "sha256:" + HEX64.upper(), "sha256:" + HEX64[:61] + ARABIC_DIGITS,
+     "sha256:" + HEX64[:61] + "\uff11\uff12\uff13"),
+    ("expected 96 lowercase", "sha384:" + HEX64),
+    ("expected 128 lowercase", "sha512:" + HEX64),
 )
 
 # containerd/platforms, normalize
-GOOD_PLATFORMS = compact_table(
-    # text, os, architecture, variant
-    "linux/amd64 linux amd64 -",
-    "LINUX/AMD64 linux amd64 -",
-    "linux/x86_64 linux amd64 -",
-    "linux/x86-64 linux amd64 -",
-    "linux/amd64/v1 linux amd64 -",
-    "linux/amd64/v3 linux amd64 v3",
-    "linux/i386 linux 386 -",
-    "linux/i686 linux 386 -",
-    "macos/arm64 darwin arm64 -",
-    "linux/aarch64 linux arm64 -",
-    "linux/arm64/8 linux arm64 -",
-    "linux/arm64/v8 linux arm64 -",
-    "linux/arm64/v8.0 linux arm64 -",
-    "linux/arm64/v8.2 linux arm64 v8.2",
-    "linux/arm64/9 linux arm64 v9",
-    "linux/arm64/9.0 linux arm64 v9",
-    "linux/arm64/v9.0 linux arm64 v9",
-    "linux/arm64/v9.2 linux arm64 v9.2",
-    "linux/armhf linux arm v7",
-    "linux/armel linux arm v6",
-    "linux/arm linux arm v7",
-    "linux/arm/5 linux arm v5",
-    "linux/arm/6 linux arm v6",
-    "linux/arm/7 linux arm v7",
-    "linux/arm/8 linux arm v8",
-    "linux/arm/V6 linux arm v6",
-    "linux/loongarch64 linux loong64 -",
-    "windows/amd64 windows amd64 -",
+GOOD_PLATFORMS = (
+    # platform, what is read as it
+    ("linux/amd64", "linux/amd64", "LINUX/AMD64", "linux/x86_64", "linux/x86-64",
+     "linux/amd64/v1"),
+    ("linux/amd64/v3", "linux/amd64/v3"),
+    ("linux/386", "linux/i386", "linux/i686"),
+    ("darwin/arm64", "macos/arm64"),
     # one word that is no system is an architecture
-    "s390x linux s390x -",
-    "aarch64 linux arm64 -",
-    "armhf linux arm v7",
+    ("linux/arm64", "linux/aarch64", "linux/arm64/8", "linux/arm64/v8",
+     "linux/arm64/v8.0", "aarch64"),
+    ("linux/arm64/v8.2", "linux/arm64/v8.2"),
+    ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
+    ("linux/arm64/v9.2", "linux/arm64/v9.2"),
+    ("linux/arm/v5", "linux/arm/5"),
+    ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel"),
+    ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
+    ("linux/arm/v8", "linux/arm/8"),
+    ("linux/loong64", "linux/loongarch64"),
+    ("windows/amd64", "windows/amd64"),
+    ("linux/s390x", "s390x"),
 )
 
-BAD_PLATFORMS = tuple(
-    (text, "expected OS/ARCH")
-    for text in (
-        "", "/", "linux/", "/amd64", "linux//v7", "linux/amd64/v2/x", "linux amd64",
-        "linux/amd64\n", "linux/amd64\0", "linux/\uff41rm", "linux,amd64", "linux/a:b",
-        "\x1b[2J",
-    )
+BAD_PLATFORMS = worded(
+    ("expected OS/ARCH", "", "/", "linux/", "/amd64", "linux//v7", "linux/amd64/v2/x",
+     "linux amd64", "linux/amd64\n", "linux/amd64\0", "linux/\uff41rm", "linux,amd64",
+     "linux/a:b", "\x1b[2J"),
 )
 
 PLATFORM_TEXTS = (
@@ -2115,7 +2031,7 @@ PLATFORM_TEXTS = (
 )
 
 # The order in which docker tries them: containerd/platforms, platformVector.
-CANDIDATES = compact_table(
+CANDIDATES = tuple(row.split() for row in (
     # platform, then architecture/variant, best first
     "linux/amd64 amd64 386",
     "linux/amd64/v1 amd64 386",
@@ -2138,7 +2054,7 @@ CANDIDATES = compact_table(
     "linux/s390x s390x",
     "windows/amd64 amd64 386",
     "linux/riscv64/rva20u64 riscv64/rva20u64",
-)
+))
 
 HOSTS = (
     # uname's machine, bytes of a pointer, platform
@@ -2208,28 +2124,27 @@ class NamesTest(TableCase):
         self.assertEqual(str(digest), sha256(b""))
         self.assertEqual(len(imagec.Digest.of(b"", "sha512").hex), 128)
         digest.check(b"", "nothing")
-        error = self.refused(
-            imagec.DigestMismatch, "thing: expected", digest.check, b"x", "thing"
-        )
+        error = self.refused(imagec.DigestMismatch, "thing: expected", digest.check,
+                             b"x", "thing")
         self.assertEqual(error.what, "thing")
         self.assertEqual((error.expected, error.actual), (digest, digest.of(b"x")))
 
     @rows(GOOD_PLATFORMS)
-    def test_good_platforms(self, text, *parts):
-        found = imagec.Platform.parse(text)
-        self.assertEqual(found, parts + ("",))
-        self.assertEqual(imagec.Platform.normal(*found), found)
-        self.assertEqual(imagec.Platform.parse(str(found)), found)
+    def test_good_platforms(self, name, *texts):
+        expected = imagec.Platform(*name.split("/"))
+        for text in texts:
+            self.assertEqual(imagec.Platform.parse(text), expected, text)
+        self.assertEqual(imagec.Platform.normal(*expected), expected)
+        self.assertEqual(imagec.Platform.parse(str(expected)), expected)
 
     @rows(BAD_PLATFORMS)
     def test_bad_platforms(self, text, words):
         self.refused(imagec.InvalidReference, words, imagec.Platform.parse, text)
 
-    def test_a_system_alone_means_this_architecture(self):
-        for text, system in (("linux", "linux"), ("Windows", "windows"),
-                             ("macos", "darwin")):
-            expected = imagec.Platform.host()._replace(os=system)
-            self.assertEqual(imagec.Platform.parse(text), expected)
+    @rows([("linux", "linux"), ("Windows", "windows"), ("macos", "darwin")])
+    def test_a_system_alone_means_this_architecture(self, text, system):
+        expected = imagec.Platform.host()._replace(os=system)
+        self.assertEqual(imagec.Platform.parse(text), expected)
 
     @rows(PLATFORM_TEXTS)
     def test_platform_texts(self, parts, text):
@@ -2387,9 +2302,8 @@ class DocumentsTest(TableCase):
 
     @rows(JSON_REFUSED)
     def test_json_refused(self, name, raw, words):
-        error = self.refused(
-            imagec.InvalidDocument, words, imagec.parse_json, raw, "doc"
-        )
+        error = self.refused(imagec.InvalidDocument, words, imagec.parse_json, raw,
+                             "doc")
         self.assertLess(len(str(error)), 200)
 
     def test_as_deep_as_may_be(self):
@@ -2400,9 +2314,8 @@ class DocumentsTest(TableCase):
 
     @rows(HTML_BODIES)
     def test_html_is_hinted_at(self, raw, hinted):
-        error = self.refused(
-            imagec.InvalidDocument, "doc is not", imagec.parse_json, raw, "doc"
-        )
+        error = self.refused(imagec.InvalidDocument, "doc is not", imagec.parse_json,
+                             raw, "doc")
         self.assertEqual("is that host a registry" in str(error), hinted)
 
     def test_any_mutation_reads_or_is_refused(self):
@@ -2423,17 +2336,13 @@ class DocumentsTest(TableCase):
 
     def test_a_document_is_an_object(self):
         for text in (b"[]", b"null", b"5", b'"{}"', b"true"):
-            self.refused(
-                imagec.InvalidDocument, "not a JSON object",
-                imagec.Document.parse, text, "doc",
-            )
+            self.refused(imagec.InvalidDocument, "not a JSON object",
+                         imagec.Document.parse, text, "doc")
 
     def test_children_are_counted_first(self):
         document = imagec.Document.parse(b'{"a": [1, 2, 3]}', "doc")
-        self.refused(
-            imagec.LimitExceeded, "3 entries, more than the limit of 2",
-            document.children, "a", 2,
-        )
+        self.refused(imagec.LimitExceeded, "3 entries, more than the limit of 2",
+                     document.children, "a", 2)
 
     def test_canonical_json(self):
         value = {"b": [1, {"d": None, "c": "\u00e9"}], "a": "<&>"}
@@ -2573,23 +2482,18 @@ class SignaturesTest(TableCase):
         self.assertEqual(imagec.PrettySignature.parse(body), (body, True))
         body = pretty(PAYLOAD, length_and_tail(length + 1, b""))
         self.assertEqual(len(body), length)
-        self.refused(
-            imagec.InvalidDocument, "beyond its end", imagec.PrettySignature.parse, body
-        )
+        self.refused(imagec.InvalidDocument, "beyond its end",
+                     imagec.PrettySignature.parse, body)
 
     @rows(SIGNATURES_REFUSED)
     def test_signatures_refused(self, name, signatures, words):
-        body = pretty(PAYLOAD, signatures)
-        self.refused(
-            imagec.InvalidDocument, words, imagec.PrettySignature.parse, body
-        )
+        self.refused(imagec.InvalidDocument, words, imagec.PrettySignature.parse,
+                     pretty(PAYLOAD, signatures))
 
     def test_signatures_in_another_case(self):
         body = pretty(PAYLOAD).replace(b'"signatures"', b'"Signatures"')
-        self.refused(
-            imagec.InvalidDocument, "in another case",
-            imagec.PrettySignature.parse, body,
-        )
+        self.refused(imagec.InvalidDocument, "in another case",
+                     imagec.PrettySignature.parse, body)
 
     def test_any_mutation_reads_or_is_refused(self):
         choices = random.Random(SEED)
@@ -2621,10 +2525,8 @@ IMAGE_DOC = {
                 "annotations": {"k": "v"}}],
     "annotations": {"k": "v"},
 }
-DOCKER_DOC = dict(
-    IMAGE_DOC,
-    config=dict(IMAGE_DOC["config"], mediaType=MEDIA_TYPES["docker"]["config"]),
-)
+DOCKER_DOC = dict(IMAGE_DOC, config=dict(
+    IMAGE_DOC["config"], mediaType=MEDIA_TYPES["docker"]["config"]))
 INDEX_DOC = {
     "schemaVersion": 2,
     "manifests": [
@@ -2636,24 +2538,15 @@ INDEX_DOC = {
 }
 V1_DOC = {"id": "a" * 64, "parent": "b" * 64, "throwaway": True, "os": "linux"}
 SCHEMA1_DOC = {
-    "schemaVersion": 1,
-    "name": "library/x",
-    "tag": "1",
-    "architecture": "amd64",
+    "schemaVersion": 1, "name": "library/x", "tag": "1", "architecture": "amd64",
     "fsLayers": [{"blobSum": SUM_A}, {"blobSum": SUM_B}],
-    "history": [
-        {"v1Compatibility": json.dumps(V1_DOC)},
-        {"v1Compatibility": json.dumps({"id": "b" * 64})},
-    ],
+    "history": [{"v1Compatibility": json.dumps(V1_DOC)},
+                {"v1Compatibility": json.dumps({"id": "b" * 64})}],
 }
 CONFIG_DOC = {
-    "os": "linux",
-    "architecture": "amd64",
-    "variant": "v1",
-    "created": CREATED,
-    "author": "a",
-    "config": {"Env": ["A=b"]},
-    "container_config": {"Cmd": None},
+    "os": "linux", "architecture": "amd64", "variant": "v1",
+    "created": CREATED, "author": "a",
+    "config": {"Env": ["A=b"]}, "container_config": {"Cmd": None},
     "rootfs": {"type": "layers", "diff_ids": [SUM_C]},
     "history": [
         {"created": CREATED, "created_by": "x", "author": "a", "comment": "c"},
@@ -2705,111 +2598,101 @@ TYPES_DECIDED = (
 )
 
 # T34, CVE-2021-41190: all that two clients could read as two things.
-AMBIGUOUS = (
-    # name, Content-Type, mediaType, document, words
-    ("image and index", "oci", "oci", dict(IMAGE_DOC, **INDEX_DOC), "ambiguous"),
-    ("image and index, as index", "oci index", "oci index",
-     dict(IMAGE_DOC, **INDEX_DOC), "ambiguous"),
-    ("index with layers", "oci index", None, dict(INDEX_DOC, layers=[]), "ambiguous"),
-    ("index with config", "oci index", None, dict(INDEX_DOC, config={}), "ambiguous"),
-    ("image with manifests", "oci", None, dict(IMAGE_DOC, manifests=[]), "ambiguous"),
-    ("image with fsLayers", "docker", None, dict(IMAGE_DOC, fsLayers=[]), "ambiguous"),
-    ("image with history", "oci", None, dict(IMAGE_DOC, history=[]), "ambiguous"),
-    ("schema1 with layers", "schema1", None, dict(SCHEMA1_DOC, layers=[]), "ambiguous"),
-    ("schema1 with config", "signed", None, dict(PRETTY_DOC, config={}), "ambiguous"),
-    ("schema1 with index", None, None, dict(SCHEMA1_DOC, manifests=[]), "ambiguous"),
-    ("everything", None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC)),
-     "ambiguous"),
-    ("index with fsLayers", None, None, {"schemaVersion": 2, "manifests": [],
-                                       "fsLayers": []}, "ambiguous"),
-    ("index called image", "oci", "oci", INDEX_DOC, "has the shape of"),
-    ("image called index", "oci index", "oci index", IMAGE_DOC, "has the shape of"),
-    ("image called index by header", "oci index", None, IMAGE_DOC, "has the shape of"),
-    ("index called image by header", "docker", None, INDEX_DOC, "has the shape of"),
-    ("image called schema1", "signed", None, IMAGE_DOC, "has the shape of"),
-    ("schema1 called image", "oci", None, SCHEMA1_DOC, "has the shape of"),
-    ("schema1 called index", None, "oci index", SCHEMA1_DOC, "has the shape of"),
-    ("two names for one shape", "docker", "oci", IMAGE_DOC, "calls itself"),
-    ("two names for an index", "oci index", "docker list", INDEX_DOC, "calls itself"),
-    ("header index, body image", "oci index", "oci", IMAGE_DOC, "calls itself"),
-    ("header image, body index", "oci", "oci index", INDEX_DOC, "calls itself"),
-    ("image of version 1", "oci", "oci", dict(IMAGE_DOC, schemaVersion=1),
-     "schemaVersion is 1"),
-    ("index of version 1", None, None, dict(INDEX_DOC, schemaVersion=1),
-     "schemaVersion is 1"),
-    ("schema1 of version 2", None, None, dict(SCHEMA1_DOC, schemaVersion=2),
-     "schemaVersion is 2"),
-    ("no version", None, None, dict(IMAGE_DOC, schemaVersion=None),
-     "has no 'schemaVersion'"),
-    ("version as text", None, None, dict(IMAGE_DOC, schemaVersion="2"),
-     "must be a JSON integer"),
-    ("no shape", "oci", "oci", {"schemaVersion": 2}, "is no manifest"),
-    ("empty object", None, None, {}, "is no manifest"),
+AMBIGUOUS = tuple(row + (words,) for words, *group in (
+    # words, then name, Content-Type, mediaType, document
+    ("ambiguous",
+     ("image and index", "oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
+     ("image and index, as index", "oci index", "oci index",
+      dict(IMAGE_DOC, **INDEX_DOC)),
+     ("index with layers", "oci index", None, dict(INDEX_DOC, layers=[])),
+     ("index with config", "oci index", None, dict(INDEX_DOC, config={})),
+     ("image with manifests", "oci", None, dict(IMAGE_DOC, manifests=[])),
+     ("image with fsLayers", "docker", None, dict(IMAGE_DOC, fsLayers=[])),
+     ("image with history", "oci", None, dict(IMAGE_DOC, history=[])),
+     ("schema1 with layers", "schema1", None, dict(SCHEMA1_DOC, layers=[])),
+     ("schema1 with config", "signed", None, dict(PRETTY_DOC, config={})),
+     ("schema1 with index", None, None, dict(SCHEMA1_DOC, manifests=[])),
+     ("everything", None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
+     ("index with fsLayers", None, None,
+      {"schemaVersion": 2, "manifests": [], "fsLayers": []})),
+    ("has the shape of",
+     ("index called image", "oci", "oci", INDEX_DOC),
+     ("image called index", "oci index", "oci index", IMAGE_DOC),
+     ("image called index by header", "oci index", None, IMAGE_DOC),
+     ("index called image by header", "docker", None, INDEX_DOC),
+     ("image called schema1", "signed", None, IMAGE_DOC),
+     ("schema1 called image", "oci", None, SCHEMA1_DOC),
+     ("schema1 called index", None, "oci index", SCHEMA1_DOC)),
+    ("calls itself",
+     ("two names for one shape", "docker", "oci", IMAGE_DOC),
+     ("two names for an index", "oci index", "docker list", INDEX_DOC),
+     ("header index, body image", "oci index", "oci", IMAGE_DOC),
+     ("header image, body index", "oci", "oci index", INDEX_DOC)),
+    ("schemaVersion is 1",
+     ("image of version 1", "oci", "oci", dict(IMAGE_DOC, schemaVersion=1)),
+     ("index of version 1", None, None, dict(INDEX_DOC, schemaVersion=1))),
+    ("schemaVersion is 2",
+     ("schema1 of version 2", None, None, dict(SCHEMA1_DOC, schemaVersion=2))),
+    ("has no 'schemaVersion'",
+     ("no version", None, None, dict(IMAGE_DOC, schemaVersion=None))),
+    ("must be a JSON integer",
+     ("version as text", None, None, dict(IMAGE_DOC, schemaVersion="2"))),
+    ("is no manifest",
+     ("no shape", "oci", "oci", {"schemaVersion": 2}),
+     ("empty object", None, None, {})),
     # T35
-    ("Layers beside layers", None, None, dict(IMAGE_DOC, Layers=[]), "in another case"),
-    ("Manifests beside layers", None, None, dict(IMAGE_DOC, Manifests=[]),
-     "in another case"),
-    ("FSLAYERS beside manifests", None, None, dict(INDEX_DOC, FSLAYERS=[]),
-     "in another case"),
-    ("MediaType", None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"]),
-     "in another case"),
-    ("long s", None, None, dict(INDEX_DOC, **{"layer\u017f": []}), "in another case"),
-    ("schemaversion", None, None, dict(IMAGE_DOC, schemaversion=1), "in another case"),
-)
+    ("in another case",
+     ("Layers beside layers", None, None, dict(IMAGE_DOC, Layers=[])),
+     ("Manifests beside layers", None, None, dict(IMAGE_DOC, Manifests=[])),
+     ("FSLAYERS beside manifests", None, None, dict(INDEX_DOC, FSLAYERS=[])),
+     ("MediaType", None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
+     ("long s", None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
+     ("schemaversion", None, None, dict(IMAGE_DOC, schemaversion=1))),
+) for row in group)
 
 OTHER_TYPES = (
     "application/vnd.oci.artifact.manifest.v1+json",
-    "application/vnd.docker.plugin.v1+json",
-    "text/html",
-    "\x1b[2J",
+    "application/vnd.docker.plugin.v1+json", "text/html", "\x1b[2J",
 )
 
-# Values put in place of a member: document, path, value, words.
 MEMBER_FAULTS = (
-    ("image", ("config",), None, "has no 'config'"),
-    ("image", ("config",), [], "'config' must be a JSON object"),
-    ("image", ("layers",), None, "has no 'layers'"),
-    ("image", ("layers",), {}, "'layers' must be a JSON array"),
-    ("image", ("layers", 0), None, "manifest.layers[0] is not a JSON object"),
-    ("image", ("config", "digest"), None, "manifest.config has no 'digest'"),
-    ("image", ("config", "digest"), 5, "must be a JSON string"),
+    # document, path, words, values put in place of that member
+    ("image", ("config",), "has no 'config'", None),
+    ("image", ("config",), "'config' must be a JSON object", []),
+    ("image", ("layers",), "has no 'layers'", None),
+    ("image", ("layers",), "'layers' must be a JSON array", {}),
+    ("image", ("layers", 0), "manifest.layers[0] is not a JSON object", None),
+    ("image", ("config", "digest"), "manifest.config has no 'digest'", None),
+    ("image", ("config", "digest"), "must be a JSON string", 5),
     # T01, T02, T14, T40
-    ("image", ("layers", 0, "digest"), "sha256:../../x", "layers[0].digest: invalid"),
-    ("image", ("layers", 0, "digest"), "", "layers[0].digest: invalid"),
-    ("image", ("layers", 0, "digest"), SUM_A + "\n", "layers[0].digest: invalid"),
-    ("image", ("layers", 0, "digest"), SUM_A.upper(), "layers[0].digest: invalid"),
-    ("image", ("layers", 0, "digest"), "md5:" + "0" * 32, "layers[0].digest: invalid"),
-    ("image", ("layers", 0, "digest"), "sha1:" + "0" * 40, "layers[0].digest: invalid"),
-    ("index", ("manifests", 1, "digest"), "x", "manifests[1].digest: invalid"),
-    ("schema1", ("fsLayers", 0, "blobSum"), "../x", "fsLayers[0].blobSum: invalid"),
+    ("image", ("layers", 0, "digest"), "layers[0].digest: invalid", "sha256:../../x",
+     "", SUM_A + "\n", SUM_A.upper(), "md5:" + "0" * 32, "sha1:" + "0" * 40),
+    ("index", ("manifests", 1, "digest"), "manifests[1].digest: invalid", "x"),
+    ("schema1", ("fsLayers", 0, "blobSum"), "fsLayers[0].blobSum: invalid", "../x"),
     # T36
-    ("image", ("layers", 0, "size"), None, "manifest.layers[0] has no 'size'"),
-    ("image", ("layers", 0, "size"), True, "must be a JSON integer"),
-    ("image", ("layers", 0, "size"), 1.0, "must be a JSON integer"),
-    ("image", ("layers", 0, "size"), "5", "must be a JSON integer"),
-    ("image", ("layers", 0, "size"), -1, "not a size"),
-    ("image", ("layers", 0, "size"), 2 ** 53, "not a size"),
-    ("image", ("layers", 0, "size"), 2 ** 70, "not a size"),
-    ("image", ("config", "size"), -1, "not a size"),
-    ("index", ("manifests", 0, "size"), -1, "not a size"),
-    ("image", ("layers", 0, "urls"), "x", "must be a JSON array"),
-    ("image", ("layers", 0, "urls"), [5], "'urls' must be strings"),
-    ("image", ("layers", 0, "annotations"), [], "must be a JSON object"),
-    ("image", ("layers", 0, "mediaType"), 5, "must be a JSON string"),
-    ("image", ("layers", 0, "mediaType"), "\ud800", "not valid Unicode"),  # T13
-    ("index", ("manifests",), "x", "must be a JSON array"),
-    ("index", ("manifests", 0, "platform"), "linux", "must be a JSON object"),
-    ("index", ("manifests", 0, "platform", "os"), 5, "must be a JSON string"),
-    ("index", ("manifests", 0, "platform", "variant"), [], "must be a JSON string"),
-    ("schema1", ("name",), 5, "must be a JSON string"),
-    ("schema1", ("fsLayers",), None, "has no 'fsLayers'"),
-    ("schema1", ("history",), None, "has no 'history'"),
-    ("schema1", ("history", 0), "{}", "is not a JSON object"),
-    ("schema1", ("history", 0, "v1Compatibility"), {}, "must be a JSON string"),
-    ("schema1", ("history", 0, "v1Compatibility"), "", "is not valid JSON"),
-    ("schema1", ("history", 0, "v1Compatibility"), "[]", "is not a JSON object"),
-    ("schema1", ("history", 0, "v1Compatibility"), "[" * 99999, "nested too deep"),
-    ("schema1", ("history", 0, "v1Compatibility"), '{"id":"","id":""}', "twice"),
+    ("image", ("layers", 0, "size"), "manifest.layers[0] has no 'size'", None),
+    ("image", ("layers", 0, "size"), "must be a JSON integer", True, 1.0, "5"),
+    ("image", ("layers", 0, "size"), "not a size", -1, 2 ** 53, 2 ** 70),
+    ("image", ("config", "size"), "not a size", -1),
+    ("index", ("manifests", 0, "size"), "not a size", -1),
+    ("image", ("layers", 0, "urls"), "must be a JSON array", "x"),
+    ("image", ("layers", 0, "urls"), "'urls' must be strings", [5]),
+    ("image", ("layers", 0, "annotations"), "must be a JSON object", []),
+    ("image", ("layers", 0, "mediaType"), "must be a JSON string", 5),
+    ("image", ("layers", 0, "mediaType"), "not valid Unicode", "\ud800"),  # T13
+    ("index", ("manifests",), "must be a JSON array", "x"),
+    ("index", ("manifests", 0, "platform"), "must be a JSON object", "linux"),
+    ("index", ("manifests", 0, "platform", "os"), "must be a JSON string", 5),
+    ("index", ("manifests", 0, "platform", "variant"), "must be a JSON string", []),
+    ("schema1", ("name",), "must be a JSON string", 5),
+    ("schema1", ("fsLayers",), "has no 'fsLayers'", None),
+    ("schema1", ("history",), "has no 'history'", None),
+    ("schema1", ("history", 0), "is not a JSON object", "{}"),
+    ("schema1", ("history", 0, "v1Compatibility"), "must be a JSON string", {}),
+    ("schema1", ("history", 0, "v1Compatibility"), "is not valid JSON", ""),
+    ("schema1", ("history", 0, "v1Compatibility"), "is not a JSON object", "[]"),
+    ("schema1", ("history", 0, "v1Compatibility"), "nested too deep", "[" * 99999),
+    ("schema1", ("history", 0, "v1Compatibility"), "twice", '{"id":"","id":""}'),
 )
 
 # schema1 histories, newest first: each entry an id and a parent, a letter for 64.
@@ -2843,46 +2726,30 @@ PAYLOADS_REFUSED = (
     (json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)), "of the payload is not 1"),
 )
 
-# T03: what names a layer is 64 lowercase hex digits.
-V1_FAULTS = (
-    # v1Compatibility, words
-    ({}, "has no 'id'"),
-    ({"id": None}, "has no 'id'"),
-    ({"id": ""}, "'id' is not 64"),
-    ({"id": 5}, "must be a JSON string"),
-    ({"id": "../../etc/cron.d/x"}, "'id' is not 64"),
-    ({"id": "/" + "a" * 63}, "'id' is not 64"),
-    ({"id": "a" * 63}, "'id' is not 64"),
-    ({"id": "a" * 65}, "'id' is not 64"),
-    ({"id": "A" * 64}, "'id' is not 64"),
-    ({"id": "a" * 63 + "\n"}, "'id' is not 64"),
-    ({"id": "a" * 64 + "\n"}, "'id' is not 64"),
-    ({"id": "\u0661" * 64}, "'id' is not 64"),
-    ({"id": "sha256:" + "a" * 57}, "'id' is not 64"),
-    ({"id": "a" * 64, "parent": "../x"}, "'parent' is not 64"),
-    ({"id": "a" * 64, "parent": "B" * 64}, "'parent' is not 64"),
-    ({"id": "a" * 64, "parent": 0}, "must be a JSON string"),
-    ({"id": "a" * 64, "throwaway": "yes"}, "must be a JSON boolean"),
-    ({"id": "a" * 64, "ID": "b" * 64}, "in another case"),
-    ({"id": "a" * 64, "Parent": "b" * 64}, "in another case"),
+# v1Compatibility. T03: what names a layer is 64 lowercase hex digits.
+V1_FAULTS = worded(
+    ("has no 'id'", {}, {"id": None}),
+    ("'id' is not 64", *({"id": odd} for odd in (
+        "", "../../etc/cron.d/x", "/" + "a" * 63, "a" * 63, "a" * 65, "A" * 64,
+        "a" * 63 + "\n", "a" * 64 + "\n", "\u0661" * 64, "sha256:" + "a" * 57))),
+    ("'parent' is not 64", {"id": "a" * 64, "parent": "../x"},
+     {"id": "a" * 64, "parent": "B" * 64}),
+    ("must be a JSON string", {"id": 5}, {"id": "a" * 64, "parent": 0}),
+    ("must be a JSON boolean", {"id": "a" * 64, "throwaway": "yes"}),
+    ("in another case", {"id": "a" * 64, "ID": "b" * 64},
+     {"id": "a" * 64, "Parent": "b" * 64}),
 )
 
-CONFIG_TYPES = (
-    # config media type, whether it is an image's
-    (MEDIA_TYPES["oci"]["config"], True),
-    (MEDIA_TYPES["docker"]["config"], True),
-    # old registries gave these to real images
-    ("application/octet-stream", True),
-    ("application/json", True),
-    ("text/html", True),
-    ("", True),
-    ("application/vnd.docker.plugin.v1+json", False),
-    ("application/vnd.oci.empty.v1+json", False),
-    ("application/vnd.docker.ai.model.config.v0.1+json", False),
-    ("application/vnd.cncf.helm.config.v1+json", False),
-    ("application/vnd.wasm.config.v0+json", False),
-    ("\x1b]0;x\x07", False),
-)
+CONFIG_TYPES = tuple((kind, image) for image, *kinds in (
+    # whether it is an image's, config media types; old registries gave others to images
+    (True, MEDIA_TYPES["oci"]["config"], MEDIA_TYPES["docker"]["config"],
+     "application/octet-stream", "application/json", "text/html", ""),
+    (False, "application/vnd.docker.plugin.v1+json",
+     "application/vnd.oci.empty.v1+json",
+     "application/vnd.docker.ai.model.config.v0.1+json",
+     "application/vnd.cncf.helm.config.v1+json", "application/vnd.wasm.config.v0+json",
+     "\x1b]0;x\x07"),
+) for kind in kinds)
 
 
 def entry_platform(text):
@@ -3004,18 +2871,15 @@ def schema1_document(entries):
     """A schema1 manifest of v1Compatibility values, newest first, blobs numbered."""
     sums = ["sha256:%064x" % number for number in range(len(entries))]
     return dict(
-        SCHEMA1_DOC,
-        fsLayers=[{"blobSum": each} for each in sums],
-        history=[{"v1Compatibility": json.dumps(entry)} for entry in entries],
-    )
+        SCHEMA1_DOC, fsLayers=[{"blobSum": each} for each in sums],
+        history=[{"v1Compatibility": json.dumps(entry)} for entry in entries])
 
 
 def schema1_chain(entries):
     """A schema1 manifest of entries written as id and parent, a letter for 64."""
-    names = ("id", "parent")
-    return json_bytes(schema1_document(
-        [{name: letter * 64 for name, letter in zip(names, entry)} for entry in entries]
-    ))
+    return json_bytes(schema1_document([
+        {name: letter * 64 for name, letter in zip(("id", "parent"), entry)}
+        for entry in entries]))
 
 
 def put_to_use(raw):
@@ -3050,26 +2914,22 @@ class ManifestsTest(TableCase):
     @rows(AMBIGUOUS)
     def test_ambiguous(self, name, header, media_type, document, words):
         raw, header = typed(document, media_type), type_header(header)
-        self.refused(
-            imagec.InvalidDocument, words, imagec.decode_manifest, raw, header
-        )
-        digest = imagec.Digest.of(raw)
-        self.refused(
-            imagec.InvalidDocument, words, imagec.decode_manifest, raw, header, digest
-        )
+        for digest in (None, imagec.Digest.of(raw)):
+            self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw,
+                         header, digest)
 
     def test_other_types_are_unsupported(self):
         for media_type in OTHER_TYPES:
             raw = json_bytes(dict(IMAGE_DOC, mediaType=media_type))
-            self.refused(
-                imagec.Unsupported, "not an image", imagec.decode_manifest, raw
-            )
+            self.refused(imagec.Unsupported, "not an image", imagec.decode_manifest,
+                         raw)
 
     @rows(MEMBER_FAULTS)
-    def test_member_faults(self, name, path, odd, words):
-        with self.subTest(path=path, odd=odd):
-            raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
-            self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
+    def test_member_faults(self, name, path, words, *odds):
+        for odd in odds:
+            with self.subTest(path=path, odd=odd):
+                raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
+                self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
     def test_image(self):
         raw = json_bytes(IMAGE_DOC)
@@ -3088,13 +2948,10 @@ class ManifestsTest(TableCase):
         self.assertEqual(nested.platform, None)
         self.assertEqual(nested.media_type, MANIFEST_TYPES["oci index"])
 
-    def test_built_images(self):
+    @rows([["oci"], ["docker"], ["schema1"], ["schema1-signed"]])
+    def test_built_images(self, kind):
         layers = [tar_bytes([("a", b"1")]), None, tar_bytes([("b", b"2")])]
-        for kind in ("oci", "docker", "schema1", "schema1-signed"):
-            with self.subTest(kind):
-                self._built(kind, build_image(layers, kind=kind))
-
-    def _built(self, kind, image):
+        image = build_image(layers, kind=kind)
         digest = imagec.Digest.parse(image.digest)
         found = imagec.decode_manifest(image.manifest, image.media_type, digest)
         self.assertEqual(found.media_type, image.media_type)
@@ -3105,8 +2962,7 @@ class ManifestsTest(TableCase):
         if kind.startswith("schema1"):
             blobs.remove(sha256(EMPTY_LAYER))
         else:
-            diff_ids = [str(layer.diff_id) for layer in listed]
-            self.assertEqual(diff_ids, image.diff_ids)
+            self.assertEqual([str(layer.diff_id) for layer in listed], image.diff_ids)
         self.assertEqual(blobs, image.layers)
 
     def test_digest_decides(self):
@@ -3121,23 +2977,18 @@ class ManifestsTest(TableCase):
         digest = imagec.Digest.of(right)
         for raw in (json_bytes(DOCKER_DOC), right + b"\n", b"<html>", b"",
                     SIGNED_MANIFEST, pretty(PAYLOAD)):
-            error = self.refused(
-                imagec.DigestMismatch, str(digest), imagec.decode_manifest, raw, None,
-                digest, "thing",
-            )
+            error = self.refused(imagec.DigestMismatch, str(digest),
+                                 imagec.decode_manifest, raw, None, digest, "thing")
             self.assertEqual((error.what, error.expected), ("thing", digest))
 
-    def test_counts(self):
-        for document, name, limit in (
-            (IMAGE_DOC, "layers", "LAYER_COUNT_LIMIT"),
-            (SCHEMA1_DOC, "history", "LAYER_COUNT_LIMIT"),
-            (INDEX_DOC, "manifests", "INDEX_COUNT_LIMIT"),
-        ):
-            raw = json_bytes(dict(document, **{name: document[name][:1] * 4}))
-            with self.subTest(name), mock.patch.object(imagec, limit, 3):
-                self.refused(
-                    imagec.LimitExceeded, "limit of 3", imagec.decode_manifest, raw
-                )
+    @rows([("layers", IMAGE_DOC, "LAYER_COUNT_LIMIT"),
+           ("history", SCHEMA1_DOC, "LAYER_COUNT_LIMIT"),
+           ("manifests", INDEX_DOC, "INDEX_COUNT_LIMIT")])
+    def test_counts(self, name, document, limit):
+        raw = json_bytes(dict(document, **{name: document[name][:1] * 4}))
+        with mock.patch.object(imagec, limit, 3):
+            self.refused(imagec.LimitExceeded, "limit of 3", imagec.decode_manifest,
+                         raw)
 
     def test_as_many_layers_as_the_limit(self):
         layers = IMAGE_DOC["layers"] * imagec.LAYER_COUNT_LIMIT
@@ -3162,9 +3013,8 @@ class ManifestsTest(TableCase):
         if image:
             found.require_image()
         else:
-            self.refused(
-                imagec.Unsupported, "not a container image", found.require_image
-            )
+            self.refused(imagec.Unsupported, "not a container image",
+                         found.require_image)
 
 
 class Schema1Test(TableCase):
@@ -3188,21 +3038,14 @@ class Schema1Test(TableCase):
         self.assertEqual([layer.diff_id for layer in layers], [None, None])
         self.assertEqual([layer.blob.size for layer in layers], [None, None])
 
-    def test_the_body_has_no_digest(self):
+    def test_the_digest_is_that_of_the_payload(self):
         # Two digests for one manifest would be two names.
-        digest = imagec.Digest.of(SIGNED_MANIFEST)
-        self.refused(
-            imagec.DigestMismatch, SIGNED_DIGEST, imagec.decode_manifest,
-            SIGNED_MANIFEST, None, digest,
-        )
-
-    def test_a_flipped_byte_of_the_payload(self):
-        digest = imagec.Digest("sha256", SIGNED_DIGEST)
-        raw = SIGNED_MANIFEST.replace(b"hello-world", b"hello-wurld", 1)
-        self.refused(
-            imagec.DigestMismatch, SIGNED_DIGEST, imagec.decode_manifest, raw, None,
-            digest,
-        )
+        for raw, digest in (
+                (SIGNED_MANIFEST, imagec.Digest.of(SIGNED_MANIFEST)),
+                (SIGNED_MANIFEST.replace(b"hello-world", b"hello-wurld", 1),
+                 imagec.Digest("sha256", SIGNED_DIGEST))):
+            self.refused(imagec.DigestMismatch, SIGNED_DIGEST, imagec.decode_manifest,
+                         raw, None, digest)
 
     def test_what_no_digest_covers_is_not_read(self):
         # T31, CVE-2014-8179
@@ -3230,10 +3073,9 @@ class Schema1Test(TableCase):
 
     def test_only_schema1_is_signed(self):
         payload = json.dumps(IMAGE_DOC, indent=1).encode("ascii")
-        self.refused(
-            imagec.InvalidDocument, "signed, but not schema1", imagec.decode_manifest,
-            pretty(payload), None, imagec.Digest.of(payload),
-        )
+        self.refused(imagec.InvalidDocument, "signed, but not schema1",
+                     imagec.decode_manifest, pretty(payload), None,
+                     imagec.Digest.of(payload))
 
     @rows(PAYLOADS_REFUSED)
     def test_payloads_refused(self, payload, words):
@@ -3248,9 +3090,7 @@ class Schema1Test(TableCase):
         kept = [max(i for i, entry in enumerate(entries) if entry[0] == letter)
                 for letter in expected]
         blobs = [int(layer.blob.digest.hex, 16) for layer in found.layers]
-        for blob, place, letter in zip(blobs, kept, expected):
-            self.assertEqual(entries[blob][0], letter)
-            self.assertEqual(blob, place)
+        self.assertEqual(blobs, kept)
 
     @rows(CHAINS_REFUSED)
     def test_chains_refused(self, name, entries, words):
@@ -3260,9 +3100,8 @@ class Schema1Test(TableCase):
     def test_as_many_layers_as_history(self):
         for name in ("fsLayers", "history"):
             raw = json_bytes(dict(SCHEMA1_DOC, **{name: SCHEMA1_DOC[name][:1]}))
-            self.refused(
-                imagec.InvalidDocument, "must be as many", imagec.decode_manifest, raw
-            )
+            self.refused(imagec.InvalidDocument, "must be as many",
+                         imagec.decode_manifest, raw)
 
     @rows(V1_FAULTS)
     def test_v1_faults(self, entry, words):
@@ -3281,10 +3120,8 @@ class Schema1Test(TableCase):
         self.assertEqual(len(imagec.decode_manifest(json_bytes(document)).layers), 1)
 
     def test_any_v1_value_reads_or_is_refused(self):
-        self.none_stray(put_to_use, (
-            (name, json_bytes(schema1_document([entry])))
-            for name, entry in odd_documents(V1_DOC)
-        ))
+        self.none_stray(put_to_use, ((name, json_bytes(schema1_document([entry])))
+                                     for name, entry in odd_documents(V1_DOC)))
 
 
 class AnyManifestTest(TableCase):
@@ -3292,9 +3129,8 @@ class AnyManifestTest(TableCase):
 
     @rows(DOCUMENTS)
     def test_any_value(self, name, document):
-        self.none_stray(put_to_use, (
-            (place, json_bytes(odd)) for place, odd in odd_documents(document)
-        ))
+        self.none_stray(put_to_use, ((place, json_bytes(odd))
+                                     for place, odd in odd_documents(document)))
 
     @rows(DOCUMENTS)
     def test_any_truncation(self, name, document):
@@ -3312,21 +3148,11 @@ class AnyManifestTest(TableCase):
 
     def test_any_depth(self):
         # T54: what just fits on the stack when read has to be written too
-        raw = json_bytes(dict(CONFIG_DOC, x="@"))
-        limit = self._depth_limit()
-        self.none_stray(put_to_use, (
-            (depth, raw.replace(b'"@"', b"[" * depth + b"]" * depth))
-            for depth in range(limit - 50, limit + 1)
-        ))
-
-    def _depth_limit(self):
-        """The least depth of JSON that is refused, found by halving."""
-        good, bad = 1, 200000
-        while bad - good > 1:
-            depth = (good + bad) // 2
-            found = outcome(imagec.parse_json, b"[" * depth + b"]" * depth, "doc")
-            good, bad = (good, depth) if isinstance(found, Exception) else (depth, bad)
-        return bad
+        for depth in range(50, 102):
+            value = b"[" * depth + b"]" * depth
+            raw = json_bytes(dict(CONFIG_DOC, x="@")).replace(b'"@"', value)
+            found = outcome(put_to_use, raw)
+            self.assertEqual(isinstance(found, Exception), depth > 99, depth)
 
 
 class MatchingTest(TableCase):
@@ -3334,11 +3160,9 @@ class MatchingTest(TableCase):
 
     @rows(MATCHING)
     def test_matching(self, name, wanted, platforms, places):
-        entries = [
-            dict(entry_platform(text), size=place, digest=SUM_A,
-                 mediaType=MANIFEST_TYPES["oci"])
-            for place, text in enumerate(platforms.split())
-        ]
+        entries = [dict(entry_platform(text), size=place, digest=SUM_A,
+                        mediaType=MANIFEST_TYPES["oci"])
+                   for place, text in enumerate(platforms.split())]
         raw = json_bytes(dict(INDEX_DOC, manifests=entries))
         platform = imagec.Platform.normal(*wanted.split("/"))
         found = imagec.matching(imagec.decode_manifest(raw), platform)
@@ -3348,10 +3172,8 @@ class MatchingTest(TableCase):
         platform = entry_platform("linux/amd64")
         kinds = ["application/vnd.example", "", MANIFEST_TYPES["docker"],
                  MANIFEST_TYPES["oci index"]]
-        entries = [
-            dict(platform, size=place, digest=SUM_A, mediaType=kind)
-            for place, kind in enumerate(kinds)
-        ]
+        entries = [dict(platform, size=place, digest=SUM_A, mediaType=kind)
+                   for place, kind in enumerate(kinds)]
         index = imagec.decode_manifest(json_bytes(dict(INDEX_DOC, manifests=entries)))
         found = imagec.matching(index, imagec.Platform.parse("linux/amd64"))
         self.assertEqual([entry.size for entry in found], [2, 3])
@@ -3361,7 +3183,11 @@ class LayersTest(TableCase):
     """A manifest and its config become layers with names of their own."""
 
     def _listed(self, count=1, **members):
-        layers = [{"digest": "sha256:%064x" % i, "size": i} for i in range(count)]
+        return self._list([{"digest": "sha256:%064x" % i, "size": i}
+                           for i in range(count)], **members)
+
+    @staticmethod
+    def _list(layers, **members):
         manifest = imagec.decode_manifest(json_bytes(dict(IMAGE_DOC, layers=layers)))
         config = imagec.ImageConfig.parse(json_bytes(dict(CONFIG_DOC, **members)))
         return imagec.list_layers(manifest, config)
@@ -3373,18 +3199,12 @@ class LayersTest(TableCase):
 
     def test_t26_one_blob_with_two_diff_ids(self):
         """It is unpacked once, so only one of them could have been proved."""
-        layers = [{"digest": "sha256:%064x" % 1, "size": 1}] * 2
-        manifest = imagec.decode_manifest(json_bytes(dict(IMAGE_DOC, layers=layers)))
-        diff_ids = ["sha256:" + digits for digits in HTTPD_DIFF_IDS[:2]]
-        for given, good in ((diff_ids, False), (diff_ids[:1] * 2, True)):
-            config = imagec.ImageConfig.parse(json_bytes(dict(CONFIG_DOC, rootfs={
-                "type": "layers", "diff_ids": given})))
-            with self.subTest(good=good):
-                if good:
-                    self.assertEqual(len(imagec.list_layers(manifest, config)), 2)
-                else:
-                    self.assertRaises(imagec.VerificationError, imagec.list_layers,
-                                      manifest, config)
+        layers = [{"digest": SUM_A, "size": 1}] * 2
+        rootfs = {"type": "layers", "diff_ids": [SUM_B, SUM_B]}
+        self.assertEqual(len(self._list(layers, rootfs=rootfs)), 2)
+        rootfs["diff_ids"][1] = SUM_C
+        with self.assertRaises(imagec.VerificationError):
+            self._list(layers, rootfs=rootfs)
 
     def test_known_chain(self):
         found = self._httpd()
@@ -3399,12 +3219,9 @@ class LayersTest(TableCase):
         self.assertEqual(parents, (None,) + HTTPD_CHAIN_IDS[:2])
 
     def test_the_newest_has_the_config(self):
-        history = [
-            {"created": "1", "created_by": "a"},
-            {"empty_layer": True},
-            {"created": "2", "created_by": "b"},
-            {"author": "me", "comment": "c"},
-        ]
+        history = [{"created": "1", "created_by": "a"}, {"empty_layer": True},
+                   {"created": "2", "created_by": "b"},
+                   {"author": "me", "comment": "c"}]
         images = [json.loads(each.v1_json) for each in self._httpd(history=history)]
         self.assertEqual([image["created"] for image in images], ["1", "2", CREATED])
         commands = [image["container_config"]["Cmd"] for image in images]
