@@ -1866,8 +1866,9 @@ def mutated(data, choices, cut=False):
 
 
 def worded(*groups):
-    """Rows (what is bad, words of the message) of groups that begin with the words."""
-    return tuple((bad, words) for words, *group in groups for bad in group)
+    """Rows that end with the words of the message, of groups that begin with them."""
+    return tuple((row if isinstance(row, tuple) else (row,)) + (words,)
+                 for words, *group in groups for row in group)
 
 
 # ------------------------------------------------------------------------------
@@ -2183,50 +2184,37 @@ JSON_READ = (
     (b"[" * 50 + b"]" * 50, json.loads("[" * 50 + "]" * 50)),
 )
 
-JSON_REFUSED = (
-    # name, text, words
-    ("empty", b"", "not valid JSON"),
-    ("blank", b" \n", "not valid JSON"),
-    ("cut short", b'{"a": 1', "not valid JSON"),
-    # T35: Python keeps the last, others the first
-    ("key twice", b'{"a": 1, "a": 1}', "a key stands twice"),
-    ("key twice, escaped", b'{"a": 1, "\\u0061": 2}', "a key stands twice"),
-    ("key twice, inside", b'[{"x": {"a": 1, "b": 2, "a": 3}}]', "a key stands twice"),
-    # T36
-    ("NaN", b"[NaN]", "NaN is not JSON"),
-    ("Infinity", b'{"a": Infinity}', "Infinity is not JSON"),
-    ("-Infinity", b"-Infinity", "-Infinity is not JSON"),
-    ("1e999", b"[1e999]", "out of range"),
-    ("-1e999", b"[-1e999]", "out of range"),
-    ("leading zero", b"[01]", "not valid JSON"),
-    ("plus sign", b"[+1]", "not valid JSON"),
-    ("underscore", b"[1_0]", "not valid JSON"),
-    ("Arabic digits", '[1\u0661]'.encode("utf-8"), "not valid JSON"),
+JSON_REFUSED = worded(
+    # words of the message, then name, text
+    ("not valid JSON", ("empty", b""), ("blank", b" \n"), ("cut short", b'{"a": 1'),
+     ("two documents", b"{}{}"), ("trailing text", b"{} x"), ("trailing NUL", b"{}\0"),
+     ("comment", b"{} // x"), ("trailing comma", b"[1,]"),
+     ("control character", b'"a\nb"'), ("terminal escape", b'{"\x1b]0;x\x07'),
+     ("leading zero", b"[01]"), ("plus sign", b"[+1]"), ("underscore", b"[1_0]"),
+     ("Arabic digits", '[1\u0661]'.encode("utf-8")), ("UTF-8 mark", b"\xef\xbb\xbf{}"),
+     ("UTF-16 without mark", "{}".encode("utf-16-le"))),
     # T37: json.loads would guess the encoding
-    ("UTF-8 mark", b"\xef\xbb\xbf{}", "not valid JSON"),
-    ("UTF-16", "{}".encode("utf-16"), "not UTF-8"),
-    ("UTF-16 without mark", "{}".encode("utf-16-le"), "not valid JSON"),
-    ("UTF-32", "{}".encode("utf-32"), "not UTF-8"),
-    ("Latin-1", b'{"a": "\xe9"}', "not UTF-8"),
-    ("overlong UTF-8", b'"\xc0\xaf"', "not UTF-8"),
-    ("UTF-8 surrogate", b'"\xed\xa0\x80"', "not UTF-8"),
-    ("two documents", b"{}{}", "not valid JSON"),
-    ("trailing text", b"{} x", "not valid JSON"),
-    ("trailing NUL", b"{}\0", "not valid JSON"),
-    ("comment", b"{} // x", "not valid JSON"),
-    ("trailing comma", b"[1,]", "not valid JSON"),
-    ("control character", b'"a\nb"', "not valid JSON"),
-    ("terminal escape", b'{"\x1b]0;x\x07', "not valid JSON"),
+    ("not UTF-8", ("UTF-16", "{}".encode("utf-16")), ("UTF-32", "{}".encode("utf-32")),
+     ("Latin-1", b'{"a": "\xe9"}'), ("overlong UTF-8", b'"\xc0\xaf"'),
+     ("UTF-8 surrogate", b'"\xed\xa0\x80"')),
+    # T35: Python keeps the last, others the first
+    ("a key stands twice", ("key twice", b'{"a": 1, "a": 1}'),
+     ("key twice, escaped", b'{"a": 1, "\\u0061": 2}'),
+     ("key twice, inside", b'[{"x": {"a": 1, "b": 2, "a": 3}}]')),
+    # T36
+    ("NaN is not JSON", ("NaN", b"[NaN]")),
+    ("Infinity is not JSON", ("Infinity", b'{"a": Infinity}')),
+    ("-Infinity is not JSON", ("-Infinity", b"-Infinity")),
+    ("out of range", ("1e999", b"[1e999]"), ("-1e999", b"[-1e999]")),
     # T54
-    ("deep arrays", b"[" * 100000, "nested too deep"),
-    ("deep objects", b'{"a":' * 100000, "nested too deep"),
-    ("101 arrays", b"[" * 101 + b"]" * 101, "nested too deep"),
-    ("101 objects", b'{"a":' * 101 + b"1" + b"}" * 101, "nested too deep"),
-    ("deep on one side", b'[{}, 1, "", {"a": %s}]' % (b"[" * 99 + b"]" * 99),
-     "nested too deep"),
+    ("nested too deep",
+     ("deep arrays", b"[" * 100000), ("deep objects", b'{"a":' * 100000),
+     ("101 arrays", b"[" * 101 + b"]" * 101),
+     ("101 objects", b'{"a":' * 101 + b"1" + b"}" * 101),
+     ("deep on one side", b'[{}, 1, "", {"a": %s}]' % (b"[" * 99 + b"]" * 99))),
     # T55: had it been converted, the number would not be in the message
-    ("33 digits", b"[" + b"9" * 33 + b"]", "a number of 33 digits"),
-    ("200000 digits", b"[" + b"7" * 200000 + b"]", "a number of 200000 digits"),
+    ("a number of 33 digits", ("33 digits", b"[" + b"9" * 33 + b"]")),
+    ("a number of 200000 digits", ("200000 digits", b"[" + b"7" * 200000 + b"]")),
 )
 
 HTML_BODIES = (
@@ -2598,8 +2586,8 @@ TYPES_DECIDED = (
 )
 
 # T34, CVE-2021-41190: all that two clients could read as two things.
-AMBIGUOUS = tuple(row + (words,) for words, *group in (
-    # words, then name, Content-Type, mediaType, document
+AMBIGUOUS = worded(
+    # words of the message, then name, Content-Type, mediaType, document
     ("ambiguous",
      ("image and index", "oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
      ("image and index, as index", "oci index", "oci index",
@@ -2648,7 +2636,7 @@ AMBIGUOUS = tuple(row + (words,) for words, *group in (
      ("MediaType", None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
      ("long s", None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
      ("schemaversion", None, None, dict(IMAGE_DOC, schemaversion=1))),
-) for row in group)
+)
 
 OTHER_TYPES = (
     "application/vnd.oci.artifact.manifest.v1+json",
@@ -3232,20 +3220,18 @@ class LayersTest(TableCase):
         self.assertEqual([image["os"] for image in images], ["linux"] * 3)
         self.assertFalse({"rootfs", "history"} & set(images[2]))
 
-    def test_history_that_does_not_fit(self):
-        for history in (None, [], [{"created": "1"}], [5, None], {}, "abc", 5, True):
-            with self.subTest(history):
-                found = self._httpd(history=history)
-                first = json.loads(found[0].v1_json)
-                self.assertEqual(first["created"], "1970-01-01T00:00:00Z")
+    @rows([[None], [[]], [[{"created": "1"}]], [[5, None]], [{}], ["abc"], [5], [True]])
+    def test_history_that_does_not_fit(self, history):
+        first = json.loads(self._httpd(history=history)[0].v1_json)
+        self.assertEqual(first["created"], "1970-01-01T00:00:00Z")
 
-    def test_as_many_diff_ids_as_layers(self):
+    @rows([[0], [2], [3]])
+    def test_as_many_diff_ids_as_layers(self, count):
         # T26
-        for count in (0, 2, 3):
-            with self.assertRaises(imagec.VerificationError) as caught:
-                self._listed(count)
-            self.assertEqual(str(caught.exception),
-                             "config lists 1 diffIDs, the manifest %d layers" % count)
+        with self.assertRaises(imagec.VerificationError) as caught:
+            self._listed(count)
+        self.assertEqual(str(caught.exception),
+                         "config lists 1 diffIDs, the manifest %d layers" % count)
 
     def test_no_layers(self):
         for rootfs in ({}, {"diff_ids": None}, {"type": "layers", "diff_ids": []}):
