@@ -4142,6 +4142,7 @@ NET_PLACES = {
     "shared.test": "100.64.1.2",
 }
 EVERY_TIME = None  # of a fault: for ever
+NET_TLS = ((False,), (True,))
 BEARER = {"Authorization": "Bearer S3CR3T"}
 NET_TARS = [
     tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
@@ -4152,6 +4153,8 @@ NET_TARS = [
 
 class NetworkCase(RegistryCase):
     """Names resolve by NET_PLACES, connections end here; `reached` is where they led."""
+
+    image = build_image(NET_TARS)
 
     def setUp(self):
         super().setUp()
@@ -4178,6 +4181,10 @@ class NetworkCase(RegistryCase):
         return imagec.Registry(
             host or registry.host, transport or self.transport(), credentials, **options
         )
+
+    def filled(self, image=None, name="app:1", **options):
+        """A registry that has the image, or self.image."""
+        return super().filled(image or self.image, name, **options)
 
     def server(self, replies, tls=False):
         server = Scripted(replies, tls)
@@ -4240,6 +4247,11 @@ def authorizations(*servers):
     """Every Authorization header these servers have seen."""
     found = [r.headers.get("Authorization") for s in servers for r in s.requests]
     return [value for value in found if value is not None]
+
+
+def by_name(host, server):
+    """Where the server is by another name of its host."""
+    return "%s:%s" % (host, server.host.rpartition(":")[2])
 
 
 def paths(server, word=""):
@@ -4769,7 +4781,7 @@ class TransportTest(NetworkCase):
         with self.fails(imagec.Cancelled):  # and nothing new begins
             self.get(transport, server.url + "/it")
 
-    @rows([(False,), (True,)])
+    @rows(NET_TLS)
     def test_connections_are_kept(self, tls):
         server, transport = self.server({"/it": say(b"hello")}, tls), self.transport()
         for _ in range(5):
@@ -4940,18 +4952,18 @@ class ProxyTest(NetworkCase):
         url = "%s://%s:%d/it" % (scheme, host, server.port)
         return self.get(self.transport([host], skip_verify=True, **options), url)
 
-    def test_t88_bypasses_proxy(self):
-        self.assertTrue(NET_NO_PROXY)
-        for host, no_proxy, expected in NET_NO_PROXY:
-            with self.subTest(host=host, no_proxy=no_proxy):
-                self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected)
+    @rows(NET_NO_PROXY)
+    def test_t88_bypasses_proxy(self, host, no_proxy, expected):
+        self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected, no_proxy)
 
-    def test_http(self):
+    @rows([("http://",), ("",)])
+    def test_http(self, scheme):
         server = self.server({"/it": say(b"hello")})
-        self.environ(http_proxy=self.proxy.url)
+        self.environ(http_proxy=scheme + self.proxy.host)
         self.assertEqual(self.fetch(server), (200, b"hello"))
-        expected = ["http://registry.test:%d/it" % server.port]
-        self.assertEqual([r.path for r in self.proxy.requests], expected)
+        self.assertEqual(self.proxy.requests.pop().path,
+                         "http://registry.test:%d/it" % server.port)
+        self.assertEqual(self.proxy.requests, [])
 
     def test_t73_who_is_behind_a_proxy_is_no_neighbour(self):
         inner = self.server({"/x": say(b"secret")})
@@ -4966,25 +4978,23 @@ class ProxyTest(NetworkCase):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
         self.assertEqual(self.fetch(server), (200, b"hello"))
-        found = [(r.method, r.path) for r in self.proxy.requests]
-        self.assertEqual(found, [("CONNECT", "registry.test:%d" % server.port)])
+        self.assertEqual(paths(self.proxy), ["CONNECT registry.test:%d" % server.port])
 
-    def test_no_server_writes_to_the_proxy(self):
-        for host in NET_ODD_HOSTS:
-            server = self.server({"/it": to("https://%s/x" % host)}, tls=True)
-            self.environ(https_proxy="http://bob:S3CR3T@" + self.proxy.host)
-            place = "registry.test:%d" % server.port
-            del self.proxy.requests[:]
-            with self.subTest(host=host), self.fails(imagec.UnsafeRedirect):
-                self.fetch(server)
-            home, secret = "https://%s/v2/" % place, imagec.Credentials("a", PASSWORD)
-            authorizer = imagec.Authorizer(self.transport(), home, secret)
-            authorizer.challenge = imagec.Challenge("bearer", {
-                "realm": "https://%s/token" % host})
-            with self.subTest(realm=host), self.fails(imagec.UnsafeRedirect):
-                authorizer.header("app")
-            found = [(r.method, r.path) for r in self.proxy.requests]
-            self.assertEqual(found, [("CONNECT", place)])
+    @rows((host,) for host in NET_ODD_HOSTS)
+    def test_no_server_writes_to_the_proxy(self, host):
+        server = self.server({"/it": to("https://%s/x" % host)}, tls=True)
+        self.environ(https_proxy="http://bob:S3CR3T@" + self.proxy.host)
+        place = "registry.test:%d" % server.port
+        del self.proxy.requests[:]
+        with self.fails(imagec.UnsafeRedirect):
+            self.fetch(server)
+        authorizer = imagec.Authorizer(self.transport(), "https://%s/v2/" % place,
+                                       imagec.Credentials("a", PASSWORD))
+        authorizer.challenge = imagec.Challenge("bearer", {
+            "realm": "https://%s/token" % host})
+        with self.fails(imagec.UnsafeRedirect):
+            authorizer.header("app")
+        self.assertEqual(paths(self.proxy), ["CONNECT " + place])
 
     def test_addresses_are_written_in_brackets(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
@@ -5016,15 +5026,14 @@ class ProxyTest(NetworkCase):
         with self.fails(imagec.TransportError, "refused"):
             self.fetch(server, "other.test")
 
-    def test_t88_credentials_are_the_proxys_alone(self):
-        for tls in (False, True):
-            with self.subTest(tls=tls):
-                server = self.server({"/it": say(b"hello")}, tls)
-                self.proxy.wants = imagec.Credentials("bob", PASSWORD).basic()
-                url = "http://bob:%s@%s" % (PASSWORD, self.proxy.host)
-                self.environ(http_proxy=url, https_proxy=url)
-                self.assertEqual(self.fetch(server), (200, b"hello"))
-                self.assertNotIn("Proxy-Authorization", server.requests[0].headers)
+    @rows(NET_TLS)
+    def test_t88_credentials_are_the_proxys_alone(self, tls):
+        server = self.server({"/it": say(b"hello")}, tls)
+        self.proxy.wants = imagec.Credentials("bob", PASSWORD).basic()
+        url = "http://bob:%s@%s" % (PASSWORD, self.proxy.host)
+        self.environ(http_proxy=url, https_proxy=url)
+        self.assertEqual(self.fetch(server), (200, b"hello"))
+        self.assertNotIn("Proxy-Authorization", server.requests[0].headers)
 
     def test_t88_authorization_is_not_shown_to_a_tunnel(self):
         server = self.server({"/it": say(b"hello")}, tls=True)
@@ -5034,48 +5043,39 @@ class ProxyTest(NetworkCase):
         self.assertEqual(authorizations(self.proxy), [])
         self.assertEqual(authorizations(server), ["Bearer S3CR3T"])
 
-    def test_t89_proxy_wants_a_password(self):
-        for tls in (False, True):
-            with self.subTest(tls=tls):
-                registry = self.registry(tls=tls)
-                self.proxy.wants = "Basic S3CR3T"
-                self.environ(http_proxy=self.proxy.url, https_proxy=self.proxy.url)
-                del self.proxy.requests[:]
-                transport = self.transport(skip_verify=True)
-                host = "registry.test:" + registry.host.rpartition(":")[2]
-                client = self.client(registry, host=host, transport=transport,
-                                     allow_http=not tls)
-                with self.fails(imagec.ImagecError, "407", "proxy"):
-                    client.learn_registry_url()
-                self.assertLessEqual(len(self.proxy.requests), 3)
-                self.assertEqual(registry.requests, [])
+    @rows(NET_TLS)
+    def test_t89_proxy_wants_a_password(self, tls):
+        registry = self.registry(tls=tls)
+        self.proxy.wants = "Basic S3CR3T"
+        self.environ(http_proxy=self.proxy.url, https_proxy=self.proxy.url)
+        del self.proxy.requests[:]
+        client = self.client(registry, host=by_name("registry.test", registry),
+                             transport=self.transport(skip_verify=True),
+                             allow_http=not tls)
+        with self.fails(imagec.ImagecError, "407", "proxy"):
+            client.learn_registry_url()
+        self.assertLessEqual(len(self.proxy.requests), 3)
+        self.assertEqual(registry.requests, [])
 
-    def test_t89_proxy_kinds(self):
-        server = self.server({"/it": say(b"hello")})
-        for kind in ("https", "socks4", "ftp"):
-            with self.subTest(kind=kind), self.fails(imagec.UsageError, "proxy"):
-                self.environ(http_proxy=kind + "://127.0.0.1:1")
-                self.fetch(server)
+    @rows([("https",), ("socks4",), ("ftp",)])
+    def test_t89_proxy_kinds(self, kind):
+        self.environ(http_proxy=kind + "://127.0.0.1:1")
+        with self.fails(imagec.UsageError, "proxy"):
+            self.fetch(self.server({"/it": say(b"hello")}))
 
-    def test_proxy_without_scheme(self):
-        server = self.server({"/it": say(b"hello")})
-        self.environ(http_proxy=self.proxy.host)
-        self.assertEqual(self.fetch(server), (200, b"hello"))
-        self.assertEqual(len(self.proxy.requests), 1)
-
-    def test_t89_odd_answers_to_connect(self):
+    @rows([("page", say(b"<html>", content_type="text/html")),
+           ("denied", say(b"no", 403)),
+           ("junk", spoken(b"SSH-2.0\r\n")),
+           ("hang", lambda request: hang(30)(None)),
+           ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))])
+    def test_t89_odd_answers_to_connect(self, _name, action):
         server = self.server({"/it": say(b"hello")}, tls=True)
         self.environ(https_proxy=self.proxy.url)
-        for name, action in (
-                ("page", say(b"<html>", content_type="text/html")),
-                ("denied", say(b"no", 403)),
-                ("junk", spoken(b"SSH-2.0\r\n")),
-                ("hang", lambda request: hang(30)(None)),
-                ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))):
-            with self.subTest(name), mock.patch.object(self.proxy, "answer", action):
-                with self.soon(), self.fails(imagec.TransportError):
-                    self.fetch(server, idle_timeout=0.08)
+        with mock.patch.object(self.proxy, "answer", action):
+            with self.soon(), self.fails(imagec.TransportError):
+                self.fetch(server, idle_timeout=0.08)
         self.assertEqual(server.requests, [])
+
 
 # ------------------------------------------------------------------------------
 # Authorization
@@ -5231,95 +5231,61 @@ NET_LIFETIMES = (
 class AuthorizationTest(NetworkCase):
     """Challenge -> token."""
 
-    def test_t86_challenges(self):
-        self.assertTrue(NET_CHALLENGES)
-        for values, expected in NET_CHALLENGES:
-            with self.subTest(values=[value[:60] for value in values]):
-                found = imagec.Challenge.parse(values)
-                self.assertEqual([tuple(challenge) for challenge in found], expected)
+    @rows(NET_CHALLENGES)
+    def test_t86_challenges(self, values, expected):
+        found = imagec.Challenge.parse(values)
+        self.assertEqual([tuple(challenge) for challenge in found], expected)
 
     def test_t63_challenges_take_linear_time(self):
         with cpu_within(5):
             for unit in ('a="\\', "a=", ",", 'a="', "\\", "Bearer ", "a ", "a=b "):
                 imagec.Challenge.parse(["Bearer " + unit * (60000 // len(unit))])
 
-    def test_bearer_is_preferred(self):
-        for values, expected in (
-                (['Basic realm="b"', 'Bearer realm="r"'], "bearer"),
-                (['Bearer realm="r"', 'Basic realm="b"'], "bearer"),
-                (['Negotiate, Basic realm="b"'], "basic"),
-                (["Negotiate"], None), ([], None)):
-            with self.subTest(values=values):
-                chosen = imagec.Challenge.choose(imagec.Challenge.parse(values))
-                self.assertEqual(chosen and chosen.scheme, expected)
+    @rows([(['Basic realm="b"', 'Bearer realm="r"'], "bearer"),
+           (['Bearer realm="r"', 'Basic realm="b"'], "bearer"),
+           (['Negotiate, Basic realm="b"'], "basic"), (["Negotiate"], None),
+           ([], None)])
+    def test_bearer_is_preferred(self, values, expected):
+        chosen = imagec.Challenge.choose(imagec.Challenge.parse(values))
+        self.assertEqual(chosen and chosen.scheme, expected)
 
-    def test_t72_t77_t79_t85_t93_realms(self):
-        self.assertTrue(NET_REALMS)
-        scope = "repository:a/b:pull"
-        for realm, service, expected in NET_REALMS:
-            named = {"realm": realm, "service": service}
-            given = {name: value for name, value in named.items() if value is not None}
-            challenge = imagec.Challenge("bearer", given)
-            with self.subTest(realm=realm, service=service):
-                if expected is None:
-                    with self.fails(imagec.ImagecError):
-                        imagec.auth_url(challenge, scope, "https://registry.test/v2/")
-                    continue
-                found = imagec.auth_url(challenge, scope, "https://registry.test/v2/")
-                quoted = urllib.parse.quote(scope, safe="")
-                self.assertEqual(found, expected.format(scope=quoted))
-
-    def test_t85_the_scope_is_ours(self):
+    @rows(NET_REALMS)
+    def test_t72_t77_t79_t85_t93_realms(self, realm, service, expected):
+        named = {"realm": realm, "service": service,
+                 "scope": "repository:other:pull,push"}  # the scope is ours
         challenge = imagec.Challenge("bearer", {
-            "realm": "https://t.test/", "scope": "repository:other:pull,push"})
-        home = "https://registry.test/v2/"
-        url = imagec.auth_url(challenge, "repository:a:pull", home)
-        self.assertNotIn("other", url)
+            name: value for name, value in named.items() if value is not None})
+        self.gives(expected and expected.format(scope="repository%3Aa%2Fb%3Apull"),
+                   lambda: imagec.auth_url(challenge, "repository:a/b:pull",
+                                           "https://registry.test/v2/"),
+                   imagec.ImagecError)
 
-    def test_t72_whom_the_password_is_trusted_to(self):
-        self.assertTrue(NET_TRUST)
+    @rows(NET_TRUST)
+    def test_t72_whom_the_password_is_trusted_to(self, home, realm, allowed, trusted):
         secret = imagec.Credentials("alice", PASSWORD)
-        for home, realm, allowed, trusted in NET_TRUST:
-            with self.subTest(home=home, realm=realm, allowed=allowed):
-                authorizer = imagec.Authorizer(self.transport(), home, secret, allowed)
-                authorizer.learn(self.challenge('Bearer realm="%s"' % realm))
-                with mock.patch("imagec.fetch_token") as fetch:
-                    fetch.return_value = imagec.Token("t", 1e99)
-                    self.assertEqual(authorizer.header("s"), "Bearer t")
-                self.assertEqual(fetch.call_args[0][2] is secret, trusted)
+        authorizer = imagec.Authorizer(self.transport(), home, secret, allowed)
+        authorizer.challenge = imagec.Challenge("bearer", {"realm": realm})
+        with mock.patch("imagec.fetch_token") as fetch:
+            fetch.return_value = imagec.Token("t", 1e99)
+            self.assertEqual(authorizer.header("s"), "Bearer t")
+        self.assertEqual(fetch.call_args[0][2] is secret, trusted, (realm, allowed))
 
-    def challenge(self, *values):
-        found = Message()
-        for value in values:
-            found["WWW-Authenticate"] = value
-        return found
+    @rows(NET_TOKENS)
+    def test_t84_tokens(self, text, expected):
+        server = self.server({"/token": say(text.encode("ascii"))})
+        self.gives(expected, lambda: imagec.fetch_token(
+            self.transport(), server.url + "/token").value,
+            imagec.InvalidDocument, "token")
 
-    def test_t84_tokens(self):
-        self.assertTrue(NET_TOKENS)
-        server, transport = self.server({}), self.transport()
-        for text, expected in NET_TOKENS:
-            with self.subTest(text=text[:60]):
-                server.replies["/token"] = say(text.encode("ascii"))
-                if expected is None:
-                    with self.fails(imagec.InvalidDocument, "token"):
-                        imagec.fetch_token(transport, server.url + "/token")
-                    continue
-                token = imagec.fetch_token(transport, server.url + "/token")
-                self.assertEqual(token.value, expected)
-
-    def test_t107_lifetimes(self):
-        self.assertTrue(NET_LIFETIMES)
-        server = self.server({})
-        transport = self.transport(clock=lambda: 1000.0)
-        for text, seconds in NET_LIFETIMES:
-            with self.subTest(expires_in=text):
-                said = "" if text is None else ', "expires_in": ' + text
-                # issued_at is the server's clock, and no business of ours (T116)
-                said += ', "issued_at": "1970-01-01T00:00:00Z"'
-                reply = '{"token": "t"%s}' % said
-                server.replies["/token"] = say(reply.encode("ascii"))
-                token = imagec.fetch_token(transport, server.url + "/token")
-                self.assertEqual(token.expires, 1000.0 + seconds)
+    @rows(NET_LIFETIMES)
+    def test_t107_lifetimes(self, text, seconds):
+        said = "" if text is None else ', "expires_in": ' + text
+        # issued_at is the server's clock, and no business of ours (T116)
+        said = '{"token": "t"%s, "issued_at": "1970-01-01T00:00:00Z"}' % said
+        server = self.server({"/token": say(said.encode("ascii"))})
+        token = imagec.fetch_token(self.transport(clock=lambda: 1000.0),
+                                   server.url + "/token")
+        self.assertEqual(token.expires, 1000.0 + seconds)
 
     def test_t73_token_requests_stay_at_their_origin(self):
         elsewhere = self.server({"/token": say(b'{"token": "t"}')})
@@ -5332,51 +5298,40 @@ class AuthorizationTest(NetworkCase):
             imagec.fetch_token(transport, server.url + "/there", secret)
         self.assertEqual(elsewhere.requests, [])
 
-    def test_t74_realms_lead_no_nearer(self):
-        self.assertTrue(NET_NEARNESS)
-        reached = self.reroute()
+    @rows(NET_NEARNESS)
+    def test_t74_realms_lead_no_nearer(self, home, target, allowed):
         server = self.server({"/token": say(b'{"token": "t"}')})
-        for home, target, allowed in NET_NEARNESS:
-            with self.subTest(home=home, target=target):
-                del reached[:]
-                authorizer = imagec.Authorizer(self.transport(), "http://%s/v2/" % home)
-                authorizer.rank = imagec._address_rank(NET_PLACES[home])
-                realm = "http://%s:%d/token" % (target, server.port)
-                authorizer.learn(self.challenge('Bearer realm="%s"' % realm))
-                if allowed:
-                    self.assertEqual(authorizer.header("s"), "Bearer t")
-                    continue
-                with self.fails(imagec.TransportError):
-                    authorizer.header("s")
-                self.assertEqual(reached, [])
+        authorizer = imagec.Authorizer(self.transport(), "http://%s/v2/" % home,
+                                       rank=imagec._address_rank(NET_PLACES[home]))
+        authorizer.challenge = imagec.Challenge("bearer", {
+            "realm": "http://%s/token" % by_name(target, server)})
+        del self.reached[:]
+        self.gives("Bearer t" if allowed else None, lambda: authorizer.header("s"),
+                   imagec.TransportError)
+        self.assertEqual(bool(self.reached), allowed, target)
 
-    def test_t74_a_token_server_that_the_user_names_may_be_anywhere(self):
-        reached = self.reroute()
+    @rows([((), False), (("private.test:1", "test"), False), (("private.test",), True),
+           (("private.test:{port}",), True)])
+    def test_t74_a_token_server_that_the_user_names_may_be_anywhere(self, named, good):
         server = self.server({"/token": say(b'{"token": "t"}')})
-        realm = "private.test:%d" % server.port
-        for named in ((), ("private.test:1", "test"), ("private.test",), (realm,)):
-            with self.subTest(named=named):
-                authorizer = imagec.Authorizer(
-                    self.transport(), "http://public.test/v2/", None, named, rank=0)
-                authorizer.challenge = imagec.Challenge("bearer", {
-                    "realm": "http://%s/token" % realm})
-                if realm in named or "private.test" in named:
-                    self.assertEqual(authorizer.header("app"), "Bearer t")
-                    continue
-                with self.fails(imagec.UnsafeRedirect, "10.1.2.3",
-                                "allow it with --token-host " + realm):
-                    authorizer.header("app")
-                self.assertEqual(reached, [])
+        realm = by_name("private.test", server)
+        authorizer = imagec.Authorizer(
+            self.transport(), "http://public.test/v2/", None,
+            [one.format(port=server.port) for one in named], rank=0)
+        authorizer.challenge = imagec.Challenge("bearer", {
+            "realm": "http://%s/token" % realm})
+        self.gives("Bearer t" if good else None, lambda: authorizer.header("app"),
+                   imagec.UnsafeRedirect, "10.1.2.3",
+                   "allow it with --token-host " + realm)
+        self.assertEqual(bool(self.reached), good)
 
     def test_t74_a_private_registry_may_have_a_private_realm(self):
-        reached = self.reroute()
-        registry = self.registry(auth="bearer")
-        registry.add("app", "1", build_image(NET_TARS))
-        place = "private.test:" + registry.host.rpartition(":")[2]
+        registry = self.filled(auth="bearer")
+        place = by_name("private.test", registry)
         registry.challenge = 'Bearer realm="http://%s/token"' % place
         client = self.client(registry, "alice", host=place, allow_http=True)
         client.fetch_manifest("app", "1")
-        self.assertEqual(set(reached), {"10.1.2.3"})
+        self.assertEqual(set(self.reached), {"10.1.2.3"})
 
     def test_secrets_have_no_repr(self):
         credentials = imagec.Credentials("alice", PASSWORD)
@@ -5388,14 +5343,8 @@ class AuthorizationTest(NetworkCase):
 class AuthorizedTest(NetworkCase):
     """Registries that ask for tokens and passwords."""
 
-    def setUp(self):
-        super().setUp()
-        self.image = build_image(NET_TARS)
-
     def bearer(self, **options):
-        registry = self.registry(**dict({"auth": "bearer"}, **options))
-        registry.add("app", "1", self.image)
-        return registry
+        return self.filled(**dict({"auth": "bearer"}, **options))
 
     def visit(self, client):
         """The manifest, the config and every layer."""
@@ -5412,21 +5361,19 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(elsewhere.connections, 0)
         self.assertEqual(paths(registry, "token"), [])
 
-    def test_one_token_for_many_requests(self):
-        for field in ("token", "access_token", "both"):
-            with self.subTest(field=field):
-                registry = self.bearer()
-                registry.token_field = field
-                self.visit(self.client(registry, "alice"))
-                self.assertEqual(len(paths(registry, "/token")), 1)
-                self.assertEqual(len(set(authorizations(registry))), 2)  # and a Basic
+    @rows([("token",), ("access_token",), ("both",)])
+    def test_one_token_for_many_requests(self, field):
+        registry = self.bearer()
+        registry.token_field = field
+        self.visit(self.client(registry, "alice"))
+        self.assertEqual(len(paths(registry, "/token")), 1)
+        self.assertEqual(len(set(authorizations(registry))), 2)  # and a Basic
 
-    def test_probe_sends_no_credentials(self):
-        for auth in (None, "bearer", "basic"):
-            with self.subTest(auth=auth):
-                registry = self.bearer(auth=auth)
-                self.client(registry, "alice").learn_registry_url()
-                self.assertEqual(authorizations(registry), [])
+    @rows([(None,), ("bearer",), ("basic",)])
+    def test_probe_sends_no_credentials(self, auth):
+        registry = self.bearer(auth=auth)
+        self.client(registry, "alice").learn_registry_url()
+        self.assertEqual(authorizations(registry), [])
 
     def test_anonymous_tokens(self):
         registry = self.bearer()
@@ -5436,19 +5383,16 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(asked[0].query["scope"], ["repository:app:pull"])
         self.assertEqual(asked[0].query["service"], ["fixture"])
 
-    def test_denied(self):
-        for auth, name, credentials, words in (
-                ("bearer", "none", None, "anonymous"),
-                ("bearer", "wrong user", "mallory", "mallory"),
-                ("basic", "none", None, "user name and password"),
-                ("basic", "wrong user", "mallory", "access denied")):
-            with self.subTest(auth=auth, name=name):
-                registry = self.bearer(auth=auth, anonymous=False)
-                with self.fails(imagec.AccessDenied, words) as caught:
-                    self.client(registry, credentials).fetch_manifest("app", "1")
-                self.assertEqual(imagec.exit_status(caught.exception), 5)
-                self.assertLessEqual(len(registry.requests), 3)
-                self.assertEqual(self.naps, [])
+    @rows([("bearer", None, "anonymous"), ("bearer", "mallory", "mallory"),
+           ("basic", None, "user name and password"),
+           ("basic", "mallory", "access denied")])
+    def test_denied(self, auth, credentials, words):
+        registry = self.bearer(auth=auth, anonymous=False)
+        with self.fails(imagec.AccessDenied, words) as caught:
+            self.client(registry, credentials).fetch_manifest("app", "1")
+        self.assertEqual(imagec.exit_status(caught.exception), 5)
+        self.assertLessEqual(len(registry.requests), 3)
+        self.assertEqual(self.naps, [])
 
     def test_basic_registry(self):
         registry = self.bearer(auth="basic")
@@ -5500,56 +5444,46 @@ class AuthorizedTest(NetworkCase):
             client.fetch_manifest("app", "1")
             self.assertEqual(len(paths(registry, "/token")), tokens)
 
-    def test_t64_t78_401_for_ever(self):
-        basic = 'Basic realm="b"'
-        for name, challenges in (
-                ("bearer", [None]), ("alternating, T78", [None, basic]),
-                ("basic", [basic]), ("unknown", ["Negotiate"]), ("none", [[]])):
-            with self.subTest(name):
-                registry = self.bearer()
-                turns = itertools.cycle(challenges)
-                registry.fault(
-                    "/manifests/", lambda reply: self.unwelcome(registry, next(turns)),
-                    EVERY_TIME, challenged=True)
-                with self.fails(imagec.AccessDenied):
-                    self.client(registry, "alice").fetch_manifest("app", "1")
-                self.assertLessEqual(len(registry.requests), 6)
-                self.assertEqual(self.naps, [])
+    @rows([("bearer", ['Bearer realm="{url}/token"']), ("basic", ['Basic realm="b"']),
+           ("alternating, T78", ['Bearer realm="{url}/token"', 'Basic realm="b"']),
+           ("unknown", ["Negotiate"]), ("none", [None])])
+    def test_t64_t78_401_for_ever(self, _name, challenges):
+        registry, turns = self.bearer(), itertools.cycle(challenges)
 
-    def unwelcome(self, registry, challenge):
-        reply = Reply(401)
-        if challenge is None:
-            challenge = 'Bearer realm="%s/token"' % registry.url
-        reply.put("WWW-Authenticate", challenge)
-        return reply
+        def unwelcome(_reply):
+            challenge = next(turns)
+            return Reply(401, headers={"WWW-Authenticate": challenge and
+                                       challenge.format(url=registry.url)})
 
-    def test_t72_a_foreign_realm_gets_no_password(self):
+        registry.fault("/manifests/", unwelcome, EVERY_TIME, challenged=True)
+        with self.fails(imagec.AccessDenied):
+            self.client(registry, "alice").fetch_manifest("app", "1")
+        self.assertLessEqual(len(registry.requests), 6)
+        self.assertEqual(self.naps, [])
+
+    @rows([((), 0), (("localhost",), 1)])
+    def test_t72_a_foreign_realm_gets_no_password(self, allowed, seen):
         tokens = self.bearer()
-        realm = "http://localhost:%s/token" % tokens.host.rpartition(":")[2]
-        for allowed, seen in (((), 0), (("localhost",), 1)):
-            with self.subTest(allowed=allowed):
-                registry = self.bearer(realm=realm)
-                client = self.client(registry, "alice", token_hosts=allowed)
-                with self.assertLogs(imagec.log, "INFO") as logged:
-                    imagec.log.info("so that there is a line")
-                    self.visit(client)
-                self.assertEqual(len(authorizations(tokens)), seen)
-                warned = "no password sent to " + realm in "".join(logged.output)
-                self.assertEqual(warned, not seen)
-                self.assertNotIn(PASSWORD, "".join(logged.output))
+        realm = "http://%s/token" % by_name("localhost", tokens)
+        registry = self.bearer(realm=realm)
+        with self.assertLogs(imagec.log, "INFO") as logged:
+            imagec.log.info("so that there is a line")
+            self.visit(self.client(registry, "alice", token_hosts=allowed))
+        self.assertEqual(len(authorizations(tokens)), seen)
+        warned = "no password sent to " + realm in "".join(logged.output)
+        self.assertEqual(warned, not seen)
+        self.assertNotIn(PASSWORD, "".join(logged.output))
 
-    def test_t72_t79_hostile_realms_are_not_contacted(self):
-        reached = self.reroute()
+    @rows([("http://169.254.169.254:%d/token",), ("file:///etc/passwd?%d",),
+           ("ftp://127.0.0.1:%d/token",), ("http://a:b@127.0.0.1:%d/token",),
+           ("http://[::1:%d/token",)])
+    def test_t72_t79_hostile_realms_are_not_contacted(self, realm):
         elsewhere = self.server({"/token": say(b'{"token": "t"}')})
-        for realm in ("http://169.254.169.254:%d/token", "file:///etc/passwd?%d",
-                      "ftp://127.0.0.1:%d/token", "http://a:b@127.0.0.1:%d/token",
-                      "http://[::1:%d/token"):
-            with self.subTest(realm=realm):
-                registry = self.bearer(realm=realm % elsewhere.port)
-                with self.fails(imagec.ImagecError):
-                    self.client(registry, "alice").fetch_manifest("app", "1")
+        registry = self.bearer(realm=realm % elsewhere.port)
+        with self.fails(imagec.ImagecError):
+            self.client(registry, "alice").fetch_manifest("app", "1")
         self.assertEqual(elsewhere.requests, [])
-        self.assertEqual(set(reached), {"127.0.0.1"})
+        self.assertEqual(set(self.reached), {"127.0.0.1"})
 
     def test_t77_no_token_without_tls(self):
         tokens = self.bearer()
@@ -5558,15 +5492,13 @@ class AuthorizedTest(NetworkCase):
             self.client(registry, "alice").fetch_manifest("app", "1")
         self.assertEqual(tokens.requests, [])
 
-    def test_t70_authorization_is_not_shown_to_a_blob_host(self):
-        cdn = self.bearer(auth=None)
-        for auth in ("bearer", "basic"):
-            with self.subTest(auth=auth):
-                registry = self.bearer(auth=auth)
-                registry.redirect_blobs_to = cdn.url
-                self.visit(self.client(registry, "alice"))
-                self.assertTrue(paths(cdn, "/cdn/"))
-                self.assertEqual(authorizations(cdn), [])
+    @rows([("bearer",), ("basic",)])
+    def test_t70_authorization_is_not_shown_to_a_blob_host(self, auth):
+        cdn, registry = self.bearer(auth=None), self.bearer(auth=auth)
+        registry.redirect_blobs_to = cdn.url
+        self.visit(self.client(registry, "alice"))
+        self.assertTrue(paths(cdn, "/cdn/"))
+        self.assertEqual(authorizations(cdn), [])
 
     def test_t70_a_blob_hosts_401_gets_no_password(self):
         cdn = self.bearer(auth=None)
@@ -5586,19 +5518,17 @@ class AuthorizedTest(NetworkCase):
         scopes = [r.query["scope"] for r in registry.requests if r.route == "/token"]
         self.assertEqual(scopes, [["repository:app:pull"], ["repository:other:pull"]])
 
-    def test_token_server_faults(self):
-        for name, action, times, kind, words in (
-                ("missing", status(404), 1, imagec.NotFound, "token"),
-                ("forbidden", status(403), 1, imagec.AccessDenied, "alice"),
-                ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
-                ("page", body(b"<html>"), 1, imagec.InvalidDocument, "token"),
-                ("endless, T52", endless(), 1, imagec.LimitExceeded, "token")):
-            with self.subTest(name):
-                registry = self.bearer()
-                registry.fault("/token", action, times)
-                with self.fails(kind, words):
-                    self.client(registry, "alice").fetch_manifest("app", "1")
-                self.assertEqual(len(paths(registry, "/token")), times)
+    @rows([("missing", status(404), 1, imagec.NotFound, "token"),
+           ("forbidden", status(403), 1, imagec.AccessDenied, "alice"),
+           ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
+           ("page", body(b"<html>"), 1, imagec.InvalidDocument, "token"),
+           ("endless, T52", endless(), 1, imagec.LimitExceeded, "token")])
+    def test_token_server_faults(self, _name, action, times, kind, words):
+        registry = self.bearer()
+        registry.fault("/token", action, times)
+        with self.fails(kind, words):
+            self.client(registry, "alice").fetch_manifest("app", "1")
+        self.assertEqual(len(paths(registry, "/token")), times)
 
     def test_t105_a_busy_token_server_is_waited_for(self):
         registry = self.bearer()
@@ -5611,15 +5541,15 @@ class AuthorizedTest(NetworkCase):
 # Registry
 # ------------------------------------------------------------------------------
 
-#: (name, FakeRegistry's options, root to trust, our options, scheme or error)
+#: (name, FakeRegistry's options, root to trust, our options, scheme, None where the certificate is refused)
 NET_PROBES = (
     ("loopback, plain", {}, None, {}, "http"),
     ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https"),
     ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https"),
     ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https"),
-    ("untrusted", {"tls": True}, None, {}, imagec.CertificateError),
-    ("wrong host", {"tls": "wrong-host"}, WRONG_HOST_CERT, {}, imagec.CertificateError),
-    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, imagec.CertificateError),
+    ("untrusted", {"tls": True}, None, {}, None),
+    ("wrong host", {"tls": "wrong-host"}, WRONG_HOST_CERT, {}, None),
+    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None),
     ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https"),
     ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https"),
     ("expired, unverified", {"tls": "expired"}, None, {"skip": True}, "https"),
@@ -5627,12 +5557,12 @@ NET_PROBES = (
     ("plain, http allowed", {}, None, {"http": True}, "http"),
 )
 
-#: (what answers the first bytes of a connection to the TLS port, words). T114
+#: (what answers the first bytes of a connection to the TLS port,). T114
 NET_NO_TLS = (
-    (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "TLS failed"),
-    (b"HTTP/1.0 400 Bad Request\r\n\r\nclient sent TLS to plain port", "TLS failed"),
-    (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
-    (b"220 mail.test ESMTP ready\r\n", "TLS failed"),
+    (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",),
+    (b"HTTP/1.0 400 Bad Request\r\n\r\nclient sent TLS to plain port",),
+    (b"SSH-2.0-OpenSSH_9.6\r\n",),
+    (b"220 mail.test ESMTP ready\r\n",),
 )
 
 #: (what the manifest's reply becomes, error or None where it is taken, words)
@@ -5717,126 +5647,107 @@ class ProbeTest(NetworkCase):
         client = self.client(registry, "alice", host, transport, allow_http=http)
         return client.learn_registry_url()
 
-    def test_schemes_and_certificates(self):
-        self.assertTrue(NET_PROBES)
+    @rows(NET_PROBES)
+    def test_schemes_and_certificates(self, _name, kind, root, options, scheme):
         os.environ["SSL_CERT_FILE"] = os.devnull
-        for name, kind, root, options, expected in NET_PROBES:
-            with self.subTest(name):
-                registry = self.registry(**kind)
-                if isinstance(expected, str):
-                    found = self.probe(registry, root, **options)
-                    self.assertEqual(found, "%s://%s/v2/" % (expected, registry.host))
-                    self.assertEqual(authorizations(registry), [])
-                    self.assertEqual({r.method for r in registry.requests}, {"HEAD"})
-                    continue
-                with self.fails(expected, registry.host, "--insecure-skip-verify"):
-                    self.probe(registry, root, **options)
-                self.assertEqual(registry.requests, [])
-                self.assertEqual(self.naps, [])
+        registry = self.registry(**kind)
+        self.gives(scheme and "%s://%s/v2/" % (scheme, registry.host),
+                   lambda: self.probe(registry, root, **options),
+                   imagec.CertificateError, registry.host, "--insecure-skip-verify")
+        self.assertEqual(authorizations(registry), [])
+        self.assertEqual({r.method for r in registry.requests},
+                         {"HEAD"} if scheme else set())
+        self.assertEqual(self.naps, [])
 
     def test_t90_ssl_cert_file_is_honoured(self):
         registry = self.registry(tls=True)
         self.assertTrue(self.probe(registry).startswith("https:"))
 
-    def test_t90_cacert_that_is_none(self):
-        registry = self.registry(tls=True)
-        for name, path in (("missing", os.path.join(self.root, "none.pem")),
-                           ("directory", self.root),
-                           ("not PEM", self.file("junk.pem", b"junk\n"))):
-            with self.subTest(name), self.fails(imagec.UsageError, "--cacert"):
-                transport = self.transport(cacert=path)
-                self.client(registry, transport=transport).learn_registry_url()
+    @rows([("none.pem", None), ("", None), ("junk.pem", b"junk\n")])
+    def test_t90_cacert_that_is_none(self, name, content):
+        if content:
+            self.file(name, content)
+        transport = self.transport(cacert=os.path.join(self.root, name))
+        with self.fails(imagec.UsageError, "--cacert"):
+            self.client(self.registry(tls=True),
+                        transport=transport).learn_registry_url()
 
-    def test_t76_no_fallback_for_other_hosts(self):
-        for tls, error in ((False, imagec.TransportError), (True, imagec.TLSError)):
-            registry = self.registry(tls=tls)
-            place = "registry.test:" + registry.host.rpartition(":")[2]
-            with self.subTest(tls=tls), self.fails(error, place):
-                self.probe(registry, host=place)
-            self.assertEqual(registry.requests, [])
+    @rows([(False, imagec.TransportError), (True, imagec.TLSError)])
+    def test_t76_no_fallback_for_other_hosts(self, tls, error):
+        registry = self.registry(tls=tls)
+        place = by_name("registry.test", registry)
+        with self.fails(error, place):
+            self.probe(registry, host=place)
+        self.assertEqual(registry.requests, [])
 
     def test_t76_http_comes_last(self):
-        registry = self.registry(tls=True)
-        place = "registry.test:" + registry.host.rpartition(":")[2]
-        found = self.probe(registry, host=place, http=True)
+        place = by_name("registry.test", self.registry(tls=True))
+        found = self.probe(None, host=place, http=True)
         self.assertEqual(found, "https://%s/v2/" % place)  # unverified, and stays so
 
-    def test_t76_unverified_where_it_would_help(self):
-        # What does not speak TLS does not speak it unverified.
-        for tls, root, expected in ((False, None, 2), (True, None, 1),
-                                    (True, TEST_CERT, 1)):
-            registry = self.registry(tls=tls)
-            with self.subTest(tls=tls, root=root is not None):
-                found = self.probe(registry, root, http=True)
-                self.assertEqual(found.partition(":")[0], "https" if tls else "http")
-                self.assertEqual(registry.connections, expected)
+    # What does not speak TLS does not speak it unverified.
+    @rows([(False, None, 2), (True, None, 1), (True, TEST_CERT, 1)])
+    def test_t76_unverified_where_it_would_help(self, tls, root, expected):
+        registry = self.registry(tls=tls)
+        found = self.probe(registry, root, http=True)
+        self.assertEqual(found.partition(":")[0], "https" if tls else "http")
+        self.assertEqual(registry.connections, expected)
 
-    def test_t76_an_answer_over_tls_is_the_answer(self):
-        for http in (False, True):
-            with self.subTest(http=http):
-                registry = self.registry(tls=True)
-                registry.fault("HEAD /v2/", status(404))
-                with self.fails(imagec.RegistryError, "no registry"):
-                    self.probe(registry, TEST_CERT, http=http)
-                self.assertEqual(registry.connections, 1)
+    @rows([(False,), (True,)])
+    def test_t76_an_answer_over_tls_is_the_answer(self, http):
+        registry = self.registry(tls=True)
+        registry.fault("HEAD /v2/", status(404))
+        with self.fails(imagec.RegistryError, "no registry"):
+            self.probe(registry, TEST_CERT, http=http)
+        self.assertEqual(registry.connections, 1)
 
-    def test_t114_no_tls_spoken(self):
-        self.assertTrue(NET_NO_TLS)
-        for junk, words in NET_NO_TLS:
-            with self.subTest(junk=junk[:30]):
-                registry = self.registry(tls=True)
-                registry.fault("", garbage(junk, "accept"))
-                place = "registry.test:" + registry.host.rpartition(":")[2]
-                with self.fails(imagec.TLSError, words, "--insecure-allow-http"):
-                    self.probe(registry, host=place)
-                self.assertEqual(registry.connections, 1)
+    @rows(NET_NO_TLS)
+    def test_t114_no_tls_spoken(self, junk):
+        registry = self.registry(tls=True)
+        registry.fault("", garbage(junk, "accept"))
+        with self.fails(imagec.TLSError, "TLS failed", "--insecure-allow-http"):
+            self.probe(registry, host=by_name("registry.test", registry))
+        self.assertEqual(registry.connections, 1)
 
-    def test_t114_no_tls_spoken_before_we_spoke(self):
+    @rows(NET_NO_TLS)
+    def test_t114_no_tls_spoken_before_we_spoke(self, junk):
         cork = imagec._KeptHTTPS._cork
 
         def late(connection, on):
             self.assertTrue(not on or imagec.readable(connection.sock, 5))
             cork(connection, on)
 
-        for junk, words in NET_NO_TLS:
-            def spoil(sock, junk=junk):
-                sock.sendall(junk)
-                sock.recv(BLOCK)  # or closing would be a reset
-                sock.close()
-                raise OSError("that was all")
+        def spoil(sock):
+            sock.sendall(junk)
+            sock.recv(BLOCK)  # or closing would be a reset
+            sock.close()
+            raise OSError("that was all")
 
-            registry = self.registry(tls=True)
-            before_handshake(registry, spoil)
-            place = "registry.test:" + registry.host.rpartition(":")[2]
-            with self.subTest(junk=junk[:30]), mock.patch.object(
-                    imagec._KeptHTTPS, "_cork", late):
-                with self.fails(imagec.TLSError, words, "--insecure-allow-http"):
-                    self.probe(registry, host=place)
-                self.assertEqual(registry.connections, 1)
+        registry = self.registry(tls=True)
+        before_handshake(registry, spoil)
+        with mock.patch.object(imagec._KeptHTTPS, "_cork", late):
+            with self.fails(imagec.TLSError, "TLS failed", "--insecure-allow-http"):
+                self.probe(registry, host=by_name("registry.test", registry))
+        self.assertEqual(registry.connections, 1)
 
     def test_t114_tls_spoken_to_a_client_of_http(self):
         server = self.server({"/end": say(b"hello")}, tls=True)
         with self.fails(imagec.TransportError, server.host):
             self.get(self.transport(), "http://%s/end" % server.host)
 
-    def test_answers(self):
-        for name, action, times, kind, words in (
-                ("404", status(404), 1, imagec.RegistryError, "no registry"),
-                ("403", status(403), 1, imagec.AccessDenied, "no registry"),
-                ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
-                ("no content", status(204), 1, imagec.RegistryError, "204"),
-                ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
-                ("busy once", status(503), 1, None, ""),
-                ("reset once", reset(0.5, "headers"), 1, None, "")):
-            with self.subTest(name):
-                registry = self.registry(tls=True)
-                registry.fault("HEAD /v2/", action, times)
-                if kind is None:
-                    self.assertEqual(self.probe(registry), registry.url + "/v2/")
-                    continue
-                with self.fails(kind, registry.host, words):
-                    self.probe(registry)
-                self.assertEqual(len(registry.requests), times)
+    @rows([("404", status(404), 1, imagec.RegistryError, "no registry"),
+           ("403", status(403), 1, imagec.AccessDenied, "no registry"),
+           ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
+           ("no content", status(204), 1, imagec.RegistryError, "204"),
+           ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
+           ("busy once", status(503), 1, None, ""),
+           ("reset once", reset(0.5, "headers"), 1, None, "")])
+    def test_answers(self, _name, action, times, kind, words):
+        registry = self.registry(tls=True)
+        registry.fault("HEAD /v2/", action, times)
+        self.gives(None if kind else registry.url + "/v2/",
+                   lambda: self.probe(registry), kind, registry.host, words)
+        self.assertTrue(kind is None or len(registry.requests) == times)
 
     def test_t112_the_version_header_is_a_hint(self):
         registry = self.registry()
@@ -5860,42 +5771,31 @@ class ProbeTest(NetworkCase):
         plain.fault("HEAD /v2/$", redirect(secure.url + "/v2/"))
         self.assertEqual(self.probe(plain), secure.url + "/v2/")
 
-    def test_t74_a_registry_comes_no_nearer(self):
-        reached, image = self.reroute(), build_image(NET_TARS)
-        for first, then, allowed in (
-                ("93.184.216.34", "127.0.0.1", False),
-                ("93.184.216.34", "10.1.2.3", False),
-                ("10.1.2.3", "169.254.169.254", False),
-                ("10.1.2.3", "10.9.9.9", True), ("127.0.0.1", "10.1.2.3", True),
-                ("93.184.216.34", "93.184.216.35", True)):
-            registry = self.registry()
-            registry.add("app", "1", image)
-            registry.fault("HEAD /v2/$", truncate(1.0))
-            place = "public.test:" + registry.host.rpartition(":")[2]
-            client = self.client(registry, "alice", place, allow_http=True)
-            del reached[:]
-            with self.subTest(first, then=then), mock.patch.dict(NET_PLACES):
-                NET_PLACES["public.test"] = first
-                client.learn_registry_url()
-                NET_PLACES["public.test"] = then
-                if allowed:
-                    client.fetch_manifest("app", "1")
-                    continue
-                with self.fails(imagec.UnsafeRedirect, then):
-                    client.fetch_manifest("app", "1")
-                self.assertNotIn(then, reached)
+    @rows([("93.184.216.34", "127.0.0.1", False), ("93.184.216.34", "10.1.2.3", False),
+           ("10.1.2.3", "169.254.169.254", False), ("10.1.2.3", "10.9.9.9", True),
+           ("127.0.0.1", "10.1.2.3", True), ("93.184.216.34", "93.184.216.35", True)])
+    def test_t74_a_registry_comes_no_nearer(self, first, then, allowed):
+        registry = self.filled()
+        registry.fault("HEAD /v2/$", truncate(1.0))
+        place = by_name("public.test", registry)
+        client = self.client(registry, "alice", place, allow_http=True)
+        del self.reached[:]
+        with mock.patch.dict(NET_PLACES):
+            NET_PLACES["public.test"] = first
+            client.learn_registry_url()
+            NET_PLACES["public.test"] = then
+            self.gives(self.image.manifest if allowed else None,
+                       lambda: client.fetch_manifest("app", "1").raw,
+                       imagec.UnsafeRedirect, then)
+        self.assertEqual(then in self.reached, allowed)
 
-    def test_t74_a_registry_may_send_its_probe_elsewhere(self):
-        other = self.registry()
-        for home in ("private.test", "localhost"):
-            registry = self.registry()
-            registry.add("app", "1", build_image(NET_TARS))
-            port, away = (one.host.rpartition(":")[2] for one in (registry, other))
-            registry.fault("HEAD /v2/$", [truncate(1.0), redirect(
-                "http://public.test:%s/v2/" % away)])
-            client = self.client(registry, host="%s:%s" % (home, port), allow_http=True)
-            with self.subTest(home):
-                client.fetch_manifest("app", "1")
+    @rows([("private.test",), ("localhost",)])
+    def test_t74_a_registry_may_send_its_probe_elsewhere(self, home):
+        registry, other = self.filled(), self.registry()
+        registry.fault("HEAD /v2/$", [truncate(1.0), redirect(
+            "http://%s/v2/" % by_name("public.test", other))])
+        client = self.client(registry, host=by_name(home, registry), allow_http=True)
+        client.fetch_manifest("app", "1")
 
     def test_nothing_listens(self):
         with socket.socket() as taken:
@@ -5911,8 +5811,7 @@ class ProbeTest(NetworkCase):
         self.assertEqual(self.naps, [])
 
     def test_probed_once(self):
-        registry = self.registry()
-        registry.add("app", "1", build_image(NET_TARS))
+        registry = self.filled()
         client = self.client(registry)
         workers = [threading.Thread(target=client.learn_registry_url) for _ in range(5)]
         for worker in workers:
