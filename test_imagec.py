@@ -6610,7 +6610,7 @@ class PullCase(NetworkCase):
         document = json.loads(image.manifest.decode("ascii"))
         change(document)
         registry = self.filled(image, **options)
-        registry.add_manifest("app", "odd", _json(document), image.media_type)
+        registry.add_manifest("app", "odd", json_bytes(document), image.media_type)
         return registry
 
     def pull(self, registry, reference="app:1", dest=None, **options):
