@@ -171,7 +171,6 @@ CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CLEARING_UP = 1.0  # seconds after a first signal that a second leaves
 CONNECT_TIMEOUT = 30  # seconds; docker's dialler
 IDLE_CONNECTIONS_LIMIT = 32  # kept for later; each is a descriptor, of often 1,024
-ANSWER_AT_ONCE = 0.01  # seconds in which a near server has answered
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
 RETRY_AFTER_LIMIT = 60.0  # seconds; containers/image
@@ -2801,19 +2800,10 @@ class _KeptHTTP(_Kept, http.client.HTTPConnection):
     pass
 
 
-#: How a TLS record begins (RFC 8446, 5.1): a warning may come before the handshake.
-_TLS_RECORDS = (b"\x14", b"\x15", b"\x16", b"\x17")
-
-
 class _KeptHTTPS(_Kept, http.client.HTTPConnection):
-    """TLS by our own hand, so that the system's roots, which take 25 ms to read, are
-    read while the server makes its answer, and not at all where that is not TLS.
-    """
-
     default_port = http.client.HTTPS_PORT
 
     def prepare(self, transport, request):
-        self._settings = transport.tls
         self._context = transport.tls.context(
             getattr(request, "_tunnel_host", None) or request.host)
         return super().prepare(transport, request)
@@ -2826,47 +2816,17 @@ class _KeptHTTPS(_Kept, http.client.HTTPConnection):
             do_handshake_on_connect=False)
         # A tunnel's answer was read in short turns; and a cancel may just have come.
         self.sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
-        rootless = self._settings.wants_roots(self._context)
-        try:
-            if rootless and (not hasattr(socket, "TCP_CORK") or self._begin()):
-                self._settings.read_roots(self._context)
-                rootless = False
-            self.sock.do_handshake()
-        except ssl.SSLError as error:
-            if rootless and _distrusts(error):
-                # Without roots this is no verdict: we slept between hello and look.
-                raise ConnectionAbortedError(errno.ECONNABORTED,
-                                             "TLS not begun") from None
-            raise
-
-    def _begin(self):
-        """Says hello; whether the answer may be TLS, or is still on its way."""
-        patience = self.sock.gettimeout()
-        self.sock.settimeout(0)
-        # Corked, it leaves after we have looked for an answer, not before: one that was
-        # there already would be judged without roots.
-        self._cork(True)
-        with contextlib.suppress(ssl.SSLWantReadError):
-            self.sock.do_handshake()
-        self._cork(False)
-        tls = not readable(self.sock, ANSWER_AT_ONCE) or socket.socket.recv(
-            self.sock, 1, socket.MSG_PEEK) in _TLS_RECORDS
-        self.sock.settimeout(patience)
-        return tls
-
-    def _cork(self, on):
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
+        self.sock.do_handshake()
 
 
-def readable(sock, seconds=0):
-    """Whether a socket has something to read, or its end, within so many `seconds`."""
+def readable(sock):
+    """Whether a socket has something to read, or its end."""
     import select
     if hasattr(select, "poll"):  # select() cannot take descriptors over 1023
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    return bool(select.select([sock], [], [], seconds)[0])
+        return bool(poll.poll(0))
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -3153,7 +3113,6 @@ class TLSSettings:
         #: turned out to be bad.
         self._insecure = {}
         self._contexts = {}
-        self._rootless = set()  # contexts that lack the system's roots so far
         self._lock = threading.Lock()
 
     def name(self, host, forgiving=False, registry=True):
@@ -3190,20 +3149,9 @@ class TLSSettings:
                 self._contexts[key] = self._new_context(*key)
             return self._contexts[key]
 
-    def wants_roots(self, context):
-        """Whether `read_roots` is still to be called before anything can be trusted."""
-        return context in self._rootless
-
-    def read_roots(self, context):
-        """Adds the system's roots to a context: the slow part of its making."""
-        with self._lock:
-            if context in self._rootless:
-                context.load_default_certs()
-                self._rootless.remove(context)
-
     def _new_context(self, verify, roots, pairs):
-        # As ssl.create_default_context makes it, but without roots so far, and without
-        # SSLKEYLOGFILE: no secret is written anywhere.
+        # As ssl.create_default_context makes it, but without SSLKEYLOGFILE: no secret is
+        # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if sys.version_info >= (3, 13):
             context.verify_flags |= (ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -3217,7 +3165,7 @@ class TLSSettings:
         for certificate, key in pairs:
             _load(certificate, context.load_cert_chain, certificate, key, _no_password)
         if verify:
-            self._rootless.add(context)
+            context.load_default_certs()
         else:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

@@ -35,6 +35,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -5712,11 +5713,11 @@ class ProbeTest(NetworkCase):
 
     @rows(NET_NO_TLS)
     def test_t114_no_tls_spoken_before_we_spoke(self, junk):
-        cork = imagec._KeptHTTPS._cork
+        shake = ssl.SSLSocket.do_handshake
 
-        def late(connection, on):
-            self.assertTrue(not on or imagec.readable(connection.sock, 5))
-            cork(connection, on)
+        def late(sock, *args):
+            self.assertTrue(sock.server_side or select.select([sock], [], [], 5)[0])
+            shake(sock, *args)
 
         def spoil(sock):
             sock.sendall(junk)
@@ -5726,7 +5727,7 @@ class ProbeTest(NetworkCase):
 
         registry = self.registry(tls=True)
         before_handshake(registry, spoil)
-        with mock.patch.object(imagec._KeptHTTPS, "_cork", late):
+        with mock.patch("ssl.SSLSocket.do_handshake", late):
             with self.fails(imagec.TLSError, "TLS failed", "--insecure-allow-http"):
                 self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
@@ -8113,46 +8114,16 @@ class TLSFilesTest(FieldCase):
         self.assertEqual(context.options & library.options, library.options)
         self.assertEqual(context.get_ciphers(), library.get_ciphers())
 
-    def watch_roots(self, then=lambda: None):
-        """A list that grows by one each time the system's roots are read."""
-        read, load = [], ssl.SSLContext.load_default_certs
-
-        def spy(context, *purpose):
-            load(context, *purpose)
-            read.append(context)
-            then()
-
-        self.patch(mock.patch("ssl.SSLContext.load_default_certs", spy))
-        return read
-
-    def test_roots_are_read_once_while_the_server_answers(self):
-        registry, read, waited = self.filled(tls=True), threading.Event(), []
-        if hasattr(socket, "TCP_CORK"):
-            before_handshake(registry, lambda sock: waited.append(read.wait(5)))
-        found = self.watch_roots(read.set)
-        self.pull(registry.host)
-        with imagec.Session() as session:
-            for name in ("127.0.0.1", "localhost"):
-                place = name + ":" + registry.host.rpartition(":")[2]
-                session.registry(place).learn_registry_url()
-        self.assertEqual(len(found), 2)  # one for each transport
-        self.assertEqual(set(waited), {True} if waited else set())
-
-    def test_roots_are_not_read_for_what_speaks_no_tls(self):
-        if not hasattr(socket, "TCP_CORK"):
-            cannot("hold back a hello")
-        registry, found = self.filled(), self.watch_roots()
-        self.pull(registry.host)
-        self.assertEqual(found, [])
-
-    def test_roots_come_first_where_the_hello_cannot_be_held_back(self):
-        cork = vars(socket).pop("TCP_CORK", None)
-        if cork is not None:
-            self.addCleanup(setattr, socket, "TCP_CORK", cork)
-        registry, found = self.filled(tls=True), self.watch_roots()
-        with mock.patch.object(imagec._KeptHTTPS, "_begin", side_effect=AssertionError):
+    def test_roots_are_read_once_for_each_transport(self):
+        registry, load = self.filled(tls=True), ssl.SSLContext.load_default_certs
+        with mock.patch("ssl.SSLContext.load_default_certs", autospec=True,
+                        side_effect=load) as spy:
             self.pull(registry.host)
-        self.assertEqual(len(found), 1)
+            with imagec.Session() as session:
+                for name in ("127.0.0.1", "localhost"):
+                    place = name + ":" + registry.host.rpartition(":")[2]
+                    session.registry(place).learn_registry_url()
+        self.assertEqual(spy.call_count, 2)
 
     def test_warning_before_the_handshake(self):
         # "unrecognized_name": whoever sends it goes on, and is to be verified as ever.
@@ -8172,30 +8143,6 @@ class TLSFilesTest(FieldCase):
         before_handshake(registry, lambda sock: time.sleep(0.1))
         with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
             self.pull(registry.host, proxy=proxy.url)
-
-    def test_answer_that_is_there_before_the_roots_is_no_verdict(self):
-        if not hasattr(socket, "TCP_CORK"):
-            cannot("hold back a hello")
-        shake, calls = ssl.SSLSocket.do_handshake, []
-
-        def slept(sock, *args):
-            """The first hello is answered while it is still being said."""
-            if not sock.server_side:
-                calls.append(sock.gettimeout())
-            if sock.server_side or len(calls) > 1:
-                return shake(sock, *args)
-            sock.settimeout(5)
-            try:
-                shake(sock, *args)
-            finally:
-                sock.settimeout(0)
-
-        registry = self.filled(tls=True)
-        with mock.patch("ssl.SSLSocket.do_handshake", slept), mock.patch.object(
-                imagec._KeptHTTPS, "_cork"):
-            self.pull(registry.host, insecure_allow_http=True)
-        self.assertEqual(calls[0], 0)
-        self.assertEqual(self.said, [])  # it was not taken unverified instead
 
     def test_tls_1_1_is_refused(self):
         registry = self.filled(tls=True)
