@@ -7461,16 +7461,7 @@ class RegistryHandler:
         if found is None:
             return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
         media_type, digest, raw = found
-        headers = [("Docker-Content-Digest", str(digest)), ("ETag", '"%s"' % (
-            str(digest),))]
-        if self.known(str(digest)):
-            return self.send(304, b"", None, headers)
-        return self.send(200, raw, media_type, headers)
-
-    def known(self, digest):
-        """Whether the client has what it asks for already (RFC 7232, 3.2)."""
-        tags = [tag.strip() for tag in self.headers.get("If-None-Match", "").split(",")]
-        return tags == ["*"] or '"%s"' % digest in tags or 'W/"%s"' % digest in tags
+        return self.send(200, raw, media_type, [("Docker-Content-Digest", str(digest))])
 
     def blob(self, what):
         try:
@@ -7480,13 +7471,11 @@ class RegistryHandler:
         region = self.server.shelf.blob(digest)
         if region is None:
             return self.fail(404, "BLOB_UNKNOWN", "blob unknown to registry")
-        headers = [("Docker-Content-Digest", what), ("ETag", '"%s"' % what),
-                   ("Accept-Ranges", "bytes"),
+        headers = [("Docker-Content-Digest", what), ("Accept-Ranges", "bytes"),
                    ("Cache-Control", "max-age=31536000, immutable")]
-        if self.known(what):
-            return self.send(304, b"", None, headers)
-        try:
-            part = parse_range(self.wanted_range(what), region.size)
+        try:  # RFC 7233, 3.1: it means nothing to a HEAD
+            part = self.command == "GET" and parse_range(self.headers.get("Range"),
+                                                         region.size)
         except ValueError:
             return self.fail(416, "SIZE_INVALID", "nothing of that range is there", [
                 ("Content-Range", "bytes */%d" % region.size)])
@@ -7499,13 +7488,6 @@ class RegistryHandler:
                       headers)
             if self.command != "HEAD":
                 self.send_part(file, region.offset + first, end - first)
-
-    def wanted_range(self, what):
-        """The Range header where it means anything (RFC 7233, 3.1, 3.2), else None."""
-        if self.command == "HEAD" or self.headers.get("If-Range", '"%s"' % what) != (
-                '"%s"' % what):
-            return None
-        return self.headers.get("Range")
 
     def send_part(self, file, at, count):
         """Part of a file to the client, by the kernel where it can."""
@@ -7529,9 +7511,8 @@ class RegistryHandler:
         self.send_header("X-Content-Type-Options", "nosniff")
         if self.close_connection:
             self.send_header("Connection", "close")
-        if media_type is not None:
-            self.send_header("Content-Type", media_type)
-            self.send_header("Content-Length", str(length))
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(length))
         self.end_headers()
 
     def send(self, status, body, media_type, headers=()):

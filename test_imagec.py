@@ -12962,10 +12962,10 @@ class ShelfTest(ServeCase):
 # Conformance: the expectations of the OCI distribution-spec's pull tests
 # ------------------------------------------------------------------------------
 
-SERVE_MANIFEST = {"Docker-Content-Digest": "{digest}", "ETag": '"{digest}"',
-                  "Content-Type": "{type}", "Content-Length": "{size}"}
-SERVE_BLOB = {"Docker-Content-Digest": "{blob}", "ETag": '"{blob}"',
-              "Content-Type": "application/octet-stream", "Accept-Ranges": "bytes",
+SERVE_MANIFEST = {"Docker-Content-Digest": "{digest}", "Content-Type": "{type}",
+                  "Content-Length": "{size}"}
+SERVE_BLOB = {"Docker-Content-Digest": "{blob}", "Accept-Ranges": "bytes",
+              "Content-Type": "application/octet-stream",
               "Content-Length": "{blob_size}"}
 SERVE_JSON = {"Content-Type": "application/json"}
 
@@ -13002,20 +13002,6 @@ SERVE_CONFORMANCE = (
     ("_catalogue", 404, None, {}),
 )
 
-#: If-None-Match with {0} for the digest, and whether it fits; RFC 7232, 3.2
-SERVE_ETAGS = (
-    ('"{0}"', True),
-    ('W/"{0}"', True),
-    ('"x", "{0}"', True),
-    ('"x","{0}" , "y"', True),
-    ("*", True),
-    ('"x"', False),
-    ("{0}x", False),
-    ('"{0}', False),
-    ("", False),
-)
-
-
 class ConformanceTest(ServeCase):
     """The pull part of the specification, line by line."""
 
@@ -13045,7 +13031,7 @@ class ConformanceTest(ServeCase):
         return serve_ask(self.host, *args, **named)
 
     def test_tables_are_not_empty(self):
-        self.assertTrue(SERVE_CONFORMANCE and SERVE_ETAGS)
+        self.assertTrue(SERVE_CONFORMANCE)
 
     def check_row(self, answer, status, code, headers):
         self.assertEqual(answer.status, status, answer.body)
@@ -13150,32 +13136,6 @@ class ConformanceTest(ServeCase):
         answer = self.ask(self.blob_path, "HEAD", {"Range": "bytes=0-1"})
         self.assertEqual(answer.status, 200)
         self.assertEqual(answer.headers["Content-Length"], str(len(self.blob)))
-
-    def test_if_range(self):
-        for value, status in (('"%s"' % self.facts["blob"], 206), ('"other"', 200)):
-            with self.subTest(value=value):
-                answer = self.ask(self.blob_path, headers={
-                    "Range": "bytes=0-9", "If-Range": value})
-                self.assertEqual(answer.status, status)
-
-    def test_if_none_match(self):
-        for path, digest in ((self.manifest_path, self.facts["digest"]),
-                             (self.blob_path, self.facts["blob"])):
-            for value, fits in SERVE_ETAGS:
-                with self.subTest(path=path, value=value):
-                    answer = self.ask(path, headers={
-                        "If-None-Match": value.format(digest)})
-                    self.assertEqual(answer.status, 304 if fits else 200)
-                    self.assertEqual(answer.headers["ETag"], '"%s"' % digest)
-                    self.assertEqual(not answer.body, fits)
-
-    def test_connection_goes_on_after_not_modified(self):
-        connection = http.client.HTTPConnection(self.host, timeout=5)
-        self.addCleanup(connection.close)
-        etag = {"If-None-Match": '"%s"' % self.facts["digest"]}
-        self.assertEqual(serve_ask_again(
-            connection, self.manifest_path, headers=etag).status, 304)
-        self.assertEqual(serve_ask_again(connection, "/v2/").body, b"{}")
 
     def test_errors_tell_nothing_of_this_host(self):
         for path in ("/v2/no/such/manifests/1", "/v2/lab/index/blobs/x", "/x"):
@@ -20061,12 +20021,11 @@ class ServeCacheTest(ServeRealCase):
         try:
             connection.request(method, path, headers={"Accept": imagec.ACCEPT})
             response = connection.getresponse()
-            names = ("Docker-Content-Digest", "Content-Length", "ETag",
+            names = ("Docker-Content-Digest", "Content-Length",
                      "Docker-Distribution-Api-Version")
             return (response.status, hashlib.sha256(response.read()).hexdigest(),
                     response.headers["Content-Type"].partition(";")[0],
-                    # An ETag without its quotes is what the cache itself sends.
-                    [(response.headers[name] or "").strip('"') for name in names])
+                    [response.headers[name] for name in names])
         finally:
             connection.close()
 
