@@ -7238,64 +7238,63 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
     SERVE_THREADS connections are served at once, others take the place of idle ones.
     """
     import http.server
+    import socketserver
     context = None
     if tls is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         _load(tls[0], context.load_cert_chain, tls[0], tls[1], _no_password)
-    bases = (handler or RegistryHandler, http.server.BaseHTTPRequestHandler)
-    kind = type("Server", (_BoundedThreads, http.server.HTTPServer), {
+    kind = type("Server", (_BoundedThreads, socketserver.ThreadingTCPServer), {
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-        "places": threading.BoundedSemaphore(SERVE_THREADS),
-        "waiting": {}, "lock": threading.Lock()})
-    server = kind(address, type("Handler", bases, {}))
-    server.shelf, server.credentials, server.context = shelf, credentials, context
-    return server
+        "shelf": shelf, "credentials": credentials, "context": context,
+        "places": SERVE_THREADS, "since": {}, "lock": threading.Lock()})
+    return kind(address, type("Handler", (handler or RegistryHandler,
+                                          http.server.BaseHTTPRequestHandler), {}))
 
 
 class _BoundedThreads:
     """A thread a connection, but not too many; put before socketserver's classes."""
 
-    allow_reuse_address = True
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 512  # connections that may wait
-    context = None
     stopping = False
-    waiting = lock = None  # connection -> since when it owes us a request's head
+    since = None  # connection -> when it began to owe us a request's head, or None
 
-    def server_bind(self):
-        # HTTPServer's own looks up this host's name: that can take long without DNS.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+    def get_request(self):
+        request, client_address = super().get_request()
+        request.settimeout(SERVE_TIMEOUT)
+        if self.context is not None:  # shaking hands comes later: it may be slow
+            request = self.context.wrap_socket(request, server_side=True,
+                                               do_handshake_on_connect=False)
+        return request, client_address
+
+    def process_request(self, request, client_address):
+        while len(self.since) >= self.places:
+            if self.stopping:
+                return self.shutdown_request(request)
+            self.end_waits(SERVE_IDLE, 1)
+            time.sleep(0.01)
+        self.waits(request)
+        return super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        with self.lock:
+            self.since.pop(request, None)
+        super().shutdown_request(request)
 
     def shutdown(self):
         self.stopping = True
         super().shutdown()
 
-    def process_request(self, request, client_address):
-        while not self.places.acquire(timeout=0.01):
-            if self.stopping:
-                self.shutdown_request(request)
-                return
-            self.service_actions()
-            self.end_waits(SERVE_IDLE, 1)
-        try:
-            threading.Thread(target=self._serve, args=(request, client_address),
-                             daemon=True).start()
-        except BaseException:
-            self.places.release()
-            raise
-
     def waits(self, connection, begins=True):
         """Notes whether we wait for the head of a request from a connection."""
         with self.lock:
-            self.waiting.pop(connection, None)  # what comes last has waited least
-            if begins:
-                self.waiting[connection] = time.monotonic()
+            self.since[connection] = time.monotonic() if begins else None
 
     def end_waits(self, patience, most=None):
         """Ends waits of over `patience` seconds, the longest first, `most` of them."""
         with self.lock:
-            for connection, since in list(self.waiting.items())[:most]:
+            waits = [pair for pair in self.since.items() if pair[1] is not None]
+            for connection, since in sorted(waits, key=lambda pair: pair[1])[:most]:
                 if time.monotonic() - since > patience:
                     with contextlib.suppress(OSError):  # TLS wants no farewell here
                         socket.socket.shutdown(connection, socket.SHUT_RDWR)
@@ -7304,22 +7303,8 @@ class _BoundedThreads:
         """However a head drips, it has to come in time."""
         self.end_waits(SERVE_TIMEOUT)
 
-    def _serve(self, request, client_address):
-        try:
-            request.settimeout(SERVE_TIMEOUT)
-            if self.context is not None:  # here: a slow handshake must block nobody
-                request = self.context.wrap_socket(request, server_side=True,
-                                                   do_handshake_on_connect=False)
-            self.waits(request)
-            if self.context is not None:
-                request.do_handshake()
-            self.finish_request(request, client_address)
-        except Exception as error:  # of one client; it must not end the server
-            log.debug("serving %s: %s", client_address[0], error)
-        finally:
-            self.waits(request, False)
-            self.shutdown_request(request)
-            self.places.release()
+    def handle_error(self, _request, client_address):
+        log.debug("serving %s: %s", client_address[0], sys.exc_info()[1])
 
 
 class RegistryHandler:

@@ -13648,7 +13648,7 @@ class ServeTest(ServeCase):
             socks.append(serve_connect(host))
             self.addCleanup(socks[-1].close)
             ask(socks[-1], sent, end)
-            while len(self.server.waiting) < idle:
+            while len(list(filter(None, self.server.since.values()))) < idle:
                 time.sleep(0.001)
         busy, longest, other = socks
         longest.sendall(b"GET ")  # which does not count
