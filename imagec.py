@@ -74,9 +74,9 @@ __all__ = [
     # Errors
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
     "LimitExceeded", "TooLarge", "VerificationError", "DigestMismatch", "SizeMismatch",
-    "Unsupported", "TransportError", "TLSError", "CertificateError", "UnsafeRedirect",
-    "Timeout", "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform",
-    "AccessDenied", "RateLimited", "CredentialsError", "OutputError",
+    "Unsupported", "TransportError", "CertificateError", "UnsafeRedirect", "Timeout",
+    "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
+    "RateLimited", "CredentialsError", "OutputError",
     # Names
     "Digest", "Platform", "Reference",
     # Documents
@@ -388,11 +388,7 @@ class TransportError(ImagecError):
         self.retryable = retryable
 
 
-class TLSError(TransportError):
-    """The server could not prove who it is, or does not speak TLS."""
-
-
-class CertificateError(TLSError):
+class CertificateError(TransportError):
     """A certificate, the server's or ours, does not do for the other side."""
 
 
@@ -3150,7 +3146,7 @@ class TLSSettings:
             return self._contexts[key]
 
     def _new_context(self, verify, roots, pairs):
-        # As ssl.create_default_context makes it, but without SSLKEYLOGFILE: no secret is
+        # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
         # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if sys.version_info >= (3, 13):
@@ -3502,8 +3498,8 @@ def _transport_error(error, url, idle_timeout, option=None):
         return Timeout("%s: next to nothing came for %g seconds" % (url, idle_timeout),
                        retryable=True)
     if isinstance(error, ssl.SSLError):
-        return TLSError("%s: TLS failed: %s" % (host, _reason(error)),
-                        "it may speak plain http: --insecure-allow-http")
+        return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
+                              "it may speak plain http: --insecure-allow-http")
     if "Tunnel connection failed" in str(error):
         if " 407" in str(error):
             return AccessDenied("%s: the proxy wants a user name and password "
@@ -3937,8 +3933,8 @@ class Endpoint:
                 first = first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
-        if type(first) is TLSError and schemes[-1] == "http":
-            first.hint = None  # to let it be http
+        if schemes[-1] == "http" and "allow-http" in str(first.hint):
+            first.hint = None  # it was
         raise first
 
     def _probe_url(self, url):

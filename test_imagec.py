@@ -5674,7 +5674,7 @@ class ProbeTest(NetworkCase):
             self.client(self.registry(tls=True),
                         transport=transport).learn_registry_url()
 
-    @rows([(False, imagec.TransportError), (True, imagec.TLSError)])
+    @rows([(False, imagec.TransportError), (True, imagec.CertificateError)])
     def test_t76_no_fallback_for_other_hosts(self, tls, error):
         registry = self.registry(tls=tls)
         place = by_name("registry.test", registry)
@@ -5707,7 +5707,7 @@ class ProbeTest(NetworkCase):
     def test_t114_no_tls_spoken(self, junk):
         registry = self.registry(tls=True)
         registry.fault("", garbage(junk, "accept"))
-        with self.fails(imagec.TLSError, "TLS failed", "--insecure-allow-http"):
+        with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
             self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
@@ -5728,7 +5728,7 @@ class ProbeTest(NetworkCase):
         registry = self.registry(tls=True)
         before_handshake(registry, spoil)
         with mock.patch("ssl.SSLSocket.do_handshake", late):
-            with self.fails(imagec.TLSError, "TLS failed", "--insecure-allow-http"):
+            with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
                 self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
@@ -7950,7 +7950,8 @@ class TLSFilesTest(FieldCase):
 
     def test_client_pair_from_certs_d(self):
         registry = self.client_registry()
-        with self.fails(imagec.TLSError, "client certificate", "--cert", "certs.d"):
+        with self.fails(imagec.CertificateError, "client certificate", "--cert",
+                        "certs.d"):
             self.pull(registry.host)
         self.certs_d(registry.host, me_cert=TEST_CERT, me_key=TEST_KEY)
         self.pull(registry.host)
