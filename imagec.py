@@ -2643,13 +2643,65 @@ def origin(parts):
             parts.port or (443 if parts.scheme == "https" else 80))
 
 
-class _Watch:
-    """The patience of one connection: an end to wait for, and a least speed."""
+class _Wire(io.RawIOBase):
+    """What http.client reads a response from: a socket, with a _Kept's patience."""
 
-    def __init__(self, transport):
-        self._transport = transport
-        self.until = None  # monotonic seconds at which the headers must be in
-        self._window, self._count = transport.clock(), 0
+    def __init__(self, sock, connection):
+        super().__init__()
+        self._sock, self._connection = sock, connection
+        # http.client closes the socket under a response that is the connection's last;
+        # a file made from it keeps it open until the body is read.
+        self._file = sock.makefile("rb", buffering=0)
+
+    def readable(self):
+        return True
+
+    def makefile(self, *_args, **_kwargs):
+        return io.BufferedReader(self, 16 * KIB)
+
+    def readinto(self, buffer):
+        received = self._receive(buffer)
+        if not received and self._connection.until is not None:
+            # http.client takes headers that end early for whole ones.
+            raise ConnectionResetError("closed the connection before its headers ended")
+        self._connection.count(received)
+        return received
+
+    def _receive(self, buffer):
+        """Waits in short turns, so that a cancel is noticed in any case."""
+        end = self._connection.patience() + time.monotonic()
+        while True:
+            left = end - time.monotonic()
+            self._sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                if left <= CANCEL_NOTICED:
+                    raise
+                self._connection.patience()  # raises where nothing is waited for
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+_LENIENCE = "if that is right, allow it with %s"
+
+
+class _Kept(http.client.HTTPConnection):
+    """A connection to where a request goes, which may carry others after it."""
+
+    used = False  # has carried an exchange: its server may have closed it since
+    rank = None  # how near its peer's address is; None before there is a peer
+    peer = None  # its socket, also after http.client has let go of it
+    until = None  # monotonic seconds at which the headers must be in
+
+    def __init__(self, transport, request):
+        self.default_port = 443 if request.type == "https" else 80
+        super().__init__(request.host)
+        self._transport, self._request = transport, request
+
+    # -- its patience: an end to wait for, and a least speed
 
     def start(self):
         """A new exchange begins: its headers may take as long as one silence."""
@@ -2674,114 +2726,92 @@ class _Watch:
                 raise socket.timeout("stalled")
             self._window, self._count = now, 0
 
+    # -- its way there
 
-class _Wire(io.RawIOBase):
-    """What http.client reads a response from: a socket under a _Watch."""
+    def response_class(self, sock, *args, **kwargs):
+        """What http.client reads a response with."""
+        return http.client.HTTPResponse(_Wire(sock, self), *args, **kwargs)
 
-    def __init__(self, sock, watch):
-        super().__init__()
-        self._sock, self._watch = sock, watch
-        # http.client closes the socket under a response that is the connection's last;
-        # a file made from it keeps it open until the body is read.
-        self._file = sock.makefile("rb", buffering=0)
+    def connect(self):
+        """TCP, the proxy's tunnel if any, TLS."""
+        request, host, port = self._request, self.host, self.port
+        tls = request.type == "https" and self._transport.tls.context(request.host)
+        if request.tunnel:
+            host, _, port = request.proxy.rpartition(":")
+        self._reach(host, int(port))
+        if request.tunnel and request.tunnel.scheme == "http":
+            self._ask_for_tunnel()
+        elif request.tunnel:
+            socks_connect(self.sock, request.tunnel, self.host, self.port)
+        if tls:
+            self.sock = self.peer = tls.wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            # A tunnel's answer was read in short turns; a cancel may just have come.
+            self.sock.settimeout(min(self.patience(), CONNECT_TIMEOUT))
+            self.sock.do_handshake()
 
-    def readable(self):
-        return True
-
-    def makefile(self, *_args, **_kwargs):
-        return io.BufferedReader(self, 16 * KIB)
-
-    def readinto(self, buffer):
-        received = self._receive(buffer)
-        if not received and self._watch.until is not None:
-            # http.client takes headers that end early for whole ones.
-            raise ConnectionResetError("closed the connection before its headers ended")
-        self._watch.count(received)
-        return received
-
-    def _receive(self, buffer):
-        """Waits in short turns, so that a cancel is noticed in any case."""
-        end = self._watch.patience() + time.monotonic()
-        while True:
-            left = end - time.monotonic()
-            self._sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
-            try:
-                return self._sock.recv_into(buffer)
-            except socket.timeout:
-                if left <= CANCEL_NOTICED:
-                    raise
-                self._watch.patience()  # raises where nothing is waited for any more
-
-    def close(self):
-        self._file.close()
-        super().close()
-
-
-_LENIENCE = "if that is right, allow it with %s"
-
-
-class _Kept:
-    """What both kinds of kept connection add to http.client's."""
-
-    used = False  # has carried an exchange: its server may have closed it since
-    rank = None  # how near its peer's address is; None before there is a peer
-    peer = None  # its socket, known before http.client knows it and after it let go
-
-    def prepare(self, transport, request):
-        """Binds it to a transport, to go where the request goes."""
-        self.watch = _Watch(transport)
-        self._allowed = None if request.proxy else request.allowed
-        self._option = request.option
-        self._proxied, self._socks = bool(request.proxy), request.socks
-        self.response_class = self._response
-        self._create_connection = self._connect_socket
-        return self
-
-    def _response(self, sock, *args, **kwargs):
-        self.peer = sock
-        return http.client.HTTPResponse(_Wire(sock, self.watch), *args, **kwargs)
-
-    def _connect_socket(self, address, _timeout=None, _source=None):
-        """Tries every address of the host that is no nearer than allowed."""
-        host, port = address
-        if self._socks:
-            host, port = self._socks.hostname, self._socks.port or 1080
+    def _reach(self, host, port):
+        """Tries every address of a host that is no nearer than allowed."""
         try:
             found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         except socket.gaierror as error:
             error.filename = host  # a proxy's, it may be
             raise
-        error = None
+        error, allowed, option = None, self._request.allowed, self._request.option
         for family, kind, protocol, _, target in found:
             rank = _address_rank(target[0])
-            if self._allowed is not None and rank > self._allowed:
+            if allowed is not None and rank > allowed:
                 error = error or UnsafeRedirect(
                     "%s resolves to %s, which is nearer than %s" % (
                         host, target[0], "the server that sent us there"
-                        if self._option else "it was before"),
-                    self._option and _LENIENCE % self._option)
+                        if option else "it was before"),
+                    option and _LENIENCE % option)
                 continue
-            patience = min(self.watch.patience(), CONNECT_TIMEOUT)
-            sock = self.peer = socket.socket(family, kind, protocol)
+            patience = min(self.patience(), CONNECT_TIMEOUT)
+            self.sock = self.peer = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(patience)
-                sock.connect(target)
-                if self._socks:
-                    socks_connect(sock, self._socks, *address)
+                self.sock.settimeout(patience)
+                self.sock.connect(target)
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # Who is behind a proxy is no neighbour of ours.
-                self.rank = _PUBLIC if self._proxied else rank
-                return sock
+                self.rank = _PUBLIC if self._request.proxy else rank
+                return
             except OSError as reason:
                 error = reason
-                sock.close()
-            except ImagecError:
-                sock.close()
-                raise
+                self.sock.close()
         raise error or OSError("no address for %s" % host)
+
+    def _ask_for_tunnel(self):
+        """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
+        place = "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host,
+                           self.port)
+        login = self._request.login
+        self.sock.sendall("".join(line + "\r\n" for line in (
+            "CONNECT %s HTTP/1.1" % place, "Host: " + place,
+            *(["Proxy-Authorization: " + login] if login else ()), "")).encode("ascii"))
+        with contextlib.closing(self.response_class(self.sock,
+                                                    method="CONNECT")) as reply:
+            reply.begin()
+        if reply.status == 407:
+            raise AccessDenied("%s: the proxy wants a user name and password "
+                               "(HTTP 407)" % place, 407, hint="put them in its URL")
+        if reply.status != 200:
+            raise TransportError("%s: the proxy does not connect: HTTP %d %s" % (
+                place, reply.status, printable(reply.reason, 100)),
+                retryable=500 <= reply.status < 510)
+
+    # -- its end
 
     def stale(self):
         """Whether an idle connection has been closed, or has sent what nobody asked."""
-        return self.sock is None or readable(self.sock)
+        self.sock.settimeout(0)
+        try:  # not SSLSocket's recv, which cannot leave it there
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def abort(self):
         """Ends it from another thread: whoever waits for it wakes with an error."""
@@ -2790,39 +2820,6 @@ class _Kept:
             if sock is not None:
                 # Not SSLSocket's shutdown: that takes TLS away from under the reader.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-class _KeptHTTP(_Kept, http.client.HTTPConnection):
-    pass
-
-
-class _KeptHTTPS(_Kept, http.client.HTTPConnection):
-    default_port = http.client.HTTPS_PORT
-
-    def prepare(self, transport, request):
-        self._context = transport.tls.context(
-            getattr(request, "_tunnel_host", None) or request.host)
-        return super().prepare(transport, request)
-
-    def connect(self):
-        """TCP, the proxy's tunnel if any, TLS."""
-        super().connect()
-        self.sock = self.peer = self._context.wrap_socket(
-            self.sock, server_hostname=(self._tunnel_host or self.host).strip("[]"),
-            do_handshake_on_connect=False)
-        # A tunnel's answer was read in short turns; and a cancel may just have come.
-        self.sock.settimeout(min(self.watch.patience(), CONNECT_TIMEOUT))
-        self.sock.do_handshake()
-
-
-def readable(sock):
-    """Whether a socket has something to read, or its end."""
-    import select
-    if hasattr(select, "poll"):  # select() cannot take descriptors over 1023
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -2843,16 +2840,16 @@ class _ProxyHandler(urllib.request.ProxyHandler):
         parts = split_proxy(proxy)
         req.proxy = "%s:%d" % (parts.hostname, parts.port or (
             80 if parts.scheme == "http" else 1080))
-        if parts.scheme in ("socks5", "socks5h"):
-            req.socks = parts
-        else:
-            user = urllib.parse.unquote(parts.username or "")
-            req.set_proxy("%s:%d" % (parts.hostname, parts.port or 80), "http")
-            if user:
-                secret = urllib.parse.unquote(parts.password or "")
-                req.add_unredirected_header("Proxy-authorization",
-                                            basic_header(user, secret))
-        return None
+        req.allowed = None  # it is the proxy that knows the address
+        if parts.username:
+            req.login = basic_header(urllib.parse.unquote(parts.username),
+                                     urllib.parse.unquote(parts.password or ""))
+        if parts.scheme != "http" or req.type == "https":
+            req.tunnel = parts
+            return
+        req.set_proxy(req.proxy, "http")
+        if req.login:
+            req.add_unredirected_header("Proxy-Authorization", req.login)
 
 
 def split_proxy(url):
@@ -2911,10 +2908,17 @@ def socks_connect(sock, proxy, host, port):
     elif method:
         raise AccessDenied("%s wants a user name and password" % place,
                            hint="put them in its URL")
-    address = host
     if proxy.scheme == "socks5":
         address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0][4][0]
-    sock.sendall(b"\5\1\0" + _socks_address(address) + struct.pack(">H", port))
+    else:
+        address = host
+    try:
+        ip = ipaddress.ip_address(address)
+        target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
+    except ValueError:
+        name = address.encode("idna")
+        target = b"\3" + bytes([len(name)]) + name
+    sock.sendall(b"\5\1\0" + target + struct.pack(">H", port))
     _, status, _, kind = _receive(sock, 4)
     if status:
         raise TransportError("%s: %s:%d: it %s" % (
@@ -2922,15 +2926,6 @@ def socks_connect(sock, proxy, host, port):
             retryable=status not in (2, 7, 8))
     _receive(sock, 2 + {1: 4, 4: 16}.get(kind) if kind != 3 else
              2 + _receive(sock, 1)[0])
-
-
-def _socks_address(address):
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        name = address.encode("idna")
-        return b"\3" + bytes([len(name)]) + name
-    return (b"\1" if ip.version == 4 else b"\4") + ip.packed
 
 
 def bypasses_proxy(host, no_proxy, loopback_too=True):
@@ -2951,47 +2946,41 @@ def bypasses_proxy(host, no_proxy, loopback_too=True):
                             else (entry, "", ""))
         if wanted and port is not None and int(wanted) != port:
             continue
-        if entry == "*" or _names_host(entry.strip("[]"), name):
+        entry = entry.strip("[]")
+        if entry == "*" or name == entry:
+            return True
+        with contextlib.suppress(ValueError):  # of what is no address, or no network
+            if ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False):
+                return True
+            continue
+        if name.endswith(entry.lstrip("*") if entry.startswith(("*.", "."))
+                         else "." + entry):
             return True
     return False
 
 
-def _names_host(entry, name):
-    if _address_rank(name) is not None:
-        try:
-            return ipaddress.ip_address(name) in ipaddress.ip_network(
-                entry, strict=False)
-        except ValueError:
-            return False
-    subdomains = entry.lstrip("*") if entry.startswith(("*.", ".")) else "." + entry
-    return name == entry or name.endswith(subdomains)
-
-
 class _PooledHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs over kept connections."""
+    """Opens http and https URLs over kept connections, by `exchange`."""
 
-    def __init__(self, transport):
+    def __init__(self, exchange):
         super().__init__()
-        self._transport = transport
+        self.http_open = self.https_open = exchange
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def http_open(self, req):
-        return self._transport.exchange(req)
-
-    https_open = http_open
 
 
 class _Request(urllib.request.Request):
     """`allowed` is how near its address may be, None for anywhere; `option` what on the
-    command line would let its host be anywhere, None for nothing; `proxy` the host and
-    port of the proxy it goes through, None for none; `socks` its URL if it is SOCKS.
+    command line would let its host be anywhere, None for nothing.
     """
+
+    proxy = None  # host and port of the proxy it goes through
+    tunnel = None  # the proxy's taken-apart URL, where it connects us to the host
+    login = None  # for the proxy, as a header has it
 
     def __init__(self, url, method, headers, data=None, allowed=None, option=None):
         super().__init__(url, data, headers, method=method)
         self.allowed, self.option = allowed, option
-        self.proxy = self.socks = None
 
 
 class Response:
@@ -3002,7 +2991,7 @@ class Response:
     """
 
     def __init__(self, transport, connection, reply, request):
-        self._transport, self._connection, self._keep = transport, connection, True
+        self._transport, self._connection = transport, connection
         self._reply, self.url = reply, request.full_url
         self.status, self.headers = reply.status, reply.headers
         self.proxy = request.proxy
@@ -3051,8 +3040,7 @@ class Response:
             raise TransportError("%s sent %d bytes of %d and ended"
                                  % (self.place(), received, self.length),
                                  retryable=True)
-        self._reply.close()  # of the response, not of its connection
-        self._finish()
+        self.close(keep=True)
 
     def read(self, limit, what):
         """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError."""
@@ -3076,18 +3064,12 @@ class Response:
                 return self.close()
             self.read(ERROR_BODY_LIMIT, "response")
 
-    def _finish(self):
+    def close(self, keep=False):
+        """Gives up the rest of the body and, unless `keep`, the connection with it."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            if not self._keep:
-                self._reply.close()  # http.client lets go of one that ends its socket
-            self._transport.release(connection,
-                                    self._keep and not self._reply.will_close)
-
-    def close(self):
-        """Gives up the rest of the body and the connection with it."""
-        self._keep = False
-        self._finish()
+            self._reply.close()  # http.client lets go of one that ends its socket
+            self._transport.release(connection, keep and not self._reply.will_close)
 
     def __enter__(self):
         return self
@@ -3197,7 +3179,7 @@ class Transport:
         self._cancelled = threading.Event()
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", USER_AGENT)]
-        for handler in (_ProxyHandler(proxy), _PooledHandler(self)):
+        for handler in (_ProxyHandler(proxy), _PooledHandler(self._exchange)):
             self._opener.add_handler(handler)
 
     # -- the life of the whole
@@ -3309,17 +3291,15 @@ class Transport:
         log.debug("%d from %s", response.status, response.place())
         return response
 
-    def exchange(self, request):
-        """One request over a connection, kept or new: the handler's part."""
-        key = (request.type, request.host, getattr(request, "_tunnel_host", None),
-               request.proxy)
+    def _exchange(self, request):
+        """One request over a connection, kept or new."""
         while True:
-            connection = self._take(key, request)
+            connection = self._take(request)
             try:
                 return self._send(connection, request)
             except (ssl.SSLError, ssl.CertificateError) as error:
                 self.release(connection, False)
-                if not _distrusts(error) or not self.tls.forgives(key[2] or key[1]):
+                if not _distrusts(error) or not self.tls.forgives(request.host):
                     raise
             except (http.client.RemoteDisconnected, ConnectionError):
                 # A kept connection may have been closed by its server meanwhile: that
@@ -3331,57 +3311,39 @@ class Transport:
                 self.release(connection, False)
                 raise
 
+    def _take(self, request):
+        """An idle connection to where the request goes, or a new one."""
+        key = request.type, request.host, request.proxy
+        allowed = _LINK_LOCAL if request.allowed is None else request.allowed
+        with self._lock:
+            for connection in [one for one in self._idle[::-1] if one.key == key]:
+                self._idle.remove(connection)
+                if connection.rank <= allowed and not connection.stale():
+                    break
+                connection.close()
+            else:
+                connection = _Kept(self, request)
+                connection.key = key
+            self._live.add(connection)
+        return connection
+
     def _send(self, connection, request):
-        headers = dict(request.unredirected_hdrs, **request.headers)
-        tunnel = getattr(request, "_tunnel_host", None)
-        if tunnel and connection.sock is None:
-            proxy = headers.pop("Proxy-authorization", None)
-            connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy}
-                                  if proxy else {})
-            if ":" in connection._tunnel_host:  # before 3.13 CONNECT lacks these
-                connection._tunnel_host = "[%s]" % connection._tunnel_host
-        elif tunnel:
-            headers.pop("Proxy-authorization", None)
-        connection.watch.start()
+        connection.start()
         if connection.sock is None:
             connection.connect()
-        connection.sock.settimeout(connection.watch.patience())
+        connection.sock.settimeout(connection.patience())
         try:
             connection.request(request.get_method(), request.selector, request.data,
-                               headers)
+                               dict(request.unredirected_hdrs, **request.headers))
         except OSError:
             if connection.used:
                 raise
             # It hung up on us, but maybe with a word of why: an alert, or an answer.
         reply = connection.getresponse()
-        connection.watch.until = None
+        connection.until = None
         response = Response(self, connection, reply, request)
         connection.used = True
         return response
-
-    def _take(self, key, request):
-        """An idle connection to where the request goes, or a new one."""
-        allowed = None if request.proxy else request.allowed
-        while True:
-            with self._lock:
-                connection = next((kept for kept in reversed(self._idle)
-                                   if kept.key == key), None)
-                if connection is not None:
-                    self._idle.remove(connection)
-            if connection is None:
-                break
-            if not connection.stale() and (allowed is None
-                                           or connection.rank <= allowed):
-                break
-            connection.close()
-        if connection is None:
-            kind = _KeptHTTPS if request.type == "https" else _KeptHTTP
-            connection = kind(request.host, timeout=self.idle_timeout).prepare(
-                self, request)
-            connection.key = key
-        with self._lock:
-            self._live.add(connection)
-        return connection
 
     def release(self, connection, keep):
         """Takes a connection back; `keep` where another exchange may use it."""
@@ -3500,13 +3462,6 @@ def _transport_error(error, url, idle_timeout, option=None):
     if isinstance(error, ssl.SSLError):
         return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
                               "it may speak plain http: --insecure-allow-http")
-    if "Tunnel connection failed" in str(error):
-        if " 407" in str(error):
-            return AccessDenied("%s: the proxy wants a user name and password "
-                                "(HTTP 407)" % host, 407,
-                                hint="put them in its URL")
-        return TransportError("%s: the proxy does not connect: %s" % (
-            host, printable(error, 100)), retryable=" 50" in str(error))
     if isinstance(error, socket.gaierror):
         return TransportError(
             "cannot resolve host %s: %s" % (error.filename or host, _reason(error)),
