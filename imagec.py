@@ -3696,7 +3696,13 @@ def fetch_token(transport, url, credentials=None, trusting=None):
                 credentials and credentials.identity_token):
             SECRETS.add(renewed)
             credentials.identity_token = renewed  # the old one may be good no longer
-    return Token(value, started + _lifetime(document.value.get("expires_in")))
+    lifetime = document.value.get("expires_in")
+    if type(lifetime) is not int or lifetime <= 0:
+        lifetime = TOKEN_LIFETIME
+    lifetime = min(lifetime, TOKEN_LIFETIME_LIMIT)
+    if lifetime > 2 * TOKEN_MARGIN:
+        lifetime -= TOKEN_MARGIN
+    return Token(value, started + lifetime)
 
 
 def _oauth_form(url, identity_token):
@@ -3710,14 +3716,6 @@ def _oauth_form(url, identity_token):
         ("client_id", "imagec")])
     return (parts._replace(query="").geturl(),
             {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
-
-
-def _lifetime(seconds):
-    """Seconds until a token counts as over."""
-    if type(seconds) is not int or seconds <= 0:
-        seconds = TOKEN_LIFETIME
-    seconds = min(seconds, TOKEN_LIFETIME_LIMIT)
-    return seconds - TOKEN_MARGIN if seconds > 2 * TOKEN_MARGIN else seconds
 
 
 def pull_scope(repository):
@@ -3765,7 +3763,12 @@ class Authorizer:
             if credentials and credentials.registry_token:
                 return "Bearer " + credentials.registry_token
             if challenge.scheme == "basic":
-                return self._basic(credentials)
+                basic = credentials and credentials.basic()
+                if not basic:
+                    raise AccessDenied("%s wants a user name and password"
+                                       % bare_url(self._registry_url), status=401,
+                                       hint="give them with -u USER --password-stdin")
+                return basic
             token = self._tokens.get(repository)
             if token is None or token.expires <= self._transport.clock():
                 token = self._fetch(challenge, repository, credentials)
@@ -3783,14 +3786,6 @@ class Authorizer:
         """Who we are to the registry, in words."""
         found = self._keyring and self._keyring.lookup(self._host, repository)
         return printable(str(found), 200) if found else "anonymous"
-
-    def _basic(self, credentials):
-        basic = credentials and credentials.basic()
-        if not basic:
-            raise AccessDenied("%s wants a user name and password"
-                               % bare_url(self._registry_url), status=401,
-                               hint="give them with -u USER --password-stdin")
-        return basic
 
     def _fetch(self, challenge, repository, credentials):
         url = auth_url(challenge, pull_scope(repository), self._registry_url)
@@ -3953,18 +3948,15 @@ class Endpoint:
         # The name may lead elsewhere by now, but not nearer than when it was learnt.
         response = self.transport.open(method, url, headers,
                                        trusting=self._authorizer.rank)
-        for warning in response.headers.get_all("Warning", []):
-            self._warn(warning)
+        for value in response.headers.get_all("Warning", []):
+            # RFC 7234, 5.5. Each is shown once.
+            warning = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
+            if warning and warning.group(1) not in self._warned:
+                self._warned.add(warning.group(1))
+                log.warning("%s says: %s", self.host, printable(warning.group(1)))
         if rate_limit(response.headers):
             log.debug("%s: %s", self.host, rate_limit(response.headers))
         return response
-
-    def _warn(self, value):
-        """Shows a `Warning: 299 - "text"` header (RFC 7234, 5.5), and each once."""
-        match = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
-        if match and match.group(1) not in self._warned:
-            self._warned.add(match.group(1))
-            log.warning("%s says: %s", self.host, printable(match.group(1)))
 
     def _exchange(self, method, path, repository, what, headers=None, expected=(200,)):
         """The Response to a request for `repository`, authorized as the registry asks.
@@ -3995,20 +3987,23 @@ class Endpoint:
 class Registry(Endpoint):
     """The pull part of one host's distribution API; see Endpoint for its making."""
 
+    def _document(self, method, path, repository, what, **headers):
+        """(the Response, its whole body) for a document, tried until it comes."""
+        def fetch():
+            with self._exchange(method, path, repository, what, headers) as response:
+                return response, response.read(MANIFEST_LIMIT, what)
+
+        return self.transport.retrying(fetch)
+
     def head_manifest(self, repository, tag):
         """The Digest a tag stands for by the registry's word, None where it gives none.
 
         Cheaper than fetch_manifest, and no pull by Docker Hub's count.
         """
         what = "manifest %s:%s" % (repository, tag)
-
-        def fetch():
-            with self._exchange("HEAD", "%s/manifests/%s" % (repository, tag),
-                                repository, what, {"Accept": ACCEPT}) as response:
-                response.discard()
-                return response.headers.get("Docker-Content-Digest")
-
-        claimed = self.transport.retrying(fetch)
+        response, _ = self._document("HEAD", "%s/manifests/%s" % (repository, tag),
+                                     repository, what, Accept=ACCEPT)
+        claimed = response.headers.get("Docker-Content-Digest")
         return claimed and Document.as_digest(claimed, what + ": Docker-Content-Digest")
 
     def fetch_manifest(self, repository, reference, size=None):
@@ -4020,39 +4015,27 @@ class Registry(Endpoint):
         """
         digest = reference if isinstance(reference, Digest) else None
         what = "manifest %s%s%s" % (repository, "@" if digest else ":", reference)
-
-        def fetch():
-            with self._exchange("GET", "%s/manifests/%s" % (repository, reference),
-                                repository, what, {"Accept": ACCEPT}) as response:
-                return response.headers, response.read(MANIFEST_LIMIT, what)
-
         with naming(self.host):
-            headers, raw = self.transport.retrying(fetch)
+            response, raw = self._document(
+                "GET", "%s/manifests/%s" % (repository, reference), repository, what,
+                Accept=ACCEPT)
             if size is not None and len(raw) != size:
                 raise SizeMismatch(what, size, len(raw))
-            manifest = decode_manifest(raw, headers.get("Content-Type"), digest, what)
-            self._check_header(headers.get("Docker-Content-Digest"), manifest, digest,
-                               what)
+            manifest = decode_manifest(raw, response.headers.get("Content-Type"),
+                                       digest, what)
+            # The header is no proof, but one that lies is a sign of tampering.
+            claimed = response.headers.get("Docker-Content-Digest")
+            if claimed is not None:
+                claimed = Document.as_digest(claimed, what + ": Docker-Content-Digest")
+                if claimed.algorithm == manifest.digest.algorithm:
+                    if claimed != manifest.digest:
+                        raise DigestMismatch(
+                            what, claimed, manifest.digest,
+                            "the registry's header and its body disagree")
+                elif digest is None:  # else the body has been proved already
+                    claimed.check(PrettySignature.parse(raw).payload if isinstance(
+                        manifest, Schema1Manifest) else raw, what)
         return manifest
-
-    @staticmethod
-    def _check_header(claimed, manifest, asked, what):
-        """The header is no proof, but one that lies is a sign of tampering.
-
-        Where it names another algorithm than the digest asked for, there is nothing to
-        compare: the body has been proved already.
-        """
-        if claimed is None:
-            return
-        claimed = Document.as_digest(claimed, what + ": Docker-Content-Digest")
-        if claimed.algorithm != manifest.digest.algorithm and asked is None:
-            body = (PrettySignature.parse(manifest.raw).payload
-                    if isinstance(manifest, Schema1Manifest) else manifest.raw)
-            claimed.check(body, what)
-        elif claimed.algorithm == manifest.digest.algorithm and (
-                claimed != manifest.digest):
-            raise DigestMismatch(what, claimed, manifest.digest,
-                                 "the registry's header and its body disagree")
 
     def fetch_config(self, repository, descriptor):
         """The ImageConfig a manifest's config Descriptor points to, checked."""
@@ -4101,8 +4084,11 @@ class Registry(Endpoint):
                 raise InvalidDocument("%s: the tag list leads back to itself"
                                       % self.host)
             seen.add(path)
-            tags, path = self.transport.retrying(
-                lambda: self._tag_page(repository, path))
+            with naming(self.host):
+                response, body = self._document("GET", path, repository,
+                                                "tag list of " + repository)
+                tags = Document.parse(body, "tag list").get("tags", list, [])
+                path = self._next_page(response)
             for tag in tags:
                 count += 1
                 if count > TAG_COUNT_LIMIT:
@@ -4113,13 +4099,6 @@ class Registry(Endpoint):
                 else:
                     log.warning("%s: not a tag, passed over: %s", self.host,
                                 printable(tag, 80))
-
-    def _tag_page(self, repository, path):
-        with naming(self.host), self._exchange(
-                "GET", path, repository, "tags of " + repository) as response:
-            body = response.read(MANIFEST_LIMIT, "tag list")
-            tags = Document.parse(body, "tag list").get("tags", list, [])
-            return tags, self._next_page(response)
 
     def _next_page(self, response):
         """The next page's path as the server gives it, None at the end (RFC 8288)."""
@@ -4168,35 +4147,31 @@ class Source:
                 self._places.remove(place)
         return place != (self.home, self.repository)
 
-    def ask(self, action):
-        """`action(registry, repository)` of the first place that can do it."""
+    def _ask(self, name, *arguments):
+        """(place, what the method of that name gives) of the first that can do it."""
         while True:
-            place = self._places[0]
+            registry, repository = place = self._places[0]
             try:
-                return action(*place)
+                return place, getattr(registry, name)(repository, *arguments)
             except ImagecError as error:
                 if not self.leave(place, error):
                     raise
 
     def fetch_manifest(self, reference, size=None):
         """See Registry.fetch_manifest."""
-        return self.ask(lambda registry, repository: registry.fetch_manifest(
-            repository, reference, size))
+        return self._ask("fetch_manifest", reference, size)[1]
 
     def head_manifest(self, tag):
         """See Registry.head_manifest."""
-        return self.ask(lambda registry, repository: registry.head_manifest(
-            repository, tag))
+        return self._ask("head_manifest", tag)[1]
 
     def fetch_config(self, descriptor):
         """See Registry.fetch_config."""
-        return self.ask(lambda registry, repository: registry.fetch_config(
-            repository, descriptor))
+        return self._ask("fetch_config", descriptor)[1]
 
     def open_blob(self, descriptor, offset=0):
         """(place, Response): see Registry.open_blob; `place` is what `leave` wants."""
-        return self.ask(lambda registry, repository: (
-            (registry, repository), registry.open_blob(repository, descriptor, offset)))
+        return self._ask("open_blob", descriptor, offset)
 
 
 # --------------------------------------------------------------------------------------
