@@ -12278,27 +12278,15 @@ SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]
 SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
 SERVE_AMD = ("linux", "amd64", None)
 SERVE_ARM = ("linux", "arm64", "v8")
-SERVE_NO_DIGEST = "sha256:" + "0" * 64
 SERVE_CANARY = b"canary that nobody may see"
 
 ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
-
-
-def serve_write(path, data):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(data)
-    return path
-
-
-def serve_read(path):
-    with open(path, "rb") as file:
-        return file.read()
+serve_write = stored_write
 
 
 def serve_flip(path, offset=-1):
     """Flips a bit of a file where it stands."""
-    data = bytearray(serve_read(path))
+    data = bytearray(stored_bytes(path))
     data[offset] ^= 1
     with open(path, "r+b") as file:
         file.write(data)
@@ -12306,43 +12294,24 @@ def serve_flip(path, offset=-1):
 
 def serve_images():
     """{repository: BuiltImage} of every kind there is."""
-    images = {"lab/" + kind: build_image(SERVE_TARS, kind) for kind in SERVE_KINDS}
+    # Images of one configuration are one image to podman.
+    images = {"lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
+              for kind in SERVE_KINDS}
     other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
-    images["lab/index"] = build_index(
+    images["lab/index"] = images["library/alpine"] = build_index(
         [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
-    images["library/alpine"] = images["lab/index"]
     return images
 
 
-@contextlib.contextmanager
-def serve_running(server):
-    """`imagec.serving` that ends sooner."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
-    thread.start()
-    try:
-        yield "127.0.0.1:%d" % server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def serve_ask(host, path, method="GET", headers=None, tls=None):
-    """The ServeAnswer to one request on a connection of its own."""
-    kind = http.client.HTTPConnection
-    options = {"timeout": 5}
-    if tls:
-        kind, options["context"] = http.client.HTTPSConnection, tls
-    connection = kind(host, **options)
-    try:
-        return serve_ask_again(connection, path, method, headers)
-    finally:
-        connection.close()
-
-
-def serve_ask_again(connection, path, method="GET", headers=None):
-    connection.request(method, path, headers=headers or {})
-    response = connection.getresponse()
+    """The ServeAnswer to a request: to a host, or on a connection that stays."""
+    if isinstance(host, str):
+        connection = http.client.HTTPConnection(host, timeout=5) if tls is None else \
+            http.client.HTTPSConnection(host, timeout=5, context=tls)
+        with contextlib.closing(connection):
+            return serve_ask(connection, path, method, headers)
+    host.request(method, path, headers=headers or {})
+    response = host.getresponse()
     return ServeAnswer(response.status, response.headers, response.read())
 
 
@@ -12391,58 +12360,69 @@ class ServeCase(RegistryCase):
     def setUpClass(cls):
         super().setUpClass()
         cls.store = tempfile.mkdtemp()
-        try:
-            with mock.patch.object(os, "fsync"), mock.patch.object(
-                    imagec, "BACKOFF", 0):
-                cls._fill()
-        except BaseException:
-            cls.tearDownClass()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        remove(cls.store)
-        super().tearDownClass()
+        FIXTURES.callback(remove, cls.store)
+        with mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0):
+            cls._fill()
 
     @classmethod
     def _fill(cls):
         cls.images = serve_images()
-        origin = FakeRegistry()
-        try:
+        #: Which of them are in the tree, in the layout and in the archive.
+        cls.held = {"layers": list(cls.images), "archive": ["lab/docker"],
+                    "oci": [name for name in cls.images if "schema1" not in name]}
+        cls.tree, cls.layout, cls.archive = (
+            os.path.join(cls.store, name) for name in ("tree", "Lay Out", "images.tar"))
+        cls.places = {"layers": cls.tree, "oci": cls.layout, "archive": cls.archive}
+        with contextlib.closing(FakeRegistry()) as origin:
             cls.origin = origin.host
             for repository, image in cls.images.items():
                 origin.add(repository, "1", image)
-            cls.tree = cls._pull_all("tree", "layers", cls.images)
-            modern = [name for name in cls.images if "schema1" not in name]
-            cls.layout = cls._pull_all("Lay Out", "oci", modern, "all")
-            cls.archive = cls._pull_all("images.tar", "archive", ["lab/docker"])
-        finally:
-            origin.close()
+            for format, names in cls.held.items():
+                for name in names:
+                    whole = format == "oci" and cls.images[name].children
+                    # By its mirror it is pulled as of Docker Hub, which is not asked.
+                    hub = name.startswith("library/")
+                    imagec.pull(("" if hub else cls.origin + "/") + name + ":1",
+                                cls.places[format], format, no_creds=True,
+                                platform="all" if whole else "linux/amd64",
+                                mirrors=[cls.origin] if hub else [])
 
-    @classmethod
-    def _pull_all(cls, name, format, repositories, platform="linux/amd64"):
-        path = os.path.join(cls.store, name)
-        for repository in repositories:
-            index = cls.images[repository].children
-            # By its mirror an image is pulled as of Docker Hub, which is not asked.
-            hub = repository.startswith("library/")
-            imagec.pull(
-                ("" if hub else cls.origin + "/") + repository + ":1", path, format,
-                platform=platform if index else "linux/amd64", no_creds=True,
-                mirrors=[cls.origin] if hub else [])
-        return path
-
-    def start(self, shelf, credentials=None, tls=None, handler=None):
+    def serve(self, shelf, credentials=None, tls=None, handler=None):
         """The host of a server of a Shelf, or of what is at a path, until the end."""
         if not isinstance(shelf, imagec.Shelf):
             shelf = imagec.Shelf(shelf)
-        self.server = imagec.new_server(
+        self.server = server = imagec.new_server(
             shelf, ("127.0.0.1", 0), credentials, tls, handler)
-        self.server.asked = []
-        running = serve_running(self.server)
-        host = running.__enter__()
-        self.addCleanup(running.__exit__, None, None, None)
-        return host
+        server.asked = []
+        # As `imagec.serving`, which ends later.
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
+        thread.start()
+        for end in (thread.join, server.server_close, server.shutdown):
+            self.addCleanup(end)  # the last is the first to be called
+        return "127.0.0.1:%d" % server.server_address[1]
+
+    def connect(self, host):
+        """A connection that is kept, for more than one request."""
+        connection = http.client.HTTPConnection(host, timeout=5)
+        self.addCleanup(connection.close)
+        return connection
+
+    def pulled(self, host, name, format="oci", platform="linux/amd64", **options):
+        path = os.path.join(tempfile.mkdtemp(dir=self.work), "out")
+        path += ".tar" if format == "archive" else ""
+        image = imagec.pull(host + "/" + name, path, format, platform=platform,
+                            no_creds=True, **options)
+        self.assertEqual(faults_of(image.path), [])
+        return image
+
+    def pair(self):
+        """The files of a certificate and its key, for a server."""
+        return (stored_write(self.at("cert.pem"), TEST_CERT.encode("ascii")),
+                stored_write(self.at("key.pem"), TEST_KEY.encode("ascii")))
+
+    @staticmethod
+    def client_context():
+        return ssl.create_default_context(cadata=TEST_CERT)
 
     def copied(self):
         """A copy of the layout that may be damaged, and the paths of a layer in it."""
@@ -12454,7 +12434,7 @@ class ServeCase(RegistryCase):
     def shelf_of(self, data, name="lab/app"):
         """A Shelf with one blob; its digest and path too."""
         shelf, digest = imagec.Shelf(), imagec.Digest.of(data)
-        path = serve_write(self.at("blob"), data)
+        path = stored_write(self.at("blob"), data)
         shelf.add_blob(digest, imagec.Region(path, 0, len(data)))
         shelf.add([name], None, "x/y", digest, data[:1])
         return shelf, str(digest), path
@@ -12490,31 +12470,16 @@ class ServeCase(RegistryCase):
 
 #: (Range header, size, (first, end), None for all or ValueError); RFC 7233, 2.1
 SERVE_RANGES = (
-    (None, 10, None),
-    ("bytes=0-0", 10, (0, 1)),
-    ("bytes=0-9", 10, (0, 10)),
-    ("bytes=0-", 10, (0, 10)),
-    ("bytes=3-6", 10, (3, 7)),
-    ("bytes=9-", 10, (9, 10)),
-    ("bytes=5-999", 10, (5, 10)),
-    ("bytes=-3", 10, (7, 10)),
-    ("bytes=-10", 10, (0, 10)),
-    ("bytes=-99", 10, (0, 10)),
-    ("bytes=10-", 10, ValueError),
-    ("bytes=10-12", 10, ValueError),
-    ("bytes=-0", 10, ValueError),
-    ("bytes=0-", 0, ValueError),
-    ("bytes=0-1,3-4", 10, None),
-    ("bytes=-", 10, None),
-    ("bytes=a-b", 10, None),
-    ("bytes=+1-2", 10, None),
-    ("bytes=\u0661-", 10, None),
-    ("bytes=0x1-2", 10, None),
-    ("bytes = 1-2", 10, None),
-    ("bytes=1-2 ", 10, None),
-    ("lines=1-2", 10, None),
-    ("bytes=" + "9" * 400 + "-", 10, None),
-)
+    ("bytes=0-0", 10, (0, 1)), ("bytes=0-9", 10, (0, 10)), ("bytes=0-", 10, (0, 10)),
+    ("bytes=3-6", 10, (3, 7)), ("bytes=9-", 10, (9, 10)), ("bytes=5-999", 10, (5, 10)),
+    ("bytes=-3", 10, (7, 10)), ("bytes=-10", 10, (0, 10)), ("bytes=-99", 10, (0, 10)),
+    ("bytes=10-", 10, ValueError), ("bytes=10-12", 10, ValueError),
+    ("bytes=-0", 10, ValueError), ("bytes=0-", 0, ValueError),
+    # RFC 7233 would have it ignored, RFC 9110 lets a server reject it.
+    ("bytes=5-2", 10, ValueError),
+) + tuple((value, 10, None) for value in (
+    None, "bytes=0-1,3-4", "bytes=-", "bytes=a-b", "bytes=+1-2", "bytes=\u0661-",
+    "bytes=0x1-2", "bytes = 1-2", "bytes=1-2 ", "lines=1-2", "bytes=" + "9" * 400 + "-"))
 
 #: (host, repository, names it goes by)
 SERVE_NAMES = (
@@ -12553,48 +12518,34 @@ class ShelfTest(ServeCase):
                 raise PermissionError(errno.EACCES, "Permission denied", place)
             return listing(place)
 
-        with mock.patch.object(os, "scandir", refuse), \
-                self.assertLogs(imagec.log, "WARNING") as logs:
+        with mock.patch.object(os, "scandir", refuse):
             self.assertIn("lab/oci", imagec.Shelf(self.tree).catalog())
-        self.assertIn("lost+found", logs.output[0])
+        self.assertIn("lost+found", self.said[0])
 
-    def test_tables_are_not_empty(self):
-        self.assertTrue(SERVE_RANGES and SERVE_NAMES and SERVE_TREES)
+    @rows(SERVE_RANGES)
+    def test_parse_range(self, value, size, expected):
+        if expected is ValueError:
+            with self.assertRaises(ValueError):
+                imagec.parse_range(value, size)
+        else:
+            self.assertEqual(imagec.parse_range(value, size), expected)
 
-    def test_parse_range(self):
-        for value, size, expected in SERVE_RANGES:
-            with self.subTest(value=value, size=size):
-                if expected is ValueError:
-                    with self.assertRaises(ValueError):
-                        imagec.parse_range(value, size)
-                else:
-                    self.assertEqual(imagec.parse_range(value, size), expected)
+    @rows(SERVE_NAMES)
+    def test_names_of(self, host, repository, names):
+        self.assertEqual(imagec.Shelf.names_of(host, repository), names)
 
-    def test_backward_range_gives_no_part(self):
-        # RFC 7233 would have it ignored, RFC 9110 lets a server reject it.
-        with contextlib.suppress(ValueError):
-            self.assertIsNone(imagec.parse_range("bytes=5-2", 10))
-
-    def test_names_of(self):
-        for host, repository, names in SERVE_NAMES:
-            with self.subTest(host=host, repository=repository):
-                self.assertEqual(imagec.Shelf.names_of(host, repository), names)
-
-    def test_every_tree_is_found_by_its_name(self):
-        source = os.path.join(self.tree, "http", self.origin, "v2", "lab", "oci", "1")
-        for number, (place, name, tag) in enumerate(SERVE_TREES):
-            with self.subTest(place=place):
-                path = self.at(str(number))
-                shutil.copytree(source, os.path.join(path, *place.split("/")))
-                shelf = imagec.Shelf(path)
-                self.assertEqual(shelf.document(name, tag)[2],
-                                 self.images["lab/oci"].manifest)
+    @rows(SERVE_TREES)
+    def test_every_tree_is_found_by_its_name(self, place, name, tag):
+        path = tempfile.mkdtemp(dir=self.work)
+        shutil.copytree(os.path.join(self.tree, "http", self.origin, "v2/lab/oci/1"),
+                        os.path.join(path, place))
+        self.assertEqual(imagec.Shelf(path).document(name, tag)[2],
+                         self.images["lab/oci"].manifest)
 
     def test_tree_below_a_directory_named_like_its_parts(self):
         path = self.at("https", "host", "v2", "images")
         shutil.copytree(self.tree, path)
-        shelf = imagec.Shelf(path)
-        self.assertIn(self.origin + "/lab/oci", shelf.repositories)
+        self.assertIn(self.origin + "/lab/oci", imagec.Shelf(path).repositories)
 
     def test_part_of_a_tree(self):
         path = os.path.join(self.tree, "http", self.origin, "v2", "lab", "oci")
@@ -12602,13 +12553,14 @@ class ShelfTest(ServeCase):
             self.assertIn("lab/oci", imagec.Shelf(part).repositories)
 
     def test_tree_and_layout_hold_the_same_names(self):
-        expected = {"alpine", "library/alpine", "docker.io/library/alpine"}
-        for kind in ("docker", "oci", "index"):
-            expected |= {"lab/" + kind, "%s/lab/%s" % (self.origin, kind)}
-        self.assertEqual(set(imagec.Shelf(self.layout).repositories), expected)
-        for kind in ("schema1", "schema1-signed"):
-            expected |= {"lab/" + kind, "%s/lab/%s" % (self.origin, kind)}
-        self.assertEqual(set(imagec.Shelf(self.tree).repositories), expected)
+        for format in ("oci", "layers"):
+            expected = {"alpine", "docker.io/library/alpine"}
+            for name in self.held[format]:
+                expected.add(name)
+                if name != "library/alpine":
+                    expected.add(self.origin + "/" + name)
+            self.assertEqual(set(imagec.Shelf(self.places[format]).repositories),
+                             expected)
 
     def test_archive(self):
         shelf = imagec.Shelf(self.archive)
@@ -12618,46 +12570,34 @@ class ShelfTest(ServeCase):
         self.assertEqual(shelf.document("lab/docker", "1"), (
             image.media_type, imagec.Digest.parse(image.digest), image.manifest))
 
-    def rewritten(self, annotations):
-        path, _, _ = self.copied()
-        image = self.images["lab/oci"]
-        entry = image.descriptor(annotations=annotations)
-        serve_write(os.path.join(path, "index.json"), json.dumps(
-            {"schemaVersion": 2, "manifests": [entry]}).encode("ascii"))
-        return imagec.Shelf(path), image
-
-    def test_nameless_entry_goes_by_the_name_of_its_directory(self):
-        shelf, image = self.rewritten({})
+    @rows((({}, None), ({OCI_TAG: "1.2"}, "1.2")))  # as skopeo and umoci write it
+    def test_nameless_entry_goes_by_the_name_of_its_directory(self, annotations, tag):
+        remove(self.at("layout"))
+        path, image = self.copied()[0], self.images["lab/oci"]
+        stored_write(os.path.join(path, "index.json"), json_bytes({
+            "schemaVersion": 2,
+            "manifests": [image.descriptor(annotations=annotations)]}))
+        shelf = imagec.Shelf(path)
         self.assertEqual(list(shelf.repositories), ["layout"])
-        self.assertEqual(shelf.document("layout", image.digest)[2], image.manifest)
+        for reference in {image.digest, tag} - {None}:
+            self.assertEqual(shelf.document("layout", reference)[2], image.manifest)
 
-    def test_nameless_entry_keeps_its_tag(self):
-        # As skopeo and umoci write it.
-        shelf, image = self.rewritten({"org.opencontainers.image.ref.name": "1.2"})
-        found = shelf.document("layout", "1.2")
-        self.assertIsNotNone(found)
-        self.assertEqual(found[2], image.manifest)
-
-    def test_name_that_is_none_is_passed_over(self):
+    @rows((("Foo Bar",), ("a:b:c",), ("\u2028",), ("x" * 2000,)))
+    def test_name_that_is_none_is_passed_over(self, name):
+        remove(self.at("layout"))
+        del self.said[:]
         path, _, _ = self.copied()
-        with open(os.path.join(path, "index.json"), encoding="ascii") as file:
-            index = json.load(file)
-        for name in ("Foo Bar", "a:b:c", "\u2028", "x" * 2000):
-            first = dict(index["manifests"][0])
-            first["annotations"] = {"io.containerd.image.name": name}
-            serve_write(os.path.join(path, "index.json"), json.dumps(dict(
-                index, manifests=[first] + index["manifests"])).encode("ascii"))
-            del self.said[:]
-            with self.subTest(name):
-                self.assertIn("lab/oci", imagec.Shelf(path).catalog())
-                warned, = self.said
-                self.assertIn(path, warned)
-                if len(name) < 100:
-                    self.assertIn(imagec.printable(name), warned)
-            serve_write(os.path.join(path, "index.json"), json.dumps(dict(
-                index, manifests=[first])).encode("ascii"))
-            with self.assertRaises(imagec.OutputError):
-                imagec.Shelf(path)
+        edit, place = damage_json, os.path.join(path, "index.json")
+        edit(lambda index: index["manifests"].insert(0, dict(
+            index["manifests"][0], annotations={OCI_NAME: name})))(place)
+        self.assertIn("lab/oci", imagec.Shelf(path).catalog())
+        warned, = self.said
+        self.assertIn(path, warned)
+        if len(name) < 100:
+            self.assertIn(imagec.printable(name), warned)
+        edit(lambda index: index["manifests"].__delitem__(slice(1, None)))(place)
+        with self.assertRaises(imagec.OutputError):
+            imagec.Shelf(path)
 
     def test_namespace_decides_between_hosts(self):
         shelf = imagec.Shelf()
@@ -12677,12 +12617,10 @@ class ShelfTest(ServeCase):
         self.assertTrue(shelf.document("library/alpine", "1", "docker.io"))
 
     def test_blob_that_is_a_link_is_not_served(self):
-        path, digest, blob = self.copied()
-        os.rename(blob, self.at("outside"))
-        os.symlink(self.at("outside"), blob)
-        with contextlib.suppress(OSError, imagec.ImagecError):
-            shelf = imagec.Shelf(path)
-            self.assertIsNone(shelf.blob(imagec.Digest.parse(digest)))
+        path, _, blob = self.copied()
+        damage_link(blob)
+        with self.assertRaises(imagec.InvalidDocument):
+            imagec.Shelf(path)
 
     def test_blob_is_proved_once(self):
         shelf, digest, path = self.shelf_of(b"x" * 1000)
@@ -12694,13 +12632,13 @@ class ShelfTest(ServeCase):
             shelf.blob(digest)
             self.assertEqual(v.call_count, 2)
 
-    def test_what_holds_nothing(self):
-        serve_write(self.at("foreign", "a", "file"), b"text")
-        serve_write(self.at("foreign", "a", "manifest.json"), b"{}")
-        os.mkdir(self.at("empty"))
-        for name in ("foreign", "empty", "absent"):
-            with self.subTest(name=name), self.assertRaises(imagec.OutputError):
-                imagec.Shelf(self.at(name))
+    @rows((("foreign",), ("empty",), ("absent",)))
+    def test_what_holds_nothing(self, name):
+        stored_write(self.at("foreign", "a", "file"), b"text")
+        stored_write(self.at("foreign", "a", "manifest.json"), b"{}")
+        os.makedirs(self.at("empty"), exist_ok=True)
+        with self.assertRaises(imagec.OutputError):
+            imagec.Shelf(self.at(name))
 
 
 # ------------------------------------------------------------------------------
@@ -12750,89 +12688,64 @@ SERVE_CONFORMANCE = (
 class ConformanceTest(ServeCase):
     """The pull part of the specification, line by line."""
 
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        shelf = imagec.Shelf(cls.layout)
-        cls._server = serve_running(imagec.new_server(shelf, ("127.0.0.1", 0)))
-        cls.host = cls._server.__enter__()
-        index = cls.images["lab/index"]
-        blob = index.children[0].layers[1]
-        cls.facts = {
-            "name": "lab/index", "host": cls.origin, "digest": index.digest,
+    def setUp(self):
+        super().setUp()
+        self.host = self.serve(self.layout)
+        index = self.images["lab/index"]
+        digest = index.children[0].layers[1]
+        self.blob = index.children[0].blobs[digest]
+        self.facts = {
+            "name": "lab/index", "host": self.origin, "digest": index.digest,
             "type": index.media_type, "size": len(index.manifest),
-            "child": index.children[1].digest, "zeros": SERVE_NO_DIGEST,
-            "blob": blob, "blob_size": len(index.children[0].blobs[blob])}
-        cls.blob = index.children[0].blobs[blob]
-        cls.blob_path = "/v2/lab/index/blobs/" + blob
-        cls.manifest_path = "/v2/lab/index/manifests/1"
-
-    @classmethod
-    def tearDownClass(cls):
-        cls._server.__exit__(None, None, None)
-        super().tearDownClass()
+            "child": index.children[1].digest, "zeros": ZEROS,
+            "blob": digest, "blob_size": len(self.blob)}
+        self.blob_path = "/v2/lab/index/blobs/" + digest
+        self.manifest_path = "/v2/lab/index/manifests/1"
 
     def ask(self, *args, **named):
         return serve_ask(self.host, *args, **named)
 
-    def test_tables_are_not_empty(self):
-        self.assertTrue(SERVE_CONFORMANCE)
-
-    def check_row(self, answer, status, code, headers):
+    @rows(SERVE_CONFORMANCE)
+    def test_get_and_head(self, path, status, code, headers):
+        path = "/v2/" + path.format(**self.facts)
+        answer, head = self.ask(path), self.ask(path, "HEAD")
         self.assertEqual(answer.status, status, answer.body)
         self.assertEqual(answer.headers["Docker-Distribution-API-Version"],
                          "registry/2.0")
+        self.assertEqual(answer.headers["Content-Length"], str(len(answer.body)))
         for name, value in headers.items():
             self.assertEqual(answer.headers[name], value.format(**self.facts))
         if status >= 400:
             self.refused(answer, status, code)
-
-    def test_get(self):
-        for path, status, code, headers in SERVE_CONFORMANCE:
-            with self.subTest(path=path):
-                answer = self.ask("/v2/" + path.format(**self.facts))
-                self.check_row(answer, status, code, headers)
-                self.assertEqual(answer.headers["Content-Length"],
-                                 str(len(answer.body)))
-
-    def test_head_is_get_without_a_body(self):
-        for path, status, code, headers in SERVE_CONFORMANCE:
-            with self.subTest(path=path):
-                path = "/v2/" + path.format(**self.facts)
-                head, get = self.ask(path, "HEAD"), self.ask(path)
-                self.assertEqual((head.status, head.body), (get.status, b""))
-                for one in (head, get):
-                    del one.headers["Date"]
-                self.assertEqual(head.headers.items(), get.headers.items())
+        self.assertEqual((head.status, head.body), (status, b""))
+        for one in (head, answer):
+            del one.headers["Date"]
+        self.assertEqual(head.headers.items(), answer.headers.items())
 
     def test_bytes_are_exact(self):
-        index = self.images["lab/index"]
-        for image in [index] + index.children + [self.images["lab/docker"]]:
-            name = "lab/docker" if image.media_type.startswith(
-                "application/vnd.docker") else "lab/index"
-            answer = self.ask("/v2/%s/manifests/%s" % (name, image.digest))
-            self.assertEqual(answer.body, image.manifest)
-            self.assertEqual(answer.headers["Content-Type"], image.media_type)
-            for digest, data in image.blobs.items():
-                answer = self.ask("/v2/%s/blobs/%s" % (name, digest))
-                self.assertEqual(answer.body, data)
+        for name in self.held["oci"]:
+            whole = self.images[name]
+            for image in [whole] + whole.children:
+                answer = self.ask("/v2/%s/manifests/%s" % (name, image.digest))
+                self.assertEqual(answer.body, image.manifest)
+                self.assertEqual(answer.headers["Content-Type"], image.media_type)
+                for digest, data in image.blobs.items():
+                    answer = self.ask("/v2/%s/blobs/%s" % (name, digest))
+                    self.assertEqual(answer.body, data)
 
-    def test_writing_is_refused(self):
-        paths = ("/v2/lab/index/blobs/uploads/", self.manifest_path, self.blob_path)
-        for method in ("POST", "PUT", "PATCH", "DELETE"):
-            for path in paths:
-                with self.subTest(method=method, path=path):
-                    answer = self.ask(path, method)
-                    self.refused(answer, 405, "UNSUPPORTED")
-                    # RFC 7231, 6.5.5: it MUST say what is allowed.
-                    self.assertEqual(
-                        {word.strip() for word in
-                         answer.headers.get("Allow", "").split(",")}, {"GET", "HEAD"})
+    @rows(itertools.product(("POST", "PUT", "PATCH", "DELETE"), (
+        "/v2/lab/index/blobs/uploads/", "/v2/lab/index/manifests/1",
+        "/v2/lab/index/blobs/{blob}")))
+    def test_writing_is_refused(self, method, path):
+        answer = self.ask(path.format(**self.facts), method)
+        self.refused(answer, 405, "UNSUPPORTED")
+        # RFC 7231, 6.5.5: it MUST say what is allowed.
+        allowed = answer.headers.get("Allow", "").split(",")
+        self.assertEqual({word.strip() for word in allowed}, {"GET", "HEAD"})
 
-    def test_other_methods_are_refused(self):
-        for method in ("OPTIONS", "TRACE", "PROPFIND"):
-            with self.subTest(method=method):
-                self.assertIn(self.ask("/v2/", method).status, (405, 501))
+    @rows((("OPTIONS",), ("TRACE",), ("PROPFIND",)))
+    def test_other_methods_are_refused(self, method):
+        self.assertEqual(self.ask("/v2/", method).status, 501)
 
     def test_refused_body_is_not_taken_for_a_request(self):
         body = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -12841,15 +12754,18 @@ class ConformanceTest(ServeCase):
         self.assertEqual(re.findall(rb"HTTP/1\.1 ([0-9]+)", found), [b"405"])
         self.assertRegex(found, b"(?i)\r\nconnection: close\r\n")
 
+    def part(self, value, method="GET", **more):
+        return self.ask(self.blob_path, method, dict(more, Range=value))
+
     def test_ranges(self):
         size = len(self.blob)
         for value, first, end in (("0-0", 0, 1), ("0-99", 0, 100), ("5-", 5, size),
                                   ("100-199", 100, 200), ("-7", size - 7, size),
                                   ("0-%d" % (size * 2), 0, size)):
             with self.subTest(value=value):
-                answer = self.ask(self.blob_path, headers={"Range": "bytes=" + value})
-                self.assertEqual(answer.status, 206)
-                self.assertEqual(answer.body, self.blob[first:end])
+                answer = self.part("bytes=" + value)
+                self.assertEqual((answer.status, answer.body),
+                                 (206, self.blob[first:end]))
                 self.assertEqual(answer.headers["Content-Range"], "bytes %d-%d/%d" % (
                     first, end - 1, size))
                 self.assertEqual(answer.headers["Content-Length"], str(end - first))
@@ -12866,19 +12782,18 @@ class ConformanceTest(ServeCase):
         size = len(self.blob)
         for value in ("%d-" % size, "%d-%d" % (size, size + 5), "-0"):
             with self.subTest(value=value):
-                answer = self.ask(self.blob_path, headers={"Range": "bytes=" + value})
+                answer = self.part("bytes=" + value)
                 self.refused(answer, 416)
                 self.assertEqual(answer.headers["Content-Range"], "bytes */%d" % size)
 
-    def test_range_that_is_ignored(self):
-        for value in ("bytes=0-1,4-5", "bytes=x-y", "lines=0-1", "bytes=-", ""):
-            with self.subTest(value=value):
-                answer = self.ask(self.blob_path, headers={"Range": value})
-                self.assertEqual((answer.status, answer.body), (200, self.blob))
+    @rows((("bytes=0-1,4-5",), ("bytes=x-y",), ("lines=0-1",), ("bytes=-",), ("",)))
+    def test_range_that_is_ignored(self, value):
+        answer = self.part(value)
+        self.assertEqual((answer.status, answer.body), (200, self.blob))
 
     def test_range_means_nothing_to_head(self):
         # RFC 7233, 3.1
-        answer = self.ask(self.blob_path, "HEAD", {"Range": "bytes=0-1"})
+        answer = self.part("bytes=0-1", "HEAD")
         self.assertEqual(answer.status, 200)
         self.assertEqual(answer.headers["Content-Length"], str(len(self.blob)))
 
@@ -12894,27 +12809,20 @@ class ServeListsTest(ServeCase):
 
     TAGS = ["1", "1.10", "1.9", "A", "_x", "a", "latest"]
 
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
+    def setUp(self):
+        super().setUp()
         shelf = imagec.Shelf()
-        for host, tags in (("a.test", cls.TAGS), ("b.test", ["b1", "b2", "b3"])):
+        for host, tags in (("a.test", self.TAGS), ("b.test", ["b1", "b2", "b3"])):
             for tag in tags:
                 raw = (host + tag).encode("ascii")
                 shelf.add(shelf.names_of(host, "lab/app"), tag, "x/y",
                           imagec.Digest.of(raw), raw)
         shelf.add(["lab/tagless"], None, "x/y", imagec.Digest.of(b""), b"")
-        cls.names = sorted(shelf.repositories)
+        self.names = sorted(shelf.repositories)
         # A client cannot spell these in a request for a repository.
         shelf.add(["c.test:5000/lab/app", "C.test/lab/app", "[::1]/lab/app"], None,
                   "x/y", imagec.Digest.of(b""), b"")
-        cls._server = serve_running(imagec.new_server(shelf, ("127.0.0.1", 0)))
-        cls.host = cls._server.__enter__()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls._server.__exit__(None, None, None)
-        super().tearDownClass()
+        self.host = self.serve(shelf)
 
     def listed(self, path, key="tags"):
         """The list at a path, and where its Link leads."""
@@ -12967,17 +12875,15 @@ class ServeListsTest(ServeCase):
         # distribution-spec: "an empty list", and no Link to follow for ever
         self.assertEqual(self.listed("/v2/a.test/lab/app/tags/list?n=0"), ([], None))
 
-    def test_number_that_is_none(self):
-        for value in ("x", "-1", "1.5", "", "9" * 30, "%00"):
-            with self.subTest(value=value):
-                answer = serve_ask(self.host, "/v2/_catalog?n=" + value)
-                self.assertIn(answer.status, (200, 400))
+    @rows((value,) for value in ("x", "-1", "1.5", "", "9" * 30, "%00"))
+    def test_number_that_is_none(self, value):
+        self.assertEqual(self.listed("/v2/_catalog?n=" + value, "repositories"),
+                         (self.names, None))
 
-    def test_namespace_on_every_page(self):
-        for namespace, whole in (("a.test", self.TAGS), ("b.test", ["b1", "b2", "b3"])):
-            with self.subTest(namespace=namespace):
-                pages = self.pages("/v2/lab/app/tags/list?n=2&ns=" + namespace)
-                self.assertEqual(sum(pages, []), whole)
+    @rows((("a.test", TAGS), ("b.test", ["b1", "b2", "b3"])))
+    def test_namespace_on_every_page(self, namespace, whole):
+        pages = self.pages("/v2/lab/app/tags/list?n=2&ns=" + namespace)
+        self.assertEqual(sum(pages, []), whole)
 
     def test_our_own_tags_command_reads_them(self):
         with mock.patch.object(imagec, "TAG_PAGE", 2):
@@ -13115,14 +13021,14 @@ class ServeTest(ServeCase):
         return image
 
     def test_pull_from_a_tree(self):
-        host = self.start(self.tree)
+        host = self.serve(self.tree)
         for name, image in self.images.items():
             with self.subTest(name=name):
                 self.assertEqual(
                     str(self.pulled(host, name + ":1", "layers").digest), image.digest)
 
     def test_pull_from_a_layout(self):
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         for name in ("lab/docker", "lab/oci", "lab/index", "alpine",
                      "library/alpine", "docker.io/library/alpine"):
             with self.subTest(name=name):
@@ -13136,14 +13042,14 @@ class ServeTest(ServeCase):
                 self.assertEqual(str(by_digest.digest), image.digest)
 
     def test_pull_from_an_archive(self):
-        host = self.start(self.archive)
+        host = self.serve(self.archive)
         for format in imagec.OUTPUTS:
             with self.subTest(format=format):
                 image = self.pulled(host, "lab/docker:1", format)
                 self.assertEqual(str(image.digest), self.images["lab/docker"].digest)
 
     def test_content_type_of_every_kind(self):
-        host = self.start(self.tree)
+        host = self.serve(self.tree)
         for name, image in self.images.items():
             for reference in ("1", image.digest):
                 with self.subTest(name=name, reference=reference):
@@ -13154,7 +13060,7 @@ class ServeTest(ServeCase):
                                      image.digest)
 
     def test_as_a_mirror(self):
-        host = self.start(self.layout, handler=ServeRecorder)
+        host = self.serve(self.layout, handler=ServeRecorder)
         for name, repository, namespace in (
                 ("alpine:1", "library/alpine", "docker.io"),
                 (self.origin + "/lab/oci:1", "lab/oci", self.origin)):
@@ -13173,9 +13079,9 @@ class ServeTest(ServeCase):
 
     def test_nothing_outside_can_be_reached(self):
         path, _, _ = self.copied()
-        serve_write(self.at("canary"), SERVE_CANARY)
-        serve_write(os.path.join(path, "canary"), SERVE_CANARY)
-        host = self.start(path)
+        stored_write(self.at("canary"), SERVE_CANARY)
+        stored_write(os.path.join(path, "canary"), SERVE_CANARY)
+        host = self.serve(path)
         for target in SERVE_TRICKS:
             with self.subTest(target=target[:80]), \
                     mock.patch.object(imagec.Shelf, "blob") as blob:
@@ -13188,11 +13094,11 @@ class ServeTest(ServeCase):
 
     def test_absolute_form(self):
         # RFC 7230, 5.3.2: a server MUST accept it
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         self.assertEqual(serve_target(host, "http://%s/v2/" % host)[0], 200)
 
     def test_refusing_takes_no_time(self):
-        host = self.start(self.archive)
+        host = self.serve(self.archive)
         for name in SERVE_LONG_NAMES:
             with self.subTest(name=name[:20]):
                 begun = time.process_time()
@@ -13201,7 +13107,7 @@ class ServeTest(ServeCase):
                 self.assertLess(time.process_time() - begun, 3)
 
     def test_malformed_requests_do_not_end_it(self):
-        host = self.start(self.archive)
+        host = self.serve(self.archive)
         with mock.patch.object(sys, "stderr", io.StringIO()) as err:
             for data in SERVE_MALFORMED:
                 with self.subTest(data=data[:60]):
@@ -13212,7 +13118,7 @@ class ServeTest(ServeCase):
         self.assertEqual(err.getvalue(), "")
 
     def test_heads_that_can_be_read_in_two_ways(self):
-        host = self.start(self.archive)
+        host = self.serve(self.archive)
         more = b"GET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n"
         for method in (b"GET", b"HEAD", b"POST"):
             head = method + b" /v2/ HTTP/1.1\r\nHost: x\r\n"
@@ -13230,7 +13136,7 @@ class ServeTest(ServeCase):
     def test_client_that_begins_with_tls(self):
         # Go's, and with it containerd, know an answer in plain http by its "HTTP/";
         # and they wait for one, a line feed in their hello or not.
-        host = self.start(self.tree)
+        host = self.serve(self.tree)
         for rest in (b"\x01" * 400, b"\n" * 400):
             with self.subTest(rest=rest[:1]), serve_connect(host, 3) as sock:
                 sock.sendall(b"\x16\x03\x01\x01\x95\x01" + rest)
@@ -13238,7 +13144,7 @@ class ServeTest(ServeCase):
                 self.assertEqual(sock.recv(1), b"")
 
     def test_client_that_resets(self):
-        host = self.start(self.shelf_of(bytes(8 << 20))[0])
+        host = self.serve(self.shelf_of(bytes(8 << 20))[0])
         digest = str(imagec.Digest.of(bytes(8 << 20)))
         with mock.patch.object(sys, "stderr", io.StringIO()) as err:
             for _ in range(3):
@@ -13254,27 +13160,27 @@ class ServeTest(ServeCase):
     # -- connections
 
     def test_connection_is_kept(self):
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         connection = http.client.HTTPConnection(host, timeout=5)
         self.addCleanup(connection.close)
         image = self.images["lab/oci"]
-        serve_ask_again(connection, "/v2/")
+        serve_ask(connection, "/v2/")
         sock = connection.sock
         for path in ["/v2/no/such/manifests/1", "/v2/lab/oci/manifests/1",
-                     "/v2/lab/oci/blobs/" + SERVE_NO_DIGEST] + [
+                     "/v2/lab/oci/blobs/" + ZEROS] + [
                          "/v2/lab/oci/blobs/" + digest for digest in image.layers]:
             for method in ("HEAD", "GET"):
-                serve_ask_again(connection, path, method)
+                serve_ask(connection, path, method)
         self.assertIs(connection.sock, sock)
 
     def test_requests_in_a_row_are_answered_in_a_row(self):
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
         found = serve_raw(host, one * 5)
         self.assertEqual(found.count(b"HTTP/1.1 200 OK\r\n"), 5)
 
     def test_http_1_0(self):
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         image = self.images["lab/oci"]
         for method, body in ((b"GET", image.manifest), (b"HEAD", b"")):
             with serve_connect(host) as sock:
@@ -13286,11 +13192,11 @@ class ServeTest(ServeCase):
 
     def test_empty_blob(self):
         shelf, digest, _ = self.shelf_of(b"")
-        host = self.start(shelf)
+        host = self.serve(shelf)
         connection = http.client.HTTPConnection(host, timeout=5)
         self.addCleanup(connection.close)
         for method in ("GET", "HEAD", "GET"):
-            answer = serve_ask_again(connection, "/v2/lab/app/blobs/" + digest, method)
+            answer = serve_ask(connection, "/v2/lab/app/blobs/" + digest, method)
             self.assertEqual((answer.status, answer.body), (200, b""))
             self.assertIsNotNone(connection.sock)
 
@@ -13298,7 +13204,7 @@ class ServeTest(ServeCase):
         with mock.patch.object(os, "sendfile", None, create=True):
             del os.sendfile
             shelf, digest, _ = self.shelf_of(bytes(range(256)) * 4096)
-            host = self.start(shelf)
+            host = self.serve(shelf)
             path = "/v2/lab/app/blobs/" + digest
             self.assertEqual(serve_ask(host, path).body, bytes(range(256)) * 4096)
             part = serve_ask(host, path, headers={"Range": "bytes=255-256"})
@@ -13308,7 +13214,7 @@ class ServeTest(ServeCase):
     # -- crowds
 
     def test_parallel_clients(self):
-        host = self.start(self.layout)
+        host = self.serve(self.layout)
         image, failures = self.images["lab/oci"], []
         paths = ["/v2/lab/oci/manifests/1"] + [
             "/v2/lab/oci/blobs/" + digest for digest in image.layers]
@@ -13331,7 +13237,7 @@ class ServeTest(ServeCase):
     def test_slow_client_blocks_nobody(self):
         data = bytes(16 << 20)
         shelf, digest, _ = self.shelf_of(data)
-        host = self.start(shelf)
+        host = self.serve(shelf)
         request = b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % (
             digest.encode("ascii"))
         with serve_connect(host) as deaf, serve_connect(host) as mute, \
@@ -13348,7 +13254,7 @@ class ServeTest(ServeCase):
 
     def test_silent_client_is_let_go(self):
         with mock.patch.object(imagec, "SERVE_TIMEOUT", 0.1):
-            host = self.start(self.archive)
+            host = self.serve(self.archive)
             with serve_connect(host) as silent, serve_connect(host) as half:
                 half.sendall(b"GET /v2/ HTTP/1.1\r\n")
                 self.assertEqual((silent.recv(1), half.recv(1)), (b"", b""))
@@ -13356,7 +13262,7 @@ class ServeTest(ServeCase):
     def test_head_that_drips(self):
         with mock.patch.object(imagec, "SERVE_TIMEOUT", 0.3):
             for tls in (None, self.pair()):
-                host = self.start(self.archive, tls=tls)
+                host = self.serve(self.archive, tls=tls)
                 with self.subTest(tls=bool(tls)), threat_alarm(10), \
                         contextlib.suppress(ConnectionError, ssl.SSLError):
                     sock = serve_connect(host)
@@ -13376,7 +13282,7 @@ class ServeTest(ServeCase):
         data = bytes(16 << 20)
         shelf, digest, _ = self.shelf_of(data)
         with mock.patch.object(imagec, "SERVE_THREADS", 3):
-            host = self.start(shelf)
+            host = self.serve(shelf)
         request = b"GET /v2/%s HTTP/1.1\r\nHost: x\r\n\r\n"
         blob = request % (b"lab/app/blobs/" + digest.encode("ascii"))
 
@@ -13410,7 +13316,7 @@ class ServeTest(ServeCase):
     def crowded(self):
         """A server for two connections, which are taken, and a third that waits."""
         with mock.patch.object(imagec, "SERVE_THREADS", 2):
-            host = self.start(self.archive)
+            host = self.serve(self.archive)
         socks = []
         for _ in range(3):
             socks.append(serve_connect(host))
@@ -13445,7 +13351,7 @@ class ServeTest(ServeCase):
     def test_corrupt_blob(self):
         path, digest, blob = self.copied()
         serve_flip(blob)
-        host = self.start(path)
+        host = self.serve(path)
         url = "/v2/lab/oci/blobs/" + digest
         for headers in ({}, {"Range": "bytes=0-3"}):
             self.refused(serve_ask(host, url, headers=headers), 500)
@@ -13460,14 +13366,14 @@ class ServeTest(ServeCase):
         path = shutil.copy(self.archive, self.at("a.tar"))
         digest = self.images["lab/docker"].layers[0]
         data = self.images["lab/docker"].blobs[digest]
-        serve_flip(path, serve_read(path).index(data) + 5)
-        host = self.start(path)
+        serve_flip(path, stored_bytes(path).index(data) + 5)
+        host = self.serve(path)
         self.refused(serve_ask(host, "/v2/lab/docker/blobs/" + digest), 500)
 
     def test_blob_corrupted_after_it_was_served(self):
         path, digest, blob = self.copied()
         os.utime(blob, (1, 1))
-        host = self.start(path)
+        host = self.serve(path)
         url = "/v2/lab/oci/blobs/" + digest
         good = serve_ask(host, url)
         self.assertEqual(good.status, 200)
@@ -13479,7 +13385,7 @@ class ServeTest(ServeCase):
     def test_blob_corrupted_with_its_time_put_back(self):
         path, digest, blob = self.copied()
         os.utime(blob, (1, 1))
-        host = self.start(path)
+        host = self.serve(path)
         url = "/v2/lab/oci/blobs/" + digest
         self.assertEqual(serve_ask(host, url).status, 200)
         time.sleep(0.02)  # clocks of file systems tick every few milliseconds
@@ -13489,7 +13395,7 @@ class ServeTest(ServeCase):
 
     def test_blob_cut_short_or_removed(self):
         path, digest, blob = self.copied()
-        host = self.start(path)
+        host = self.serve(path)
         url = "/v2/lab/oci/blobs/" + digest
         self.assertEqual(serve_ask(host, url).status, 200)
         os.truncate(blob, 10)
@@ -13512,7 +13418,7 @@ class ServeTest(ServeCase):
             return found
 
         shelf.blob = blob
-        host = self.start(shelf, tls=tls)
+        host = self.serve(shelf, tls=tls)
         begun = time.monotonic()
         connection = http.client.HTTPConnection(host, timeout=30)
         if tls:
@@ -13549,7 +13455,7 @@ class ServeTest(ServeCase):
     # -- who may ask
 
     def test_basic_authentication(self):
-        host = self.start(self.layout, imagec.Credentials("alice", PASSWORD))
+        host = self.serve(self.layout, imagec.Credentials("alice", PASSWORD))
         for path in ("/v2/", "/v2/lab/oci/manifests/1", "/v2/_catalog"):
             for header, good in SERVE_LOGINS:
                 with self.subTest(path=path, header=header):
@@ -13563,7 +13469,7 @@ class ServeTest(ServeCase):
                                      '^Basic realm="')
 
     def test_secret_is_compared_in_constant_time(self):
-        host = self.start(self.archive, imagec.Credentials("alice", PASSWORD))
+        host = self.serve(self.archive, imagec.Credentials("alice", PASSWORD))
         with mock.patch.object(hmac, "compare_digest", return_value=False) as compare:
             answer = serve_ask(host, "/v2/", headers={
                 "Authorization": "Basic " + SERVE_ALICE})
@@ -13571,7 +13477,7 @@ class ServeTest(ServeCase):
         compare.assert_called_once()
 
     def test_pull_with_a_password(self):
-        host = self.start(self.archive, imagec.Credentials("alice", PASSWORD))
+        host = self.serve(self.archive, imagec.Credentials("alice", PASSWORD))
         reference = host + "/lab/docker:1"
         with mock.patch.dict(os.environ, IMAGEC_PASSWORD=PASSWORD):
             run = self.main("digest", reference, "-u", "alice", "--platform",
@@ -13585,15 +13491,15 @@ class ServeTest(ServeCase):
     # -- TLS
 
     def pair(self):
-        return (serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii")),
-                serve_write(self.at("key.pem"), TEST_KEY.encode("ascii")))
+        return (stored_write(self.at("cert.pem"), TEST_CERT.encode("ascii")),
+                stored_write(self.at("key.pem"), TEST_KEY.encode("ascii")))
 
     @staticmethod
     def client_context():
         return ssl.create_default_context(cadata=TEST_CERT)
 
     def test_tls(self):
-        host = self.start(self.layout, tls=self.pair())
+        host = self.serve(self.layout, tls=self.pair())
         image = self.images["lab/oci"]
         digest = image.layers[1]
         path = "/v2/lab/oci/blobs/" + digest
@@ -13605,7 +13511,7 @@ class ServeTest(ServeCase):
         self.assertEqual(str(pulled.digest), image.digest)
 
     def test_tls_is_patient_with_nobody(self):
-        host = self.start(self.archive, tls=self.pair())
+        host = self.serve(self.archive, tls=self.pair())
         context = self.client_context()
         with mock.patch.object(sys, "stderr", io.StringIO()) as err, \
                 serve_connect(host):
@@ -13693,7 +13599,7 @@ class ServeCommandTest(ServeCase):
             self.assertNotIn("-o", run.err)
 
     def test_path_that_holds_nothing(self):
-        serve_write(self.at("foreign", "file"), b"text")
+        stored_write(self.at("foreign", "file"), b"text")
         os.mkdir(self.at("empty"))
         for name in ("foreign", "empty", "absent"):
             with self.subTest(name=name):
@@ -13701,10 +13607,10 @@ class ServeCommandTest(ServeCase):
                 self.failed(run, 1, self.at(name))
 
     def test_file_that_is_none_of_ours(self):
-        serve_write(self.at("text"), b"some text\n" * 200)
-        serve_write(self.at("nothing"), b"")
-        serve_write(self.at("tar"), SERVE_TARS[0])
-        serve_write(self.at("blank"), bytes(10240))
+        stored_write(self.at("text"), b"some text\n" * 200)
+        stored_write(self.at("nothing"), b"")
+        stored_write(self.at("tar"), SERVE_TARS[0])
+        stored_write(self.at("blank"), bytes(10240))
         for name in ("text", "nothing", "tar", "blank"):
             with self.subTest(name=name):
                 run = self.main("serve", self.at(name), "--listen", "127.0.0.1:0")
@@ -13712,7 +13618,7 @@ class ServeCommandTest(ServeCase):
                 self.failed(run, run.status, self.at(name))
 
     def test_flattened_image_cannot_be_served(self):
-        source = self.start(self.archive)
+        source = self.serve(self.archive)
         for format, name in (("rootfs", "rootfs"), ("rootfs", "rootfs.tar")):
             imagec.pull(source + "/lab/docker:1", self.at(name), format,
                         platform="linux/amd64", no_creds=True)
@@ -13724,7 +13630,7 @@ class ServeCommandTest(ServeCase):
         path, _, _ = self.copied()
         for content in (b"{", b"[]", b'{"manifests": 5}', b""):
             with self.subTest(content=content):
-                serve_write(os.path.join(path, "index.json"), content)
+                stored_write(os.path.join(path, "index.json"), content)
                 run = self.main("serve", path, "--listen", "127.0.0.1:0")
                 self.failed(run, 3, "index.json")
 
@@ -13736,7 +13642,7 @@ class ServeCommandTest(ServeCase):
         self.failed(run, 3)
 
     def test_bad_certificates(self):
-        cert = serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
+        cert = stored_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
         serve = ("serve", self.archive, "--listen", "127.0.0.1:0")
         self.failed(self.main(*serve + ("--tls-cert", cert)), 2, "--tls-key")
         self.failed(self.main(*serve + ("--tls-key", cert)), 2, "--tls-cert")
@@ -13756,8 +13662,8 @@ class ServeCommandTest(ServeCase):
         self.assertNotIn(PASSWORD, run.out + run.err)
 
     def test_sigterm(self):
-        cert = serve_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
-        key = serve_write(self.at("key.pem"), TEST_KEY.encode("ascii"))
+        cert = stored_write(self.at("cert.pem"), TEST_CERT.encode("ascii"))
+        key = stored_write(self.at("key.pem"), TEST_KEY.encode("ascii"))
         process, line = self.process(
             self.layout, "--listen", "127.0.0.1:0", "--tls-cert", cert, "--tls-key",
             key, "-u", "alice", "--password-stdin", stdin=PASSWORD.encode() + b"\n")
@@ -13985,112 +13891,6 @@ class SelfTestTest(ServeCase):
         run = self.main("selftest", "-x", "y z")
         self.assertEqual(run.status, 2)
         self.assertEqual(self.hasty("no such host").status, 2)
-
-
-# --------------------------------------------------------------------------------------
-# Serve as the registry double
-# --------------------------------------------------------------------------------------
-
-class DoubleHandler(imagec.RegistryHandler):
-    """The program's own server with a fault, as the server's `fault` attribute says.
-
-    A fault is (part of the path, what to do); that changes how the answer is sent.
-    """
-
-    def answer(self, url):
-        part, spoil = self.server.fault
-        if part in url.path and self.command == "GET":
-            return spoil(self, url)
-        return super().answer(url)
-
-    def true(self, url):
-        """The answer without a fault."""
-        return super().answer(url)
-
-
-def double_status(code, name):
-    """Answers with an error."""
-    return lambda handler, url: handler.fail(code, name, "as the test wants it")
-
-
-def double_flip(handler, url):
-    """Changes one bit of the body, on its way to the client."""
-    with mock.patch.object(handler, "wfile", DoubleFlip(handler.wfile)), \
-            mock.patch.object(handler, "send_part", lambda file, at, count: (
-                file.seek(at), handler.wfile.write(file.read(count)))):
-        handler.true(url)
-
-
-class DoubleFlip:
-    """A file that flips the last bit of each body written to it."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, data):
-        data = bytes(data)
-        if data[:5] != b"HTTP/" and data:
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
-
-
-def double_hang_up(handler, url):
-    """Sends nothing and hangs up."""
-    handler.close_connection = True
-    handler.connection.close()
-
-
-#: (name, part of the path, fault, error class, exit status)
-DOUBLE_FAULTS = (
-    ("no manifest", "/manifests/", double_status(404, "MANIFEST_UNKNOWN"),
-     imagec.NotFound, 4),
-    ("manifest denied", "/manifests/", double_status(403, "DENIED"),
-     imagec.AccessDenied, 5),
-    ("no blob", "/blobs/", double_status(404, "BLOB_UNKNOWN"), imagec.NotFound, 4),
-    ("broken", "/blobs/", double_status(503, "UNAVAILABLE"), imagec.RegistryError, 1),
-    ("manifest flipped", "/manifests/", double_flip, imagec.ImagecError, 3),
-    ("blob flipped", "/blobs/", double_flip, imagec.VerificationError, 3),
-    ("blob hangs up", "/blobs/", double_hang_up, imagec.TransportError, 1),
-)
-
-
-class ServedDoubleTest(RegistryCase):
-    """The Serve room as the registry double: its faults come from the test."""
-
-    def setUp(self):
-        super().setUp()
-        source = self.registry()
-        source.add("lab/app", "1", build_image([tar_bytes([("f", b"x" * 5000)])]))
-        layout = self.at("layout")
-        imagec.pull(source.host + "/lab/app:1", layout, "oci", platform="linux/amd64")
-        self.server = imagec.new_server(imagec.Shelf(layout), ("127.0.0.1", 0),
-                                        handler=DoubleHandler)
-        serving = imagec.serving(self.server)
-        serving.__enter__()
-        self.addCleanup(serving.__exit__, None, None, None)
-        self.server.fault = ("never", None)
-
-    def pull(self, format="layers"):
-        with mock.patch("imagec.BACKOFF", 0.001):
-            return imagec.pull("127.0.0.1:%d/lab/app:1" % self.server.server_address[1],
-                               self.at("out"), format,
-                               platform="linux/amd64")
-
-    def test_without_a_fault(self):
-        self.assertEqual(faults_of(self.pull().path), [])
-
-    def test_faults(self):
-        for name, part, spoil, kind, status in DOUBLE_FAULTS:
-            with self.subTest(name):
-                self.server.fault = (part, spoil)
-                with self.assertRaises(kind) as caught:
-                    self.pull()
-                self.assertEqual(imagec.exit_status(caught.exception), status)
-                self.assertEqual([name for _, _, files in os.walk(self.at("out"))
-                                  for name in files if name == "manifest.json"], [])
 
 
 # --------------------------------------------------------------------------------------
