@@ -8651,33 +8651,34 @@ class ResumeTest(FieldCase):
         self.download(registry)
         self.assertLess(registry.sent_blob_bytes, len(FIELD_NOISE) * 1.2)
 
-    def failing(self, action, times, **options):
-        """A registry, the fault of its last layer, and a pull that failed of it."""
+    def failing(self, kind, action, times=EVERY_TIME, **options):
+        """A registry that recovers after a pull that failed at the last layer."""
         registry = self.filled(self.image)
         fault = registry.fault("/blobs/" + self.image.layers[2], action, times)
-        with self.fails(imagec.ImagecError):
+        with self.fails(kind):
             self.pull(registry.host, jobs=1, **options)
-        self.assertEqual(fault.used, times or fault.used)
+        self.assertIn(times, (fault.used, EVERY_TIME))
         fault.times = fault.used
         return registry
 
     @rows(FIELD_FORMATS)
     def test_runs_that_failed_are_gone_on_with(self, format, name):
-        registry = self.failing(truncate(40000), 5, to=name, format=format)
+        registry = self.failing(imagec.TransportError, truncate(40000), 5, to=name,
+                                format=format)
         self.pull(registry.host, to=name, format=format)
         # The config is not kept between runs.
         self.assertEqual(registry.sent_blob_bytes, self.size + len(self.image.config))
         self.assertEqual(faults_of(self.at(name)), [])
 
     def test_archive_keeps_what_it_has_moved_in(self):
-        registry = self.failing(status(404), EVERY_TIME, to="a.tar")
+        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
         self.assertGreater(os.path.getsize(self.at("a.tar.partial")), 590000)
         registry.sent_blob_bytes = 0
         self.pull(registry.host, to="a.tar")
         self.assertLess(registry.sent_blob_bytes, 310000)
 
     def test_archive_whose_beginning_is_spoiled(self):
-        registry = self.failing(status(404), EVERY_TIME, to="a.tar")
+        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
         with open(self.at("a.tar.partial"), "r+b") as file:
             file.seek(100000)
             file.write(b"spoiled")
@@ -8689,7 +8690,8 @@ class ResumeTest(FieldCase):
         gc.collect()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.failing(truncate(40000), 5, to=name, format=format)
+            self.failing(imagec.TransportError, truncate(40000), 5, to=name,
+                         format=format)
             gc.collect()
             self.assertEqual([str(warning.message) for warning in caught], [])
 
@@ -8961,27 +8963,28 @@ class DryRunTest(FieldCase):
         self.ref = self.origin.host + "/lab/app:1"
         self.sizes = [len(self.image.blobs[digest]) for digest in self.image.layers]
 
-    def plan(self, *argv):
-        """The lines of a plan, which must succeed."""
-        run = self.main("pull", "--dry-run", "--platform", "linux/amd64", *argv)
+    def plan(self, *argv, format="layers", name="out", ref=None, platform="linux/amd64"):
+        """The lines of a plan, which must succeed and write nothing."""
+        before = field_files(self.root), os.path.exists(self.at(name))
+        run = self.main("pull", "--dry-run", "--platform", platform, "--format", format,
+                        "-o", self.at(name), ref or self.ref, *argv)
         self.assertEqual((run.status, run.err), (0, ""))
+        self.assertEqual((field_files(self.root), os.path.exists(self.at(name))), before)
         return run.out.splitlines()
 
-    def sum(self, *argv):
-        return self.plan(*argv)[-1]
-
-    def test_output(self):
-        for format, name in FIELD_FORMATS:
-            lines = self.plan("--format", format, "-o", self.at(name), self.ref)
-            self.assertEqual(lines[0], "%s@%s" % (self.ref, self.image.digest))
-            for line, digest, size in zip(lines[1:], self.image.layers, self.sizes):
-                self.assertEqual(line, "%s %d bytes, 0 there, the rest from %s" % (
-                    digest, size, self.origin.host))
-            self.assertEqual(lines[3:], [
-                "to fetch: %d bytes; already there: 0" % sum(self.sizes)])
+    @rows(FIELD_FORMATS)
+    def test_output(self, format, name):
+        self.assertEqual(self.plan(format=format, name="new/" + name), [
+            "%s@%s" % (self.ref, self.image.digest)] + [
+            "%s %d bytes, 0 there, the rest from %s" % (digest, size, self.origin.host)
+            for digest, size in zip(self.image.layers, self.sizes)] + [
+            "to fetch: %d bytes; already there: 0" % sum(self.sizes)])
+        self.assertFalse(os.path.exists(self.at("new")))
+        names = {p.rpartition("/")[2] for p in paths(self.origin, "/blobs/")}
+        self.assertEqual(names, {sha256(self.image.config)})
 
     def test_json(self):
-        line, = self.plan("--json", "-o", self.at("out"), self.ref, self.ref)
+        line, = self.plan(self.ref, "--json")
         self.assertEqual(json.loads(line), {
             "images": ["%s@%s" % (self.ref, self.image.digest)] * 2,
             "blobs": [{"digest": digest, "size": size, "present": 0,
@@ -8989,38 +8992,24 @@ class DryRunTest(FieldCase):
                       for digest, size in zip(self.image.layers, self.sizes)],
             "to_fetch": sum(self.sizes), "present": 0})
 
-    def test_nothing_is_written(self):
-        before = field_files(self.root)
-        for format, name in FIELD_FORMATS:
-            self.plan("--format", format, "-o", self.at("new/" + name), self.ref)
-        self.assertEqual(field_files(self.root), before)
-        self.assertFalse(os.path.exists(self.at("new")))
-        names = {p.rpartition("/")[2] for p in paths(self.origin, "/blobs/")}
-        self.assertEqual(names, {sha256(self.image.config)})
+    @rows(FIELD_FORMATS[:2])
+    def test_what_is_there(self, format, name):
+        self.pull(self.origin.host, to=name, format=format)
+        lines = self.plan(format=format, name=name)
+        self.assertEqual(len([li for li in lines if "already there" in li]), 3)
+        self.assertEqual(
+            lines[-1], "to fetch: 0 bytes; already there: %d" % sum(self.sizes))
 
-    def test_what_is_there(self):
-        for format, name in FIELD_FORMATS[:2]:
-            argv = ("--format", format, "-o", self.at(name), self.ref)
-            self.pull(self.origin.host, to=name, format=format)
-            before = field_files(self.root)
-            lines = self.plan(*argv)
-            self.assertEqual(len([li for li in lines if "already there" in li]), 3)
-            self.assertEqual(lines[-1], "to fetch: 0 bytes; already there: %d" % sum(
-                self.sizes))
-            self.assertEqual(field_files(self.root), before)
-
-    def test_what_is_half_there(self):
-        for format, name in FIELD_FORMATS:
-            fault = self.origin.fault("/blobs/" + self.image.layers[1], truncate(20), 5)
-            with self.fails(imagec.TransportError):
-                self.pull(self.origin.host, to=name, format=format, jobs=1)
-            self.assertEqual(fault.used, 5)
-            line = self.sum("--format", format, "-o", self.at(name), self.ref)
-            with self.subTest(name):
-                numbers = [int(n) for n in re.findall("[0-9]+", line)]
-                self.assertEqual(sum(numbers), sum(self.sizes))
-                self.assertGreaterEqual(numbers[1], 20)
-            self.origin.faults.remove(fault)
+    @rows(FIELD_FORMATS)
+    def test_what_is_half_there(self, format, name):
+        fault = self.origin.fault("/blobs/" + self.image.layers[1], truncate(20), 5)
+        with self.fails(imagec.TransportError):
+            self.pull(self.origin.host, to=name, format=format, jobs=1)
+        self.assertEqual(fault.used, 5)
+        line = self.plan(format=format, name=name)[-1]
+        numbers = [int(n) for n in re.findall("[0-9]+", line)]
+        self.assertEqual(sum(numbers), sum(self.sizes))
+        self.assertGreaterEqual(numbers[1], 20)
 
     def test_layers_that_an_unfinished_archive_has(self):
         noise = build_image([tar_bytes([("f%d" % n, field_noise(9000 - 500 * n, n))])
@@ -9031,20 +9020,21 @@ class DryRunTest(FieldCase):
             self.pull(origin.host, to="a.tar", jobs=1)
         fault.times = fault.used
         sizes = [len(noise.blobs[digest]) for digest in noise.layers]
-        self.assertEqual(self.sum("-o", self.at("a.tar"), origin.host + "/lab/app:1"),
-                         "to fetch: %d bytes; already there: %d" % (sizes[1], sizes[0]))
+        lines = self.plan(format="archive", name="a.tar", ref=origin.host + "/lab/app:1")
+        self.assertEqual(
+            lines[-1], "to fetch: %d bytes; already there: %d" % (sizes[1], sizes[0]))
 
     def test_mirror_is_named(self):
         mirror = self.filled(self.image)
-        lines = self.plan("-o", self.at(), self.ref, "--mirror", mirror.host)
+        lines = self.plan("--mirror", mirror.host)
         self.assertIn("from " + mirror.host, lines[1])
         self.assertEqual(self.origin.requests, [])
 
     def test_several_images_share_layers(self):
         other = build_image(FIELD_SMALL[:1] + (tar_bytes([("x", b"y")]),))
         self.origin.add("lab/other", "1", other)
-        lines = self.plan("-o", self.at("a.tar"), self.ref,
-                          self.origin.host + "/lab/other:1")
+        lines = self.plan(self.origin.host + "/lab/other:1", format="archive",
+                          name="a.tar")
         self.assertEqual(len([li for li in lines if " bytes, " in li]), 3)
         self.assertEqual(len([li for li in lines if "@sha256:" in li]), 2)
 
@@ -9052,59 +9042,43 @@ class DryRunTest(FieldCase):
         index = build_index([(self.image, ("linux", "amd64", None)), (
             build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
             ("linux", "arm64", None))])
-        origin = self.filled(index)
-        ref = origin.host + "/lab/app:1"
-        run = self.main("pull", "--dry-run", "--platform", "all", "--format", "oci",
-                        "-o", self.at(), ref)
-        self.assertEqual((run.status, run.err), (0, ""))
-        self.assertTrue(run.out.startswith("%s@%s\n" % (ref, index.digest)))
-        self.assertFalse(os.path.exists(self.at()))
+        ref = self.filled(index).host + "/lab/app:1"
+        lines = self.plan(format="oci", ref=ref, platform="all")
+        self.assertEqual(lines[0], "%s@%s" % (ref, index.digest))
 
-    def test_refuses_what_a_pull_would_refuse(self):
+    @rows((("--platform", "all", 2), ("--recompress", "gzip", 2),
+           ("--platform", "linux/none", 4)))
+    def test_refuses_what_a_pull_would_refuse(self, option, value, code):
         index = build_index([(self.image, ("linux", "amd64", None))])
         ref = self.filled(index).host + "/lab/app:1"
-        for argv, code in ((("--platform", "all", "-o", self.at()), 2),
-                           (("--recompress", "gzip", "-o", self.at()), 2),
-                           (("--platform", "linux/none", "-o", self.at()), 4)):
-            runs = [self.main("pull", ref, *argv + more)
-                    for more in ((), ("--dry-run",))]
-            with self.subTest(argv):
-                self.assertEqual([run.status for run in runs], [code, code])
+        for more in ((), ("--dry-run",)):
+            run = self.main("pull", ref, "-o", self.at(), option, value, *more)
+            self.assertEqual(run.status, code)
 
     # -- the disk
 
-    def full_disk(self, free):
-        usage = mock.Mock(free=free)
-        return mock.patch("shutil.disk_usage", lambda path: usage)
+    def disk(self, free):
+        return mock.patch("shutil.disk_usage", return_value=mock.Mock(free=free))
 
-    def layer_requests(self):
-        return [p for p in paths(self.origin, "/blobs/")
-                if p.rpartition("/")[2] in self.image.layers]
-
-    def test_full_disk_is_told_before_the_first_byte(self):
-        for format, name in FIELD_FORMATS:
-            with self.subTest(name), self.full_disk(sum(self.sizes) - 1):
-                needed = str(sum(self.sizes))
-                with self.fails(imagec.OutputError, needed, self.at(name)):
-                    self.pull(self.origin.host, to=name, format=format)
-        self.assertEqual(self.layer_requests(), [])
+    @rows(FIELD_FORMATS)
+    def test_full_disk_is_told_before_the_first_byte(self, format, name):
+        needed = sum(self.sizes)
+        with self.disk(needed - 1):
+            with self.fails(imagec.OutputError, str(needed), self.at(name)):
+                self.pull(self.origin.host, to=name, format=format)
+        for digest in self.image.layers:
+            self.assertEqual(paths(self.origin, digest), [])
         self.assertEqual(os.listdir(self.root), ["work"])
 
-    def test_enough_is_enough(self):
-        with self.full_disk(sum(self.sizes)):
-            self.pull(self.origin.host)
-
-    def test_what_is_there_needs_no_space(self):
-        self.pull(self.origin.host)
-        with self.full_disk(0):
-            self.pull(self.origin.host)
+    def test_enough_is_enough_and_what_is_there_needs_none(self):
+        for free in (sum(self.sizes), 0):
+            with self.disk(free):
+                self.pull(self.origin.host)
 
     def test_the_disk_asked_about_is_the_outputs(self):
-        asked = []
-        usage = mock.Mock(free=1 << 40)
-        with mock.patch("shutil.disk_usage", lambda path: asked.append(path) or usage):
+        with self.disk(1 << 40) as asked:
             self.pull(self.origin.host, to="new/er/out")
-        self.assertEqual(set(asked), {self.root})
+        self.assertEqual({call[0] for call in asked.call_args_list}, {(self.root,)})
 
 
 # --------------------------------------------------------------------------------------
