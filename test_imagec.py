@@ -14868,81 +14868,164 @@ class EchoRegistry(FakeRegistry):
         return reply
 
 
+def secret_forms(secret):
+    """What a secret may look like: plain, quoted, and within any base64."""
+    raw = secret.encode("utf-8")
+    forms = {raw, urllib.parse.quote(secret).encode(), repr(secret)[1:-1].encode(),
+             raw.hex().encode()}
+    for offset in range(3):
+        code = base64.b64encode(bytes(offset) + raw)
+        first, last = -(-offset * 8 // 6), (offset + len(raw)) * 8 // 6
+        forms.add(code[first:last])
+        forms.add(code[first:last].replace(b"+", b"-").replace(b"/", b"_"))
+    return forms
+
+
+SECRET_ALICE = ("alice", PASSWORD)
+#: (what, auth of the registry, (user or None, password or identity token), what the
+#: fault strikes, the fault, status)
+SECRET_PULLS = (
+    ("password", "basic", SECRET_ALICE, None, None, 0),
+    ("password for a token", "bearer", SECRET_ALICE, None, None, 0),
+    ("identity token", "bearer", (None, IDENTITY_TOKEN), None, None, 0),
+    ("wrong password", "basic", ("alice", "S3CR3T%wrong"), None, None, 5),
+    ("wrong password for a token", "bearer", ("alice", "S3CR3T wr\u00f6ng"), None,
+     None, 5),
+    ("user that is none", "bearer", ("al:ice", PASSWORD), None, None, 2),
+    ("wrong identity token", "bearer", (None, "S3CR3T-OTHER"), None, None, 5),
+    ("identity token that is lost", "bearer", (None, IDENTITY_TOKEN), "/token",
+     status(500), 1),
+) + tuple((what, "bearer", SECRET_ALICE, match, action, code)
+          for what, match, action, code in (
+    ("token server fails", "/token", status(500), 1),
+    ("token in a page", "/token", body(b"<p>S3CR3T-TOKEN</p>"), 3),
+    ("token that is none", "/token", body(b'{"token": "S3CR3T\\u0001"}'), 3),
+    ("token with a newline", "/token", body(b'{"token": "S3CR3T\\nX: y"}'), 3),
+    ("token refused for ever", MANIFEST, status(401, {
+        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
+    ("token refused for a blob", "/blobs/", status(401, {
+        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
+    ("realm with a password", "HEAD /v2/", status(401, {
+        "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}), 1),
+    ("redirect with a password", "/blobs/", redirect(
+        "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"), 1),
+    ("redirect into nothing", "/blobs/", redirect(
+        "http://127.0.0.1:1/x?sig=S3CR3T-SIG#S3CR3T"), 1),
+    ("redirect to a bad URL", "/blobs/", redirect("http://[/x?sig=S3CR3T-SIG"), 1),
+)) + tuple((what, auth, who, "/cdn/", action, code)
+           for auth, who in ((None, ()), ("bearer", SECRET_ALICE))
+           for what, action, code in (
+    ("signed URL cut", truncate(), 1), ("signed URL spoiled", flip(), 3),
+    ("signed URL refused", status(403, body=b"sig S3CR3T"), 5),
+    ("signed URL that stutters", garbage(b"junk\r\n"), 1),
+    ("signed URL that stalls", hang(9), 1),
+    ("signed URL in a loop", redirect("?sig=S3CR3T-SIG&again=1"), 1),
+    ("signed URL into nothing", redirect(
+        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1),
+))
+
+
 class SecretsTest(CommandLineCase):
-    """No password, token or signature is ever printed, --debug or not (T80)."""
+    """No secret is in any output, exception or file written, --debug or not (T80)."""
 
     LOGIN = ("-u", "alice", "--password-stdin")
-    #: (what, auth, faults, password)
-    ROWS = (
-        ("all is well", "bearer", (), PASSWORD),
-        ("basic", "basic", (), PASSWORD),
-        ("wrong password", "basic", (), "S3CR3T-WRONG"),
-        ("wrong password for a token", "bearer", (), "S3CR3T-WRONG"),
-        ("token refused for ever", "bearer", [(MANIFEST, status(401, {
-            "WWW-Authenticate": "Bearer realm=\"/token\""}))], PASSWORD),
-        ("token server fails", "bearer", [("GET /token", status(500))], PASSWORD),
-        ("token server sends HTML", "bearer", [("GET /token", body(
-            b"<p>S3CR3T-TOKEN</p>"))], PASSWORD),
-        ("token with a newline", "bearer", [("GET /token", body(
-            b'{"token": "S3CR3T\\nX: y"}'))], PASSWORD),
-        ("realm with a password", "bearer", [("HEAD /v2/", status(401, {
-            "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}))],
-         PASSWORD),
-        ("redirect with a password", "bearer", [("GET .*/blobs/", redirect(
-            "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"))], PASSWORD),
-        ("redirect into nothing", "bearer", [("GET .*/blobs/", redirect(
-            "http://127.0.0.1:1/x?sig=S3CR3T-SIG#S3CR3T"))], PASSWORD),
-        ("redirect to a bad URL", "bearer", [("GET .*/blobs/", redirect(
-            "http://[/x?sig=S3CR3T-SIG"))], PASSWORD),
-        ("layer cut off", "bearer", [("GET /cdn/", truncate())], PASSWORD),
-        ("layer spoiled", "bearer", [("GET /cdn/", flip())], PASSWORD),
-        ("store refuses", "bearer", [("GET /cdn/", status(403))], PASSWORD),
-        ("store stutters", "bearer", [("GET /cdn/", garbage(b"junk\r\n"))], PASSWORD),
-        ("redirect loop", "bearer", [("GET /cdn/", redirect("?sig=S3CR3T-SIG"))],
-         PASSWORD),
-    )
 
-    def setUp(self):
-        super().setUp()
-        self.store = self.registry(blobs=self.origin.blobs)
-        self.origin.redirect_blobs_to = self.store.url
+    def assert_no_secret(self, *texts):
+        """No exception, with all that led to it, no text, no file written tells one."""
+        texts = list(texts)
+        for value in texts:
+            if isinstance(value, BaseException):
+                texts += [str(value), repr(value), repr(value.args),
+                          repr(getattr(value, "__dict__", "")), value.__cause__ or (
+                              None if value.__suppress_context__ else value.__context__)]
+        files = threat_files(self.root)
+        files.pop("auth.json", None)  # ours
+        for value in texts + list(files) + list(files.values()):
+            if isinstance(value, str):
+                value = value.encode("utf-8", "backslashreplace")
+            if isinstance(value, bytes):
+                for form in secret_forms(PASSWORD):  # which is in every other
+                    self.assertNotIn(form, value)
 
-    def assert_no_secret(self, ended):
-        for code in (lambda text: text, lambda text: base64.b64encode(
-                text.encode("ascii")).decode("ascii").rstrip("=")):
-            for secret in (PASSWORD, SIGNATURE, "alice:" + PASSWORD,
-                           "alice:S3CR3T-WRONG"):
-                self.assertNotIn(code(secret), ended.err)
-                self.assertNotIn(code(secret).encode("ascii"), ended.out)
+    @rows([row + FIELD_FORMATS[number % len(FIELD_FORMATS)]
+           for number, row in enumerate(SECRET_PULLS)])
+    def test_pulls(self, what, auth, who, match, action, code, format, name):
+        origin, path = self.filled(self.image, auth=auth), self.at(name)
+        store = self.registry(blobs=origin.blobs)
+        origin.redirect_blobs_to = store.url
+        fault = match and (store if match == "/cdn/" else origin).fault(
+            match, action, EVER)
+        argv, options = (), {"idle_timeout": 0.1 if "stalls" in what else 5}
+        if who and who[0]:
+            argv = ("-u", who[0], "--password-stdin")
+            options.update(username=who[0], password=who[1])
+        elif who:
+            options["authfile"] = self.file("auth.json", {"auths": {origin.host: {
+                "auth": field_base64("<token>:"), "identitytoken": who[1]}}})
+            argv = ("--authfile", options["authfile"])
+        ref, events = origin.host + "/lab/app:1", []
+        told, error = self.told_of_pull(ref, format, path, events, options)
+        self.assertEqual(error is not None, bool(code), error)
+        self.assert_no_secret(told, repr(events), error)
+        remove(self.work)
+        os.mkdir(self.work)
+        with mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()):
+            ended = self.main("pull", "--debug", "--platform", "linux/amd64",
+                              "--format", format, "-o", path, "--timeout",
+                              str(options["idle_timeout"]), ref, *argv,
+                              stdin=who[1] if who else "")
+        self.assertEqual(ended.status, code, ended.err)
+        self.assertIn("imagec: debug: ", ended.err)
+        self.assert_no_secret(ended.err, ended.out)
+        self.assertTrue(fault is None or fault.used, "fault never met")
+        remove(self.work)
+        os.mkdir(self.work)
 
-    def test_rows(self):
-        for what, auth, faults, password in self.ROWS:
-            with self.subTest(what):
-                self.origin.auth = auth
-                due = [(self.store if "/cdn/" in match else self.origin).fault(
-                    match, action, EVER) for match, action in faults]
-                self.output += "x"
-                try:
-                    ended = self.pull("--debug", self.ref, *self.LOGIN, stdin=password)
-                finally:
-                    retire(due)
-                self.assertTrue(all(fault.used for fault in due), "fault never met")
-                self.assertEqual(ended.status == 0, password == PASSWORD and not faults)
-                self.assertIn("imagec: debug: ", ended.err)
-                self.assert_no_secret(ended)
+    def told_of_pull(self, ref, format, path, events, options):
+        """(what is logged, the error) of a pull by the library."""
+        told, level = io.StringIO(), imagec.log.level
+        self.addCleanup(imagec.log.setLevel, level)
+        imagec.log.setLevel(logging.DEBUG)
+        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
+                mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
+                self.session(notify=events.append, **options) as session:
+            error = None
+            try:
+                session.pull([imagec.Reference.parse(ref)],
+                             imagec.new_output(path, format),
+                             imagec.Platform.parse("linux/amd64"))
+            except (imagec.ImagecError, OSError) as caught:
+                error = caught
+        return told.getvalue(), error
 
-    def test_echoes(self):
-        for auth in ("basic", "bearer"):
-            for echoing in ("manifests", "/cdn/"):
-                origin = EchoRegistry(auth=auth)
-                origin.echoing, origin.redirect_blobs_to = echoing, origin.url
-                self.addCleanup(origin.close)
-                origin.add("lab/app", "1", self.image)
-                with self.subTest(auth=auth, echoing=echoing):
-                    ended = self.pull("--debug", origin.host + "/lab/app:1",
-                                      *self.LOGIN, stdin=PASSWORD)
-                    self.assertEqual(ended.status, 1, ended.err)
-                    self.assert_no_secret(ended)
+    @rows((("http://u:S3CR3T@127.0.0.1:1", 1), ("socks5://u:S3CR3T@127.0.0.1:1", 1),
+           ("ftp://u:S3CR3T@127.0.0.1:1", 2)))
+    def test_proxies(self, proxy, code):
+        ended = self.pull("--debug", "--proxy", proxy, self.ref)
+        self.assertEqual(ended.status, code, ended.err)
+        self.assert_no_secret(ended.err, ended.out)
+
+    @rows((("registry.test",), ("registry.test:80",)))
+    def test_proxy_that_repeats_nothing(self, host):
+        proxy = self.registry()
+        ended = self.main("digest", "--debug", host + "/lab/app",
+                          https_proxy="http://u:S3CR3T@" + proxy.host)
+        self.assertEqual(ended.status, 1)
+        self.assertEqual(proxy.requests[-1].method, "CONNECT")
+        self.assertIn("Proxy-Authorization", proxy.requests[-1].headers)
+        self.assert_no_secret(ended.err, ended.out)
+
+    @rows([(auth, echoing) for auth in ("basic", "bearer")
+           for echoing in ("manifests", "/cdn/")])
+    def test_echoes(self, auth, echoing):
+        origin = EchoRegistry(auth=auth)
+        self.addCleanup(origin.close)
+        origin.echoing, origin.redirect_blobs_to = echoing, origin.url
+        origin.add("lab/app", "1", self.image)
+        ended = self.pull("--debug", origin.host + "/lab/app:1", *self.LOGIN,
+                          stdin=PASSWORD)
+        self.assertEqual(ended.status, 1, ended.err)
+        self.assert_no_secret(ended.err, ended.out)
 
     def repeated(self, secret):
         """What a server that has a secret may say, in each place (match, action)."""
@@ -14994,7 +15077,9 @@ class SecretsTest(CommandLineCase):
             ("pull", "--json", "--progress", "plain", "-o", self.output, self.ref))]
         for ended in runs:
             self.assertEqual(ended.status, 0, ended.err)
-            self.assert_no_secret(ended)
+            for text in (ended.err.encode("utf-8"), ended.out):
+                self.assertFalse([form for form in secret_forms(PASSWORD)
+                                  if form in text])
         value = ordered(runs[0].out.decode("ascii"))
         self.assertEqual(dict(value["config"]["Labels"]),
                          {"***": "x ***", "source": "ssh://git@h/***"})
@@ -15023,12 +15108,11 @@ class SecretsTest(CommandLineCase):
         ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12"),
     )
 
-    def test_hide(self):
-        for secrets, text, expected in self.HIDDEN:
-            with self.subTest(text):
-                known = imagec.Secrets()
-                known.add(*secrets)
-                self.assertEqual(known.hide(text), expected)
+    @rows(HIDDEN)
+    def test_hide(self, secrets, text, expected):
+        known = imagec.Secrets()
+        known.add(*secrets)
+        self.assertEqual(known.hide(text), expected)
 
     def test_secrets_are_kept_in_bounds(self):
         known = imagec.Secrets()
@@ -15051,20 +15135,19 @@ class SecretsTest(CommandLineCase):
         self.assertEqual([one.getMessage() for one in seen], [r"h says ***\n5%"])
         self.assertNotIn(PASSWORD, repr(vars(seen[0])))
 
-    def test_proxy_password(self):
-        proxy = self.registry()
-        for host, command in (("registry.test", "CONNECT"),
-                              ("registry.test:80", "CONNECT")):
-            ended = self.main("digest", "--debug", host + "/lab/app",
-                              https_proxy="http://u:S3CR3T@" + proxy.host)
-            self.assertEqual(ended.status, 1)
-            self.assertEqual(proxy.requests[-1].method, command)
-            self.assertIn("Proxy-Authorization", proxy.requests[-1].headers)
-            self.assert_no_secret(ended)
-
-    def test_representations(self):
-        for value in (imagec.Credentials("alice", PASSWORD), imagec.Token(PASSWORD, 1)):
-            self.assertNotIn(PASSWORD, repr(value) + str(value))
+    def test_values(self):
+        """What a traceback, a debugger or a log might show of the objects inside."""
+        both = imagec.Credentials("alice", PASSWORD, IDENTITY_TOKEN, "S3CR3T-R")
+        bare = [both, imagec.Credentials("alice", PASSWORD), imagec.Token(PASSWORD, 1),
+                imagec.Credentials(identity_token=IDENTITY_TOKEN),
+                imagec.Credentials(registry_token=PASSWORD)]
+        with imagec.Session("alice", PASSWORD, proxy="http://u:S3CR3T@127.0.0.1:1",
+                            idle_timeout=1) as session:
+            for value in bare + [bare] + [imagec.Keyring(who) for who in bare] + [
+                    session, session.transport, imagec.Authorizer(
+                        session.transport, "http://127.0.0.1:1/v2/", both)]:
+                self.assert_no_secret(repr(value), str(value), "%s" % (value,))
+        for value in bare:
             self.assertFalse(hasattr(value, "__dict__"))
 
 
@@ -17283,161 +17366,6 @@ class ThreatRowsTest(ThreatCase):
         self.assertFalse(os.path.exists(self.at("trapped")))
         for request in self.source.requests:
             self.assertNotIn("Authorization", request.headers)
-
-
-# ------------------------------------------------------------------------------
-# Secrets
-# ------------------------------------------------------------------------------
-
-THREAT_SECRET = "S3CR3T"  # in every password, token and signature
-#: (what, auth of the registry, credentials, fault)
-THREAT_LOGINS = (
-    ("password", "basic", {"username": "alice", "password": PASSWORD}, None),
-    ("password for a token", "bearer", {"username": "alice", "password": PASSWORD},
-     None),
-    ("wrong password", "basic", {"username": "alice", "password": "S3CR3T%wrong"},
-     None),
-    ("wrong password for a token", "bearer",
-     {"username": "al:ice", "password": "S3CR3T wr\u00f6ng"}, None),
-    ("identity token", "bearer", {"identity": IDENTITY_TOKEN}, None),
-    ("wrong identity token", "bearer", {"identity": "S3CR3T-OTHER"}, None),
-    ("token server fails", "bearer", {"identity": IDENTITY_TOKEN},
-     ("/token", status(500))),
-    ("token that is none", "bearer", {"username": "alice", "password": PASSWORD},
-     ("/token", body(b'{"token": "S3CR3T\\u0001"}'))),
-    ("token in a page", "bearer", {"username": "alice", "password": PASSWORD},
-     ("/token", body(b"<html>S3CR3T</html>"))),
-    ("token for ever refused", "bearer", {"username": "alice", "password": PASSWORD},
-     ("/blobs/", status(401, {"WWW-Authenticate": 'Bearer realm="/token"'}))),
-    ("signed URL into nothing", None, {},
-     ("/cdn/", redirect("http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"))),
-    ("signed URL refused", None, {}, ("/cdn/", status(403, body=b"sig S3CR3T"))),
-    ("signed URL cut", None, {}, ("/cdn/", truncate())),
-    ("signed URL spoiled", None, {}, ("/cdn/", flip())),
-    ("signed URL in a loop", None, {}, ("/cdn/", redirect("?sig=S3CR3T&again=1"))),
-    ("signed URL that stalls", None, {}, ("/cdn/", hang(9))),
-)
-
-
-def threat_forms(secret):
-    """What a secret may look like: plain, quoted, and within any base64."""
-    raw = secret.encode("utf-8")
-    forms = {raw, urllib.parse.quote(secret).encode(), repr(secret)[1:-1].encode(),
-             raw.hex().encode()}
-    for offset in range(3):
-        code = base64.b64encode(bytes(offset) + raw)
-        first, last = -(-offset * 8 // 6), (offset + len(raw)) * 8 // 6
-        forms.add(code[first:last])
-        forms.add(code[first:last].replace(b"+", b"-").replace(b"/", b"_"))
-    return forms
-
-
-class SecretsEverywhereTest(ThreatCase):
-    """No secret is in any output, exception or file written: T80, T131."""
-
-    def setUp(self):
-        super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
-        self.said = io.StringIO()
-        handler = logging.StreamHandler(self.said)
-        self.patch(mock.patch.object(imagec.log, "handlers", [handler]))
-        level = imagec.log.level
-        imagec.log.setLevel(logging.DEBUG)
-        self.addCleanup(imagec.log.setLevel, level)
-        self.events = []
-        self.source, self.ref = self.filled()
-        self.store = self.registry(blobs=self.source.blobs)
-
-    def assert_no_secret(self, where, data):
-        if isinstance(data, str):
-            data = data.encode("utf-8", "backslashreplace")
-        for form in threat_forms(THREAT_SECRET) | threat_forms(IDENTITY_TOKEN):
-            self.assertNotIn(form, data, where)
-
-    def login(self, username=None, password=None, identity=None):
-        """Session options; an identity token comes from a file, as docker's do."""
-        if identity is None:
-            return {"username": username, "password": password} if username else {}
-        path = os.path.join(self.root, "auth.json")
-        with open(path, "w") as file:
-            json.dump({"auths": {self.source.host: {
-                "auth": base64.b64encode(b"<token>:").decode(),
-                "identitytoken": identity}}}, file)
-        return {"authfile": path}
-
-    def test_t80_exceptions_logs_and_files(self):
-        for number, (what, auth, who, fault) in enumerate(THREAT_LOGINS):
-            format, name = THREAT_OUTPUTS[number % len(THREAT_OUTPUTS)]
-            with self.subTest(what, format=format, name=name):
-                self.check(what, auth, who, fault, format, name)
-            remove(self.work)
-            os.mkdir(self.work)
-
-    def check(self, what, auth, who, fault, format, name):
-        self.source.auth = auth
-        self.source.redirect_blobs_to = None if auth else self.store.url
-        server = self.source if auth else self.store
-        if fault:
-            server.fault(fault[0], fault[1], THREAT_EVER)
-        error = None
-        try:
-            with mock.patch("imagec.ATTEMPTS", 2):
-                self.fetch(self.ref, format, self.at(name), idle_timeout=0.1,
-                           notify=self.events.append, **self.login(**who))
-        except (imagec.ImagecError, OSError) as caught:
-            error = caught
-        self.assertEqual(bool(error), bool(fault) or "wrong" in what, error)
-        del server.faults[:]
-        self.look_everywhere(what, error)
-
-    def look_everywhere(self, what, error):
-        while error is not None:
-            for text in (str(error), repr(error), repr(error.args),
-                         repr(getattr(error, "__dict__", ""))):
-                self.assert_no_secret(what, text)
-            error = error.__cause__ or (
-                None if error.__suppress_context__ else error.__context__)
-        self.assert_no_secret(what, self.said.getvalue())
-        self.assert_no_secret(what, repr(self.events))
-        for name, data in threat_files(self.work).items():
-            self.assert_no_secret(name, name)
-            self.assert_no_secret(name, data or b"")
-
-    def test_t80_the_command_line(self):
-        """At --debug, with a traceback, through each way in for a secret."""
-        self.source.auth = "bearer"
-        authfile = self.login(identity="S3CR3T-OTHER")["authfile"]
-        proxy = "http://u:S3CR3T@127.0.0.1:1"
-        rows = (
-            (("-u", "alice", "--password-stdin"), PASSWORD, 0),
-            (("-u", "alice", "--password-stdin"), "S3CR3T-wrong", 5),
-            (("--authfile", authfile), "", 5),
-            (("--proxy", proxy), "", 1),
-            (("--proxy", "socks5://u:S3CR3T@127.0.0.1:1"), "", 1),
-            (("--proxy", "ftp://u:S3CR3T@127.0.0.1:1"), "", 2),
-        )
-        for (format, name), (argv, stdin, code) in zip(
-                itertools.cycle(THREAT_OUTPUTS), rows):
-            with self.subTest(argv=argv[:1], code=code):
-                run = self.main("pull", "--debug", "--platform", THREAT_PLATFORM,
-                                "--format", format, "-o", self.at(name), *argv + (
-                                    self.ref,), stdin=stdin)
-                self.assertEqual(run.status, code, run.err)
-                self.assert_no_secret(argv[0], run.err)
-                self.assert_no_secret(argv[0], run.out)
-                self.look_everywhere(argv[0], None)
-
-    def test_t80_values(self):
-        """What a traceback, a debugger or a log might show of the objects inside."""
-        who = imagec.Credentials("alice", PASSWORD, IDENTITY_TOKEN, "S3CR3T-R")
-        given = imagec.Keyring(who)
-        with imagec.Session("alice", PASSWORD, proxy="http://u:S3CR3T@127.0.0.1:1",
-                            idle_timeout=1) as session:
-            values = [who, given, imagec.Token("S3CR3T-T", 9), session,
-                      session.transport, imagec.Authorizer(
-                          session.transport, "http://127.0.0.1:1/v2/", who)]
-            for value in values:
-                self.assert_no_secret(type(value), repr(value) + str(value))
 
 
 # --------------------------------------------------------------------------------------
