@@ -8569,8 +8569,6 @@ FIELD_RANGES = (
     ("too long", FIELD_NOISE + b"x", None, [0]),
 )
 
-FIELD_KILLS = 10  # of each format
-
 
 def field_files(top):
     """{path: size} of the files below a place, or of the one that stands there."""
@@ -8702,108 +8700,6 @@ class ResumeTest(FieldCase):
         del registry.requests[:]
         self.pull(registry.host, to=name, format=format)
         self.assertEqual(paths(registry, "/blobs/"), [])
-
-
-class KillCase(FieldCase):
-    """Pulls that are killed again and again; rows of a table run side by side."""
-
-    def side_by_side(self, check, rows):
-        errors = []
-
-        def run(row):
-            try:
-                check(*row)
-            except Exception as error:  # unittest hears of this thread only by us
-                errors.append((row[0], error))
-
-        threads = [threading.Thread(target=run, args=(row,)) for row in rows]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(errors, [])
-
-    def begun(self, name, sizes):
-        """Bytes on disk of the layer that was cut off."""
-        found = [size for path, size in field_files(self.root).items()
-                 if self.at(name) in path and size not in sizes
-                 and re.search(r"/[0-9a-f]{64}(\.tar)?\.partial$", path)]
-        self.assertLessEqual(len(found), 1)
-        return found[0] if found else 0
-
-    def on_disk(self, name):
-        """Bytes of layers on disk; those an archive takes in would count twice."""
-        return sum(size for path, size in field_files(self.root).items()
-                   if self.at(name) in path
-                   and re.search(r"/[0-9a-f]{64}(\.tar)?(\.partial)?$", path))
-
-    def pull_killed(self, format, name, ref, sizes, amounts, sent, asked, buffer):
-        """Kill the pull after each of `amounts`, then let it end.
-
-        `sent` counts the bytes that came, `asked` tells where layers were asked for,
-        `buffer` is how many bytes may be lost each time.
-        """
-        argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name), ref]
-        servant = Servant()
-        try:
-            for amount in amounts:
-                begun, count = self.begun(name, sizes), len(asked())
-                before = self.on_disk(name) - sent()
-                goal = sent() + amount
-                # The server may still be feeding the run that was killed before.
-                self.kill(servant, argv,
-                          lambda: sent() >= goal and len(asked()) > count)
-                self.assertEqual(asked()[count:][:1], [begun])
-                if format != "archive":
-                    after = self.on_disk(name) - sent()
-                    self.assertGreaterEqual(after, before - buffer)
-            self.assertEqual(servant.end(servant.start(*argv)).status, 0)
-        finally:
-            servant.close()
-
-    def kill(self, servant, argv, is_time):
-        started, deadline = servant.start(*argv, small=True), time.monotonic() + 20
-        while not is_time():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.003)
-        os.kill(started[0], signal.SIGKILL)
-        self.assertEqual(servant.end(started).status, -signal.SIGKILL)
-
-
-@able(hasattr(os, "fork"), "fork")
-class KillTest(KillCase):
-    """kill -9 at any moment costs a buffer, not what is on disk."""
-
-    def setUp(self):
-        super().setUp()
-        self.image = field_noisy_image(5 << 18, compress=None)
-        self.size = sum(map(len, self.image.blobs.values()))
-        self.dice = random.Random(7)
-
-    def test_kill_9(self):
-        rows = [row + (self.filled(self.image),) for row in FIELD_FORMATS[:4]]
-        self.side_by_side(self.check, rows)
-        for format, name, registry in rows:
-            with self.subTest(format):
-                self.assertEqual(faults_of(self.at(name)), [])
-
-    def check(self, format, name, registry):
-        registry.fault("/blobs/", drip(0.001, BLOCK), EVERY_TIME)
-        amounts = [self.dice.uniform(0.01, 0.12) * self.size
-                   for _ in range(FIELD_KILLS)]
-        sizes = {len(self.image.blobs[digest]) for digest in self.image.layers}
-
-        def asked():
-            return [int(r.headers.get("Range", "bytes=0-")[6:-1])
-                    for r in list(registry.requests)
-                    if any(digest in r.path for digest in self.image.layers)]
-
-        # What the program and the kernel hold. The config comes anew.
-        buffer = imagec.CHUNK + 4 * BLOCK + len(self.image.config)
-        self.pull_killed(format, name, registry.host + "/lab/app:1", sizes, amounts,
-                         lambda: registry.sent_blob_bytes, asked, buffer)
-        self.assertLessEqual(registry.sent_blob_bytes,
-                             self.size * 1.05 + FIELD_KILLS * buffer)
 
 
 # ------------------------------------------------------------------------------
@@ -16388,83 +16284,141 @@ class FuzzTest(ThreatCase):
 # ------------------------------------------------------------------------------
 
 THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "10"))
-THREAT_SIGNALS = ((signal.SIGINT, (130,)), (signal.SIGTERM, (143,))) + (
-    ((signal.SIGKILL, (-signal.SIGKILL,)),) if hasattr(signal, "SIGKILL") else ())
+THREAT_SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143)) + (
+    ((signal.SIGKILL, -signal.SIGKILL),) if hasattr(signal, "SIGKILL") else ())
+KILLS_OF_ONE = 10  # until a pull may end
+
+
+class KillCase(RegistryCase):
+    """Pulls that are ended by a signal."""
+
+    dice = random.Random(SEED)
+
+    def hit(self, servant, argv, is_time, number, late=0):
+        """Send the signal to a command line when it is time, or that much later."""
+        started, deadline = servant.start(*argv, small=True), time.monotonic() + 20
+        while not is_time():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.002)
+        time.sleep(late)
+        os.kill(started[0], number)
+        return servant.end(started)
+
+    def check_kill_9(self, *image):
+        """Into each format, side by side; see pull_killed."""
+        table = FIELD_FORMATS[:4]
+        with concurrent.futures.ThreadPoolExecutor(len(table)) as pool:
+            ends = [pool.submit(self.pull_killed, *row + image) for row in table]
+            for (format, name), end in zip(table, ends):
+                with self.subTest(format):
+                    end.result()
+                    self.assertEqual(faults_of(self.at(name)), [])
+
+    def pull_killed(self, format, name, host, path, layers):
+        """Kill a pull again and again: it costs a buffer, not what is on disk.
+
+        `layers` are {digest: size}.
+        """
+        def asked():
+            return [offset for digest, offset in list(relay.asked) if digest in layers]
+
+        def on_disk():
+            """Sizes of the layers; those an archive takes in would count twice."""
+            return {path: size for path, size in field_files(self.root).items()
+                    if self.at(name) in path
+                    and re.search(r"/[0-9a-f]{64}(\.tar)?(\.partial)?$", path)}
+
+        relay, size = Relay(host, 0.001), sum(layers.values())
+        self.addCleanup(relay.close)
+        argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name),
+                relay.host + path]
+        # What the program, the kernel and the relay hold.
+        buffer = imagec.CHUNK + 5 * BLOCK
+        with contextlib.closing(Servant()) as servant:
+            for _ in range(KILLS_OF_ONE):
+                before, count, came = on_disk(), len(asked()), relay.carried
+                goal = came + self.dice.uniform(0.01, 0.12) * size
+                # The server may still be feeding the run that was killed before.
+                run = self.hit(servant, argv, lambda: relay.carried >= goal
+                               and len(asked()) > count, signal.SIGKILL)
+                self.assertEqual(run.status, -signal.SIGKILL)
+                begun = [size for path, size in before.items()
+                         if path.endswith(".partial") and size not in layers.values()]
+                self.assertEqual(asked()[count], sum(begun))
+                self.assertLessEqual(len(begun), 1)
+                if format != "archive":
+                    more = sum(on_disk().values()) - sum(before.values())
+                    self.assertGreaterEqual(more, relay.carried - came - buffer)
+            self.assertEqual(servant.end(servant.start(*argv)).status, 0)
+        self.assertLessEqual(relay.carried, size * 1.05 + KILLS_OF_ONE * buffer)
 
 
 @THREAT_POSIX
-class ThreatKillTest(ThreatProcessCase):
+class KillTest(KillCase, ThreatProcessCase):
     """Signals at any moment of a pull into any format: T121 T122 T123."""
 
-    def setUp(self):
-        super().setUp()
-        self.image = build_image([tar_bytes([("d%d" % n, None), ("d%d/f" % n, data)])
-                                  for n, data in enumerate(
-            threat_noise(6000 * (n + 1), n) for n in range(4))])
-        self.good = set(self.image.layers)
-        self.registry, self.ref = self.filled()
-        old = build_image([tar_bytes([("old", b"old")])])
-        self.registry.add("lab/app", "0", old)
-        self.good |= set(old.layers)
-        self.registry.fault("/blobs/", drip(0.001, 1500), THREAT_EVER)
-        self.size = sum(map(len, self.image.blobs.values()))
-        self.dice = random.Random(THREAT_SEED)
+    def test_kill_9(self):
+        image = field_noisy_image(5 << 18, compress=None)
+        self.check_kill_9(self.filled(image)[0].host, "/lab/app:1", {
+            digest: len(image.blobs[digest]) for digest in image.layers})
 
-    def test_t121_t122_t123_any_moment(self):
-        outputs = itertools.cycle(THREAT_OUTPUTS)
-        signals = itertools.cycle(THREAT_SIGNALS)
-        for number in range(THREAT_KILLS):
-            (format, name), (number_sent, statuses) = next(outputs), next(signals)
-            with self.subTest(kill=number, name=name, signal=number_sent):
-                self.check(format, name, number_sent, statuses)
+    def test_any_moment(self):
+        self.image = build_image([
+            tar_bytes([("d%d" % n, None), ("d%d/f" % n, threat_noise(6000 * n + 6000, n))])
+            for n in range(4)])
+        old = build_image([tar_bytes([("old", b"old")])])
+        self.good = set(self.image.layers + old.layers)
+        self.registry, self.ref = self.filled()
+        self.registry.add("lab/app", "0", old)
+        self.registry.fault("/blobs/", drip(0.001, 1500), EVERY_TIME)
+        for kill, (format, name), signalled in zip(
+                range(THREAT_KILLS), itertools.cycle(THREAT_OUTPUTS),
+                itertools.cycle(THREAT_SIGNALS)):
+            with self.subTest(kill=kill, name=name, signal=signalled):
+                self.check(format, name, *signalled)
             remove(self.work)
             os.mkdir(self.work)
 
-    def check(self, format, name, number, statuses):
+    def check(self, format, name, number, status):
         path = self.at(name)
         beside = path if name != "root" else self.at("old")
-        run = self.run_alone(*self.pull_argv(self.ref[:-1] + "0", format, beside))
-        self.assertEqual(run.status, 0, run.err)
+        self.complete(self.ref[:-1] + "0", format, beside)
         before = threat_files(self.work)
-        run = self.hit(format, path, number)
+        run = self.hit_anywhere(format, path, number)
         self.assertNotIn("Traceback", run.err)
         if run.status == -number != -signal.SIGKILL:
             # All was done, and it on its way out: there Python itself obeys.
             self.assert_whole(path)
             self.assert_no_leftovers()
         elif run.status:
-            self.assertIn(run.status, statuses, run.err)
+            self.assertEqual(run.status, status, run.err)
             self.assertEqual(run.err.count("\n"), number != signal.SIGKILL)
         self.assert_only_verified(path)
         after = threat_files(self.work)
         if name in ("root", "images"):  # the others grow, or are replaced whole
             self.assertEqual({n: after.get(n) for n in before}, before)
-        self.again(format, path)
-        if beside != path:
-            self.assert_whole(beside)
+        if os.path.isdir(path) and name == "root":
+            self.assert_whole(path)  # all but the sweeping was done
+        else:
+            self.complete(self.ref, format, path)
+            self.assert_no_leftovers()
+        self.assert_whole(beside)
 
-    def hit(self, format, path, number):
-        """Pull, and send the signal after so many bytes, or so long after the last."""
-        begun = self.registry.sent_blob_bytes
-        # At least one: before that Python may still be starting, and obeys by itself.
-        goal = max(1, min(1, self.dice.uniform(0, 1.5)) * self.size * 0.9)
-        late = self.dice.uniform(0, 0.03)
-        started = self.start(*self.pull_argv(self.ref, format, path))
-        end = time.monotonic() + 20
-        while self.registry.sent_blob_bytes - begun < goal and time.monotonic() < end:
-            time.sleep(0.001)
-        time.sleep(late)
-        os.kill(started[0], number)
-        return self.end(started)
-
-    def again(self, format, path):
-        """Another run completes what was not complete."""
-        if os.path.isdir(path) and path.endswith("root"):
-            return self.assert_whole(path)  # killed when all but the sweeping was done
-        run = self.run_alone(*self.pull_argv(self.ref, format, path))
+    def complete(self, ref, format, path):
+        """A pull that nothing stops completes what is not complete."""
+        run = self.run_alone(*self.pull_argv(ref, format, path))
         self.assertEqual(run.status, 0, run.err)
         self.assert_whole(path)
-        self.assert_no_leftovers()
+
+    def hit_anywhere(self, format, path, number):
+        """Pull, and send the signal after so many bytes, or so long after the last."""
+        size = sum(map(len, self.image.blobs.values()))
+        # At least one: before that Python may still be starting, and obeys by itself.
+        goal = self.registry.sent_blob_bytes + max(
+            1, min(1, self.dice.uniform(0, 1.5)) * size * 0.9)
+        return self.hit(self.servant, self.pull_argv(self.ref, format, path),
+                        lambda: self.registry.sent_blob_bytes >= goal, number,
+                        late=self.dice.uniform(0, 0.03))
 
 
 # ------------------------------------------------------------------------------
@@ -18323,7 +18277,6 @@ class ReadersSchema1Test(RegistryCase):
 CLIENT_CERT = TEST_CERT
 CLIENT_KEY = TEST_KEY
 
-REAL_KILLS = 10
 REAL_BIG = 3 << 19  # bytes of each of three layers
 
 
@@ -18694,24 +18647,7 @@ class RealResumeTest(RealFieldCase, KillCase):
     """kill -9 at random moments of a pull from docker-registry."""
 
     def test_kill_9(self):
-        self.layers, self.dice = field_seed().layers, random.Random(11)
-        self.side_by_side(self.check, FIELD_FORMATS[:4])
-        for format, name in FIELD_FORMATS[:4]:
-            with self.subTest(format):
-                self.assertEqual(faults_of(self.at(name)), [])
-
-    def check(self, format, name):
-        size, relay = sum(self.layers.values()), Relay(self.real.host, 0.001)
-        self.addCleanup(relay.close)
-        amounts = [self.dice.uniform(0.01, 0.12) * size for _ in range(REAL_KILLS)]
-        # What the program, the kernel and the relay hold.
-        buffer = imagec.CHUNK + 5 * BLOCK
-        self.pull_killed(
-            format, name, relay.host + "/lab/big:1", set(self.layers.values()),
-            amounts, lambda: relay.carried,
-            lambda: [offset for digest, offset in list(relay.asked)
-                     if digest in self.layers], buffer)
-        self.assertLessEqual(relay.carried, size * 1.05 + REAL_KILLS * buffer)
+        self.check_kill_9(self.real.host, "/lab/big:1", field_seed().layers)
 
     def test_what_is_there_is_not_carried_again(self):
         """The last byte of each layer is missing: next to nothing has to come."""
