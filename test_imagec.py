@@ -6955,6 +6955,14 @@ class FieldCase(NetworkCase):
     def docker_config(self, config):
         return self.file("home/.docker/config.json", config)
 
+    def helper(self, name, script):
+        """Put a program on the PATH."""
+        path = self.file("bin/docker-credential-" + name, "#!/bin/sh\n" + script + "\n")
+        os.chmod(path, 0o755)
+        if not os.environ["PATH"].startswith(self.at("bin")):
+            os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
+        return path
+
     def filled(self, image=None, name="lab/app", **options):
         return super().filled(image or build_image(FIELD_SMALL), name, **options)
 
@@ -7131,14 +7139,6 @@ class CredentialsTest(FieldCase):
     def user(self, keyring, host="r.test", repository="a"):
         found = keyring.lookup(host, repository)
         return found and found.username
-
-    def helper(self, name, script):
-        """Put a program on the PATH."""
-        path = self.file("bin/docker-credential-" + name, "#!/bin/sh\n" + script + "\n")
-        os.chmod(path, 0o755)
-        if not os.environ["PATH"].startswith(self.at("bin")):
-            os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
-        return path
 
     # -- where they are looked for
 
@@ -18274,34 +18274,27 @@ class ReadersSchema1Test(RegistryCase):
 # Against real proxies and client certificates
 # --------------------------------------------------------------------------------------
 
-CLIENT_CERT = TEST_CERT
-CLIENT_KEY = TEST_KEY
-
 REAL_BIG = 3 << 19  # bytes of each of three layers
 
 
-class FieldSeed:
-    """A registry's storage with lab/app:1 and lab/big:1, removed at exit."""
-
-    def __init__(self):
-        self.root = tempfile.mkdtemp(prefix="field-")
-        FIXTURES.callback(remove, self.root)
-        big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
-        with DockerRegistry(self.root) as registry:
-            for name, layers in (("app", FIELD_SMALL), ("big", big)):
-                layout = oci_layout(os.path.join(self.root, name), layers)
-                skopeo_copy("oci:%s:latest" % layout,
-                            "docker://%s/lab/%s:1" % (registry.host, name))
-            raw = registry.request("/v2/lab/big/manifests/1", {
-                "Accept": "application/vnd.oci.image.manifest.v1+json"})[2]
-        #: digest -> size of the big image's layers
-        self.layers = {layer["digest"]: layer["size"]
-                       for layer in json.loads(raw.decode("ascii"))["layers"]}
+FieldSeed = collections.namedtuple("FieldSeed", "root layers")
 
 
 @functools.lru_cache(maxsize=None)
 def field_seed():
-    return FieldSeed()
+    """The root of a registry with lab/app:1 and lab/big:1, {digest: size} of the big."""
+    root = tempfile.mkdtemp(prefix="field-")
+    FIXTURES.callback(remove, root)
+    big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
+    with DockerRegistry(root) as registry:
+        for name, layers in (("app", FIELD_SMALL), ("big", big)):
+            layout = oci_layout(os.path.join(root, name), layers)
+            skopeo_copy("oci:%s:latest" % layout,
+                        "docker://%s/lab/%s:1" % (registry.host, name))
+        raw = registry.request("/v2/lab/big/manifests/1", {
+            "Accept": "application/vnd.oci.image.manifest.v1+json"})[2]
+    return FieldSeed(root, {layer["digest"]: layer["size"]
+                            for layer in json.loads(raw.decode("ascii"))["layers"]})
 
 
 class ClientCertRegistry(DockerRegistry):
@@ -18311,12 +18304,12 @@ class ClientCertRegistry(DockerRegistry):
         path = super()._configure()
         with open(path) as file:
             config = json.load(file)
-        config["http"]["tls"]["clientcas"] = [self._path("client-ca.pem", CLIENT_CERT)]
+        config["http"]["tls"]["clientcas"] = [self._path("client-ca.pem", TEST_CERT)]
         return self._path("config.yml", json.dumps(config))
 
     def request(self, path, headers=None, method="GET"):
         context = ssl.create_default_context(cadata=REAL_CERT)
-        context.load_cert_chain(self._path("client.pem", CLIENT_CERT + CLIENT_KEY))
+        context.load_cert_chain(self._path("client.pem", TEST_CERT + TEST_KEY))
         with mock.patch("ssl.create_default_context", lambda **options: context):
             return super().request(path, headers, method)
 
@@ -18341,6 +18334,10 @@ class RealFieldCase(FieldCase):
         self.ref = self.real.host + "/lab/app:1"
         os.environ["SSL_CERT_FILE"] = self.file("real.pem", REAL_CERT)
 
+    def configure(self, **entry):
+        """Put the registry's user into docker's config.json."""
+        self.docker_config({"auths": {self.real.host: entry}})
+
     def take(self, *argv, expect=0, to="out", ref=None):
         """Pull by a command line; its run."""
         run = self.main("pull", "-q", "--platform", "linux/amd64", "-o", self.at(to),
@@ -18357,30 +18354,20 @@ class FieldProgram:
 
     def __init__(self, case, command, port):
         self.host, self._log = "127.0.0.1:%d" % port, case.at("%d.log" % port)
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        case.addCleanup(self.close)
-        self._wait(port)
-
-    def _wait(self, port):
-        deadline = time.monotonic() + 10
+        process = start_guarded(command, self._log)
+        case.addCleanup(stop_guarded, process)
+        deadline = time.monotonic() + 20
         while True:
-            try:
-                return socket.create_connection(("127.0.0.1", port), 1).close()
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise RuntimeError("does not listen: " + self.log())
-                time.sleep(0.01)
+            with socket.socket() as sock:
+                if not sock.connect_ex(("127.0.0.1", port)):
+                    return
+            case.assertIsNone(process.poll(), self.log())
+            case.assertLess(time.monotonic(), deadline, self.log())
+            time.sleep(0.01)
 
     def log(self):
         with open(self._log, "rb") as file:
             return file.read().decode("utf-8", "replace")
-
-    def close(self):
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
 
 
 # ------------------------------------------------------------------------------
@@ -18394,14 +18381,14 @@ class RealClientCertTest(RealFieldCase):
     kind, options = ClientCertRegistry, {"tls": True}
 
     def test_cert_and_key(self):
-        self.take("--cert", self.file("me.cert", CLIENT_CERT),
-                  "--key", self.file("me.key", CLIENT_KEY))
+        self.take("--cert", self.file("me.cert", TEST_CERT),
+                  "--key", self.file("me.key", TEST_KEY))
 
     def test_certs_d(self):
         os.environ["SSL_CERT_FILE"] = self.file("none.pem", WRONG_HOST_CERT)
         place = "home/.config/containers/certs.d/%s/" % self.real.host
-        for name, content in (("ca.crt", REAL_CERT), ("me.cert", CLIENT_CERT),
-                              ("me.key", CLIENT_KEY)):
+        for name, content in (("ca.crt", REAL_CERT), ("me.cert", TEST_CERT),
+                              ("me.key", TEST_KEY)):
             self.file(place + name, content)
         self.take()
         os.remove(self.at(place + "me.key"))
@@ -18416,26 +18403,19 @@ class RealClientCertTest(RealFieldCase):
                   "--key", self.file("me.key", WRONG_HOST_KEY), expect=1)
 
 
-class RealConfigCase(RealFieldCase):
-    """A registry whose user is in docker's config.json."""
-
-    def configure(self, entry, **more):
-        self.docker_config(dict(more, auths={self.real.host: entry}))
-
-    def good(self):
-        return {"auth": field_base64("%s:%s" % (REAL_USER, REAL_PASSWORD))}
+REAL_ENTRY = field_entry(REAL_USER, REAL_PASSWORD)
 
 
 @needs("docker-registry", "skopeo")
-class RealHtpasswdConfigTest(RealConfigCase):
+class RealHtpasswdConfigTest(RealFieldCase):
     """htpasswd over TLS."""
 
     options = {"auth": "htpasswd", "tls": True}
 
     def test_config(self):
-        self.configure(self.good())
+        self.configure(**REAL_ENTRY)
         self.take()
-        self.configure({"username": REAL_USER, "password": REAL_PASSWORD})
+        self.configure(username=REAL_USER, password=REAL_PASSWORD)
         self.take()
         run = self.main("auth", self.real.host)
         self.assertIn(REAL_USER, run.out)
@@ -18443,24 +18423,21 @@ class RealHtpasswdConfigTest(RealConfigCase):
 
     def test_helper(self):
         answer = json.dumps({"Username": REAL_USER, "Secret": REAL_PASSWORD})
-        path = self.file("bin/docker-credential-lab",
-                         "#!/bin/sh\ncat >/dev/null\necho '%s'" % answer)
-        os.chmod(path, 0o755)
-        os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
+        self.helper("lab", "cat >/dev/null\necho '%s'" % answer)
         self.docker_config({"credHelpers": {self.real.host: "lab"}})
         self.take()
 
     def test_refused(self):
-        self.configure({"auth": field_base64(REAL_USER + ":S3CR3T-WRONG")})
+        self.configure(**field_entry(REAL_USER, "S3CR3T-WRONG"))
         run = self.take(expect=5)
         self.assertIn("config.json", run.err)
         self.assertNotIn("S3CR3T", run.err)
-        self.configure(self.good())
+        self.configure(**REAL_ENTRY)
         self.take("--no-creds", expect=5)
 
 
 @needs("docker-registry", "skopeo")
-class RealTokenConfigTest(RealConfigCase):
+class RealTokenConfigTest(RealFieldCase):
     """A token server, asked by GET and by POST."""
 
     options = {"auth": "token"}
@@ -18474,25 +18451,25 @@ class RealTokenConfigTest(RealConfigCase):
         return [method for method, _, _, _ in self.tokens.requests]
 
     def test_get(self):
-        self.configure(self.good())
+        self.configure(**REAL_ENTRY)
         self.take()
         self.assertEqual(self.methods(), ["GET"])
         self.assertIn("Authorization", self.tokens.requests[0][2])
 
     def test_post(self):
-        self.configure(dict(self.good(), identitytoken=REAL_IDENTITY_TOKEN))
+        self.configure(identitytoken=REAL_IDENTITY_TOKEN, **REAL_ENTRY)
         self.take()
         self.assertEqual(self.methods(), ["POST"])
         self.assertNotIn("Authorization", self.tokens.requests[0][2])
 
     def test_registry_token(self):
         token = self.tokens.token(REAL_USER, ["repository:lab/app:pull"])
-        self.configure({"registrytoken": token})
+        self.configure(registrytoken=token)
         self.take()
         self.assertEqual(self.methods(), [])
 
     def test_refused(self):
-        self.configure({"identitytoken": "S3CR3T-OLD"})
+        self.configure(identitytoken="S3CR3T-OLD")
         run = self.take(expect=5)
         self.assertIn("identity token", run.err)
         self.assertNotIn("S3CR3T", run.err)
@@ -18649,45 +18626,44 @@ class RealResumeTest(RealFieldCase, KillCase):
     def test_kill_9(self):
         self.check_kill_9(self.real.host, "/lab/big:1", field_seed().layers)
 
-    def test_what_is_there_is_not_carried_again(self):
+    @rows(FIELD_FORMATS[:2])
+    def test_what_is_there_is_not_carried_again(self, format, name):
         """The last byte of each layer is missing: next to nothing has to come."""
-        for format, name in FIELD_FORMATS[:2]:
-            relay = Relay(self.real.host)
-            self.addCleanup(relay.close)
-            self.pull(relay.host, "lab/big:1", to=name, format=format)
-            for path, size in field_files(self.at(name)).items():
-                if size > REAL_BIG:
-                    os.rename(path, path + ".partial")
-                    os.truncate(path + ".partial", size - 1)
-            relay.carried = 0
-            self.pull(relay.host, "lab/big:1", to=name, format=format)
-            self.assertLess(relay.carried, 10000)
-            self.assertEqual(faults_of(self.at(name)), [])
+        relay = Relay(self.real.host)
+        self.addCleanup(relay.close)
+        self.pull(relay.host, "lab/big:1", to=name, format=format)
+        for path, size in field_files(self.at(name)).items():
+            if size > REAL_BIG:
+                os.rename(path, path + ".partial")
+                os.truncate(path + ".partial", size - 1)
+        relay.carried = 0
+        self.pull(relay.host, "lab/big:1", to=name, format=format)
+        self.assertLess(relay.carried, 10000)
+        self.assertEqual(faults_of(self.at(name)), [])
 
 
 @needs("docker-registry", "skopeo")
 class RealMirrorTest(RealFieldCase):
     """docker-registry as a pull-through cache in front of another."""
 
-    def cache(self, upstream):
-        root = tempfile.mkdtemp(dir=self.root)
-        cache = DockerRegistry(root, env_extra={"REGISTRY_PROXY_REMOTEURL": upstream})
-        self.addCleanup(cache.close)
-        return cache
+    def started(self, root=None, **settings):
+        registry = DockerRegistry(root or tempfile.mkdtemp(dir=self.root),
+                                  env_extra=settings)
+        self.addCleanup(registry.close)
+        return registry
 
     def test_cache(self):
-        upstream = DockerRegistry(field_seed().root)
-        self.addCleanup(upstream.close)
-        cache, ref = self.cache(upstream.url), upstream.host + "/lab/app:1"
-        run = self.main("pull", "--progress", "none", "-o", self.at("a.tar"),
-                        "--mirror", cache.host, ref)
+        upstream = self.started(field_seed().root)
+        cache = self.started(REGISTRY_PROXY_REMOTEURL=upstream.url)
+        ref = upstream.host + "/lab/app:1"
+        argv = ("--progress", "none", "--mirror", cache.host, ref)
+        run = self.main("pull", "-o", self.at("a.tar"), *argv)
         self.assertEqual((run.status, run.err), (0, ""))
         self.assertTrue(run.out.startswith(ref + "@sha256:"))
         self.assertEqual(faults_of(self.at("a.tar")), [])
         self.wait_until_stored(cache, self.at("a.tar"))
         upstream.close()
-        again = self.main("pull", "--progress", "none", "-o", self.at("b.tar"),
-                          "--mirror", cache.host, ref)
+        again = self.main("pull", "-o", self.at("b.tar"), *argv)
         self.assertEqual(again, run)
         with open(self.at("a.tar"), "rb") as one, open(self.at("b.tar"), "rb") as two:
             self.assertEqual(one.read(), two.read())
@@ -18699,15 +18675,14 @@ class RealMirrorTest(RealFieldCase):
         links = [os.path.join(cache.storage, "docker/registry/v2/repositories/lab/app",
                               "_layers/sha256", name.rpartition("/")[2], "link")
                  for name in manifest["Layers"] + [manifest["Config"]]]
-        deadline = time.monotonic() + 10
-        while not all(map(os.path.exists, links)) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 20
+        while not all(map(os.path.exists, links)):
+            self.assertLess(time.monotonic(), deadline)
             time.sleep(0.01)
 
     def test_mirror_that_lacks_it(self):
-        empty = DockerRegistry(tempfile.mkdtemp(dir=self.root))
-        self.addCleanup(empty.close)
-        run = self.main("pull", "--progress", "none", "-o", self.at(),
-                        "--mirror", "127.0.0.1:1", "--mirror", empty.host, self.ref)
+        run = self.main("pull", "--progress", "none", "-o", self.at(), "--mirror",
+                        "127.0.0.1:1", "--mirror", self.started().host, self.ref)
         self.assertEqual(run.status, 0, run.err)
         self.assertEqual(run.err.count("leaving the mirror"), 2)
 
