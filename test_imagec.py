@@ -7419,9 +7419,8 @@ class CredentialsTest(FieldCase):
             "grant_type": "refresh_token", "refresh_token": IDENTITY_TOKEN,
             "service": "fixture", "scope": "repository:lab/app:pull",
             "client_id": "imagec"}, None)])
-        self.assertEqual(
-            [r.headers["Content-Type"] for r in registry.requests if r.method == "POST"],
-            ["application/x-www-form-urlencoded"])
+        self.assertEqual([r.headers["Content-Type"] for r in registry.requests
+                          if r.method == "POST"], ["application/x-www-form-urlencoded"])
         self.assertNotIn("refresh_token", "".join(r.path for r in registry.requests))
 
     @rows(((404,), (405,)))
@@ -7883,9 +7882,9 @@ class TLSFilesTest(FieldCase):
 class Relay(Server):
     """Hands connections on to a host of this machine, and counts what comes back."""
 
-    def __init__(self, host=None, pace=0):
-        self.onward, self.pace = host, pace
-        self.carried = 0
+    def __init__(self, host=None):
+        self.onward = host
+        self.carried, self.limit = 0, float("inf")  # bytes, and when to hold them back
         self.asked = []  # (digest, offset) of the requests for blobs
         super().__init__()
 
@@ -7913,10 +7912,17 @@ class Relay(Server):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def let_go(self):
+        """Hold back nothing, and wait until every connection is over."""
+        self.limit = float("inf")
+        while self._live:
+            self._closing.wait(0.002)
+
     def _count(self, data):
         with self._lock:
             self.carried += len(data)
-        self._closing.wait(self.pace)
+        while self.carried > self.limit and not self._closing.wait(0.002):
+            pass
 
     def _note(self, data):
         """Requests come whole: http.client sends their headers at once."""
@@ -8859,13 +8865,15 @@ class DryRunTest(FieldCase):
         self.ref = self.origin.host + "/lab/app:1"
         self.sizes = [len(self.image.blobs[digest]) for digest in self.image.layers]
 
-    def plan(self, *argv, format="layers", name="out", ref=None, platform="linux/amd64"):
+    def plan(self, *argv, format="layers", name="out", ref=None,
+             platform="linux/amd64"):
         """The lines of a plan, which must succeed and write nothing."""
-        before = field_files(self.root), os.path.exists(self.at(name))
+        path = self.at(name)
+        before = field_files(self.root), os.path.exists(path)
         run = self.main("pull", "--dry-run", "--platform", platform, "--format", format,
-                        "-o", self.at(name), ref or self.ref, *argv)
+                        "-o", path, ref or self.ref, *argv)
         self.assertEqual((run.status, run.err), (0, ""))
-        self.assertEqual((field_files(self.root), os.path.exists(self.at(name))), before)
+        self.assertEqual((field_files(self.root), os.path.exists(path)), before)
         return run.out.splitlines()
 
     @rows(FIELD_FORMATS)
@@ -8911,14 +8919,14 @@ class DryRunTest(FieldCase):
         noise = build_image([tar_bytes([("f%d" % n, field_noise(9000 - 500 * n, n))])
                              for n in range(2)])
         origin = self.filled(noise)
+        host = origin.host
         fault = origin.fault("/blobs/" + noise.layers[1], status(404), EVERY_TIME)
         with self.fails(imagec.NotFound):
-            self.pull(origin.host, to="a.tar", jobs=1)
+            self.pull(host, to="a.tar", jobs=1)
         fault.times = fault.used
-        sizes = [len(noise.blobs[digest]) for digest in noise.layers]
-        lines = self.plan(format="archive", name="a.tar", ref=origin.host + "/lab/app:1")
-        self.assertEqual(
-            lines[-1], "to fetch: %d bytes; already there: %d" % (sizes[1], sizes[0]))
+        lines = self.plan(format="archive", name="a.tar", ref=host + "/lab/app:1")
+        self.assertEqual(lines[-1], "to fetch: %d bytes; already there: %d" % tuple(
+            len(noise.blobs[digest]) for digest in noise.layers[::-1]))
 
     def test_mirror_is_named(self):
         mirror = self.filled(self.image)
@@ -14831,9 +14839,10 @@ class SecretsTest(CommandLineCase):
         texts = list(texts)
         for value in texts:
             if isinstance(value, BaseException):
-                texts += [str(value), repr(value), repr(value.args),
-                          repr(getattr(value, "__dict__", "")), value.__cause__ or (
-                              None if value.__suppress_context__ else value.__context__)]
+                texts += [str(value), repr(value), repr(value.args), repr(vars(value)),
+                          value.__cause__]
+                if not value.__suppress_context__:
+                    texts.append(value.__context__)
         files = threat_files(self.root)
         files.pop("auth.json", None)  # ours
         for value in texts + list(files) + list(files.values()):
@@ -16296,7 +16305,7 @@ class KillCase(RegistryCase):
 
     def hit(self, servant, argv, is_time, number, late=0):
         """Send the signal to a command line when it is time, or that much later."""
-        started, deadline = servant.start(*argv, small=True), time.monotonic() + 20
+        started, deadline = servant.start(*argv, small=True), time.monotonic() + 60
         while not is_time():
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.002)
@@ -16328,27 +16337,29 @@ class KillCase(RegistryCase):
                     if self.at(name) in path
                     and re.search(r"/[0-9a-f]{64}(\.tar)?(\.partial)?$", path)}
 
-        relay, size = Relay(host, 0.001), sum(layers.values())
+        relay, size = Relay(host), sum(layers.values())
         self.addCleanup(relay.close)
         argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name),
                 relay.host + path]
         # What the program, the kernel and the relay hold.
         buffer = imagec.CHUNK + 5 * BLOCK
         with contextlib.closing(Servant()) as servant:
-            for _ in range(KILLS_OF_ONE):
+            for number in range(KILLS_OF_ONE):
                 before, count, came = on_disk(), len(asked()), relay.carried
-                goal = came + self.dice.uniform(0.01, 0.12) * size
-                # The server may still be feeding the run that was killed before.
+                goal = (number + self.dice.random()) / KILLS_OF_ONE * 0.85 * size
+                relay.limit = max(goal, came) + BLOCK  # however late we are
                 run = self.hit(servant, argv, lambda: relay.carried >= goal
                                and len(asked()) > count, signal.SIGKILL)
                 self.assertEqual(run.status, -signal.SIGKILL)
+                went = relay.carried - came
+                relay.let_go()
                 begun = [size for path, size in before.items()
                          if path.endswith(".partial") and size not in layers.values()]
                 self.assertEqual(asked()[count], sum(begun))
                 self.assertLessEqual(len(begun), 1)
                 if format != "archive":
                     more = sum(on_disk().values()) - sum(before.values())
-                    self.assertGreaterEqual(more, relay.carried - came - buffer)
+                    self.assertGreaterEqual(more, went - buffer)
             self.assertEqual(servant.end(servant.start(*argv)).status, 0)
         self.assertLessEqual(relay.carried, size * 1.05 + KILLS_OF_ONE * buffer)
 
@@ -16363,8 +16374,8 @@ class KillTest(KillCase, ThreatProcessCase):
             digest: len(image.blobs[digest]) for digest in image.layers})
 
     def test_any_moment(self):
-        self.image = build_image([
-            tar_bytes([("d%d" % n, None), ("d%d/f" % n, threat_noise(6000 * n + 6000, n))])
+        self.image = build_image([tar_bytes([
+            ("d%d" % n, None), ("d%d/f" % n, threat_noise(6000 * n + 6000, n))])
             for n in range(4)])
         old = build_image([tar_bytes([("old", b"old")])])
         self.good = set(self.image.layers + old.layers)
@@ -18282,7 +18293,7 @@ FieldSeed = collections.namedtuple("FieldSeed", "root layers")
 
 @functools.lru_cache(maxsize=None)
 def field_seed():
-    """The root of a registry with lab/app:1 and lab/big:1, {digest: size} of the big."""
+    """A registry's storage with lab/app:1 and lab/big:1; {digest: size} of the big."""
     root = tempfile.mkdtemp(prefix="field-")
     FIXTURES.callback(remove, root)
     big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
