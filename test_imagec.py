@@ -123,6 +123,21 @@ def remove(path):
     shutil.rmtree(path, ignore_errors=True)
 
 
+def file_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def noise(size, seed=0):
+    """Bytes that no codec makes smaller, the same each time."""
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, "little")
+
+
 # --------------------------------------------------------------------------------------
 # Fixtures: images built in memory, and a registry double whose faults are data
 # --------------------------------------------------------------------------------------
@@ -13544,21 +13559,16 @@ class ArchitectureTest(unittest.TestCase):
             with self.subTest(name=table.get_name(), room=here):
                 self.assertEqual(below, [])
 
-    def test_all_is_in_room_order(self):
-        defined = house().definitions()
+    def test_all_is_in_room_order_and_names_its_rooms(self):
+        defined, title = house().definitions(), None
         rooms = [defined[name] for name in imagec.__all__]
         self.assertEqual(rooms, sorted(rooms))
         self.assertEqual(len(set(imagec.__all__)), len(rooms))
-
-    def test_all_names_its_rooms(self):
-        defined, titles = house().definitions(), {0: None}
-        titles.update((number, title) for number, title, _ in house().rooms)
         listing = re.search(r"^__all__ = \[\n(.*?)^\]", house().source, re.M | re.S)
-        room = None
         for comment, name in re.findall('# (.+)|"([A-Za-z0-9_]+)"', listing.group(1)):
-            room = comment or room
+            title = comment or title
             if name:
-                self.assertEqual(titles[defined[name]], room, name)
+                self.assertEqual(house().rooms[defined[name] - 1][1], title, name)
 
     def test_public_names_have_docstrings(self):
         for name in imagec.__all__:
@@ -13709,68 +13719,9 @@ class ArchitectureTest(unittest.TestCase):
             self.assertIn(command.encode("ascii"), done.stdout)
 
 
-class ReadmeTest(unittest.TestCase):
-    """What README.md says of the command line is what the command line does."""
-
-    def setUp(self):
-        path = os.path.join(HOME, "README.md")
-        self.assertTrue(os.path.exists(path), "README.md is missing")
-        with open(path, encoding="utf-8") as file:
-            self.text = file.read()
-
-    def section(self, word):
-        """The text under the heading that holds `word`; # in code is no heading."""
-        found, inside, fenced = [], False, False
-        for line in self.text.split("\n"):
-            fenced ^= line.startswith("```")
-            if line.startswith("#") and not fenced:
-                inside = word in line.lower()
-            elif inside:
-                found.append(line)
-        self.assertTrue(found, "README.md has no section on " + word)
-        return "\n".join(found)
-
-    def commands(self):
-        for line in self.text.replace("\\\n", " ").split("\n"):
-            line = line.strip().lstrip("$ ")
-            if line.startswith("python3 imagec.py"):
-                words = shlex.split(line, comments=True)[2:]
-                shell = [at for at, word in enumerate(words)
-                         if re.match(r"[|;<>&]|[0-9]>", word)]
-                yield words[:shell[0]] if shell else words
-
-    def test_command_lines_parse(self):
-        commands = list(self.commands())
-        self.assertTrue(commands)
-        for argv in commands:
-            with self.subTest(argv=argv), contextlib.redirect_stdout(io.StringIO()):
-                try:
-                    imagec.argument_parser().parse_args(argv)
-                except SystemExit as error:
-                    self.assertEqual(error.code, 0)
-
-    def test_options(self):
-        parser = imagec.argument_parser()
-        parsers = [parser] + [command for action in parser._actions
-                              for command in (action.choices or {}).values()
-                              if action.dest == "command"]
-        options = {option for one in parsers for action in one._actions
-                   for option in action.option_strings if option.startswith("--")}
-        named = set(re.findall("(?<![A-Za-z0-9-])--[a-z][a-z-]*",
-                               self.section("option")))
-        self.assertEqual(named | {"--help"}, options)
-
-    def test_exit_statuses(self):
-        rows = re.findall(r"^[ |*-]*`?([0-9]+)`?\b", self.section("exit status"), re.M)
-        statuses = {number for _, number in imagec.EXIT_STATUSES} | {0, 130, 143}
-        self.assertEqual({int(row) for row in rows}, statuses)
-
-
 # ------------------------------------------------------------------------------
 # Command line, in this process
 # ------------------------------------------------------------------------------
-
-#: What a command left: its status, its stdout as bytes, its stderr as text.
 
 #: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e"
@@ -13857,15 +13808,12 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(both, [self.ref + "@" + self.digest] * 2)
 
     def test_pull_uses_images_by_default(self):
-        before = os.getcwd()
+        self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.root)
-        try:
-            self.done("pull", "-q", self.ref)
-        finally:
-            os.chdir(before)
+        self.done("pull", "-q", self.ref)
         path = os.path.join("http", self.origin.host, "v2", "lab", "app", "1")
-        with open(os.path.join(self.output, path, "manifest.json"), "rb") as file:
-            self.assertEqual(file.read(), self.image.manifest)
+        self.assertEqual(file_bytes(os.path.join(self.output, path, "manifest.json")),
+                         self.image.manifest)
 
     def test_pull_json(self):
         line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
@@ -15287,24 +15235,17 @@ class StreamTest(ProcessCase):
         self.assertIn("Download complete", ended.err)
 
 
-# --------------------------------------------------------------------------------------
-# Every command of the README
-# --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# The README
+# ------------------------------------------------------------------------------
 
 README_COMMAND = re.compile(
     r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)[^#\n]*)"
     r"|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
 
 
-def readme_commands():
-    """Every command of the README that runs the program, as a shell would read it."""
-    with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
-        found = README_COMMAND.findall(file.read())
-    return [(first or second).replace("\\|", "|").strip() for first, second in found]
-
-
-class ReadmeCommandsTest(RegistryCase):
-    """Every command of the README does what it says, on images served here."""
+class ReadmeTest(RegistryCase):
+    """What README.md says is so: each command runs, on images served here."""
 
     def setUp(self):
         super().setUp()
@@ -15320,9 +15261,32 @@ class ReadmeCommandsTest(RegistryCase):
         self.open.add("debian", "12", build_image([tar_bytes([("etc/", None)])]))
         self.closed = self.registry(auth="basic", users={"USER": PASSWORD})
         self.closed.add("team/app", "1", image)
-        with open(os.path.join(self.work, "images.txt"), "w") as file:
-            file.write("# two of them\n%s/alpine\n%s/debian:12\n" % (
-                self.open.host, self.open.host))
+        self.file("work/images.txt", "# two of them\n{0}/alpine\n{0}/debian:12\n".format(
+            self.open.host))
+        with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.work)
+
+    def section(self, title):
+        found = self.text.partition("\n## %s\n" % title)[2].partition("\n## ")[0]
+        self.assertTrue(found, "README.md has no section " + title)
+        return found
+
+    def test_options(self):
+        parser = imagec.argument_parser()
+        parsers = [parser] + [command for action in parser._actions
+                              for command in (action.choices or {}).values()
+                              if action.dest == "command"]
+        options = {option for one in parsers for action in one._actions
+                   for option in action.option_strings if option.startswith("--")}
+        named = re.findall("(?<![A-Za-z0-9-])--[a-z][a-z-]*", self.section("Options"))
+        self.assertEqual(set(named) | {"--help"}, options)
+
+    def test_exit_statuses(self):
+        rows = re.findall(r"^\| ([0-9]+) \|", self.section("Exit statuses"), re.M)
+        statuses = {number for _, number in imagec.EXIT_STATUSES} | {0, 130, 143}
+        self.assertEqual({int(row) for row in rows}, statuses)
 
     def localized(self, command):
         """The command with the names of registries that are here."""
@@ -15344,9 +15308,10 @@ class ReadmeCommandsTest(RegistryCase):
     def run_it(self, command):
         """(exit status, output): in this process where no shell is needed."""
         if "|" not in command and " serve " not in command:
-            return self.run_here(shlex.split(command)[2:])
+            ended = self.main(*shlex.split(command)[2:], HOME=self.work)
+            return ended.status, ended.err
         process = subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command], cwd=self.work,
+            ["bash", "-o", "pipefail", "-c", command],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=dict(os.environ, HOME=self.work, PASSWORD=PASSWORD),
             start_new_session=True)
@@ -15356,22 +15321,10 @@ class ReadmeCommandsTest(RegistryCase):
         output = process.communicate(timeout=60)[0]
         return process.returncode, output.decode("utf-8", "replace")
 
-    def run_here(self, argv):
-        raw = io.BytesIO()
-        out = io.TextIOWrapper(raw, "utf-8", write_through=True)
-        before = os.getcwd()
-        os.chdir(self.work)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), \
-                    mock.patch.dict(os.environ, {"HOME": self.work}):
-                status = imagec.main(argv)
-        finally:
-            os.chdir(before)
-        return status, raw.getvalue().decode("utf-8", "replace")
-
     @needs("bash")
     def test_every_command(self):
-        commands = readme_commands()
+        commands = [(first or second).replace("\\|", "|").strip()
+                    for first, second in README_COMMAND.findall(self.text)]
         self.assertGreater(len(commands), 20)
         for command in commands:
             if "test_imagec.py" in command:
@@ -15382,8 +15335,7 @@ class ReadmeCommandsTest(RegistryCase):
                 self.assertIn(status, (expected, -signal.SIGTERM), output)
 
     def test_tests_named_are_there(self):
-        with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
-            named = set(re.findall(r"`([A-Z][A-Za-z]+Test)`", file.read()))
+        named = set(re.findall(r"`([A-Z][A-Za-z]+Test)`", self.text))
         self.assertGreater(len(named), 8)
         self.assertLessEqual(named, set(vars(sys.modules[__name__])))
 
