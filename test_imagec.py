@@ -13719,13 +13719,6 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLess(ours / theirs, IMPORT_RATIO)
         self.assertLess(ours, IMPORT_SECONDS)
 
-    def test_runs_isolated(self):
-        done = subprocess.run([sys.executable, "-I", MODULE_PATH, "--help"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        for command in imagec.COMMANDS:
-            self.assertIn(command.encode("ascii"), done.stdout)
-
 
 # ------------------------------------------------------------------------------
 # Command line, in this process
@@ -13891,21 +13884,15 @@ class CommandLineTest(CommandLineCase):
                          (digest, arm.digest))
         self.assertEqual(value["platforms"], ["linux/amd64", "linux/arm64"])
 
-    def test_tags_are_followed_page_by_page(self):
-        names = ["t%02d" % number for number in range(12)]
-        for name in names:
-            self.origin.add("lab/many", name, self.image)
-        self.origin.page_size = 5
-        self.assertEqual(self.done("tags", self.origin.host + "/lab/many"), names)
-        asked = [request for request in self.origin.requests if "tags" in request.path]
-        self.assertEqual(len(asked), 3)
-
-    def test_version(self):
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(
-                io.StringIO()) as out:
-            imagec.main(["--version"])
-        self.assertEqual(caught.exception.code, 0)
-        self.assertEqual(out.getvalue(), "imagec %s\n" % imagec.__version__)
+    def test_version_and_help(self):
+        for option, words in (("--version", ["imagec %s\n" % imagec.__version__]),
+                              ("--help", imagec.COMMANDS)):
+            with self.assertRaises(SystemExit) as caught, \
+                    contextlib.redirect_stdout(io.StringIO()) as out:
+                imagec.main([option])
+            self.assertEqual(caught.exception.code, 0)
+            for word in words:
+                self.assertIn(word, out.getvalue())
 
     def test_debug_logs_each_request(self):
         ended = self.main("digest", "--debug", self.ref)
@@ -14283,7 +14270,6 @@ FAILURES = (
     ("layers of all of one", ["layers", "--platform", "all", "{ref}"], [], 1,
      "one platform"),
     ("no path", ["pull", "-o", "", "{ref}"], [], 2, "empty"),
-    ("endless path", ["pull", "-o", "x/" * 3000, "{ref}"], [], 1, "longer than"),
     ("deep path", ["pull", "-o", "x/" * 1900 + "x.tar", "{ref}"], [], 1, "deeper than"),
     ("nothing to serve", ["serve", "{root}/none"], [], 1, "none: is not there"),
     ("proxy that is not there", ["digest", "--proxy", "http://nosuch.invalid:1",
@@ -14348,7 +14334,7 @@ FAILURES = (
     ("no HTTP", ["pull", "{ref}"], [
         (MANIFEST, garbage(b"SSH-2.0-OpenSSH_9.6\r\n"), EVER)], 1, "HTTP"),
     ("redirect loop", ["pull", "{ref}"], [
-        (LAYER, redirect("/v2/lab/app/blobs/{layer}"), EVER)], 1, "loop"),
+        (LAYER, redirect("?"), EVER)], 1, "loop"),
     ("redirect to another kind", ["pull", "{ref}"], [
         (LAYER, redirect("file:///etc/passwd"), 1)], 1, "not http"),
     ("redirect to the metadata service", ["pull", "{ref}"], [
@@ -14392,37 +14378,24 @@ class CommandLineFailureTest(CommandLineCase):
             "ref": self.ref, "host": self.origin.host, "root": self.root,
             "digest": self.digest, "layer": self.image.layers[1],
             "config": sha256(self.image.config)}
-        # A layout of its own below self.root, so that -o may come later and win.
         self.origin.add("lab/app", "many", build_index(
             [(self.image, ("linux", "amd64", None)),
              (self.image, ("linux", "arm", "v7"))]))
-
-    def fill(self, text):
-        """Put this test's names into a row's text."""
-        return re.sub(r"\{(\w+)\}", lambda match: self.words[match.group(1)], text)
-
-    def fault_of(self, match, action, times):
-        def filled(reply):
-            reply = action(reply)
-            location = reply.headers.get("Location")
-            if location:
-                reply.put("Location", self.fill(location))
-            return reply
-        return self.origin.fault(self.fill(match), filled, times)
 
     @rows(FAILURES)
     def test_failures(self, what, argv, faults, code, words):
         self.file("file")
         self.output = os.path.join(self.root, what.replace(" ", "-"))
-        due = [self.fault_of(*fault) for fault in faults]
-        argv = [self.fill(word) for word in argv]
+        due = [self.origin.fault(match.format(**self.words), action, times)
+               for match, action, times in faults]
+        argv = [word.format(**self.words) for word in argv]
         if argv[:1] == ["pull"]:
             argv[1:1] = ["-q", "-o", self.output]
         ended = self.main(*argv)
         retire(due)
         if "-q" not in argv:
             ended = ended._replace(err=ended.err.splitlines(True)[-1])
-        self.assert_one_line(ended, code, self.fill(words))
+        self.assert_one_line(ended, code, words.format(**self.words))
         self.assert_nothing_final()
         self.assertTrue(all(fault.used for fault in due), "fault never met")
 
@@ -15963,26 +15936,20 @@ class FuzzTest(ThreatCase):
     def run_case(self, family, number):
         dice = random.Random("%d %s %d" % (THREAT_SEED, family, number))
         allowed = (imagec.ImagecError,) + (OSError,) * (family in self.ON_DISK)
+
+        def case():
+            with contextlib.suppress(*allowed):
+                getattr(self, "fuzz_" + family)(dice)
+
         try:
-            with threat_alarm(THREAT_CASE_SECONDS), self.traced(number % 16 == 8):
-                with contextlib.suppress(*allowed):
-                    getattr(self, "fuzz_" + family)(dice)
+            with threat_alarm(THREAT_CASE_SECONDS):
+                if number % 16 == 8:  # to measure takes its time
+                    self.assertLess(peak_memory(case), THREAT_CASE_BYTES)
+                else:
+                    case()
         except Exception as error:
             case = "seed %d, case %s:%d" % (THREAT_SEED, family, number)
             raise AssertionError("%s: %r" % (case, error)) from error
-
-    @contextlib.contextmanager
-    def traced(self, wanted):
-        """Where wanted, the block takes little memory; asking takes its time."""
-        if not wanted:
-            yield
-            return
-        tracemalloc.start()
-        try:
-            yield
-            self.assertLess(tracemalloc.get_traced_memory()[1], THREAT_CASE_BYTES)
-        finally:
-            tracemalloc.stop()
 
     @contextlib.contextmanager
     def bent(self, path, data):
@@ -16065,17 +16032,14 @@ class FuzzTest(ThreatCase):
         remove(scratch)
         kind = imagec.LayerPack if dice.random() < 0.3 else imagec.LayerStore
         store = kind(os.path.join(scratch, "layer"))
-        imagec.unpack(pieces(blob, itertools.repeat(4096)), limit=1 << 20,
-                      visit=store.visit)
-        self.flatten(store, os.path.join(scratch, "root"))
-
-    def flatten(self, store, root):
+        unpacked(pieces(blob, itertools.repeat(4096)), limit=1 << 20,
+                 visit=store.visit)
         tree = imagec.Tree()
         tree.apply(store.entries)
         if isinstance(store, imagec.LayerPack):
             imagec.write_tree_tar(tree, lambda data: None)
         else:
-            imagec.TreeWriter(tree).write(root)
+            imagec.TreeWriter(tree).write(os.path.join(scratch, "root"))
 
     @contextlib.contextmanager
     def told(self, data):
@@ -16302,20 +16266,6 @@ THREAT_CALLS = (
 )
 
 
-class ThreatBroken:
-    """Stands in for a function of os; fails once, at the call of that number."""
-
-    def __init__(self, name, code, at):
-        self.true, self.code, self.at = getattr(os, name), code, at
-        self.calls = 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at:
-            raise OSError(self.code, os.strerror(self.code))
-        return self.true(*args, **kwargs)
-
-
 class LocalFaultsTest(ThreatCase):
     """The disk and the host fail: T120 T126 T129 T130 T133."""
 
@@ -16325,17 +16275,23 @@ class LocalFaultsTest(ThreatCase):
         self.dice = random.Random(THREAT_SEED)
 
     def broken(self, name, code, at, format, path):
-        """Pull while a function of os fails at one call: (it, what came out)."""
-        broken, error = ThreatBroken(name, code, at), None
-        sync = contextlib.ExitStack()
-        if name != "fsync":  # as slow as the disk
-            sync.enter_context(mock.patch.object(os, "fsync"))
-        with sync, mock.patch.object(os, name, broken):
+        """Pull while a function of os fails at one call: (how many, what came out)."""
+        true, calls, error = getattr(os, name), 0, None
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise OSError(code, os.strerror(code))
+            return true(*args, **kwargs)
+
+        # To put it on disk is as slow as that is.
+        with mock.patch.object(os, "fsync"), mock.patch.object(os, name, call):
             try:
                 self.fetch(self.ref, format, path, jobs=1)
             except (imagec.ImagecError, OSError) as caught:
                 error = caught
-        return broken, error
+        return calls, error
 
     def test_t120_t126_t129_any_call_may_fail(self):
         """At some call of each kind: nothing half-made, and the next run completes."""
@@ -16346,7 +16302,7 @@ class LocalFaultsTest(ThreatCase):
         with mock.patch.object(os, "fsync"):
             if not path.endswith("root"):
                 self.fetch(self.ref[:-1] + "0", format, path)
-        calls = self.broken(name, code, 0, format, self.at("dry"))[0].calls
+        calls, _ = self.broken(name, code, 0, format, self.at("dry"))
         at = calls and self.dice.randint(1, calls)
         with self.subTest(call=name, code=errno.errorcode[code], at=at, format=format):
             before = threat_files(path)
@@ -16438,7 +16394,7 @@ class LocalFaultsTest(ThreatCase):
 
     def check_deep(self, format, path):
         deep = os.path.join(self.work, *["d" * 200] * 25 + [os.path.basename(path)])
-        self.assert_one_line(self.pull(format, deep), 1)
+        self.assert_one_line(self.pull(format, deep), 1, "longer than")
         self.assertFalse(threat_files(self.work))
 
 
@@ -16561,19 +16517,6 @@ class LocalLimitsTest(ThreatProcessCase):
 # Time: servers that take theirs
 # ------------------------------------------------------------------------------
 
-def threat_slow_headers(reply):
-    """A status line, then a header now and then, for ever."""
-    reply.raw, reply.pace = b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999, (
-        "status", 0.02, 17)
-    return reply
-
-
-def threat_many_headers(reply):
-    """Headers as fast as they come, for ever."""
-    reply.raw = b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999
-    return reply
-
-
 #: (name, action, error class, phases)
 THREAT_DELAYS = (
     ("a byte at a time", drip(0.02, 1), imagec.Timeout, THREAT_BODIES),
@@ -16581,13 +16524,13 @@ THREAT_DELAYS = (
      THREAT_ALL),
     ("a byte of the headers at a time", drip(0.02, 1, "headers"), imagec.Timeout,
      THREAT_ALL),
-    ("headers for ever", threat_slow_headers, imagec.Timeout, THREAT_ALL),
-    ("many headers", threat_many_headers, imagec.TransportError, THREAT_ALL),
+    ("headers for ever", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
+                          drip(0.02, 17, "status")], imagec.Timeout, THREAT_ALL),
+    ("many headers", garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999),
+     imagec.TransportError, THREAT_ALL),
     ("no answer", hang(60), imagec.Timeout, THREAT_ALL),
     ("stops in the body", [drip(60, 20)], imagec.Timeout, THREAT_BODIES),
 )
-
-
 #: (function, of which class or module, format, output, is it pulled twice): where time
 #: is up
 THREAT_WORK = (
