@@ -13771,8 +13771,7 @@ class CommandLineCase(RegistryCase):
 
     def files(self):
         """What stands in the destination, without its directories."""
-        return sorted(os.path.join(folder, name)[len(self.output) + 1:]
-                      for folder, _, names in os.walk(self.output) for name in names)
+        return sorted(threat_files(self.output))
 
     def assert_nothing_final(self):
         """Only verified blobs and unfinished ones may be left by a failed pull."""
@@ -13812,13 +13811,11 @@ class CommandLineTest(CommandLineCase):
     def test_pull_json(self):
         line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
         value = ordered(line)
-        self.assertEqual(list(value), ["reference", "digest", "image_id", "platform",
-                                       "format", "path", "layers"])
-        self.assertEqual(value["reference"], self.ref)
-        self.assertEqual(value["digest"], self.digest)
-        self.assertEqual(value["image_id"], sha256(self.image.config))
-        self.assertEqual((value["platform"], value["format"]),
-                         ("linux/amd64", "layers"))
+        self.assertEqual(list(value.items())[:5], [
+            ("reference", self.ref), ("digest", self.digest),
+            ("image_id", sha256(self.image.config)), ("platform", "linux/amd64"),
+            ("format", "layers")])
+        self.assertEqual(list(value)[5:], ["path", "layers"])
         self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
         self.assertEqual([list(layer) for layer in value["layers"]],
                          [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
@@ -14357,17 +14354,6 @@ def retire(faults):
         fault.times = fault.used
 
 
-#: (what, options, stdin, auth of the registry, words)
-DENIALS = (
-    ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
-     "denied"),
-    ("wrong password for a token", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG",
-     "bearer", "user alice"),
-    ("no password", (), "", "basic", "-u USER"),
-    ("no token for all", (), "", "bearer", "anonymous"),
-)
-
-
 class CommandLineFailureTest(CommandLineCase):
     """One clear line and the right status for whatever goes wrong."""
 
@@ -14447,31 +14433,37 @@ class CommandLineFailureTest(CommandLineCase):
         retire([fault])
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
 
-    @rows(DENIALS)
+    @rows((  # (what, options, stdin, auth of the registry, words)
+        ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
+         "denied"),
+        ("wrong password for a token", ("-u", "alice", "--password-stdin"),
+         "S3CR3T-WRONG", "bearer", "user alice"),
+        ("no password", (), "", "basic", "-u USER"),
+        ("no token for all", (), "", "bearer", "anonymous"),
+    ))
     def test_denials(self, _what, options, stdin, auth, words):
         self.origin.auth, self.origin.anonymous = auth, False
         ended = self.pull("-q", *options + (self.ref,), stdin=stdin)
         self.assert_one_line(ended, 5, words)
         self.assertEqual(self.files(), [])
 
-    def test_certificates(self):
-        for tls, options, environ, code, words in (
-                (True, (), {}, 0, ""),
-                (True, (), {"SSL_CERT_FILE": os.devnull}, 1, "not to be trusted"),
-                ("expired", (), {}, 1, "not to be trusted"),
-                ("wrong-host", (), {}, 1, "not to be trusted"),
-                ("expired", ("--insecure-skip-verify",), {}, 0, ""),
-                (True, ("--cacert", os.environ["SSL_CERT_FILE"]),
-                 {"SSL_CERT_FILE": os.devnull}, 0, "")):
-            with self.subTest(tls=tls, options=options, environ=environ):
-                registry = self.registry(tls=tls)
-                registry.add("lab/app", "1", self.image)
-                ended = self.main("digest", "-q", registry.host + "/lab/app:1",
-                                  *options, **environ)
-                if code:
-                    self.assert_one_line(ended, code, words)
-                else:
-                    self.assertEqual((ended.status, ended.err), (0, ""))
+    @rows((  # (the server's, options, whether roots are known, whether it is refused)
+        (True, (), True, False),
+        (True, (), False, True),
+        ("expired", (), True, True),
+        ("wrong-host", (), True, True),
+        ("expired", ("--insecure-skip-verify",), True, False),
+        (True, ("--cacert", "{root}/roots.pem"), False, False),
+    ))
+    def test_certificates(self, tls, options, known, refused):
+        roots = self.file("roots.pem", TEST_CERT)
+        ended = self.main(
+            "digest", "-q", self.filled(self.image, tls=tls).host + "/lab/app:1",
+            *[word.format(root=self.root) for word in options],
+            SSL_CERT_FILE=roots if known else os.devnull)
+        if refused:
+            return self.assert_one_line(ended, 1, "not to be trusted")
+        self.assertEqual((ended.status, ended.err), (0, ""))
 
     def test_truncated_layer_is_tried_five_times(self):
         layer = self.image.layers[1]
@@ -15117,30 +15109,28 @@ class StreamTest(ProcessCase):
             [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref])
         self.assertEqual(done, self.digest.encode() + b"\n")
 
-    def test_reader_that_has_had_enough(self):
+    def printing(self, stdout):
+        """Each command that prints, and how it ends where `stdout` takes nothing."""
         commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
-                    ("layers", self.ref), ("inspect", "--raw", self.ref))
-        for process in [self.start(*argv, stdout=self.broken_pipe())
-                        for argv in commands]:
-            ended = self.ended(process)
-            self.assertEqual((ended.err, ended.status), ("", 1))
-        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+                    ("layers", self.ref), ("inspect", "--raw", self.ref),
+                    ("inspect", self.ref))
+        started = [self.start(*argv, stdout=stdout) for argv in commands]
+        return zip(commands, map(self.ended, started))
 
-    def broken_pipe(self):
+    def test_reader_that_has_had_enough(self):
         reading, writing = os.pipe()
         os.close(reading)
         self.addCleanup(os.close, writing)
-        return writing
+        for argv, ended in self.printing(writing):
+            self.assertEqual((ended.err, ended.status), ("", 1), argv)
+        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
 
     @able(os.path.exists("/dev/full"), "fill /dev/full")
     def test_full_output(self):
-        commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
-                    ("inspect", "--raw", self.ref), ("inspect", self.ref))
         with open("/dev/full", "wb") as full:
-            for argv, process in [(argv, self.start(*argv, stdout=full))
-                                  for argv in commands]:
+            for argv, ended in self.printing(full):
                 with self.subTest(argv=argv):
-                    self.assert_one_line(self.ended(process), 1, "No space left")
+                    self.assert_one_line(ended, 1, "No space left")
 
     def test_poor_encodings(self):
         self.origin.add("lab/app", "many", build_index(
@@ -15306,14 +15296,13 @@ def threat_files(top):
     """{relative path: bytes, or where a link leads} of all below a place."""
     found = {}
     for folder, names, files in os.walk(top):
-        for name in files + [n for n in names if os.path.islink(
-                os.path.join(folder, n))]:
-            path = os.path.join(folder, name)
+        for path in [os.path.join(folder, name) for name in names + files]:
             with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(path)
-                data = (os.readlink(path) if stat.S_ISLNK(status.st_mode) else
-                        file_bytes(path) if stat.S_ISREG(status.st_mode) else None)
-                found[os.path.relpath(path, top)] = data
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISDIR(mode):
+                    found[os.path.relpath(path, top)] = (
+                        os.readlink(path) if stat.S_ISLNK(mode) else
+                        file_bytes(path) if stat.S_ISREG(mode) else None)
     return found
 
 
@@ -16855,14 +16844,12 @@ class MemoryTest(ThreatProcessCase):
     """Memory does not depend on what a layer unpacks to: T50 T67."""
 
     def test_t50_a_layer_of_zeros(self):
-        block = bytes(10 << 20)
-        first = tar_header(THREAT_ZEROS, name=b"zeros") + block
-        blob = gzip_bytes(first, 1) + gzip_bytes(block, 1) * (
-            len(range(0, THREAT_ZEROS, len(block))) - 1) + gzip_bytes(bytes(1024))
-        digest = hashlib.sha256(first)
-        for _ in range(len(block), THREAT_ZEROS, len(block)):
-            digest.update(block)
-        digest.update(bytes(1024))
+        head, block = tar_header(THREAT_ZEROS, name=b"zeros"), bytes(10 << 20)
+        count = THREAT_ZEROS // len(block)
+        blob = (gzip_bytes(head) + gzip_bytes(block, 1) * count + gzip_bytes(TAR_END))
+        digest = hashlib.sha256(head)
+        for data in [block] * count + [TAR_END]:
+            digest.update(data)
         self.source.add("lab/app", "1", build_image([blob], compress=None, rootfs={
             "type": "layers", "diff_ids": ["sha256:" + digest.hexdigest()]}))
         for format, name in THREAT_OUTPUTS[:3]:
