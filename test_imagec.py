@@ -6924,16 +6924,10 @@ FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 100
 FIELD_HUB = "https://index.docker.io/v1/"
 
 
-def field_noise(size, seed=0):
-    """Bytes that do not compress, the same each time."""
-    number = random.Random(seed).getrandbits(8 * size)
-    return number.to_bytes(size, "little")
-
-
 @functools.lru_cache(maxsize=None)
 def field_noisy_image(size, step=0, compress=gzip_bytes):
     """An image of three layers of noise, each `step` bytes smaller than the last."""
-    tars = [tar_bytes([("f%d" % n, field_noise(size - step * n, n))]) for n in range(3)]
+    tars = [tar_bytes([("f%d" % n, noise(size - step * n, n))]) for n in range(3)]
     return build_image(tars, compress=compress)
 
 
@@ -8492,13 +8486,13 @@ class MirrorTest(FieldCase):
         self.assertEqual(len(self.said), 1)
 
     def test_what_a_mirror_has_begun_the_origin_goes_on_with(self):
-        noise = build_image([tar_bytes([("a", field_noise(1 << 19))])])
-        mirror, origin = self.filled(noise), self.filled(noise)
-        layer = _FIELD_BLOB + noise.layers[0]
+        large = build_image([tar_bytes([("a", noise(1 << 19))])])
+        mirror, origin = self.filled(large), self.filled(large)
+        layer = _FIELD_BLOB + large.layers[0]
         mirror.fault(layer, truncate(), 1)
         mirror.fault(layer, status(404))
         self.pull(origin.host, mirrors=[mirror.host])
-        size = len(noise.blobs[noise.layers[0]])
+        size = len(large.blobs[large.layers[0]])
         self.assertLess(origin.sent_blob_bytes, size * 0.55)
 
     # -- secrets
@@ -8575,7 +8569,7 @@ FIELD_FORMATS = (
     ("layers", "tree"), ("oci", "layout"), ("archive", "a.tar"), ("rootfs", "root"),
     ("rootfs", "root.tar"),
 )
-FIELD_NOISE = field_noise(300000)
+FIELD_NOISE = noise(300000)
 _FIELD_HALF = FIELD_NOISE[:150000]
 
 #: (name, what is in the .partial, action on the first reply, offsets asked for)
@@ -8939,7 +8933,7 @@ class DryRunTest(FieldCase):
         self.assertGreaterEqual(numbers[1], 20)
 
     def test_layers_that_an_unfinished_archive_has(self):
-        noise = build_image([tar_bytes([("f%d" % n, field_noise(9000 - 500 * n, n))])
+        noise = build_image([tar_bytes([("f%d" % n, noise(9000 - 500 * n, n))])
                              for n in range(2)])
         origin = self.filled(noise)
         host = origin.host
@@ -15322,6 +15316,20 @@ def threat_alarm(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+class FailsOnce:
+    """Stands in for a function of os; fails at the call of that number."""
+
+    def __init__(self, name, code, at):
+        self.true, self.code, self.at = getattr(os, name), code, at
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.true(*args, **kwargs)
+
+
 class ThreatCase(RegistryCase):
     """A registry with one image, and a place to pull it to in each format."""
 
@@ -15333,6 +15341,11 @@ class ThreatCase(RegistryCase):
         self.good = set(self.image.layers)
         self.source = self.filled(self.image)
         self.ref = self.source.host + "/lab/app:1"
+
+    def offer(self, image=None, **options):
+        """Another registry that has the image, or this one's: (it, its reference)."""
+        registry = self.filled(image or self.image, **options)
+        return registry, registry.host + "/lab/app:1"
 
     def clear(self):
         remove(self.work)
@@ -15685,7 +15698,7 @@ class ReplacedTest(ThreatCase):
                 THREAT_TARS + THREAT_TARS[:1], config={"User": str(level)},
                 compress=functools.partial(gzip_bytes, level=level)),
                 ("linux", "amd64", None))]) for level in (9, 1))
-        self.source, self.ref = self.filled(self.old)
+        self.source, self.ref = self.offer(self.old)
         self.image = self.new.children[0]
         order = sorted(set(self.image.layers),
                        key=lambda one: -len(self.image.blobs[one]))
@@ -15708,8 +15721,8 @@ class ReplacedTest(ThreatCase):
                 os.mkdir(self.work)
 
     def state(self, path):
-        return threat_sums(threat_files(path) if os.path.isdir(path) else
-                           {"": threat_bytes(path)})
+        files = threat_files(path) if os.path.isdir(path) else {"": file_bytes(path)}
+        return {name: data and sha256(data) for name, data in files.items()}
 
     def assert_kept(self, path, before):
         self.assert_sound(path)
@@ -15789,7 +15802,7 @@ class ReplacedTest(ThreatCase):
                     break
 
     def check_call(self, name, code, at, used, format, path):
-        before, broken = self.state(path), ThreatBroken(name, code, at)
+        before, broken = self.state(path), FailsOnce(name, code, at)
         with mock.patch.object(os, name, broken):
             try:
                 self.fetch(self.ref, format, path, jobs=1)
@@ -16166,16 +16179,16 @@ class KillTest(KillCase, ThreatProcessCase):
 
     def test_kill_9(self):
         image = field_noisy_image(5 << 18, compress=None)
-        self.check_kill_9(self.filled(image)[0].host, "/lab/app:1", {
+        self.check_kill_9(self.filled(image).host, "/lab/app:1", {
             digest: len(image.blobs[digest]) for digest in image.layers})
 
     def test_any_moment(self):
         self.image = build_image([tar_bytes([
-            ("d%d" % n, None), ("d%d/f" % n, threat_noise(6000 * n + 6000, n))])
+            ("d%d" % n, None), ("d%d/f" % n, noise(6000 * n + 6000, n))])
             for n in range(4)])
         old = build_image([tar_bytes([("old", b"old")])])
         self.good = set(self.image.layers + old.layers)
-        self.registry, self.ref = self.filled()
+        self.registry, self.ref = self.offer()
         self.registry.add("lab/app", "0", old)
         self.registry.fault("/blobs/", drip(0.001, 1500), EVERY_TIME)
         for kill, (format, name), signalled in zip(
@@ -16251,22 +16264,14 @@ class LocalFaultsTest(ThreatCase):
 
     def broken(self, name, code, at, format, path):
         """Pull while a function of os fails at one call: (how many, what came out)."""
-        true, calls, error = getattr(os, name), 0, None
-
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                raise OSError(code, os.strerror(code))
-            return true(*args, **kwargs)
-
+        fault, error = FailsOnce(name, code, at), None
         # To put it on disk is as slow as that is.
-        with mock.patch.object(os, "fsync"), mock.patch.object(os, name, call):
+        with mock.patch.object(os, "fsync"), mock.patch.object(os, name, fault):
             try:
                 self.fetch(self.ref, format, path, jobs=1)
             except (imagec.ImagecError, OSError) as caught:
                 error = caught
-        return calls, error
+        return fault.calls, error
 
     def test_t120_t126_t129_any_call_may_fail(self):
         """At some call of each kind: nothing half-made, and the next run completes."""
@@ -17367,8 +17372,11 @@ class RealRegistryTest(PullContract, RealPullCase):
             there = socket.getaddrinfo(*relay.host.split(":"), type=socket.SOCK_STREAM)
             with mock.patch("socket.getaddrinfo", lambda *args, **options: there):
                 image = self.fetch(self.host + "/lab/big:1")
-            self.carried = relay.carried
-        return blob, partial, image
+            self.assertGreater(relay.carried, least * layer["blob_size"])
+            self.assertLess(relay.carried, most * layer["blob_size"] + 10000)
+        self.assertEqual(image["digest"], seeded().witnesses["lab/big:1"].digest)
+        self.check_tree(image, seeded().witnesses["lab/big:1"])
+        self.assertFalse(os.path.exists(path + ".partial"))
 
 
 @needs("docker-registry", "skopeo")
@@ -17911,7 +17919,7 @@ def field_seed():
     """A registry's storage with lab/app:1 and lab/big:1; {digest: size} of the big."""
     root = tempfile.mkdtemp(prefix="field-")
     FIXTURES.callback(remove, root)
-    big = [tar_bytes([("f%d" % n, field_noise(REAL_BIG, n))]) for n in range(3)]
+    big = [tar_bytes([("f%d" % n, noise(REAL_BIG, n))]) for n in range(3)]
     with DockerRegistry(root) as registry:
         for name, layers in (("app", FIELD_SMALL), ("big", big)):
             layout = oci_layout(os.path.join(root, name), layers)
