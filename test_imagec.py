@@ -129,8 +129,11 @@ def file_bytes(path):
 
 
 def write_file(path, data):
+    """Write a file, and the directories above it; its path."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
         file.write(data)
+    return path
 
 
 def noise(size, seed=0):
@@ -426,9 +429,7 @@ def url64(data):
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
-# ------------------------------------------------------------------------------
-# Wire: Request, Reply and Server, which know HTTP and nothing of registries
-# ------------------------------------------------------------------------------
+# -- Wire: Request, Reply and Server, which know HTTP and nothing of registries
 
 BLOCK = 1 << 16  # bytes handed to the kernel at a time
 
@@ -789,11 +790,8 @@ def _tls_context(kind):
     return context
 
 
-# ------------------------------------------------------------------------------
-# Faults: each takes the true Reply and returns the one to send
+# -- Faults: each takes the true Reply and returns the one to send
 # An amount is a number of bytes (negative: from the end) or a fraction of the whole.
-# ------------------------------------------------------------------------------
-
 
 def action(change):
     """What is called with all but the Reply, and gives what is done to one."""
@@ -959,9 +957,7 @@ def _with_headers(reply, changed):
     return reply
 
 
-# ------------------------------------------------------------------------------
-# Registry: FakeRegistry, also a token server and a CDN, and RegistryCase
-# ------------------------------------------------------------------------------
+# -- Registry: FakeRegistry, also a token server and a CDN, and RegistryCase
 
 # One word in every secret, so that a leak is found by searching for it.
 PASSWORD = "S3CR3T"
@@ -1443,10 +1439,8 @@ Measured = collections.namedtuple("Measured", "status out err peak seconds")
 
 REAL_USER = "alice"
 REAL_PASSWORD = "S3CR3T-alice"
-REAL_IDENTITY_TOKEN = IDENTITY_TOKEN
 HTPASSWD = "alice:$2y$05$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n"
 
-REAL_CERT = TEST_CERT
 TOKEN_CERT = """\
 -----BEGIN CERTIFICATE-----
 MIIC9DCCAdygAwIBAgIITFSbKtuhBqMwDQYJKoZIhvcNAQELBQAwFzEVMBMGA1UE
@@ -1629,7 +1623,7 @@ class DockerRegistry:
         if self.tls:
             connection = http.client.HTTPSConnection(
                 self.host, timeout=10,
-                context=ssl.create_default_context(cadata=REAL_CERT))
+                context=ssl.create_default_context(cadata=TEST_CERT))
         with contextlib.closing(connection):
             connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
@@ -1676,7 +1670,7 @@ class DockerRegistry:
     def _configure(self):
         http_part = {"addr": self.host, "secret": "not secret"}
         if self.tls:
-            http_part["tls"] = {"certificate": self._path("cert.pem", REAL_CERT),
+            http_part["tls"] = {"certificate": self._path("cert.pem", TEST_CERT),
                                 "key": self._path("key.pem", TEST_KEY)}
         config = {
             "version": "0.1",
@@ -1799,8 +1793,10 @@ def seed(registry, repository, layers):
 
 
 # --------------------------------------------------------------------------------------
-# Names to Verification
+# Fixtures: tables, and what cases share
 # --------------------------------------------------------------------------------------
+
+# -- Tables, rows
 
 SEED = 20140612  # of every random choice: a failure repeats itself
 
@@ -1895,9 +1891,814 @@ def worded(*groups):
                  for words, *group in groups for row in group)
 
 
-# ------------------------------------------------------------------------------
+# -- Servers of any kind, names that resolve as they should
+
+#: Host name -> the address it has here. No test asks the real DNS for anything.
+NET_PLACES = {
+    "registry.test": "127.0.0.1",
+    "other.test": "127.0.0.1",
+    "public.test": "93.184.216.34",
+    "public2.test": "93.184.216.35",
+    "private.test": "10.1.2.3",
+    "metadata.test": "169.254.169.254",
+    "shared.test": "100.64.1.2",
+}
+EVER = None  # of a fault: for ever
+NET_TLS = ((False,), (True,))
+BEARER = {"Authorization": "Bearer S3CR3T"}
+NET_TARS = [
+    tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
+    tar_bytes([("bin", None), ("bin/sh", b"\x7fELF" * 300)]),
+    tar_bytes([("var", None), ("var/log", b"quiet")]),
+]
+NET_OTHER = build_image(NET_TARS[:1])
+
+
+class NetworkCase(RegistryCase):
+    """Names are resolved by NET_PLACES; `reached` is where connections were to go."""
+
+    image = build_image(NET_TARS)
+
+    def setUp(self):
+        super().setUp()
+        self.reached = reached = []
+        resolve = socket.getaddrinfo
+
+        class Routed(socket.socket):
+            def connect(self, target):
+                reached.append(target[0])
+                super().connect(("127.0.0.1", target[1]))
+
+        def lookup(host, *rest, **named):
+            if host.endswith(".invalid"):
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return resolve(NET_PLACES.get(host, host), *rest, **named)
+
+        self.patch(mock.patch("socket.getaddrinfo", lookup))
+        self.patch(mock.patch("socket.socket", Routed))
+
+    def client(self, registry, credentials=None, host=None, transport=None, **options):
+        """An imagec.Registry that talks to the FakeRegistry."""
+        if isinstance(credentials, str):
+            credentials = imagec.Credentials(credentials, PASSWORD)
+        return imagec.Registry(
+            host or registry.host, transport or self.transport(), credentials, **options
+        )
+
+    def filled(self, image=None, name="app:1", **options):
+        """A registry that has the image, or self.image."""
+        return super().filled(image or self.image, name, **options)
+
+    def server(self, replies, tls=False):
+        server = Scripted(replies, tls)
+        self.addCleanup(server.close)
+        return server
+
+    @contextlib.contextmanager
+    def soon(self):
+        """The block does not wait for what takes half a minute, or for ever."""
+        started = time.monotonic()
+        yield
+        self.assertLess(time.monotonic() - started, 15)
+
+    def get(self, transport, url, **options):
+        """(status, bytes) of a GET."""
+        with transport.open("GET", url, **options) as response:
+            return response.status, response.read(imagec.MIB, "test")
+
+    def gives(self, expected, call, *failure):
+        """`call` returns what is expected; where that is None, it fails that way."""
+        if expected is None:
+            with self.fails(*failure):
+                call()
+        else:
+            self.assertEqual(call(), expected)
+
+
+class Scripted(Server):
+    """Answers from a table {path: function of the request}; all else is 404."""
+
+    def __init__(self, replies, tls=False):
+        self.replies = replies
+        super().__init__(tls)
+
+    @property
+    def port(self):
+        return int(self.host.rpartition(":")[2])
+
+    def answer(self, request):
+        found = self.replies.get(request.route)
+        return found(request) if found else Reply(404)
+
+
+def to(location, code=307):
+    """A scripted redirect."""
+    return lambda request: Reply(code, headers={"Location": location})
+
+
+def say(data, code=200, **changed):
+    """A scripted reply."""
+    return lambda request: headers(**changed)(Reply(code, data))
+
+
+def spoken(data):
+    """A scripted reply of raw bytes, after which the connection ends."""
+    return lambda request: garbage(data)(None)
+
+
+def authorizations(*servers):
+    """Every Authorization header these servers have seen."""
+    found = [r.headers.get("Authorization") for s in servers for r in s.requests]
+    return [value for value in found if value is not None]
+
+
+def by_name(host, server):
+    """Where the server is by another name of its host."""
+    return "%s:%s" % (host, server.host.rpartition(":")[2])
+
+
+def paths(server, word=""):
+    """"METHOD path" of the requests that hold `word`."""
+    lines = ("%s %s" % (r.method, r.route) for r in server.requests)
+    return [line for line in lines if word in line]
+
+
+# -- A home of its own, no DNS
+
+FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
+FIELD_HUB = "https://index.docker.io/v1/"
+
+
+@functools.lru_cache(maxsize=None)
+def field_noisy_image(size, step=0, compress=gzip_bytes):
+    """An image of three layers of noise, each `step` bytes smaller than the last."""
+    tars = [tar_bytes([("f%d" % n, noise(size - step * n, n))]) for n in range(3)]
+    return build_image(tars, compress=compress)
+
+
+def field_base64(text):
+    return base64.b64encode(text.encode("utf-8")).decode("ascii")
+
+
+def field_entry(user, password=PASSWORD):
+    """An entry of `auths`."""
+    return {"auth": field_base64("%s:%s" % (user, password))}
+
+
+def field_auths(*keys):
+    """A config in which each key has a user of its own name."""
+    return {"auths": {key: field_entry(key.replace(":", "-")) for key in keys}}
+
+
+class FieldCase(NetworkCase):
+    """A home of its own, no DNS."""
+
+    def setUp(self):
+        super().setUp()
+        self.work = self.root
+        self.home = os.path.join(self.root, "home")
+        os.environ.update(HOME=self.home, XDG_RUNTIME_DIR=self.at("run"))
+        self.places = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
+        self.resolve = socket.getaddrinfo
+        self.patch(mock.patch("socket.getaddrinfo", self.look_up))
+
+    def look_up(self, host, *rest, **named):
+        """socket.getaddrinfo of a world that ends at this machine."""
+        if host not in self.places:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return self.resolve(self.places[host], *rest, **named)
+
+    def docker_config(self, config):
+        return self.file("home/.docker/config.json", config)
+
+    def helper(self, name, script):
+        """Put a program on the PATH."""
+        path = self.file("bin/docker-credential-" + name, "#!/bin/sh\n" + script + "\n")
+        os.chmod(path, 0o755)
+        if not os.environ["PATH"].startswith(self.at("bin")):
+            os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
+        return path
+
+    def filled(self, image=None, name="lab/app", **options):
+        return super().filled(image or build_image(FIELD_SMALL), name, **options)
+
+    def at(self, name="out"):
+        return super().at(name)
+
+    def pull(self, host, name="lab/app:1", to="out", format=None, **options):
+        """Pull with a Session; the imagec.Image."""
+        reference = imagec.Reference.parse("%s/%s" % (host, name) if host else name)
+        output = imagec.new_output(self.at(to), format)
+        platform = imagec.Platform.parse("linux/amd64")
+        with self.session(**options) as session:
+            return session.pull([reference], output, platform)[0]
+
+    def main(self, *argv, **options):
+        ended = super().main(*argv, **options)
+        return ended._replace(out=ended.out.decode("utf-8"))
+
+
+# -- Members and layers in a word each
+
+STORED_NOBODY = 65534  # a user no file belongs to
+
+#: Runs command lines (JSON on stdin: one to warm up, then a list) as another user. The
+#: first, as ourselves, imports what that user may have no right to read.
+STORED_SERVANT = """
+import codecs, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import imagec
+codecs.lookup("ascii")
+parser = imagec.argument_parser()
+imagec.argument_parser = lambda: parser
+warm, work = json.loads(sys.stdin.readline())
+if imagec.main(warm):
+    sys.exit("cannot even warm up")
+user = int(sys.argv[2])
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+print(json.dumps([imagec.main(argv) for argv in work]), file=sys.stdout)
+"""
+
+FLAT_MARKS = (("=>", "hardlink"), ("->", "symlink"), ("=", "file"))
+
+
+def flat_row(word):
+    """What Tree.apply takes, from a word: d/  f=content  s->target  h=>target."""
+    for mark, kind in FLAT_MARKS:
+        name, found, rest = word.partition(mark)
+        if found:
+            break
+    else:
+        kind, name, rest = "dir", word, ""
+    link = rest.encode() if kind in ("hardlink", "symlink") else b""
+    data = rest if kind == "file" else None
+    entry = imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link)
+    return entry, data
+
+
+def flat_tree(layers):
+    """The Tree that layers make, each a text of words."""
+    tree = imagec.Tree()
+    for layer in layers:
+        tree.apply([flat_row(word) for word in layer.split()])
+    return tree
+
+
+def flat_words(rows):
+    """Sorted words of (path, key of the inode, kind, content or target) rows."""
+    first, words = {}, []
+    marks = {kind: mark for mark, kind in FLAT_MARKS}
+    for path, key, kind, rest in sorted(rows):
+        if kind == "dir":
+            words.append(path + "/")
+        elif first.setdefault(key, path) != path:
+            words.append(path + "=>" + first[key])
+        else:
+            words.append(path + marks[kind] + rest)
+    return sorted(words)
+
+
+def flat_tree_words(tree):
+    return flat_words(
+        (path.decode(), id(node), node.entry.kind,
+         node.entry.link.decode() if node.entry.kind == "symlink" else node.data or "")
+        for path, node in tree.walk())
+
+
+def flat_directory_words(directory):
+    """The words of a directory on disk."""
+    rows = []
+    for folder, names, files in os.walk(directory):
+        for name in names + files:
+            place = os.path.join(folder, name)
+            status = os.lstat(place)
+            kind, rest = "dir", ""
+            if stat.S_ISLNK(status.st_mode):
+                kind, rest = "symlink", os.readlink(place)
+            elif stat.S_ISREG(status.st_mode):
+                kind, rest = "file", file_bytes(place).decode("latin-1")
+            rows.append((os.path.relpath(place, directory), status.st_ino, kind, rest))
+    return flat_words(rows)
+
+
+def flat_tar_words(tar):
+    """The words of a tar as tarfile reads it."""
+    rows, keys = [], {}
+    for member in tar:
+        path = member.name
+        if path in (".", "./"):
+            continue
+        target = tar.getmember(member.linkname) if member.islnk() else member
+        keys[path] = keys.get(target.name, path)
+        kind = ("dir" if target.isdir() else "symlink" if target.issym() else "file")
+        rest = target.linkname if target.issym() else ""
+        if target.isreg():
+            rest = tar.extractfile(target).read().decode("latin-1")
+        rows.append((path, keys[path], kind, rest))
+    return flat_words(rows)
+
+
+def raw_member(name, data=b"", kind=b"0", link=b"", pax=(), **fields):
+    """One member under a header of our own making: tarfile refuses to write most.
+
+    A field is an int or the raw bytes; `pax` are (key, value) pairs; `tail` is what
+    stands where ustar has its name prefix.
+    """
+    pax = list(pax)
+    if len(name) > 100:
+        pax.append((b"path", name))
+    if len(link) > 100:
+        pax.append((b"linkpath", link))
+    values = dict(dict(mode=0o644, uid=0, gid=0, size=len(data), mtime=1, major=0,
+                       minor=0, magic=b"ustar\00000", tail=b""), **fields)
+
+    def number(key, width):
+        value = values[key]
+        return value if isinstance(value, bytes) else b"%0*o" % (width - 1, value)
+
+    block = bytearray(struct.pack(
+        "100s8s8s8s12s12s8sc100s8s64s8s8s167s", name, number("mode", 8),
+        number("uid", 8), number("gid", 8), number("size", 12), number("mtime", 12),
+        b" " * 8, kind, link, values["magic"], b"", number("major", 8),
+        number("minor", 8), b""))
+    block[345:345 + len(values["tail"])] = values["tail"]
+    block[148:156] = b"%06o\0 " % sum(block)
+    extended = raw_member(b"pax", pax_records(*pax), b"x") if pax else b""
+    return extended + bytes(block) + data + bytes(-len(data) % 512)
+
+
+def raw_layer(*members):
+    return b"".join(members) + bytes(1024)
+
+
+def raw_words(text):
+    """A layer of the words of `text`."""
+    return raw_layer(*[raw_word(word) for word in text.split()])
+
+
+def raw_word(word):
+    entry, data = flat_row(word)
+    kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
+    mode = 0o755 if entry.kind == "dir" else 0o644
+    return raw_member(entry.path, (data or "").encode(), kind, entry.link, mode=mode)
+
+
+def stored_state(directory, besides=()):
+    """All there is to know about the files below a directory, to compare later."""
+    state = {}
+    for folder, names, files in os.walk(directory):
+        names[:] = [name for name in names if name not in besides]
+        for name in names + [name for name in files if name not in besides]:
+            place = os.path.join(folder, name)
+            facts = os.lstat(place)
+            content, time = b"", 0
+            if stat.S_ISLNK(facts.st_mode):
+                content = os.readlink(place)
+            elif stat.S_ISREG(facts.st_mode):
+                content, time = file_bytes(place), facts.st_mtime_ns
+            state[place] = (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink,
+                            time, content)
+    return state
+
+
+class StoredCase(RegistryCase):
+    """A registry, and imagec.main to pull from it into a directory."""
+
+    def setUp(self):
+        super().setUp()
+        self.origin = self.registry()
+
+    def serve(self, layers, name="lab/app:1", **options):
+        """Offer an image; (its reference, the BuiltImage)."""
+        image = build_image(layers, **options)
+        repository, _, tag = name.partition(":")
+        self.origin.add(repository, tag, image)
+        return self.origin.host + "/" + name, image
+
+    def pull(self, *argv, expect=0):
+        run = self.main("pull", "-q", *argv)
+        self.assertEqual(run.status, expect, run.err)
+        self.assertNotIn("Traceback", run.err)
+        return run
+
+    def as_nobody(self, *work):
+        """Run command lines as a user without rights: (their statuses, stderr)."""
+        warm = ["pull", "-q", "--format", "rootfs", "-o", self.at("../warm"),
+                self.serve([raw_words("a=1")], "lab/warm:1")[0]]
+        process = subprocess.Popen(
+            [sys.executable, "-c", STORED_SERVANT, HOME, str(STORED_NOBODY)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=self.work, universal_newlines=True)
+        self.addCleanup(self.reap, process)
+        out, err = process.communicate(json.dumps([warm, work]), 60)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertNotIn("Traceback", err)
+        return json.loads(out.splitlines()[-1]), err
+
+    def verify(self, path, expect=0):
+        run = self.main("verify", path)
+        self.assertEqual(run.status, expect, run.err)
+        return run.err
+
+    def blob_gets(self, digest=""):
+        return sum("/blobs/" + digest in request.path and request.method == "GET"
+                   for request in self.origin.requests)
+
+    def members(self, path):
+        """{name: bytes} of a tar, in its order."""
+        with tarfile.open(path, "r:") as tar:
+            return collections.OrderedDict(
+                (one.name, tar.extractfile(one).read() if one.isreg() else None)
+                for one in tar)
+
+
+# -- A pull under threat
+
+THREAT_PLATFORM = "linux/amd64"
+#: (format, where it goes): everything a pull can write.
+THREAT_OUTPUTS = (
+    ("layers", "images"), ("oci", "layout"), ("archive", "image.tar"),
+    ("rootfs", "root"), ("rootfs", "root.tar"),
+)
+THREAT_POSIX = able(hasattr(os, "fork"), "fork")
+
+
+THREAT_TARS = [
+    tar_bytes([("etc", None), ("etc/a", b"one"), ("etc/n", noise(9000, 1))]),
+    tar_bytes([("bin", None), ("bin/sh", noise(5000, 2), {"mode": 0o755})]),
+    tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")]),
+]
+
+
+def threat_files(top):
+    """{relative path: bytes, or where a link leads} of all below a place."""
+    found = {}
+    for folder, names, files in os.walk(top):
+        for path in [os.path.join(folder, name) for name in names + files]:
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISDIR(mode):
+                    found[os.path.relpath(path, top)] = (
+                        os.readlink(path) if stat.S_ISLNK(mode) else
+                        file_bytes(path) if stat.S_ISREG(mode) else None)
+    return found
+
+
+def threat_rows(path=None, blob=None):
+    """Name and bytes of each file in a tar, at a path or in a blob."""
+    with tarfile.open(path, fileobj=blob and io.BytesIO(blob)) as tar:
+        return [[one.name, tar.extractfile(one).read()] for one in tar if one.isfile()]
+
+
+class ThreatHang(BaseException):
+    """Something took too long; nothing that is tested may catch it."""
+
+
+@contextlib.contextmanager
+def threat_alarm(seconds):
+    """The block ends in time, where the system has alarms."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(_number, _frame):
+        raise ThreatHang("hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except ThreatHang:
+        raise AssertionError("not done within %g seconds" % seconds) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class FailsOnce:
+    """Stands in for a function of os; fails at the call of that number."""
+
+    def __init__(self, name, code, at):
+        self.true, self.code, self.at = getattr(os, name), code, at
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.true(*args, **kwargs)
+
+
+def threat_tree(image):
+    """{name: digest} of the files in an image without directories whited out."""
+    files = {}
+    for digest in image.layers:
+        for name, data in threat_rows(blob=image.blobs[digest]):
+            folder, slash, last = name.rpartition("/")
+            if last.startswith(".wh."):
+                files.pop(folder + slash + last[4:], None)
+            else:
+                files[name] = sha256(data)
+    return files
+
+
+class ThreatCase(RegistryCase):
+    """A registry with one image, and a place to pull it to in each format."""
+
+    image = build_image(THREAT_TARS)
+
+    def setUp(self):
+        super().setUp()
+        os.environ["HOME"] = self.root
+        self.good = set(self.image.layers)
+        self.source = self.filled(self.image)
+        self.ref = self.source.host + "/lab/app:1"
+
+    def another(self, image=None, **options):
+        """Another registry that has the image, or this one's: (it, its reference)."""
+        registry = self.filled(image or self.image, **options)
+        return registry, registry.host + "/lab/app:1"
+
+    def clear(self):
+        remove(self.work)
+        os.mkdir(self.work)
+
+    def each(self, check, *args):
+        """Call with each format, its place, and the rest."""
+        for format, name in THREAT_OUTPUTS:
+            with self.subTest(format=format, name=name):
+                check(format, self.at(name), *args)
+            self.clear()
+
+    def fetch(self, ref, format, path, session=None, **options):
+        """Pull by the library, so that exceptions come out."""
+        with session or self.session(**options) as session:
+            return session.pull([imagec.Reference.parse(ref)],
+                                imagec.new_output(path, format),
+                                imagec.Platform.parse(THREAT_PLATFORM))
+
+    def pull(self, format, path, *more, tag="1"):
+        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more))
+
+    def pull_argv(self, ref, format, path, *more):
+        return ("pull", "-q", "--platform", THREAT_PLATFORM, "--format", format,
+                "-o", path, ref) + more
+
+    def assert_whole(self, path):
+        """What stands there passes verify, or is the file system of an image."""
+        self.assertEqual(faults_of(path), [])
+        if os.path.basename(path) in ("root", "root.tar"):
+            rows = threat_files(path).items() if os.path.isdir(path) else (
+                threat_rows(path))
+            found = {name: sha256(data) for name, data in rows}
+            self.assertIn(found, (threat_tree(self.image), {"old": sha256(b"old")}))
+
+    def assert_only_verified(self, path, good=None):
+        """No final name holds bytes that were not proved; the path need not exist."""
+        good = self.good if good is None else good
+        if os.path.isfile(path) or os.path.basename(path) == "root":
+            return os.path.lexists(path) and self.assert_whole(path)
+        for name, data in threat_files(path).items():
+            base = os.path.basename(name)
+            if base.endswith(".tar"):
+                self.assertIn(sha256(data), good, name)
+            elif re.fullmatch("[0-9a-f]{64}", base):
+                self.assertEqual(sha256(data), "sha256:" + base)
+            elif base == "manifest.json":
+                self.assert_whole(os.path.join(path, os.path.dirname(name)))
+        if os.path.exists(os.path.join(path, "index.json")):
+            faults = faults_of(path)
+            self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
+
+    def assert_no_leftovers(self):
+        self.assertFalse([n for n in threat_files(self.work) if ".partial" in n])
+
+    def assert_nothing_beside(self, *paths):
+        """Only these, and what a later run goes on with, are there."""
+        bases = "|".join(re.escape(os.path.basename(path)) for path in paths)
+        for name in os.listdir(os.path.dirname(paths[0])):
+            self.assertRegex(name, r"\A(%s)(\.partial|\.partial\.d|\.blobs\.partial)?\Z"
+                             % bases)
+
+
+class ThreatProcessCase(ThreatCase):
+    """Command lines in processes of their own."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.servant = Servant()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.servant.close()
+        super().tearDownClass()
+
+    def start(self, *argv, **options):
+        return self.servant.start(*argv, cwd=self.work, **options)
+
+    def end(self, started):
+        return self.servant.end(started)
+
+    def run_alone(self, *argv, **options):
+        return self.end(self.start(*argv, **options))
+
+
+SERVE_NOISE = b"".join(hashlib.sha512(b"%d" % i).digest() for i in range(400))
+SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]))
+SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
+SERVE_AMD = ("linux", "amd64", None)
+SERVE_ARM = ("linux", "arm64", "v8")
+SERVE_CANARY = b"canary that nobody may see"
+
+ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
+
+
+def serve_flip(path, offset=-1):
+    """Flips a bit of a file where it stands."""
+    data = bytearray(file_bytes(path))
+    data[offset] ^= 1
+    with open(path, "r+b") as file:
+        file.write(data)
+
+
+def serve_images():
+    """{repository: BuiltImage} of every kind there is."""
+    # Images of one configuration are one image to podman.
+    images = {"lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
+              for kind in SERVE_KINDS}
+    other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
+    images["lab/index"] = images["library/alpine"] = build_index(
+        [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
+    return images
+
+
+def serve_ask(host, path, method="GET", headers=None, tls=None):
+    """The ServeAnswer to a request: to a host, or on a connection that stays."""
+    if isinstance(host, str):
+        connection = http.client.HTTPConnection(host, timeout=5) if tls is None else \
+            http.client.HTTPSConnection(host, timeout=5, context=tls)
+        with contextlib.closing(connection):
+            return serve_ask(connection, path, method, headers)
+    host.request(method, path, headers=headers or {})
+    response = host.getresponse()
+    return ServeAnswer(response.status, response.headers, response.read())
+
+
+def serve_connect(host, timeout=5):
+    name, _, port = host.rpartition(":")
+    return socket.create_connection((name, int(port)), timeout)
+
+
+def serve_raw(host, data, timeout=5):
+    """All that comes back for raw bytes, up to the end of the connection."""
+    found = b""
+    with serve_connect(host, timeout) as sock:
+        # A server that has hung up already leaves nothing to shut down.
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            for piece in iter(lambda: sock.recv(65536), b""):
+                found += piece
+    return found
+
+
+def serve_target(host, target, extra=b""):
+    """The status (0: none) and the bytes that a request target as it is gets."""
+    if isinstance(target, str):
+        target = target.encode("latin-1")
+    found = serve_raw(host, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n"
+                      + extra + b"Connection: close\r\n\r\n")
+    match = re.match(rb"HTTP/1\.1 ([0-9]{3}) ", found)
+    return int(match.group(1)) if match else 0, found
+
+
+class ServeRecorder(imagec.RegistryHandler):
+    """Keeps what is asked, in the server's `asked`."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        super().do_GET()
+
+    do_HEAD = do_GET
+
+
+class ServeCase(RegistryCase):
+    """Images pulled once into a tree, a layout and an archive; servers of them."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.store = tempfile.mkdtemp()
+        FIXTURES.callback(remove, cls.store)
+        with mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0):
+            cls._fill()
+
+    @classmethod
+    def _fill(cls):
+        cls.images = serve_images()
+        #: Which of them are in the tree, in the layout and in the archive.
+        cls.held = {"layers": list(cls.images), "archive": ["lab/docker"],
+                    "oci": [name for name in cls.images if "schema1" not in name]}
+        cls.tree, cls.layout, cls.archive = (
+            os.path.join(cls.store, name) for name in ("tree", "Lay Out", "images.tar"))
+        cls.places = {"layers": cls.tree, "oci": cls.layout, "archive": cls.archive}
+        with contextlib.closing(FakeRegistry()) as origin:
+            cls.origin = origin.host
+            for repository, image in cls.images.items():
+                origin.add(repository, "1", image)
+            for format, names in cls.held.items():
+                for name in names:
+                    whole = format == "oci" and cls.images[name].children
+                    # By its mirror it is pulled as of Docker Hub, which is not asked.
+                    hub = name.startswith("library/")
+                    imagec.pull(("" if hub else cls.origin + "/") + name + ":1",
+                                cls.places[format], format, no_creds=True,
+                                platform="all" if whole else "linux/amd64",
+                                mirrors=[cls.origin] if hub else [])
+
+    def serve(self, shelf, credentials=None, tls=None, handler=None):
+        """The host of a server of a Shelf, or of what is at a path, until the end."""
+        if not isinstance(shelf, imagec.Shelf):
+            shelf = imagec.Shelf(shelf)
+        self.server = server = imagec.new_server(
+            shelf, ("127.0.0.1", 0), credentials, tls, handler)
+        server.asked = []
+        # As `imagec.serving`, which ends later.
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
+        thread.start()
+        for end in (thread.join, server.server_close, server.shutdown):
+            self.addCleanup(end)  # the last is the first to be called
+        return "127.0.0.1:%d" % server.server_address[1]
+
+    def connect(self, host):
+        """A connection that is kept, for more than one request."""
+        connection = http.client.HTTPConnection(host, timeout=5)
+        self.addCleanup(connection.close)
+        return connection
+
+    def pulled(self, host, name, format="oci", platform="linux/amd64", **options):
+        path = os.path.join(tempfile.mkdtemp(dir=self.work), "out")
+        path += ".tar" if format == "archive" else ""
+        image = imagec.pull(host + "/" + name, path, format, platform=platform,
+                            no_creds=True, **options)
+        self.assertEqual(faults_of(image.path), [])
+        return image
+
+    def pair(self):
+        """The files of a certificate and its key, for a server."""
+        return (write_file(self.at("cert.pem"), TEST_CERT.encode("ascii")),
+                write_file(self.at("key.pem"), TEST_KEY.encode("ascii")))
+
+    @staticmethod
+    def client_context():
+        return ssl.create_default_context(cadata=TEST_CERT)
+
+    def copied(self):
+        """A copy of the layout that may be damaged, and the paths of a layer in it."""
+        path = self.at("layout")
+        shutil.copytree(self.layout, path)
+        digest = self.images["lab/oci"].layers[1]
+        return path, digest, os.path.join(path, "blobs", *digest.split(":"))
+
+    def shelf_of(self, data, name="lab/app"):
+        """A Shelf with one blob; its digest and path too."""
+        shelf, digest = imagec.Shelf(), imagec.Digest.of(data)
+        path = write_file(self.at("blob"), data)
+        shelf.add_blob(digest, imagec.Region(path, 0, len(data)))
+        shelf.add([name], None, "x/y", digest, data[:1])
+        return shelf, str(digest), path
+
+    def refused(self, answer, status, code=None):
+        """`answer` is an error in the distribution-spec's form."""
+        self.assertEqual(answer.status, status, answer.body)
+        self.assertEqual(answer.headers["Content-Type"], "application/json")
+        errors = json.loads(answer.body.decode("ascii"))["errors"]
+        self.assertRegex(errors[0]["code"], "^[A-Z_]+$")
+        self.assertIsInstance(errors[0]["message"], str)
+        if code:
+            self.assertEqual(errors[0]["code"], code)
+
+    def main(self, *argv, **options):
+        """A command line run here; whatever waits is interrupted instead."""
+        with mock.patch.object(imagec.time, "sleep", side_effect=KeyboardInterrupt):
+            ended = super().main(*argv, **options)
+        self.assertNotIn("Traceback", ended.err)
+        return ended._replace(out=ended.out.decode("utf-8"))
+
+    def process(self, *argv, stdin=b""):
+        """`imagec.py serve` as a process, and the first line it prints."""
+        process = self.start("serve", *argv, stdin=subprocess.PIPE)
+        process.stdin.write(stdin)
+        process.stdin.close()
+        return process, process.stdout.readline().decode("utf-8")
+
+
+# --------------------------------------------------------------------------------------
 # 3  Names
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 HEX64 = "0123456789abcdef" * 4
 SHA256_A = "sha256:" + HEX64
@@ -2193,9 +2994,9 @@ class NamesTest(TableCase):
                 self.assertEqual(str(imagec.Platform.host()), expected)
 
 
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4  Documents
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 JSON_READ = (
     # text, value
@@ -2362,9 +3163,7 @@ class DocumentsTest(TableCase):
         self.assertEqual(imagec.canonical_json(value), text.encode("utf-8"))
 
 
-# ------------------------------------------------------------------------------
-# 5  Signatures
-# ------------------------------------------------------------------------------
+# -- 5  Signatures
 
 # moby v24, distribution/fixtures/validate_manifest/good_manifest, deflated.
 SIGNED_MANIFEST = zlib.decompress(base64.b85decode("".join("""
@@ -2515,9 +3314,9 @@ class SignaturesTest(TableCase):
             outcome(imagec.PrettySignature.parse, body[:length])
 
 
-# ------------------------------------------------------------------------------
-# 6  Manifests
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
+# 5  Manifests
+# --------------------------------------------------------------------------------------
 
 # What rows write instead of the media types.
 MANIFEST_TYPES = {
@@ -3277,9 +4076,198 @@ class LayersTest(TableCase):
             outcome(self._httpd, **members)
 
 
-# ------------------------------------------------------------------------------
-# 7  Proof
-# ------------------------------------------------------------------------------
+V1_IDS = ["%064x" % n for n in range(1, 9)]
+V1_DIFFS = ["sha256:%064x" % n for n in range(11, 19)]
+V1_TIMES = (
+    # created, as Go's RFC3339Nano writes it
+    ('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.120Z"', "2020-01-02T03:04:05.12Z"),
+    ('"2020-01-02T03:04:05.000Z"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.123456789Z"', "2020-01-02T03:04:05.123456789Z"),
+    ('"2020-01-02T03:04:05.1234567899Z"', "2020-01-02T03:04:05.123456789Z"),
+    ('"2020-01-02T03:04:05+00:00"', "2020-01-02T03:04:05Z"),
+    ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
+    ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
+)
+V1_BAD_TIMES = ('"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
+                '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"')
+V1_STRINGS = (
+    # JSON text in, JSON text out in the history
+    (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
+    ('"\u2028\u2029"', r'"\u2028\u2029"'), ('"caf\xe9 \u20ac"', '"caf\xe9 \u20ac"'),
+    (r'"caf\u00e9"', '"caf\xe9"'), (r'"\ud83d\ude00"', '"\U0001f600"'),
+    (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
+    (r'"\b\f\u0000\u001f"', r'"\u0008\u000c\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
+    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', '"\ufffdx"'),
+)
+V1_COMMANDS = (
+    # container_config, created_by in the history or None
+    ('{"Cmd":["/bin/sh","-c","x  y"]}', "/bin/sh -c x  y"),
+    ('{"Cmd":"one two"}', "one two"),
+    ('{"Cmd":null}', None), ('{"Cmd":[]}', None), ("{}", None), ("null", None),
+)
+
+
+def v1_manifest(*texts, throwaway=()):
+    """A Schema1Manifest whose images, oldest first, have these members (JSON text)."""
+    history = []
+    for number, text in enumerate(texts):
+        head = '"id":"%s"' % V1_IDS[number]
+        if number:
+            head += ',"parent":"%s"' % V1_IDS[number - 1]
+        if number in throwaway:
+            head += ',"throwaway":true'
+        history.append({"v1Compatibility": "{%s%s%s}" % (head, "," * bool(text), text)})
+    blobs = [{"blobSum": "sha256:%064x" % (21 + n)} for n in range(len(texts))]
+    raw = json.dumps({
+        "schemaVersion": 1, "name": "lab/app", "tag": "1", "architecture": "amd64",
+        "fsLayers": blobs[::-1], "history": history[::-1]}).encode()
+    return imagec.decode_manifest(raw)
+
+
+def v1_config(*texts, throwaway=()):
+    """The text of the config that docker would make of these."""
+    manifest = v1_manifest(*texts, throwaway=throwaway)
+    count = len(texts) - len(throwaway)
+    diff_ids = [imagec.Digest.parse(text) for text in V1_DIFFS[:count]]
+    return imagec.modern_config(manifest, diff_ids).raw.decode("utf-8")
+
+
+class Schema1ConversionTest(StoredCase):
+    """The config of a schema1 image, byte for byte: its digest is the image ID."""
+
+    tail = ('"history":[{"created":"0001-01-01T00:00:00Z"}],"os":"linux","rootfs":'
+            '{"type":"layers","diff_ids":["%s"]}}' % V1_DIFFS[0])
+
+    def setUp(self):
+        """No registry for most of it."""
+
+    def history(self, *texts):
+        return json.loads(v1_config(*texts))["history"]
+
+    def test_whole(self):
+        text = v1_config(
+            '"created":"2020-01-01T00:00:00Z","container_config":{"Cmd":["a"]}',
+            '"created":"2020-01-02T00:00:00.10Z","author":"me","comment":"c",'
+            '"container_config":{"Cmd":["b","c"]}',
+            '"os":"linux","docker_version":"1.12.6","created":"2020-01-03T00:00:00Z",'
+            '"Size":5,"parent_id":"x","layer_id":"y","config":{"b":1,"a":2},'
+            '"architecture":"amd64"', throwaway=[1])
+        self.assertEqual(text, (
+            '{"architecture":"amd64","config":{"b":1,"a":2},"created":'
+            '"2020-01-03T00:00:00Z","docker_version":"1.12.6","history":['
+            '{"created":"2020-01-01T00:00:00Z","created_by":"a"},'
+            '{"created":"2020-01-02T00:00:00.1Z","author":"me","created_by":"b c",'
+            '"comment":"c","empty_layer":true},{"created":"2020-01-03T00:00:00Z"}],'
+            '"os":"linux","rootfs":{"type":"layers","diff_ids":["%s","%s"]}}'
+            % tuple(V1_DIFFS[:2])))
+
+    def test_no_layers(self):
+        text = v1_config('"os":"linux"', throwaway=[0])
+        self.assertTrue(text.endswith('"rootfs":{"type":"layers"}}'), text)
+
+    def test_members_stay_as_they_stand(self):
+        rows = (('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }',
+                 '{"z":[1.50e+3,-0],"a":"x  y"}'),
+                (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
+                ('{"<":"\u2028","q":"a\\" , b"}',
+                 '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
+                ("null", "null"), ("[]", "[]"), ("12345678901234567890", None),
+                (r'{"\ud800":1}', None))
+        for given, wanted in rows:
+            with self.subTest(given):
+                text = v1_config('"os":"linux","K":' + given)
+                self.assertEqual(text, '{"K":%s,%s' % (wanted or given, self.tail))
+
+    def test_keys_are_sorted_by_bytes(self):
+        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
+        keys = list(json.loads(text, object_pairs_hook=collections.OrderedDict))
+        self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
+                                "\U0001f600"])
+
+    def test_times(self):
+        for given, wanted in V1_TIMES:
+            with self.subTest(given):
+                text = "" if given is None else '"created":' + given
+                self.assertEqual(self.history(text)[0]["created"], wanted)
+
+    def test_bad_times(self):
+        for given in V1_BAD_TIMES:
+            with self.subTest(given), self.assertRaises(imagec.InvalidDocument):
+                v1_config('"created":' + given)
+
+    def test_strings(self):
+        for given, wanted in V1_STRINGS:
+            with self.subTest(given):
+                text = v1_config('"author":' + given, "")
+                self.assertIn('"author":%s}' % wanted, text)
+
+    def test_commands(self):
+        for given, wanted in V1_COMMANDS:
+            with self.subTest(given):
+                found = self.history('"container_config":' + given)[0]
+                self.assertEqual(found.get("created_by"), wanted)
+
+    def test_members_of_old_docker_stay_too(self):
+        for version in ("0.10", "1.7.0", "1.8.2-rc1", "dev", ""):
+            with self.subTest(version):
+                text = v1_config('"docker_version":"%s","os":"linux","config":{"Cmd":'
+                                 '"x","unknown":2}' % version)
+                self.assertEqual(text, '{"config":{"Cmd":"x","unknown":2},'
+                                 '"docker_version":"%s",%s' % (version, self.tail))
+
+    def test_wrong_types_are_told(self):
+        values = ("5", "[]", "{}", '"x"', "true", "null", "[5]", '{"Cmd":5}',
+                  '{"Cmd":[5]}', '{"Cmd":{}}', '{"Env":5,"Volumes":[]}')
+        for key in ("created", "author", "comment", "container_config", "config", "os",
+                    "docker_version", "architecture", "variant", "container", "Size"):
+            for value in values:
+                with self.subTest(key, value=value), \
+                        contextlib.suppress(imagec.InvalidDocument):
+                    v1_config("%s:%s" % (json.dumps(key), value))
+
+    def test_manifest(self):
+        config = imagec.ImageConfig.parse(v1_config('"os":"linux"').encode())
+        blob = imagec.Descriptor("x", imagec.Digest.parse(V1_DIFFS[3]), 9)
+        manifest = imagec.modern_manifest(config, [blob])
+        self.assertEqual(manifest.raw, (
+            b'{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.'
+            b'manifest.v2+json","config":{"mediaType":"application/vnd.docker.'
+            b'container.image.v1+json","size":%d,"digest":"%s"},"layers":[{'
+            b'"mediaType":"x","size":9,"digest":"%s"}]}' % (
+                len(config.raw), sha256(config.raw).encode(), V1_DIFFS[3].encode())))
+
+    def test_image_id_is_the_same_everywhere(self):
+        super().setUp()
+        ids = set()
+        for kind in ("schema1", "schema1-signed"):
+            reference, image = self.serve(ARCHIVE_TARS[:1] + [None] + ARCHIVE_TARS[1:],
+                                          kind=kind)
+            for format in ("layers", "oci", "archive"):
+                run = self.pull("--json", "--format", format, "-o",
+                                self.at(kind + format), reference)
+                value = json.loads(run.out.decode())
+                ids.add(value["image_id"])
+                self.assertEqual(value["digest"], image.digest)
+        self.assertEqual(len(ids), 1)
+        digest = ids.pop()
+        members = self.members(self.at("schema1archive"))
+        config = json.loads(members["blobs/sha256/" + digest[7:]].decode())
+        self.assertEqual(config["rootfs"]["diff_ids"], image.diff_ids)
+        self.assertEqual([entry.get("empty_layer") for entry in config["history"]],
+                         [None, True, None, None])
+
+    def test_throwaway_flags_missing(self):
+        # Old images have none: the empty blob is then a layer as any other.
+        super().setUp()
+        reference, _ = self.serve([ARCHIVE_TARS[0], bytes(1024)], kind="schema1")
+        self.pull("--format", "oci", "-o", self.at("out"), reference)
+        self.verify(self.at("out"))
+
+
+# --------------------------------------------------------------------------------------
+# 6, 7  Tar, Proof
+# --------------------------------------------------------------------------------------
 
 # Tars are written here field by field: tarfile refuses to make most of these.
 TAR_END = bytes(1024)
@@ -3925,7 +4913,6 @@ EDGE_SIZES = [
 ]
 
 
-
 class UnpackTest(TableCase):
     """A layer unpacks to one diffID, however its bytes come."""
 
@@ -4148,146 +5135,526 @@ class UnpackTest(TableCase):
 
 
 # --------------------------------------------------------------------------------------
-# Transport to Pull, against the double
+# 8  Credentials
 # --------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------
-# What all classes here share
-# ------------------------------------------------------------------------------
+#: (name, variable, its value below the root, the file it leads to), in order
+FIELD_SOURCES = (
+    ("DOCKER_CONFIG", "DOCKER_CONFIG", "docker", "docker/config.json"),
+    ("docker's home", None, None, "home/.docker/config.json"),
+    ("podman's runtime", "XDG_RUNTIME_DIR", "run", "run/containers/auth.json"),
+    ("podman's config", "XDG_CONFIG_HOME", "xdg", "xdg/containers/auth.json"),
+    ("podman's home", None, None, "home/.config/containers/auth.json"),
+    ("dockercfg", None, None, "home/.dockercfg"),
+)
+_FIELD_NESTED = ("r.test", "r.test/a", "r.test/a/b")
 
-#: Host name -> the address it has here. No test asks the real DNS for anything.
-NET_PLACES = {
-    "registry.test": "127.0.0.1",
-    "other.test": "127.0.0.1",
-    "public.test": "93.184.216.34",
-    "public2.test": "93.184.216.35",
-    "private.test": "10.1.2.3",
-    "metadata.test": "169.254.169.254",
-    "shared.test": "100.64.1.2",
-}
-EVER = None  # of a fault: for ever
-NET_TLS = ((False,), (True,))
-BEARER = {"Authorization": "Bearer S3CR3T"}
-NET_TARS = [
-    tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
-    tar_bytes([("bin", None), ("bin/sh", b"\x7fELF" * 300)]),
-    tar_bytes([("var", None), ("var/log", b"quiet")]),
-]
-NET_OTHER = build_image(NET_TARS[:1])
+#: (keys of auths, host, repository, the key that wins or None)
+FIELD_KEYS = (
+    (_FIELD_NESTED, "r.test", "a/b", "r.test/a/b"),
+    (_FIELD_NESTED, "r.test", "a/b/c", "r.test/a/b"),
+    (_FIELD_NESTED, "r.test", "a/bc", "r.test/a"),
+    (_FIELD_NESTED, "r.test", "ab", "r.test"),
+    (_FIELD_NESTED, "r.test", "", "r.test"),
+    (("r.test/a",), "r.test", "b", None),
+    (("r.test/a",), "r.test", "ab", None),
+    (("r.test/a/b",), "r.test", "a", None),
+    (("r.test:5000",), "r.test:5000", "a", "r.test:5000"),
+    (("r.test:5000/a",), "r.test:5000", "a/b", "r.test:5000/a"),
+    # URLs, as docker login once wrote them
+    (("https://r.test",), "r.test", "a", "https://r.test"),
+    (("http://r.test/v1/",), "r.test", "a", "http://r.test/v1/"),
+    (("https://r.test:5000/v2/",), "r.test:5000", "a", "https://r.test:5000/v2/"),
+    (("https://r.test/v2/", "r.test"), "r.test", "a", "r.test"),
+    # Docker Hub and its names
+    ((FIELD_HUB,), "docker.io", "library/alpine", FIELD_HUB),
+    ((FIELD_HUB,), "index.docker.io", "library/alpine", FIELD_HUB),
+    ((FIELD_HUB,), "registry-1.docker.io", "library/alpine", FIELD_HUB),
+    (("docker.io",), "registry-1.docker.io", "library/alpine", "docker.io"),
+    (("index.docker.io",), "docker.io", "library/alpine", "index.docker.io"),
+    (("registry-1.docker.io",), "docker.io", "a/b", "registry-1.docker.io"),
+    (("docker.io/library", FIELD_HUB), "docker.io", "library/a", "docker.io/library"),
+    (("docker.io/library", FIELD_HUB), "docker.io", "team/a", FIELD_HUB),
+    # T81: a secret is for the host its key names
+    (("r.test",), "r.test.evil.test", "a", None),
+    (("r.test",), "evilr.test", "a", None),
+    (("r.test",), "sub.r.test", "a", None),
+    (("https://r.test",), "r.test.evil.test", "a", None),
+    (("https://r.test@evil.test",), "r.test", "a", None),
+    (("https://r.test@evil.test",), "evil.test", "a", None),
+    (("r.test",), "r.test:5000", "a", None),
+    (("r.test:5000",), "r.test", "a", None),
+    (("r.test:5000",), "r.test:5001", "a", None),
+    (("https://r.test:5000",), "r.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "r.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "docker.io.evil.test", "a", None),
+    ((FIELD_HUB, "docker.io"), "auth.docker.io", "a", None),
+    (("r.test", ""), "docker.io", "library/a", None),
+    (("https://index.docker.io.evil.test/v1/",), "docker.io", "library/a", None),
+)
+
+#: (entry, (username, password, identity token, registry token) or None)
+FIELD_ENTRIES = (
+    ({"auth": "YWxpY2U6UzNDUjNUMQ=="}, ("alice", "S3CR3T1", None, None)),
+    ({"auth": "YWxpY2U6UzNDUjNUMQ"}, ("alice", "S3CR3T1", None, None)),
+    ({"auth": field_base64("alice:a:b")}, ("alice", "a:b", None, None)),
+    ({"auth": field_base64("alice:pw\0\0")}, ("alice", "pw", None, None)),
+    ({"auth": field_base64("j\xf6rg:\u2713")}, ("j\xf6rg", "\u2713", None, None)),
+    ({"username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
+    ({"auth": field_entry("alice", "pw")["auth"], "username": "bob", "password": "x"},
+     ("alice", "pw", None, None)),
+    ({"auth": "!", "username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
+    ({"identitytoken": "id"}, (None, None, "id", None)),
+    # as the login of a cloud registry leaves it
+    ({"auth": field_base64("0000-00:"), "identitytoken": "id"},
+     ("0000-00", "", "id", None)),
+    ({"registrytoken": "ready"}, (None, None, None, "ready")),
+    ({"auth": field_base64("alice")}, None),
+    ({"auth": field_base64(":" + PASSWORD)}, None),
+    ({"auth": field_base64("alice:")}, None),
+    ({"auth": PASSWORD + "!!"}, None),
+    ({"auth": "YQ=YQ="}, None),
+    ({"auth": "\u2713"}, None),
+    ({"auth": "/////w=="}, None),  # not UTF-8
+    ({"auth": 7}, None),
+    ({"auth": ""}, None),
+    ({"username": "bob"}, None),
+    ({"username": "bob", "password": ["pw"]}, None),
+    ({}, None),
+    ([], None),
+    ("alice:pw", None),
+    (None, None),
+    # what would break a header
+    ({"registrytoken": "S3CR3T\n"}, None),
+    ({"registrytoken": "S3CR3T\rX: y"}, None),
+    ({"registrytoken": "S3CR3T\0"}, None),
+    ({"registrytoken": "S3CR3T\u00e9"}, None),
+    ({"identitytoken": "S3CR3T\n"}, None),
+    ({"auth": field_base64("alice:S3CR3T\n")}, None),
+    ({"auth": field_base64("al\nice:S3CR3T")}, None),
+    ({"username": "bob", "password": "S3CR3T\x7f"}, None),
+)
+
+#: Files that hold nothing we can use, which must not stop a pull. T83
+FIELD_BAD_FILES = (
+    b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe{}", b'{"auths": []}', b'{"auths": 1}',
+    b'{"auths": {"r.test": 1}}', b'{"credHelpers": []}',
+    b'{"credHelpers": {"r.test": 1}}',
+    b'{"credsStore": 1}', b'{"credsStore": ""}', b"[" * 100000, b" " * (5 << 20),
+    b'{"auths": {"r.test": {"auth": "YTpi"}}, "auths": {}}',
+    b'\xef\xbb\xbf{"auths": {}}', b'{"auths": {"r.test": {"auth": "YTpi"}}} x',
+)
+
+_FIELD_ANSWER = '{"ServerURL": "r.test", "Username": "%s", "Secret": "%s"}'
+_FIELD_SAYS = "cat >/dev/null; echo '" + _FIELD_ANSWER + "'"
+
+#: (name, script, what is found: (user, password, identity token), None, or the words of
+#: the error as text)
+FIELD_HELPERS = (
+    ("works", _FIELD_SAYS % ("bob", PASSWORD), ("bob", PASSWORD, None)),
+    ("token", _FIELD_SAYS % ("<token>", PASSWORD), (None, None, PASSWORD)),
+    ("does not read", "exec <&-; echo '%s'" % _FIELD_ANSWER % ("bob", "pw"),
+     ("bob", "pw", None)),
+    ("knows nothing", "echo 'credentials not found in native keychain'; exit 1", None),
+    ("no URL", "echo 'no credentials server URL'; exit 1", None),
+    ("no user", "echo 'no credentials username'; exit 1", None),
+    ("empty secret", _FIELD_SAYS % ("bob", ""), None),
+    ("secret of two lines", _FIELD_SAYS % ("bob", r"S3CR3T\u000a"), "password"),
+    ("token of two lines", _FIELD_SAYS % ("<token>", r"S3CR3T\u000a"), "token"),
+    ("fails", "echo S3CR3T; exit 1", "status 1"),
+    ("is killed", "kill -9 $$", "docker-credential-"),
+    ("says nothing", "exit 0", "protocol"),
+    ("not JSON", "echo S3CR3T", "protocol"),
+    ("a list", "echo '[\"S3CR3T\"]'", "protocol"),
+    ("a number", "echo '{\"Username\": \"bob\", \"Secret\": 1}'", "protocol"),
+    ("two secrets", "echo '{\"Secret\": \"S3CR3T\", \"Secret\": \"x\"}'", "protocol"),
+    ("too much", "exec cat /dev/zero", "bytes"),
+    ("hangs", "exec sleep 5", "seconds"),
+    ("hangs unheard", "exec >&-; exec sleep 5", "seconds"),
+    ("leaves a child", "sleep 2 & exec echo '%s'" % _FIELD_ANSWER % ("bob", PASSWORD),
+     "seconds"),
+)
+
+#: credsStore values that name no program of docker's. T82
+FIELD_BAD_HELPERS = (
+    "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0", "\xfc",
+    " ",
+)
 
 
-class NetworkCase(RegistryCase):
-    """Names are resolved by NET_PLACES; `reached` is where connections were to go."""
+class CredentialsTest(FieldCase):
+    """The Keyring, and what of it the wire sees."""
 
-    image = build_image(NET_TARS)
+    def keyring(self, authfile=None, **variables):
+        return imagec.Keyring(authfile=authfile, environ=dict(os.environ, **variables))
 
-    def setUp(self):
-        super().setUp()
-        self.reached = reached = []
-        resolve = socket.getaddrinfo
+    def user(self, keyring, host="r.test", repository="a"):
+        found = keyring.lookup(host, repository)
+        return found and found.username
 
-        class Routed(socket.socket):
-            def connect(self, target):
-                reached.append(target[0])
-                super().connect(("127.0.0.1", target[1]))
+    # -- where they are looked for
 
-        def lookup(host, *rest, **named):
-            if host.endswith(".invalid"):
-                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-            return resolve(NET_PLACES.get(host, host), *rest, **named)
+    def test_sources_in_order(self):
+        variables = {}
+        for name, variable, value, path in FIELD_SOURCES[::-1]:
+            auths = {"r.test": field_entry(name)}
+            self.file(path, auths if path.endswith("cfg") else {"auths": auths})
+            if variable:
+                variables[variable] = self.at(value)
+            self.assertEqual(self.user(self.keyring(**variables)), name)
 
-        self.patch(mock.patch("socket.getaddrinfo", lookup))
-        self.patch(mock.patch("socket.socket", Routed))
+    def test_docker_auth_config_comes_before_files(self):
+        self.docker_config(field_auths("r.test", "s.test"))
+        text = json.dumps({"auths": {"r.test": field_entry("env")}})
+        keyring = self.keyring(DOCKER_AUTH_CONFIG=text)
+        self.assertEqual(self.user(keyring), "env")
+        self.assertEqual(self.user(keyring, "s.test"), "s.test")
 
-    def client(self, registry, credentials=None, host=None, transport=None, **options):
-        """An imagec.Registry that talks to the FakeRegistry."""
-        if isinstance(credentials, str):
-            credentials = imagec.Credentials(credentials, PASSWORD)
-        return imagec.Registry(
-            host or registry.host, transport or self.transport(), credentials, **options
-        )
+    def test_docker_auth_config_that_is_broken(self):
+        self.docker_config(field_auths("r.test"))
+        for text in ("{", "[]", "\udcff"):
+            self.assertEqual(self.user(self.keyring(DOCKER_AUTH_CONFIG=text)), "r.test")
+        self.assertEqual(len(self.said), 3)
 
-    def filled(self, image=None, name="app:1", **options):
-        """A registry that has the image, or self.image."""
-        return super().filled(image or self.image, name, **options)
+    def test_authfile_is_the_only_one(self):
+        self.docker_config(field_auths("r.test", "s.test"))
+        text = json.dumps(field_auths("s.test"))
+        one = self.file("one.json", {"auths": {"r.test": field_entry("one")}})
+        two = self.file("two.json", {"auths": {"r.test": field_entry("two")}})
+        for authfile, variable, user in ((one, "", "one"), ("", two, "two"),
+                                         (one, two, "one")):
+            keyring = self.keyring(authfile, REGISTRY_AUTH_FILE=variable,
+                                   DOCKER_AUTH_CONFIG=text)
+            self.assertEqual(self.user(keyring), user)
+            self.assertIsNone(keyring.lookup("s.test", "a"))
 
-    def server(self, replies, tls=False):
-        server = Scripted(replies, tls)
-        self.addCleanup(server.close)
-        return server
+    def test_authfile_that_is_missing_or_broken(self):
+        self.docker_config(field_auths("r.test"))
+        for path in (self.at("none"), self.file("bad.json", "{"), self.root):
+            for keyring in (self.keyring(path), self.keyring(REGISTRY_AUTH_FILE=path)):
+                with self.subTest(path), self.fails(imagec.CredentialsError, path):
+                    keyring.lookup("r.test", "a")
 
-    @contextlib.contextmanager
-    def soon(self):
-        """The block does not wait for what takes half a minute, or for ever."""
-        started = time.monotonic()
-        yield
-        self.assertLess(time.monotonic() - started, 15)
+    def test_docker_config_variable_replaces_the_home(self):
+        self.docker_config(field_auths("r.test"))
+        keyring = self.keyring(DOCKER_CONFIG=self.at("empty"))
+        self.assertIsNone(keyring.lookup("r.test", "a"))
 
-    def get(self, transport, url, **options):
-        """(status, bytes) of a GET."""
-        with transport.open("GET", url, **options) as response:
-            return response.status, response.read(imagec.MIB, "test")
+    def test_nothing_anywhere_is_anonymous(self):
+        self.assertIsNone(self.keyring().lookup("r.test", "a"))
+        self.docker_config(field_auths("r.test"))
+        self.assertIsNone(imagec.Keyring(anonymous=True).lookup("r.test", "a"))
+        self.assertEqual(self.said, [])
 
-    def gives(self, expected, call, *failure):
-        """`call` returns what is expected; where that is None, it fails that way."""
-        if expected is None:
-            with self.fails(*failure):
-                call()
-        else:
-            self.assertEqual(call(), expected)
+    @rows([(content[:40], content) for content in FIELD_BAD_FILES])
+    def test_t83_files_that_hold_nothing(self, _name, content):
+        self.file("run/containers/auth.json", field_auths("r.test"))
+        self.docker_config(content)
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
+    def test_t83_links_are_followed(self):
+        os.makedirs(os.path.join(self.home, ".docker"))
+        os.symlink(self.file("real.json", field_auths("r.test")),
+                   os.path.join(self.home, ".docker", "config.json"))
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
+    # -- which entry is taken
+
+    @rows(FIELD_KEYS)
+    def test_keys(self, keys, host, repository, winner):
+        self.docker_config(field_auths(*keys))
+        self.assertEqual(self.user(self.keyring(), host, repository),
+                         winner and winner.replace(":", "-"), (host, repository))
+
+    @rows(FIELD_ENTRIES)
+    def test_entries(self, entry, expected):
+        self.docker_config({"auths": {"r.test": entry}})
+        found = self.keyring().lookup("r.test", "a")
+        facts = found and (found.username, found.password, found.identity_token,
+                           found.registry_token)
+        if expected and expected[1] == "":  # no password is as good as none
+            facts = (facts[0], facts[1] or "") + facts[2:]
+        self.assertEqual(facts, expected)
+        self.assertNotIn(PASSWORD, "".join(self.said))
+
+    def test_an_entry_without_a_secret_does_not_end_the_search(self):
+        self.docker_config({"auths": {"r.test/a": {}, "r.test": field_entry("alice")}})
+        self.assertEqual(self.user(self.keyring()), "alice")
+        self.docker_config({"auths": {"r.test": {}}})
+        self.file("run/containers/auth.json", field_auths("r.test"))
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
+    def test_what_would_break_a_header_is_told_when_it_is_read(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        self.docker_config({"auths": {registry.host: {"registrytoken": "S3CR3T\n"}}})
+        with self.fails(imagec.AccessDenied, "anonymous"):
+            self.pull(registry.host)
+        told, = {text for text in self.said if "passed over" in text}
+        self.assertIn(registry.host, told)
+        self.assertIn("registry token", told)
+        self.assertNotIn("S3CR3T", told)
+        for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\n"),
+                               ("al\tice", PASSWORD), ("alice", "S3CR3T\udcff")):
+            run = self.main("digest", "-u", user, registry.host + "/lab/app",
+                            IMAGEC_PASSWORD=password.replace("\0", "\x01"))
+            self.assertEqual(run.status, 2, run.err)
+            self.assertRegex(run.err, r"\Aimagec: the (password|user name), [^\n]+\n\Z")
+            self.assertNotIn("S3CR3T", run.err)
+            with self.fails(imagec.UsageError):
+                imagec.Credentials(user, password)
+
+    def test_given_are_for_one_host(self):
+        keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
+        self.assertEqual(self.user(keyring), "alice")
+        with self.fails(imagec.UsageError, "r.test", "s.test"):
+            keyring.lookup("s.test", "a")
+
+    # -- helpers
+
+    @rows(FIELD_HELPERS)
+    def test_helpers(self, _name, script, expected):
+        self.docker_config({"credsStore": "h", "auths": {"r.test": field_entry("no")}})
+        self.helper("h", script)
+        with self.soon(), mock.patch.object(imagec, "HELPER_TIMEOUT", 0.2):
+            if isinstance(expected, str):
+                with self.fails(imagec.CredentialsError, expected):
+                    self.keyring().lookup("r.test", "a")
+            else:
+                found = self.keyring().lookup("r.test", "a")
+                facts = found and (found.username, found.password, found.identity_token)
+                self.assertEqual(facts, expected)
+
+    def test_helper_is_asked_by_the_protocol(self):
+        self.helper("h", 'echo "$@" >$0.args; cat >$0.in; echo "{}"')
+        for host, server in (("r.test:5000", b"r.test:5000"),
+                             ("docker.io", FIELD_HUB.encode("ascii")),
+                             ("registry-1.docker.io", FIELD_HUB.encode("ascii"))):
+            self.docker_config({"credsStore": "h"})
+            self.assertIsNone(self.keyring().lookup(host, "a/b"))
+            with open(self.at("bin/docker-credential-h.in"), "rb") as file:
+                self.assertEqual(file.read(), server)
+            with open(self.at("bin/docker-credential-h.args"), "rb") as file:
+                self.assertEqual(file.read(), b"get\n")
+
+    def test_cred_helpers_before_store_before_auths(self):
+        for name in ("one", "two"):
+            self.helper(name, _FIELD_SAYS % (name, "pw"))
+        everything = {"credHelpers": {"r.test": "one"}, "credsStore": "two",
+                      "auths": {"r.test": field_entry("file")}}
+        for left_out, user in (((), "one"), (("credHelpers",), "two"),
+                               (("credHelpers", "credsStore"), "file")):
+            self.docker_config(
+                {k: v for k, v in everything.items() if k not in left_out})
+            self.assertEqual(self.user(self.keyring()), user)
+        self.docker_config(everything)
+        self.assertEqual(self.user(self.keyring(), "r.test:5000"), "two")
+
+    def test_cred_helpers_of_docker_hub(self):
+        self.helper("h", _FIELD_SAYS % ("bob", "pw"))
+        for key in (FIELD_HUB, "docker.io", "index.docker.io"):
+            self.docker_config({"credHelpers": {key: "h"}})
+            for host in ("docker.io", "registry-1.docker.io"):
+                self.assertEqual(self.user(self.keyring(), host), "bob")
+            self.assertIsNone(self.keyring().lookup("r.test", "a"))
+
+    def test_helper_that_knows_nothing_rules_out_its_file_only(self):
+        self.helper("h", "echo credentials not found in native keychain; exit 1")
+        for helpers in ({"credsStore": "h"}, {"credHelpers": {"r.test": "h"}}):
+            self.docker_config(dict(helpers, **field_auths("r.test")))
+            self.assertIsNone(self.keyring().lookup("r.test", "a"))
+        self.file("run/containers/auth.json",
+                  {"auths": {"r.test": field_entry("next")}})
+        self.assertEqual(self.user(self.keyring()), "next")
+
+    @rows([(name,) for name in FIELD_BAD_HELPERS])
+    def test_t82_bad_names(self, name):
+        self.file("bin/docker-credential-x", "#!/bin/sh\ntouch %s\n" % self.at("ran"))
+        for config in ({"credsStore": name}, {"credHelpers": {"r.test": name}}):
+            self.docker_config(dict(config, **field_auths("r.test")))
+            with self.fails(imagec.CredentialsError, "helper"):
+                self.keyring().lookup("r.test", "a")
+        self.assertFalse(os.path.exists(self.at("ran")))
+
+    def test_t81_helper_that_is_missing_is_an_error(self):
+        # CVE-2021-41092 was another entry taken in its place.
+        self.docker_config(dict(field_auths("r.test", FIELD_HUB), credsStore="none"))
+        with self.fails(imagec.CredentialsError, "docker-credential-none", "PATH"):
+            self.keyring().lookup("r.test", "a")
+
+    @rows((("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755),
+           ("#!/bin/sh\n", 0o644)))
+    def test_helper_that_is_no_program(self, content, mode):
+        path = self.helper("h", "")
+        self.docker_config({"credsStore": "h"})
+        self.file("bin/docker-credential-h", content)
+        os.chmod(path, mode)
+        with self.fails(imagec.CredentialsError):
+            self.keyring().lookup("r.test", "a")
+
+    def test_t82_helper_in_the_working_directory_is_not_run(self):
+        path = self.file("here/docker-credential-h", "#!/bin/sh\ntouch ran\n")
+        os.chmod(path, 0o755)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.at("here"))
+        self.docker_config({"credsStore": "h"})
+        for place in ("", ".", "/none", "../here"):
+            os.environ["PATH"] = place + os.pathsep + "/usr/bin"
+            with self.subTest(place), self.fails(imagec.CredentialsError, "PATH"):
+                self.keyring().lookup("r.test", "a")
+        self.assertFalse(os.path.exists("ran"))
+
+    # -- what is told of them
+
+    def test_auth_command(self):
+        self.helper("h", _FIELD_SAYS % ("bob", PASSWORD))
+        path = self.docker_config({
+            "credHelpers": {"h.test": "h"},
+            "auths": {"r.test/a": field_entry("alice"),
+                      "i.test": {"identitytoken": IDENTITY_TOKEN},
+                      "t.test": {"registrytoken": PASSWORD}}})
+        for host, words in (
+                ("r.test/a/b", ("alice", path, "(r.test/a)")),
+                ("r.test", ("anonymous",)),
+                ("h.test", ("bob", path, "docker-credential-h", "credHelpers")),
+                ("i.test", ("identity token", path)),
+                ("t.test", ("registry token", path)), ("docker.io", ("anonymous",))):
+            run = self.main("auth", host)
+            self.assertEqual((run.status, run.err), (0, ""))
+            self.assertEqual(run.out.count("\n"), 1)
+            for word in words + (host,):
+                self.assertIn(word, run.out)
+            self.assertNotIn(PASSWORD, run.out)
+        self.assertIn("anonymous", self.main("auth", "r.test/a", "--no-creds").out)
+
+    def test_auth_command_escapes(self):
+        self.docker_config({"auths": {"r.test": field_entry("a\x1b[31m\nb")}})
+        run = self.main("auth", "r.test")
+        self.assertEqual((run.status, run.out.count("\n")), (0, 1))
+        self.assertNotIn("\x1b", run.out)
+
+    def test_auth_command_with_a_broken_source(self):
+        self.docker_config({"credsStore": "none"})
+        run = self.main("auth", "r.test")
+        self.assertEqual((run.status, run.out), (5, ""))
+        self.assertRegex(run.err, r"\Aimagec: .*docker-credential-none.*\n\Z")
+        run = self.main("auth", "r.test", "-u", "bob", IMAGEC_PASSWORD=PASSWORD)
+        self.assertRegex(run.out, "^r.test: .*bob.*the command line")
+        self.assertNotIn(PASSWORD, run.out)
+        run = self.main("auth", "r.test", "--authfile", self.at("none"))
+        self.assertEqual((run.status, run.out), (5, ""))
+
+    # -- what the wire sees
+
+    def asked_for_tokens(self, registry):
+        """(method, form or query, Authorization) of each request for a token."""
+        return [(request.method, dict(urllib.parse.parse_qsl(
+            request.body.decode("ascii") or request.path.partition("?")[2])),
+            request.headers.get("Authorization"))
+            for request in registry.requests if request.route == "/token"]
+
+    def test_password_from_a_config(self):
+        for auth in ("basic", "bearer"):
+            registry = self.filled(auth=auth, anonymous=False)
+            entry = field_entry("alice")
+            self.docker_config({"auths": {registry.host + "/lab": entry}})
+            self.pull(registry.host, to=auth)
+            self.docker_config({"auths": {registry.host + "/else": entry}})
+            with self.fails(imagec.AccessDenied):
+                self.pull(registry.host, to=auth + "2")
+
+    def test_identity_token(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        entry = dict(field_entry("00-00", ""), identitytoken=IDENTITY_TOKEN)
+        self.docker_config({"auths": {registry.host: entry}})
+        self.pull(registry.host)
+        self.assertEqual(self.asked_for_tokens(registry), [("POST", {
+            "grant_type": "refresh_token", "refresh_token": IDENTITY_TOKEN,
+            "service": "fixture", "scope": "repository:lab/app:pull",
+            "client_id": "imagec"}, None)])
+        self.assertEqual([r.headers["Content-Type"] for r in registry.requests
+                          if r.method == "POST"], ["application/x-www-form-urlencoded"])
+        self.assertNotIn("refresh_token", "".join(r.path for r in registry.requests))
+
+    @rows(((404,), (405,)))
+    def test_identity_token_falls_back_to_get(self, code):
+        registry = self.filled(auth="bearer", anonymous=False)
+        entry = dict(field_entry("alice"), identitytoken=IDENTITY_TOKEN)
+        self.docker_config({"auths": {registry.host: entry}})
+        registry.fault("POST /token", status(code))
+        self.pull(registry.host, to=str(code))
+        asked = self.asked_for_tokens(registry)
+        self.assertEqual([method for method, _, _ in asked], ["POST", "GET"])
+        self.assertTrue(asked[1][2].startswith("Basic "))
+
+    def test_identity_token_that_is_refused(self):
+        registry = self.filled(auth="bearer")
+        self.docker_config({"auths": {registry.host: {"identitytoken": "S3CR3T-OLD"}}})
+        with self.fails(imagec.AccessDenied, "identity token", "config.json"):
+            self.pull(registry.host)
+        self.assertEqual([m for m, _, _ in self.asked_for_tokens(registry)], ["POST"])
+
+    def test_identity_token_is_renewed(self):
+        registry = self.registry(auth="bearer")
+        reply = b'{"access_token": "t", "refresh_token": "new"}'
+        registry.fault("POST", body(reply), 2)
+        found = imagec.Credentials(identity_token="old")
+        for _ in range(2):
+            imagec.fetch_token(self.transport(), registry.url + "/token?scope=x", found)
+        sent = [form["refresh_token"] for _, form, _ in self.asked_for_tokens(registry)]
+        self.assertEqual(sent, ["old", "new"])
+
+    def test_tokens_that_a_token_server_repeats(self):
+        registry = self.registry(auth="bearer")
+        say = json.dumps({"errors": [{"code": "DENIED", "message": "%s is not valid"}]})
+        for old, new, told in (("S3CR3T-OLD", "", "S3CR3T-OLD"),
+                               ("S3CR3T-OLD", "S3CR3T-NEW", "S3CR3T-NEW")):
+            found = imagec.Credentials(identity_token=old)
+            if new:
+                reply = {"token": "t", "refresh_token": new}
+                registry.fault("POST", body(json.dumps(reply).encode("ascii")), 1)
+                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
+                                   found)
+            registry.fault("POST", status(401, body=(say % told).encode("ascii")), 1)
+            with self.fails(imagec.AccessDenied, "*** is not valid") as caught:
+                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
+                                   found)
+            self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
+
+    def test_registry_token_is_sent_as_it_is(self):
+        registry = self.filled(auth="bearer", anonymous=False)
+        self.patch(mock.patch.dict(
+            registry.tokens, {"S3CR3T-READY": ["repository:lab/app:pull"]}))
+        entry = {"registrytoken": "S3CR3T-READY"}
+        self.docker_config({"auths": {registry.host: entry}})
+        self.pull(registry.host)
+        self.assertEqual(self.asked_for_tokens(registry), [])
+        self.assertEqual(set(authorizations(registry)), {"Bearer S3CR3T-READY"})
+
+    def test_no_creds(self):
+        registry = self.filled(auth="bearer")
+        self.docker_config({"auths": {registry.host: field_entry("wrong")}})
+        ref = registry.host + "/lab/app:1"
+        self.assertEqual(self.main("digest", "-q", ref).status, 5)
+        del registry.requests[:]
+        run = self.main("digest", "-q", "--no-creds", ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertEqual([a for _, _, a in self.asked_for_tokens(registry)], [None])
+
+    def test_helper_that_fails_stops_a_pull(self):
+        registry = self.filled(auth="basic")
+        self.docker_config({"credsStore": "none"})
+        with self.fails(imagec.CredentialsError, "--no-creds"):
+            self.pull(registry.host)
+        self.assertEqual(authorizations(registry), [])
+
+    def test_keyring_is_asked_only_when_the_registry_asks(self):
+        self.docker_config({"credsStore": "none"})
+        self.pull(self.filled().host)
 
 
-class Scripted(Server):
-    """Answers from a table {path: function of the request}; all else is 404."""
-
-    def __init__(self, replies, tls=False):
-        self.replies = replies
-        super().__init__(tls)
-
-    @property
-    def port(self):
-        return int(self.host.rpartition(":")[2])
-
-    def answer(self, request):
-        found = self.replies.get(request.route)
-        return found(request) if found else Reply(404)
-
-
-def to(location, code=307):
-    """A scripted redirect."""
-    return lambda request: Reply(code, headers={"Location": location})
-
-
-def say(data, code=200, **changed):
-    """A scripted reply."""
-    return lambda request: headers(**changed)(Reply(code, data))
-
-
-def spoken(data):
-    """A scripted reply of raw bytes, after which the connection ends."""
-    return lambda request: garbage(data)(None)
-
-
-def authorizations(*servers):
-    """Every Authorization header these servers have seen."""
-    found = [r.headers.get("Authorization") for s in servers for r in s.requests]
-    return [value for value in found if value is not None]
-
-
-def by_name(host, server):
-    """Where the server is by another name of its host."""
-    return "%s:%s" % (host, server.host.rpartition(":")[2])
-
-
-def paths(server, word=""):
-    """"METHOD path" of the requests that hold `word`."""
-    lines = ("%s %s" % (r.method, r.route) for r in server.requests)
-    return [line for line in lines if word in line]
-
-
-# ------------------------------------------------------------------------------
-# Transport
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
+# 9  Transport
+# --------------------------------------------------------------------------------------
 
 #: Hosts that urllib.request would unquote, or that are neither a name nor an address.
 NET_ODD_HOSTS = (
@@ -4871,9 +6238,851 @@ class TransportTest(NetworkCase):
             self.get(self.transport(), server.url + "/it?sig=S3CR3T-SIG")
 
 
-# ------------------------------------------------------------------------------
-# Authorization
-# ------------------------------------------------------------------------------
+# -- TLS files
+
+#: TEST_KEY's like, under a password
+FIELD_LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiUz4SbqCOHawICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEEJ9J+imqQo7poes6mT0Zi0EgZBx
+RaIJDURd13YZK2h3PtBajSAX6Kincxg8EDZB3P1gr7eYGra7Ppx2DUho4ERGD/b2
+buY6nne+v1ToPQtZzOv1jIz2+vNq2fGl5Hg9MHCLhVZ9fhVE3dJN0VZvPVSCIT3f
+tYz0OCv6GeQolk//Z8okEYAgsv8bmqhdumfTETe4q8dYQA3+XqmjCnize6qNzlk=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+#: (files of the host's directory, CAs, pairs; None where half a pair is an error)
+FIELD_CERTS = (
+    ("", "", ""),
+    ("ca.crt", "ca.crt", ""),
+    ("b.crt a.crt", "a.crt b.crt", ""),
+    ("me.cert me.key", "", "me"),
+    ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
+    ("ca.pem readme.txt ca.crt.old", "", ""),
+    ("me.cert", None, "me.key"),
+    ("me.key ca.crt", None, "me.cert"),
+    ("me.cert you.key", None, "me.key"),
+)
+
+#: (certificate, key, the word of the error)
+FIELD_BAD_PAIRS = (
+    (TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
+    (TEST_CERT, WRONG_HOST_KEY, "client.cert"),
+    (TEST_CERT, "", "client.cert"),
+    (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
+     "client.cert"),
+    ("no PEM", TEST_KEY, "client.cert"),
+    ("", TEST_KEY, "client.cert"),
+    (None, TEST_KEY, "client.cert"),
+    (TEST_CERT, None, "client.cert"),
+)
+
+
+#: (whose certificate is bad besides the registry's, is it of the same host name or far,
+#: options, what the refusal names, None where it is taken)
+FIELD_INSECURE = (
+    ("nobody", None, {}, None),
+    ("mirror", "far", {"mirrors": "far"}, None),
+    ("token", "near", {}, None),
+    ("token", "far", {}, "--insecure-skip-verify and --token-host"),
+    ("token", "far", {"storage_hosts": "far"}, None),
+    ("token", "far", {"token_hosts": "far"}, None),
+    ("token", "far", {"token_hosts": "localhost"}, None),
+    ("storage", "far", {}, "--insecure-skip-verify and --storage-host"),
+    ("storage", "far", {"storage_hosts": "other.test"},
+     "--insecure-skip-verify and --storage-host"),
+    ("storage", "far", {"storage_hosts": "far"}, None),
+    ("storage", "far", {"storage_hosts": "localhost"}, None),
+)
+
+
+class FieldTLSRegistry(FakeRegistry):
+    """Asks for a client certificate; keeps what each exchange was shown."""
+
+    def __init__(self, demand=ssl.CERT_REQUIRED, **options):
+        super().__init__(tls=True, **options)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pair.pem")
+            with open(path, "w") as file:
+                file.write(TEST_CERT + TEST_KEY)
+            context.load_cert_chain(path)
+        context.load_verify_locations(cadata=TEST_CERT)
+        context.verify_mode = demand
+        self._tls, self.shown = context, []
+
+    def _exchange(self, sock, stream):
+        done = super()._exchange(sock, stream)
+        if done:
+            self.shown.append(sock.getpeercert(True))
+        return done
+
+
+class TLSFilesTest(FieldCase):
+    """certs.d, --cert and --key, --cacert, and what is said of bad certificates."""
+
+    def client_registry(self, **options):
+        registry = FieldTLSRegistry(**options)
+        self.addCleanup(registry.close)
+        registry.add("lab/app", "1", build_image(FIELD_SMALL))
+        return registry
+
+    def pair(self):
+        return (self.file("client.cert", TEST_CERT), self.file("client.key", TEST_KEY))
+
+    def certs_d(self, host, owner="containers", **files):
+        """Put files (ca_crt for ca.crt) into the user's certs.d for a host."""
+        for name, content in files.items():
+            self.file("home/.config/%s/certs.d/%s/%s" % (
+                owner, host, name.replace("_", ".")), content)
+
+    def no_roots(self):
+        os.environ["SSL_CERT_FILE"] = self.file("others.pem", WRONG_HOST_CERT)
+
+    def test_places(self):
+        home = os.path.join(self.home, ".config")
+        self.assertEqual(imagec.default_certs_dirs(), (
+            os.path.join(home, "containers", "certs.d"), "/etc/containers/certs.d",
+            os.path.join(home, "docker", "certs.d"), "/etc/docker/certs.d"))
+        with mock.patch.dict(os.environ, XDG_CONFIG_HOME="/x"):
+            self.assertEqual(imagec.default_certs_dirs()[0], "/x/containers/certs.d")
+            self.assertEqual(imagec.default_certs_dirs()[2], "/x/docker/certs.d")
+
+    def test_files_of_a_host(self):
+        self.assertTrue(FIELD_CERTS)
+        for number, (names, roots, pairs) in enumerate(FIELD_CERTS):
+            base = self.at("certs%d" % number)
+            os.makedirs(os.path.join(base, "r.test:5000"))
+            for name in names.split():
+                self.file("certs%d/r.test:5000/%s" % (number, name), "")
+            with self.subTest(names):
+                if roots is None:
+                    with self.fails(imagec.UsageError, pairs, base):
+                        imagec.host_certificates("r.test:5000", [base])
+                    continue
+                place = os.path.join(base, "r.test:5000", "")
+                self.assertEqual(imagec.host_certificates("r.test:5000", [base]), (
+                    [place + name for name in roots.split()],
+                    [(place + name + ".cert", place + name + ".key")
+                     for name in pairs.split()]))
+
+    def test_first_directory_of_the_host_is_the_only_one(self):
+        bases = [self.at(name) for name in ("none", "one", "two")]
+        for name in ("one/r.test/one.crt", "two/r.test/two.crt", "two/s.test:443/s.crt",
+                     "two/t.test/t.crt"):
+            self.file(name, "")
+        for host, expected in (("r.test", "one.crt"), ("s.test:443", "s.crt"),
+                               ("t.test:443", "t.crt"), ("t.test:444", None),
+                               ("r.test:443", "one.crt"), ("../two/t.test", None),
+                               ("..", None), (".", None)):
+            roots, _ = imagec.host_certificates(host, bases)
+            names = [os.path.basename(path) for path in roots]
+            self.assertEqual(names, [expected] if expected else [], host)
+
+    def test_ca_from_certs_d(self):
+        for owner in ("containers", "docker"):
+            registry = self.filled(tls=True)
+            self.no_roots()
+            with self.fails(imagec.CertificateError):
+                self.pull(registry.host, to=owner)
+            self.certs_d("127.0.0.1:1", owner, ca_crt=TEST_CERT)
+            with self.fails(imagec.CertificateError):
+                self.pull(registry.host, to=owner)
+            self.certs_d(registry.host, owner, ca_crt=TEST_CERT)
+            self.pull(registry.host, to=owner)
+
+    def test_ca_is_added_to_the_systems(self):
+        registry = self.filled(tls=True)
+        other = self.file("other.pem", WRONG_HOST_CERT)
+        self.certs_d(registry.host, ca_crt=WRONG_HOST_CERT)
+        self.pull(registry.host, cacert=other)
+
+    def test_client_pair_from_certs_d(self):
+        registry = self.client_registry()
+        with self.fails(imagec.CertificateError, "client certificate", "--cert",
+                        "certs.d"):
+            self.pull(registry.host)
+        self.certs_d(registry.host, me_cert=TEST_CERT, me_key=TEST_KEY)
+        self.pull(registry.host)
+
+    def test_half_a_pair_in_certs_d_is_an_error(self):
+        registry = self.client_registry()
+        self.certs_d(registry.host, me_cert=TEST_CERT)
+        run = self.main("digest", registry.host + "/lab/app:1")
+        self.assertEqual((run.status, run.out), (2, ""))
+        self.assertIn("me.key", run.err)
+
+    def test_cert_and_key_options(self):
+        registry = self.client_registry()
+        certificate, key = self.pair()
+        ref = registry.host + "/lab/app:1"
+        run = self.main("digest", "--cert", certificate, "--key", key, ref)
+        self.assertEqual((run.status, run.err), (0, ""))
+        for half in (("--cert", certificate), ("--key", key)):
+            run = self.main("digest", ref, *half)
+            self.assertEqual((run.status, run.out), (2, ""))
+            self.assertIn("--cert and --key", run.err)
+
+    def test_client_certificate_is_for_named_registries_only(self):
+        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
+        registry = self.client_registry(auth="bearer")
+        store.blobs = registry.blobs
+        registry.redirect_blobs_to = store.url
+        self.pull(registry.host, client_pair=self.pair())
+        self.assertEqual(set(store.shown), {None})
+        self.assertNotIn(None, registry.shown)
+
+    def test_client_certificate_is_not_for_storage_hosts(self):
+        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
+        registry = self.client_registry(auth="basic", anonymous=False)
+        store.blobs = registry.blobs
+        registry.redirect_blobs_to = store.url
+        self.pull(registry.host, client_pair=self.pair(), storage_hosts=[store.host],
+                  username="alice", password=PASSWORD)
+        self.assertEqual(set(store.shown), {None})
+        self.assertEqual(authorizations(store), [])
+        self.assertTrue(authorizations(registry))
+
+    def test_client_certificate_is_not_for_another_token_server(self):
+        tokens = self.client_registry(demand=ssl.CERT_OPTIONAL, auth="bearer")
+        registry = self.client_registry(auth="bearer", realm=tokens.url + "/token")
+        self.pull(registry.host, client_pair=self.pair())
+        self.assertEqual(set(tokens.shown), {None})
+
+    def test_bad_pairs(self):
+        self.assertTrue(FIELD_BAD_PAIRS)
+        registry = self.client_registry()
+        for certificate, key, word in FIELD_BAD_PAIRS:
+            for name, content in (("client.cert", certificate), ("client.key", key)):
+                path = self.file(name, content or "")
+                if content is None:
+                    os.remove(path)
+            pair = (self.at("client.cert"), self.at("client.key"))
+            with self.subTest(certificate=certificate, key=key):
+                with self.fails(imagec.UsageError, word):
+                    self.pull(registry.host, client_pair=pair)
+        self.assertEqual(registry.requests, [])
+
+    def test_bad_roots(self):
+        registry = self.filled(tls=True)
+        for content in ("", "no PEM", TEST_CERT[:200], None):
+            path = self.file("bad.pem", content or "")
+            if content is None:
+                os.remove(path)
+            with self.subTest(content), self.fails(imagec.UsageError, path):
+                self.pull(registry.host, cacert=path)
+        self.certs_d(registry.host, ca_crt="no PEM")
+        with self.fails(imagec.UsageError, "ca.crt"):
+            self.pull(registry.host)
+
+    def test_what_is_said_of_a_bad_certificate(self):
+        # OpenSSL calls one that is expired and its own root self-signed.
+        # 3.6 has no words for what is wrong with a chain.
+        unknown = "self" if sys.version_info > (3, 7) else "verify failed"
+        for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
+                                ("wrong-host", WRONG_HOST_CERT, "127.0.0.1")):
+            registry = self.registry(tls=kind)
+            trusted = self.file("trusted.pem", pem)
+            for cacert, words in ((trusted, (word,)), (None, (unknown,))):
+                with self.subTest(kind=kind, cacert=cacert), self.fails(
+                        imagec.CertificateError, registry.host, "--cacert",
+                        "--insecure-skip-verify", *words):
+                    self.pull(registry.host, cacert=cacert)
+            self.assertEqual(registry.requests, [])
+
+    def test_bad_certificate_is_not_looked_at_again(self):
+        # The name may lead elsewhere by then.
+        registry, proxy = self.registry(tls="expired"), FieldProxy()
+        self.addCleanup(proxy.close)
+        transport = self.transport()
+        with self.fails(imagec.CertificateError):
+            self.get(transport, registry.url + "/v2/")
+        self.assertEqual(registry.connections, 1)
+        with self.fails(imagec.CertificateError):
+            self.pull(registry.host, proxy=proxy.url)
+        self.assertEqual(registry.connections, 1 + len(proxy.requests))
+
+    def test_what_the_insecure_options_are_for(self):
+        self.assertTrue(FIELD_INSECURE)
+        for part, named, options, words in FIELD_INSECURE:
+            registry, other = (self.filled(tls="expired", auth="bearer")
+                               for _ in range(2))
+            near, far = other.host, other.host.replace("127.0.0.1", "localhost")
+            if part == "storage":
+                other.blobs, registry.redirect_blobs_to = registry.blobs, (
+                    "https://%s" % (near if named == "near" else far))
+            elif part == "token":
+                registry.realm = "https://%s/token" % (
+                    near if named == "near" else far)
+            options = {key: [far if value == "far" else value]
+                       for key, value in options.items()}
+            for flag in ("insecure_skip_verify", "insecure_allow_http"):
+                del self.said[:]
+                with self.subTest(part, named=named, options=options, flag=flag):
+                    given = dict(options, **{flag: True})
+                    if words is None:
+                        self.pull(registry.host, to=registry.host + flag, **given)
+                        self.assertFalse([line for line in self.said
+                                          if "leaving the mirror" in line])
+                        continue
+                    with self.fails(imagec.CertificateError, far, "%s %s" % (
+                            words, far)):
+                        self.pull(registry.host, to=registry.host + flag, **given)
+                    self.assertEqual(other.requests, [])
+
+    def test_tls_1_2_is_the_least(self):
+        for skip in (False, True):
+            context = imagec.TLSSettings(skip).context("registry.test")
+            if hasattr(ssl, "TLSVersion"):
+                self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+            else:
+                for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
+                    self.assertTrue(context.options & option)
+
+    def test_contexts_are_shared(self):
+        # The roots are hundreds: reading them takes longer than a handshake.
+        self.file("certs/own.test/ca.crt", TEST_CERT)
+        settings = imagec.TLSSettings(certs_dirs=[self.at("certs")])
+        contexts = [settings.context(host) for host in (
+            "a.test", "b.test:5000", "own.test", "a.test")]
+        self.assertFalse(settings.forgives("a.test"))
+        settings.name("a.test:5000", forgiving=True)
+        self.assertIs(settings.context("a.test"), contexts[0])
+        self.assertTrue(settings.forgives("a.test"))
+        contexts.append(settings.context("a.test"))
+        self.assertEqual([context is contexts[0] for context in contexts],
+                         [True, True, False, True, False])
+        self.assertEqual([context.verify_mode for context in contexts],
+                         [ssl.CERT_REQUIRED] * 4 + [ssl.CERT_NONE])
+        self.assertEqual([context.check_hostname for context in contexts],
+                         [True] * 4 + [False])
+
+    def test_context_is_as_strict_as_the_librarys(self):
+        context, library = (imagec.TLSSettings().context("a.test"),
+                            ssl.create_default_context())
+        self.assertEqual(context.verify_flags, library.verify_flags)
+        self.assertEqual(context.options & library.options, library.options)
+        self.assertEqual(context.get_ciphers(), library.get_ciphers())
+
+    def test_roots_are_read_once_for_each_transport(self):
+        registry, load = self.filled(tls=True), ssl.SSLContext.load_default_certs
+        with mock.patch("ssl.SSLContext.load_default_certs", autospec=True,
+                        side_effect=load) as spy:
+            self.pull(registry.host)
+            with imagec.Session() as session:
+                for name in ("127.0.0.1", "localhost"):
+                    place = name + ":" + registry.host.rpartition(":")[2]
+                    session.registry(place).learn_registry_url()
+        self.assertEqual(spy.call_count, 2)
+
+    def test_warning_before_the_handshake(self):
+        # "unrecognized_name": whoever sends it goes on, and is to be verified as ever.
+        def warn(sock):
+            sock.recv(1, socket.MSG_PEEK)
+            sock.sendall(b"\x15\x03\x03\x00\x02\x01\x70")
+
+        for http in (False, True):
+            registry = self.filled(tls=True)
+            before_handshake(registry, warn)
+            self.pull(registry.host, insecure_allow_http=http)
+        self.assertEqual(self.said, [])
+
+    def test_slow_handshake_behind_a_proxy(self):
+        registry, proxy = self.filled(tls=True), FieldProxy()
+        self.addCleanup(proxy.close)
+        before_handshake(registry, lambda sock: time.sleep(0.1))
+        with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
+            self.pull(registry.host, proxy=proxy.url)
+
+    def test_tls_1_1_is_refused(self):
+        registry = self.filled(tls=True)
+        registry._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        registry._tls.load_cert_chain(self.file("both.pem", TEST_CERT + TEST_KEY))
+        if hasattr(ssl, "TLSVersion"):
+            registry._tls.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                registry._tls.maximum_version = ssl.TLSVersion.TLSv1_1
+        else:
+            registry._tls.options |= ssl.OP_NO_TLSv1_2
+            registry._tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+        with self.fails(imagec.TransportError):
+            self.pull(registry.host)
+        self.assertEqual(registry.requests, [])
+
+
+# -- Proxies
+
+class Relay(Server):
+    """Hands connections on to a host of this machine, and counts what comes back."""
+
+    def __init__(self, host=None):
+        self.onward = host
+        self.carried, self.limit = 0, float("inf")  # bytes, and when to hold them back
+        self.asked = []  # (digest, offset) of the requests for blobs
+        super().__init__()
+
+    def _exchange(self, sock, stream):
+        self.carry(sock, self.onward)
+
+    def carry(self, near, host, begun=b""):
+        """Send `begun`, then what comes, both ways, until either end has enough."""
+        with socket.socket() as far:  # create_connection may be led here again
+            far.connect(("127.0.0.1", int(host.rpartition(":")[2])))
+            far.sendall(begun)
+            back = threading.Thread(target=self._pump, args=(far, near, self._count),
+                                    daemon=True)
+            back.start()
+            self._pump(near, far, self._note)
+            back.join(5)
+
+    @staticmethod
+    def _pump(source, sink, see):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(BLOCK), b""):
+                see(data)
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def let_go(self):
+        """Hold back nothing, and wait until every connection is over."""
+        self.limit = float("inf")
+        while self._live:
+            self._closing.wait(0.002)
+
+    def _count(self, data):
+        with self._lock:
+            self.carried += len(data)
+        while self.carried > self.limit and not self._closing.wait(0.002):
+            pass
+
+    def _note(self, data):
+        """Requests come whole: http.client sends their headers at once."""
+        blob = re.match(b"GET [^ ]*/blobs/(sha256:[0-9a-f]*) ", data)
+        offset = re.search(br"\r\nRange: bytes=(\d+)-", data)
+        if blob:
+            self.asked.append((blob.group(1).decode("ascii"),
+                               int(offset.group(1)) if offset else 0))
+
+
+class FieldProxy(Relay):
+    """An HTTP proxy for which every host is this machine."""
+
+    wants = None  # the Proxy-Authorization it asks for
+    _exchange = Server._exchange
+
+    def answer(self, request):
+        if self.wants and request.headers.get("Proxy-Authorization") != self.wants:
+            return Reply(407, headers={"Proxy-Authenticate": 'Basic realm="proxy"'})
+        reply = Reply(200)
+        reply.ending, reply.raw, reply.begun = "fin", b"", b""
+        reply.onward, path = re.fullmatch("(?:http://)?([^/]*)(.*)",
+                                          request.path).groups()
+        if request.method == "CONNECT":
+            reply.raw = b"HTTP/1.1 200 Connected\r\n\r\n"
+        else:
+            lines = ["%s %s HTTP/1.1" % (request.method, path), "Connection: close"]
+            lines += ["%s: %s" % pair for pair in request.headers.items()
+                      if not re.match("(?i)proxy-|connection", pair[0])]
+            reply.begun = "\r\n".join(lines + ["", ""]).encode("latin-1")
+        return reply
+
+    def _send(self, sock, reply, bare):
+        super()._send(sock, reply, bare)
+        if hasattr(reply, "onward"):
+            self.carry(sock, reply.onward, reply.begun)
+
+
+class FieldSocks(Relay):
+    """A SOCKS5 server for which every host is this machine."""
+
+    def __init__(self, user=None, refusal=0, raw=None):
+        self.user, self.refusal, self.raw = user, refusal, raw
+        self.targets = []  # (kind of address, address, port)
+        self.logins = []  # (methods offered, user, password)
+        super().__init__()
+
+    def _exchange(self, near, stream):
+        if self.raw is not None:
+            stream.read(1)
+            return near.sendall(self.raw)
+        # Whoever hangs up in the middle leaves us without a byte to read.
+        with contextlib.suppress(IndexError, struct.error):
+            methods = stream.read(stream.read(2)[1])
+            if self._welcomes(near, stream, methods):
+                port = self._target(stream)
+                # An answer with a name for an address is allowed, and seldom.
+                near.sendall(b"\5" + bytes([self.refusal]) + b"\0\3\4name" + b"\0\0")
+                if not self.refusal:
+                    self.carry(near, ":%d" % port)
+
+    def _welcomes(self, near, stream, methods):
+        wanted = 0 if self.user is None else 2
+        if wanted not in methods:
+            self.logins.append((methods, None, None))
+            near.sendall(b"\5\xff")
+            return False
+        near.sendall(b"\5" + bytes([wanted]))
+        user = password = None
+        if wanted:
+            user = stream.read(stream.read(2)[1]).decode("utf-8")
+            password = stream.read(stream.read(1)[0]).decode("utf-8")
+        self.logins.append((methods, user, password))
+        good = wanted == 0 or (user, password) == self.user
+        if wanted:
+            near.sendall(b"\1" + (b"\0" if good else b"\1"))
+        return good
+
+    def _target(self, stream):
+        kind = stream.read(4)[3]
+        size = stream.read(1)[0] if kind == 3 else {1: 4, 4: 16}[kind]
+        address, (port,) = stream.read(size), struct.unpack(">H", stream.read(2))
+        self.targets.append((kind, address, port))
+        return port
+
+
+#: (variables with P or H for the proxy and X for a dead one, scheme, is it used)
+FIELD_ENVIRONMENTS = (
+    ("http_proxy=P", "http", True), ("HTTP_PROXY=P", "http", True),
+    ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "https", True),
+    ("http_proxy=P", "https", False), ("https_proxy=P", "http", False),
+    ("http_proxy=P HTTP_PROXY=X", "http", True),
+    ("http_proxy=", "http", False), ("http_proxy=H", "http", True),
+    ("http_proxy=X NO_PROXY=registry.test", "http", False),
+    ("http_proxy=P no_proxy=registry.test", "http", False),
+    ("http_proxy=P NO_PROXY=registry.test", "http", False),
+    ("https_proxy=P NO_PROXY=other.test,.test", "https", False),
+    ("http_proxy=P no_proxy=other.test NO_PROXY=registry.test", "http", True),
+    ("http_proxy=P no_proxy=*", "http", False),
+    # CGI scripts get a client's Proxy header in HTTP_PROXY (httpoxy). T89
+    ("HTTP_PROXY=P REQUEST_METHOD=GET", "http", False),
+)
+
+#: (host, NO_PROXY, is it reached directly), as golang.org/x/net/http/httpproxy. T88
+FIELD_NO_PROXY = (
+    ("r.test", "", False), ("r.test", ",, ,", False), ("r.test", "*", True),
+    ("r.test", "x.test", False), ("r.test", "r.test", True), ("r.test", "R.TEST", True),
+    ("R.Test", "r.tEST", True), ("r.test.", "r.test", True),
+    ("a.r.test", "r.test", True), ("ar.test", "r.test", False),
+    ("r.test", ".r.test", False), ("a.r.test", ".r.test", True),
+    ("r.test", "*.r.test", False), ("a.r.test", "*.r.test", True),
+    ("a.b.r.test", "*.r.test", True),
+    ("r.test", " x.test , r.test", True), ("r.test", "x.test r.test", True),
+    ("r.test:5000", "x.test, r.test ,y.test", True), ("r.test:5000", "r.test", True),
+    ("r.test:5000", "r.test:5000", True), ("r.test:5000", "r.test:5001", False),
+    ("r.test:5000", "r.test:50", False), ("a.r.test:5000", "r.test:5000", True),
+    ("a.r.test:5000", ".r.test:5000", True), ("r.test", "10.0.0.0/8", False),
+    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
+    ("10.1.2.3", "10.2.0.0/16", False), ("10.1.2.3", "10.1.2.4/24", True),
+    ("10.1.2.3", "10.1.2.0/33", False), ("10.1.2.3:5000", "10.0.0.0/8", True),
+    ("10.1.2.3:5000", "10.1.2.0/24", True), ("10.1.2.3", "10.1.2.3", True),
+    ("10.1.2.3", "0.1.2.3", False), ("10.1.2.3", "10.1.2.", False),
+    ("10.1.2.3:5000", "10.1.2.3", True), ("10.1.2.3:5000", "10.1.2.3:5000", True),
+    ("10.1.2.3:5000", "10.1.2.3:5001", False), ("[fd00::1]", "fd00::1", True),
+    ("[fd00::a:1]", "fd00::a:1", True), ("[fd00::1]:5000", "fd00::1", True),
+    ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]:5000", "fd00::/8", True),
+    ("[fd00::1]:5000", "fd00::/16", True), ("[fd00::1]", "fe80::/10", False),
+    ("[fd00::1]", "10.0.0.0/8", False), ("127.0.0.1:5000", "", True),
+    ("127.9.9.9", "", True), ("localhost:5000", "", True), ("[::1]:5000", "", True),
+    ("localhost.r.test", "", False),
+)
+
+#: --proxy values that name no proxy of ours
+FIELD_BAD_PROXIES = (
+    "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
+    "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
+    "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
+    "http://[::1", "file:///etc/passwd",
+    # passwords that were not quoted
+    "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
+    "http://u:S3CR3T?@p.test:1",
+)
+
+#: (what the SOCKS server says to a request, the word of the error, is it worth a retry)
+FIELD_SOCKS_REPLIES = (
+    (1, "failed", True), (2, "allow", False), (3, "network", True), (4, "host", True),
+    (5, "refused", True), (6, "waiting", True), (7, "cannot", False),
+    (8, "address", False), (200, "failed", True),
+)
+
+
+class ProxyTest(FieldCase):
+    """Proxies of the environment and of --proxy."""
+
+    def setUp(self):
+        super().setUp()
+        self.proxy = FieldProxy()
+        self.addCleanup(self.proxy.close)
+        self.places["registry.test"] = "127.0.0.1"
+
+    def socks(self, *args, **options):
+        server = FieldSocks(*args, **options)
+        self.addCleanup(server.close)
+        return server
+
+    def named(self, server, host="registry.test"):
+        """The server's URL by another name."""
+        return server.url.replace("127.0.0.1", host) + "/v2/"
+
+    def fetch(self, server, host="registry.test", **options):
+        """Get something from the server, by that name."""
+        transport = self.transport([host], **dict({"skip_verify": True}, **options))
+        self.assertEqual(self.get(transport, self.named(server, host)), (200, b"{}"))
+
+    def taken(self):
+        """What the proxy was asked, which is forgotten."""
+        found = [(r.method, r.path) for r in self.proxy.requests]
+        del self.proxy.requests[:]
+        return found
+
+    @rows(FIELD_ENVIRONMENTS)
+    def test_environment(self, words, scheme, used):
+        registry = self.registry(tls=scheme == "https")
+        asked = ("GET", self.named(registry)) if scheme == "http" else (
+            "CONNECT", registry.host.replace("127.0.0.1", "registry.test"))
+        places = {"P": self.proxy.url, "H": self.proxy.host, "X": "http://127.0.0.1:1"}
+        variables = dict(word.split("=") for word in words.split())
+        variables = {name: places.get(v, v) for name, v in variables.items()}
+        with mock.patch.dict(os.environ, variables):
+            self.fetch(registry)
+        self.assertEqual(self.taken(), [asked] if used else [])
+
+    @rows(FIELD_NO_PROXY)
+    def test_t88_no_proxy(self, host, no_proxy, expected):
+        self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected, no_proxy)
+
+    @rows((("registry.test:5000", True), ("registry.test:80", False),
+           ("registry.test:443", True)))
+    def test_no_proxy_with_the_port_that_goes_without_saying(self, no_proxy, used):
+        os.environ.update(http_proxy=self.proxy.url, no_proxy=no_proxy)
+        with mock.patch.object(self.proxy, "answer", lambda request: Reply(200)):
+            with contextlib.suppress(imagec.TransportError):
+                self.get(self.transport(), "http://registry.test/x")
+        self.assertEqual(len(self.taken()), int(used))
+
+    def test_option(self):
+        for tls, methods in ((False, {"HEAD", "GET", "CONNECT"}), (True, {"CONNECT"})):
+            registry = self.filled(tls=tls)
+            self.pull(registry.host, to=str(tls), proxy=self.proxy.url)
+            asked = [method for method, _ in self.taken()]
+            self.assertEqual(set(asked), methods)
+            self.assertEqual(registry.connections, len(
+                [method for method in asked if method != "CONNECT" or tls])
+                + (0 if tls else 1))
+
+    def test_option_is_before_the_environment(self):
+        os.environ.update(http_proxy="http://127.0.0.1:1",
+                          https_proxy="http://127.0.0.1:1")
+        self.pull(self.filled().host, proxy=self.proxy.host)
+        self.assertTrue(self.taken())
+
+    def test_t88_loopback_goes_through_the_option_only(self):
+        registry = self.registry()
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy"):
+            os.environ[name] = self.proxy.url
+        for host in ("127.0.0.1", "localhost"):
+            self.fetch(registry, host)
+            self.assertEqual(self.taken(), [])
+            self.fetch(registry, host, proxy=self.proxy.url)
+            self.assertEqual(len(self.taken()), 1)
+
+    def test_t73_who_is_behind_a_proxy_is_no_neighbour(self):
+        inner = self.registry()
+        self.proxy.fault("/v2/", redirect(inner.url + "/v2/"))
+        os.environ["http_proxy"] = self.proxy.url
+        with self.fails(imagec.UnsafeRedirect, "127.0.0.1"):
+            self.fetch(self.registry())
+        self.assertEqual(inner.requests, [])
+
+    @rows([(host,) for host in NET_ODD_HOSTS])
+    def test_no_server_writes_to_the_proxy(self, host):
+        server = self.server({"/v2/": to("https://%s/x" % host)}, tls=True)
+        os.environ["https_proxy"] = "http://bob:S3CR3T@" + self.proxy.host
+        with self.fails(imagec.UnsafeRedirect):
+            self.fetch(server)
+        authorizer = imagec.Authorizer(self.transport(), self.named(server),
+                                       imagec.Credentials("a", PASSWORD))
+        authorizer.challenge = imagec.Challenge("bearer", {
+            "realm": "https://%s/token" % host})
+        with self.fails(imagec.UnsafeRedirect):
+            authorizer.header("app")
+        self.assertEqual(self.taken(), [("CONNECT", "registry.test:%d" % server.port)])
+
+    def test_addresses_are_written_in_brackets(self):
+        registry = self.registry(tls=True)
+        os.environ["https_proxy"] = self.proxy.url
+        self.fetch(registry, "[fd00::1]")
+        port = registry.host.partition(":")[2]
+        self.assertEqual(self.taken(), [("CONNECT", "[fd00::1]:" + port)])
+
+    def test_tunnel_is_kept_and_sees_no_authorization(self):
+        registry = self.registry(tls=True)
+        os.environ["https_proxy"] = self.proxy.url
+        transport = self.transport(["registry.test"], skip_verify=True)
+        for _ in range(3):
+            self.get(transport, self.named(registry),
+                     headers={"Authorization": "Bearer S3CR3T"})
+        self.assertEqual(authorizations(self.proxy), [])
+        self.assertEqual(authorizations(registry), ["Bearer S3CR3T"] * 3)
+        self.assertEqual(len(self.taken()), 1)
+
+    @rows((("bob", PASSWORD), ("b\xf6b", "p@s:/#?"), ("bob", "")))
+    def test_t88_password_is_the_proxys_alone(self, user, password):
+        self.proxy.wants = "Basic " + field_base64("%s:%s" % (user, password))
+        url = "http://%s%s@%s" % (
+            urllib.parse.quote(user, ""),
+            ":" + urllib.parse.quote(password, "") if password else "", self.proxy.host)
+        for tls in (False, True):
+            registry = self.registry(tls=tls)
+            self.fetch(registry, proxy=url)
+            with mock.patch.dict(os.environ, http_proxy=url, https_proxy=url):
+                self.fetch(registry)
+            self.assertEqual(len(registry.requests), 2)
+            for request in registry.requests:
+                self.assertNotIn("Proxy-Authorization", request.headers)
+
+    def test_t89_password_that_is_wanted(self):
+        self.proxy.wants = "Basic S3CR3T"
+        for tls in (False, True):
+            registry = self.registry(tls=tls)
+            for url in (self.proxy.url, "http://bob:S3CR3T@" + self.proxy.host):
+                client = self.client(registry, transport=self.transport(proxy=url),
+                                     allow_http=not tls)
+                with self.subTest(tls=tls, url=url), self.fails(
+                        imagec.AccessDenied, "407", "password", self.proxy.host):
+                    client.learn_registry_url()
+                self.assertLessEqual(len(self.taken()), 3)
+            self.assertEqual(registry.requests, [])
+
+    @rows((("http",), ("socks5",), ("socks5h",)))
+    def test_refused_proxy_is_named(self, scheme):
+        url = scheme + "://bob:S3CR3T@127.0.0.1:1"
+        for tls in (False, True):
+            registry = self.registry(tls=tls)
+            with self.fails(imagec.TransportError, "127.0.0.1:1)", "proxy", "refused"):
+                self.fetch(registry, proxy=url)
+            self.assertEqual(registry.connections, 0)
+        run = self.main("digest", "r.test/a", "--debug", "--proxy", url)
+        self.assertEqual((run.status, run.out), (1, ""))
+        self.assertIn("127.0.0.1:1", run.err)
+        self.assertNotIn(PASSWORD, run.err)
+
+    @rows((("http://p.test", "p.test:80"), ("p.test", "p.test:80"),
+           ("socks5://p.test", "p.test:1080"), ("socks5h://p.test:99", "p.test:99")))
+    def test_default_ports(self, url, place):
+        request = imagec._Request("https://r.test/", "GET", {})
+        imagec._ProxyHandler(url).proxy_open(request, url, "https")
+        self.assertEqual(request.proxy, place)
+
+    @rows([(url,) for url in FIELD_BAD_PROXIES])
+    def test_t89_malformed(self, url):
+        # In the environment, no more than a word is no proxy at all.
+        for argv, environ in ((("--proxy", url), {}),) + (
+                (((), {"https_proxy": url}),) if "p.test" in url else ()):
+            run = self.main("digest", "r.test/a", *argv, **environ)
+            self.assertEqual((run.status, run.out), (2, ""))
+            self.assertRegex(run.err, r"\Aimagec: .*proxy.*\n\Z")
+            self.assertNotIn(PASSWORD, run.err)
+
+    @rows((("page", say(b"<html>", content_type="text/html")),
+           ("denied", say(b"no", 403)), ("junk", spoken(b"SSH-2.0\r\n")),
+           ("hang", lambda request: hang(30)(None)),
+           ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))))
+    def test_t89_odd_answers_to_connect(self, _name, action):
+        registry = self.registry(tls=True)
+        with mock.patch.object(self.proxy, "answer", action), self.soon():
+            with self.fails(imagec.TransportError):
+                self.fetch(registry, proxy=self.proxy.url, idle_timeout=0.08)
+        self.assertEqual(registry.requests, [])
+
+    # -- SOCKS
+
+    @rows((("socks5",), ("socks5h",)))
+    def test_socks(self, scheme):
+        for user, login in ((None, ""), (("b\xf6b", "p:w"), "b%C3%B6b:p%3Aw@")):
+            for tls in (False, True):
+                server, registry = self.socks(user), self.registry(tls=tls)
+                self.fetch(registry, "localhost",
+                           proxy="%s://%s%s" % (scheme, login, server.host))
+                kind, address, port = server.targets[0]
+                self.assertEqual(kind == 3, scheme == "socks5h")
+                self.assertEqual(address == b"localhost", scheme == "socks5h")
+                self.assertEqual("127.0.0.1:%d" % port, registry.host)
+                # No password is offered that was not given.
+                self.assertEqual(server.logins, [(b"\0\2",) + user if user
+                                                 else (b"\0", None, None)])
+
+    def test_socks5h_resolves_nothing_here(self):
+        server, registry = self.socks(), self.registry()
+        del self.places["registry.test"]
+        self.fetch(registry, proxy="socks5h://" + server.host)
+        self.assertEqual(server.targets[0][:2], (3, b"registry.test"))
+        with self.fails(imagec.TransportError, "registry.test"):
+            self.fetch(registry, proxy="socks5://" + server.host)
+
+    def test_socks_pull(self):
+        for tls in (False, True):
+            server, registry = self.socks(("bob", PASSWORD)), self.filled(tls=tls)
+            self.pull(registry.host, to=str(tls),
+                      proxy="socks5://bob:%s@%s" % (PASSWORD, server.host))
+            # One connection for each of the layers' workers, one for the documents.
+            self.assertLessEqual(len(server.targets), 2 + (not tls) + 1)
+
+    def test_socks_from_the_environment(self):
+        server = self.socks()
+        os.environ["HTTP_PROXY"] = "socks5h://" + server.host
+        self.fetch(self.registry())
+        self.assertEqual(len(server.targets), 1)
+
+    @rows((("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"),
+           ("bob@", "does not take")))
+    def test_socks_refuses_us(self, login, word):
+        server = self.socks(("bob", "right"))
+        with self.fails(imagec.AccessDenied, word, server.host, "password"):
+            self.fetch(self.registry(), proxy="socks5://%s%s" % (login, server.host))
+
+    @rows(FIELD_SOCKS_REPLIES)
+    def test_socks_refuses_the_host(self, code, word, retryable):
+        server = self.socks(refusal=code)
+        with self.fails(imagec.TransportError, word, server.host,
+                        "r.test:80") as caught:
+            self.get(self.transport(proxy="socks5h://" + server.host),
+                     "http://r.test:80/")
+        self.assertIs(caught.exception.retryable, retryable)
+
+    @rows([(raw,) for raw in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-x\r\n", b"",
+                              b"\5", b"\4\0", b"\5\7", b"\5\0\5")])
+    def test_socks_proxy_that_is_none(self, raw):
+        server = self.socks(raw=raw)
+        with self.fails(imagec.ImagecError, server.host):
+            self.fetch(self.registry(), proxy="socks5://" + server.host)
+
+    def test_http_proxy_that_is_none(self):
+        server = self.socks()
+        for tls in (False, True):
+            with self.subTest(tls=tls), self.fails(imagec.TransportError, server.host):
+                self.fetch(self.registry(tls=tls), proxy="http://" + server.host,
+                           idle_timeout=0.2)
+
+    @rows((("b" * 256 + ":p",), ("b:" + "p" * 256,)))
+    def test_socks_words_that_are_too_long(self, login):
+        proxy = "socks5://%s@%s" % (login, self.socks(("b", "p")).host)
+        with self.fails(imagec.ImagecError) as caught:
+            self.fetch(self.registry(), proxy=proxy)
+        self.assertFalse(caught.exception.retryable)
+
+    def test_socks_that_hangs(self):
+        self.proxy.fault("", hang(30, "accept"))
+        with self.fails(imagec.Timeout, self.proxy.host):
+            self.fetch(self.proxy, proxy="socks5://" + self.proxy.host,
+                       idle_timeout=0.2)
+
+
+# --------------------------------------------------------------------------------------
+# 10  Registry
+# --------------------------------------------------------------------------------------
 
 #: (header values, the challenges in them as (scheme, {parameters}))
 NET_CHALLENGES = (
@@ -5331,9 +7540,7 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(self.naps, [3])
 
 
-# ------------------------------------------------------------------------------
-# Registry
-# ------------------------------------------------------------------------------
+# -- Registry
 
 #: (name, FakeRegistry's options, root to trust, our options, scheme, None where the
 #: certificate is refused)
@@ -5879,9 +8086,345 @@ class RegistryTest(NetworkCase):
             self.tags(self.registry())
 
 
-# ------------------------------------------------------------------------------
-# Download
-# ------------------------------------------------------------------------------
+# -- Mirrors
+
+_FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
+
+#: (name, what strikes, on which requests): a mirror to be left for the next place
+FIELD_MIRROR_FAULTS = (
+    ("no registry", status(404), "HEAD /v2/"),
+    ("page", body(b"<html>"), _FIELD_MANIFEST),
+    ("no such image", status(404), _FIELD_MANIFEST),
+    ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
+     _FIELD_MANIFEST),
+    ("denied", status(403), _FIELD_MANIFEST),
+    ("broken", status(500), _FIELD_MANIFEST),
+    ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
+    ("manifest spoiled", flip(20), _FIELD_MANIFEST),
+    ("manifest cut", truncate(), _FIELD_MANIFEST),
+    ("redirect loop", redirect("?"), _FIELD_MANIFEST),
+    ("blobs missing", status(404), _FIELD_BLOB),
+    ("blobs denied", status(403), _FIELD_BLOB),
+    ("blobs spoiled", flip(), _FIELD_BLOB),
+    ("blobs of another size", extra(1), _FIELD_BLOB),
+    ("blobs cut for ever", truncate(), _FIELD_BLOB),
+    ("blobs reset for ever", reset(), _FIELD_BLOB),
+    ("no answer", hang(5), _FIELD_BLOB),
+)
+
+
+class MirrorTest(FieldCase):
+    """--mirror: tried in order, then the origin, whose name is the one that counts."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(FIELD_SMALL)
+        self.origin = self.filled(self.image)
+
+    def test_order(self):
+        one, two = self.filled(self.image), self.filled(self.image)
+        self.pull(self.origin.host, mirrors=[one.host, two.host])
+        self.assertEqual(len(paths(one, "/blobs/")), 3)
+        self.assertEqual(two.requests + self.origin.requests, [])
+        self.pull(self.origin.host, to="b", mirrors=["127.0.0.1:1", two.host])
+        self.assertEqual(len(paths(two, "/blobs/")), 3)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_prefix(self):
+        mirror = self.filled(self.image, "cache/hub/lab/app")
+        for text in ("%s/cache/hub", "%s/cache/hub/", "http://%s/cache/hub"):
+            self.pull(self.origin.host, to=text[:4], mirrors=[text % mirror.host])
+        self.assertEqual(self.origin.requests, [])
+
+    def test_docker_hub(self):
+        mirror = self.filled(self.image, "library/alpine")
+        prefixed = self.filled(self.image, "hub/library/alpine")
+        for place in (mirror.host, prefixed.host + "/hub"):
+            for name in ("alpine:1", "docker.io/library/alpine:1"):
+                image = self.pull(None, name, to=name[:3], mirrors=[place])
+                self.assertEqual(str(image.reference), "docker.io/library/alpine:1")
+
+    def test_namespace(self):
+        mirror = self.filled(self.image)
+        mirror.fault(_FIELD_BLOB, status(404))
+        self.pull(self.origin.host, mirrors=[mirror.host])
+        asked = [r for r in mirror.requests if r.route != "/v2/"]
+        self.assertTrue(asked)
+        for request in asked:
+            self.assertEqual(request.query.get("ns"), [self.origin.host])
+        self.assertEqual([r for r in self.origin.requests if "ns=" in r.path], [])
+
+    def test_name_written_down_is_the_origins(self):
+        mirror = self.filled(self.image, "cache/lab/app")
+        mirrors, name = [mirror.host + "/cache"], self.origin.host + "/lab/app:1"
+        image = self.pull(self.origin.host, to="tree", mirrors=mirrors)
+        self.assertTrue(image.path.endswith(
+            os.path.join(self.origin.host, "v2", "lab", "app", "1")), image.path)
+        self.pull(self.origin.host, to="layout", format="oci", mirrors=mirrors)
+        with open(self.at("layout/index.json"), encoding="ascii") as file:
+            entry, = json.load(file)["manifests"]
+        self.assertEqual(entry["annotations"]["io.containerd.image.name"], name)
+        self.pull(self.origin.host, to="a.tar", mirrors=mirrors)
+        with tarfile.open(self.at("a.tar")) as tar:
+            listed = json.loads(tar.extractfile("manifest.json").read().decode("ascii"))
+        self.assertEqual(listed[0]["RepoTags"], [name])
+        self.assertEqual(self.origin.requests, [])
+
+    @rows(FIELD_MIRROR_FAULTS)
+    def test_faults(self, name, action, match):
+        mirror = self.filled(self.image)
+        mirror.fault(match, action, EVER)
+        del self.said[:]
+        image = self.pull(self.origin.host, to=name, mirrors=[mirror.host],
+                          idle_timeout=0.1 if name == "no answer" else 5)
+        self.assertEqual(str(image.digest), self.image.digest)
+        self.assertEqual(len(self.said), 1, self.said)
+        self.assertIn("leaving the mirror %s: " % mirror.host, self.said[0])
+        self.assertTrue(imagec.Audit().check(self.at(name)).images)
+
+    def test_layer_that_is_spoiled(self):
+        for digest in self.image.layers + [sha256(self.image.config)]:
+            mirror = self.filled(self.image)
+            mirror.fault(_FIELD_BLOB + digest, flip())
+            self.pull(self.origin.host, to=digest[:15], mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 3, self.said)
+
+    def test_manifest_by_digest_is_proved(self):
+        other = build_image(FIELD_SMALL[:1])
+        mirror = self.filled(self.image)
+        mirror.repositories["lab/app"][self.image.digest] = (
+            other.manifest, other.media_type, self.image.digest)
+        image = self.pull(self.origin.host, "lab/app@" + self.image.digest,
+                          mirrors=[mirror.host])
+        self.assertEqual(len(image.layers), 2)
+        self.assertEqual(len(self.said), 1)
+
+    def test_index(self):
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        mirror, origin = self.filled(index), self.filled(index)
+        mirror.fault(_FIELD_MANIFEST + self.image.digest, status(404))
+        self.pull(origin.host, mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 1)
+
+    def test_what_a_mirror_has_begun_the_origin_goes_on_with(self):
+        large = build_image([tar_bytes([("a", noise(1 << 19))])])
+        mirror, origin = self.filled(large), self.filled(large)
+        layer = _FIELD_BLOB + large.layers[0]
+        mirror.fault(layer, truncate(), 1)
+        mirror.fault(layer, status(404))
+        self.pull(origin.host, mirrors=[mirror.host])
+        size = len(large.blobs[large.layers[0]])
+        self.assertLess(origin.sent_blob_bytes, size * 0.55)
+
+    # -- secrets
+
+    @rows((("basic",), ("bearer",)))
+    def test_credentials_of_the_origin_stay_there(self, auth):
+        origin = self.filled(self.image, auth=auth, anonymous=False)
+        mirror = self.filled(self.image, auth=auth, anonymous=False)
+        self.docker_config({"auths": {origin.host: field_entry("alice")}})
+        self.pull(origin.host, to=auth + "1", mirrors=[mirror.host])
+        self.pull(origin.host, to=auth + "2", mirrors=[mirror.host], username="alice",
+                  password=PASSWORD)
+        self.assertEqual(authorizations(mirror), [])
+        self.assertTrue(authorizations(origin))
+
+    @rows((("basic",), ("bearer",)))
+    def test_mirror_has_an_entry_of_its_own(self, auth):
+        mirror = self.filled(self.image, "cache/lab/app", auth=auth, anonymous=False)
+        self.docker_config({"auths": {mirror.host + "/cache": field_entry("alice"),
+                                      self.origin.host: field_entry("other")}})
+        self.pull(self.origin.host, to=auth, mirrors=[mirror.host + "/cache"])
+        self.assertEqual(self.origin.requests + self.said, [])
+
+    def test_mirror_whose_helper_is_missing_is_left(self):
+        mirror = self.filled(self.image, auth="basic")
+        self.docker_config({"credHelpers": {mirror.host: "none"}})
+        self.pull(self.origin.host, mirrors=[mirror.host])
+        self.assertEqual(len(self.said), 1)
+
+    # -- failures
+
+    def test_all_fail(self):
+        mirror = self.filled(self.image)
+        mirror.fault(_FIELD_MANIFEST, status(500), EVER)
+        for code, kind in ((404, imagec.NotFound), (403, imagec.AccessDenied)):
+            self.origin.fault(_FIELD_MANIFEST, status(code))
+            with self.fails(kind, self.origin.host):
+                self.pull(self.origin.host, mirrors=[mirror.host, "127.0.0.1:1"])
+        self.assertEqual(len(self.said), 4)
+
+    def test_origin_that_spoils_is_an_error(self):
+        mirror = self.filled(self.image)
+        for registry in (mirror, self.origin):
+            registry.fault(_FIELD_BLOB, flip(), EVER)
+        with self.fails(imagec.DigestMismatch):
+            self.pull(self.origin.host, mirrors=[mirror.host])
+
+    def test_command_line(self):
+        mirror = self.filled(self.image)
+        ref = self.origin.host + "/lab/app:1"
+        run = self.main("pull", "-o", self.at(), ref, "--mirror", "127.0.0.1:1",
+                        "--mirror", mirror.host, "--progress", "none")
+        self.assertEqual((run.status, run.out),
+                         (0, "%s@%s\n" % (ref, self.image.digest)))
+        self.assertRegex(run.err, r"\Aimagec: warning: leaving the mirror "
+                         r"127\.0\.0\.1:1: [^\n]*\n\Z")
+        self.assertEqual(self.origin.requests, [])
+
+    @rows([(text,) for text in (
+        "", "/", "/x", "http://", "ftp://h/x", "u:S3CR3T@h", "h/UPPER", "h/a b", "h//x",
+        "h/../x", "h:x", "h?x", "h/x:1", "-h")])
+    def test_malformed(self, text):
+        run = self.main("digest", "r.test/a", "--mirror=" + text)
+        self.assertEqual((run.status, run.out), (2, ""), run.err)
+        self.assertRegex(run.err, r"\Aimagec: .*mirror.*\n\Z")
+
+
+# -- Rate limits
+
+#: (Retry-After at FIELD_NOW, seconds slept before the second try; None where ours are)
+FIELD_RETRIES = (
+    (None, None), ("0", 0), ("7", 7), (" 7 ", 7), ("60", 60), ("61", 60),
+    ("999999999", 60), ("9" * 40, None), ("9" * 50, None), ("-1", None), ("-5", None),
+    ("1.5", None), ("0x10", None), ("soon", None), ("", None), ("\xff\xfe", None),
+    ("Wed, 21 Oct 2015 07:27:30 GMT", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 10),
+    ("Wed, 21 Oct 2015 07:28:20 GMT", 30), ("Wed, 21 Oct 2015 09:27:50 GMT", 60),
+    ("Fri, 31 Dec 9999 23:59:59 GMT", 60), ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    ("Wed, 99 Foo 2015 99:28:00 GMT", None), ("Mon Jan 9  , GMT", None),
+    ("Jan 9    , , 1.2", None),
+)
+FIELD_NOW = 1445412470.0  # ten seconds before 07:28
+FIELD_LIMITS = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600",
+                "docker-ratelimit-source": "192.0.2.1"}
+FIELD_TOO_MANY = (
+    b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow \\u001b[1mdown"}]}')
+
+#: (value of Warning, what is shown of it ...)
+FIELD_WARNINGS = (
+    ('299 - "this is the last week"', "this is the last week"),
+    ('299 example.test "said by a proxy"', "said by a proxy"),
+    ('299 - "a \\"quoted\\" word"', "quoted"),
+    ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
+    (['299 - "one"', '299 - "two"'], "one", "two"),
+    ('110 - "Response is Stale"',), ("299 - bare",), ("",), ('299 - ""',),
+)
+
+
+class RateLimitTest(FieldCase):
+    """429, Retry-After, fewer requests that count, and what registries have to say."""
+
+    @rows(FIELD_RETRIES)
+    def test_t65_t105_retry_after(self, value, seconds):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": value}))
+        del self.naps[:]
+        with mock.patch("time.time", return_value=FIELD_NOW), self.session() as session:
+            session.manifest(imagec.Reference.parse(registry.host + "/lab/app:1"))
+        nap, = self.naps
+        low, high = (0.4, 0.6) if seconds is None else (seconds, seconds)
+        self.assertTrue(low <= nap <= high, nap)
+
+    def test_wait_is_told(self):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": "0"}))
+        run = self.main("digest", registry.host + "/lab/app:1")
+        self.assertEqual(run.status, 0)
+        self.assertRegex(run.err, "too many requests.*; trying again in 0.0 s")
+
+    def test_t105_error_names_the_limit(self):
+        registry = self.filled()
+        fault = registry.fault(_FIELD_MANIFEST, status(429, dict(FIELD_LIMITS, **{
+            "Content-Type": "application/json", "Retry-After": "2"}), FIELD_TOO_MANY),
+            EVER)
+        with self.fails(imagec.RateLimited, "too many requests", "TOOMANYREQUESTS",
+                        "slow \\x1b[1mdown", "ratelimit-remaining: 0;w=21600",
+                        "100;w=21600", "192.0.2.1", "log in"):
+            self.pull(registry.host)
+        self.assertEqual((fault.used, self.naps), (5, [2] * 4))
+
+    def test_limit_is_shown_with_debug(self):
+        registry = self.filled()
+        registry.fault(_FIELD_MANIFEST, headers(ratelimit_remaining="76;w=21600"), 2)
+        ref = registry.host + "/lab/app:1"
+        self.assertIn("76;w=21600", self.main("digest", "--debug", ref).err)
+        self.assertEqual(self.main("digest", ref).err, "")
+
+    def manifests(self, registry):
+        """The methods of requests for manifests, which are forgotten."""
+        found = [r.method for r in registry.requests if "/manifests/" in r.path]
+        del registry.requests[:]
+        return found
+
+    def test_unchanged_tag_costs_a_head(self):
+        image = build_image(FIELD_SMALL)
+        index = build_index([(image, ("linux", "amd64", None))])
+        # A layout holds the image that was chosen, not the index that led to it.
+        for format, found, asked in (
+                ("oci", image, ["HEAD"]), ("layers", image, ["HEAD"]),
+                ("layers", index, ["HEAD"]), ("oci", index, ["HEAD", "GET"])):
+            registry, place = self.filled(found), format + found.digest
+            self.pull(registry.host, to=place, format=format)
+            self.manifests(registry)
+            again = self.pull(registry.host, to=place, format=format)
+            self.assertEqual(self.manifests(registry), asked)
+            self.assertEqual(str(again.digest), found.digest)
+
+    def test_digest_that_is_there_costs_nothing(self):
+        registry = self.filled()
+        digest = registry.repositories["lab/app"]["1"][2]
+        name = "lab/app:1@" + digest
+        self.pull(registry.host, name, format="oci")
+        self.manifests(registry)
+        self.pull(registry.host, name, format="oci")
+        self.assertEqual(self.manifests(registry), [])
+
+    def test_tag_that_moved(self):
+        for format in ("oci", "layers"):
+            registry = self.filled()
+            self.pull(registry.host, to=format, format=format)
+            other = build_image(FIELD_SMALL[:1])
+            registry.add("lab/app", "1", other)
+            self.manifests(registry)
+            image = self.pull(registry.host, to=format, format=format)
+            self.assertEqual(self.manifests(registry), ["HEAD", "GET"])
+            self.assertEqual(str(image.digest), other.digest)
+
+    def test_what_is_held_is_proved(self):
+        registry = self.filled()
+        digest = registry.repositories["lab/app"]["1"][2]
+        self.pull(registry.host, format="oci")
+        self.file("out/blobs/sha256/" + digest[7:], b"{}")
+        self.manifests(registry)
+        self.pull(registry.host, format="oci")
+        self.assertEqual(self.manifests(registry)[-1:], ["GET"])
+        self.assertEqual(faults_of(self.at()), [])
+
+    @rows([(status(code),) for code in (405, 404, 500)],
+          [(headers(docker_content_digest=None),)])
+    def test_head_that_does_not_work_is_no_obstacle(self, action):
+        registry = self.filled()
+        self.pull(registry.host, to=registry.host, format="oci")
+        self.manifests(registry)
+        registry.fault("HEAD .*/manifests/", action, EVER)
+        self.pull(registry.host, to=registry.host, format="oci")
+        self.assertEqual(self.manifests(registry)[-1], "GET")
+
+    @rows(FIELD_WARNINGS)
+    def test_warnings(self, value, *shown):
+        registry = self.filled()
+        registry.fault("GET", headers(warning=value), EVER)
+        del self.said[:]
+        self.pull(registry.host, to=registry.host)
+        self.assertEqual(len(self.said), len(shown), self.said)
+        for text, words in zip(sorted(self.said), shown):
+            self.assertIn(words, text)
+            self.assertIn(registry.host + " says: ", text)
+
+
+# --------------------------------------------------------------------------------------
+# 11  Store
+# --------------------------------------------------------------------------------------
 
 NET_BLOB = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(9000))  # 281 KiB
 NET_SIZE = len(NET_BLOB)
@@ -6373,9 +8916,1975 @@ class DownloadTest(DownloadCase):
                 self.download(registry, data, unpack=True, diff_id=bad).run()
 
 
-# ------------------------------------------------------------------------------
-# Outputs and Pull
-# ------------------------------------------------------------------------------
+# -- Resume
+
+#: (format, where it goes)
+FIELD_FORMATS = (
+    ("layers", "tree"), ("oci", "layout"), ("archive", "a.tar"), ("rootfs", "root"),
+    ("rootfs", "root.tar"),
+)
+FIELD_NOISE = noise(300000)
+_FIELD_HALF = FIELD_NOISE[:150000]
+
+#: (name, what is in the .partial, action on the first reply, offsets asked for)
+FIELD_RANGES = (
+    ("206", _FIELD_HALF, None, [150000]),
+    ("all there", FIELD_NOISE, None, []),
+    ("200", _FIELD_HALF, no_range(), [150000]),
+    ("416", _FIELD_HALF, status(416), [150000, 0]),
+    ("416 with the size", _FIELD_HALF, status(
+        416, {"Content-Range": "bytes */150000"}), [150000, 0]),
+    ("206 from elsewhere", _FIELD_HALF, partial("bytes 0-299999/300000", 0),
+     [150000, 0]),
+    ("206 without Content-Range", _FIELD_HALF, partial(None, 150000), [150000, 0]),
+    ("206 of another size", _FIELD_HALF, partial("bytes 150000-299999/300001", 150000),
+     [150000, 0]),
+    ("206 cut", _FIELD_HALF, truncate(50000), [150000, 200000]),
+    ("wrong prefix", bytes(150000), None, [150000, 0]),
+    ("wrong prefix, all of it", bytes(300000), None, [0]),
+    ("wrong prefix, no ranges", bytes(150000), no_range(), [150000, 0]),
+    ("too long", FIELD_NOISE + b"x", None, [0]),
+)
+
+
+def field_files(top):
+    """{path: size} of the files below a place, or of the one that stands there."""
+    found = {top: os.path.getsize(top)} if os.path.isfile(top) else {}
+    for folder, _, names in os.walk(top):
+        for name in names:
+            with contextlib.suppress(OSError):
+                path = os.path.join(folder, name)
+                found[path] = os.lstat(path).st_size
+    return found
+
+
+class ResumeTest(FieldCase):
+    """What is on disk is not fetched again, in this run or the next."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = field_noisy_image(300000, 5000)  # the largest is fetched first
+        self.size = sum(map(len, self.image.blobs.values()))
+
+    def begun(self, content=b""):
+        """A registry with a blob of noise, of which this is here."""
+        registry = self.filled()
+        registry.add_blob("lab/app", FIELD_NOISE)
+        self.file("blob.partial", content)
+        return registry
+
+    def download(self, registry):
+        """Fetch the noise to the file `blob`."""
+        reference = imagec.Reference.parse(registry.host + "/lab/app:1")
+        digest = imagec.Digest.parse(sha256(FIELD_NOISE))
+        with self.session() as session:
+            imagec.Download(
+                session.source(reference),
+                imagec.Descriptor("", digest, len(FIELD_NOISE)), self.at("blob")).run()
+
+    def offsets(self, registry):
+        """Where the requests for blobs have begun."""
+        asked = [r.headers.get("Range", "bytes=0-") for r in registry.requests
+                 if "/blobs/" in r.path]
+        return [int(text[len("bytes="):-1]) for text in asked]
+
+    @rows(FIELD_RANGES)
+    def test_ranges(self, _name, content, action, offsets):
+        registry = self.begun(content)
+        if action:
+            registry.fault("/blobs/", action)
+        self.download(registry)
+        self.assertEqual(self.offsets(registry), offsets)
+        with open(self.at("blob"), "rb") as file:
+            self.assertEqual(file.read(), FIELD_NOISE)
+        os.remove(self.at("blob"))
+
+    def test_start_over_happens_once(self):
+        registry = self.begun(_FIELD_HALF)
+        registry.fault("/blobs/", flip(), 2)
+        with self.fails(imagec.DigestMismatch):
+            self.download(registry)
+        self.assertEqual(self.offsets(registry), [150000, 0])
+        self.assertFalse(os.path.exists(self.at("blob.partial")))
+
+    def test_budget_is_renewed_by_progress(self):
+        self.patch(mock.patch.object(imagec, "PROGRESS_BYTES", 20000))
+        registry = self.begun()
+        registry.fault("/blobs/", truncate(25000), 11)
+        self.download(registry)
+        self.assertEqual(registry.sent_blob_bytes, len(FIELD_NOISE))
+        registry = self.begun()
+        registry.fault("/blobs/", truncate(15000), imagec.ATTEMPTS)
+        os.remove(self.at("blob"))
+        with self.fails(imagec.TransportError):
+            self.download(registry)
+
+    def test_reset_costs_little(self):
+        # What came before a reset has been paid for too.
+        registry = self.begun()
+        registry.fault("/blobs/", reset(100000), 2)
+        self.download(registry)
+        self.assertLess(registry.sent_blob_bytes, len(FIELD_NOISE) * 1.2)
+
+    def failing(self, kind, action, times=EVER, **options):
+        """A registry that recovers after a pull that failed at the last layer."""
+        registry = self.filled(self.image)
+        fault = registry.fault("/blobs/" + self.image.layers[2], action, times)
+        with self.fails(kind):
+            self.pull(registry.host, jobs=1, **options)
+        self.assertIn(times, (fault.used, EVER))
+        fault.times = fault.used
+        return registry
+
+    @rows(FIELD_FORMATS)
+    def test_runs_that_failed_are_gone_on_with(self, format, name):
+        registry = self.failing(imagec.TransportError, truncate(40000), 5, to=name,
+                                format=format)
+        self.pull(registry.host, to=name, format=format)
+        # The config is not kept between runs.
+        self.assertEqual(registry.sent_blob_bytes, self.size + len(self.image.config))
+        self.assertEqual(faults_of(self.at(name)), [])
+
+    def test_archive_keeps_what_it_has_moved_in(self):
+        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
+        self.assertGreater(os.path.getsize(self.at("a.tar.partial")), 590000)
+        registry.sent_blob_bytes = 0
+        self.pull(registry.host, to="a.tar")
+        self.assertLess(registry.sent_blob_bytes, 310000)
+
+    def test_archive_whose_beginning_is_spoiled(self):
+        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
+        with open(self.at("a.tar.partial"), "r+b") as file:
+            file.seek(100000)
+            file.write(b"spoiled")
+        self.pull(registry.host, to="a.tar")
+        self.assertEqual(faults_of(self.at("a.tar")), [])
+
+    @rows(FIELD_FORMATS)
+    def test_failed_pull_leaves_no_file_open(self, format, name):
+        gc.collect()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.failing(imagec.TransportError, truncate(40000), 5, to=name,
+                         format=format)
+            gc.collect()
+            self.assertEqual([str(warning.message) for warning in caught], [])
+
+    @rows(FIELD_FORMATS[:2])
+    def test_finished_layers_are_not_fetched_again(self, format, name):
+        registry = self.filled(self.image)
+        self.pull(registry.host, to=name, format=format)
+        del registry.requests[:]
+        self.pull(registry.host, to=name, format=format)
+        self.assertEqual(paths(registry, "/blobs/"), [])
+
+
+# --------------------------------------------------------------------------------------
+# 12  Outputs
+# --------------------------------------------------------------------------------------
+
+ARCHIVE_TARS = [raw_words("etc/ etc/a=1"), raw_words("etc/b=" + "2" * 5000),
+                raw_words("etc/c=3")]
+OCI_TAG = "org.opencontainers.image.ref.name"
+OCI_NAME = "io.containerd.image.name"
+LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
+#: What makes something that is no file, or never ends.
+NO_FILES = (lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", path),
+            lambda path: os.symlink(path + "~", path))
+
+
+def archive_headers(header):
+    """What tarfile makes of header blocks."""
+    with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
+        return tar.next()
+
+
+class ArchiveOutputTest(StoredCase):
+    """One tar that is an OCI layout and a docker-archive."""
+
+    def archive(self, *argv, out="out.tar"):
+        self.pull("-o", self.at(out), *argv)
+        return self.members(self.at(out))
+
+    def documents(self, members):
+        return [json.loads(members[name].decode()) for name in
+                ("index.json", "manifest.json")]
+
+    def test_a_lock_is_not_waited_for_for_ever(self):
+        reference = self.serve(ARCHIVE_TARS)[0]
+        for form, name in (("archive", "a.tar"), ("rootfs", "root"),
+                           ("rootfs", "r.tar")):
+            with self.subTest(form), imagec.Partial(self.at(name)):
+                with self.assertRaises(imagec.Timeout):
+                    imagec.pull(reference, self.at(name), form, timeout=0.5)
+
+    def test_finished_archive_is_not_fetched_again(self):
+        reference = self.serve(ARCHIVE_TARS)[0]
+        first = self.archive(reference)
+        before = self.blob_gets()
+        self.assertEqual(self.archive(reference), first)
+        self.assertEqual(self.blob_gets() - before, 1)  # the config
+
+    def test_schema1_shares_layers_with_others(self):
+        # Of the one nobody knows sizes and diffIDs before the layers are there.
+        references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
+                      for count, kind in ((2, "schema1-signed"), (3, "schema1"),
+                                          (1, "docker"), (4, "oci"))]
+        for number, order in enumerate(itertools.permutations(references)):
+            with self.subTest(order=order):
+                if number % 2:
+                    self.archive(order[0], out="%d.tar" % number)
+                self.archive(*order, out="%d.tar" % number)
+                self.verify(self.at("%d.tar" % number))
+
+    def test_archive_in_which_nothing_is_new_stays(self):
+        path, reference = self.at("out.tar"), self.serve(ARCHIVE_TARS)[0]
+        other = self.serve(ARCHIVE_TARS[:2], "lab/two:1")[0]
+
+        def changed(*references):
+            before = os.stat(path)
+            self.archive(*references)
+            now = os.stat(path)
+            return (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
+
+        self.archive(reference)
+        good = file_bytes(path)
+        with mock.patch.object(imagec, "_holds", side_effect=imagec._holds) as holds:
+            self.assertFalse(changed(reference))
+        self.assertEqual(holds.call_count, len(ARCHIVE_TARS))  # hashed once
+        for name, damaged in (("cut", good[:-1]), ("longer", good + b"x"),
+                              ("another end", good[:-1025] + b"x" + good[-1024:])):
+            with self.subTest(name):
+                write_file(path, damaged)
+                self.assertTrue(changed(reference))
+                self.assertEqual(file_bytes(path), good)
+        # The same blobs, but another name beside it.
+        self.assertTrue(changed(reference, other))
+        self.archive(reference)
+        self.assertEqual(file_bytes(path), good)
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+
+    def test_archive_that_another_program_changes(self):
+        # What was proved when the pull began is what is copied, or kept, at its end.
+        path, reference = self.at("out.tar"), self.serve(ARCHIVE_TARS)[0]
+        more = self.serve(ARCHIVE_TARS + [raw_words("new=1")], "lab/more:1")[0]
+        self.archive(reference)
+        good, begin = file_bytes(path), imagec.ArchiveOutput.open
+        for name, change in (
+                ("cut", lambda: os.truncate(path, 2000)),
+                ("flipped", lambda: damage_at(2000)(path)),
+                ("another", lambda: (os.unlink(path), write_file(path, good)))):
+            for wanted in (reference, more):
+                write_file(path, good)
+
+                def touched(*args):
+                    change()
+                    return begin(*args)
+
+                with self.subTest(name, new=wanted == more), mock.patch.object(
+                        imagec.ArchiveOutput, "open", touched):
+                    run = self.main("pull", "-q", "-o", path, wanted)
+                    self.assertEqual(run.status, 1)
+                    self.assertIn("another program has changed it", run.err)
+                self.pull("-o", path, wanted)
+                self.verify(path)
+
+    def test_output_that_is_used_again(self):
+        output = imagec.new_output(self.at("out.tar"))
+        references = [self.serve(ARCHIVE_TARS[:2])[0],
+                      self.serve(ARCHIVE_TARS[1:], "lab/two:1")[0]]
+        with imagec.Session() as session:
+            for reference in references:
+                session.pull([imagec.Reference.parse(reference)], output)
+        index, _ = self.documents(self.members(self.at("out.tar")))
+        self.assertEqual(len(index["manifests"]), 1)
+        self.verify(self.at("out.tar"))
+
+    def test_two_images_that_give_one_blob_two_sizes(self):
+        good, image = self.serve(ARCHIVE_TARS)
+        manifest = json.loads(image.manifest.decode())
+        manifest["layers"][1]["size"] += 1000
+        lie = BuiltImage(json.dumps(manifest).encode(), image.media_type)
+        lie.blobs = image.blobs
+        self.origin.add("lab/lie", "1", lie)
+        bad = self.origin.host + "/lab/lie:1"
+        told = "expected %d bytes" % manifest["layers"][1]["size"]
+        for form, name in (("archive", "o.tar"), ("oci", "o"), ("layers", "l")):
+            for pair in ((good, bad), (bad, good)):
+                with self.subTest(form, first=pair[0]):
+                    run = self.pull("--format", form, "-o", self.at(name), *pair,
+                                    expect=3)
+                    self.assertIn(told, run.err)
+        # An archive that somebody made so is seen through.
+        members = self.archive(good, out="good.tar")
+        index = json.loads(members["index.json"].decode())
+        index["manifests"].append(lie.descriptor())
+        members["blobs/sha256/" + lie.digest[7:]] = lie.manifest
+        members["index.json"] = json.dumps(index).encode()
+        write_file(self.at("lie.tar"), tar_bytes(
+            [(name, data) for name, data in members.items() if data is not None]))
+        self.assertIn(told, self.verify(self.at("lie.tar"), expect=3))
+
+    #: What tar_header is called with.
+    HEADERS = (
+        dict(name=b"plain", size=5),
+        dict(name=b"big", size=9 << 30), dict(name=b"limit", size=(8 << 30) - 1),
+        dict(name=b"n" * 300, size=0), dict(name=b"d/", size=0, kind=b"5"),
+        dict(name=b"l", size=0, kind=b"2", link=b"t" * 200),
+        dict(name=b"o", size=0, uid=1 << 22, gid=1 << 30),
+        dict(name=b"c", size=0, kind=b"3", device=(5, 300), mode=0o4640),
+        dict(name=b"time", size=0, mtime=15 * 10 ** 8),
+        dict(name=b"x", size=0, xattrs=((b"user.a", b"v"),)))
+
+    @rows((row["name"], row) for row in HEADERS)
+    def test_tar_header(self, name, row):
+        info = archive_headers(imagec.tar_header(**row))
+        found = dict(
+            name=info.name.encode(), size=info.size, uid=info.uid, gid=info.gid,
+            link=info.linkname.encode(), mtime=int(info.mtime * 10 ** 9),
+            mode=info.mode, kind=info.type, device=(info.devmajor, info.devminor),
+            xattrs=tuple((key[len("SCHILY.xattr."):].encode(), value.encode())
+                         for key, value in info.pax_headers.items()
+                         if key.startswith("SCHILY.xattr.")))
+        self.assertEqual(found, dict(dict(
+            uid=0, gid=0, link=b"", mtime=0, mode=0o644, kind=b"0", device=(0, 0),
+            xattrs=()), **dict(row, name=name.rstrip(b"/"))))
+
+    def test_tar_header_is_plain_where_it_can_be(self):
+        block = imagec.tar_header(b"blobs/x", 7)
+        self.assertEqual(len(block), 512)
+        info = tarfile.TarInfo("blobs/x")
+        info.size = 7
+        # tarfile of some Pythons leaves the fields of devices empty.
+        ours, theirs = bytearray(block), bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+        for other in (ours, theirs):
+            other[148:156], other[329:345] = bytes(8), bytes(16)
+        self.assertEqual(ours, theirs)
+
+    def test_members(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        members = self.archive(reference)
+        blobs = image.layers + [image.digest, sha256(image.config)]
+        self.assertEqual(list(members), (
+            ["oci-layout", "blobs", "blobs/sha256"] +
+            ["blobs/sha256/" + digest[7:] for digest in blobs] +
+            ["index.json", "manifest.json", "repositories"]))
+        for digest in blobs:
+            self.assertEqual(sha256(members["blobs/sha256/" + digest[7:]]), digest)
+        with tarfile.open(self.at("out.tar")) as tar:
+            facts = {(member.mtime, member.uid, member.gid, member.uname, member.mode)
+                     for member in tar}
+        self.assertEqual(facts, {(0, 0, 0, "", 0o644), (0, 0, 0, "", 0o755)})
+
+    def test_documents(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        members = self.archive(reference)
+        index, manifest = self.documents(members)
+        self.assertEqual(members["oci-layout"], LAYOUT)
+        self.assertEqual(index, {
+            "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
+            "manifests": [{
+                "mediaType": image.media_type, "digest": image.digest,
+                "size": len(image.manifest),
+                "platform": {"architecture": "amd64", "os": "linux"},
+                "annotations": {OCI_NAME: reference, OCI_TAG: "1"}}]})
+        self.assertEqual(manifest, [{
+            "Config": "blobs/sha256/" + sha256(image.config)[7:],
+            "RepoTags": [reference],
+            "Layers": ["blobs/sha256/" + digest[7:] for digest in image.layers]}])
+        self.assertTrue(members["manifest.json"].endswith(b"\n"))
+        repositories = json.loads(members["repositories"].decode())
+        self.assertEqual(list(repositories[reference[:-2]]), ["1"])
+
+    def test_names_it_is_loaded_by(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1])
+        name, _, _ = reference.rpartition(":")
+        hub = "docker.io/library/alpine"
+        rows = ((name + "@" + image.digest, (), None),
+                (reference + "@" + image.digest, (), reference),
+                (reference, ("--tag", "alpine"), hub + ":latest"),
+                (reference, ("--tag", "alpine:3"), hub + ":3"),
+                (name + "@" + image.digest, ("--tag", "h.example/a/b:c"),
+                 "h.example/a/b:c"))
+        for number, (asked, options, wanted) in enumerate(rows):
+            with self.subTest(asked[-20:], options=options):
+                members = self.archive(*options + (asked,), out="%d.tar" % number)
+                index, manifest = self.documents(members)
+                self.assertEqual(manifest[0]["RepoTags"], wanted and [wanted])
+                annotations = index["manifests"][0].get("annotations", {})
+                self.assertEqual(annotations.get(OCI_NAME), wanted)
+                self.assertEqual("repositories" in members, wanted is not None)
+
+    def test_tag_is_for_one_image(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1])
+        for options in (("--tag", "a", reference, reference),
+                        ("--tag", "a@" + image.digest, reference)):
+            self.pull("-o", self.at("out.tar"), *options, expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_every_run_and_python_gives_the_same(self):
+        reference, _ = self.serve(ARCHIVE_TARS + [raw_words("z=" + "9" * 99999)])
+        processes = []
+        for number, python in enumerate(self.pythons()):
+            out = self.at("p%d.tar" % number)
+            processes.append((python, self.start(
+                "pull", "-q", "-j", str(1 + number % 8), "-o", out, reference,
+                python=python)))
+        for number in range(2):
+            self.archive("-j", "81"[number], reference, out="o%d.tar" % number)
+        for python, process in processes:
+            self.assertEqual((process.communicate()[1], process.returncode), (b"", 0),
+                             python)
+        digests = {sha256(file_bytes(self.at(name)))
+                   for name in os.listdir(self.work)}
+        self.assertEqual(len(digests), 1)
+
+    @staticmethod
+    def pythons():
+        """This one, and beside it the oldest and the newest from 3.6 on."""
+        beside = os.path.join(os.path.dirname(sys.base_prefix), "*", "bin", "python3")
+        found = {os.path.realpath(path): path for path in glob.glob(beside)}
+        probe = "import sys; print('%d.%02d' % sys.version_info[:2])"
+        running = [(path, subprocess.Popen(
+            [path, "-IS", "-c", probe], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)) for path in found.values()]
+        versions = sorted((process.communicate()[0].decode(), path)
+                          for path, process in running)
+        known = [path for version, path in versions if version >= "3.06"]
+        return [sys.executable] + known[:1] + known[1:][-1:]
+
+    def test_several_references(self):
+        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
+        two, second = self.serve([ARCHIVE_TARS[1], ARCHIVE_TARS[2]], "lab/two:1")
+        again, _ = self.serve(ARCHIVE_TARS[:2], "lab/one:2")
+        members = self.archive(one, two, again)
+        index, manifest = self.documents(members)
+        self.assertEqual([entry["RepoTags"] for entry in manifest],
+                         [[one, again], [two]])
+        annotations = [entry["annotations"] for entry in index["manifests"]]
+        self.assertEqual([one[OCI_NAME] for one in annotations], [one, two, again])
+        self.assertEqual(len({one[OCI_TAG] for one in annotations}), 3,
+                         "two images by one name")
+        self.assertEqual(self.blob_gets(first.layers[1]), 1)
+        with tarfile.open(self.at("out.tar")) as tar:
+            names = tar.getnames()
+        self.assertEqual(len(names), len(set(names)))
+        self.verify(self.at("out.tar"))
+
+    def test_from_file(self):
+        one, two, three = (self.serve(tars, name)[0] for tars, name in (
+            (ARCHIVE_TARS[:1], "lab/one:1"), (ARCHIVE_TARS[1:], "lab/two:1"),
+            (ARCHIVE_TARS, "lab/three:1")))
+        listed = write_file(self.at("list"), (
+            "# caf\xe9\n\n  %s  # the first\r\n%s#two\n" % (two, three)).encode())
+        members = self.archive("--from-file", listed, one)
+        tags = [entry["RepoTags"][0] for entry in self.documents(members)[1]]
+        self.assertEqual(tags, [one, two, three])
+
+    def test_parents_are_made(self):
+        reference = self.serve(ARCHIVE_TARS)[0]
+        for format, name in (("archive", "a/b/x.tar"), ("rootfs", "c/d/x.tar"),
+                             ("rootfs", "e/f"), ("oci", "g/h"), ("layers", "i/j")):
+            with self.subTest(format=format, name=name):
+                self.pull("-o", self.at(name), "--format", format, reference)
+                self.assertEqual(faults_of(self.at(name)), [])
+
+    def test_pipe_named_as_a_file(self):
+        # What /dev has free says nothing about who reads from there.
+        reference = self.serve(ARCHIVE_TARS)[0]
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with mock.patch.object(imagec, "existing_parent",
+                               lambda path: self.fail("looked for room at " + path)):
+            try:
+                self.pull("-o", "/dev/fd/%d" % writing, "--format", "archive", reference)
+            finally:
+                os.close(writing)
+        self.assertIn(b"oci-layout", os.read(reading, 1 << 16))
+
+    @rows(((None, "list"), (b"# caf\xe9\n", "UTF-8"), (b"# only\n", "list"),
+           (b"a b\n", "line 1: .*a b"), (b"UPPER\n", "line 1: .*UPPER"),
+           (b"\xef\xbb\xbflab/app\nLAB\n", "list, line 2: .*LAB"),
+           (b"# x\r\n\r\na//b # c\r\n", "list, line 3: .*a//b")))
+    def test_from_file_that_is_no_list(self, data, wanted):
+        path = self.at("list")
+        remove(path)
+        if data is not None:
+            write_file(path, data)
+        run = self.pull("-o", self.at("out.tar"), "--from-file", path,
+                        expect=1 if data is None else 2)
+        self.assertRegex(run.err, wanted)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_standard_output(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.archive(reference)
+        process = self.start("pull", "-o", "-", "--progress", "plain", reference)
+        out, err = process.communicate()
+        self.assertEqual(process.returncode, 0, err)
+        self.assertEqual(out, file_bytes(self.at("out.tar")))
+        self.assertIn(reference.encode(), err)
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+
+    def test_terminal_is_refused(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        out = io.TextIOWrapper(io.BytesIO())
+        out.isatty = lambda: True
+        with mock.patch.multiple(sys, stdout=out, stderr=io.StringIO()):
+            self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
+        self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
+
+    def test_formats_that_are_directories_do_not_stream(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        for format in ("layers", "oci"):
+            self.pull("-o", "-", "--format", format, reference, expect=2)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_full_device(self):
+        if not os.path.exists("/dev/full"):
+            cannot("fill /dev/full")
+        process = self.start("pull", "-q", "-o", "-", self.serve(ARCHIVE_TARS)[0],
+                             redirections=">/dev/full")
+        err = process.communicate()[1]
+        self.assertEqual((process.returncode, err.count(b"\n")), (1, 1), err)
+
+    def test_failure_leaves_what_was_there(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.origin.fault(image.layers[1], flip(), times=None)
+        write_file(self.at("old.tar"), b"mine")
+        for out in ("out.tar", "old.tar"):
+            self.pull("-o", self.at(out), reference, expect=3)
+        self.assertFalse(os.path.exists(self.at("out.tar")))
+        self.assertEqual(file_bytes(self.at("old.tar")), b"mine")
+        left = set(os.listdir(self.work)) - {"old.tar"}
+        self.assertLessEqual(left, {name + more for name in ("out.tar", "old.tar")
+                                    for more in (".partial", ".blobs.partial")})
+
+    def test_success_replaces_and_leaves_nothing_else(self):
+        write_file(self.at("out.tar"), b"old")
+        self.archive(self.serve(ARCHIVE_TARS)[0])
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+        self.verify(self.at("out.tar"))
+
+    def killed(self, image, reference, hangs, *complete):
+        """Kills a pull once `hangs` is all it waits for."""
+        fault = self.origin.fault(image.layers[hangs], hang())
+        process = self.start("pull", "-q", "-o", self.at("out.tar"), reference)
+        with threat_alarm(60):
+            while not (fault.used and self.on_disk(image, complete)):
+                time.sleep(0.005)
+        process.kill()
+        process.wait()
+
+    def on_disk(self, image, complete):
+        """Are these layers in the unfinished archive or in the spool, whole?"""
+        with contextlib.suppress(OSError):
+            spool = os.listdir(self.at("out.tar.blobs.partial"))
+            part = file_bytes(self.at("out.tar.partial"))
+            return all(image.layers[n][7:] in spool or
+                       image.blobs[image.layers[n]] in part for n in complete)
+
+    @rows(((2, 0, 1, 3), (0, 1, 2, 3)))
+    def test_killed_and_run_again(self, hangs, *others):
+        tars = [raw_words("%d.%d=%s" % (hangs, n, "x" * n)) for n in range(4)]
+        reference, image = self.serve(tars)
+        self.killed(image, reference, hangs, *others)
+        self.assertFalse(os.path.exists(self.at("out.tar")))
+        members = self.archive(reference)
+        gets = [self.blob_gets(digest) for digest in image.layers]
+        self.assertEqual(gets, [2 if n == hangs else 1 for n in range(4)])
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+        self.assertEqual(members, self.archive(reference, out="fresh.tar"))
+        for name in os.listdir(self.work):
+            remove(self.at(name))
+
+    @rows((("flipped", lambda data: data[:3000] + b"?" + data[3001:]),
+           ("empty", lambda data: b""), ("no tar", lambda data: b"no tar"),
+           ("longer", lambda data: data + b"more"), ("cut", lambda data: data[:2600]),
+           ("first byte", lambda data: b"?" + data[1:])))
+    def test_unfinished_archive_is_not_believed(self, _, damage):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.archive(reference)
+        good = file_bytes(self.at("out.tar"))
+        write_file(self.at("out.tar.partial"), damage(good))
+        self.archive(reference)
+        self.assertEqual(file_bytes(self.at("out.tar")), good)
+
+    def test_T010_names_in_it(self):
+        reference, _ = self.serve(ARCHIVE_TARS, kind="schema1-signed")
+        for name in self.archive(reference):
+            self.assertRegex(name, "^(blobs(/sha256(/[0-9a-f]{64})?)?|oci-layout|"
+                                   r"index\.json|manifest\.json|repositories)$")
+        self.verify(self.at("out.tar"))
+
+
+class OCIOutputTest(StoredCase):
+    """A layout directory, which collects images."""
+
+    def setUp(self):
+        super().setUp()
+        self.out = self.at("out")
+
+    def layout(self, *argv, expect=0):
+        return self.pull("--format", "oci", "-o", self.out, *argv, expect=expect)
+
+    def blob(self, digest):
+        return os.path.join(self.out, "blobs", "sha256", digest[7:])
+
+    def index(self):
+        return json.loads(file_bytes(os.path.join(self.out, "index.json")).decode())
+
+    def names(self):
+        """(digest, full name or None, tag or None) of each entry."""
+        return [(entry["digest"],) + tuple(
+            entry.get("annotations", {}).get(key) for key in (OCI_NAME, OCI_TAG))
+            for entry in self.index()["manifests"]]
+
+    def blobs(self):
+        return {"sha256:" + name for name in os.listdir(self.blob(""))}
+
+    @rows((("oci",), ("docker",)))
+    def test_files(self, kind):
+        reference, image = self.serve(ARCHIVE_TARS, kind=kind)
+        self.out = self.at(kind)
+        self.layout(reference)
+        self.assertEqual(sorted(os.listdir(self.out)),
+                         ["blobs", "index.json", "oci-layout"])
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+        self.assertEqual(self.blobs(), set(image.blobs) | {image.digest})
+        self.assertEqual(self.index()["manifests"][0]["mediaType"], image.media_type)
+        self.verify(self.out)
+
+    def test_collects(self):
+        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:a")
+        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
+        for reference in (one, two, one):
+            self.layout(reference)
+        self.assertEqual(self.names(), [(second.digest, two, "b"),
+                                        (first.digest, one, "a")])
+        for digest in first.layers + second.layers:
+            self.assertEqual(self.blob_gets(digest), 1)
+        self.verify(self.out)
+
+    def test_tag_that_moves(self):
+        reference, old = self.serve(ARCHIVE_TARS[:1])
+        self.layout(reference)
+        reference, new = self.serve(ARCHIVE_TARS[1:])
+        self.layout(reference)
+        self.assertEqual(self.names(), [(old.digest, None, None),
+                                        (new.digest, reference, "1")])
+        self.verify(self.out)
+
+    def test_nameless(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        by_digest = reference[:-2] + "@" + image.digest
+        self.layout(by_digest)
+        self.layout(by_digest)
+        self.assertEqual(self.names(), [(image.digest, None, None)])
+        self.layout(reference)
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+        self.layout(by_digest, "--tag", "other:2")
+        self.assertEqual([row[2] for row in self.names()], ["1", "2"])
+
+    def test_same_tag_of_two_repositories(self):
+        one, first = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
+        for reference in (one, two, two, one):
+            self.layout(reference)
+            tags = [row[2] for row in self.names()]
+            self.assertEqual(len(tags), len(set(tags)))
+        self.assertEqual(sorted(row[1] for row in self.names()), sorted([one, two]))
+        self.assertIn("1", tags)
+
+    def test_T125_keeps_what_it_does_not_know(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:a")
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
+        self.layout(one)
+        index = self.index()
+        index.update({"x-unknown": {"deep": [1, 2.5, "\xe9"]},
+                      "annotations": {"k": "v"}})
+        index["manifests"][0]["x-entry"] = True
+        index["manifests"][0]["annotations"]["mine"] = "kept"
+        write_file(self.at("out", "index.json"), json.dumps(index).encode())
+        self.layout(two)
+        found = self.index()
+        del found["manifests"][1:]
+        self.assertEqual(found, index)
+
+    def refuse(self):
+        before = stored_state(self.work)
+        run = self.layout(self.serve(ARCHIVE_TARS)[0], expect=1)
+        self.assertEqual(run.err.count("\n"), 1, run.err)
+        self.assertEqual(stored_state(self.work), before)
+        self.assertEqual(self.blob_gets("sha256"), 0)
+
+    #: (oci-layout, index.json or None)
+    NO_LAYOUTS = (
+        (b"", None), (b"[]", None), (b'{"imageLayoutVersion": 1}', None),
+        (b'{"imageLayoutVersion": "2.0.0"}', None)) + tuple(
+        (LAYOUT, index) for index in (
+            b"", b"[]", b"{}", b"\xff", b'{"manifests": [}',
+            b'{"schemaVersion": 2, "manifests": {}}',
+            b'{"schemaVersion": 2, "manifests": [1]}',
+            b'{"schemaVersion": 2, "manifests": [{"annotations": 5}]}',
+            b'{"schemaVersion": 2, "manifests": [{"annotations": ["a"]}]}'))
+
+    @rows(NO_LAYOUTS)
+    def test_T125_refuses_what_it_does_not_understand(self, marker, index):
+        remove(self.out)
+        write_file(self.at("out", "oci-layout"), marker)
+        if index is not None:
+            write_file(self.at("out", "index.json"), index)
+        self.refuse()
+
+    def test_T126_refuses_what_is_no_layout(self):
+        write_file(self.out, b"mine")
+        self.refuse()
+        os.unlink(self.out)
+        write_file(self.at("out", "mine"), b"")
+        self.refuse()
+        os.mkdir(self.at("out", "oci-layout"))
+        self.refuse()
+
+    @rows((("blobs",), ("blobs", "sha256")))
+    def test_T012_links_below_it(self, *parts):
+        remove(self.out)
+        os.makedirs(self.at("canary"), exist_ok=True)
+        write_file(self.at("out", "oci-layout"), LAYOUT)
+        os.makedirs(self.at("out", *parts[:-1]), exist_ok=True)
+        os.symlink(self.at("canary"), self.at("out", *parts))
+        self.layout(self.serve(ARCHIVE_TARS)[0], expect=1)
+        self.assertEqual(os.listdir(self.at("canary")), [])
+
+    def test_T012_a_link_to_it_is_the_users(self):
+        os.mkdir(self.at("real"))
+        os.symlink("real", self.out)
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        self.assertIn("index.json", os.listdir(self.at("real")))
+        self.verify(self.out)
+
+    def test_T012_planted_links(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        os.makedirs(self.blob(""))
+        write_file(self.at("victim"), b"untouched")
+        write_file(self.at("out", "oci-layout"), LAYOUT)
+        for path in (self.blob(image.layers[0]), self.blob(image.digest),
+                     self.blob(image.layers[1]) + ".partial",
+                     self.at("out", "index.json.partial")):
+            os.symlink(self.at("victim"), path)
+        self.layout(reference)
+        self.assertEqual(file_bytes(self.at("victim")), b"untouched")
+        self.verify(self.out)
+
+    def test_blob_that_went_bad(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        for digest in (image.layers[0], image.digest, sha256(image.config)):
+            data = file_bytes(self.blob(digest))
+            damage_flip(self.blob(digest))
+            self.verify(self.out, expect=3)
+            self.layout(reference)
+            self.assertEqual(file_bytes(self.blob(digest)), data)
+        self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
+
+    @able(hasattr(os, "mkfifo"), "make fifos")
+    @rows(itertools.product(("index.json", "oci-layout"), NO_FILES))
+    def test_only_regular_files_are_read(self, name, make):
+        remove(self.out)
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        os.unlink(self.at("out", name))
+        make(self.at("out", name))
+        with threat_alarm(60):
+            run = self.layout(reference, expect=1)
+        self.assertIn(name + " is not a regular file", run.err)
+
+    @able(hasattr(os, "mkfifo"), "make fifos")
+    def test_documents_there_that_are_none(self):
+        # What is there by the name wanted is not believed, and not waited for.
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        damage_json(lambda value: value["config"].update(digest=image.digest))(
+            self.blob(image.digest))
+        self.layout(reference)
+        self.verify(self.out)
+        for digest in (image.digest, sha256(image.config)):
+            for make in NO_FILES:
+                os.unlink(self.blob(digest))
+                make(self.blob(digest))
+                with self.subTest(digest), threat_alarm(60):
+                    self.layout(reference)
+                    self.verify(self.out)
+
+    def test_failure_keeps_the_index(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        self.layout(one)
+        before = self.index()
+        two, image = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
+        self.origin.fault(image.layers[0], flip(), times=None)
+        self.layout(two, expect=3)
+        self.assertEqual(self.index(), before)
+        self.assertNotIn(image.layers[0], self.blobs())
+
+    def test_T120_disk_full_at_the_index(self):
+        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
+        self.layout(one)
+        before, write = self.index(), imagec.Partial.write
+
+        def full(partial, data):
+            if partial.final.endswith("index.json"):
+                write(partial, data[:10])
+                raise OSError(28, "No space left on device", partial.path)
+            write(partial, data)
+
+        with mock.patch.object(imagec.Partial, "write", full):
+            self.assertIn("No space left", self.layout(two, expect=1).err)
+        self.assertEqual(self.index(), before)
+        self.layout(two)
+        self.assertEqual(len(self.names()), 2)
+
+    @rows(((2,), (8,)))
+    def test_T124_many_at_once(self, count):
+        self.out = self.at("out%d" % count)
+        references = [self.serve([ARCHIVE_TARS[0], raw_words("f=%d" % n)],
+                                 "lab/app%d:t%d" % (n, n))[0] for n in range(count)]
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda one: imagec.pull(one, self.out, "oci"), references))
+        self.assertEqual(sorted(row[1] for row in self.names()), sorted(references))
+        self.verify(self.out)
+
+    def test_T124_another_has_just_begun(self):
+        os.makedirs(self.blob(""))
+        write_file(self.at("out", "oci-layout.partial"), b"{")
+        self.layout(self.serve(ARCHIVE_TARS)[0])
+        self.verify(self.out)
+
+    def multi(self):
+        """An index: two platforms, one in an index of its own, and an attestation."""
+        amd = build_image(ARCHIVE_TARS[:1])
+        arm = build_image(ARCHIVE_TARS[1:2], platform=("linux", "arm64", None))
+        nested = build_index([(arm, ("linux", "arm64", None))])
+        proof = build_image([b'{"_type": "in-toto"}'], compress=None,
+                            platform=("unknown", "unknown", None))
+        document = json.loads(proof.manifest.decode())
+        document["layers"][0]["mediaType"] = "application/vnd.in-toto+json"
+        proof.manifest = json.dumps(document).encode()
+        proof.digest = sha256(proof.manifest)
+        index = build_index([(amd, ("linux", "amd64", None)), (nested, None),
+                             (proof, ("unknown", "unknown", None))])
+        self.origin.add("lab/multi", "1", index)
+        everything = {image.digest for image in (amd, arm, proof, nested, index)}
+        everything.update(amd.blobs, arm.blobs, proof.blobs)
+        return self.origin.host + "/lab/multi:1", index, arm, everything
+
+    def test_all_platforms(self):
+        reference, index, _, everything = self.multi()
+        self.layout("--platform", "all", reference)
+        self.assertEqual(self.names(), [(index.digest, reference, "1")])
+        self.assertEqual(self.blobs(), everything)
+        self.verify(self.out)
+
+    def test_one_platform_of_several(self):
+        reference, _, arm, _ = self.multi()
+        self.layout("--platform", "linux/arm64", reference)
+        self.assertEqual(self.names(), [(arm.digest, reference, "1")])
+        self.assertEqual(self.blobs(), set(arm.blobs) | {arm.digest})
+        self.verify(self.out)
+        self.layout("--platform", "linux/amd64", reference)
+        self.assertEqual([row[1] for row in self.names()], [None, reference])
+        self.layout("--platform", "all", reference)
+        self.assertEqual([row[1] for row in self.names()], [None, None, reference])
+        self.verify(self.out)
+
+    def test_all_platforms_elsewhere(self):
+        reference = self.multi()[0]
+        for options in (("--format", "layers"), ("--format", "archive"),
+                        ("--format", "rootfs"), ("--format", "oci", "--recompress",
+                                                 "gzip")):
+            self.pull("--platform", "all", "-o", self.at("x"), reference, *options,
+                      expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_all_platforms_of_one(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout("--platform", "all", reference, expect=1)
+
+    def test_schema1(self):
+        reference, image = self.serve(ARCHIVE_TARS[:1] + [None], kind="schema1-signed")
+        self.layout(reference)
+        (digest, _, tag), = self.names()
+        self.assertEqual((tag, len(self.blobs())), ("1", 3))
+        self.assertNotIn(sha256(EMPTY_LAYER), self.blobs())
+        self.assertEqual(self.blob_gets(sha256(EMPTY_LAYER)), 0)
+        manifest = json.loads(file_bytes(self.blob(digest)).decode())
+        self.assertEqual(manifest["mediaType"], MEDIA_TYPES["docker"]["manifest"])
+        self.verify(self.out)
+
+
+@needs_zstd
+class RecompressTest(StoredCase):
+    """zstd layers as they are, and as gzip for those who cannot read them."""
+
+    def setUp(self):
+        super().setUp()
+        self.reference, self.image = self.serve(ARCHIVE_TARS, compress=zstd_bytes)
+
+    def recompressed(self, name, *references):
+        """Pull them with gzip layers, and verify what is there."""
+        format = "archive" if name.endswith(".tar") else "oci"
+        self.pull("--recompress", "gzip", "--format", format, "-o", self.at(name),
+                  *references)
+        self.verify(self.at(name))
+
+    def test_passed_through(self):
+        for out, options in (("out.tar", ()), ("out", ("--format", "oci"))):
+            self.pull("-o", self.at(out), self.reference, *options)
+            self.verify(self.at(out))
+        members = self.members(self.at("out.tar"))
+        for digest in self.image.layers:
+            self.assertIn("blobs/sha256/" + digest[7:], members)
+
+    def test_old_docker_is_warned_of(self):
+        run = self.main("pull", "--progress", "none", "-o", self.at("out.tar"),
+                        self.reference)
+        self.assertEqual(run.err.count("--recompress gzip"), len(ARCHIVE_TARS))
+
+    def test_archive(self):
+        self.recompressed("out.tar", self.reference)
+        members = self.members(self.at("out.tar"))
+        entry, = json.loads(members["index.json"].decode())["manifests"]
+        manifest = json.loads(members["blobs/sha256/" + entry["digest"][7:]].decode())
+        wanted = json.loads(self.image.manifest.decode())
+        self.assertEqual(manifest["config"], wanted["config"])
+        for layer, diff_id in zip(manifest["layers"], self.image.diff_ids):
+            blob = members["blobs/sha256/" + layer["digest"][7:]]
+            self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
+            self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
+        self.assertEqual(len(members), 3 + 3 + 2 + 3)
+
+    def test_same_bytes_each_time(self):
+        for out in ("1.tar", "2.tar"):
+            self.recompressed(out, self.reference)
+        self.assertEqual(*[file_bytes(self.at(out)) for out in ("1.tar", "2.tar")])
+
+    def test_layout(self):
+        for _ in range(2):
+            self.recompressed("out", self.reference)
+            self.assertEqual(len(os.listdir(self.at("out", "blobs", "sha256"))), 5)
+
+    def test_what_is_not_zstd_stays(self):
+        layers = iter([gzip_bytes, zstd_bytes, None])
+        reference, image = self.serve(
+            ARCHIVE_TARS[:2], "lab/mixed:1", compress=lambda tar: next(layers)(tar))
+        self.recompressed("out.tar", reference)
+        members = self.members(self.at("out.tar"))
+        self.assertIn("blobs/sha256/" + image.layers[0][7:], members)
+        self.assertNotIn("blobs/sha256/" + image.layers[1][7:], members)
+
+    def test_shared_by_two_images(self):
+        other, _ = self.serve(ARCHIVE_TARS[1:], "lab/other:1", compress=zstd_bytes)
+        for name in ("out.tar", "out"):
+            self.recompressed(name, self.reference, other)
+
+    def test_layers_that_become_the_same(self):
+        references = [self.reference] + [
+            self.serve(tars, name, compress=compress)[0] for tars, name, compress in (
+                (ARCHIVE_TARS, "lab/frame:1",
+                 lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
+                (ARCHIVE_TARS[::-1], "lab/gzip:1", gzip_bytes))]
+        for order in itertools.permutations(references):
+            for jobs in ("1", "4"):
+                with self.subTest(order=order, jobs=jobs):
+                    remove(self.at("out.tar"))
+                    for _ in range(2):
+                        self.recompressed("out.tar", "-j", jobs, *order)
+                    self.assertEqual(len(self.members(self.at("out.tar"))),
+                                     3 + len(ARCHIVE_TARS) + 2 * 3 + 3 - 2)
+
+    def test_formats_that_keep_layers(self):
+        for format in ("layers", "rootfs"):
+            self.pull("--recompress", "gzip", "--format", format, "-o", self.at("out"),
+                      self.reference, expect=2)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_rootfs_of_zstd(self):
+        self.pull("--format", "rootfs", "-o", self.at("out"), self.reference)
+        self.assertIn("etc/c=3", flat_directory_words(self.at("out")))
+
+
+# --------------------------------------------------------------------------------------
+# 13  Trees
+# --------------------------------------------------------------------------------------
+
+FLAT_BAD = imagec.InvalidDocument
+FLAT_PLNK = ".wh..wh.plnk/ .wh..wh.plnk/1.2=data "
+FLAT_CASES = (
+    # where it is from, layers, the tree they make or the error
+    ("spec: whiteout", ["a=1 b=2", ".wh.a="], "b=2"),
+    ("spec: whiteout of a directory", ["d/x=1 d/y/z=2", ".wh.d="], ""),
+    ("spec: whiteout, then again", ["a=1", ".wh.a=", "a=2"], "a=2"),
+    ("T150: before what the layer adds", ["a=1", ".wh.a= a=2"], "a=2"),
+    ("T150: after it", ["a=1", "a=2 .wh.a="], "a=2"),
+    ("T150: of a directory the layer refills", ["d/x=1", ".wh.d= d/ d/y=2"],
+     "d/ d/y=2"),
+    ("T150: the same, last", ["d/x=1", "d/ d/y=2 .wh.d="], "d/ d/y=2"),
+    ("T150: a link takes its place", ["d/x=1 e/", "d->e .wh.d="], "d->e e/"),
+    ("T150: of nothing", ["a=1", ".wh.b= no/.wh.c= a/.wh.d="], "a=1"),
+    ("T150: of what this layer alone has", ["", "a=1 .wh.a="], "a=1"),
+    ("T150: opaque first", ["d/x=1", "d/ d/.wh..wh..opq= d/y=2"], "d/ d/y=2"),
+    ("T150: opaque last", ["d/x=1", "d/ d/y=2 d/.wh..wh..opq="], "d/ d/y=2"),
+    ("T150: opaque, same name", ["d/x=1", "d/x=2 d/.wh..wh..opq="], "d/ d/x=2"),
+    ("T150: opaque is deep", ["d/e/x=1", "d/e/y=2 d/.wh..wh..opq="],
+     "d/ d/e/ d/e/y=2"),
+    ("T150: opaque, others stay", ["d/x=1 e/x=1", "d/.wh..wh..opq="], "d/ e/ e/x=1"),
+    ("T150: opaque of nothing", ["a=1", "no/.wh..wh..opq= a/.wh..wh..opq="], "a=1"),
+    ("T149: opaque at the root", ["a=1 d/x=1", "b=2 .wh..wh..opq="], "b=2"),
+    ("T149: bare", ["d/x=1", "d/.wh.="], FLAT_BAD),
+    ("T149: bare at the root", ["a=1", ".wh.="], FLAT_BAD),
+    ("T149: of the directory itself", ["d/x=1", "d/.wh..="], FLAT_BAD),
+    ("T149: of its parent", ["d/x=1", "d/.wh...="], FLAT_BAD),
+    ("T149: unknown kind", ["a=1 x=1 d/x=2", ".wh..wh.x= d/.wh..wh.x="],
+     "a=1 x=1 d/ d/x=2"),
+    ("T149: as a component", ["a=1 b=2", ".wh.a/b=3"], "a=1 b=2 .wh.a/ .wh.a/b=3"),
+    ("T149: as a directory", ["a=1 b=2", ".wh.a/"], "b=2"),
+    ("T149: as a link", ["a=1 b=2", ".wh.a->b"], "b=2"),
+    ("T149: with data", ["a=1 b=2", ".wh.a=data"], "b=2"),
+    ("docker: AUFS keeps hard links' data apart",
+     [FLAT_PLNK + "a=>.wh..wh.plnk/1.2 b=>.wh..wh.plnk/1.2"], "a=data b=>a"),
+    ("docker: AUFS's other things", [".wh..wh.aufs= .wh..wh.orph/ a=1"], "a=1"),
+    ("root entry", ["./ a=1", "/ ./b=2"], "a=1 b=2"),
+    ("T144: the root a link", ["a=1", ".->/etc"], FLAT_BAD),
+    ("T144: the root a link, otherwise", ["a=1", "/->etc"], FLAT_BAD),
+    ("T144: the root a file", [".=1"], FLAT_BAD),
+    ("implicit parents", ["a/b/c=1"], "a/ a/b/ a/b/c=1"),
+    ("names that say the same", ["./a//b/./c=1", "/a/b/c=2"], "a/ a/b/ a/b/c=2"),
+    ("T157: twice", ["a=1 a=2"], "a=2"),
+    ("T157: twice, a directory first", ["d/x=1 d=2"], "d=2"),
+    ("T157: twice, a directory last", ["d/x=1 d/"], "d/ d/x=1"),
+    ("T151: file, directory", ["a=1", "a/ a/x=2"], "a/ a/x=2"),
+    ("T151: directory, file", ["a/x=1", "a=2"], "a=2"),
+    ("T151: directory, link", ["a/x=1 b/", "a->b"], "a->b b/"),
+    ("T151: link, directory", ["b/x=1 a->b", "a/ a/y=2"], "a/ a/y=2 b/ b/x=1"),
+    ("T151: link, file", ["b=1 a->b", "a=2"], "a=2 b=1"),
+    ("T151: file, link", ["a=1", "a->b"], "a->b"),
+    ("T151: directory, hard link", ["a/x=1 b=2", "a=>b"], "a=2 b=>a"),
+    ("T151: hard link, directory", ["b=1 a=>b", "a/x=2"], "a/ a/x=2 b=1"),
+    ("T151: child under a file", ["a=1", "a/x/y=2"], "a/ a/x/ a/x/y=2"),
+    ("T141: link as parent", ["usr/lib/ lib->usr/lib", "lib/x=1"],
+     "usr/ usr/lib/ usr/lib/x=1 lib->usr/lib"),
+    ("T141: absolute link", ["usr/lib/ lib->/usr/lib", "lib/x=1"],
+     "usr/ usr/lib/ usr/lib/x=1 lib->/usr/lib"),
+    ("T141: chain", ["c/ b->c a->b", "a/x=1"], "c/ c/x=1 b->c a->b"),
+    ("T141: link inside a link", ["x/y/ x/z/ l->x/y m->l/../z", "m/f=1"],
+     "x/ x/y/ x/z/ x/z/f=1 l->x/y m->l/../z"),
+    ("T141: above the root is the root", ["e/ d/l->../../../e", "d/l/x=1"],
+     "e/ e/x=1 d/ d/l->../../../e"),
+    ("T141: dangling", ["l->no/where", "l/x=1"],
+     "l->no/where no/ no/where/ no/where/x=1"),
+    ("T141: to a file", ["f=1 l->f", "l/x=2"], "f/ f/x=2 l->f"),
+    ("T157: loop", ["a->b b->a", "a/x=1"], FLAT_BAD),
+    ("T157: loop of one", ["a->a", "a/x=1"], FLAT_BAD),
+    ("T157: chain without end",
+     [" ".join("l%d->l%d" % (n, n + 1) for n in range(1000)), "l0/x=1"], FLAT_BAD),
+    ("T140: .. in a name", ["a/../../x=1"], FLAT_BAD),
+    ("T140: .. that stays inside", ["a/../x=1"], FLAT_BAD),
+    ("hard link to a lower layer", ["a=1", "b=>a"], "a=1 b=>a"),
+    ("hard link, absolute", ["a=1", "d/b=>/a"], "a=1 d/ d/b=>a"),
+    ("hard link to a link", ["s->x h=>s"], "h->x s=>h"),
+    ("hard link through a link", ["d/t=1 l->d", "h=>l/t"], "d/ d/t=1 h=>d/t l->d"),
+    ("hard link to a hard link", ["a=1 b=>a c=>b"], "a=1 b=>a c=>a"),
+    ("T157: before its target", ["h=>t t=1"], "h=1 t=>h"),
+    ("T157: two before their target", ["h=>t g=>t t=1"], "g=1 h=>g t=>g"),
+    ("T157: chain before its target", ["a=>b b=>c c=1"], "a=1 b=>a c=>a"),
+    ("T157: to itself", ["a=1", "a=>a"], "a=1"),
+    ("T157: to itself alone", ["a=>a"], FLAT_BAD),
+    ("T143: to nothing", ["h=>no"], FLAT_BAD),
+    ("T143: to a directory", ["d/ h=>d"], FLAT_BAD),
+    ("T143: to the root", ["h=>."], FLAT_BAD),
+    ("T143: above the root", ["h=>../x"], FLAT_BAD),
+    ("hard links part when one is replaced", ["a=1 b=>a", "a=2"], "a=2 b=1"),
+    ("hard links part when one is deleted", ["a=1 b=>a", ".wh.a="], "b=1"),
+    ("renamed by a link and a whiteout", ["a=1", "b=>a .wh.a="], "b=1"),
+    ("renamed, the whiteout first", ["d/a=1", "d/.wh.a= e/ e/b=>d/a"], "d/ e/ e/b=1"),
+    ("what is there again is what is linked to", ["a=1", "b=>a .wh.a= a=2"],
+     "a=2 b=>a"),
+    ("what an older layer took away is not there", ["a=1", ".wh.a=", "b=>a"], FLAT_BAD),
+    ("a directory cannot be renamed so", ["a/ a/b=1", "b=>a .wh.a="], FLAT_BAD),
+    ("T148: whiteout through a link", ["d/x=1 d/y=2 l->d", "l/.wh.x="],
+     "d/ d/y=2 l->d"),
+    ("T148: through a link the layer replaces", ["d/x=1 l->d", "l/ l/.wh.x="],
+     "d/ d/x=1 l/"),
+    ("T148: the same, last", ["d/x=1 l->d", "l/.wh.x= l/"], "d/ d/x=1 l/"),
+    ("T148: opaque in a link the layer replaces",
+     ["d/x=1 l->d", "l/ l/.wh..wh..opq= l/z=3"], "d/ d/x=1 l/ l/z=3"),
+    ("T148: opaque deeper in it", ["d/e/x=1 l->d", "l/ l/e/ l/e/.wh..wh..opq="],
+     "d/ d/e/ d/e/x=1 l/ l/e/"),
+    ("T148: whiteout of the link", ["d/x=1 l->d", ".wh.l="], "d/ d/x=1"),
+    # An opaque directory is the layer's own; what a lower link names is not it.
+    ("T148: opaque in a link", ["d/x=1 l->d", "l/.wh..wh..opq="], "d/ d/x=1 l->d"),
+)
+
+FLAT_NAMES = ("a", "b", "d", "d/a", "d/b", "d/e", "d/e/a", "e", "e/a", "e/d")
+
+
+class FlatModel:
+    """The OCI changeset rules taken literally, on the texts of paths.
+
+    Knows nothing of links as parents; `inodes` is path -> [kind, content].
+    """
+
+    def __init__(self):
+        self.inodes = {}
+
+    def apply(self, words):
+        rows = [(flat_row(word)[0], word) for word in words]
+        for entry, _ in rows:
+            self.delete(entry.path.decode())
+        for entry, word in rows:
+            if b".wh." not in entry.path:
+                self.add(entry, word)
+
+    def delete(self, path):
+        folder, _, name = path.rpartition("/")
+        if name == ".wh..wh..opq":
+            self.remove(lambda known: known.startswith(folder + "/"))
+        elif name.startswith(".wh."):
+            gone = (folder + "/" + name[4:]).lstrip("/")
+            self.remove(lambda known: (known + "/").startswith(gone + "/"))
+
+    def remove(self, is_gone):
+        for path in [path for path in self.inodes if is_gone(path)]:
+            del self.inodes[path]
+
+    def add(self, entry, word):
+        path = entry.path.decode().rstrip("/")
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            self.put("/".join(parts[:depth]), ["dir", ""])
+        if entry.kind == "hardlink":
+            self.put(path, self.inodes[entry.link.decode()])
+        else:
+            text = re.split("->|=", word, maxsplit=1)[1] if entry.kind != "dir" else ""
+            self.put(path, [entry.kind, text])
+
+    def put(self, path, inode):
+        if inode[0] == "dir" and self.inodes.get(path, inode)[0] == "dir":
+            self.inodes.setdefault(path, inode)
+            return
+        self.remove(lambda known: (known + "/").startswith(path + "/"))
+        self.inodes[path] = inode
+
+    def words(self):
+        return flat_words((path, id(inode), inode[0], inode[1])
+                          for path, inode in self.inodes.items())
+
+    def others(self):
+        """Paths of what is no directory."""
+        return sorted(path for path, inode in self.inodes.items() if inode[0] != "dir")
+
+
+def random_layers(seed):
+    """Layers in words, whiteouts anywhere in them, and the words of what they make."""
+    dice, model, layers = random.Random(seed), FlatModel(), []
+    for number in range(dice.randint(1, 5)):
+        deleted = []
+        for name in dice.sample(FLAT_NAMES, dice.randint(0, 3)):
+            folder, slash, last = name.rpartition("/")
+            opaque = folder and dice.random() < 0.4
+            hidden = ".wh." + (".wh..opq" if opaque else last)
+            deleted.append(folder + slash + hidden + "=")
+        model.apply(deleted)
+        words = []
+        for _ in range(dice.randint(1, 6)):
+            words.append(random_word(dice, model, number))
+            model.apply(words[-1:])
+        for word in deleted:
+            words.insert(dice.randint(0, len(words)), word)
+        layers.append(" ".join(words))
+    return layers, model.words()
+
+
+def random_word(dice, model, number):
+    name = dice.choice(FLAT_NAMES)
+    kind = dice.choice(("file", "file", "dir", "hardlink", "symlink"))
+    targets = [path for path in model.others()
+               if not (name + "/").startswith(path + "/")]
+    if kind == "hardlink" and targets:
+        target = dice.choice(targets)
+        # What ends in .s is a link, and no name ever goes through it.
+        return "%s%s=>%s" % (name, ".s" * target.endswith(".s"), target)
+    if kind == "symlink":
+        return "%s.s->%s" % (name, dice.choice(FLAT_NAMES))
+    if kind == "dir":
+        return name + "/"
+    return "%s=%d.%d" % (name, number, dice.randrange(1000))
+
+
+def flat_store(tars, folder, kind=imagec.LayerStore):
+    """The Tree of real tars, their files' data kept below `folder`."""
+    tree = imagec.Tree()
+    for number, tar in enumerate(tars):
+        store = kind(os.path.join(folder, str(number)))
+        imagec.unpack([tar], visit=store.visit)
+        tree.apply(store.entries)
+    return tree
+
+
+class FlatteningTest(unittest.TestCase):
+    """Layers to one tree, in memory and from there to a directory and to a tar."""
+
+    @rows(FLAT_CASES)
+    def test_tree(self, _, layers, wanted):
+        if isinstance(wanted, str):
+            self.assertEqual(flat_tree_words(flat_tree(layers)), sorted(wanted.split()))
+        else:
+            with self.assertRaises(wanted):
+                flat_tree(layers)
+
+    def test_directory_over_directory(self):
+        tree = flat_tree(["d/x=1"])
+        lower, upper = (imagec.Entry(b"d", "dir", 0, mode, 0, 0, mtime)
+                        for mode, mtime in ((0o700, 1), (0o755, 2)))
+        for entry in (lower, upper):
+            tree.apply([(entry, None)])
+            found = dict(tree.walk())
+            self.assertEqual(found[b"d"].entry, entry)
+            self.assertIn(b"d/x", found)
+        tree.apply([flat_row("d/y=2")])
+        self.assertEqual(dict(tree.walk())[b"d"].entry, upper)
+
+    def test_root_attributes(self):
+        tree = flat_tree(["a=1"])
+        self.assertEqual(tree.root.entry.mode, 0o755)
+        tree.apply([(imagec.Entry(b"./", "dir", 0, 0o711, 7, 8, 9), None)])
+        self.assertEqual(tree.root.entry[3:7], (0o711, 7, 8, 9))
+
+    def test_T068_depth(self):
+        with self.assertRaises(imagec.LimitExceeded):
+            flat_tree(["a/" * 5000 + "x=1"])
+        with self.assertRaises(imagec.LimitExceeded):
+            flat_tree(["a/" * 600 + "l->" + "a/" * 600, "a/" * 600 + "l/" + "b/" * 600])
+
+    @rows((seed,) for seed in range(400))
+    def test_random_layers(self, seed):
+        layers, words = random_layers(seed)
+        self.assertEqual(flat_tree_words(flat_tree(layers)), words, layers)
+
+    @rows((seed,) for seed in range(1000, 1040))
+    def test_random_layers_written(self, seed):
+        layers, words = random_layers(seed)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(remove, folder)
+        tars, tar = [raw_words(layer) for layer in layers], io.BytesIO()
+        tree = flat_store(tars, os.path.join(folder, "packs"), imagec.LayerPack)
+        with mock.patch.object(imagec, "OPEN_PACKS", 2):
+            imagec.write_tree_tar(tree, tar.write)
+        tar.seek(0)
+        with tarfile.open(fileobj=tar) as opened:
+            self.assertEqual(flat_tar_words(opened), words, layers)
+        place = os.path.join(folder, "root")
+        tree = flat_store(tars, os.path.join(folder, "files"))
+        imagec.TreeWriter(tree).write(place)
+        self.assertEqual(flat_directory_words(place), words, layers)
+
+
+# -- Flattening: layers that want out
+
+def unsafe_names(*names):
+    return lambda at: [raw_layer(*[raw_member(name, b"bad") for name in names])]
+
+
+def unsafe_member(name=b"x", data=b"bad", **fields):
+    return lambda at: [raw_layer(raw_member(name, data, **fields))]
+
+
+def unsafe_words(*layers):
+    """Layers in words; @ is the canary directory, as the host knows it."""
+    return lambda at: [raw_words(layer.replace("@", at)) for layer in layers]
+
+
+def unsafe_hard_link(link):
+    return lambda at: [raw_layer(
+        raw_member(b"h", kind=b"1", link=link.replace(b"@", os.fsencode(at))),
+        raw_member(b"h", b"bad"))]
+
+
+def unsafe_metadata(kind):
+    """A link to the canary, then attributes for whatever goes by its name."""
+    loud = dict(mode=0o7777, uid=1, gid=1, mtime=2, pax=[
+        (b"SCHILY.xattr.user.bad", b"1"), (b"SCHILY.xattr.security.capability", b"1")])
+    return lambda at: [
+        raw_layer(raw_member(b"x", kind=b"2", link=os.fsencode(at + "/victim"))),
+        raw_layer(raw_member(b"x", kind=kind, link=os.fsencode(at + "/victim"),
+                             **loud))]
+
+
+def unsafe_depths(at):
+    """The structure of CVE-2025-4517: short links that stand for a very long path."""
+    members, path = [], b""
+    for letter in b"abcdefghijklmnop":
+        long_name = bytes([letter]) * 247
+        members.append(raw_member(path + long_name, kind=b"5", mode=0o755))
+        members.append(raw_member(path + bytes([letter]), kind=b"2", link=long_name))
+        path += long_name + b"/"
+    through = b"/".join(bytes([letter]) for letter in b"abcdefghijklmnop")
+    up = through + b"/" + b"l" * 254
+    members.append(raw_member(up, kind=b"2", link=b"../" * 16))
+    members.append(raw_member(b"escape", kind=b"2", link=up + b"/../../../canary"))
+    return [raw_layer(*members), raw_layer(raw_member(b"escape/new", b"bad"))]
+
+
+def unsafe_sparse(*pairs, data=b"bad"):
+    return unsafe_member(data=data, pax=pairs)
+
+
+UNSAFE_SIZE = b"GNU.sparse.realsize"
+UNSAFE_MAP = b"GNU.sparse.map"
+UNSAFE_GLOBAL = pax_records((b"path", b"../canary/new"))
+#: what, layers (a function of the canary directory), status, words if it succeeds
+UNSAFE = (
+    ("T140: parent", unsafe_names(b"../canary/new"), 3),
+    ("T140: of the staging directory", unsafe_names(b"../../canary/new"), 3),
+    ("T140: deeper", unsafe_names(b"a/../../canary/victim"), 3),
+    ("T140: dot first", unsafe_names(b"./../canary/victim"), 3),
+    ("T140: at the end", unsafe_names(b"a/.."), 3),
+    ("T140: a directory", unsafe_member(b"../canary", kind=b"5", mode=0), 3),
+    ("T140: absolute", lambda at: unsafe_names(os.fsencode(at + "/victim"))(at), 0),
+    ("T140: two slashes", unsafe_names(b"//x"), 0, "x=bad"),
+    ("T140: empty", unsafe_names(b""), 3),
+    ("T140: dot", unsafe_names(b"."), 3),
+    ("T140: NUL", unsafe_member(pax=[(b"path", b"a\0/../../canary/new")]), 3),
+    ("T140: foreign", unsafe_names(b"..\\x", b"C:\\x"), 0, "..\\x=bad C:\\x=bad"),
+    ("T141: same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
+    ("T141: later layer", unsafe_words("d->@", "d/victim=bad d/new=bad"), 0),
+    ("T141: relative", unsafe_words("d->../canary", "d/new=bad"), 0,
+     "d->../canary canary/ canary/new=bad"),
+    ("T141: from the staging directory", unsafe_words("d->../../canary d/new=bad"), 0,
+     "d->../../canary canary/ canary/new=bad"),
+    ("T141: chain", unsafe_words("a->b b->c c->..", "a/canary/new=bad"), 0),
+    ("T141: two steps", unsafe_words("x->. x/y->../..", "x/y/canary/new=bad"), 0),
+    ("T141: the root", unsafe_words("l->/", "l/new=bad"), 0, "l->/ new=bad"),
+    ("T142: file", unsafe_words("x->@/victim x=bad"), 0, "x=bad"),
+    ("T142: file, later", unsafe_words("x->@/victim", "x=bad"), 0, "x=bad"),
+    ("T142: directory", unsafe_words("x->@", "x/ x/new=bad"), 0, "x/ x/new=bad"),
+    ("T142: attributes of a directory", unsafe_metadata(b"5"), 0, "x/"),
+    ("T142: attributes of a link", unsafe_metadata(b"2"), 0),
+    ("T142: attributes of a file", unsafe_metadata(b"0"), 0, "x="),
+    ("T142: fifo", unsafe_metadata(b"6"), 0),
+    ("T142: hard link", unsafe_words("x->@/victim h=>x", "h=bad"), 0),
+    ("T143: parent", unsafe_hard_link(b"../canary/victim"), 3),
+    ("T143: from the staging directory", unsafe_hard_link(b"../../canary/victim"), 3),
+    ("T143: absolute", unsafe_hard_link(b"@/victim"), 3),
+    ("T143: to where we are", unsafe_hard_link(b"secret"), 3),
+    ("T143: empty", unsafe_hard_link(b""), 3),
+    ("T143: through a link", unsafe_words("d->@", "h=>d/victim h=bad"), 3),
+    ("T143: to a link", unsafe_words("s->@/victim h=>s"), 0),
+    ("T144: link", unsafe_words("a=1", ".->@", "new=bad"), 3),
+    ("T144: link by another name", unsafe_words("a=1", "/->@", "new=bad"), 3),
+    ("T144: link by a third name", unsafe_words("./.->@", "new=bad"), 3),
+    ("T144: hard link", unsafe_words("a=1 .=>a"), 3),
+    ("T144: fifo", unsafe_member(b"./", b"", kind=b"6"), 3),
+    ("T145: paths too long", unsafe_depths, 1),
+    ("T146: character", unsafe_member(b"null", b"", kind=b"3", major=1, minor=3), 0),
+    ("T146: block", unsafe_member(b"loop", b"", kind=b"4", major=7), 0),
+    ("T146: fifo", unsafe_member(b"pipe", b"", kind=b"6"), 0),
+    ("T146: absurd", unsafe_member(b"x", b"", kind=b"3", major=b"\x80" + b"\xff" * 7),
+     0),
+    ("T147: setuid", unsafe_member(mode=0o6777), 0, "x=bad"),
+    ("T148: whiteout", unsafe_words("l->@", "l/.wh.victim="), 0),
+    ("T148: opaque", unsafe_words("l->@", "l/.wh..wh..opq="), 0),
+    ("T148: whiteout, replaced", unsafe_words("l->@", "l/ l/.wh.victim="), 0, "l/"),
+    ("T148: relative", unsafe_words("l->../..", "l/.wh.canary= l/canary/.wh.victim="),
+     0, "l->../.."),
+    ("T148: with ..", unsafe_words("l/x=1", "l/../../canary/.wh.victim="), 3),
+    ("T149: bare", unsafe_words("d/x=1", "d/.wh.="), 3),
+    ("T149: itself", unsafe_words("d/x=1", "d/.wh..="), 3),
+    ("T149: its parent", unsafe_words("d/x=1", ".wh...="), 3),
+    ("T149: as a component", unsafe_words(".wh.a/../../canary/new=bad"), 3),
+    ("T149: unknown", unsafe_words("a=1 x=1", ".wh..wh.x="), 0, "a=1 x=1"),
+    ("T150: opaque last", unsafe_words("bin/sh=1", "bin/sh=2 bin/.wh..wh..opq="), 0,
+     "bin/ bin/sh=2"),
+    ("T151: all at once", unsafe_words("a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"), 0,
+     "a/ a/x=3 a/y=5 b=4 c->a"),
+    ("T151: a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
+    ("T151: a link in what is deleted", unsafe_words("d/l->@ a=1", ".wh.d="), 0,
+     "a=1"),
+    ("T152: huge hole", unsafe_sparse(
+        (UNSAFE_SIZE, b"8388608"), (UNSAFE_MAP, b"0,3")), 1),
+    ("T152: huge without a map", unsafe_sparse((UNSAFE_SIZE, b"8388608")), 3),
+    ("T152: many pieces", unsafe_sparse((UNSAFE_MAP, b"0,0," * 300000)), 3),
+    ("T152: backwards", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"5,2,0,1")),
+     3),
+    ("T152: data for a hole", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"9,0")),
+     3),
+    ("T152: beyond the end", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"8,3")),
+     3),
+    ("T152: data that does not fit", unsafe_sparse(
+        (UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"0,2")), 3),
+    ("T152: name", unsafe_sparse((b"GNU.sparse.name", b"../canary/new")), 3),
+    ("T152: map inside, endless", unsafe_sparse(
+        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (UNSAFE_SIZE, b"9"),
+        data=b"999999\n".ljust(512, b"1")), 3),
+    ("T152: old, negative", unsafe_member(
+        kind=b"S", magic=b"ustar  \0", tail=bytes(138) + b"\xff" * 12), 3),
+    ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 3),
+    ("T153: linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
+        (b"linkpath", b"../canary/victim")]), 3),
+    ("T153: negative size", unsafe_member(pax=[(b"size", b"-1")]), 3),
+    ("T153: number with an underscore", unsafe_member(pax=[(b"size", b"1_0")]), 3),
+    ("T153: size beyond the end", unsafe_member(pax=[(b"size", b"99999")]), 3),
+    ("T153: negative in base 256", unsafe_member(size=b"\xff" * 12), 3),
+    ("T153: everywhere", lambda at: [raw_layer(
+        raw_member(b"g", UNSAFE_GLOBAL, b"g"), raw_member(b"x", b"bad"))], 3),
+    ("T153: length", lambda at: [raw_layer(
+        raw_member(b"p", b"99 path=../canary/new\n", b"x"), raw_member(b"x"))], 3),
+    ("T153: length of nothing", lambda at: [raw_layer(
+        raw_member(b"p", b"0 path=x\n", b"x"), raw_member(b"x"))], 3),
+    ("T154: times", unsafe_member(pax=[(b"mtime", b"nan")]), 0, "x=bad"),
+    ("T154: far times", unsafe_member(pax=[(b"mtime", b"9" * 17)]), 0, "x=bad"),
+    ("T154: far time", unsafe_member(pax=[(b"mtime", b"999999999999")]), 0, "x=bad"),
+    ("T154: owners", unsafe_member(pax=[(b"uid", b"99999999999"),
+                                          (b"gid", b"99999999999")]), 0, "x=bad"),
+    ("T154: negative owners", unsafe_member(uid=b"\xff" * 8), 0, "x=bad"),
+    ("T154: mode", unsafe_member(mode=b"7777777\0"), 0, "x=bad"),
+    ("T158: unknown type", unsafe_member(kind=b"Z"), 0, ""),
+    ("T158: a header for nothing", lambda at: [
+        raw_member(b"p", pax_records((b"path", b"x")), b"x") + bytes(1024)], 3),
+    ("T159: overlay", unsafe_member(pax=[
+        (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
+        (b"SCHILY.xattr.security.selinux", b"x")]), 0, "x=bad"),
+    ("T164: link to a pipe", unsafe_words("etc/passwd->@/pipe"), 0),
+)
+
+
+@able(os.name == "posix", "hold a root file system")
+class UnsafeLayersTest(StoredCase):
+    """Layers with honest digests and bad intentions: nothing outside is touched."""
+
+    def setUp(self):
+        super().setUp()
+        self.canary = self.at("canary")
+        for name in ("canary/victim", "canary/deep/victim", "secret"):
+            os.chmod(write_file(self.at(name), b"untouched"), 0o666)
+        os.mkfifo(self.at("canary", "pipe"))
+        for path in (self.work, self.canary):
+            os.chmod(path, 0o777)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.work)
+
+    def command(self, layers, number=0):
+        reference, _ = self.serve(layers(self.canary), "lab/bad:%d" % number)
+        return ["pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304",
+                "-o", self.at("out%d" % number), reference]
+
+    @rows(UNSAFE)
+    def test_nothing_outside_is_touched(self, _, layers, wanted, words=None):
+        argv = self.command(layers)
+        before = stored_state(self.work)
+        run = self.main(*argv)
+        self.assertEqual(run.status, wanted, run.err)
+        self.check_result(0, wanted, words)
+        self.check_outside(before, 0)
+
+    def check_outside(self, before, *numbers):
+        ours = ["out%d%s" % (number, more) for number in numbers
+                for more in ("", ".partial.d")]
+        self.assertEqual(stored_state(self.work, ours), before)
+        for name in ours:
+            remove(self.at(name))
+
+    def check_result(self, number, status, words=None):
+        out = self.at("out%d" % number)
+        if status:
+            self.assertFalse(os.path.lexists(out))
+            left = os.listdir(out + ".partial.d")
+            self.assertLessEqual(set(left), {"blobs", "lock.partial"})
+        elif words is not None:
+            self.assertEqual(flat_directory_words(out), sorted(words.split()))
+
+    @able(ROOT, "become another user")
+    def test_as_nobody(self):
+        # What is refused by its headers is refused to every user alike.
+        table = [row for row in UNSAFE if row[2] != 3]
+        work = [self.command(row[1], number) for number, row in enumerate(table)]
+        before = stored_state(self.work)
+        statuses, err = self.as_nobody(*work)
+        for number, (what, _, wanted, *words) in enumerate(table):
+            with self.subTest(what):
+                self.assertEqual(statuses[number], wanted, err)
+                self.check_result(number, wanted, *words)
+        self.check_outside(before, *range(len(table)))
+
+    def test_T163_bad_last_layer(self):
+        good = [raw_words("f%d=%d" % (n, n)) for n in range(8)]
+        reference, _ = self.serve(good + [raw_words("../x=1")])
+        before = stored_state(self.work)
+        os.mkdir(self.at("out0"))
+        self.pull("--format", "rootfs", "-o", self.at("out0"), reference, expect=3)
+        self.assertEqual(os.listdir(self.at("out0")), [])
+        os.rmdir(self.at("out0"))
+        self.check_outside(before, 0)
+
+    @rows(itertools.product(
+        ("out0.partial.d", "out0.partial.d/root", "out0.partial.d/layers",
+         "out0.partial.d/blobs", "out0.partial.d/lock.partial", "out0.blobs.partial",
+         "out0.partial"), ("rootfs", "archive")))
+    def test_T017_planted_links(self, place, format):
+        reference, _ = self.serve([raw_words("a=1 d/ d/b=2")])
+        os.makedirs(self.at("canary", "layers"), exist_ok=True)
+        os.chmod(self.at("canary", "deep"), 0o755)
+        before = stored_state(self.work)
+        os.makedirs(os.path.dirname(self.at(place)), exist_ok=True)
+        os.symlink(self.canary, self.at(place))
+        run = self.main("pull", "-q", "--format", format, "-o", self.at("out0"),
+                        reference)
+        self.assertIn(run.status, (0, 1))
+        for name in glob.glob(self.at("out0*")):
+            remove(name)
+        self.assertEqual(stored_state(self.work), before)
+
+    @rows((("bz2", bz2.compress), ("xz", lzma.compress)))
+    def test_T162_no_program_runs(self, kind, compress):
+        os.environ["PATH"] = self.at("traps")
+        for name in ("unpigz", "pigz", "gzip", "xz", "bzip2", "tar", "sh"):
+            trap = write_file(self.at("traps", name), b"#!/bin/sh\n>\"$0.ran\"\n")
+            os.chmod(trap, 0o755)
+        reference, _ = self.serve([raw_words("a=1")], compress=compress)
+        self.pull("--format", "rootfs", "-o", self.at(kind), reference)
+        self.assertEqual(flat_directory_words(self.at(kind)), ["a=1"])
+        self.assertEqual(glob.glob(self.at("traps", "*.ran")), [])
+
+
+# -- Rootfs: attributes, names, what cannot be done
+
+SPARSE_CONTENT = bytes(70000) + b"middle" + bytes(5000) + b"end"
+SPARSE_PIECES = ((70000, b"middle"), (75006, b"end"))
+
+
+def sparse_old(name, empty=4):
+    """GNU tar's own type S; `empty` pieces first, so that some need a second block."""
+    pairs = [(0, 0)] * empty + [(at, len(data)) for at, data in SPARSE_PIECES]
+    fields = [b"%011o\0%011o\0" % pair for pair in pairs]
+    more = b"".join(fields[4:]).ljust(512, b"\0") if fields[4:] else b""
+    tail = bytes(41) + b"".join(fields[:4]).ljust(96, b"\0") + (
+        bytes([bool(more)]) + b"%011o\0" % len(SPARSE_CONTENT))
+    data = b"".join(data for _, data in SPARSE_PIECES)
+    whole = raw_member(name, data, b"S", magic=b"ustar  \0", tail=tail)
+    return whole[:512] + more + whole[512:]
+
+
+def sparse_pax(name, minor):
+    """pax 0.0 (keys that repeat), 0.1 (one key), 1.0 (the map is in the data)."""
+    numbers = [b"%d" % n for at, data in SPARSE_PIECES for n in (at, len(data))]
+    data = b"".join(data for _, data in SPARSE_PIECES)
+    size = b"%d" % len(SPARSE_CONTENT)
+    if minor == "0.0":
+        keys = (b"GNU.sparse.offset", b"GNU.sparse.numbytes") * 2
+        return raw_member(name, data, pax=[
+            (b"GNU.sparse.size", size), (b"GNU.sparse.numblocks", b"2")]
+            + list(zip(keys, numbers)))
+    pax = [(b"GNU.sparse.name", name), (b"GNU.sparse.realsize", size)]
+    if minor == "0.1":
+        pax.append((b"GNU.sparse.map", b",".join(numbers)))
+    else:
+        pax += [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]
+        table = b"\n".join([b"2"] + numbers) + b"\n"
+        data = table.ljust(512, b"\0") + data
+    return raw_member(b"GNUSparseFile.0/x", data, pax=pax)
+
+
+#: tarfile makes what we make of these names the same names again.
+ROOTFS_NAMES = (
+    b"caf\xe9", b"caf\xc3\xa9", b"new\nline", b"tab\there", b" lead and trail ",
+    b"back\\slash", b"quote'\"", b"trailing.", b"=equals#hash", b"\x01\x7f\xff",
+    b"n" * 255, b"deep/" * 30 + b"x", b"p" * 120 + b"/" + b"q" * 200, b"-rf", b"%s{}",
+)
+
+
+#: name, type, major, minor, the image's mode, may root make it for an image
+ROOTFS_DEVICES = (
+    (b"null", b"3", 1, 3, 0o600, True), (b"zero", b"3", 1, 5, 0o6777, True),
+    (b"full", b"3", 1, 7, 0, True), (b"random", b"3", 1, 8, 0o666, True),
+    (b"urandom", b"3", 1, 9, 0o644, True), (b"tty", b"3", 5, 0, 0o620, True),
+    (b"disk", b"4", 254, 0, 0o666, False), (b"loop", b"4", 7, 9, 0o660, False),
+    (b"null in blocks", b"4", 1, 3, 0o666, False), (b"mem", b"3", 1, 1, 0o666, False),
+    (b"kmsg", b"3", 1, 11, 0o666, False), (b"console", b"3", 5, 1, 0o666, False),
+    (b"other null", b"3", 0, 259, 0o666, False), (b"fuse", b"3", 10, 229, 0o666, False),
+)
+
+
+@able(os.name == "posix", "hold a root file system")
+class RootfsOutputTest(StoredCase):
+    """The file system of an image, as a directory and as one tar."""
+
+    def rootfs(self, *layers, name="lab/app:1", out="out"):
+        """Pull an image of the layers: (where it is, what was said)."""
+        reference, _ = self.serve(list(layers), name)
+        run = self.main("pull", "--progress", "none", "--format", "rootfs", "-o",
+                        self.at(out), reference)
+        self.assertEqual(run.status, 0, run.err)
+        # Where we are not root: a directory no layer speaks of is root's.
+        err = run.err if ROOT else re.sub(".*owners not set.*\n", "", run.err)
+        return os.fsencode(self.at(out)), err
+
+    def walked(self, data):
+        """The LayerStore of the members in a tar without an end."""
+        store = imagec.LayerStore(self.at("store"))
+        store.visit(imagec.Tar([data], "layer"))
+        return store
+
+    def test_modes_times_owners(self):
+        rows = [(b"plain", 0o644, b"0"), (b"none", 0, b"0"), (b"setuid", 0o4755, b"0"),
+                (b"setgid", 0o2755, b"0"), (b"dir", 0o1777, b"5"),
+                (b"closed", 0o555, b"5"), (b"closed/x", 0o600, b"0"),
+                (b"group", 0o2750, b"5")]
+        owner = (1234, 4321) if ROOT else (os.geteuid(), os.getegid())
+        out, err = self.rootfs(raw_layer(*[
+            raw_member(name, b"", kind, mode=mode, uid=owner[0], gid=owner[1],
+                       pax=[(b"mtime", b"1234567890.123456789")])
+            for name, mode, kind in rows]))
+        self.assertEqual(err, "")
+        for name, mode, _ in rows:
+            facts = os.lstat(os.path.join(out, name))
+            self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime_ns),
+                             (mode, 1234567890123456789), name)
+            self.assertEqual((facts.st_uid, facts.st_gid), owner)
+
+    #: (mtime of the pax header, nanoseconds)
+    TIMES = ((b"0", 0), (b"1.5", 15 * 10 ** 8), (b"1.0000000019", 10 ** 9 + 1),
+             (b"-1", -10 ** 9), (b"-1.5", -15 * 10 ** 8), (b"-0.25", -25 * 10 ** 7),
+             (b"inf", 0), (b"1e9", 0), (b"", 0))
+
+    @rows(TIMES)
+    def test_times(self, text, wanted):
+        out, _ = self.rootfs(raw_layer(raw_member(b"f", pax=[(b"mtime", text)])))
+        self.assertEqual(os.lstat(os.path.join(out, b"f")).st_mtime_ns, wanted)
+        remove(out)
+
+    @rows((text,) for text in ("1.5", "-1.5", "-1", "-0.25", "5000000000.5"))
+    def test_times_in_a_tar(self, text):
+        header = imagec.tar_header(b"x", 0, mtime=int(float(text) * 10 ** 9))
+        self.assertEqual(archive_headers(header).mtime, float(text))
+
+    def test_fifos_and_devices(self):
+        out, err = self.rootfs(raw_layer(
+            raw_member(b"pipe", kind=b"6", mode=0o640),
+            *[raw_member(name, kind=kind, major=major, minor=minor, mode=mode)
+              for name, kind, major, minor, mode, _ in ROOTFS_DEVICES]))
+        facts = os.lstat(os.path.join(out, b"pipe"))
+        self.assertTrue(stat.S_ISFIFO(facts.st_mode))
+        self.assertEqual(stat.S_IMODE(facts.st_mode), 0o640)
+        made = {row[0] for row in ROOTFS_DEVICES if row[5]}
+        left_out = len(ROOTFS_DEVICES) - len(made)
+        if "device nodes not made: %d\n" % left_out not in err:  # no right to make any
+            self.assertIn("device nodes not made: %d\n" % len(ROOTFS_DEVICES), err)
+            made = set()
+        self.assertEqual(set(os.listdir(out)), made | {b"pipe"})
+        for name, _, major, minor, _, _ in ROOTFS_DEVICES:
+            if name in made:
+                facts = os.lstat(os.path.join(out, name))
+                self.assertTrue(stat.S_ISCHR(facts.st_mode))
+                self.assertEqual((facts.st_rdev, stat.S_IMODE(facts.st_mode)),
+                                 (os.makedev(major, minor), 0o666), name)
+
+    @rows((("new",), ("there",)))
+    def test_nobody_else_comes_in_before_all_is_there(self, out):
+        seen, finish = [], imagec.TreeWriter.finish
+
+        def note(writer, directory):
+            seen.append(stat.S_IMODE(os.stat(directory).st_mode))
+            finish(writer, directory)
+
+        if out == "there":
+            os.mkdir(self.at(out))
+            os.chmod(self.at(out), 0o777)
+        with mock.patch.object(imagec.TreeWriter, "finish", note):
+            self.rootfs(raw_layer(raw_member(b"./", kind=b"5", mode=0o1777),
+                                  raw_member(b"x", b"1")), out=out)
+        self.assertEqual(seen.pop(), 0o700)
+        self.assertEqual(stat.S_IMODE(os.stat(self.at(out)).st_mode), 0o1777)
+
+    @able(hasattr(os, "setxattr"), "set extended attributes")
+    def test_extended_attributes(self):
+        self.work = tempfile.mkdtemp()  # on a disk: few keep them in memory
+        self.addCleanup(remove, self.work)
+        try:
+            os.setxattr(write_file(self.at("probe"), b""), "user.x", b"1")
+        except OSError as error:
+            cannot("hold user.* attributes: %s" % error)
+        out, err = self.rootfs(raw_layer(*[
+            raw_member(name, kind=kind, mode=0o555, pax=[
+                (b"SCHILY.xattr.user.bytes", b"\0\xff\n"),
+                (b"SCHILY.xattr.trusted.overlay.opaque", b"y")])
+            for name, kind in ((b"f", b"0"), (b"d", b"5"))]))
+        for name in (b"f", b"d"):
+            place = os.path.join(out, name)
+            self.assertEqual(os.getxattr(place, b"user.bytes"), b"\0\xff\n")
+            self.assertNotIn("trusted.overlay.opaque", os.listxattr(place))
+        self.assertIn("extended attributes not set: 2", err)
+
+    def test_sparse_files(self):
+        out, err = self.rootfs(raw_layer(
+            raw_member(b"before", b"b"), sparse_old(b"old"), sparse_old(b"few", 0),
+            *[sparse_pax(b"pax" + minor.encode(), minor) for minor in
+              ("0.0", "0.1", "1.0")] + [raw_member(b"after", b"a")]))
+        self.assertEqual(err, "")
+        content = {name: file_bytes(os.path.join(out, name))
+                   for name in os.listdir(out)}
+        wanted = dict.fromkeys((b"few", b"old", b"pax0.0", b"pax0.1", b"pax1.0"),
+                               SPARSE_CONTENT)
+        wanted.update({b"before": b"b", b"after": b"a"})
+        self.assertEqual(content.keys(), wanted.keys())
+        self.assertEqual([n for n in wanted if content[n] != wanted[n]], [])
+
+    def test_sparse_map_of_rubbish(self):
+        whole = sparse_old(b"x")
+        with self.assertRaises(imagec.InvalidDocument):
+            self.walked(whole[:512] + b"9" * 512 + whole[1024:])
+
+    def test_names(self):
+        data = {name: b"%d" % n for n, name in enumerate(ROOTFS_NAMES)}
+        layer = raw_layer(*[raw_member(name, data[name]) for name in ROOTFS_NAMES])
+        out, _ = self.rootfs(layer)
+        for name in ROOTFS_NAMES:
+            self.assertEqual(file_bytes(os.path.join(out, name)), data[name], name)
+        self.rootfs(layer, out="out.tar")
+        with tarfile.open(self.at("out.tar"), encoding="utf-8",
+                          errors="surrogateescape") as tar:
+            found = {member.name.encode("utf-8", "surrogateescape"):
+                     tar.extractfile(member).read() for member in tar if member.isreg()}
+        self.assertEqual(found, data)
+
+    @rows((("a",), ("z",)))  # before and after it by name
+    def test_a_layer_again_and_a_link_that_kept_its_file(self, link):
+        # One blob, two inodes: the link's, of the layer's first time, and the file's.
+        first = raw_layer(raw_member(b"m", b"data"))
+        layers = first, raw_words(link + "=>m"), first
+        self.rootfs(*layers, out=link + ".tar")
+        root, _ = self.rootfs(*layers, out=link)
+        for name in (b"m", link.encode()):
+            facts = os.lstat(os.path.join(root, name))
+            self.assertEqual((facts.st_nlink, facts.st_size), (1, 4))
+            self.assertEqual(file_bytes(os.path.join(root, name)), b"data")
+        with tarfile.open(self.at(link + ".tar")) as tar:
+            self.assertEqual(flat_tar_words(tar), sorted([link + "=data", "m=data"]))
+
+    #: (whose header, the name it gives to `f`, fields)
+    PREFIXES = (
+        ("ustar", b"dir/f", dict(tail=b"dir")),
+        ("no magic", b"f", dict(tail=b"dir", magic=b"")),
+        # GNU tar keeps times there with --incremental.
+        ("GNU", b"f", dict(tail=b"14000000000\0" * 2, magic=b"ustar  \0")),
+        # Go before 1.8, where a number needed base-256.
+        ("Go", b"a/dir/f", dict(tail=b"a/dir", magic=b"ustar  \0",
+                                uid=b"\x80" + bytes(6) + b"\5")),
+        ("Go, not ASCII", b"f", dict(tail=b"d\xffr", magic=b"ustar  \0")),
+        ("star", b"p" * 131 + b"/f", dict(
+            tail=b"p" * 131 + b"14000000000\0" * 2 + bytes(8) + b"tar\0")))
+
+    @rows(PREFIXES)
+    def test_prefixes(self, _, expected, fields):
+        store = self.walked(raw_member(b"f", b"1", **fields))
+        self.assertEqual([row[0].path for row in store.entries], [expected])
+
+    def test_a_layer_again_where_a_link_leads_elsewhere(self):
+        again = raw_layer(raw_member(b"d/f", b"data"),
+                          raw_member(b"d", kind=b"2", link=b"y"))
+        layers = raw_words("x/ y/ d->x"), again, again
+        wanted = ["d->y", "x/", "x/f=data", "y/", "y/f=data"]
+        self.rootfs(*layers)
+        self.assertEqual(flat_directory_words(self.at("out")), wanted)
+        self.rootfs(*layers, out="out.tar")
+        with tarfile.open(self.at("out.tar")) as tar:
+            self.assertEqual(flat_tar_words(tar), wanted)
+
+    def test_GNU_long_names(self):
+        name, link = b"n" * 150, b"l" * 150
+        out, _ = self.rootfs(raw_layer(
+            raw_member(b"././@LongLink", name + b"\0", b"L", magic=b"ustar  \0"),
+            raw_member(b"././@LongLink", link + b"\0", b"K", magic=b"ustar  \0"),
+            raw_member(name[:99], kind=b"2", link=link[:99], magic=b"ustar  \0")))
+        self.assertEqual(os.readlink(os.path.join(out, name)), link)
+
+    def test_T156_names_in_the_C_locale(self):
+        reference, _ = self.serve([raw_layer(
+            raw_member(b"caf\xe9", b"1"), raw_member(b"l", kind=b"2", link=b"\xe9"))])
+        process = self.start(
+            "pull", "-q", "--format", "rootfs", "-o", self.at("out"), reference,
+            environ={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        err = process.communicate()[1]
+        self.assertEqual((process.returncode, err), (0, b""))
+        self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))),
+                         [b"caf\xe9", b"l"])
+
+    def test_T158_unknown_types_are_told(self):
+        out, err = self.rootfs(raw_layer(raw_member(b"x", b"data", b"Z"),
+                                         raw_member(b"y", b"data", b"M"),
+                                         raw_member(b"z", b"data", b"7")))
+        self.assertEqual(os.listdir(out), [b"z"])
+        self.assertEqual(file_bytes(os.path.join(out, b"z")), b"data")
+        self.assertRegex(err, r"\b2\b")
+
+    def test_T165_windows(self):
+        reference, image = self.serve([raw_words("Files/a=1")],
+                                      platform=("windows", "amd64", None))
+        for out in ("out", "out.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(out), reference, expect=1)
+            self.assertFalse(os.path.exists(self.at(out)))
+        self.assertEqual(self.blob_gets(image.layers[0]), 0)
+
+    def test_staging_is_private(self):
+        seen = []
+
+        def write(writer, directory):
+            seen.append(stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode))
+            original(writer, directory)
+
+        original = imagec.TreeWriter.write
+        with mock.patch.object(imagec.TreeWriter, "write", write):
+            self.rootfs(raw_words("a=1"))
+        self.assertEqual(seen, [0o700])
+        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
+
+    def test_destinations(self):
+        reference, _ = self.serve([raw_words("a=1")])
+        for name in ("file", "full/mine"):
+            write_file(self.at(name), b"mine")
+        os.mkdir(self.at("empty"))
+        os.symlink("empty", self.at("link"))
+        before = stored_state(self.work)
+        for name in ("file", "full", "link", "file/x"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference, expect=1)
+        self.assertEqual(stored_state(self.work), before)
+        self.assertEqual(self.origin.requests, [])
+        for name in ("empty", "new", "slash/", "nul"):
+            self.pull("--format", "rootfs", "-o", self.at(name), reference)
+            self.assertEqual(flat_directory_words(self.at(name)), ["a=1"])
+
+    def test_one_image_at_a_time(self):
+        one, _ = self.serve([raw_words("a=1")], "lab/one:1")
+        two, _ = self.serve([raw_words("b=1")], "lab/two:1")
+        for out in ("out", "out.tar"):
+            self.pull("--format", "rootfs", "-o", self.at(out), one, two, expect=2)
+            self.assertFalse(os.path.exists(self.at(out)), "half of what was asked for")
+
+    def test_tar_is_what_the_directory_is(self):
+        layers = [raw_words("d/x=1 d/y=2 l->d h=>d/x gone=1"),
+                  raw_words(".wh.gone= d/y=3 new/z=4")]
+        for out in ("out", "out.tar"):
+            self.rootfs(*layers, out=out)
+        with tarfile.open(self.at("out.tar")) as tar:
+            self.assertEqual(flat_tar_words(tar), flat_directory_words(self.at("out")))
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.tar"])
+
+    def test_tar_keeps_what_a_user_cannot_have(self):
+        self.rootfs(raw_layer(
+            raw_member(b"null", kind=b"3", major=1, minor=3, uid=7, gid=8, mode=0o4666),
+            raw_member(b"x", b"1", pax=[(b"SCHILY.xattr.security.capability", b"\1")])),
+            out="out.tar")
+        with tarfile.open(self.at("out.tar")) as tar:
+            null, other = tar.getmember("null"), tar.getmember("x")
+        self.assertEqual((null.ischr(), null.devmajor, null.devminor), (True, 1, 3))
+        self.assertEqual((null.uid, null.gid, null.mode), (7, 8, 0o4666))
+        self.assertIn("SCHILY.xattr.security.capability", other.pax_headers)
+
+    def test_tar_to_standard_output(self):
+        reference, _ = self.serve([raw_words("d/x=1")])
+        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
+        run = self.pull("--format", "rootfs", "-o", "-", reference)
+        self.assertEqual(run.out, file_bytes(self.at("out.tar")))
+
+    def test_again_after_a_failure(self):
+        reference, image = self.serve([raw_words("a=1"), raw_words(
+            "b=" + "".join(map(str, range(500))))])
+        fault = self.origin.fault(image.layers[0], flip(), times=None)
+        self.pull("-j", "1", "--format", "rootfs", "-o", self.at("out"), reference,
+                  expect=3)
+        self.origin.faults.remove(fault)
+        self.assertFalse(os.path.exists(self.at("out")))
+        self.pull("--format", "rootfs", "-o", self.at("out"), reference)
+        self.assertEqual(self.blob_gets(image.layers[1]), 1)
+        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
+
+
+@able(ROOT, "become another user")
+class RootlessTest(StoredCase):
+    """What is done, and what is told, where a user has no special rights (T155)."""
+
+    def setUp(self):
+        super().setUp()
+        os.chmod(self.work, 0o777)
+
+    def command(self, *members, out="out", name="lab/app:1"):
+        reference, _ = self.serve([raw_layer(*members)], name)
+        return ["pull", "--progress", "none", "--format", "rootfs", "-o", self.at(out),
+                reference]
+
+    def rootfs(self, *members):
+        (status,), err = self.as_nobody(self.command(*members))
+        self.assertEqual(status, 0, err)
+        return err
+
+    def test_read_only_directories(self):
+        own = dict(uid=STORED_NOBODY, gid=STORED_NOBODY)
+        self.assertEqual("", self.rootfs(
+            raw_member(b"./", kind=b"5", mode=0o755, **own),
+            raw_member(b"ro", kind=b"5", mode=0o555, **own),
+            raw_member(b"ro/x", b"1", **own),
+            raw_member(b"ro/none", kind=b"5", mode=0, **own),
+            raw_member(b"ro/none/y", b"2", **own)))
+        self.assertEqual(flat_directory_words(self.at("out")),
+                         ["ro/", "ro/none/", "ro/none/y=2", "ro/x=1"])
+        facts = os.lstat(self.at("out", "ro"))
+        self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime), (0o555, 1))
+
+    def test_read_only_root(self):
+        modes = (0o555, 0o500, 0)
+        statuses, err = self.as_nobody(*[self.command(
+            raw_member(b"./", kind=b"5", mode=mode), raw_member(b"x", b"1"),
+            out="out%o" % mode, name="lab/app:%o" % mode) for mode in modes])
+        self.assertEqual(statuses, [0, 0, 0], err)
+        for mode in modes:
+            out = self.at("out%o" % mode)
+            self.assertEqual(flat_directory_words(out), ["x=1"])
+            self.assertEqual(stat.S_IMODE(os.stat(out).st_mode), mode)
+
+    def test_what_cannot_be_done_is_told_once(self):
+        err = self.rootfs(*[raw_member(b"f%d" % n, uid=n, gid=n) for n in range(20)] + [
+            raw_member(b"null", kind=b"3", major=1, minor=3),
+            raw_member(b"zero", kind=b"3", major=1, minor=5)])
+        self.assertEqual(len(err.splitlines()), 2, err)
+        self.assertRegex(err, r"owners not set: \d+")
+        self.assertIn("device nodes not made: 2", err)
+        self.assertEqual(len(os.listdir(self.at("out"))), 20)
+
+    def test_cleans_up_what_is_deep(self):
+        # Deeper than functions may call themselves; its last name no disk can hold.
+        deep = b"d/" * 1000
+        bad = self.command(raw_member(deep + b"x", b"1"),
+                           raw_member(deep + b"z" * 300, b"1"))
+        statuses, err = self.as_nobody(
+            bad, bad, self.command(raw_member(b"a", b"1"), name="lab/good:1"))
+        self.assertEqual(statuses, [1, 1, 0], err)
+        self.assertIn("File name too long", err)
+        self.assertEqual(flat_directory_words(self.at("out")), ["a=1"])
+        self.assertEqual(os.listdir(self.work), ["out"])
+
+    def test_cleans_up_what_it_may_not_enter(self):
+        (status,), err = self.as_nobody(self.command(
+            raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/x", b"1"),
+            raw_member(b"./", kind=b"5", mode=0o555), raw_member(b"z" * 300, b"1")))
+        self.assertEqual(status, 1, err)
+        self.assertIn("File name too long", err)
+        self.assertFalse(os.path.exists(self.at("out")))
+        self.assertFalse(os.path.exists(self.at("out.partial.d", "root")))
+
+
+# --------------------------------------------------------------------------------------
+# 14  Pull
+# --------------------------------------------------------------------------------------
 
 NET_PLATFORM = "linux/amd64"
 
@@ -6912,1966 +11421,6 @@ def imagec_threads():
     return sum("ThreadPoolExecutor" in one.name for one in threading.enumerate())
 
 
-# --------------------------------------------------------------------------------------
-# Credentials, TLS, proxies, mirrors, resumption
-# --------------------------------------------------------------------------------------
-
-# ------------------------------------------------------------------------------
-# What all classes here share
-# ------------------------------------------------------------------------------
-
-FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
-FIELD_HUB = "https://index.docker.io/v1/"
-
-
-@functools.lru_cache(maxsize=None)
-def field_noisy_image(size, step=0, compress=gzip_bytes):
-    """An image of three layers of noise, each `step` bytes smaller than the last."""
-    tars = [tar_bytes([("f%d" % n, noise(size - step * n, n))]) for n in range(3)]
-    return build_image(tars, compress=compress)
-
-
-def field_base64(text):
-    return base64.b64encode(text.encode("utf-8")).decode("ascii")
-
-
-def field_entry(user, password=PASSWORD):
-    """An entry of `auths`."""
-    return {"auth": field_base64("%s:%s" % (user, password))}
-
-
-def field_auths(*keys):
-    """A config in which each key has a user of its own name."""
-    return {"auths": {key: field_entry(key.replace(":", "-")) for key in keys}}
-
-
-def field_sent(*servers):
-    """Every Authorization header these servers have seen."""
-    found = [r.headers.get("Authorization") for s in servers for r in s.requests]
-    return [value for value in found if value is not None]
-
-
-class FieldCase(NetworkCase):
-    """A home of its own, no DNS."""
-
-    def setUp(self):
-        super().setUp()
-        self.work = self.root
-        self.home = os.path.join(self.root, "home")
-        os.environ.update(HOME=self.home, XDG_RUNTIME_DIR=self.at("run"))
-        self.places = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
-        self.resolve = socket.getaddrinfo
-        self.patch(mock.patch("socket.getaddrinfo", self.look_up))
-
-    def look_up(self, host, *rest, **named):
-        """socket.getaddrinfo of a world that ends at this machine."""
-        if host not in self.places:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return self.resolve(self.places[host], *rest, **named)
-
-    def docker_config(self, config):
-        return self.file("home/.docker/config.json", config)
-
-    def helper(self, name, script):
-        """Put a program on the PATH."""
-        path = self.file("bin/docker-credential-" + name, "#!/bin/sh\n" + script + "\n")
-        os.chmod(path, 0o755)
-        if not os.environ["PATH"].startswith(self.at("bin")):
-            os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
-        return path
-
-    def filled(self, image=None, name="lab/app", **options):
-        return super().filled(image or build_image(FIELD_SMALL), name, **options)
-
-    def at(self, name="out"):
-        return super().at(name)
-
-    def pull(self, host, name="lab/app:1", to="out", format=None, **options):
-        """Pull with a Session; the imagec.Image."""
-        reference = imagec.Reference.parse("%s/%s" % (host, name) if host else name)
-        output = imagec.new_output(self.at(to), format)
-        platform = imagec.Platform.parse("linux/amd64")
-        with self.session(**options) as session:
-            return session.pull([reference], output, platform)[0]
-
-    def main(self, *argv, **options):
-        ended = super().main(*argv, **options)
-        return ended._replace(out=ended.out.decode("utf-8"))
-
-
-# ------------------------------------------------------------------------------
-# Credentials
-# ------------------------------------------------------------------------------
-
-#: (name, variable, its value below the root, the file it leads to), in order
-FIELD_SOURCES = (
-    ("DOCKER_CONFIG", "DOCKER_CONFIG", "docker", "docker/config.json"),
-    ("docker's home", None, None, "home/.docker/config.json"),
-    ("podman's runtime", "XDG_RUNTIME_DIR", "run", "run/containers/auth.json"),
-    ("podman's config", "XDG_CONFIG_HOME", "xdg", "xdg/containers/auth.json"),
-    ("podman's home", None, None, "home/.config/containers/auth.json"),
-    ("dockercfg", None, None, "home/.dockercfg"),
-)
-_FIELD_NESTED = ("r.test", "r.test/a", "r.test/a/b")
-
-#: (keys of auths, host, repository, the key that wins or None)
-FIELD_KEYS = (
-    (_FIELD_NESTED, "r.test", "a/b", "r.test/a/b"),
-    (_FIELD_NESTED, "r.test", "a/b/c", "r.test/a/b"),
-    (_FIELD_NESTED, "r.test", "a/bc", "r.test/a"),
-    (_FIELD_NESTED, "r.test", "ab", "r.test"),
-    (_FIELD_NESTED, "r.test", "", "r.test"),
-    (("r.test/a",), "r.test", "b", None),
-    (("r.test/a",), "r.test", "ab", None),
-    (("r.test/a/b",), "r.test", "a", None),
-    (("r.test:5000",), "r.test:5000", "a", "r.test:5000"),
-    (("r.test:5000/a",), "r.test:5000", "a/b", "r.test:5000/a"),
-    # URLs, as docker login once wrote them
-    (("https://r.test",), "r.test", "a", "https://r.test"),
-    (("http://r.test/v1/",), "r.test", "a", "http://r.test/v1/"),
-    (("https://r.test:5000/v2/",), "r.test:5000", "a", "https://r.test:5000/v2/"),
-    (("https://r.test/v2/", "r.test"), "r.test", "a", "r.test"),
-    # Docker Hub and its names
-    ((FIELD_HUB,), "docker.io", "library/alpine", FIELD_HUB),
-    ((FIELD_HUB,), "index.docker.io", "library/alpine", FIELD_HUB),
-    ((FIELD_HUB,), "registry-1.docker.io", "library/alpine", FIELD_HUB),
-    (("docker.io",), "registry-1.docker.io", "library/alpine", "docker.io"),
-    (("index.docker.io",), "docker.io", "library/alpine", "index.docker.io"),
-    (("registry-1.docker.io",), "docker.io", "a/b", "registry-1.docker.io"),
-    (("docker.io/library", FIELD_HUB), "docker.io", "library/a", "docker.io/library"),
-    (("docker.io/library", FIELD_HUB), "docker.io", "team/a", FIELD_HUB),
-    # T81: a secret is for the host its key names
-    (("r.test",), "r.test.evil.test", "a", None),
-    (("r.test",), "evilr.test", "a", None),
-    (("r.test",), "sub.r.test", "a", None),
-    (("https://r.test",), "r.test.evil.test", "a", None),
-    (("https://r.test@evil.test",), "r.test", "a", None),
-    (("https://r.test@evil.test",), "evil.test", "a", None),
-    (("r.test",), "r.test:5000", "a", None),
-    (("r.test:5000",), "r.test", "a", None),
-    (("r.test:5000",), "r.test:5001", "a", None),
-    (("https://r.test:5000",), "r.test", "a", None),
-    ((FIELD_HUB, "docker.io"), "r.test", "a", None),
-    ((FIELD_HUB, "docker.io"), "docker.io.evil.test", "a", None),
-    ((FIELD_HUB, "docker.io"), "auth.docker.io", "a", None),
-    (("r.test", ""), "docker.io", "library/a", None),
-    (("https://index.docker.io.evil.test/v1/",), "docker.io", "library/a", None),
-)
-
-#: (entry, (username, password, identity token, registry token) or None)
-FIELD_ENTRIES = (
-    ({"auth": "YWxpY2U6UzNDUjNUMQ=="}, ("alice", "S3CR3T1", None, None)),
-    ({"auth": "YWxpY2U6UzNDUjNUMQ"}, ("alice", "S3CR3T1", None, None)),
-    ({"auth": field_base64("alice:a:b")}, ("alice", "a:b", None, None)),
-    ({"auth": field_base64("alice:pw\0\0")}, ("alice", "pw", None, None)),
-    ({"auth": field_base64("j\xf6rg:\u2713")}, ("j\xf6rg", "\u2713", None, None)),
-    ({"username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
-    ({"auth": field_entry("alice", "pw")["auth"], "username": "bob", "password": "x"},
-     ("alice", "pw", None, None)),
-    ({"auth": "!", "username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
-    ({"identitytoken": "id"}, (None, None, "id", None)),
-    # as the login of a cloud registry leaves it
-    ({"auth": field_base64("0000-00:"), "identitytoken": "id"},
-     ("0000-00", "", "id", None)),
-    ({"registrytoken": "ready"}, (None, None, None, "ready")),
-    ({"auth": field_base64("alice")}, None),
-    ({"auth": field_base64(":" + PASSWORD)}, None),
-    ({"auth": field_base64("alice:")}, None),
-    ({"auth": PASSWORD + "!!"}, None),
-    ({"auth": "YQ=YQ="}, None),
-    ({"auth": "\u2713"}, None),
-    ({"auth": "/////w=="}, None),  # not UTF-8
-    ({"auth": 7}, None),
-    ({"auth": ""}, None),
-    ({"username": "bob"}, None),
-    ({"username": "bob", "password": ["pw"]}, None),
-    ({}, None),
-    ([], None),
-    ("alice:pw", None),
-    (None, None),
-    # what would break a header
-    ({"registrytoken": "S3CR3T\n"}, None),
-    ({"registrytoken": "S3CR3T\rX: y"}, None),
-    ({"registrytoken": "S3CR3T\0"}, None),
-    ({"registrytoken": "S3CR3T\u00e9"}, None),
-    ({"identitytoken": "S3CR3T\n"}, None),
-    ({"auth": field_base64("alice:S3CR3T\n")}, None),
-    ({"auth": field_base64("al\nice:S3CR3T")}, None),
-    ({"username": "bob", "password": "S3CR3T\x7f"}, None),
-)
-
-#: Files that hold nothing we can use, which must not stop a pull. T83
-FIELD_BAD_FILES = (
-    b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe{}", b'{"auths": []}', b'{"auths": 1}',
-    b'{"auths": {"r.test": 1}}', b'{"credHelpers": []}',
-    b'{"credHelpers": {"r.test": 1}}',
-    b'{"credsStore": 1}', b'{"credsStore": ""}', b"[" * 100000, b" " * (5 << 20),
-    b'{"auths": {"r.test": {"auth": "YTpi"}}, "auths": {}}',
-    b'\xef\xbb\xbf{"auths": {}}', b'{"auths": {"r.test": {"auth": "YTpi"}}} x',
-)
-
-_FIELD_ANSWER = '{"ServerURL": "r.test", "Username": "%s", "Secret": "%s"}'
-_FIELD_SAYS = "cat >/dev/null; echo '" + _FIELD_ANSWER + "'"
-
-#: (name, script, what is found: (user, password, identity token), None, or the words of
-#: the error as text)
-FIELD_HELPERS = (
-    ("works", _FIELD_SAYS % ("bob", PASSWORD), ("bob", PASSWORD, None)),
-    ("token", _FIELD_SAYS % ("<token>", PASSWORD), (None, None, PASSWORD)),
-    ("does not read", "exec <&-; echo '%s'" % _FIELD_ANSWER % ("bob", "pw"),
-     ("bob", "pw", None)),
-    ("knows nothing", "echo 'credentials not found in native keychain'; exit 1", None),
-    ("no URL", "echo 'no credentials server URL'; exit 1", None),
-    ("no user", "echo 'no credentials username'; exit 1", None),
-    ("empty secret", _FIELD_SAYS % ("bob", ""), None),
-    ("secret of two lines", _FIELD_SAYS % ("bob", r"S3CR3T\u000a"), "password"),
-    ("token of two lines", _FIELD_SAYS % ("<token>", r"S3CR3T\u000a"), "token"),
-    ("fails", "echo S3CR3T; exit 1", "status 1"),
-    ("is killed", "kill -9 $$", "docker-credential-"),
-    ("says nothing", "exit 0", "protocol"),
-    ("not JSON", "echo S3CR3T", "protocol"),
-    ("a list", "echo '[\"S3CR3T\"]'", "protocol"),
-    ("a number", "echo '{\"Username\": \"bob\", \"Secret\": 1}'", "protocol"),
-    ("two secrets", "echo '{\"Secret\": \"S3CR3T\", \"Secret\": \"x\"}'", "protocol"),
-    ("too much", "exec cat /dev/zero", "bytes"),
-    ("hangs", "exec sleep 5", "seconds"),
-    ("hangs unheard", "exec >&-; exec sleep 5", "seconds"),
-    ("leaves a child", "sleep 2 & exec echo '%s'" % _FIELD_ANSWER % ("bob", PASSWORD),
-     "seconds"),
-)
-
-#: credsStore values that name no program of docker's. T82
-FIELD_BAD_HELPERS = (
-    "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0", "\xfc",
-    " ",
-)
-
-
-class CredentialsTest(FieldCase):
-    """The Keyring, and what of it the wire sees."""
-
-    def keyring(self, authfile=None, **variables):
-        return imagec.Keyring(authfile=authfile, environ=dict(os.environ, **variables))
-
-    def user(self, keyring, host="r.test", repository="a"):
-        found = keyring.lookup(host, repository)
-        return found and found.username
-
-    # -- where they are looked for
-
-    def test_sources_in_order(self):
-        variables = {}
-        for name, variable, value, path in FIELD_SOURCES[::-1]:
-            auths = {"r.test": field_entry(name)}
-            self.file(path, auths if path.endswith("cfg") else {"auths": auths})
-            if variable:
-                variables[variable] = self.at(value)
-            self.assertEqual(self.user(self.keyring(**variables)), name)
-
-    def test_docker_auth_config_comes_before_files(self):
-        self.docker_config(field_auths("r.test", "s.test"))
-        text = json.dumps({"auths": {"r.test": field_entry("env")}})
-        keyring = self.keyring(DOCKER_AUTH_CONFIG=text)
-        self.assertEqual(self.user(keyring), "env")
-        self.assertEqual(self.user(keyring, "s.test"), "s.test")
-
-    def test_docker_auth_config_that_is_broken(self):
-        self.docker_config(field_auths("r.test"))
-        for text in ("{", "[]", "\udcff"):
-            self.assertEqual(self.user(self.keyring(DOCKER_AUTH_CONFIG=text)), "r.test")
-        self.assertEqual(len(self.said), 3)
-
-    def test_authfile_is_the_only_one(self):
-        self.docker_config(field_auths("r.test", "s.test"))
-        text = json.dumps(field_auths("s.test"))
-        one = self.file("one.json", {"auths": {"r.test": field_entry("one")}})
-        two = self.file("two.json", {"auths": {"r.test": field_entry("two")}})
-        for authfile, variable, user in ((one, "", "one"), ("", two, "two"),
-                                         (one, two, "one")):
-            keyring = self.keyring(authfile, REGISTRY_AUTH_FILE=variable,
-                                   DOCKER_AUTH_CONFIG=text)
-            self.assertEqual(self.user(keyring), user)
-            self.assertIsNone(keyring.lookup("s.test", "a"))
-
-    def test_authfile_that_is_missing_or_broken(self):
-        self.docker_config(field_auths("r.test"))
-        for path in (self.at("none"), self.file("bad.json", "{"), self.root):
-            for keyring in (self.keyring(path), self.keyring(REGISTRY_AUTH_FILE=path)):
-                with self.subTest(path), self.fails(imagec.CredentialsError, path):
-                    keyring.lookup("r.test", "a")
-
-    def test_docker_config_variable_replaces_the_home(self):
-        self.docker_config(field_auths("r.test"))
-        keyring = self.keyring(DOCKER_CONFIG=self.at("empty"))
-        self.assertIsNone(keyring.lookup("r.test", "a"))
-
-    def test_nothing_anywhere_is_anonymous(self):
-        self.assertIsNone(self.keyring().lookup("r.test", "a"))
-        self.docker_config(field_auths("r.test"))
-        self.assertIsNone(imagec.Keyring(anonymous=True).lookup("r.test", "a"))
-        self.assertEqual(self.said, [])
-
-    @rows([(content[:40], content) for content in FIELD_BAD_FILES])
-    def test_t83_files_that_hold_nothing(self, _name, content):
-        self.file("run/containers/auth.json", field_auths("r.test"))
-        self.docker_config(content)
-        self.assertEqual(self.user(self.keyring()), "r.test")
-
-    def test_t83_links_are_followed(self):
-        os.makedirs(os.path.join(self.home, ".docker"))
-        os.symlink(self.file("real.json", field_auths("r.test")),
-                   os.path.join(self.home, ".docker", "config.json"))
-        self.assertEqual(self.user(self.keyring()), "r.test")
-
-    # -- which entry is taken
-
-    @rows(FIELD_KEYS)
-    def test_keys(self, keys, host, repository, winner):
-        self.docker_config(field_auths(*keys))
-        self.assertEqual(self.user(self.keyring(), host, repository),
-                         winner and winner.replace(":", "-"), (host, repository))
-
-    @rows(FIELD_ENTRIES)
-    def test_entries(self, entry, expected):
-        self.docker_config({"auths": {"r.test": entry}})
-        found = self.keyring().lookup("r.test", "a")
-        facts = found and (found.username, found.password, found.identity_token,
-                           found.registry_token)
-        if expected and expected[1] == "":  # no password is as good as none
-            facts = (facts[0], facts[1] or "") + facts[2:]
-        self.assertEqual(facts, expected)
-        self.assertNotIn(PASSWORD, "".join(self.said))
-
-    def test_an_entry_without_a_secret_does_not_end_the_search(self):
-        self.docker_config({"auths": {"r.test/a": {}, "r.test": field_entry("alice")}})
-        self.assertEqual(self.user(self.keyring()), "alice")
-        self.docker_config({"auths": {"r.test": {}}})
-        self.file("run/containers/auth.json", field_auths("r.test"))
-        self.assertEqual(self.user(self.keyring()), "r.test")
-
-    def test_what_would_break_a_header_is_told_when_it_is_read(self):
-        registry = self.filled(auth="bearer", anonymous=False)
-        self.docker_config({"auths": {registry.host: {"registrytoken": "S3CR3T\n"}}})
-        with self.fails(imagec.AccessDenied, "anonymous"):
-            self.pull(registry.host)
-        told, = {text for text in self.said if "passed over" in text}
-        self.assertIn(registry.host, told)
-        self.assertIn("registry token", told)
-        self.assertNotIn("S3CR3T", told)
-        for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\n"),
-                               ("al\tice", PASSWORD), ("alice", "S3CR3T\udcff")):
-            run = self.main("digest", "-u", user, registry.host + "/lab/app",
-                            IMAGEC_PASSWORD=password.replace("\0", "\x01"))
-            self.assertEqual(run.status, 2, run.err)
-            self.assertRegex(run.err, r"\Aimagec: the (password|user name), [^\n]+\n\Z")
-            self.assertNotIn("S3CR3T", run.err)
-            with self.fails(imagec.UsageError):
-                imagec.Credentials(user, password)
-
-    def test_given_are_for_one_host(self):
-        keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
-        self.assertEqual(self.user(keyring), "alice")
-        with self.fails(imagec.UsageError, "r.test", "s.test"):
-            keyring.lookup("s.test", "a")
-
-    # -- helpers
-
-    @rows(FIELD_HELPERS)
-    def test_helpers(self, _name, script, expected):
-        self.docker_config({"credsStore": "h", "auths": {"r.test": field_entry("no")}})
-        self.helper("h", script)
-        with self.soon(), mock.patch.object(imagec, "HELPER_TIMEOUT", 0.2):
-            if isinstance(expected, str):
-                with self.fails(imagec.CredentialsError, expected):
-                    self.keyring().lookup("r.test", "a")
-            else:
-                found = self.keyring().lookup("r.test", "a")
-                facts = found and (found.username, found.password, found.identity_token)
-                self.assertEqual(facts, expected)
-
-    def test_helper_is_asked_by_the_protocol(self):
-        self.helper("h", 'echo "$@" >$0.args; cat >$0.in; echo "{}"')
-        for host, server in (("r.test:5000", b"r.test:5000"),
-                             ("docker.io", FIELD_HUB.encode("ascii")),
-                             ("registry-1.docker.io", FIELD_HUB.encode("ascii"))):
-            self.docker_config({"credsStore": "h"})
-            self.assertIsNone(self.keyring().lookup(host, "a/b"))
-            with open(self.at("bin/docker-credential-h.in"), "rb") as file:
-                self.assertEqual(file.read(), server)
-            with open(self.at("bin/docker-credential-h.args"), "rb") as file:
-                self.assertEqual(file.read(), b"get\n")
-
-    def test_cred_helpers_before_store_before_auths(self):
-        for name in ("one", "two"):
-            self.helper(name, _FIELD_SAYS % (name, "pw"))
-        everything = {"credHelpers": {"r.test": "one"}, "credsStore": "two",
-                      "auths": {"r.test": field_entry("file")}}
-        for left_out, user in (((), "one"), (("credHelpers",), "two"),
-                               (("credHelpers", "credsStore"), "file")):
-            self.docker_config(
-                {k: v for k, v in everything.items() if k not in left_out})
-            self.assertEqual(self.user(self.keyring()), user)
-        self.docker_config(everything)
-        self.assertEqual(self.user(self.keyring(), "r.test:5000"), "two")
-
-    def test_cred_helpers_of_docker_hub(self):
-        self.helper("h", _FIELD_SAYS % ("bob", "pw"))
-        for key in (FIELD_HUB, "docker.io", "index.docker.io"):
-            self.docker_config({"credHelpers": {key: "h"}})
-            for host in ("docker.io", "registry-1.docker.io"):
-                self.assertEqual(self.user(self.keyring(), host), "bob")
-            self.assertIsNone(self.keyring().lookup("r.test", "a"))
-
-    def test_helper_that_knows_nothing_rules_out_its_file_only(self):
-        self.helper("h", "echo credentials not found in native keychain; exit 1")
-        for helpers in ({"credsStore": "h"}, {"credHelpers": {"r.test": "h"}}):
-            self.docker_config(dict(helpers, **field_auths("r.test")))
-            self.assertIsNone(self.keyring().lookup("r.test", "a"))
-        self.file("run/containers/auth.json",
-                  {"auths": {"r.test": field_entry("next")}})
-        self.assertEqual(self.user(self.keyring()), "next")
-
-    @rows([(name,) for name in FIELD_BAD_HELPERS])
-    def test_t82_bad_names(self, name):
-        self.file("bin/docker-credential-x", "#!/bin/sh\ntouch %s\n" % self.at("ran"))
-        for config in ({"credsStore": name}, {"credHelpers": {"r.test": name}}):
-            self.docker_config(dict(config, **field_auths("r.test")))
-            with self.fails(imagec.CredentialsError, "helper"):
-                self.keyring().lookup("r.test", "a")
-        self.assertFalse(os.path.exists(self.at("ran")))
-
-    def test_t81_helper_that_is_missing_is_an_error(self):
-        # CVE-2021-41092 was another entry taken in its place.
-        self.docker_config(dict(field_auths("r.test", FIELD_HUB), credsStore="none"))
-        with self.fails(imagec.CredentialsError, "docker-credential-none", "PATH"):
-            self.keyring().lookup("r.test", "a")
-
-    @rows((("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755),
-           ("#!/bin/sh\n", 0o644)))
-    def test_helper_that_is_no_program(self, content, mode):
-        path = self.helper("h", "")
-        self.docker_config({"credsStore": "h"})
-        self.file("bin/docker-credential-h", content)
-        os.chmod(path, mode)
-        with self.fails(imagec.CredentialsError):
-            self.keyring().lookup("r.test", "a")
-
-    def test_t82_helper_in_the_working_directory_is_not_run(self):
-        path = self.file("here/docker-credential-h", "#!/bin/sh\ntouch ran\n")
-        os.chmod(path, 0o755)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.at("here"))
-        self.docker_config({"credsStore": "h"})
-        for place in ("", ".", "/none", "../here"):
-            os.environ["PATH"] = place + os.pathsep + "/usr/bin"
-            with self.subTest(place), self.fails(imagec.CredentialsError, "PATH"):
-                self.keyring().lookup("r.test", "a")
-        self.assertFalse(os.path.exists("ran"))
-
-    # -- what is told of them
-
-    def test_auth_command(self):
-        self.helper("h", _FIELD_SAYS % ("bob", PASSWORD))
-        path = self.docker_config({
-            "credHelpers": {"h.test": "h"},
-            "auths": {"r.test/a": field_entry("alice"),
-                      "i.test": {"identitytoken": IDENTITY_TOKEN},
-                      "t.test": {"registrytoken": PASSWORD}}})
-        for host, words in (
-                ("r.test/a/b", ("alice", path, "(r.test/a)")),
-                ("r.test", ("anonymous",)),
-                ("h.test", ("bob", path, "docker-credential-h", "credHelpers")),
-                ("i.test", ("identity token", path)),
-                ("t.test", ("registry token", path)), ("docker.io", ("anonymous",))):
-            run = self.main("auth", host)
-            self.assertEqual((run.status, run.err), (0, ""))
-            self.assertEqual(run.out.count("\n"), 1)
-            for word in words + (host,):
-                self.assertIn(word, run.out)
-            self.assertNotIn(PASSWORD, run.out)
-        self.assertIn("anonymous", self.main("auth", "r.test/a", "--no-creds").out)
-
-    def test_auth_command_escapes(self):
-        self.docker_config({"auths": {"r.test": field_entry("a\x1b[31m\nb")}})
-        run = self.main("auth", "r.test")
-        self.assertEqual((run.status, run.out.count("\n")), (0, 1))
-        self.assertNotIn("\x1b", run.out)
-
-    def test_auth_command_with_a_broken_source(self):
-        self.docker_config({"credsStore": "none"})
-        run = self.main("auth", "r.test")
-        self.assertEqual((run.status, run.out), (5, ""))
-        self.assertRegex(run.err, r"\Aimagec: .*docker-credential-none.*\n\Z")
-        run = self.main("auth", "r.test", "-u", "bob", IMAGEC_PASSWORD=PASSWORD)
-        self.assertRegex(run.out, "^r.test: .*bob.*the command line")
-        self.assertNotIn(PASSWORD, run.out)
-        run = self.main("auth", "r.test", "--authfile", self.at("none"))
-        self.assertEqual((run.status, run.out), (5, ""))
-
-    # -- what the wire sees
-
-    def asked_for_tokens(self, registry):
-        """(method, form or query, Authorization) of each request for a token."""
-        return [(request.method, dict(urllib.parse.parse_qsl(
-            request.body.decode("ascii") or request.path.partition("?")[2])),
-            request.headers.get("Authorization"))
-            for request in registry.requests if request.route == "/token"]
-
-    def test_password_from_a_config(self):
-        for auth in ("basic", "bearer"):
-            registry = self.filled(auth=auth, anonymous=False)
-            entry = field_entry("alice")
-            self.docker_config({"auths": {registry.host + "/lab": entry}})
-            self.pull(registry.host, to=auth)
-            self.docker_config({"auths": {registry.host + "/else": entry}})
-            with self.fails(imagec.AccessDenied):
-                self.pull(registry.host, to=auth + "2")
-
-    def test_identity_token(self):
-        registry = self.filled(auth="bearer", anonymous=False)
-        entry = dict(field_entry("00-00", ""), identitytoken=IDENTITY_TOKEN)
-        self.docker_config({"auths": {registry.host: entry}})
-        self.pull(registry.host)
-        self.assertEqual(self.asked_for_tokens(registry), [("POST", {
-            "grant_type": "refresh_token", "refresh_token": IDENTITY_TOKEN,
-            "service": "fixture", "scope": "repository:lab/app:pull",
-            "client_id": "imagec"}, None)])
-        self.assertEqual([r.headers["Content-Type"] for r in registry.requests
-                          if r.method == "POST"], ["application/x-www-form-urlencoded"])
-        self.assertNotIn("refresh_token", "".join(r.path for r in registry.requests))
-
-    @rows(((404,), (405,)))
-    def test_identity_token_falls_back_to_get(self, code):
-        registry = self.filled(auth="bearer", anonymous=False)
-        entry = dict(field_entry("alice"), identitytoken=IDENTITY_TOKEN)
-        self.docker_config({"auths": {registry.host: entry}})
-        registry.fault("POST /token", status(code))
-        self.pull(registry.host, to=str(code))
-        asked = self.asked_for_tokens(registry)
-        self.assertEqual([method for method, _, _ in asked], ["POST", "GET"])
-        self.assertTrue(asked[1][2].startswith("Basic "))
-
-    def test_identity_token_that_is_refused(self):
-        registry = self.filled(auth="bearer")
-        self.docker_config({"auths": {registry.host: {"identitytoken": "S3CR3T-OLD"}}})
-        with self.fails(imagec.AccessDenied, "identity token", "config.json"):
-            self.pull(registry.host)
-        self.assertEqual([m for m, _, _ in self.asked_for_tokens(registry)], ["POST"])
-
-    def test_identity_token_is_renewed(self):
-        registry = self.registry(auth="bearer")
-        reply = b'{"access_token": "t", "refresh_token": "new"}'
-        registry.fault("POST", body(reply), 2)
-        found = imagec.Credentials(identity_token="old")
-        for _ in range(2):
-            imagec.fetch_token(self.transport(), registry.url + "/token?scope=x", found)
-        sent = [form["refresh_token"] for _, form, _ in self.asked_for_tokens(registry)]
-        self.assertEqual(sent, ["old", "new"])
-
-    def test_tokens_that_a_token_server_repeats(self):
-        registry = self.registry(auth="bearer")
-        say = json.dumps({"errors": [{"code": "DENIED", "message": "%s is not valid"}]})
-        for old, new, told in (("S3CR3T-OLD", "", "S3CR3T-OLD"),
-                               ("S3CR3T-OLD", "S3CR3T-NEW", "S3CR3T-NEW")):
-            found = imagec.Credentials(identity_token=old)
-            if new:
-                reply = {"token": "t", "refresh_token": new}
-                registry.fault("POST", body(json.dumps(reply).encode("ascii")), 1)
-                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
-                                   found)
-            registry.fault("POST", status(401, body=(say % told).encode("ascii")), 1)
-            with self.fails(imagec.AccessDenied, "*** is not valid") as caught:
-                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
-                                   found)
-            self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
-
-    def test_registry_token_is_sent_as_it_is(self):
-        registry = self.filled(auth="bearer", anonymous=False)
-        self.patch(mock.patch.dict(
-            registry.tokens, {"S3CR3T-READY": ["repository:lab/app:pull"]}))
-        entry = {"registrytoken": "S3CR3T-READY"}
-        self.docker_config({"auths": {registry.host: entry}})
-        self.pull(registry.host)
-        self.assertEqual(self.asked_for_tokens(registry), [])
-        self.assertEqual(set(field_sent(registry)), {"Bearer S3CR3T-READY"})
-
-    def test_no_creds(self):
-        registry = self.filled(auth="bearer")
-        self.docker_config({"auths": {registry.host: field_entry("wrong")}})
-        ref = registry.host + "/lab/app:1"
-        self.assertEqual(self.main("digest", "-q", ref).status, 5)
-        del registry.requests[:]
-        run = self.main("digest", "-q", "--no-creds", ref)
-        self.assertEqual((run.status, run.err), (0, ""))
-        self.assertEqual([a for _, _, a in self.asked_for_tokens(registry)], [None])
-
-    def test_helper_that_fails_stops_a_pull(self):
-        registry = self.filled(auth="basic")
-        self.docker_config({"credsStore": "none"})
-        with self.fails(imagec.CredentialsError, "--no-creds"):
-            self.pull(registry.host)
-        self.assertEqual(field_sent(registry), [])
-
-    def test_keyring_is_asked_only_when_the_registry_asks(self):
-        self.docker_config({"credsStore": "none"})
-        self.pull(self.filled().host)
-
-
-# ------------------------------------------------------------------------------
-# TLS files
-# ------------------------------------------------------------------------------
-
-#: TEST_KEY's like, under a password
-FIELD_LOCKED_KEY = """\
------BEGIN ENCRYPTED PRIVATE KEY-----
-MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiUz4SbqCOHawICCAAw
-DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEEJ9J+imqQo7poes6mT0Zi0EgZBx
-RaIJDURd13YZK2h3PtBajSAX6Kincxg8EDZB3P1gr7eYGra7Ppx2DUho4ERGD/b2
-buY6nne+v1ToPQtZzOv1jIz2+vNq2fGl5Hg9MHCLhVZ9fhVE3dJN0VZvPVSCIT3f
-tYz0OCv6GeQolk//Z8okEYAgsv8bmqhdumfTETe4q8dYQA3+XqmjCnize6qNzlk=
------END ENCRYPTED PRIVATE KEY-----
-"""
-
-#: (files of the host's directory, CAs, pairs; None where half a pair is an error)
-FIELD_CERTS = (
-    ("", "", ""),
-    ("ca.crt", "ca.crt", ""),
-    ("b.crt a.crt", "a.crt b.crt", ""),
-    ("me.cert me.key", "", "me"),
-    ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
-    ("ca.pem readme.txt ca.crt.old", "", ""),
-    ("me.cert", None, "me.key"),
-    ("me.key ca.crt", None, "me.cert"),
-    ("me.cert you.key", None, "me.key"),
-)
-
-#: (certificate, key, the word of the error)
-FIELD_BAD_PAIRS = (
-    (TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
-    (TEST_CERT, WRONG_HOST_KEY, "client.cert"),
-    (TEST_CERT, "", "client.cert"),
-    (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
-     "client.cert"),
-    ("no PEM", TEST_KEY, "client.cert"),
-    ("", TEST_KEY, "client.cert"),
-    (None, TEST_KEY, "client.cert"),
-    (TEST_CERT, None, "client.cert"),
-)
-
-
-#: (whose certificate is bad besides the registry's, is it of the same host name or far,
-#: options, what the refusal names, None where it is taken)
-FIELD_INSECURE = (
-    ("nobody", None, {}, None),
-    ("mirror", "far", {"mirrors": "far"}, None),
-    ("token", "near", {}, None),
-    ("token", "far", {}, "--insecure-skip-verify and --token-host"),
-    ("token", "far", {"storage_hosts": "far"}, None),
-    ("token", "far", {"token_hosts": "far"}, None),
-    ("token", "far", {"token_hosts": "localhost"}, None),
-    ("storage", "far", {}, "--insecure-skip-verify and --storage-host"),
-    ("storage", "far", {"storage_hosts": "other.test"},
-     "--insecure-skip-verify and --storage-host"),
-    ("storage", "far", {"storage_hosts": "far"}, None),
-    ("storage", "far", {"storage_hosts": "localhost"}, None),
-)
-
-
-class FieldTLSRegistry(FakeRegistry):
-    """Asks for a client certificate; keeps what each exchange was shown."""
-
-    def __init__(self, demand=ssl.CERT_REQUIRED, **options):
-        super().__init__(tls=True, **options)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "pair.pem")
-            with open(path, "w") as file:
-                file.write(TEST_CERT + TEST_KEY)
-            context.load_cert_chain(path)
-        context.load_verify_locations(cadata=TEST_CERT)
-        context.verify_mode = demand
-        self._tls, self.shown = context, []
-
-    def _exchange(self, sock, stream):
-        done = super()._exchange(sock, stream)
-        if done:
-            self.shown.append(sock.getpeercert(True))
-        return done
-
-
-class TLSFilesTest(FieldCase):
-    """certs.d, --cert and --key, --cacert, and what is said of bad certificates."""
-
-    def client_registry(self, **options):
-        registry = FieldTLSRegistry(**options)
-        self.addCleanup(registry.close)
-        registry.add("lab/app", "1", build_image(FIELD_SMALL))
-        return registry
-
-    def pair(self):
-        return (self.file("client.cert", TEST_CERT), self.file("client.key", TEST_KEY))
-
-    def certs_d(self, host, owner="containers", **files):
-        """Put files (ca_crt for ca.crt) into the user's certs.d for a host."""
-        for name, content in files.items():
-            self.file("home/.config/%s/certs.d/%s/%s" % (
-                owner, host, name.replace("_", ".")), content)
-
-    def no_roots(self):
-        os.environ["SSL_CERT_FILE"] = self.file("others.pem", WRONG_HOST_CERT)
-
-    def test_places(self):
-        home = os.path.join(self.home, ".config")
-        self.assertEqual(imagec.default_certs_dirs(), (
-            os.path.join(home, "containers", "certs.d"), "/etc/containers/certs.d",
-            os.path.join(home, "docker", "certs.d"), "/etc/docker/certs.d"))
-        with mock.patch.dict(os.environ, XDG_CONFIG_HOME="/x"):
-            self.assertEqual(imagec.default_certs_dirs()[0], "/x/containers/certs.d")
-            self.assertEqual(imagec.default_certs_dirs()[2], "/x/docker/certs.d")
-
-    def test_files_of_a_host(self):
-        self.assertTrue(FIELD_CERTS)
-        for number, (names, roots, pairs) in enumerate(FIELD_CERTS):
-            base = self.at("certs%d" % number)
-            os.makedirs(os.path.join(base, "r.test:5000"))
-            for name in names.split():
-                self.file("certs%d/r.test:5000/%s" % (number, name), "")
-            with self.subTest(names):
-                if roots is None:
-                    with self.fails(imagec.UsageError, pairs, base):
-                        imagec.host_certificates("r.test:5000", [base])
-                    continue
-                place = os.path.join(base, "r.test:5000", "")
-                self.assertEqual(imagec.host_certificates("r.test:5000", [base]), (
-                    [place + name for name in roots.split()],
-                    [(place + name + ".cert", place + name + ".key")
-                     for name in pairs.split()]))
-
-    def test_first_directory_of_the_host_is_the_only_one(self):
-        bases = [self.at(name) for name in ("none", "one", "two")]
-        for name in ("one/r.test/one.crt", "two/r.test/two.crt", "two/s.test:443/s.crt",
-                     "two/t.test/t.crt"):
-            self.file(name, "")
-        for host, expected in (("r.test", "one.crt"), ("s.test:443", "s.crt"),
-                               ("t.test:443", "t.crt"), ("t.test:444", None),
-                               ("r.test:443", "one.crt"), ("../two/t.test", None),
-                               ("..", None), (".", None)):
-            roots, _ = imagec.host_certificates(host, bases)
-            names = [os.path.basename(path) for path in roots]
-            self.assertEqual(names, [expected] if expected else [], host)
-
-    def test_ca_from_certs_d(self):
-        for owner in ("containers", "docker"):
-            registry = self.filled(tls=True)
-            self.no_roots()
-            with self.fails(imagec.CertificateError):
-                self.pull(registry.host, to=owner)
-            self.certs_d("127.0.0.1:1", owner, ca_crt=TEST_CERT)
-            with self.fails(imagec.CertificateError):
-                self.pull(registry.host, to=owner)
-            self.certs_d(registry.host, owner, ca_crt=TEST_CERT)
-            self.pull(registry.host, to=owner)
-
-    def test_ca_is_added_to_the_systems(self):
-        registry = self.filled(tls=True)
-        other = self.file("other.pem", WRONG_HOST_CERT)
-        self.certs_d(registry.host, ca_crt=WRONG_HOST_CERT)
-        self.pull(registry.host, cacert=other)
-
-    def test_client_pair_from_certs_d(self):
-        registry = self.client_registry()
-        with self.fails(imagec.CertificateError, "client certificate", "--cert",
-                        "certs.d"):
-            self.pull(registry.host)
-        self.certs_d(registry.host, me_cert=TEST_CERT, me_key=TEST_KEY)
-        self.pull(registry.host)
-
-    def test_half_a_pair_in_certs_d_is_an_error(self):
-        registry = self.client_registry()
-        self.certs_d(registry.host, me_cert=TEST_CERT)
-        run = self.main("digest", registry.host + "/lab/app:1")
-        self.assertEqual((run.status, run.out), (2, ""))
-        self.assertIn("me.key", run.err)
-
-    def test_cert_and_key_options(self):
-        registry = self.client_registry()
-        certificate, key = self.pair()
-        ref = registry.host + "/lab/app:1"
-        run = self.main("digest", "--cert", certificate, "--key", key, ref)
-        self.assertEqual((run.status, run.err), (0, ""))
-        for half in (("--cert", certificate), ("--key", key)):
-            run = self.main("digest", ref, *half)
-            self.assertEqual((run.status, run.out), (2, ""))
-            self.assertIn("--cert and --key", run.err)
-
-    def test_client_certificate_is_for_named_registries_only(self):
-        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
-        registry = self.client_registry(auth="bearer")
-        store.blobs = registry.blobs
-        registry.redirect_blobs_to = store.url
-        self.pull(registry.host, client_pair=self.pair())
-        self.assertEqual(set(store.shown), {None})
-        self.assertNotIn(None, registry.shown)
-
-    def test_client_certificate_is_not_for_storage_hosts(self):
-        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
-        registry = self.client_registry(auth="basic", anonymous=False)
-        store.blobs = registry.blobs
-        registry.redirect_blobs_to = store.url
-        self.pull(registry.host, client_pair=self.pair(), storage_hosts=[store.host],
-                  username="alice", password=PASSWORD)
-        self.assertEqual(set(store.shown), {None})
-        self.assertEqual(field_sent(store), [])
-        self.assertTrue(field_sent(registry))
-
-    def test_client_certificate_is_not_for_another_token_server(self):
-        tokens = self.client_registry(demand=ssl.CERT_OPTIONAL, auth="bearer")
-        registry = self.client_registry(auth="bearer", realm=tokens.url + "/token")
-        self.pull(registry.host, client_pair=self.pair())
-        self.assertEqual(set(tokens.shown), {None})
-
-    def test_bad_pairs(self):
-        self.assertTrue(FIELD_BAD_PAIRS)
-        registry = self.client_registry()
-        for certificate, key, word in FIELD_BAD_PAIRS:
-            for name, content in (("client.cert", certificate), ("client.key", key)):
-                path = self.file(name, content or "")
-                if content is None:
-                    os.remove(path)
-            pair = (self.at("client.cert"), self.at("client.key"))
-            with self.subTest(certificate=certificate, key=key):
-                with self.fails(imagec.UsageError, word):
-                    self.pull(registry.host, client_pair=pair)
-        self.assertEqual(registry.requests, [])
-
-    def test_bad_roots(self):
-        registry = self.filled(tls=True)
-        for content in ("", "no PEM", TEST_CERT[:200], None):
-            path = self.file("bad.pem", content or "")
-            if content is None:
-                os.remove(path)
-            with self.subTest(content), self.fails(imagec.UsageError, path):
-                self.pull(registry.host, cacert=path)
-        self.certs_d(registry.host, ca_crt="no PEM")
-        with self.fails(imagec.UsageError, "ca.crt"):
-            self.pull(registry.host)
-
-    def test_what_is_said_of_a_bad_certificate(self):
-        # OpenSSL calls one that is expired and its own root self-signed.
-        # 3.6 has no words for what is wrong with a chain.
-        unknown = "self" if sys.version_info > (3, 7) else "verify failed"
-        for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
-                                ("wrong-host", WRONG_HOST_CERT, "127.0.0.1")):
-            registry = self.registry(tls=kind)
-            trusted = self.file("trusted.pem", pem)
-            for cacert, words in ((trusted, (word,)), (None, (unknown,))):
-                with self.subTest(kind=kind, cacert=cacert), self.fails(
-                        imagec.CertificateError, registry.host, "--cacert",
-                        "--insecure-skip-verify", *words):
-                    self.pull(registry.host, cacert=cacert)
-            self.assertEqual(registry.requests, [])
-
-    def test_bad_certificate_is_not_looked_at_again(self):
-        # The name may lead elsewhere by then.
-        registry, proxy = self.registry(tls="expired"), FieldProxy()
-        self.addCleanup(proxy.close)
-        transport = self.transport()
-        with self.fails(imagec.CertificateError):
-            self.get(transport, registry.url + "/v2/")
-        self.assertEqual(registry.connections, 1)
-        with self.fails(imagec.CertificateError):
-            self.pull(registry.host, proxy=proxy.url)
-        self.assertEqual(registry.connections, 1 + len(proxy.requests))
-
-    def test_what_the_insecure_options_are_for(self):
-        self.assertTrue(FIELD_INSECURE)
-        for part, named, options, words in FIELD_INSECURE:
-            registry, other = (self.filled(tls="expired", auth="bearer")
-                               for _ in range(2))
-            near, far = other.host, other.host.replace("127.0.0.1", "localhost")
-            if part == "storage":
-                other.blobs, registry.redirect_blobs_to = registry.blobs, (
-                    "https://%s" % (near if named == "near" else far))
-            elif part == "token":
-                registry.realm = "https://%s/token" % (
-                    near if named == "near" else far)
-            options = {key: [far if value == "far" else value]
-                       for key, value in options.items()}
-            for flag in ("insecure_skip_verify", "insecure_allow_http"):
-                del self.said[:]
-                with self.subTest(part, named=named, options=options, flag=flag):
-                    given = dict(options, **{flag: True})
-                    if words is None:
-                        self.pull(registry.host, to=registry.host + flag, **given)
-                        self.assertFalse([line for line in self.said
-                                          if "leaving the mirror" in line])
-                        continue
-                    with self.fails(imagec.CertificateError, far, "%s %s" % (
-                            words, far)):
-                        self.pull(registry.host, to=registry.host + flag, **given)
-                    self.assertEqual(other.requests, [])
-
-    def test_tls_1_2_is_the_least(self):
-        for skip in (False, True):
-            context = imagec.TLSSettings(skip).context("registry.test")
-            if hasattr(ssl, "TLSVersion"):
-                self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
-            else:
-                for option in (ssl.OP_NO_TLSv1, ssl.OP_NO_TLSv1_1):
-                    self.assertTrue(context.options & option)
-
-    def test_contexts_are_shared(self):
-        # The roots are hundreds: reading them takes longer than a handshake.
-        self.file("certs/own.test/ca.crt", TEST_CERT)
-        settings = imagec.TLSSettings(certs_dirs=[self.at("certs")])
-        contexts = [settings.context(host) for host in (
-            "a.test", "b.test:5000", "own.test", "a.test")]
-        self.assertFalse(settings.forgives("a.test"))
-        settings.name("a.test:5000", forgiving=True)
-        self.assertIs(settings.context("a.test"), contexts[0])
-        self.assertTrue(settings.forgives("a.test"))
-        contexts.append(settings.context("a.test"))
-        self.assertEqual([context is contexts[0] for context in contexts],
-                         [True, True, False, True, False])
-        self.assertEqual([context.verify_mode for context in contexts],
-                         [ssl.CERT_REQUIRED] * 4 + [ssl.CERT_NONE])
-        self.assertEqual([context.check_hostname for context in contexts],
-                         [True] * 4 + [False])
-
-    def test_context_is_as_strict_as_the_librarys(self):
-        context, library = (imagec.TLSSettings().context("a.test"),
-                            ssl.create_default_context())
-        self.assertEqual(context.verify_flags, library.verify_flags)
-        self.assertEqual(context.options & library.options, library.options)
-        self.assertEqual(context.get_ciphers(), library.get_ciphers())
-
-    def test_roots_are_read_once_for_each_transport(self):
-        registry, load = self.filled(tls=True), ssl.SSLContext.load_default_certs
-        with mock.patch("ssl.SSLContext.load_default_certs", autospec=True,
-                        side_effect=load) as spy:
-            self.pull(registry.host)
-            with imagec.Session() as session:
-                for name in ("127.0.0.1", "localhost"):
-                    place = name + ":" + registry.host.rpartition(":")[2]
-                    session.registry(place).learn_registry_url()
-        self.assertEqual(spy.call_count, 2)
-
-    def test_warning_before_the_handshake(self):
-        # "unrecognized_name": whoever sends it goes on, and is to be verified as ever.
-        def warn(sock):
-            sock.recv(1, socket.MSG_PEEK)
-            sock.sendall(b"\x15\x03\x03\x00\x02\x01\x70")
-
-        for http in (False, True):
-            registry = self.filled(tls=True)
-            before_handshake(registry, warn)
-            self.pull(registry.host, insecure_allow_http=http)
-        self.assertEqual(self.said, [])
-
-    def test_slow_handshake_behind_a_proxy(self):
-        registry, proxy = self.filled(tls=True), FieldProxy()
-        self.addCleanup(proxy.close)
-        before_handshake(registry, lambda sock: time.sleep(0.1))
-        with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
-            self.pull(registry.host, proxy=proxy.url)
-
-    def test_tls_1_1_is_refused(self):
-        registry = self.filled(tls=True)
-        registry._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        registry._tls.load_cert_chain(self.file("both.pem", TEST_CERT + TEST_KEY))
-        if hasattr(ssl, "TLSVersion"):
-            registry._tls.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                registry._tls.maximum_version = ssl.TLSVersion.TLSv1_1
-        else:
-            registry._tls.options |= ssl.OP_NO_TLSv1_2
-            registry._tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
-        with self.fails(imagec.TransportError):
-            self.pull(registry.host)
-        self.assertEqual(registry.requests, [])
-
-
-# ------------------------------------------------------------------------------
-# Proxies
-# ------------------------------------------------------------------------------
-
-class Relay(Server):
-    """Hands connections on to a host of this machine, and counts what comes back."""
-
-    def __init__(self, host=None):
-        self.onward = host
-        self.carried, self.limit = 0, float("inf")  # bytes, and when to hold them back
-        self.asked = []  # (digest, offset) of the requests for blobs
-        super().__init__()
-
-    def _exchange(self, sock, stream):
-        self.carry(sock, self.onward)
-
-    def carry(self, near, host, begun=b""):
-        """Send `begun`, then what comes, both ways, until either end has enough."""
-        with socket.socket() as far:  # create_connection may be led here again
-            far.connect(("127.0.0.1", int(host.rpartition(":")[2])))
-            far.sendall(begun)
-            back = threading.Thread(target=self._pump, args=(far, near, self._count),
-                                    daemon=True)
-            back.start()
-            self._pump(near, far, self._note)
-            back.join(5)
-
-    @staticmethod
-    def _pump(source, sink, see):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(BLOCK), b""):
-                see(data)
-                sink.sendall(data)
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def let_go(self):
-        """Hold back nothing, and wait until every connection is over."""
-        self.limit = float("inf")
-        while self._live:
-            self._closing.wait(0.002)
-
-    def _count(self, data):
-        with self._lock:
-            self.carried += len(data)
-        while self.carried > self.limit and not self._closing.wait(0.002):
-            pass
-
-    def _note(self, data):
-        """Requests come whole: http.client sends their headers at once."""
-        blob = re.match(b"GET [^ ]*/blobs/(sha256:[0-9a-f]*) ", data)
-        offset = re.search(br"\r\nRange: bytes=(\d+)-", data)
-        if blob:
-            self.asked.append((blob.group(1).decode("ascii"),
-                               int(offset.group(1)) if offset else 0))
-
-
-class FieldProxy(Relay):
-    """An HTTP proxy for which every host is this machine."""
-
-    wants = None  # the Proxy-Authorization it asks for
-    _exchange = Server._exchange
-
-    def answer(self, request):
-        if self.wants and request.headers.get("Proxy-Authorization") != self.wants:
-            return Reply(407, headers={"Proxy-Authenticate": 'Basic realm="proxy"'})
-        reply = Reply(200)
-        reply.ending, reply.raw, reply.begun = "fin", b"", b""
-        reply.onward, path = re.fullmatch("(?:http://)?([^/]*)(.*)",
-                                          request.path).groups()
-        if request.method == "CONNECT":
-            reply.raw = b"HTTP/1.1 200 Connected\r\n\r\n"
-        else:
-            lines = ["%s %s HTTP/1.1" % (request.method, path), "Connection: close"]
-            lines += ["%s: %s" % pair for pair in request.headers.items()
-                      if not re.match("(?i)proxy-|connection", pair[0])]
-            reply.begun = "\r\n".join(lines + ["", ""]).encode("latin-1")
-        return reply
-
-    def _send(self, sock, reply, bare):
-        super()._send(sock, reply, bare)
-        if hasattr(reply, "onward"):
-            self.carry(sock, reply.onward, reply.begun)
-
-
-class FieldSocks(Relay):
-    """A SOCKS5 server for which every host is this machine."""
-
-    def __init__(self, user=None, refusal=0, raw=None):
-        self.user, self.refusal, self.raw = user, refusal, raw
-        self.targets = []  # (kind of address, address, port)
-        self.logins = []  # (methods offered, user, password)
-        super().__init__()
-
-    def _exchange(self, near, stream):
-        if self.raw is not None:
-            stream.read(1)
-            return near.sendall(self.raw)
-        # Whoever hangs up in the middle leaves us without a byte to read.
-        with contextlib.suppress(IndexError, struct.error):
-            methods = stream.read(stream.read(2)[1])
-            if self._welcomes(near, stream, methods):
-                port = self._target(stream)
-                # An answer with a name for an address is allowed, and seldom.
-                near.sendall(b"\5" + bytes([self.refusal]) + b"\0\3\4name" + b"\0\0")
-                if not self.refusal:
-                    self.carry(near, ":%d" % port)
-
-    def _welcomes(self, near, stream, methods):
-        wanted = 0 if self.user is None else 2
-        if wanted not in methods:
-            self.logins.append((methods, None, None))
-            near.sendall(b"\5\xff")
-            return False
-        near.sendall(b"\5" + bytes([wanted]))
-        user = password = None
-        if wanted:
-            user = stream.read(stream.read(2)[1]).decode("utf-8")
-            password = stream.read(stream.read(1)[0]).decode("utf-8")
-        self.logins.append((methods, user, password))
-        good = wanted == 0 or (user, password) == self.user
-        if wanted:
-            near.sendall(b"\1" + (b"\0" if good else b"\1"))
-        return good
-
-    def _target(self, stream):
-        kind = stream.read(4)[3]
-        size = stream.read(1)[0] if kind == 3 else {1: 4, 4: 16}[kind]
-        address, (port,) = stream.read(size), struct.unpack(">H", stream.read(2))
-        self.targets.append((kind, address, port))
-        return port
-
-
-#: (variables with P or H for the proxy and X for a dead one, scheme, is it used)
-FIELD_ENVIRONMENTS = (
-    ("http_proxy=P", "http", True), ("HTTP_PROXY=P", "http", True),
-    ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "https", True),
-    ("http_proxy=P", "https", False), ("https_proxy=P", "http", False),
-    ("http_proxy=P HTTP_PROXY=X", "http", True),
-    ("http_proxy=", "http", False), ("http_proxy=H", "http", True),
-    ("http_proxy=X NO_PROXY=registry.test", "http", False),
-    ("http_proxy=P no_proxy=registry.test", "http", False),
-    ("http_proxy=P NO_PROXY=registry.test", "http", False),
-    ("https_proxy=P NO_PROXY=other.test,.test", "https", False),
-    ("http_proxy=P no_proxy=other.test NO_PROXY=registry.test", "http", True),
-    ("http_proxy=P no_proxy=*", "http", False),
-    # CGI scripts get a client's Proxy header in HTTP_PROXY (httpoxy). T89
-    ("HTTP_PROXY=P REQUEST_METHOD=GET", "http", False),
-)
-
-#: (host, NO_PROXY, is it reached directly), as golang.org/x/net/http/httpproxy. T88
-FIELD_NO_PROXY = (
-    ("r.test", "", False), ("r.test", ",, ,", False), ("r.test", "*", True),
-    ("r.test", "x.test", False), ("r.test", "r.test", True), ("r.test", "R.TEST", True),
-    ("R.Test", "r.tEST", True), ("r.test.", "r.test", True),
-    ("a.r.test", "r.test", True), ("ar.test", "r.test", False),
-    ("r.test", ".r.test", False), ("a.r.test", ".r.test", True),
-    ("r.test", "*.r.test", False), ("a.r.test", "*.r.test", True),
-    ("a.b.r.test", "*.r.test", True),
-    ("r.test", " x.test , r.test", True), ("r.test", "x.test r.test", True),
-    ("r.test:5000", "x.test, r.test ,y.test", True), ("r.test:5000", "r.test", True),
-    ("r.test:5000", "r.test:5000", True), ("r.test:5000", "r.test:5001", False),
-    ("r.test:5000", "r.test:50", False), ("a.r.test:5000", "r.test:5000", True),
-    ("a.r.test:5000", ".r.test:5000", True), ("r.test", "10.0.0.0/8", False),
-    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
-    ("10.1.2.3", "10.2.0.0/16", False), ("10.1.2.3", "10.1.2.4/24", True),
-    ("10.1.2.3", "10.1.2.0/33", False), ("10.1.2.3:5000", "10.0.0.0/8", True),
-    ("10.1.2.3:5000", "10.1.2.0/24", True), ("10.1.2.3", "10.1.2.3", True),
-    ("10.1.2.3", "0.1.2.3", False), ("10.1.2.3", "10.1.2.", False),
-    ("10.1.2.3:5000", "10.1.2.3", True), ("10.1.2.3:5000", "10.1.2.3:5000", True),
-    ("10.1.2.3:5000", "10.1.2.3:5001", False), ("[fd00::1]", "fd00::1", True),
-    ("[fd00::a:1]", "fd00::a:1", True), ("[fd00::1]:5000", "fd00::1", True),
-    ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]:5000", "fd00::/8", True),
-    ("[fd00::1]:5000", "fd00::/16", True), ("[fd00::1]", "fe80::/10", False),
-    ("[fd00::1]", "10.0.0.0/8", False), ("127.0.0.1:5000", "", True),
-    ("127.9.9.9", "", True), ("localhost:5000", "", True), ("[::1]:5000", "", True),
-    ("localhost.r.test", "", False),
-)
-
-#: --proxy values that name no proxy of ours
-FIELD_BAD_PROXIES = (
-    "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
-    "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
-    "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
-    "http://[::1", "file:///etc/passwd",
-    # passwords that were not quoted
-    "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
-    "http://u:S3CR3T?@p.test:1",
-)
-
-#: (what the SOCKS server says to a request, the word of the error, is it worth a retry)
-FIELD_SOCKS_REPLIES = (
-    (1, "failed", True), (2, "allow", False), (3, "network", True), (4, "host", True),
-    (5, "refused", True), (6, "waiting", True), (7, "cannot", False),
-    (8, "address", False), (200, "failed", True),
-)
-
-
-class ProxyTest(FieldCase):
-    """Proxies of the environment and of --proxy."""
-
-    def setUp(self):
-        super().setUp()
-        self.proxy = FieldProxy()
-        self.addCleanup(self.proxy.close)
-        self.places["registry.test"] = "127.0.0.1"
-
-    def socks(self, *args, **options):
-        server = FieldSocks(*args, **options)
-        self.addCleanup(server.close)
-        return server
-
-    def named(self, server, host="registry.test"):
-        """The server's URL by another name."""
-        return server.url.replace("127.0.0.1", host) + "/v2/"
-
-    def fetch(self, server, host="registry.test", **options):
-        """Get something from the server, by that name."""
-        transport = self.transport([host], **dict({"skip_verify": True}, **options))
-        self.assertEqual(self.get(transport, self.named(server, host)), (200, b"{}"))
-
-    def taken(self):
-        """What the proxy was asked, which is forgotten."""
-        found = [(r.method, r.path) for r in self.proxy.requests]
-        del self.proxy.requests[:]
-        return found
-
-    @rows(FIELD_ENVIRONMENTS)
-    def test_environment(self, words, scheme, used):
-        registry = self.registry(tls=scheme == "https")
-        asked = ("GET", self.named(registry)) if scheme == "http" else (
-            "CONNECT", registry.host.replace("127.0.0.1", "registry.test"))
-        places = {"P": self.proxy.url, "H": self.proxy.host, "X": "http://127.0.0.1:1"}
-        variables = dict(word.split("=") for word in words.split())
-        variables = {name: places.get(v, v) for name, v in variables.items()}
-        with mock.patch.dict(os.environ, variables):
-            self.fetch(registry)
-        self.assertEqual(self.taken(), [asked] if used else [])
-
-    @rows(FIELD_NO_PROXY)
-    def test_t88_no_proxy(self, host, no_proxy, expected):
-        self.assertIs(imagec.bypasses_proxy(host, no_proxy), expected, no_proxy)
-
-    @rows((("registry.test:5000", True), ("registry.test:80", False),
-           ("registry.test:443", True)))
-    def test_no_proxy_with_the_port_that_goes_without_saying(self, no_proxy, used):
-        os.environ.update(http_proxy=self.proxy.url, no_proxy=no_proxy)
-        with mock.patch.object(self.proxy, "answer", lambda request: Reply(200)):
-            with contextlib.suppress(imagec.TransportError):
-                self.get(self.transport(), "http://registry.test/x")
-        self.assertEqual(len(self.taken()), int(used))
-
-    def test_option(self):
-        for tls, methods in ((False, {"HEAD", "GET", "CONNECT"}), (True, {"CONNECT"})):
-            registry = self.filled(tls=tls)
-            self.pull(registry.host, to=str(tls), proxy=self.proxy.url)
-            asked = [method for method, _ in self.taken()]
-            self.assertEqual(set(asked), methods)
-            self.assertEqual(registry.connections, len(
-                [method for method in asked if method != "CONNECT" or tls])
-                + (0 if tls else 1))
-
-    def test_option_is_before_the_environment(self):
-        os.environ.update(http_proxy="http://127.0.0.1:1",
-                          https_proxy="http://127.0.0.1:1")
-        self.pull(self.filled().host, proxy=self.proxy.host)
-        self.assertTrue(self.taken())
-
-    def test_t88_loopback_goes_through_the_option_only(self):
-        registry = self.registry()
-        for name in ("http_proxy", "HTTP_PROXY", "https_proxy"):
-            os.environ[name] = self.proxy.url
-        for host in ("127.0.0.1", "localhost"):
-            self.fetch(registry, host)
-            self.assertEqual(self.taken(), [])
-            self.fetch(registry, host, proxy=self.proxy.url)
-            self.assertEqual(len(self.taken()), 1)
-
-    def test_t73_who_is_behind_a_proxy_is_no_neighbour(self):
-        inner = self.registry()
-        self.proxy.fault("/v2/", redirect(inner.url + "/v2/"))
-        os.environ["http_proxy"] = self.proxy.url
-        with self.fails(imagec.UnsafeRedirect, "127.0.0.1"):
-            self.fetch(self.registry())
-        self.assertEqual(inner.requests, [])
-
-    @rows([(host,) for host in NET_ODD_HOSTS])
-    def test_no_server_writes_to_the_proxy(self, host):
-        server = self.server({"/v2/": to("https://%s/x" % host)}, tls=True)
-        os.environ["https_proxy"] = "http://bob:S3CR3T@" + self.proxy.host
-        with self.fails(imagec.UnsafeRedirect):
-            self.fetch(server)
-        authorizer = imagec.Authorizer(self.transport(), self.named(server),
-                                       imagec.Credentials("a", PASSWORD))
-        authorizer.challenge = imagec.Challenge("bearer", {
-            "realm": "https://%s/token" % host})
-        with self.fails(imagec.UnsafeRedirect):
-            authorizer.header("app")
-        self.assertEqual(self.taken(), [("CONNECT", "registry.test:%d" % server.port)])
-
-    def test_addresses_are_written_in_brackets(self):
-        registry = self.registry(tls=True)
-        os.environ["https_proxy"] = self.proxy.url
-        self.fetch(registry, "[fd00::1]")
-        port = registry.host.partition(":")[2]
-        self.assertEqual(self.taken(), [("CONNECT", "[fd00::1]:" + port)])
-
-    def test_tunnel_is_kept_and_sees_no_authorization(self):
-        registry = self.registry(tls=True)
-        os.environ["https_proxy"] = self.proxy.url
-        transport = self.transport(["registry.test"], skip_verify=True)
-        for _ in range(3):
-            self.get(transport, self.named(registry),
-                     headers={"Authorization": "Bearer S3CR3T"})
-        self.assertEqual(authorizations(self.proxy), [])
-        self.assertEqual(authorizations(registry), ["Bearer S3CR3T"] * 3)
-        self.assertEqual(len(self.taken()), 1)
-
-    @rows((("bob", PASSWORD), ("b\xf6b", "p@s:/#?"), ("bob", "")))
-    def test_t88_password_is_the_proxys_alone(self, user, password):
-        self.proxy.wants = "Basic " + field_base64("%s:%s" % (user, password))
-        url = "http://%s%s@%s" % (
-            urllib.parse.quote(user, ""),
-            ":" + urllib.parse.quote(password, "") if password else "", self.proxy.host)
-        for tls in (False, True):
-            registry = self.registry(tls=tls)
-            self.fetch(registry, proxy=url)
-            with mock.patch.dict(os.environ, http_proxy=url, https_proxy=url):
-                self.fetch(registry)
-            self.assertEqual(len(registry.requests), 2)
-            for request in registry.requests:
-                self.assertNotIn("Proxy-Authorization", request.headers)
-
-    def test_t89_password_that_is_wanted(self):
-        self.proxy.wants = "Basic S3CR3T"
-        for tls in (False, True):
-            registry = self.registry(tls=tls)
-            for url in (self.proxy.url, "http://bob:S3CR3T@" + self.proxy.host):
-                client = self.client(registry, transport=self.transport(proxy=url),
-                                     allow_http=not tls)
-                with self.subTest(tls=tls, url=url), self.fails(
-                        imagec.AccessDenied, "407", "password", self.proxy.host):
-                    client.learn_registry_url()
-                self.assertLessEqual(len(self.taken()), 3)
-            self.assertEqual(registry.requests, [])
-
-    @rows((("http",), ("socks5",), ("socks5h",)))
-    def test_refused_proxy_is_named(self, scheme):
-        url = scheme + "://bob:S3CR3T@127.0.0.1:1"
-        for tls in (False, True):
-            registry = self.registry(tls=tls)
-            with self.fails(imagec.TransportError, "127.0.0.1:1)", "proxy", "refused"):
-                self.fetch(registry, proxy=url)
-            self.assertEqual(registry.connections, 0)
-        run = self.main("digest", "r.test/a", "--debug", "--proxy", url)
-        self.assertEqual((run.status, run.out), (1, ""))
-        self.assertIn("127.0.0.1:1", run.err)
-        self.assertNotIn(PASSWORD, run.err)
-
-    @rows((("http://p.test", "p.test:80"), ("p.test", "p.test:80"),
-           ("socks5://p.test", "p.test:1080"), ("socks5h://p.test:99", "p.test:99")))
-    def test_default_ports(self, url, place):
-        request = imagec._Request("https://r.test/", "GET", {})
-        imagec._ProxyHandler(url).proxy_open(request, url, "https")
-        self.assertEqual(request.proxy, place)
-
-    @rows([(url,) for url in FIELD_BAD_PROXIES])
-    def test_t89_malformed(self, url):
-        # In the environment, no more than a word is no proxy at all.
-        for argv, environ in ((("--proxy", url), {}),) + (
-                (((), {"https_proxy": url}),) if "p.test" in url else ()):
-            run = self.main("digest", "r.test/a", *argv, **environ)
-            self.assertEqual((run.status, run.out), (2, ""))
-            self.assertRegex(run.err, r"\Aimagec: .*proxy.*\n\Z")
-            self.assertNotIn(PASSWORD, run.err)
-
-    @rows((("page", say(b"<html>", content_type="text/html")),
-           ("denied", say(b"no", 403)), ("junk", spoken(b"SSH-2.0\r\n")),
-           ("hang", lambda request: hang(30)(None)),
-           ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))))
-    def test_t89_odd_answers_to_connect(self, _name, action):
-        registry = self.registry(tls=True)
-        with mock.patch.object(self.proxy, "answer", action), self.soon():
-            with self.fails(imagec.TransportError):
-                self.fetch(registry, proxy=self.proxy.url, idle_timeout=0.08)
-        self.assertEqual(registry.requests, [])
-
-    # -- SOCKS
-
-    @rows((("socks5",), ("socks5h",)))
-    def test_socks(self, scheme):
-        for user, login in ((None, ""), (("b\xf6b", "p:w"), "b%C3%B6b:p%3Aw@")):
-            for tls in (False, True):
-                server, registry = self.socks(user), self.registry(tls=tls)
-                self.fetch(registry, "localhost",
-                           proxy="%s://%s%s" % (scheme, login, server.host))
-                kind, address, port = server.targets[0]
-                self.assertEqual(kind == 3, scheme == "socks5h")
-                self.assertEqual(address == b"localhost", scheme == "socks5h")
-                self.assertEqual("127.0.0.1:%d" % port, registry.host)
-                # No password is offered that was not given.
-                self.assertEqual(server.logins, [(b"\0\2",) + user if user
-                                                 else (b"\0", None, None)])
-
-    def test_socks5h_resolves_nothing_here(self):
-        server, registry = self.socks(), self.registry()
-        del self.places["registry.test"]
-        self.fetch(registry, proxy="socks5h://" + server.host)
-        self.assertEqual(server.targets[0][:2], (3, b"registry.test"))
-        with self.fails(imagec.TransportError, "registry.test"):
-            self.fetch(registry, proxy="socks5://" + server.host)
-
-    def test_socks_pull(self):
-        for tls in (False, True):
-            server, registry = self.socks(("bob", PASSWORD)), self.filled(tls=tls)
-            self.pull(registry.host, to=str(tls),
-                      proxy="socks5://bob:%s@%s" % (PASSWORD, server.host))
-            # One connection for each of the layers' workers, one for the documents.
-            self.assertLessEqual(len(server.targets), 2 + (not tls) + 1)
-
-    def test_socks_from_the_environment(self):
-        server = self.socks()
-        os.environ["HTTP_PROXY"] = "socks5h://" + server.host
-        self.fetch(self.registry())
-        self.assertEqual(len(server.targets), 1)
-
-    @rows((("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"),
-           ("bob@", "does not take")))
-    def test_socks_refuses_us(self, login, word):
-        server = self.socks(("bob", "right"))
-        with self.fails(imagec.AccessDenied, word, server.host, "password"):
-            self.fetch(self.registry(), proxy="socks5://%s%s" % (login, server.host))
-
-    @rows(FIELD_SOCKS_REPLIES)
-    def test_socks_refuses_the_host(self, code, word, retryable):
-        server = self.socks(refusal=code)
-        with self.fails(imagec.TransportError, word, server.host,
-                        "r.test:80") as caught:
-            self.get(self.transport(proxy="socks5h://" + server.host),
-                     "http://r.test:80/")
-        self.assertIs(caught.exception.retryable, retryable)
-
-    @rows([(raw,) for raw in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-x\r\n", b"",
-                              b"\5", b"\4\0", b"\5\7", b"\5\0\5")])
-    def test_socks_proxy_that_is_none(self, raw):
-        server = self.socks(raw=raw)
-        with self.fails(imagec.ImagecError, server.host):
-            self.fetch(self.registry(), proxy="socks5://" + server.host)
-
-    def test_http_proxy_that_is_none(self):
-        server = self.socks()
-        for tls in (False, True):
-            with self.subTest(tls=tls), self.fails(imagec.TransportError, server.host):
-                self.fetch(self.registry(tls=tls), proxy="http://" + server.host,
-                           idle_timeout=0.2)
-
-    @rows((("b" * 256 + ":p",), ("b:" + "p" * 256,)))
-    def test_socks_words_that_are_too_long(self, login):
-        proxy = "socks5://%s@%s" % (login, self.socks(("b", "p")).host)
-        with self.fails(imagec.ImagecError) as caught:
-            self.fetch(self.registry(), proxy=proxy)
-        self.assertFalse(caught.exception.retryable)
-
-    def test_socks_that_hangs(self):
-        self.proxy.fault("", hang(30, "accept"))
-        with self.fails(imagec.Timeout, self.proxy.host):
-            self.fetch(self.proxy, proxy="socks5://" + self.proxy.host,
-                       idle_timeout=0.2)
-
-
-# ------------------------------------------------------------------------------
-# Mirrors
-# ------------------------------------------------------------------------------
-
-_FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
-
-#: (name, what strikes, on which requests): a mirror to be left for the next place
-FIELD_MIRROR_FAULTS = (
-    ("no registry", status(404), "HEAD /v2/"),
-    ("page", body(b"<html>"), _FIELD_MANIFEST),
-    ("no such image", status(404), _FIELD_MANIFEST),
-    ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
-     _FIELD_MANIFEST),
-    ("denied", status(403), _FIELD_MANIFEST),
-    ("broken", status(500), _FIELD_MANIFEST),
-    ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
-    ("manifest spoiled", flip(20), _FIELD_MANIFEST),
-    ("manifest cut", truncate(), _FIELD_MANIFEST),
-    ("redirect loop", redirect("?"), _FIELD_MANIFEST),
-    ("blobs missing", status(404), _FIELD_BLOB),
-    ("blobs denied", status(403), _FIELD_BLOB),
-    ("blobs spoiled", flip(), _FIELD_BLOB),
-    ("blobs of another size", extra(1), _FIELD_BLOB),
-    ("blobs cut for ever", truncate(), _FIELD_BLOB),
-    ("blobs reset for ever", reset(), _FIELD_BLOB),
-    ("no answer", hang(5), _FIELD_BLOB),
-)
-
-
-class MirrorTest(FieldCase):
-    """--mirror: tried in order, then the origin, whose name is the one that counts."""
-
-    def setUp(self):
-        super().setUp()
-        self.image = build_image(FIELD_SMALL)
-        self.origin = self.filled(self.image)
-
-    def test_order(self):
-        one, two = self.filled(self.image), self.filled(self.image)
-        self.pull(self.origin.host, mirrors=[one.host, two.host])
-        self.assertEqual(len(paths(one, "/blobs/")), 3)
-        self.assertEqual(two.requests + self.origin.requests, [])
-        self.pull(self.origin.host, to="b", mirrors=["127.0.0.1:1", two.host])
-        self.assertEqual(len(paths(two, "/blobs/")), 3)
-        self.assertEqual(self.origin.requests, [])
-
-    def test_prefix(self):
-        mirror = self.filled(self.image, "cache/hub/lab/app")
-        for text in ("%s/cache/hub", "%s/cache/hub/", "http://%s/cache/hub"):
-            self.pull(self.origin.host, to=text[:4], mirrors=[text % mirror.host])
-        self.assertEqual(self.origin.requests, [])
-
-    def test_docker_hub(self):
-        mirror = self.filled(self.image, "library/alpine")
-        prefixed = self.filled(self.image, "hub/library/alpine")
-        for place in (mirror.host, prefixed.host + "/hub"):
-            for name in ("alpine:1", "docker.io/library/alpine:1"):
-                image = self.pull(None, name, to=name[:3], mirrors=[place])
-                self.assertEqual(str(image.reference), "docker.io/library/alpine:1")
-
-    def test_namespace(self):
-        mirror = self.filled(self.image)
-        mirror.fault(_FIELD_BLOB, status(404))
-        self.pull(self.origin.host, mirrors=[mirror.host])
-        asked = [r for r in mirror.requests if r.route != "/v2/"]
-        self.assertTrue(asked)
-        for request in asked:
-            self.assertEqual(request.query.get("ns"), [self.origin.host])
-        self.assertEqual([r for r in self.origin.requests if "ns=" in r.path], [])
-
-    def test_name_written_down_is_the_origins(self):
-        mirror = self.filled(self.image, "cache/lab/app")
-        mirrors, name = [mirror.host + "/cache"], self.origin.host + "/lab/app:1"
-        image = self.pull(self.origin.host, to="tree", mirrors=mirrors)
-        self.assertTrue(image.path.endswith(
-            os.path.join(self.origin.host, "v2", "lab", "app", "1")), image.path)
-        self.pull(self.origin.host, to="layout", format="oci", mirrors=mirrors)
-        with open(self.at("layout/index.json"), encoding="ascii") as file:
-            entry, = json.load(file)["manifests"]
-        self.assertEqual(entry["annotations"]["io.containerd.image.name"], name)
-        self.pull(self.origin.host, to="a.tar", mirrors=mirrors)
-        with tarfile.open(self.at("a.tar")) as tar:
-            listed = json.loads(tar.extractfile("manifest.json").read().decode("ascii"))
-        self.assertEqual(listed[0]["RepoTags"], [name])
-        self.assertEqual(self.origin.requests, [])
-
-    @rows(FIELD_MIRROR_FAULTS)
-    def test_faults(self, name, action, match):
-        mirror = self.filled(self.image)
-        mirror.fault(match, action, EVER)
-        del self.said[:]
-        image = self.pull(self.origin.host, to=name, mirrors=[mirror.host],
-                          idle_timeout=0.1 if name == "no answer" else 5)
-        self.assertEqual(str(image.digest), self.image.digest)
-        self.assertEqual(len(self.said), 1, self.said)
-        self.assertIn("leaving the mirror %s: " % mirror.host, self.said[0])
-        self.assertTrue(imagec.Audit().check(self.at(name)).images)
-
-    def test_layer_that_is_spoiled(self):
-        for digest in self.image.layers + [sha256(self.image.config)]:
-            mirror = self.filled(self.image)
-            mirror.fault(_FIELD_BLOB + digest, flip())
-            self.pull(self.origin.host, to=digest[:15], mirrors=[mirror.host])
-        self.assertEqual(len(self.said), 3, self.said)
-
-    def test_manifest_by_digest_is_proved(self):
-        other = build_image(FIELD_SMALL[:1])
-        mirror = self.filled(self.image)
-        mirror.repositories["lab/app"][self.image.digest] = (
-            other.manifest, other.media_type, self.image.digest)
-        image = self.pull(self.origin.host, "lab/app@" + self.image.digest,
-                          mirrors=[mirror.host])
-        self.assertEqual(len(image.layers), 2)
-        self.assertEqual(len(self.said), 1)
-
-    def test_index(self):
-        index = build_index([(self.image, ("linux", "amd64", None))])
-        mirror, origin = self.filled(index), self.filled(index)
-        mirror.fault(_FIELD_MANIFEST + self.image.digest, status(404))
-        self.pull(origin.host, mirrors=[mirror.host])
-        self.assertEqual(len(self.said), 1)
-
-    def test_what_a_mirror_has_begun_the_origin_goes_on_with(self):
-        large = build_image([tar_bytes([("a", noise(1 << 19))])])
-        mirror, origin = self.filled(large), self.filled(large)
-        layer = _FIELD_BLOB + large.layers[0]
-        mirror.fault(layer, truncate(), 1)
-        mirror.fault(layer, status(404))
-        self.pull(origin.host, mirrors=[mirror.host])
-        size = len(large.blobs[large.layers[0]])
-        self.assertLess(origin.sent_blob_bytes, size * 0.55)
-
-    # -- secrets
-
-    @rows((("basic",), ("bearer",)))
-    def test_credentials_of_the_origin_stay_there(self, auth):
-        origin = self.filled(self.image, auth=auth, anonymous=False)
-        mirror = self.filled(self.image, auth=auth, anonymous=False)
-        self.docker_config({"auths": {origin.host: field_entry("alice")}})
-        self.pull(origin.host, to=auth + "1", mirrors=[mirror.host])
-        self.pull(origin.host, to=auth + "2", mirrors=[mirror.host], username="alice",
-                  password=PASSWORD)
-        self.assertEqual(field_sent(mirror), [])
-        self.assertTrue(field_sent(origin))
-
-    @rows((("basic",), ("bearer",)))
-    def test_mirror_has_an_entry_of_its_own(self, auth):
-        mirror = self.filled(self.image, "cache/lab/app", auth=auth, anonymous=False)
-        self.docker_config({"auths": {mirror.host + "/cache": field_entry("alice"),
-                                      self.origin.host: field_entry("other")}})
-        self.pull(self.origin.host, to=auth, mirrors=[mirror.host + "/cache"])
-        self.assertEqual(self.origin.requests + self.said, [])
-
-    def test_mirror_whose_helper_is_missing_is_left(self):
-        mirror = self.filled(self.image, auth="basic")
-        self.docker_config({"credHelpers": {mirror.host: "none"}})
-        self.pull(self.origin.host, mirrors=[mirror.host])
-        self.assertEqual(len(self.said), 1)
-
-    # -- failures
-
-    def test_all_fail(self):
-        mirror = self.filled(self.image)
-        mirror.fault(_FIELD_MANIFEST, status(500), EVER)
-        for code, kind in ((404, imagec.NotFound), (403, imagec.AccessDenied)):
-            self.origin.fault(_FIELD_MANIFEST, status(code))
-            with self.fails(kind, self.origin.host):
-                self.pull(self.origin.host, mirrors=[mirror.host, "127.0.0.1:1"])
-        self.assertEqual(len(self.said), 4)
-
-    def test_origin_that_spoils_is_an_error(self):
-        mirror = self.filled(self.image)
-        for registry in (mirror, self.origin):
-            registry.fault(_FIELD_BLOB, flip(), EVER)
-        with self.fails(imagec.DigestMismatch):
-            self.pull(self.origin.host, mirrors=[mirror.host])
-
-    def test_command_line(self):
-        mirror = self.filled(self.image)
-        ref = self.origin.host + "/lab/app:1"
-        run = self.main("pull", "-o", self.at(), ref, "--mirror", "127.0.0.1:1",
-                        "--mirror", mirror.host, "--progress", "none")
-        self.assertEqual((run.status, run.out),
-                         (0, "%s@%s\n" % (ref, self.image.digest)))
-        self.assertRegex(run.err, r"\Aimagec: warning: leaving the mirror "
-                         r"127\.0\.0\.1:1: [^\n]*\n\Z")
-        self.assertEqual(self.origin.requests, [])
-
-    @rows([(text,) for text in (
-        "", "/", "/x", "http://", "ftp://h/x", "u:S3CR3T@h", "h/UPPER", "h/a b", "h//x",
-        "h/../x", "h:x", "h?x", "h/x:1", "-h")])
-    def test_malformed(self, text):
-        run = self.main("digest", "r.test/a", "--mirror=" + text)
-        self.assertEqual((run.status, run.out), (2, ""), run.err)
-        self.assertRegex(run.err, r"\Aimagec: .*mirror.*\n\Z")
-
-
-# ------------------------------------------------------------------------------
-# Resume
-# ------------------------------------------------------------------------------
-
-#: (format, where it goes)
-FIELD_FORMATS = (
-    ("layers", "tree"), ("oci", "layout"), ("archive", "a.tar"), ("rootfs", "root"),
-    ("rootfs", "root.tar"),
-)
-FIELD_NOISE = noise(300000)
-_FIELD_HALF = FIELD_NOISE[:150000]
-
-#: (name, what is in the .partial, action on the first reply, offsets asked for)
-FIELD_RANGES = (
-    ("206", _FIELD_HALF, None, [150000]),
-    ("all there", FIELD_NOISE, None, []),
-    ("200", _FIELD_HALF, no_range(), [150000]),
-    ("416", _FIELD_HALF, status(416), [150000, 0]),
-    ("416 with the size", _FIELD_HALF, status(
-        416, {"Content-Range": "bytes */150000"}), [150000, 0]),
-    ("206 from elsewhere", _FIELD_HALF, partial("bytes 0-299999/300000", 0),
-     [150000, 0]),
-    ("206 without Content-Range", _FIELD_HALF, partial(None, 150000), [150000, 0]),
-    ("206 of another size", _FIELD_HALF, partial("bytes 150000-299999/300001", 150000),
-     [150000, 0]),
-    ("206 cut", _FIELD_HALF, truncate(50000), [150000, 200000]),
-    ("wrong prefix", bytes(150000), None, [150000, 0]),
-    ("wrong prefix, all of it", bytes(300000), None, [0]),
-    ("wrong prefix, no ranges", bytes(150000), no_range(), [150000, 0]),
-    ("too long", FIELD_NOISE + b"x", None, [0]),
-)
-
-
-def field_files(top):
-    """{path: size} of the files below a place, or of the one that stands there."""
-    found = {top: os.path.getsize(top)} if os.path.isfile(top) else {}
-    for folder, _, names in os.walk(top):
-        for name in names:
-            with contextlib.suppress(OSError):
-                path = os.path.join(folder, name)
-                found[path] = os.lstat(path).st_size
-    return found
-
-
-class ResumeTest(FieldCase):
-    """What is on disk is not fetched again, in this run or the next."""
-
-    def setUp(self):
-        super().setUp()
-        self.image = field_noisy_image(300000, 5000)  # the largest is fetched first
-        self.size = sum(map(len, self.image.blobs.values()))
-
-    def begun(self, content=b""):
-        """A registry with a blob of noise, of which this is here."""
-        registry = self.filled()
-        registry.add_blob("lab/app", FIELD_NOISE)
-        self.file("blob.partial", content)
-        return registry
-
-    def download(self, registry):
-        """Fetch the noise to the file `blob`."""
-        reference = imagec.Reference.parse(registry.host + "/lab/app:1")
-        digest = imagec.Digest.parse(sha256(FIELD_NOISE))
-        with self.session() as session:
-            imagec.Download(
-                session.source(reference),
-                imagec.Descriptor("", digest, len(FIELD_NOISE)), self.at("blob")).run()
-
-    def offsets(self, registry):
-        """Where the requests for blobs have begun."""
-        asked = [r.headers.get("Range", "bytes=0-") for r in registry.requests
-                 if "/blobs/" in r.path]
-        return [int(text[len("bytes="):-1]) for text in asked]
-
-    @rows(FIELD_RANGES)
-    def test_ranges(self, _name, content, action, offsets):
-        registry = self.begun(content)
-        if action:
-            registry.fault("/blobs/", action)
-        self.download(registry)
-        self.assertEqual(self.offsets(registry), offsets)
-        with open(self.at("blob"), "rb") as file:
-            self.assertEqual(file.read(), FIELD_NOISE)
-        os.remove(self.at("blob"))
-
-    def test_start_over_happens_once(self):
-        registry = self.begun(_FIELD_HALF)
-        registry.fault("/blobs/", flip(), 2)
-        with self.fails(imagec.DigestMismatch):
-            self.download(registry)
-        self.assertEqual(self.offsets(registry), [150000, 0])
-        self.assertFalse(os.path.exists(self.at("blob.partial")))
-
-    def test_budget_is_renewed_by_progress(self):
-        self.patch(mock.patch.object(imagec, "PROGRESS_BYTES", 20000))
-        registry = self.begun()
-        registry.fault("/blobs/", truncate(25000), 11)
-        self.download(registry)
-        self.assertEqual(registry.sent_blob_bytes, len(FIELD_NOISE))
-        registry = self.begun()
-        registry.fault("/blobs/", truncate(15000), imagec.ATTEMPTS)
-        os.remove(self.at("blob"))
-        with self.fails(imagec.TransportError):
-            self.download(registry)
-
-    def test_reset_costs_little(self):
-        # What came before a reset has been paid for too.
-        registry = self.begun()
-        registry.fault("/blobs/", reset(100000), 2)
-        self.download(registry)
-        self.assertLess(registry.sent_blob_bytes, len(FIELD_NOISE) * 1.2)
-
-    def failing(self, kind, action, times=EVER, **options):
-        """A registry that recovers after a pull that failed at the last layer."""
-        registry = self.filled(self.image)
-        fault = registry.fault("/blobs/" + self.image.layers[2], action, times)
-        with self.fails(kind):
-            self.pull(registry.host, jobs=1, **options)
-        self.assertIn(times, (fault.used, EVER))
-        fault.times = fault.used
-        return registry
-
-    @rows(FIELD_FORMATS)
-    def test_runs_that_failed_are_gone_on_with(self, format, name):
-        registry = self.failing(imagec.TransportError, truncate(40000), 5, to=name,
-                                format=format)
-        self.pull(registry.host, to=name, format=format)
-        # The config is not kept between runs.
-        self.assertEqual(registry.sent_blob_bytes, self.size + len(self.image.config))
-        self.assertEqual(faults_of(self.at(name)), [])
-
-    def test_archive_keeps_what_it_has_moved_in(self):
-        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
-        self.assertGreater(os.path.getsize(self.at("a.tar.partial")), 590000)
-        registry.sent_blob_bytes = 0
-        self.pull(registry.host, to="a.tar")
-        self.assertLess(registry.sent_blob_bytes, 310000)
-
-    def test_archive_whose_beginning_is_spoiled(self):
-        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
-        with open(self.at("a.tar.partial"), "r+b") as file:
-            file.seek(100000)
-            file.write(b"spoiled")
-        self.pull(registry.host, to="a.tar")
-        self.assertEqual(faults_of(self.at("a.tar")), [])
-
-    @rows(FIELD_FORMATS)
-    def test_failed_pull_leaves_no_file_open(self, format, name):
-        gc.collect()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self.failing(imagec.TransportError, truncate(40000), 5, to=name,
-                         format=format)
-            gc.collect()
-            self.assertEqual([str(warning.message) for warning in caught], [])
-
-    @rows(FIELD_FORMATS[:2])
-    def test_finished_layers_are_not_fetched_again(self, format, name):
-        registry = self.filled(self.image)
-        self.pull(registry.host, to=name, format=format)
-        del registry.requests[:]
-        self.pull(registry.host, to=name, format=format)
-        self.assertEqual(paths(registry, "/blobs/"), [])
-
-
-# ------------------------------------------------------------------------------
-# Rate limits
-# ------------------------------------------------------------------------------
-
-#: (Retry-After at FIELD_NOW, seconds slept before the second try; None where ours are)
-FIELD_RETRIES = (
-    (None, None), ("0", 0), ("7", 7), (" 7 ", 7), ("60", 60), ("61", 60),
-    ("999999999", 60), ("9" * 40, None), ("9" * 50, None), ("-1", None), ("-5", None),
-    ("1.5", None), ("0x10", None), ("soon", None), ("", None), ("\xff\xfe", None),
-    ("Wed, 21 Oct 2015 07:27:30 GMT", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 10),
-    ("Wed, 21 Oct 2015 07:28:20 GMT", 30), ("Wed, 21 Oct 2015 09:27:50 GMT", 60),
-    ("Fri, 31 Dec 9999 23:59:59 GMT", 60), ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
-    ("Wed, 99 Foo 2015 99:28:00 GMT", None), ("Mon Jan 9  , GMT", None),
-    ("Jan 9    , , 1.2", None),
-)
-FIELD_NOW = 1445412470.0  # ten seconds before 07:28
-FIELD_LIMITS = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600",
-                "docker-ratelimit-source": "192.0.2.1"}
-FIELD_TOO_MANY = (
-    b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow \\u001b[1mdown"}]}')
-
-#: (value of Warning, what is shown of it ...)
-FIELD_WARNINGS = (
-    ('299 - "this is the last week"', "this is the last week"),
-    ('299 example.test "said by a proxy"', "said by a proxy"),
-    ('299 - "a \\"quoted\\" word"', "quoted"),
-    ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
-    (['299 - "one"', '299 - "two"'], "one", "two"),
-    ('110 - "Response is Stale"',), ("299 - bare",), ("",), ('299 - ""',),
-)
-
-
-class RateLimitTest(FieldCase):
-    """429, Retry-After, fewer requests that count, and what registries have to say."""
-
-    @rows(FIELD_RETRIES)
-    def test_t65_t105_retry_after(self, value, seconds):
-        registry = self.filled()
-        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": value}))
-        del self.naps[:]
-        with mock.patch("time.time", return_value=FIELD_NOW), self.session() as session:
-            session.manifest(imagec.Reference.parse(registry.host + "/lab/app:1"))
-        nap, = self.naps
-        low, high = (0.4, 0.6) if seconds is None else (seconds, seconds)
-        self.assertTrue(low <= nap <= high, nap)
-
-    def test_wait_is_told(self):
-        registry = self.filled()
-        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": "0"}))
-        run = self.main("digest", registry.host + "/lab/app:1")
-        self.assertEqual(run.status, 0)
-        self.assertRegex(run.err, "too many requests.*; trying again in 0.0 s")
-
-    def test_t105_error_names_the_limit(self):
-        registry = self.filled()
-        fault = registry.fault(_FIELD_MANIFEST, status(429, dict(FIELD_LIMITS, **{
-            "Content-Type": "application/json", "Retry-After": "2"}), FIELD_TOO_MANY),
-            EVER)
-        with self.fails(imagec.RateLimited, "too many requests", "TOOMANYREQUESTS",
-                        "slow \\x1b[1mdown", "ratelimit-remaining: 0;w=21600",
-                        "100;w=21600", "192.0.2.1", "log in"):
-            self.pull(registry.host)
-        self.assertEqual((fault.used, self.naps), (5, [2] * 4))
-
-    def test_limit_is_shown_with_debug(self):
-        registry = self.filled()
-        registry.fault(_FIELD_MANIFEST, headers(ratelimit_remaining="76;w=21600"), 2)
-        ref = registry.host + "/lab/app:1"
-        self.assertIn("76;w=21600", self.main("digest", "--debug", ref).err)
-        self.assertEqual(self.main("digest", ref).err, "")
-
-    def manifests(self, registry):
-        """The methods of requests for manifests, which are forgotten."""
-        found = [r.method for r in registry.requests if "/manifests/" in r.path]
-        del registry.requests[:]
-        return found
-
-    def test_unchanged_tag_costs_a_head(self):
-        image = build_image(FIELD_SMALL)
-        index = build_index([(image, ("linux", "amd64", None))])
-        # A layout holds the image that was chosen, not the index that led to it.
-        for format, found, asked in (
-                ("oci", image, ["HEAD"]), ("layers", image, ["HEAD"]),
-                ("layers", index, ["HEAD"]), ("oci", index, ["HEAD", "GET"])):
-            registry, place = self.filled(found), format + found.digest
-            self.pull(registry.host, to=place, format=format)
-            self.manifests(registry)
-            again = self.pull(registry.host, to=place, format=format)
-            self.assertEqual(self.manifests(registry), asked)
-            self.assertEqual(str(again.digest), found.digest)
-
-    def test_digest_that_is_there_costs_nothing(self):
-        registry = self.filled()
-        digest = registry.repositories["lab/app"]["1"][2]
-        name = "lab/app:1@" + digest
-        self.pull(registry.host, name, format="oci")
-        self.manifests(registry)
-        self.pull(registry.host, name, format="oci")
-        self.assertEqual(self.manifests(registry), [])
-
-    def test_tag_that_moved(self):
-        for format in ("oci", "layers"):
-            registry = self.filled()
-            self.pull(registry.host, to=format, format=format)
-            other = build_image(FIELD_SMALL[:1])
-            registry.add("lab/app", "1", other)
-            self.manifests(registry)
-            image = self.pull(registry.host, to=format, format=format)
-            self.assertEqual(self.manifests(registry), ["HEAD", "GET"])
-            self.assertEqual(str(image.digest), other.digest)
-
-    def test_what_is_held_is_proved(self):
-        registry = self.filled()
-        digest = registry.repositories["lab/app"]["1"][2]
-        self.pull(registry.host, format="oci")
-        self.file("out/blobs/sha256/" + digest[7:], b"{}")
-        self.manifests(registry)
-        self.pull(registry.host, format="oci")
-        self.assertEqual(self.manifests(registry)[-1:], ["GET"])
-        self.assertEqual(faults_of(self.at()), [])
-
-    @rows([(status(code),) for code in (405, 404, 500)],
-          [(headers(docker_content_digest=None),)])
-    def test_head_that_does_not_work_is_no_obstacle(self, action):
-        registry = self.filled()
-        self.pull(registry.host, to=registry.host, format="oci")
-        self.manifests(registry)
-        registry.fault("HEAD .*/manifests/", action, EVER)
-        self.pull(registry.host, to=registry.host, format="oci")
-        self.assertEqual(self.manifests(registry)[-1], "GET")
-
-    @rows(FIELD_WARNINGS)
-    def test_warnings(self, value, *shown):
-        registry = self.filled()
-        registry.fault("GET", headers(warning=value), EVER)
-        del self.said[:]
-        self.pull(registry.host, to=registry.host)
-        self.assertEqual(len(self.said), len(shown), self.said)
-        for text, words in zip(sorted(self.said), shown):
-            self.assertIn(words, text)
-            self.assertIn(registry.host + " says: ", text)
-
-
-# ------------------------------------------------------------------------------
-# Plans
-# ------------------------------------------------------------------------------
-
 class DryRunTest(FieldCase):
     """pull --dry-run, and the look at the disk before a pull."""
 
@@ -9003,2046 +11552,8 @@ class DryRunTest(FieldCase):
 
 
 # --------------------------------------------------------------------------------------
-# Flattening, Outputs, Reading back
+# 15  Verify
 # --------------------------------------------------------------------------------------
-
-STORED_NOBODY = 65534  # a user no file belongs to
-
-#: Runs command lines (JSON on stdin: one to warm up, then a list) as another user. The
-#: first, as ourselves, imports what that user may have no right to read.
-STORED_SERVANT = """
-import codecs, json, os, sys
-sys.path.insert(0, sys.argv[1])
-import imagec
-codecs.lookup("ascii")
-parser = imagec.argument_parser()
-imagec.argument_parser = lambda: parser
-warm, work = json.loads(sys.stdin.readline())
-if imagec.main(warm):
-    sys.exit("cannot even warm up")
-user = int(sys.argv[2])
-os.setgroups([])
-os.setgid(user)
-os.setuid(user)
-print(json.dumps([imagec.main(argv) for argv in work]), file=sys.stdout)
-"""
-
-FLAT_MARKS = (("=>", "hardlink"), ("->", "symlink"), ("=", "file"))
-
-
-def flat_row(word):
-    """What Tree.apply takes, from a word: d/  f=content  s->target  h=>target."""
-    for mark, kind in FLAT_MARKS:
-        name, found, rest = word.partition(mark)
-        if found:
-            break
-    else:
-        kind, name, rest = "dir", word, ""
-    link = rest.encode() if kind in ("hardlink", "symlink") else b""
-    data = rest if kind == "file" else None
-    entry = imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link)
-    return entry, data
-
-
-def flat_tree(layers):
-    """The Tree that layers make, each a text of words."""
-    tree = imagec.Tree()
-    for layer in layers:
-        tree.apply([flat_row(word) for word in layer.split()])
-    return tree
-
-
-def flat_words(rows):
-    """Sorted words of (path, key of the inode, kind, content or target) rows."""
-    first, words = {}, []
-    marks = {kind: mark for mark, kind in FLAT_MARKS}
-    for path, key, kind, rest in sorted(rows):
-        if kind == "dir":
-            words.append(path + "/")
-        elif first.setdefault(key, path) != path:
-            words.append(path + "=>" + first[key])
-        else:
-            words.append(path + marks[kind] + rest)
-    return sorted(words)
-
-
-def flat_tree_words(tree):
-    return flat_words(
-        (path.decode(), id(node), node.entry.kind,
-         node.entry.link.decode() if node.entry.kind == "symlink" else node.data or "")
-        for path, node in tree.walk())
-
-
-def flat_directory_words(directory):
-    """The words of a directory on disk."""
-    rows = []
-    for folder, names, files in os.walk(directory):
-        for name in names + files:
-            place = os.path.join(folder, name)
-            status = os.lstat(place)
-            kind, rest = "dir", ""
-            if stat.S_ISLNK(status.st_mode):
-                kind, rest = "symlink", os.readlink(place)
-            elif stat.S_ISREG(status.st_mode):
-                kind, rest = "file", stored_bytes(place).decode("latin-1")
-            rows.append((os.path.relpath(place, directory), status.st_ino, kind, rest))
-    return flat_words(rows)
-
-
-def flat_tar_words(tar):
-    """The words of a tar as tarfile reads it."""
-    rows, keys = [], {}
-    for member in tar:
-        path = member.name
-        if path in (".", "./"):
-            continue
-        target = tar.getmember(member.linkname) if member.islnk() else member
-        keys[path] = keys.get(target.name, path)
-        kind = ("dir" if target.isdir() else "symlink" if target.issym() else "file")
-        rest = target.linkname if target.issym() else ""
-        if target.isreg():
-            rest = tar.extractfile(target).read().decode("latin-1")
-        rows.append((path, keys[path], kind, rest))
-    return flat_words(rows)
-
-
-def raw_member(name, data=b"", kind=b"0", link=b"", pax=(), **fields):
-    """One member under a header of our own making: tarfile refuses to write most.
-
-    A field is an int or the raw bytes; `pax` are (key, value) pairs; `tail` is what
-    stands where ustar has its name prefix.
-    """
-    pax = list(pax)
-    if len(name) > 100:
-        pax.append((b"path", name))
-    if len(link) > 100:
-        pax.append((b"linkpath", link))
-    values = dict(dict(mode=0o644, uid=0, gid=0, size=len(data), mtime=1, major=0,
-                       minor=0, magic=b"ustar\00000", tail=b""), **fields)
-
-    def number(key, width):
-        value = values[key]
-        return value if isinstance(value, bytes) else b"%0*o" % (width - 1, value)
-
-    block = bytearray(struct.pack(
-        "100s8s8s8s12s12s8sc100s8s64s8s8s167s", name, number("mode", 8),
-        number("uid", 8), number("gid", 8), number("size", 12), number("mtime", 12),
-        b" " * 8, kind, link, values["magic"], b"", number("major", 8),
-        number("minor", 8), b""))
-    block[345:345 + len(values["tail"])] = values["tail"]
-    block[148:156] = b"%06o\0 " % sum(block)
-    extended = raw_member(b"pax", pax_records(*pax), b"x") if pax else b""
-    return extended + bytes(block) + data + bytes(-len(data) % 512)
-
-
-def raw_layer(*members):
-    return b"".join(members) + bytes(1024)
-
-
-def raw_words(text):
-    """A layer of the words of `text`."""
-    return raw_layer(*[raw_word(word) for word in text.split()])
-
-
-def raw_word(word):
-    entry, data = flat_row(word)
-    kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
-    mode = 0o755 if entry.kind == "dir" else 0o644
-    return raw_member(entry.path, (data or "").encode(), kind, entry.link, mode=mode)
-
-
-def stored_bytes(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def stored_write(path, data):
-    """Write a file, and the directories above it; its path."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(data)
-    return path
-
-
-def stored_state(directory, besides=()):
-    """All there is to know about the files below a directory, to compare later."""
-    state = {}
-    for folder, names, files in os.walk(directory):
-        names[:] = [name for name in names if name not in besides]
-        for name in names + [name for name in files if name not in besides]:
-            place = os.path.join(folder, name)
-            facts = os.lstat(place)
-            content, time = b"", 0
-            if stat.S_ISLNK(facts.st_mode):
-                content = os.readlink(place)
-            elif stat.S_ISREG(facts.st_mode):
-                content, time = stored_bytes(place), facts.st_mtime_ns
-            state[place] = (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink,
-                            time, content)
-    return state
-
-
-class StoredCase(RegistryCase):
-    """A registry, and imagec.main to pull from it into a directory."""
-
-    def setUp(self):
-        super().setUp()
-        self.origin = self.registry()
-
-    def serve(self, layers, name="lab/app:1", **options):
-        """Offer an image; (its reference, the BuiltImage)."""
-        image = build_image(layers, **options)
-        repository, _, tag = name.partition(":")
-        self.origin.add(repository, tag, image)
-        return self.origin.host + "/" + name, image
-
-    def pull(self, *argv, expect=0):
-        run = self.main("pull", "-q", *argv)
-        self.assertEqual(run.status, expect, run.err)
-        self.assertNotIn("Traceback", run.err)
-        return run
-
-    def as_nobody(self, *work):
-        """Run command lines as a user without rights: (their statuses, stderr)."""
-        warm = ["pull", "-q", "--format", "rootfs", "-o", self.at("../warm"),
-                self.serve([raw_words("a=1")], "lab/warm:1")[0]]
-        process = subprocess.Popen(
-            [sys.executable, "-c", STORED_SERVANT, HOME, str(STORED_NOBODY)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            cwd=self.work, universal_newlines=True)
-        self.addCleanup(self.reap, process)
-        out, err = process.communicate(json.dumps([warm, work]), 60)
-        self.assertEqual(process.returncode, 0, err)
-        self.assertNotIn("Traceback", err)
-        return json.loads(out.splitlines()[-1]), err
-
-    def verify(self, path, expect=0):
-        run = self.main("verify", path)
-        self.assertEqual(run.status, expect, run.err)
-        return run.err
-
-    def blob_gets(self, digest=""):
-        return sum("/blobs/" + digest in request.path and request.method == "GET"
-                   for request in self.origin.requests)
-
-    def members(self, path):
-        """{name: bytes} of a tar, in its order."""
-        with tarfile.open(path, "r:") as tar:
-            return collections.OrderedDict(
-                (one.name, tar.extractfile(one).read() if one.isreg() else None)
-                for one in tar)
-
-
-# ------------------------------------------------------------------------------
-# Flattening: the tree that layers make
-# ------------------------------------------------------------------------------
-
-FLAT_BAD = imagec.InvalidDocument
-FLAT_PLNK = ".wh..wh.plnk/ .wh..wh.plnk/1.2=data "
-FLAT_CASES = (
-    # where it is from, layers, the tree they make or the error
-    ("spec: whiteout", ["a=1 b=2", ".wh.a="], "b=2"),
-    ("spec: whiteout of a directory", ["d/x=1 d/y/z=2", ".wh.d="], ""),
-    ("spec: whiteout, then again", ["a=1", ".wh.a=", "a=2"], "a=2"),
-    ("T150: before what the layer adds", ["a=1", ".wh.a= a=2"], "a=2"),
-    ("T150: after it", ["a=1", "a=2 .wh.a="], "a=2"),
-    ("T150: of a directory the layer refills", ["d/x=1", ".wh.d= d/ d/y=2"],
-     "d/ d/y=2"),
-    ("T150: the same, last", ["d/x=1", "d/ d/y=2 .wh.d="], "d/ d/y=2"),
-    ("T150: a link takes its place", ["d/x=1 e/", "d->e .wh.d="], "d->e e/"),
-    ("T150: of nothing", ["a=1", ".wh.b= no/.wh.c= a/.wh.d="], "a=1"),
-    ("T150: of what this layer alone has", ["", "a=1 .wh.a="], "a=1"),
-    ("T150: opaque first", ["d/x=1", "d/ d/.wh..wh..opq= d/y=2"], "d/ d/y=2"),
-    ("T150: opaque last", ["d/x=1", "d/ d/y=2 d/.wh..wh..opq="], "d/ d/y=2"),
-    ("T150: opaque, same name", ["d/x=1", "d/x=2 d/.wh..wh..opq="], "d/ d/x=2"),
-    ("T150: opaque is deep", ["d/e/x=1", "d/e/y=2 d/.wh..wh..opq="],
-     "d/ d/e/ d/e/y=2"),
-    ("T150: opaque, others stay", ["d/x=1 e/x=1", "d/.wh..wh..opq="], "d/ e/ e/x=1"),
-    ("T150: opaque of nothing", ["a=1", "no/.wh..wh..opq= a/.wh..wh..opq="], "a=1"),
-    ("T149: opaque at the root", ["a=1 d/x=1", "b=2 .wh..wh..opq="], "b=2"),
-    ("T149: bare", ["d/x=1", "d/.wh.="], FLAT_BAD),
-    ("T149: bare at the root", ["a=1", ".wh.="], FLAT_BAD),
-    ("T149: of the directory itself", ["d/x=1", "d/.wh..="], FLAT_BAD),
-    ("T149: of its parent", ["d/x=1", "d/.wh...="], FLAT_BAD),
-    ("T149: unknown kind", ["a=1 x=1 d/x=2", ".wh..wh.x= d/.wh..wh.x="],
-     "a=1 x=1 d/ d/x=2"),
-    ("T149: as a component", ["a=1 b=2", ".wh.a/b=3"], "a=1 b=2 .wh.a/ .wh.a/b=3"),
-    ("T149: as a directory", ["a=1 b=2", ".wh.a/"], "b=2"),
-    ("T149: as a link", ["a=1 b=2", ".wh.a->b"], "b=2"),
-    ("T149: with data", ["a=1 b=2", ".wh.a=data"], "b=2"),
-    ("docker: AUFS keeps hard links' data apart",
-     [FLAT_PLNK + "a=>.wh..wh.plnk/1.2 b=>.wh..wh.plnk/1.2"], "a=data b=>a"),
-    ("docker: AUFS's other things", [".wh..wh.aufs= .wh..wh.orph/ a=1"], "a=1"),
-    ("root entry", ["./ a=1", "/ ./b=2"], "a=1 b=2"),
-    ("T144: the root a link", ["a=1", ".->/etc"], FLAT_BAD),
-    ("T144: the root a link, otherwise", ["a=1", "/->etc"], FLAT_BAD),
-    ("T144: the root a file", [".=1"], FLAT_BAD),
-    ("implicit parents", ["a/b/c=1"], "a/ a/b/ a/b/c=1"),
-    ("names that say the same", ["./a//b/./c=1", "/a/b/c=2"], "a/ a/b/ a/b/c=2"),
-    ("T157: twice", ["a=1 a=2"], "a=2"),
-    ("T157: twice, a directory first", ["d/x=1 d=2"], "d=2"),
-    ("T157: twice, a directory last", ["d/x=1 d/"], "d/ d/x=1"),
-    ("T151: file, directory", ["a=1", "a/ a/x=2"], "a/ a/x=2"),
-    ("T151: directory, file", ["a/x=1", "a=2"], "a=2"),
-    ("T151: directory, link", ["a/x=1 b/", "a->b"], "a->b b/"),
-    ("T151: link, directory", ["b/x=1 a->b", "a/ a/y=2"], "a/ a/y=2 b/ b/x=1"),
-    ("T151: link, file", ["b=1 a->b", "a=2"], "a=2 b=1"),
-    ("T151: file, link", ["a=1", "a->b"], "a->b"),
-    ("T151: directory, hard link", ["a/x=1 b=2", "a=>b"], "a=2 b=>a"),
-    ("T151: hard link, directory", ["b=1 a=>b", "a/x=2"], "a/ a/x=2 b=1"),
-    ("T151: child under a file", ["a=1", "a/x/y=2"], "a/ a/x/ a/x/y=2"),
-    ("T141: link as parent", ["usr/lib/ lib->usr/lib", "lib/x=1"],
-     "usr/ usr/lib/ usr/lib/x=1 lib->usr/lib"),
-    ("T141: absolute link", ["usr/lib/ lib->/usr/lib", "lib/x=1"],
-     "usr/ usr/lib/ usr/lib/x=1 lib->/usr/lib"),
-    ("T141: chain", ["c/ b->c a->b", "a/x=1"], "c/ c/x=1 b->c a->b"),
-    ("T141: link inside a link", ["x/y/ x/z/ l->x/y m->l/../z", "m/f=1"],
-     "x/ x/y/ x/z/ x/z/f=1 l->x/y m->l/../z"),
-    ("T141: above the root is the root", ["e/ d/l->../../../e", "d/l/x=1"],
-     "e/ e/x=1 d/ d/l->../../../e"),
-    ("T141: dangling", ["l->no/where", "l/x=1"],
-     "l->no/where no/ no/where/ no/where/x=1"),
-    ("T141: to a file", ["f=1 l->f", "l/x=2"], "f/ f/x=2 l->f"),
-    ("T157: loop", ["a->b b->a", "a/x=1"], FLAT_BAD),
-    ("T157: loop of one", ["a->a", "a/x=1"], FLAT_BAD),
-    ("T157: chain without end",
-     [" ".join("l%d->l%d" % (n, n + 1) for n in range(1000)), "l0/x=1"], FLAT_BAD),
-    ("T140: .. in a name", ["a/../../x=1"], FLAT_BAD),
-    ("T140: .. that stays inside", ["a/../x=1"], FLAT_BAD),
-    ("hard link to a lower layer", ["a=1", "b=>a"], "a=1 b=>a"),
-    ("hard link, absolute", ["a=1", "d/b=>/a"], "a=1 d/ d/b=>a"),
-    ("hard link to a link", ["s->x h=>s"], "h->x s=>h"),
-    ("hard link through a link", ["d/t=1 l->d", "h=>l/t"], "d/ d/t=1 h=>d/t l->d"),
-    ("hard link to a hard link", ["a=1 b=>a c=>b"], "a=1 b=>a c=>a"),
-    ("T157: before its target", ["h=>t t=1"], "h=1 t=>h"),
-    ("T157: two before their target", ["h=>t g=>t t=1"], "g=1 h=>g t=>g"),
-    ("T157: chain before its target", ["a=>b b=>c c=1"], "a=1 b=>a c=>a"),
-    ("T157: to itself", ["a=1", "a=>a"], "a=1"),
-    ("T157: to itself alone", ["a=>a"], FLAT_BAD),
-    ("T143: to nothing", ["h=>no"], FLAT_BAD),
-    ("T143: to a directory", ["d/ h=>d"], FLAT_BAD),
-    ("T143: to the root", ["h=>."], FLAT_BAD),
-    ("T143: above the root", ["h=>../x"], FLAT_BAD),
-    ("hard links part when one is replaced", ["a=1 b=>a", "a=2"], "a=2 b=1"),
-    ("hard links part when one is deleted", ["a=1 b=>a", ".wh.a="], "b=1"),
-    ("renamed by a link and a whiteout", ["a=1", "b=>a .wh.a="], "b=1"),
-    ("renamed, the whiteout first", ["d/a=1", "d/.wh.a= e/ e/b=>d/a"], "d/ e/ e/b=1"),
-    ("what is there again is what is linked to", ["a=1", "b=>a .wh.a= a=2"],
-     "a=2 b=>a"),
-    ("what an older layer took away is not there", ["a=1", ".wh.a=", "b=>a"], FLAT_BAD),
-    ("a directory cannot be renamed so", ["a/ a/b=1", "b=>a .wh.a="], FLAT_BAD),
-    ("T148: whiteout through a link", ["d/x=1 d/y=2 l->d", "l/.wh.x="],
-     "d/ d/y=2 l->d"),
-    ("T148: through a link the layer replaces", ["d/x=1 l->d", "l/ l/.wh.x="],
-     "d/ d/x=1 l/"),
-    ("T148: the same, last", ["d/x=1 l->d", "l/.wh.x= l/"], "d/ d/x=1 l/"),
-    ("T148: opaque in a link the layer replaces",
-     ["d/x=1 l->d", "l/ l/.wh..wh..opq= l/z=3"], "d/ d/x=1 l/ l/z=3"),
-    ("T148: opaque deeper in it", ["d/e/x=1 l->d", "l/ l/e/ l/e/.wh..wh..opq="],
-     "d/ d/e/ d/e/x=1 l/ l/e/"),
-    ("T148: whiteout of the link", ["d/x=1 l->d", ".wh.l="], "d/ d/x=1"),
-    # An opaque directory is the layer's own; what a lower link names is not it.
-    ("T148: opaque in a link", ["d/x=1 l->d", "l/.wh..wh..opq="], "d/ d/x=1 l->d"),
-)
-
-FLAT_NAMES = ("a", "b", "d", "d/a", "d/b", "d/e", "d/e/a", "e", "e/a", "e/d")
-
-
-class FlatModel:
-    """The OCI changeset rules taken literally, on the texts of paths.
-
-    Knows nothing of links as parents; `inodes` is path -> [kind, content].
-    """
-
-    def __init__(self):
-        self.inodes = {}
-
-    def apply(self, words):
-        rows = [(flat_row(word)[0], word) for word in words]
-        for entry, _ in rows:
-            self.delete(entry.path.decode())
-        for entry, word in rows:
-            if b".wh." not in entry.path:
-                self.add(entry, word)
-
-    def delete(self, path):
-        folder, _, name = path.rpartition("/")
-        if name == ".wh..wh..opq":
-            self.remove(lambda known: known.startswith(folder + "/"))
-        elif name.startswith(".wh."):
-            gone = (folder + "/" + name[4:]).lstrip("/")
-            self.remove(lambda known: (known + "/").startswith(gone + "/"))
-
-    def remove(self, is_gone):
-        for path in [path for path in self.inodes if is_gone(path)]:
-            del self.inodes[path]
-
-    def add(self, entry, word):
-        path = entry.path.decode().rstrip("/")
-        parts = path.split("/")
-        for depth in range(1, len(parts)):
-            self.put("/".join(parts[:depth]), ["dir", ""])
-        if entry.kind == "hardlink":
-            self.put(path, self.inodes[entry.link.decode()])
-        else:
-            text = re.split("->|=", word, maxsplit=1)[1] if entry.kind != "dir" else ""
-            self.put(path, [entry.kind, text])
-
-    def put(self, path, inode):
-        if inode[0] == "dir" and self.inodes.get(path, inode)[0] == "dir":
-            self.inodes.setdefault(path, inode)
-            return
-        self.remove(lambda known: (known + "/").startswith(path + "/"))
-        self.inodes[path] = inode
-
-    def words(self):
-        return flat_words((path, id(inode), inode[0], inode[1])
-                          for path, inode in self.inodes.items())
-
-    def others(self):
-        """Paths of what is no directory."""
-        return sorted(path for path, inode in self.inodes.items() if inode[0] != "dir")
-
-
-def random_layers(seed):
-    """Layers in words, whiteouts anywhere in them, and the words of what they make."""
-    dice, model, layers = random.Random(seed), FlatModel(), []
-    for number in range(dice.randint(1, 5)):
-        deleted = []
-        for name in dice.sample(FLAT_NAMES, dice.randint(0, 3)):
-            folder, slash, last = name.rpartition("/")
-            opaque = folder and dice.random() < 0.4
-            hidden = ".wh." + (".wh..opq" if opaque else last)
-            deleted.append(folder + slash + hidden + "=")
-        model.apply(deleted)
-        words = []
-        for _ in range(dice.randint(1, 6)):
-            words.append(random_word(dice, model, number))
-            model.apply(words[-1:])
-        for word in deleted:
-            words.insert(dice.randint(0, len(words)), word)
-        layers.append(" ".join(words))
-    return layers, model.words()
-
-
-def random_word(dice, model, number):
-    name = dice.choice(FLAT_NAMES)
-    kind = dice.choice(("file", "file", "dir", "hardlink", "symlink"))
-    targets = [path for path in model.others()
-               if not (name + "/").startswith(path + "/")]
-    if kind == "hardlink" and targets:
-        target = dice.choice(targets)
-        # What ends in .s is a link, and no name ever goes through it.
-        return "%s%s=>%s" % (name, ".s" * target.endswith(".s"), target)
-    if kind == "symlink":
-        return "%s.s->%s" % (name, dice.choice(FLAT_NAMES))
-    if kind == "dir":
-        return name + "/"
-    return "%s=%d.%d" % (name, number, dice.randrange(1000))
-
-
-def flat_store(tars, folder, kind=imagec.LayerStore):
-    """The Tree of real tars, their files' data kept below `folder`."""
-    tree = imagec.Tree()
-    for number, tar in enumerate(tars):
-        store = kind(os.path.join(folder, str(number)))
-        imagec.unpack([tar], visit=store.visit)
-        tree.apply(store.entries)
-    return tree
-
-
-class FlatteningTest(unittest.TestCase):
-    """Layers to one tree, in memory and from there to a directory and to a tar."""
-
-    @rows(FLAT_CASES)
-    def test_tree(self, _, layers, wanted):
-        if isinstance(wanted, str):
-            self.assertEqual(flat_tree_words(flat_tree(layers)), sorted(wanted.split()))
-        else:
-            with self.assertRaises(wanted):
-                flat_tree(layers)
-
-    def test_directory_over_directory(self):
-        tree = flat_tree(["d/x=1"])
-        lower, upper = (imagec.Entry(b"d", "dir", 0, mode, 0, 0, mtime)
-                        for mode, mtime in ((0o700, 1), (0o755, 2)))
-        for entry in (lower, upper):
-            tree.apply([(entry, None)])
-            found = dict(tree.walk())
-            self.assertEqual(found[b"d"].entry, entry)
-            self.assertIn(b"d/x", found)
-        tree.apply([flat_row("d/y=2")])
-        self.assertEqual(dict(tree.walk())[b"d"].entry, upper)
-
-    def test_root_attributes(self):
-        tree = flat_tree(["a=1"])
-        self.assertEqual(tree.root.entry.mode, 0o755)
-        tree.apply([(imagec.Entry(b"./", "dir", 0, 0o711, 7, 8, 9), None)])
-        self.assertEqual(tree.root.entry[3:7], (0o711, 7, 8, 9))
-
-    def test_T068_depth(self):
-        with self.assertRaises(imagec.LimitExceeded):
-            flat_tree(["a/" * 5000 + "x=1"])
-        with self.assertRaises(imagec.LimitExceeded):
-            flat_tree(["a/" * 600 + "l->" + "a/" * 600, "a/" * 600 + "l/" + "b/" * 600])
-
-    @rows((seed,) for seed in range(400))
-    def test_random_layers(self, seed):
-        layers, words = random_layers(seed)
-        self.assertEqual(flat_tree_words(flat_tree(layers)), words, layers)
-
-    @rows((seed,) for seed in range(1000, 1040))
-    def test_random_layers_written(self, seed):
-        layers, words = random_layers(seed)
-        folder = tempfile.mkdtemp()
-        self.addCleanup(remove, folder)
-        tars, tar = [raw_words(layer) for layer in layers], io.BytesIO()
-        tree = flat_store(tars, os.path.join(folder, "packs"), imagec.LayerPack)
-        with mock.patch.object(imagec, "OPEN_PACKS", 2):
-            imagec.write_tree_tar(tree, tar.write)
-        tar.seek(0)
-        with tarfile.open(fileobj=tar) as opened:
-            self.assertEqual(flat_tar_words(opened), words, layers)
-        place = os.path.join(folder, "root")
-        tree = flat_store(tars, os.path.join(folder, "files"))
-        imagec.TreeWriter(tree).write(place)
-        self.assertEqual(flat_directory_words(place), words, layers)
-
-
-# ------------------------------------------------------------------------------
-# Flattening: layers that want out
-# ------------------------------------------------------------------------------
-
-def unsafe_names(*names):
-    return lambda at: [raw_layer(*[raw_member(name, b"bad") for name in names])]
-
-
-def unsafe_member(name=b"x", data=b"bad", **fields):
-    return lambda at: [raw_layer(raw_member(name, data, **fields))]
-
-
-def unsafe_words(*layers):
-    """Layers in words; @ is the canary directory, as the host knows it."""
-    return lambda at: [raw_words(layer.replace("@", at)) for layer in layers]
-
-
-def unsafe_hard_link(link):
-    return lambda at: [raw_layer(
-        raw_member(b"h", kind=b"1", link=link.replace(b"@", os.fsencode(at))),
-        raw_member(b"h", b"bad"))]
-
-
-def unsafe_metadata(kind):
-    """A link to the canary, then attributes for whatever goes by its name."""
-    loud = dict(mode=0o7777, uid=1, gid=1, mtime=2, pax=[
-        (b"SCHILY.xattr.user.bad", b"1"), (b"SCHILY.xattr.security.capability", b"1")])
-    return lambda at: [
-        raw_layer(raw_member(b"x", kind=b"2", link=os.fsencode(at + "/victim"))),
-        raw_layer(raw_member(b"x", kind=kind, link=os.fsencode(at + "/victim"),
-                             **loud))]
-
-
-def unsafe_depths(at):
-    """The structure of CVE-2025-4517: short links that stand for a very long path."""
-    members, path = [], b""
-    for letter in b"abcdefghijklmnop":
-        long_name = bytes([letter]) * 247
-        members.append(raw_member(path + long_name, kind=b"5", mode=0o755))
-        members.append(raw_member(path + bytes([letter]), kind=b"2", link=long_name))
-        path += long_name + b"/"
-    through = b"/".join(bytes([letter]) for letter in b"abcdefghijklmnop")
-    up = through + b"/" + b"l" * 254
-    members.append(raw_member(up, kind=b"2", link=b"../" * 16))
-    members.append(raw_member(b"escape", kind=b"2", link=up + b"/../../../canary"))
-    return [raw_layer(*members), raw_layer(raw_member(b"escape/new", b"bad"))]
-
-
-def unsafe_sparse(*pairs, data=b"bad"):
-    return unsafe_member(data=data, pax=pairs)
-
-
-UNSAFE_SIZE = b"GNU.sparse.realsize"
-UNSAFE_MAP = b"GNU.sparse.map"
-UNSAFE_GLOBAL = pax_records((b"path", b"../canary/new"))
-#: what, layers (a function of the canary directory), status, words if it succeeds
-UNSAFE = (
-    ("T140: parent", unsafe_names(b"../canary/new"), 3),
-    ("T140: of the staging directory", unsafe_names(b"../../canary/new"), 3),
-    ("T140: deeper", unsafe_names(b"a/../../canary/victim"), 3),
-    ("T140: dot first", unsafe_names(b"./../canary/victim"), 3),
-    ("T140: at the end", unsafe_names(b"a/.."), 3),
-    ("T140: a directory", unsafe_member(b"../canary", kind=b"5", mode=0), 3),
-    ("T140: absolute", lambda at: unsafe_names(os.fsencode(at + "/victim"))(at), 0),
-    ("T140: two slashes", unsafe_names(b"//x"), 0, "x=bad"),
-    ("T140: empty", unsafe_names(b""), 3),
-    ("T140: dot", unsafe_names(b"."), 3),
-    ("T140: NUL", unsafe_member(pax=[(b"path", b"a\0/../../canary/new")]), 3),
-    ("T140: foreign", unsafe_names(b"..\\x", b"C:\\x"), 0, "..\\x=bad C:\\x=bad"),
-    ("T141: same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
-    ("T141: later layer", unsafe_words("d->@", "d/victim=bad d/new=bad"), 0),
-    ("T141: relative", unsafe_words("d->../canary", "d/new=bad"), 0,
-     "d->../canary canary/ canary/new=bad"),
-    ("T141: from the staging directory", unsafe_words("d->../../canary d/new=bad"), 0,
-     "d->../../canary canary/ canary/new=bad"),
-    ("T141: chain", unsafe_words("a->b b->c c->..", "a/canary/new=bad"), 0),
-    ("T141: two steps", unsafe_words("x->. x/y->../..", "x/y/canary/new=bad"), 0),
-    ("T141: the root", unsafe_words("l->/", "l/new=bad"), 0, "l->/ new=bad"),
-    ("T142: file", unsafe_words("x->@/victim x=bad"), 0, "x=bad"),
-    ("T142: file, later", unsafe_words("x->@/victim", "x=bad"), 0, "x=bad"),
-    ("T142: directory", unsafe_words("x->@", "x/ x/new=bad"), 0, "x/ x/new=bad"),
-    ("T142: attributes of a directory", unsafe_metadata(b"5"), 0, "x/"),
-    ("T142: attributes of a link", unsafe_metadata(b"2"), 0),
-    ("T142: attributes of a file", unsafe_metadata(b"0"), 0, "x="),
-    ("T142: fifo", unsafe_metadata(b"6"), 0),
-    ("T142: hard link", unsafe_words("x->@/victim h=>x", "h=bad"), 0),
-    ("T143: parent", unsafe_hard_link(b"../canary/victim"), 3),
-    ("T143: from the staging directory", unsafe_hard_link(b"../../canary/victim"), 3),
-    ("T143: absolute", unsafe_hard_link(b"@/victim"), 3),
-    ("T143: to where we are", unsafe_hard_link(b"secret"), 3),
-    ("T143: empty", unsafe_hard_link(b""), 3),
-    ("T143: through a link", unsafe_words("d->@", "h=>d/victim h=bad"), 3),
-    ("T143: to a link", unsafe_words("s->@/victim h=>s"), 0),
-    ("T144: link", unsafe_words("a=1", ".->@", "new=bad"), 3),
-    ("T144: link by another name", unsafe_words("a=1", "/->@", "new=bad"), 3),
-    ("T144: link by a third name", unsafe_words("./.->@", "new=bad"), 3),
-    ("T144: hard link", unsafe_words("a=1 .=>a"), 3),
-    ("T144: fifo", unsafe_member(b"./", b"", kind=b"6"), 3),
-    ("T145: paths too long", unsafe_depths, 1),
-    ("T146: character", unsafe_member(b"null", b"", kind=b"3", major=1, minor=3), 0),
-    ("T146: block", unsafe_member(b"loop", b"", kind=b"4", major=7), 0),
-    ("T146: fifo", unsafe_member(b"pipe", b"", kind=b"6"), 0),
-    ("T146: absurd", unsafe_member(b"x", b"", kind=b"3", major=b"\x80" + b"\xff" * 7),
-     0),
-    ("T147: setuid", unsafe_member(mode=0o6777), 0, "x=bad"),
-    ("T148: whiteout", unsafe_words("l->@", "l/.wh.victim="), 0),
-    ("T148: opaque", unsafe_words("l->@", "l/.wh..wh..opq="), 0),
-    ("T148: whiteout, replaced", unsafe_words("l->@", "l/ l/.wh.victim="), 0, "l/"),
-    ("T148: relative", unsafe_words("l->../..", "l/.wh.canary= l/canary/.wh.victim="),
-     0, "l->../.."),
-    ("T148: with ..", unsafe_words("l/x=1", "l/../../canary/.wh.victim="), 3),
-    ("T149: bare", unsafe_words("d/x=1", "d/.wh.="), 3),
-    ("T149: itself", unsafe_words("d/x=1", "d/.wh..="), 3),
-    ("T149: its parent", unsafe_words("d/x=1", ".wh...="), 3),
-    ("T149: as a component", unsafe_words(".wh.a/../../canary/new=bad"), 3),
-    ("T149: unknown", unsafe_words("a=1 x=1", ".wh..wh.x="), 0, "a=1 x=1"),
-    ("T150: opaque last", unsafe_words("bin/sh=1", "bin/sh=2 bin/.wh..wh..opq="), 0,
-     "bin/ bin/sh=2"),
-    ("T151: all at once", unsafe_words("a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"), 0,
-     "a/ a/x=3 a/y=5 b=4 c->a"),
-    ("T151: a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
-    ("T151: a link in what is deleted", unsafe_words("d/l->@ a=1", ".wh.d="), 0,
-     "a=1"),
-    ("T152: huge hole", unsafe_sparse(
-        (UNSAFE_SIZE, b"8388608"), (UNSAFE_MAP, b"0,3")), 1),
-    ("T152: huge without a map", unsafe_sparse((UNSAFE_SIZE, b"8388608")), 3),
-    ("T152: many pieces", unsafe_sparse((UNSAFE_MAP, b"0,0," * 300000)), 3),
-    ("T152: backwards", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"5,2,0,1")),
-     3),
-    ("T152: data for a hole", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"9,0")),
-     3),
-    ("T152: beyond the end", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"8,3")),
-     3),
-    ("T152: data that does not fit", unsafe_sparse(
-        (UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"0,2")), 3),
-    ("T152: name", unsafe_sparse((b"GNU.sparse.name", b"../canary/new")), 3),
-    ("T152: map inside, endless", unsafe_sparse(
-        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (UNSAFE_SIZE, b"9"),
-        data=b"999999\n".ljust(512, b"1")), 3),
-    ("T152: old, negative", unsafe_member(
-        kind=b"S", magic=b"ustar  \0", tail=bytes(138) + b"\xff" * 12), 3),
-    ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 3),
-    ("T153: linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
-        (b"linkpath", b"../canary/victim")]), 3),
-    ("T153: negative size", unsafe_member(pax=[(b"size", b"-1")]), 3),
-    ("T153: number with an underscore", unsafe_member(pax=[(b"size", b"1_0")]), 3),
-    ("T153: size beyond the end", unsafe_member(pax=[(b"size", b"99999")]), 3),
-    ("T153: negative in base 256", unsafe_member(size=b"\xff" * 12), 3),
-    ("T153: everywhere", lambda at: [raw_layer(
-        raw_member(b"g", UNSAFE_GLOBAL, b"g"), raw_member(b"x", b"bad"))], 3),
-    ("T153: length", lambda at: [raw_layer(
-        raw_member(b"p", b"99 path=../canary/new\n", b"x"), raw_member(b"x"))], 3),
-    ("T153: length of nothing", lambda at: [raw_layer(
-        raw_member(b"p", b"0 path=x\n", b"x"), raw_member(b"x"))], 3),
-    ("T154: times", unsafe_member(pax=[(b"mtime", b"nan")]), 0, "x=bad"),
-    ("T154: far times", unsafe_member(pax=[(b"mtime", b"9" * 17)]), 0, "x=bad"),
-    ("T154: far time", unsafe_member(pax=[(b"mtime", b"999999999999")]), 0, "x=bad"),
-    ("T154: owners", unsafe_member(pax=[(b"uid", b"99999999999"),
-                                          (b"gid", b"99999999999")]), 0, "x=bad"),
-    ("T154: negative owners", unsafe_member(uid=b"\xff" * 8), 0, "x=bad"),
-    ("T154: mode", unsafe_member(mode=b"7777777\0"), 0, "x=bad"),
-    ("T158: unknown type", unsafe_member(kind=b"Z"), 0, ""),
-    ("T158: a header for nothing", lambda at: [
-        raw_member(b"p", pax_records((b"path", b"x")), b"x") + bytes(1024)], 3),
-    ("T159: overlay", unsafe_member(pax=[
-        (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
-        (b"SCHILY.xattr.security.selinux", b"x")]), 0, "x=bad"),
-    ("T164: link to a pipe", unsafe_words("etc/passwd->@/pipe"), 0),
-)
-
-
-@able(os.name == "posix", "hold a root file system")
-class UnsafeLayersTest(StoredCase):
-    """Layers with honest digests and bad intentions: nothing outside is touched."""
-
-    def setUp(self):
-        super().setUp()
-        self.canary = self.at("canary")
-        for name in ("canary/victim", "canary/deep/victim", "secret"):
-            os.chmod(stored_write(self.at(name), b"untouched"), 0o666)
-        os.mkfifo(self.at("canary", "pipe"))
-        for path in (self.work, self.canary):
-            os.chmod(path, 0o777)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.work)
-
-    def command(self, layers, number=0):
-        reference, _ = self.serve(layers(self.canary), "lab/bad:%d" % number)
-        return ["pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304",
-                "-o", self.at("out%d" % number), reference]
-
-    @rows(UNSAFE)
-    def test_nothing_outside_is_touched(self, _, layers, wanted, words=None):
-        argv = self.command(layers)
-        before = stored_state(self.work)
-        run = self.main(*argv)
-        self.assertEqual(run.status, wanted, run.err)
-        self.check_result(0, wanted, words)
-        self.check_outside(before, 0)
-
-    def check_outside(self, before, *numbers):
-        ours = ["out%d%s" % (number, more) for number in numbers
-                for more in ("", ".partial.d")]
-        self.assertEqual(stored_state(self.work, ours), before)
-        for name in ours:
-            remove(self.at(name))
-
-    def check_result(self, number, status, words=None):
-        out = self.at("out%d" % number)
-        if status:
-            self.assertFalse(os.path.lexists(out))
-            left = os.listdir(out + ".partial.d")
-            self.assertLessEqual(set(left), {"blobs", "lock.partial"})
-        elif words is not None:
-            self.assertEqual(flat_directory_words(out), sorted(words.split()))
-
-    @able(ROOT, "become another user")
-    def test_as_nobody(self):
-        # What is refused by its headers is refused to every user alike.
-        table = [row for row in UNSAFE if row[2] != 3]
-        work = [self.command(row[1], number) for number, row in enumerate(table)]
-        before = stored_state(self.work)
-        statuses, err = self.as_nobody(*work)
-        for number, (what, _, wanted, *words) in enumerate(table):
-            with self.subTest(what):
-                self.assertEqual(statuses[number], wanted, err)
-                self.check_result(number, wanted, *words)
-        self.check_outside(before, *range(len(table)))
-
-    def test_T163_bad_last_layer(self):
-        good = [raw_words("f%d=%d" % (n, n)) for n in range(8)]
-        reference, _ = self.serve(good + [raw_words("../x=1")])
-        before = stored_state(self.work)
-        os.mkdir(self.at("out0"))
-        self.pull("--format", "rootfs", "-o", self.at("out0"), reference, expect=3)
-        self.assertEqual(os.listdir(self.at("out0")), [])
-        os.rmdir(self.at("out0"))
-        self.check_outside(before, 0)
-
-    @rows(itertools.product(
-        ("out0.partial.d", "out0.partial.d/root", "out0.partial.d/layers",
-         "out0.partial.d/blobs", "out0.partial.d/lock.partial", "out0.blobs.partial",
-         "out0.partial"), ("rootfs", "archive")))
-    def test_T017_planted_links(self, place, format):
-        reference, _ = self.serve([raw_words("a=1 d/ d/b=2")])
-        os.makedirs(self.at("canary", "layers"), exist_ok=True)
-        os.chmod(self.at("canary", "deep"), 0o755)
-        before = stored_state(self.work)
-        os.makedirs(os.path.dirname(self.at(place)), exist_ok=True)
-        os.symlink(self.canary, self.at(place))
-        run = self.main("pull", "-q", "--format", format, "-o", self.at("out0"),
-                        reference)
-        self.assertIn(run.status, (0, 1))
-        for name in glob.glob(self.at("out0*")):
-            remove(name)
-        self.assertEqual(stored_state(self.work), before)
-
-    @rows((("bz2", bz2.compress), ("xz", lzma.compress)))
-    def test_T162_no_program_runs(self, kind, compress):
-        os.environ["PATH"] = self.at("traps")
-        for name in ("unpigz", "pigz", "gzip", "xz", "bzip2", "tar", "sh"):
-            trap = stored_write(self.at("traps", name), b"#!/bin/sh\n>\"$0.ran\"\n")
-            os.chmod(trap, 0o755)
-        reference, _ = self.serve([raw_words("a=1")], compress=compress)
-        self.pull("--format", "rootfs", "-o", self.at(kind), reference)
-        self.assertEqual(flat_directory_words(self.at(kind)), ["a=1"])
-        self.assertEqual(glob.glob(self.at("traps", "*.ran")), [])
-
-
-# ------------------------------------------------------------------------------
-# Rootfs: attributes, names, what cannot be done
-# ------------------------------------------------------------------------------
-
-SPARSE_CONTENT = bytes(70000) + b"middle" + bytes(5000) + b"end"
-SPARSE_PIECES = ((70000, b"middle"), (75006, b"end"))
-
-
-def sparse_old(name, empty=4):
-    """GNU tar's own type S; `empty` pieces first, so that some need a second block."""
-    pairs = [(0, 0)] * empty + [(at, len(data)) for at, data in SPARSE_PIECES]
-    fields = [b"%011o\0%011o\0" % pair for pair in pairs]
-    more = b"".join(fields[4:]).ljust(512, b"\0") if fields[4:] else b""
-    tail = bytes(41) + b"".join(fields[:4]).ljust(96, b"\0") + (
-        bytes([bool(more)]) + b"%011o\0" % len(SPARSE_CONTENT))
-    data = b"".join(data for _, data in SPARSE_PIECES)
-    whole = raw_member(name, data, b"S", magic=b"ustar  \0", tail=tail)
-    return whole[:512] + more + whole[512:]
-
-
-def sparse_pax(name, minor):
-    """pax 0.0 (keys that repeat), 0.1 (one key), 1.0 (the map is in the data)."""
-    numbers = [b"%d" % n for at, data in SPARSE_PIECES for n in (at, len(data))]
-    data = b"".join(data for _, data in SPARSE_PIECES)
-    size = b"%d" % len(SPARSE_CONTENT)
-    if minor == "0.0":
-        keys = (b"GNU.sparse.offset", b"GNU.sparse.numbytes") * 2
-        return raw_member(name, data, pax=[
-            (b"GNU.sparse.size", size), (b"GNU.sparse.numblocks", b"2")]
-            + list(zip(keys, numbers)))
-    pax = [(b"GNU.sparse.name", name), (b"GNU.sparse.realsize", size)]
-    if minor == "0.1":
-        pax.append((b"GNU.sparse.map", b",".join(numbers)))
-    else:
-        pax += [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]
-        table = b"\n".join([b"2"] + numbers) + b"\n"
-        data = table.ljust(512, b"\0") + data
-    return raw_member(b"GNUSparseFile.0/x", data, pax=pax)
-
-
-#: tarfile makes what we make of these names the same names again.
-ROOTFS_NAMES = (
-    b"caf\xe9", b"caf\xc3\xa9", b"new\nline", b"tab\there", b" lead and trail ",
-    b"back\\slash", b"quote'\"", b"trailing.", b"=equals#hash", b"\x01\x7f\xff",
-    b"n" * 255, b"deep/" * 30 + b"x", b"p" * 120 + b"/" + b"q" * 200, b"-rf", b"%s{}",
-)
-
-
-#: name, type, major, minor, the image's mode, may root make it for an image
-ROOTFS_DEVICES = (
-    (b"null", b"3", 1, 3, 0o600, True), (b"zero", b"3", 1, 5, 0o6777, True),
-    (b"full", b"3", 1, 7, 0, True), (b"random", b"3", 1, 8, 0o666, True),
-    (b"urandom", b"3", 1, 9, 0o644, True), (b"tty", b"3", 5, 0, 0o620, True),
-    (b"disk", b"4", 254, 0, 0o666, False), (b"loop", b"4", 7, 9, 0o660, False),
-    (b"null in blocks", b"4", 1, 3, 0o666, False), (b"mem", b"3", 1, 1, 0o666, False),
-    (b"kmsg", b"3", 1, 11, 0o666, False), (b"console", b"3", 5, 1, 0o666, False),
-    (b"other null", b"3", 0, 259, 0o666, False), (b"fuse", b"3", 10, 229, 0o666, False),
-)
-
-
-@able(os.name == "posix", "hold a root file system")
-class RootfsOutputTest(StoredCase):
-    """The file system of an image, as a directory and as one tar."""
-
-    def rootfs(self, *layers, name="lab/app:1", out="out"):
-        """Pull an image of the layers: (where it is, what was said)."""
-        reference, _ = self.serve(list(layers), name)
-        run = self.main("pull", "--progress", "none", "--format", "rootfs", "-o",
-                        self.at(out), reference)
-        self.assertEqual(run.status, 0, run.err)
-        # Where we are not root: a directory no layer speaks of is root's.
-        err = run.err if ROOT else re.sub(".*owners not set.*\n", "", run.err)
-        return os.fsencode(self.at(out)), err
-
-    def walked(self, data):
-        """The LayerStore of the members in a tar without an end."""
-        store = imagec.LayerStore(self.at("store"))
-        store.visit(imagec.Tar([data], "layer"))
-        return store
-
-    def test_modes_times_owners(self):
-        rows = [(b"plain", 0o644, b"0"), (b"none", 0, b"0"), (b"setuid", 0o4755, b"0"),
-                (b"setgid", 0o2755, b"0"), (b"dir", 0o1777, b"5"),
-                (b"closed", 0o555, b"5"), (b"closed/x", 0o600, b"0"),
-                (b"group", 0o2750, b"5")]
-        owner = (1234, 4321) if ROOT else (os.geteuid(), os.getegid())
-        out, err = self.rootfs(raw_layer(*[
-            raw_member(name, b"", kind, mode=mode, uid=owner[0], gid=owner[1],
-                       pax=[(b"mtime", b"1234567890.123456789")])
-            for name, mode, kind in rows]))
-        self.assertEqual(err, "")
-        for name, mode, _ in rows:
-            facts = os.lstat(os.path.join(out, name))
-            self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime_ns),
-                             (mode, 1234567890123456789), name)
-            self.assertEqual((facts.st_uid, facts.st_gid), owner)
-
-    #: (mtime of the pax header, nanoseconds)
-    TIMES = ((b"0", 0), (b"1.5", 15 * 10 ** 8), (b"1.0000000019", 10 ** 9 + 1),
-             (b"-1", -10 ** 9), (b"-1.5", -15 * 10 ** 8), (b"-0.25", -25 * 10 ** 7),
-             (b"inf", 0), (b"1e9", 0), (b"", 0))
-
-    @rows(TIMES)
-    def test_times(self, text, wanted):
-        out, _ = self.rootfs(raw_layer(raw_member(b"f", pax=[(b"mtime", text)])))
-        self.assertEqual(os.lstat(os.path.join(out, b"f")).st_mtime_ns, wanted)
-        remove(out)
-
-    @rows((text,) for text in ("1.5", "-1.5", "-1", "-0.25", "5000000000.5"))
-    def test_times_in_a_tar(self, text):
-        header = imagec.tar_header(b"x", 0, mtime=int(float(text) * 10 ** 9))
-        self.assertEqual(archive_headers(header).mtime, float(text))
-
-    def test_fifos_and_devices(self):
-        out, err = self.rootfs(raw_layer(
-            raw_member(b"pipe", kind=b"6", mode=0o640),
-            *[raw_member(name, kind=kind, major=major, minor=minor, mode=mode)
-              for name, kind, major, minor, mode, _ in ROOTFS_DEVICES]))
-        facts = os.lstat(os.path.join(out, b"pipe"))
-        self.assertTrue(stat.S_ISFIFO(facts.st_mode))
-        self.assertEqual(stat.S_IMODE(facts.st_mode), 0o640)
-        made = {row[0] for row in ROOTFS_DEVICES if row[5]}
-        left_out = len(ROOTFS_DEVICES) - len(made)
-        if "device nodes not made: %d\n" % left_out not in err:  # no right to make any
-            self.assertIn("device nodes not made: %d\n" % len(ROOTFS_DEVICES), err)
-            made = set()
-        self.assertEqual(set(os.listdir(out)), made | {b"pipe"})
-        for name, _, major, minor, _, _ in ROOTFS_DEVICES:
-            if name in made:
-                facts = os.lstat(os.path.join(out, name))
-                self.assertTrue(stat.S_ISCHR(facts.st_mode))
-                self.assertEqual((facts.st_rdev, stat.S_IMODE(facts.st_mode)),
-                                 (os.makedev(major, minor), 0o666), name)
-
-    @rows((("new",), ("there",)))
-    def test_nobody_else_comes_in_before_all_is_there(self, out):
-        seen, finish = [], imagec.TreeWriter.finish
-
-        def note(writer, directory):
-            seen.append(stat.S_IMODE(os.stat(directory).st_mode))
-            finish(writer, directory)
-
-        if out == "there":
-            os.mkdir(self.at(out))
-            os.chmod(self.at(out), 0o777)
-        with mock.patch.object(imagec.TreeWriter, "finish", note):
-            self.rootfs(raw_layer(raw_member(b"./", kind=b"5", mode=0o1777),
-                                  raw_member(b"x", b"1")), out=out)
-        self.assertEqual(seen.pop(), 0o700)
-        self.assertEqual(stat.S_IMODE(os.stat(self.at(out)).st_mode), 0o1777)
-
-    @able(hasattr(os, "setxattr"), "set extended attributes")
-    def test_extended_attributes(self):
-        self.work = tempfile.mkdtemp()  # on a disk: few keep them in memory
-        self.addCleanup(remove, self.work)
-        try:
-            os.setxattr(stored_write(self.at("probe"), b""), "user.x", b"1")
-        except OSError as error:
-            cannot("hold user.* attributes: %s" % error)
-        out, err = self.rootfs(raw_layer(*[
-            raw_member(name, kind=kind, mode=0o555, pax=[
-                (b"SCHILY.xattr.user.bytes", b"\0\xff\n"),
-                (b"SCHILY.xattr.trusted.overlay.opaque", b"y")])
-            for name, kind in ((b"f", b"0"), (b"d", b"5"))]))
-        for name in (b"f", b"d"):
-            place = os.path.join(out, name)
-            self.assertEqual(os.getxattr(place, b"user.bytes"), b"\0\xff\n")
-            self.assertNotIn("trusted.overlay.opaque", os.listxattr(place))
-        self.assertIn("extended attributes not set: 2", err)
-
-    def test_sparse_files(self):
-        out, err = self.rootfs(raw_layer(
-            raw_member(b"before", b"b"), sparse_old(b"old"), sparse_old(b"few", 0),
-            *[sparse_pax(b"pax" + minor.encode(), minor) for minor in
-              ("0.0", "0.1", "1.0")] + [raw_member(b"after", b"a")]))
-        self.assertEqual(err, "")
-        content = {name: stored_bytes(os.path.join(out, name))
-                   for name in os.listdir(out)}
-        wanted = dict.fromkeys((b"few", b"old", b"pax0.0", b"pax0.1", b"pax1.0"),
-                               SPARSE_CONTENT)
-        wanted.update({b"before": b"b", b"after": b"a"})
-        self.assertEqual(content.keys(), wanted.keys())
-        self.assertEqual([n for n in wanted if content[n] != wanted[n]], [])
-
-    def test_sparse_map_of_rubbish(self):
-        whole = sparse_old(b"x")
-        with self.assertRaises(imagec.InvalidDocument):
-            self.walked(whole[:512] + b"9" * 512 + whole[1024:])
-
-    def test_names(self):
-        data = {name: b"%d" % n for n, name in enumerate(ROOTFS_NAMES)}
-        layer = raw_layer(*[raw_member(name, data[name]) for name in ROOTFS_NAMES])
-        out, _ = self.rootfs(layer)
-        for name in ROOTFS_NAMES:
-            self.assertEqual(stored_bytes(os.path.join(out, name)), data[name], name)
-        self.rootfs(layer, out="out.tar")
-        with tarfile.open(self.at("out.tar"), encoding="utf-8",
-                          errors="surrogateescape") as tar:
-            found = {member.name.encode("utf-8", "surrogateescape"):
-                     tar.extractfile(member).read() for member in tar if member.isreg()}
-        self.assertEqual(found, data)
-
-    @rows((("a",), ("z",)))  # before and after it by name
-    def test_a_layer_again_and_a_link_that_kept_its_file(self, link):
-        # One blob, two inodes: the link's, of the layer's first time, and the file's.
-        first = raw_layer(raw_member(b"m", b"data"))
-        layers = first, raw_words(link + "=>m"), first
-        self.rootfs(*layers, out=link + ".tar")
-        root, _ = self.rootfs(*layers, out=link)
-        for name in (b"m", link.encode()):
-            facts = os.lstat(os.path.join(root, name))
-            self.assertEqual((facts.st_nlink, facts.st_size), (1, 4))
-            self.assertEqual(stored_bytes(os.path.join(root, name)), b"data")
-        with tarfile.open(self.at(link + ".tar")) as tar:
-            self.assertEqual(flat_tar_words(tar), sorted([link + "=data", "m=data"]))
-
-    #: (whose header, the name it gives to `f`, fields)
-    PREFIXES = (
-        ("ustar", b"dir/f", dict(tail=b"dir")),
-        ("no magic", b"f", dict(tail=b"dir", magic=b"")),
-        # GNU tar keeps times there with --incremental.
-        ("GNU", b"f", dict(tail=b"14000000000\0" * 2, magic=b"ustar  \0")),
-        # Go before 1.8, where a number needed base-256.
-        ("Go", b"a/dir/f", dict(tail=b"a/dir", magic=b"ustar  \0",
-                                uid=b"\x80" + bytes(6) + b"\5")),
-        ("Go, not ASCII", b"f", dict(tail=b"d\xffr", magic=b"ustar  \0")),
-        ("star", b"p" * 131 + b"/f", dict(
-            tail=b"p" * 131 + b"14000000000\0" * 2 + bytes(8) + b"tar\0")))
-
-    @rows(PREFIXES)
-    def test_prefixes(self, _, expected, fields):
-        store = self.walked(raw_member(b"f", b"1", **fields))
-        self.assertEqual([row[0].path for row in store.entries], [expected])
-
-    def test_a_layer_again_where_a_link_leads_elsewhere(self):
-        again = raw_layer(raw_member(b"d/f", b"data"),
-                          raw_member(b"d", kind=b"2", link=b"y"))
-        layers = raw_words("x/ y/ d->x"), again, again
-        wanted = ["d->y", "x/", "x/f=data", "y/", "y/f=data"]
-        self.rootfs(*layers)
-        self.assertEqual(flat_directory_words(self.at("out")), wanted)
-        self.rootfs(*layers, out="out.tar")
-        with tarfile.open(self.at("out.tar")) as tar:
-            self.assertEqual(flat_tar_words(tar), wanted)
-
-    def test_GNU_long_names(self):
-        name, link = b"n" * 150, b"l" * 150
-        out, _ = self.rootfs(raw_layer(
-            raw_member(b"././@LongLink", name + b"\0", b"L", magic=b"ustar  \0"),
-            raw_member(b"././@LongLink", link + b"\0", b"K", magic=b"ustar  \0"),
-            raw_member(name[:99], kind=b"2", link=link[:99], magic=b"ustar  \0")))
-        self.assertEqual(os.readlink(os.path.join(out, name)), link)
-
-    def test_T156_names_in_the_C_locale(self):
-        reference, _ = self.serve([raw_layer(
-            raw_member(b"caf\xe9", b"1"), raw_member(b"l", kind=b"2", link=b"\xe9"))])
-        process = self.start(
-            "pull", "-q", "--format", "rootfs", "-o", self.at("out"), reference,
-            environ={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-        err = process.communicate()[1]
-        self.assertEqual((process.returncode, err), (0, b""))
-        self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))),
-                         [b"caf\xe9", b"l"])
-
-    def test_T158_unknown_types_are_told(self):
-        out, err = self.rootfs(raw_layer(raw_member(b"x", b"data", b"Z"),
-                                         raw_member(b"y", b"data", b"M"),
-                                         raw_member(b"z", b"data", b"7")))
-        self.assertEqual(os.listdir(out), [b"z"])
-        self.assertEqual(stored_bytes(os.path.join(out, b"z")), b"data")
-        self.assertRegex(err, r"\b2\b")
-
-    def test_T165_windows(self):
-        reference, image = self.serve([raw_words("Files/a=1")],
-                                      platform=("windows", "amd64", None))
-        for out in ("out", "out.tar"):
-            self.pull("--format", "rootfs", "-o", self.at(out), reference, expect=1)
-            self.assertFalse(os.path.exists(self.at(out)))
-        self.assertEqual(self.blob_gets(image.layers[0]), 0)
-
-    def test_staging_is_private(self):
-        seen = []
-
-        def write(writer, directory):
-            seen.append(stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode))
-            original(writer, directory)
-
-        original = imagec.TreeWriter.write
-        with mock.patch.object(imagec.TreeWriter, "write", write):
-            self.rootfs(raw_words("a=1"))
-        self.assertEqual(seen, [0o700])
-        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
-
-    def test_destinations(self):
-        reference, _ = self.serve([raw_words("a=1")])
-        for name in ("file", "full/mine"):
-            stored_write(self.at(name), b"mine")
-        os.mkdir(self.at("empty"))
-        os.symlink("empty", self.at("link"))
-        before = stored_state(self.work)
-        for name in ("file", "full", "link", "file/x"):
-            self.pull("--format", "rootfs", "-o", self.at(name), reference, expect=1)
-        self.assertEqual(stored_state(self.work), before)
-        self.assertEqual(self.origin.requests, [])
-        for name in ("empty", "new", "slash/", "nul"):
-            self.pull("--format", "rootfs", "-o", self.at(name), reference)
-            self.assertEqual(flat_directory_words(self.at(name)), ["a=1"])
-
-    def test_one_image_at_a_time(self):
-        one, _ = self.serve([raw_words("a=1")], "lab/one:1")
-        two, _ = self.serve([raw_words("b=1")], "lab/two:1")
-        for out in ("out", "out.tar"):
-            self.pull("--format", "rootfs", "-o", self.at(out), one, two, expect=2)
-            self.assertFalse(os.path.exists(self.at(out)), "half of what was asked for")
-
-    def test_tar_is_what_the_directory_is(self):
-        layers = [raw_words("d/x=1 d/y=2 l->d h=>d/x gone=1"),
-                  raw_words(".wh.gone= d/y=3 new/z=4")]
-        for out in ("out", "out.tar"):
-            self.rootfs(*layers, out=out)
-        with tarfile.open(self.at("out.tar")) as tar:
-            self.assertEqual(flat_tar_words(tar), flat_directory_words(self.at("out")))
-        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.tar"])
-
-    def test_tar_keeps_what_a_user_cannot_have(self):
-        self.rootfs(raw_layer(
-            raw_member(b"null", kind=b"3", major=1, minor=3, uid=7, gid=8, mode=0o4666),
-            raw_member(b"x", b"1", pax=[(b"SCHILY.xattr.security.capability", b"\1")])),
-            out="out.tar")
-        with tarfile.open(self.at("out.tar")) as tar:
-            null, other = tar.getmember("null"), tar.getmember("x")
-        self.assertEqual((null.ischr(), null.devmajor, null.devminor), (True, 1, 3))
-        self.assertEqual((null.uid, null.gid, null.mode), (7, 8, 0o4666))
-        self.assertIn("SCHILY.xattr.security.capability", other.pax_headers)
-
-    def test_tar_to_standard_output(self):
-        reference, _ = self.serve([raw_words("d/x=1")])
-        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
-        run = self.pull("--format", "rootfs", "-o", "-", reference)
-        self.assertEqual(run.out, stored_bytes(self.at("out.tar")))
-
-    def test_again_after_a_failure(self):
-        reference, image = self.serve([raw_words("a=1"), raw_words(
-            "b=" + "".join(map(str, range(500))))])
-        fault = self.origin.fault(image.layers[0], flip(), times=None)
-        self.pull("-j", "1", "--format", "rootfs", "-o", self.at("out"), reference,
-                  expect=3)
-        self.origin.faults.remove(fault)
-        self.assertFalse(os.path.exists(self.at("out")))
-        self.pull("--format", "rootfs", "-o", self.at("out"), reference)
-        self.assertEqual(self.blob_gets(image.layers[1]), 1)
-        self.assertEqual(sorted(os.listdir(self.work)), ["out"])
-
-
-@able(ROOT, "become another user")
-class RootlessTest(StoredCase):
-    """What is done, and what is told, where a user has no special rights (T155)."""
-
-    def setUp(self):
-        super().setUp()
-        os.chmod(self.work, 0o777)
-
-    def command(self, *members, out="out", name="lab/app:1"):
-        reference, _ = self.serve([raw_layer(*members)], name)
-        return ["pull", "--progress", "none", "--format", "rootfs", "-o", self.at(out),
-                reference]
-
-    def rootfs(self, *members):
-        (status,), err = self.as_nobody(self.command(*members))
-        self.assertEqual(status, 0, err)
-        return err
-
-    def test_read_only_directories(self):
-        own = dict(uid=STORED_NOBODY, gid=STORED_NOBODY)
-        self.assertEqual("", self.rootfs(
-            raw_member(b"./", kind=b"5", mode=0o755, **own),
-            raw_member(b"ro", kind=b"5", mode=0o555, **own),
-            raw_member(b"ro/x", b"1", **own),
-            raw_member(b"ro/none", kind=b"5", mode=0, **own),
-            raw_member(b"ro/none/y", b"2", **own)))
-        self.assertEqual(flat_directory_words(self.at("out")),
-                         ["ro/", "ro/none/", "ro/none/y=2", "ro/x=1"])
-        facts = os.lstat(self.at("out", "ro"))
-        self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_mtime), (0o555, 1))
-
-    def test_read_only_root(self):
-        modes = (0o555, 0o500, 0)
-        statuses, err = self.as_nobody(*[self.command(
-            raw_member(b"./", kind=b"5", mode=mode), raw_member(b"x", b"1"),
-            out="out%o" % mode, name="lab/app:%o" % mode) for mode in modes])
-        self.assertEqual(statuses, [0, 0, 0], err)
-        for mode in modes:
-            out = self.at("out%o" % mode)
-            self.assertEqual(flat_directory_words(out), ["x=1"])
-            self.assertEqual(stat.S_IMODE(os.stat(out).st_mode), mode)
-
-    def test_what_cannot_be_done_is_told_once(self):
-        err = self.rootfs(*[raw_member(b"f%d" % n, uid=n, gid=n) for n in range(20)] + [
-            raw_member(b"null", kind=b"3", major=1, minor=3),
-            raw_member(b"zero", kind=b"3", major=1, minor=5)])
-        self.assertEqual(len(err.splitlines()), 2, err)
-        self.assertRegex(err, r"owners not set: \d+")
-        self.assertIn("device nodes not made: 2", err)
-        self.assertEqual(len(os.listdir(self.at("out"))), 20)
-
-    def test_cleans_up_what_is_deep(self):
-        # Deeper than functions may call themselves; its last name no disk can hold.
-        deep = b"d/" * 1000
-        bad = self.command(raw_member(deep + b"x", b"1"),
-                           raw_member(deep + b"z" * 300, b"1"))
-        statuses, err = self.as_nobody(
-            bad, bad, self.command(raw_member(b"a", b"1"), name="lab/good:1"))
-        self.assertEqual(statuses, [1, 1, 0], err)
-        self.assertIn("File name too long", err)
-        self.assertEqual(flat_directory_words(self.at("out")), ["a=1"])
-        self.assertEqual(os.listdir(self.work), ["out"])
-
-    def test_cleans_up_what_it_may_not_enter(self):
-        (status,), err = self.as_nobody(self.command(
-            raw_member(b"none", kind=b"5", mode=0), raw_member(b"none/x", b"1"),
-            raw_member(b"./", kind=b"5", mode=0o555), raw_member(b"z" * 300, b"1")))
-        self.assertEqual(status, 1, err)
-        self.assertIn("File name too long", err)
-        self.assertFalse(os.path.exists(self.at("out")))
-        self.assertFalse(os.path.exists(self.at("out.partial.d", "root")))
-
-
-# ------------------------------------------------------------------------------
-# Archives, OCI layouts
-# ------------------------------------------------------------------------------
-
-ARCHIVE_TARS = [raw_words("etc/ etc/a=1"), raw_words("etc/b=" + "2" * 5000),
-                raw_words("etc/c=3")]
-OCI_TAG = "org.opencontainers.image.ref.name"
-OCI_NAME = "io.containerd.image.name"
-LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'
-#: What makes something that is no file, or never ends.
-NO_FILES = (lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", path),
-            lambda path: os.symlink(path + "~", path))
-
-
-def archive_headers(header):
-    """What tarfile makes of header blocks."""
-    with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
-        return tar.next()
-
-
-class ArchiveOutputTest(StoredCase):
-    """One tar that is an OCI layout and a docker-archive."""
-
-    def archive(self, *argv, out="out.tar"):
-        self.pull("-o", self.at(out), *argv)
-        return self.members(self.at(out))
-
-    def documents(self, members):
-        return [json.loads(members[name].decode()) for name in
-                ("index.json", "manifest.json")]
-
-    def test_a_lock_is_not_waited_for_for_ever(self):
-        reference = self.serve(ARCHIVE_TARS)[0]
-        for form, name in (("archive", "a.tar"), ("rootfs", "root"),
-                           ("rootfs", "r.tar")):
-            with self.subTest(form), imagec.Partial(self.at(name)):
-                with self.assertRaises(imagec.Timeout):
-                    imagec.pull(reference, self.at(name), form, timeout=0.5)
-
-    def test_finished_archive_is_not_fetched_again(self):
-        reference = self.serve(ARCHIVE_TARS)[0]
-        first = self.archive(reference)
-        before = self.blob_gets()
-        self.assertEqual(self.archive(reference), first)
-        self.assertEqual(self.blob_gets() - before, 1)  # the config
-
-    def test_schema1_shares_layers_with_others(self):
-        # Of the one nobody knows sizes and diffIDs before the layers are there.
-        references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
-                      for count, kind in ((2, "schema1-signed"), (3, "schema1"),
-                                          (1, "docker"), (4, "oci"))]
-        for number, order in enumerate(itertools.permutations(references)):
-            with self.subTest(order=order):
-                if number % 2:
-                    self.archive(order[0], out="%d.tar" % number)
-                self.archive(*order, out="%d.tar" % number)
-                self.verify(self.at("%d.tar" % number))
-
-    def test_archive_in_which_nothing_is_new_stays(self):
-        path, reference = self.at("out.tar"), self.serve(ARCHIVE_TARS)[0]
-        other = self.serve(ARCHIVE_TARS[:2], "lab/two:1")[0]
-
-        def changed(*references):
-            before = os.stat(path)
-            self.archive(*references)
-            now = os.stat(path)
-            return (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
-
-        self.archive(reference)
-        good = stored_bytes(path)
-        with mock.patch.object(imagec, "_holds", side_effect=imagec._holds) as holds:
-            self.assertFalse(changed(reference))
-        self.assertEqual(holds.call_count, len(ARCHIVE_TARS))  # hashed once
-        for name, damaged in (("cut", good[:-1]), ("longer", good + b"x"),
-                              ("another end", good[:-1025] + b"x" + good[-1024:])):
-            with self.subTest(name):
-                stored_write(path, damaged)
-                self.assertTrue(changed(reference))
-                self.assertEqual(stored_bytes(path), good)
-        # The same blobs, but another name beside it.
-        self.assertTrue(changed(reference, other))
-        self.archive(reference)
-        self.assertEqual(stored_bytes(path), good)
-        self.assertEqual(os.listdir(self.work), ["out.tar"])
-
-    def test_archive_that_another_program_changes(self):
-        # What was proved when the pull began is what is copied, or kept, at its end.
-        path, reference = self.at("out.tar"), self.serve(ARCHIVE_TARS)[0]
-        more = self.serve(ARCHIVE_TARS + [raw_words("new=1")], "lab/more:1")[0]
-        self.archive(reference)
-        good, begin = stored_bytes(path), imagec.ArchiveOutput.open
-        for name, change in (
-                ("cut", lambda: os.truncate(path, 2000)),
-                ("flipped", lambda: damage_at(2000)(path)),
-                ("another", lambda: (os.unlink(path), stored_write(path, good)))):
-            for wanted in (reference, more):
-                stored_write(path, good)
-
-                def touched(*args):
-                    change()
-                    return begin(*args)
-
-                with self.subTest(name, new=wanted == more), mock.patch.object(
-                        imagec.ArchiveOutput, "open", touched):
-                    run = self.main("pull", "-q", "-o", path, wanted)
-                    self.assertEqual(run.status, 1)
-                    self.assertIn("another program has changed it", run.err)
-                self.pull("-o", path, wanted)
-                self.verify(path)
-
-    def test_output_that_is_used_again(self):
-        output = imagec.new_output(self.at("out.tar"))
-        references = [self.serve(ARCHIVE_TARS[:2])[0],
-                      self.serve(ARCHIVE_TARS[1:], "lab/two:1")[0]]
-        with imagec.Session() as session:
-            for reference in references:
-                session.pull([imagec.Reference.parse(reference)], output)
-        index, _ = self.documents(self.members(self.at("out.tar")))
-        self.assertEqual(len(index["manifests"]), 1)
-        self.verify(self.at("out.tar"))
-
-    def test_two_images_that_give_one_blob_two_sizes(self):
-        good, image = self.serve(ARCHIVE_TARS)
-        manifest = json.loads(image.manifest.decode())
-        manifest["layers"][1]["size"] += 1000
-        lie = BuiltImage(json.dumps(manifest).encode(), image.media_type)
-        lie.blobs = image.blobs
-        self.origin.add("lab/lie", "1", lie)
-        bad = self.origin.host + "/lab/lie:1"
-        told = "expected %d bytes" % manifest["layers"][1]["size"]
-        for form, name in (("archive", "o.tar"), ("oci", "o"), ("layers", "l")):
-            for pair in ((good, bad), (bad, good)):
-                with self.subTest(form, first=pair[0]):
-                    run = self.pull("--format", form, "-o", self.at(name), *pair,
-                                    expect=3)
-                    self.assertIn(told, run.err)
-        # An archive that somebody made so is seen through.
-        members = self.archive(good, out="good.tar")
-        index = json.loads(members["index.json"].decode())
-        index["manifests"].append(lie.descriptor())
-        members["blobs/sha256/" + lie.digest[7:]] = lie.manifest
-        members["index.json"] = json.dumps(index).encode()
-        stored_write(self.at("lie.tar"), tar_bytes(
-            [(name, data) for name, data in members.items() if data is not None]))
-        self.assertIn(told, self.verify(self.at("lie.tar"), expect=3))
-
-    #: What tar_header is called with.
-    HEADERS = (
-        dict(name=b"plain", size=5),
-        dict(name=b"big", size=9 << 30), dict(name=b"limit", size=(8 << 30) - 1),
-        dict(name=b"n" * 300, size=0), dict(name=b"d/", size=0, kind=b"5"),
-        dict(name=b"l", size=0, kind=b"2", link=b"t" * 200),
-        dict(name=b"o", size=0, uid=1 << 22, gid=1 << 30),
-        dict(name=b"c", size=0, kind=b"3", device=(5, 300), mode=0o4640),
-        dict(name=b"time", size=0, mtime=15 * 10 ** 8),
-        dict(name=b"x", size=0, xattrs=((b"user.a", b"v"),)))
-
-    @rows((row["name"], row) for row in HEADERS)
-    def test_tar_header(self, name, row):
-        info = archive_headers(imagec.tar_header(**row))
-        found = dict(
-            name=info.name.encode(), size=info.size, uid=info.uid, gid=info.gid,
-            link=info.linkname.encode(), mtime=int(info.mtime * 10 ** 9),
-            mode=info.mode, kind=info.type, device=(info.devmajor, info.devminor),
-            xattrs=tuple((key[len("SCHILY.xattr."):].encode(), value.encode())
-                         for key, value in info.pax_headers.items()
-                         if key.startswith("SCHILY.xattr.")))
-        self.assertEqual(found, dict(dict(
-            uid=0, gid=0, link=b"", mtime=0, mode=0o644, kind=b"0", device=(0, 0),
-            xattrs=()), **dict(row, name=name.rstrip(b"/"))))
-
-    def test_tar_header_is_plain_where_it_can_be(self):
-        block = imagec.tar_header(b"blobs/x", 7)
-        self.assertEqual(len(block), 512)
-        info = tarfile.TarInfo("blobs/x")
-        info.size = 7
-        # tarfile of some Pythons leaves the fields of devices empty.
-        ours, theirs = bytearray(block), bytearray(info.tobuf(tarfile.USTAR_FORMAT))
-        for other in (ours, theirs):
-            other[148:156], other[329:345] = bytes(8), bytes(16)
-        self.assertEqual(ours, theirs)
-
-    def test_members(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        members = self.archive(reference)
-        blobs = image.layers + [image.digest, sha256(image.config)]
-        self.assertEqual(list(members), (
-            ["oci-layout", "blobs", "blobs/sha256"] +
-            ["blobs/sha256/" + digest[7:] for digest in blobs] +
-            ["index.json", "manifest.json", "repositories"]))
-        for digest in blobs:
-            self.assertEqual(sha256(members["blobs/sha256/" + digest[7:]]), digest)
-        with tarfile.open(self.at("out.tar")) as tar:
-            facts = {(member.mtime, member.uid, member.gid, member.uname, member.mode)
-                     for member in tar}
-        self.assertEqual(facts, {(0, 0, 0, "", 0o644), (0, 0, 0, "", 0o755)})
-
-    def test_documents(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        members = self.archive(reference)
-        index, manifest = self.documents(members)
-        self.assertEqual(members["oci-layout"], LAYOUT)
-        self.assertEqual(index, {
-            "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
-            "manifests": [{
-                "mediaType": image.media_type, "digest": image.digest,
-                "size": len(image.manifest),
-                "platform": {"architecture": "amd64", "os": "linux"},
-                "annotations": {OCI_NAME: reference, OCI_TAG: "1"}}]})
-        self.assertEqual(manifest, [{
-            "Config": "blobs/sha256/" + sha256(image.config)[7:],
-            "RepoTags": [reference],
-            "Layers": ["blobs/sha256/" + digest[7:] for digest in image.layers]}])
-        self.assertTrue(members["manifest.json"].endswith(b"\n"))
-        repositories = json.loads(members["repositories"].decode())
-        self.assertEqual(list(repositories[reference[:-2]]), ["1"])
-
-    def test_names_it_is_loaded_by(self):
-        reference, image = self.serve(ARCHIVE_TARS[:1])
-        name, _, _ = reference.rpartition(":")
-        hub = "docker.io/library/alpine"
-        rows = ((name + "@" + image.digest, (), None),
-                (reference + "@" + image.digest, (), reference),
-                (reference, ("--tag", "alpine"), hub + ":latest"),
-                (reference, ("--tag", "alpine:3"), hub + ":3"),
-                (name + "@" + image.digest, ("--tag", "h.example/a/b:c"),
-                 "h.example/a/b:c"))
-        for number, (asked, options, wanted) in enumerate(rows):
-            with self.subTest(asked[-20:], options=options):
-                members = self.archive(*options + (asked,), out="%d.tar" % number)
-                index, manifest = self.documents(members)
-                self.assertEqual(manifest[0]["RepoTags"], wanted and [wanted])
-                annotations = index["manifests"][0].get("annotations", {})
-                self.assertEqual(annotations.get(OCI_NAME), wanted)
-                self.assertEqual("repositories" in members, wanted is not None)
-
-    def test_tag_is_for_one_image(self):
-        reference, image = self.serve(ARCHIVE_TARS[:1])
-        for options in (("--tag", "a", reference, reference),
-                        ("--tag", "a@" + image.digest, reference)):
-            self.pull("-o", self.at("out.tar"), *options, expect=2)
-        self.assertEqual(os.listdir(self.work), [])
-
-    def test_every_run_and_python_gives_the_same(self):
-        reference, _ = self.serve(ARCHIVE_TARS + [raw_words("z=" + "9" * 99999)])
-        processes = []
-        for number, python in enumerate(self.pythons()):
-            out = self.at("p%d.tar" % number)
-            processes.append((python, self.start(
-                "pull", "-q", "-j", str(1 + number % 8), "-o", out, reference,
-                python=python)))
-        for number in range(2):
-            self.archive("-j", "81"[number], reference, out="o%d.tar" % number)
-        for python, process in processes:
-            self.assertEqual((process.communicate()[1], process.returncode), (b"", 0),
-                             python)
-        digests = {sha256(stored_bytes(self.at(name)))
-                   for name in os.listdir(self.work)}
-        self.assertEqual(len(digests), 1)
-
-    @staticmethod
-    def pythons():
-        """This one, and beside it the oldest and the newest from 3.6 on."""
-        beside = os.path.join(os.path.dirname(sys.base_prefix), "*", "bin", "python3")
-        found = {os.path.realpath(path): path for path in glob.glob(beside)}
-        probe = "import sys; print('%d.%02d' % sys.version_info[:2])"
-        running = [(path, subprocess.Popen(
-            [path, "-IS", "-c", probe], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)) for path in found.values()]
-        versions = sorted((process.communicate()[0].decode(), path)
-                          for path, process in running)
-        known = [path for version, path in versions if version >= "3.06"]
-        return [sys.executable] + known[:1] + known[1:][-1:]
-
-    def test_several_references(self):
-        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
-        two, second = self.serve([ARCHIVE_TARS[1], ARCHIVE_TARS[2]], "lab/two:1")
-        again, _ = self.serve(ARCHIVE_TARS[:2], "lab/one:2")
-        members = self.archive(one, two, again)
-        index, manifest = self.documents(members)
-        self.assertEqual([entry["RepoTags"] for entry in manifest],
-                         [[one, again], [two]])
-        annotations = [entry["annotations"] for entry in index["manifests"]]
-        self.assertEqual([one[OCI_NAME] for one in annotations], [one, two, again])
-        self.assertEqual(len({one[OCI_TAG] for one in annotations}), 3,
-                         "two images by one name")
-        self.assertEqual(self.blob_gets(first.layers[1]), 1)
-        with tarfile.open(self.at("out.tar")) as tar:
-            names = tar.getnames()
-        self.assertEqual(len(names), len(set(names)))
-        self.verify(self.at("out.tar"))
-
-    def test_from_file(self):
-        one, two, three = (self.serve(tars, name)[0] for tars, name in (
-            (ARCHIVE_TARS[:1], "lab/one:1"), (ARCHIVE_TARS[1:], "lab/two:1"),
-            (ARCHIVE_TARS, "lab/three:1")))
-        listed = stored_write(self.at("list"), (
-            "# caf\xe9\n\n  %s  # the first\r\n%s#two\n" % (two, three)).encode())
-        members = self.archive("--from-file", listed, one)
-        tags = [entry["RepoTags"][0] for entry in self.documents(members)[1]]
-        self.assertEqual(tags, [one, two, three])
-
-    def test_parents_are_made(self):
-        reference = self.serve(ARCHIVE_TARS)[0]
-        for format, name in (("archive", "a/b/x.tar"), ("rootfs", "c/d/x.tar"),
-                             ("rootfs", "e/f"), ("oci", "g/h"), ("layers", "i/j")):
-            with self.subTest(format=format, name=name):
-                self.pull("-o", self.at(name), "--format", format, reference)
-                self.assertEqual(faults_of(self.at(name)), [])
-
-    def test_pipe_named_as_a_file(self):
-        # What /dev has free says nothing about who reads from there.
-        reference = self.serve(ARCHIVE_TARS)[0]
-        reading, writing = os.pipe()
-        self.addCleanup(os.close, reading)
-        with mock.patch.object(imagec, "existing_parent",
-                               lambda path: self.fail("looked for room at " + path)):
-            try:
-                self.pull("-o", "/dev/fd/%d" % writing, "--format", "archive", reference)
-            finally:
-                os.close(writing)
-        self.assertIn(b"oci-layout", os.read(reading, 1 << 16))
-
-    @rows(((None, "list"), (b"# caf\xe9\n", "UTF-8"), (b"# only\n", "list"),
-           (b"a b\n", "line 1: .*a b"), (b"UPPER\n", "line 1: .*UPPER"),
-           (b"\xef\xbb\xbflab/app\nLAB\n", "list, line 2: .*LAB"),
-           (b"# x\r\n\r\na//b # c\r\n", "list, line 3: .*a//b")))
-    def test_from_file_that_is_no_list(self, data, wanted):
-        path = self.at("list")
-        remove(path)
-        if data is not None:
-            stored_write(path, data)
-        run = self.pull("-o", self.at("out.tar"), "--from-file", path,
-                        expect=1 if data is None else 2)
-        self.assertRegex(run.err, wanted)
-        self.assertEqual(self.origin.requests, [])
-
-    def test_standard_output(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.archive(reference)
-        process = self.start("pull", "-o", "-", "--progress", "plain", reference)
-        out, err = process.communicate()
-        self.assertEqual(process.returncode, 0, err)
-        self.assertEqual(out, stored_bytes(self.at("out.tar")))
-        self.assertIn(reference.encode(), err)
-        self.assertEqual(os.listdir(self.work), ["out.tar"])
-
-    def test_terminal_is_refused(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        out = io.TextIOWrapper(io.BytesIO())
-        out.isatty = lambda: True
-        with mock.patch.multiple(sys, stdout=out, stderr=io.StringIO()):
-            self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
-        self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
-
-    def test_formats_that_are_directories_do_not_stream(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        for format in ("layers", "oci"):
-            self.pull("-o", "-", "--format", format, reference, expect=2)
-        self.assertEqual(self.origin.requests, [])
-
-    def test_full_device(self):
-        if not os.path.exists("/dev/full"):
-            cannot("fill /dev/full")
-        process = self.start("pull", "-q", "-o", "-", self.serve(ARCHIVE_TARS)[0],
-                             redirections=">/dev/full")
-        err = process.communicate()[1]
-        self.assertEqual((process.returncode, err.count(b"\n")), (1, 1), err)
-
-    def test_failure_leaves_what_was_there(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        self.origin.fault(image.layers[1], flip(), times=None)
-        stored_write(self.at("old.tar"), b"mine")
-        for out in ("out.tar", "old.tar"):
-            self.pull("-o", self.at(out), reference, expect=3)
-        self.assertFalse(os.path.exists(self.at("out.tar")))
-        self.assertEqual(stored_bytes(self.at("old.tar")), b"mine")
-        left = set(os.listdir(self.work)) - {"old.tar"}
-        self.assertLessEqual(left, {name + more for name in ("out.tar", "old.tar")
-                                    for more in (".partial", ".blobs.partial")})
-
-    def test_success_replaces_and_leaves_nothing_else(self):
-        stored_write(self.at("out.tar"), b"old")
-        self.archive(self.serve(ARCHIVE_TARS)[0])
-        self.assertEqual(os.listdir(self.work), ["out.tar"])
-        self.verify(self.at("out.tar"))
-
-    def killed(self, image, reference, hangs, *complete):
-        """Kills a pull once `hangs` is all it waits for."""
-        fault = self.origin.fault(image.layers[hangs], hang())
-        process = self.start("pull", "-q", "-o", self.at("out.tar"), reference)
-        with threat_alarm(60):
-            while not (fault.used and self.on_disk(image, complete)):
-                time.sleep(0.005)
-        process.kill()
-        process.wait()
-
-    def on_disk(self, image, complete):
-        """Are these layers in the unfinished archive or in the spool, whole?"""
-        with contextlib.suppress(OSError):
-            spool = os.listdir(self.at("out.tar.blobs.partial"))
-            part = stored_bytes(self.at("out.tar.partial"))
-            return all(image.layers[n][7:] in spool or
-                       image.blobs[image.layers[n]] in part for n in complete)
-
-    @rows(((2, 0, 1, 3), (0, 1, 2, 3)))
-    def test_killed_and_run_again(self, hangs, *others):
-        tars = [raw_words("%d.%d=%s" % (hangs, n, "x" * n)) for n in range(4)]
-        reference, image = self.serve(tars)
-        self.killed(image, reference, hangs, *others)
-        self.assertFalse(os.path.exists(self.at("out.tar")))
-        members = self.archive(reference)
-        gets = [self.blob_gets(digest) for digest in image.layers]
-        self.assertEqual(gets, [2 if n == hangs else 1 for n in range(4)])
-        self.assertEqual(os.listdir(self.work), ["out.tar"])
-        self.assertEqual(members, self.archive(reference, out="fresh.tar"))
-        for name in os.listdir(self.work):
-            remove(self.at(name))
-
-    @rows((("flipped", lambda data: data[:3000] + b"?" + data[3001:]),
-           ("empty", lambda data: b""), ("no tar", lambda data: b"no tar"),
-           ("longer", lambda data: data + b"more"), ("cut", lambda data: data[:2600]),
-           ("first byte", lambda data: b"?" + data[1:])))
-    def test_unfinished_archive_is_not_believed(self, _, damage):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.archive(reference)
-        good = stored_bytes(self.at("out.tar"))
-        stored_write(self.at("out.tar.partial"), damage(good))
-        self.archive(reference)
-        self.assertEqual(stored_bytes(self.at("out.tar")), good)
-
-    def test_T010_names_in_it(self):
-        reference, _ = self.serve(ARCHIVE_TARS, kind="schema1-signed")
-        for name in self.archive(reference):
-            self.assertRegex(name, "^(blobs(/sha256(/[0-9a-f]{64})?)?|oci-layout|"
-                                   r"index\.json|manifest\.json|repositories)$")
-        self.verify(self.at("out.tar"))
-
-
-class OCIOutputTest(StoredCase):
-    """A layout directory, which collects images."""
-
-    def setUp(self):
-        super().setUp()
-        self.out = self.at("out")
-
-    def layout(self, *argv, expect=0):
-        return self.pull("--format", "oci", "-o", self.out, *argv, expect=expect)
-
-    def blob(self, digest):
-        return os.path.join(self.out, "blobs", "sha256", digest[7:])
-
-    def index(self):
-        return json.loads(stored_bytes(os.path.join(self.out, "index.json")).decode())
-
-    def names(self):
-        """(digest, full name or None, tag or None) of each entry."""
-        return [(entry["digest"],) + tuple(
-            entry.get("annotations", {}).get(key) for key in (OCI_NAME, OCI_TAG))
-            for entry in self.index()["manifests"]]
-
-    def blobs(self):
-        return {"sha256:" + name for name in os.listdir(self.blob(""))}
-
-    @rows((("oci",), ("docker",)))
-    def test_files(self, kind):
-        reference, image = self.serve(ARCHIVE_TARS, kind=kind)
-        self.out = self.at(kind)
-        self.layout(reference)
-        self.assertEqual(sorted(os.listdir(self.out)),
-                         ["blobs", "index.json", "oci-layout"])
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
-        self.assertEqual(self.blobs(), set(image.blobs) | {image.digest})
-        self.assertEqual(self.index()["manifests"][0]["mediaType"], image.media_type)
-        self.verify(self.out)
-
-    def test_collects(self):
-        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:a")
-        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
-        for reference in (one, two, one):
-            self.layout(reference)
-        self.assertEqual(self.names(), [(second.digest, two, "b"),
-                                        (first.digest, one, "a")])
-        for digest in first.layers + second.layers:
-            self.assertEqual(self.blob_gets(digest), 1)
-        self.verify(self.out)
-
-    def test_tag_that_moves(self):
-        reference, old = self.serve(ARCHIVE_TARS[:1])
-        self.layout(reference)
-        reference, new = self.serve(ARCHIVE_TARS[1:])
-        self.layout(reference)
-        self.assertEqual(self.names(), [(old.digest, None, None),
-                                        (new.digest, reference, "1")])
-        self.verify(self.out)
-
-    def test_nameless(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        by_digest = reference[:-2] + "@" + image.digest
-        self.layout(by_digest)
-        self.layout(by_digest)
-        self.assertEqual(self.names(), [(image.digest, None, None)])
-        self.layout(reference)
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
-        self.layout(by_digest, "--tag", "other:2")
-        self.assertEqual([row[2] for row in self.names()], ["1", "2"])
-
-    def test_same_tag_of_two_repositories(self):
-        one, first = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
-        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
-        for reference in (one, two, two, one):
-            self.layout(reference)
-            tags = [row[2] for row in self.names()]
-            self.assertEqual(len(tags), len(set(tags)))
-        self.assertEqual(sorted(row[1] for row in self.names()), sorted([one, two]))
-        self.assertIn("1", tags)
-
-    def test_T125_keeps_what_it_does_not_know(self):
-        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:a")
-        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
-        self.layout(one)
-        index = self.index()
-        index.update({"x-unknown": {"deep": [1, 2.5, "\xe9"]},
-                      "annotations": {"k": "v"}})
-        index["manifests"][0]["x-entry"] = True
-        index["manifests"][0]["annotations"]["mine"] = "kept"
-        stored_write(self.at("out", "index.json"), json.dumps(index).encode())
-        self.layout(two)
-        found = self.index()
-        del found["manifests"][1:]
-        self.assertEqual(found, index)
-
-    def refuse(self):
-        before = stored_state(self.work)
-        run = self.layout(self.serve(ARCHIVE_TARS)[0], expect=1)
-        self.assertEqual(run.err.count("\n"), 1, run.err)
-        self.assertEqual(stored_state(self.work), before)
-        self.assertEqual(self.blob_gets("sha256"), 0)
-
-    #: (oci-layout, index.json or None)
-    NO_LAYOUTS = (
-        (b"", None), (b"[]", None), (b'{"imageLayoutVersion": 1}', None),
-        (b'{"imageLayoutVersion": "2.0.0"}', None)) + tuple(
-        (LAYOUT, index) for index in (
-            b"", b"[]", b"{}", b"\xff", b'{"manifests": [}',
-            b'{"schemaVersion": 2, "manifests": {}}',
-            b'{"schemaVersion": 2, "manifests": [1]}',
-            b'{"schemaVersion": 2, "manifests": [{"annotations": 5}]}',
-            b'{"schemaVersion": 2, "manifests": [{"annotations": ["a"]}]}'))
-
-    @rows(NO_LAYOUTS)
-    def test_T125_refuses_what_it_does_not_understand(self, marker, index):
-        remove(self.out)
-        stored_write(self.at("out", "oci-layout"), marker)
-        if index is not None:
-            stored_write(self.at("out", "index.json"), index)
-        self.refuse()
-
-    def test_T126_refuses_what_is_no_layout(self):
-        stored_write(self.out, b"mine")
-        self.refuse()
-        os.unlink(self.out)
-        stored_write(self.at("out", "mine"), b"")
-        self.refuse()
-        os.mkdir(self.at("out", "oci-layout"))
-        self.refuse()
-
-    @rows((("blobs",), ("blobs", "sha256")))
-    def test_T012_links_below_it(self, *parts):
-        remove(self.out)
-        os.makedirs(self.at("canary"), exist_ok=True)
-        stored_write(self.at("out", "oci-layout"), LAYOUT)
-        os.makedirs(self.at("out", *parts[:-1]), exist_ok=True)
-        os.symlink(self.at("canary"), self.at("out", *parts))
-        self.layout(self.serve(ARCHIVE_TARS)[0], expect=1)
-        self.assertEqual(os.listdir(self.at("canary")), [])
-
-    def test_T012_a_link_to_it_is_the_users(self):
-        os.mkdir(self.at("real"))
-        os.symlink("real", self.out)
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        self.assertIn("index.json", os.listdir(self.at("real")))
-        self.verify(self.out)
-
-    def test_T012_planted_links(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        os.makedirs(self.blob(""))
-        stored_write(self.at("victim"), b"untouched")
-        stored_write(self.at("out", "oci-layout"), LAYOUT)
-        for path in (self.blob(image.layers[0]), self.blob(image.digest),
-                     self.blob(image.layers[1]) + ".partial",
-                     self.at("out", "index.json.partial")):
-            os.symlink(self.at("victim"), path)
-        self.layout(reference)
-        self.assertEqual(stored_bytes(self.at("victim")), b"untouched")
-        self.verify(self.out)
-
-    def test_blob_that_went_bad(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        for digest in (image.layers[0], image.digest, sha256(image.config)):
-            data = stored_bytes(self.blob(digest))
-            damage_flip(self.blob(digest))
-            self.verify(self.out, expect=3)
-            self.layout(reference)
-            self.assertEqual(stored_bytes(self.blob(digest)), data)
-        self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
-
-    @able(hasattr(os, "mkfifo"), "make fifos")
-    @rows(itertools.product(("index.json", "oci-layout"), NO_FILES))
-    def test_only_regular_files_are_read(self, name, make):
-        remove(self.out)
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        os.unlink(self.at("out", name))
-        make(self.at("out", name))
-        with threat_alarm(60):
-            run = self.layout(reference, expect=1)
-        self.assertIn(name + " is not a regular file", run.err)
-
-    @able(hasattr(os, "mkfifo"), "make fifos")
-    def test_documents_there_that_are_none(self):
-        # What is there by the name wanted is not believed, and not waited for.
-        reference, image = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        damage_json(lambda value: value["config"].update(digest=image.digest))(
-            self.blob(image.digest))
-        self.layout(reference)
-        self.verify(self.out)
-        for digest in (image.digest, sha256(image.config)):
-            for make in NO_FILES:
-                os.unlink(self.blob(digest))
-                make(self.blob(digest))
-                with self.subTest(digest), threat_alarm(60):
-                    self.layout(reference)
-                    self.verify(self.out)
-
-    def test_failure_keeps_the_index(self):
-        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
-        self.layout(one)
-        before = self.index()
-        two, image = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
-        self.origin.fault(image.layers[0], flip(), times=None)
-        self.layout(two, expect=3)
-        self.assertEqual(self.index(), before)
-        self.assertNotIn(image.layers[0], self.blobs())
-
-    def test_T120_disk_full_at_the_index(self):
-        one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
-        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:2")
-        self.layout(one)
-        before, write = self.index(), imagec.Partial.write
-
-        def full(partial, data):
-            if partial.final.endswith("index.json"):
-                write(partial, data[:10])
-                raise OSError(28, "No space left on device", partial.path)
-            write(partial, data)
-
-        with mock.patch.object(imagec.Partial, "write", full):
-            self.assertIn("No space left", self.layout(two, expect=1).err)
-        self.assertEqual(self.index(), before)
-        self.layout(two)
-        self.assertEqual(len(self.names()), 2)
-
-    @rows(((2,), (8,)))
-    def test_T124_many_at_once(self, count):
-        self.out = self.at("out%d" % count)
-        references = [self.serve([ARCHIVE_TARS[0], raw_words("f=%d" % n)],
-                                 "lab/app%d:t%d" % (n, n))[0] for n in range(count)]
-        with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda one: imagec.pull(one, self.out, "oci"), references))
-        self.assertEqual(sorted(row[1] for row in self.names()), sorted(references))
-        self.verify(self.out)
-
-    def test_T124_another_has_just_begun(self):
-        os.makedirs(self.blob(""))
-        stored_write(self.at("out", "oci-layout.partial"), b"{")
-        self.layout(self.serve(ARCHIVE_TARS)[0])
-        self.verify(self.out)
-
-    def multi(self):
-        """An index: two platforms, one in an index of its own, and an attestation."""
-        amd = build_image(ARCHIVE_TARS[:1])
-        arm = build_image(ARCHIVE_TARS[1:2], platform=("linux", "arm64", None))
-        nested = build_index([(arm, ("linux", "arm64", None))])
-        proof = build_image([b'{"_type": "in-toto"}'], compress=None,
-                            platform=("unknown", "unknown", None))
-        document = json.loads(proof.manifest.decode())
-        document["layers"][0]["mediaType"] = "application/vnd.in-toto+json"
-        proof.manifest = json.dumps(document).encode()
-        proof.digest = sha256(proof.manifest)
-        index = build_index([(amd, ("linux", "amd64", None)), (nested, None),
-                             (proof, ("unknown", "unknown", None))])
-        self.origin.add("lab/multi", "1", index)
-        everything = {image.digest for image in (amd, arm, proof, nested, index)}
-        everything.update(amd.blobs, arm.blobs, proof.blobs)
-        return self.origin.host + "/lab/multi:1", index, arm, everything
-
-    def test_all_platforms(self):
-        reference, index, _, everything = self.multi()
-        self.layout("--platform", "all", reference)
-        self.assertEqual(self.names(), [(index.digest, reference, "1")])
-        self.assertEqual(self.blobs(), everything)
-        self.verify(self.out)
-
-    def test_one_platform_of_several(self):
-        reference, _, arm, _ = self.multi()
-        self.layout("--platform", "linux/arm64", reference)
-        self.assertEqual(self.names(), [(arm.digest, reference, "1")])
-        self.assertEqual(self.blobs(), set(arm.blobs) | {arm.digest})
-        self.verify(self.out)
-        self.layout("--platform", "linux/amd64", reference)
-        self.assertEqual([row[1] for row in self.names()], [None, reference])
-        self.layout("--platform", "all", reference)
-        self.assertEqual([row[1] for row in self.names()], [None, None, reference])
-        self.verify(self.out)
-
-    def test_all_platforms_elsewhere(self):
-        reference = self.multi()[0]
-        for options in (("--format", "layers"), ("--format", "archive"),
-                        ("--format", "rootfs"), ("--format", "oci", "--recompress",
-                                                 "gzip")):
-            self.pull("--platform", "all", "-o", self.at("x"), reference, *options,
-                      expect=2)
-        self.assertEqual(os.listdir(self.work), [])
-
-    def test_all_platforms_of_one(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout("--platform", "all", reference, expect=1)
-
-    def test_schema1(self):
-        reference, image = self.serve(ARCHIVE_TARS[:1] + [None], kind="schema1-signed")
-        self.layout(reference)
-        (digest, _, tag), = self.names()
-        self.assertEqual((tag, len(self.blobs())), ("1", 3))
-        self.assertNotIn(sha256(EMPTY_LAYER), self.blobs())
-        self.assertEqual(self.blob_gets(sha256(EMPTY_LAYER)), 0)
-        manifest = json.loads(stored_bytes(self.blob(digest)).decode())
-        self.assertEqual(manifest["mediaType"], MEDIA_TYPES["docker"]["manifest"])
-        self.verify(self.out)
-
-
-@needs_zstd
-class RecompressTest(StoredCase):
-    """zstd layers as they are, and as gzip for those who cannot read them."""
-
-    def setUp(self):
-        super().setUp()
-        self.reference, self.image = self.serve(ARCHIVE_TARS, compress=zstd_bytes)
-
-    def recompressed(self, name, *references):
-        """Pull them with gzip layers, and verify what is there."""
-        format = "archive" if name.endswith(".tar") else "oci"
-        self.pull("--recompress", "gzip", "--format", format, "-o", self.at(name),
-                  *references)
-        self.verify(self.at(name))
-
-    def test_passed_through(self):
-        for out, options in (("out.tar", ()), ("out", ("--format", "oci"))):
-            self.pull("-o", self.at(out), self.reference, *options)
-            self.verify(self.at(out))
-        members = self.members(self.at("out.tar"))
-        for digest in self.image.layers:
-            self.assertIn("blobs/sha256/" + digest[7:], members)
-
-    def test_old_docker_is_warned_of(self):
-        run = self.main("pull", "--progress", "none", "-o", self.at("out.tar"),
-                        self.reference)
-        self.assertEqual(run.err.count("--recompress gzip"), len(ARCHIVE_TARS))
-
-    def test_archive(self):
-        self.recompressed("out.tar", self.reference)
-        members = self.members(self.at("out.tar"))
-        entry, = json.loads(members["index.json"].decode())["manifests"]
-        manifest = json.loads(members["blobs/sha256/" + entry["digest"][7:]].decode())
-        wanted = json.loads(self.image.manifest.decode())
-        self.assertEqual(manifest["config"], wanted["config"])
-        for layer, diff_id in zip(manifest["layers"], self.image.diff_ids):
-            blob = members["blobs/sha256/" + layer["digest"][7:]]
-            self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
-            self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
-        self.assertEqual(len(members), 3 + 3 + 2 + 3)
-
-    def test_same_bytes_each_time(self):
-        for out in ("1.tar", "2.tar"):
-            self.recompressed(out, self.reference)
-        self.assertEqual(*[stored_bytes(self.at(out)) for out in ("1.tar", "2.tar")])
-
-    def test_layout(self):
-        for _ in range(2):
-            self.recompressed("out", self.reference)
-            self.assertEqual(len(os.listdir(self.at("out", "blobs", "sha256"))), 5)
-
-    def test_what_is_not_zstd_stays(self):
-        layers = iter([gzip_bytes, zstd_bytes, None])
-        reference, image = self.serve(
-            ARCHIVE_TARS[:2], "lab/mixed:1", compress=lambda tar: next(layers)(tar))
-        self.recompressed("out.tar", reference)
-        members = self.members(self.at("out.tar"))
-        self.assertIn("blobs/sha256/" + image.layers[0][7:], members)
-        self.assertNotIn("blobs/sha256/" + image.layers[1][7:], members)
-
-    def test_shared_by_two_images(self):
-        other, _ = self.serve(ARCHIVE_TARS[1:], "lab/other:1", compress=zstd_bytes)
-        for name in ("out.tar", "out"):
-            self.recompressed(name, self.reference, other)
-
-    def test_layers_that_become_the_same(self):
-        references = [self.reference] + [
-            self.serve(tars, name, compress=compress)[0] for tars, name, compress in (
-                (ARCHIVE_TARS, "lab/frame:1",
-                 lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
-                (ARCHIVE_TARS[::-1], "lab/gzip:1", gzip_bytes))]
-        for order in itertools.permutations(references):
-            for jobs in ("1", "4"):
-                with self.subTest(order=order, jobs=jobs):
-                    remove(self.at("out.tar"))
-                    for _ in range(2):
-                        self.recompressed("out.tar", "-j", jobs, *order)
-                    self.assertEqual(len(self.members(self.at("out.tar"))),
-                                     3 + len(ARCHIVE_TARS) + 2 * 3 + 3 - 2)
-
-    def test_formats_that_keep_layers(self):
-        for format in ("layers", "rootfs"):
-            self.pull("--recompress", "gzip", "--format", format, "-o", self.at("out"),
-                      self.reference, expect=2)
-        self.assertEqual(os.listdir(self.work), [])
-
-    def test_rootfs_of_zstd(self):
-        self.pull("--format", "rootfs", "-o", self.at("out"), self.reference)
-        self.assertIn("etc/c=3", flat_directory_words(self.at("out")))
-
-
-# ------------------------------------------------------------------------------
-# Reading back
-# ------------------------------------------------------------------------------
 
 ZEROS = "sha256:" + "0" * 64
 
@@ -11050,9 +11561,9 @@ ZEROS = "sha256:" + "0" * 64
 def damage_at(at):
     """Flip a bit of the byte at `at`."""
     def damage(path):
-        data = bytearray(stored_bytes(path))
+        data = bytearray(file_bytes(path))
         data[at] ^= 1
-        stored_write(path, data)
+        write_file(path, data)
     return damage
 
 
@@ -11066,18 +11577,18 @@ def damage_cut(path):
 def damage_json(change):
     """Edit a JSON file by a function that changes its value in place."""
     def damage(path):
-        value = json.loads(stored_bytes(path).decode())
+        value = json.loads(file_bytes(path).decode())
         change(value)
-        stored_write(path, json.dumps(value).encode())
+        write_file(path, json.dumps(value).encode())
     return damage
 
 
 def damage_write(data):
-    return lambda path: stored_write(path, data)
+    return lambda path: write_file(path, data)
 
 
 def damage_more(data):
-    return lambda path: stored_write(path, stored_bytes(path) + data)
+    return lambda path: write_file(path, file_bytes(path) + data)
 
 
 def damage_link(path):
@@ -11089,9 +11600,9 @@ def damage_link(path):
 def damage_swap(path, other):
     """Exchange two files; `other` is relative to the folder of the first."""
     other = os.path.join(os.path.dirname(path), other)
-    first, second = stored_bytes(path), stored_bytes(other)
-    stored_write(path, second)
-    stored_write(other, first)
+    first, second = file_bytes(path), file_bytes(other)
+    write_file(path, second)
+    write_file(other, first)
 
 
 def damage_type(path):
@@ -11223,9 +11734,9 @@ class AuditTest(StoredCase):
 
     def rewritten(self, path, member, data):
         """Write an archive's bytes again, others for those of a member (a TarInfo)."""
-        good = stored_bytes(path)
+        good = file_bytes(path)
         end = member.offset_data + -(-member.size // 512) * 512
-        stored_write(path, good[:member.offset] + data + good[end:])
+        write_file(path, good[:member.offset] + data + good[end:])
         return good[member.offset_data:end][:member.size]
 
     @staticmethod
@@ -11390,7 +11901,7 @@ class AuditTest(StoredCase):
         root = self.good("oci")
         self.damaged(root, AUDIT_EXTRA, lambda copy, word: self.told(copy, 1, word))
         for name in ("one", "two"):
-            stored_write(os.path.join(root, name), b"extra")
+            write_file(os.path.join(root, name), b"extra")
         os.symlink("/", os.path.join(root, "blobs", "root"))
         self.told(root, 3, "blobs/root and 2 more")
 
@@ -11408,8 +11919,8 @@ class AuditTest(StoredCase):
         others = os.path.join(os.path.dirname(self.folder), "2")
         shutil.copytree(self.folder, others)
         os.unlink(os.path.join(others, "manifest.json"))  # as after a kill
-        stored_write(os.path.join(root, "README"), b"hello")
-        stored_write(os.path.join(self.folder, "more"), b"hello")
+        write_file(os.path.join(root, "README"), b"hello")
+        write_file(os.path.join(self.folder, "more"), b"hello")
         # two layers with their JSON, config.json, index.json, unpacked.json
         self.told(root, 9, "README and 8 more")
 
@@ -11460,20 +11971,20 @@ class AuditTest(StoredCase):
 
     def test_bytes_of_an_archive(self):
         path = self.good("archive")
-        good = stored_bytes(path)
+        good = file_bytes(path)
         blob = self.member(path, AUDIT_BLOBS + self.words["b0"])
         for what, at in (("header", blob.offset + 10), ("checksum", blob.offset + 150),
                          ("data", blob.offset_data), ("first", 0)):
             with self.subTest(what):
                 damage_at(at)(path)
                 self.faults(path, "archive")
-                stored_write(path, good)
+                write_file(path, good)
         for size in (0, 1, 511, 512, 1000, 1536, len(good) // 2, len(good) - 1500):
             with self.subTest(size=size):
-                stored_write(path, good[:size])
+                write_file(path, good[:size])
                 self.faults(path, "archive")
         twice = good[:-1024] + raw_member(b"index.json", b"{}") + bytes(1024)
-        stored_write(path, twice)
+        write_file(path, twice)
         self.faults(path, "index.json")
 
     #: (what, members put before an archive's end, words of the fault)
@@ -11499,15 +12010,15 @@ class AuditTest(StoredCase):
 
     def test_members_that_are_not_of_an_archive(self):
         path = self.good("archive")
-        good = stored_bytes(path)[:-1024]
+        good = file_bytes(path)[:-1024]
         for what, members, words in self.MEMBERS:
             with self.subTest(what):
-                stored_write(path, good + members + bytes(1024))
+                write_file(path, good + members + bytes(1024))
                 self.faults(path, words)
         for rest in (raw_member(b"x"), bytes(512) + b"x"):
-            stored_write(path, good + bytes(1024) + rest)
+            write_file(path, good + bytes(1024) + rest)
             self.faults(path, "behind the end")
-        stored_write(path, good + bytes(10240))
+        write_file(path, good + bytes(10240))
         self.verify(path)
 
     def test_second_image_in_other_words(self):
@@ -11515,7 +12026,7 @@ class AuditTest(StoredCase):
         path = self.good("archive")
         self.offer(build_image([raw_words("etc/evil=1")]))
         others = self.members(self.good("archive", "other.tar"))
-        stored_write(path, stored_bytes(path)[:-1024] + raw_layer(*[
+        write_file(path, file_bytes(path)[:-1024] + raw_layer(*[
             raw_member(b"./" + name.encode(), data)
             for name, data in others.items() if data is not None]))
         self.faults(path, "./index.json: extra")
@@ -11532,7 +12043,7 @@ class AuditTest(StoredCase):
     def test_headers_of_an_archive_take_no_time(self):
         path = self.good("archive")
         header = raw_member(b"h", pax_records((b"comment", b"7" * 160000)), kind=b"x")
-        stored_write(path, stored_bytes(path)[:-1024] + raw_layer(
+        write_file(path, file_bytes(path)[:-1024] + raw_layer(
             header, raw_member(b"x")))
         with cpu_within(2), threat_alarm(60):
             self.faults(path, "x: extra")
@@ -11540,7 +12051,7 @@ class AuditTest(StoredCase):
     @rows(((b"1",), (b"2",)))
     def test_T011_links_in_an_archive(self, kind):
         path, name = self.good("archive"), AUDIT_BLOBS + self.words["b0"]
-        outside = stored_write(self.at("blob"), self.members(path)[name])
+        outside = write_file(self.at("blob"), self.members(path)[name])
         self.rewritten(path, self.member(path, name), raw_member(
             name.encode(), kind=kind, link=os.fsencode(outside)))
         self.faults(path, self.words["b0"])
@@ -11557,9 +12068,9 @@ class AuditTest(StoredCase):
 
     def test_archive_of_damaged_names(self):
         path = self.good("archive")
-        good = stored_bytes(path)
+        good = file_bytes(path)
         self.assertIn(b'"RepoTags":["127', good)
-        stored_write(path, good.replace(b'"RepoTags":["127', b'"RepoTags":["128'))
+        write_file(path, good.replace(b'"RepoTags":["127', b'"RepoTags":["128'))
         self.faults(path, "manifest.json")
 
     @rows((("oci", "docker"), ("layers", "schema1-signed"), ("oci", "schema1-signed"),
@@ -11572,8 +12083,8 @@ class AuditTest(StoredCase):
 
     def test_what_is_nothing_of_ours(self):
         os.mkdir(self.at("empty"))
-        stored_write(self.at("text"), b"hello")
-        stored_write(self.at("other.tar"), tar_bytes([("text", b"hello")]))
+        write_file(self.at("text"), b"hello")
+        write_file(self.at("other.tar"), tar_bytes([("text", b"hello")]))
         for name in ("root", "root.tar"):
             self.pull("--format", "rootfs", "-o", self.at(name), self.reference)
         for name, status in (("absent", 1), ("empty", 2), ("text", 3),
@@ -11586,10 +12097,10 @@ class AuditTest(StoredCase):
     def test_nested_indexes_take_no_time(self):
         root = self.good("oci")
         top = os.path.join(root, "index.json")
-        descriptor, = json.loads(stored_bytes(top).decode())["manifests"]
+        descriptor, = json.loads(file_bytes(top).decode())["manifests"]
         for _ in range(imagec.INDEX_DEPTH_LIMIT):
             raw = json_bytes({"schemaVersion": 2, "manifests": [descriptor] * 6})
-            blob = stored_write(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
+            blob = write_file(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
             descriptor = _descriptor(MEDIA_TYPES["oci"]["index"], raw)
         os.rename(blob, top)
         with cpu_within(2), threat_alarm(60):
@@ -11608,9 +12119,9 @@ class AuditTest(StoredCase):
         for more in range(40):
             document["layers"][0]["size"] = size + more
             raw = json_bytes(document)
-            stored_write(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
+            write_file(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
             entries.append(_descriptor(self.image.media_type, raw))
-        stored_write(os.path.join(root, "index.json"), json_bytes(
+        write_file(os.path.join(root, "index.json"), json_bytes(
             {"schemaVersion": 2, "manifests": entries}))
         path = os.path.join(root, AUDIT_BLOBS, self.words["b0"])
         with mock.patch.object(imagec, "open", wraps=open, create=True) as opened:
@@ -11700,401 +12211,9 @@ class AuditTest(StoredCase):
             self.assertIn("not checked", self.verify(path))
 
 
-# ------------------------------------------------------------------------------
-# Schema1 to a config
-# ------------------------------------------------------------------------------
-
-V1_IDS = ["%064x" % n for n in range(1, 9)]
-V1_DIFFS = ["sha256:%064x" % n for n in range(11, 19)]
-V1_TIMES = (
-    # created, as Go's RFC3339Nano writes it
-    ('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.120Z"', "2020-01-02T03:04:05.12Z"),
-    ('"2020-01-02T03:04:05.000Z"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.123456789Z"', "2020-01-02T03:04:05.123456789Z"),
-    ('"2020-01-02T03:04:05.1234567899Z"', "2020-01-02T03:04:05.123456789Z"),
-    ('"2020-01-02T03:04:05+00:00"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
-    ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
-)
-V1_BAD_TIMES = ('"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
-                '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"')
-V1_STRINGS = (
-    # JSON text in, JSON text out in the history
-    (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
-    ('"\u2028\u2029"', r'"\u2028\u2029"'), ('"caf\xe9 \u20ac"', '"caf\xe9 \u20ac"'),
-    (r'"caf\u00e9"', '"caf\xe9"'), (r'"\ud83d\ude00"', '"\U0001f600"'),
-    (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
-    (r'"\b\f\u0000\u001f"', r'"\u0008\u000c\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
-    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', '"\ufffdx"'),
-)
-V1_COMMANDS = (
-    # container_config, created_by in the history or None
-    ('{"Cmd":["/bin/sh","-c","x  y"]}', "/bin/sh -c x  y"),
-    ('{"Cmd":"one two"}', "one two"),
-    ('{"Cmd":null}', None), ('{"Cmd":[]}', None), ("{}", None), ("null", None),
-)
-
-
-def v1_manifest(*texts, throwaway=()):
-    """A Schema1Manifest whose images, oldest first, have these members (JSON text)."""
-    history = []
-    for number, text in enumerate(texts):
-        head = '"id":"%s"' % V1_IDS[number]
-        if number:
-            head += ',"parent":"%s"' % V1_IDS[number - 1]
-        if number in throwaway:
-            head += ',"throwaway":true'
-        history.append({"v1Compatibility": "{%s%s%s}" % (head, "," * bool(text), text)})
-    blobs = [{"blobSum": "sha256:%064x" % (21 + n)} for n in range(len(texts))]
-    raw = json.dumps({
-        "schemaVersion": 1, "name": "lab/app", "tag": "1", "architecture": "amd64",
-        "fsLayers": blobs[::-1], "history": history[::-1]}).encode()
-    return imagec.decode_manifest(raw)
-
-
-def v1_config(*texts, throwaway=()):
-    """The text of the config that docker would make of these."""
-    manifest = v1_manifest(*texts, throwaway=throwaway)
-    count = len(texts) - len(throwaway)
-    diff_ids = [imagec.Digest.parse(text) for text in V1_DIFFS[:count]]
-    return imagec.modern_config(manifest, diff_ids).raw.decode("utf-8")
-
-
-class Schema1ConversionTest(StoredCase):
-    """The config of a schema1 image, byte for byte: its digest is the image ID."""
-
-    tail = ('"history":[{"created":"0001-01-01T00:00:00Z"}],"os":"linux","rootfs":'
-            '{"type":"layers","diff_ids":["%s"]}}' % V1_DIFFS[0])
-
-    def setUp(self):
-        """No registry for most of it."""
-
-    def history(self, *texts):
-        return json.loads(v1_config(*texts))["history"]
-
-    def test_whole(self):
-        text = v1_config(
-            '"created":"2020-01-01T00:00:00Z","container_config":{"Cmd":["a"]}',
-            '"created":"2020-01-02T00:00:00.10Z","author":"me","comment":"c",'
-            '"container_config":{"Cmd":["b","c"]}',
-            '"os":"linux","docker_version":"1.12.6","created":"2020-01-03T00:00:00Z",'
-            '"Size":5,"parent_id":"x","layer_id":"y","config":{"b":1,"a":2},'
-            '"architecture":"amd64"', throwaway=[1])
-        self.assertEqual(text, (
-            '{"architecture":"amd64","config":{"b":1,"a":2},"created":'
-            '"2020-01-03T00:00:00Z","docker_version":"1.12.6","history":['
-            '{"created":"2020-01-01T00:00:00Z","created_by":"a"},'
-            '{"created":"2020-01-02T00:00:00.1Z","author":"me","created_by":"b c",'
-            '"comment":"c","empty_layer":true},{"created":"2020-01-03T00:00:00Z"}],'
-            '"os":"linux","rootfs":{"type":"layers","diff_ids":["%s","%s"]}}'
-            % tuple(V1_DIFFS[:2])))
-
-    def test_no_layers(self):
-        text = v1_config('"os":"linux"', throwaway=[0])
-        self.assertTrue(text.endswith('"rootfs":{"type":"layers"}}'), text)
-
-    def test_members_stay_as_they_stand(self):
-        rows = (('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }',
-                 '{"z":[1.50e+3,-0],"a":"x  y"}'),
-                (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
-                ('{"<":"\u2028","q":"a\\" , b"}',
-                 '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
-                ("null", "null"), ("[]", "[]"), ("12345678901234567890", None),
-                (r'{"\ud800":1}', None))
-        for given, wanted in rows:
-            with self.subTest(given):
-                text = v1_config('"os":"linux","K":' + given)
-                self.assertEqual(text, '{"K":%s,%s' % (wanted or given, self.tail))
-
-    def test_keys_are_sorted_by_bytes(self):
-        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
-        keys = list(json.loads(text, object_pairs_hook=collections.OrderedDict))
-        self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
-                                "\U0001f600"])
-
-    def test_times(self):
-        for given, wanted in V1_TIMES:
-            with self.subTest(given):
-                text = "" if given is None else '"created":' + given
-                self.assertEqual(self.history(text)[0]["created"], wanted)
-
-    def test_bad_times(self):
-        for given in V1_BAD_TIMES:
-            with self.subTest(given), self.assertRaises(imagec.InvalidDocument):
-                v1_config('"created":' + given)
-
-    def test_strings(self):
-        for given, wanted in V1_STRINGS:
-            with self.subTest(given):
-                text = v1_config('"author":' + given, "")
-                self.assertIn('"author":%s}' % wanted, text)
-
-    def test_commands(self):
-        for given, wanted in V1_COMMANDS:
-            with self.subTest(given):
-                found = self.history('"container_config":' + given)[0]
-                self.assertEqual(found.get("created_by"), wanted)
-
-    def test_members_of_old_docker_stay_too(self):
-        for version in ("0.10", "1.7.0", "1.8.2-rc1", "dev", ""):
-            with self.subTest(version):
-                text = v1_config('"docker_version":"%s","os":"linux","config":{"Cmd":'
-                                 '"x","unknown":2}' % version)
-                self.assertEqual(text, '{"config":{"Cmd":"x","unknown":2},'
-                                 '"docker_version":"%s",%s' % (version, self.tail))
-
-    def test_wrong_types_are_told(self):
-        values = ("5", "[]", "{}", '"x"', "true", "null", "[5]", '{"Cmd":5}',
-                  '{"Cmd":[5]}', '{"Cmd":{}}', '{"Env":5,"Volumes":[]}')
-        for key in ("created", "author", "comment", "container_config", "config", "os",
-                    "docker_version", "architecture", "variant", "container", "Size"):
-            for value in values:
-                with self.subTest(key, value=value), \
-                        contextlib.suppress(imagec.InvalidDocument):
-                    v1_config("%s:%s" % (json.dumps(key), value))
-
-    def test_manifest(self):
-        config = imagec.ImageConfig.parse(v1_config('"os":"linux"').encode())
-        blob = imagec.Descriptor("x", imagec.Digest.parse(V1_DIFFS[3]), 9)
-        manifest = imagec.modern_manifest(config, [blob])
-        self.assertEqual(manifest.raw, (
-            b'{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.'
-            b'manifest.v2+json","config":{"mediaType":"application/vnd.docker.'
-            b'container.image.v1+json","size":%d,"digest":"%s"},"layers":[{'
-            b'"mediaType":"x","size":9,"digest":"%s"}]}' % (
-                len(config.raw), sha256(config.raw).encode(), V1_DIFFS[3].encode())))
-
-    def test_image_id_is_the_same_everywhere(self):
-        super().setUp()
-        ids = set()
-        for kind in ("schema1", "schema1-signed"):
-            reference, image = self.serve(ARCHIVE_TARS[:1] + [None] + ARCHIVE_TARS[1:],
-                                          kind=kind)
-            for format in ("layers", "oci", "archive"):
-                run = self.pull("--json", "--format", format, "-o",
-                                self.at(kind + format), reference)
-                value = json.loads(run.out.decode())
-                ids.add(value["image_id"])
-                self.assertEqual(value["digest"], image.digest)
-        self.assertEqual(len(ids), 1)
-        digest = ids.pop()
-        members = self.members(self.at("schema1archive"))
-        config = json.loads(members["blobs/sha256/" + digest[7:]].decode())
-        self.assertEqual(config["rootfs"]["diff_ids"], image.diff_ids)
-        self.assertEqual([entry.get("empty_layer") for entry in config["history"]],
-                         [None, True, None, None])
-
-    def test_throwaway_flags_missing(self):
-        # Old images have none: the empty blob is then a layer as any other.
-        super().setUp()
-        reference, _ = self.serve([ARCHIVE_TARS[0], bytes(1024)], kind="schema1")
-        self.pull("--format", "oci", "-o", self.at("out"), reference)
-        self.verify(self.at("out"))
-
-
 # --------------------------------------------------------------------------------------
-# Serve and Self-test
+# 16  Serve
 # --------------------------------------------------------------------------------------
-
-# ------------------------------------------------------------------------------
-# Fixtures: a store of pulled images, running servers, clients of one request
-# ------------------------------------------------------------------------------
-
-SERVE_NOISE = b"".join(hashlib.sha512(b"%d" % i).digest() for i in range(400))
-SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]))
-SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
-SERVE_AMD = ("linux", "amd64", None)
-SERVE_ARM = ("linux", "arm64", "v8")
-SERVE_CANARY = b"canary that nobody may see"
-
-ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
-serve_write = stored_write
-
-
-def serve_flip(path, offset=-1):
-    """Flips a bit of a file where it stands."""
-    data = bytearray(stored_bytes(path))
-    data[offset] ^= 1
-    with open(path, "r+b") as file:
-        file.write(data)
-
-
-def serve_images():
-    """{repository: BuiltImage} of every kind there is."""
-    # Images of one configuration are one image to podman.
-    images = {"lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
-              for kind in SERVE_KINDS}
-    other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
-    images["lab/index"] = images["library/alpine"] = build_index(
-        [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
-    return images
-
-
-def serve_ask(host, path, method="GET", headers=None, tls=None):
-    """The ServeAnswer to a request: to a host, or on a connection that stays."""
-    if isinstance(host, str):
-        connection = http.client.HTTPConnection(host, timeout=5) if tls is None else \
-            http.client.HTTPSConnection(host, timeout=5, context=tls)
-        with contextlib.closing(connection):
-            return serve_ask(connection, path, method, headers)
-    host.request(method, path, headers=headers or {})
-    response = host.getresponse()
-    return ServeAnswer(response.status, response.headers, response.read())
-
-
-def serve_connect(host, timeout=5):
-    name, _, port = host.rpartition(":")
-    return socket.create_connection((name, int(port)), timeout)
-
-
-def serve_raw(host, data, timeout=5):
-    """All that comes back for raw bytes, up to the end of the connection."""
-    found = b""
-    with serve_connect(host, timeout) as sock:
-        # A server that has hung up already leaves nothing to shut down.
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            for piece in iter(lambda: sock.recv(65536), b""):
-                found += piece
-    return found
-
-
-def serve_target(host, target, extra=b""):
-    """The status (0: none) and the bytes that a request target as it is gets."""
-    if isinstance(target, str):
-        target = target.encode("latin-1")
-    found = serve_raw(host, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n"
-                      + extra + b"Connection: close\r\n\r\n")
-    match = re.match(rb"HTTP/1\.1 ([0-9]{3}) ", found)
-    return int(match.group(1)) if match else 0, found
-
-
-class ServeRecorder(imagec.RegistryHandler):
-    """Keeps what is asked, in the server's `asked`."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        super().do_GET()
-
-    do_HEAD = do_GET
-
-
-class ServeCase(RegistryCase):
-    """Images pulled once into a tree, a layout and an archive; servers of them."""
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.store = tempfile.mkdtemp()
-        FIXTURES.callback(remove, cls.store)
-        with mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0):
-            cls._fill()
-
-    @classmethod
-    def _fill(cls):
-        cls.images = serve_images()
-        #: Which of them are in the tree, in the layout and in the archive.
-        cls.held = {"layers": list(cls.images), "archive": ["lab/docker"],
-                    "oci": [name for name in cls.images if "schema1" not in name]}
-        cls.tree, cls.layout, cls.archive = (
-            os.path.join(cls.store, name) for name in ("tree", "Lay Out", "images.tar"))
-        cls.places = {"layers": cls.tree, "oci": cls.layout, "archive": cls.archive}
-        with contextlib.closing(FakeRegistry()) as origin:
-            cls.origin = origin.host
-            for repository, image in cls.images.items():
-                origin.add(repository, "1", image)
-            for format, names in cls.held.items():
-                for name in names:
-                    whole = format == "oci" and cls.images[name].children
-                    # By its mirror it is pulled as of Docker Hub, which is not asked.
-                    hub = name.startswith("library/")
-                    imagec.pull(("" if hub else cls.origin + "/") + name + ":1",
-                                cls.places[format], format, no_creds=True,
-                                platform="all" if whole else "linux/amd64",
-                                mirrors=[cls.origin] if hub else [])
-
-    def serve(self, shelf, credentials=None, tls=None, handler=None):
-        """The host of a server of a Shelf, or of what is at a path, until the end."""
-        if not isinstance(shelf, imagec.Shelf):
-            shelf = imagec.Shelf(shelf)
-        self.server = server = imagec.new_server(
-            shelf, ("127.0.0.1", 0), credentials, tls, handler)
-        server.asked = []
-        # As `imagec.serving`, which ends later.
-        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
-        thread.start()
-        for end in (thread.join, server.server_close, server.shutdown):
-            self.addCleanup(end)  # the last is the first to be called
-        return "127.0.0.1:%d" % server.server_address[1]
-
-    def connect(self, host):
-        """A connection that is kept, for more than one request."""
-        connection = http.client.HTTPConnection(host, timeout=5)
-        self.addCleanup(connection.close)
-        return connection
-
-    def pulled(self, host, name, format="oci", platform="linux/amd64", **options):
-        path = os.path.join(tempfile.mkdtemp(dir=self.work), "out")
-        path += ".tar" if format == "archive" else ""
-        image = imagec.pull(host + "/" + name, path, format, platform=platform,
-                            no_creds=True, **options)
-        self.assertEqual(faults_of(image.path), [])
-        return image
-
-    def pair(self):
-        """The files of a certificate and its key, for a server."""
-        return (stored_write(self.at("cert.pem"), TEST_CERT.encode("ascii")),
-                stored_write(self.at("key.pem"), TEST_KEY.encode("ascii")))
-
-    @staticmethod
-    def client_context():
-        return ssl.create_default_context(cadata=TEST_CERT)
-
-    def copied(self):
-        """A copy of the layout that may be damaged, and the paths of a layer in it."""
-        path = self.at("layout")
-        shutil.copytree(self.layout, path)
-        digest = self.images["lab/oci"].layers[1]
-        return path, digest, os.path.join(path, "blobs", *digest.split(":"))
-
-    def shelf_of(self, data, name="lab/app"):
-        """A Shelf with one blob; its digest and path too."""
-        shelf, digest = imagec.Shelf(), imagec.Digest.of(data)
-        path = stored_write(self.at("blob"), data)
-        shelf.add_blob(digest, imagec.Region(path, 0, len(data)))
-        shelf.add([name], None, "x/y", digest, data[:1])
-        return shelf, str(digest), path
-
-    def refused(self, answer, status, code=None):
-        """`answer` is an error in the distribution-spec's form."""
-        self.assertEqual(answer.status, status, answer.body)
-        self.assertEqual(answer.headers["Content-Type"], "application/json")
-        errors = json.loads(answer.body.decode("ascii"))["errors"]
-        self.assertRegex(errors[0]["code"], "^[A-Z_]+$")
-        self.assertIsInstance(errors[0]["message"], str)
-        if code:
-            self.assertEqual(errors[0]["code"], code)
-
-    def main(self, *argv, **options):
-        """A command line run here; whatever waits is interrupted instead."""
-        with mock.patch.object(imagec.time, "sleep", side_effect=KeyboardInterrupt):
-            ended = super().main(*argv, **options)
-        self.assertNotIn("Traceback", ended.err)
-        return ended._replace(out=ended.out.decode("utf-8"))
-
-    def process(self, *argv, stdin=b""):
-        """`imagec.py serve` as a process, and the first line it prints."""
-        process = self.start("serve", *argv, stdin=subprocess.PIPE)
-        process.stdin.write(stdin)
-        process.stdin.close()
-        return process, process.stdout.readline().decode("utf-8")
-
-
-# ------------------------------------------------------------------------------
-# Shelf
-# ------------------------------------------------------------------------------
 
 #: (Range header, size, (first, end), None for all or ValueError); RFC 7233, 2.1
 SERVE_RANGES = (
@@ -12203,7 +12322,7 @@ class ShelfTest(ServeCase):
     def test_nameless_entry_goes_by_the_name_of_its_directory(self, annotations, tag):
         remove(self.at("layout"))
         path, image = self.copied()[0], self.images["lab/oci"]
-        stored_write(os.path.join(path, "index.json"), json_bytes({
+        write_file(os.path.join(path, "index.json"), json_bytes({
             "schemaVersion": 2,
             "manifests": [image.descriptor(annotations=annotations)]}))
         shelf = imagec.Shelf(path)
@@ -12263,16 +12382,14 @@ class ShelfTest(ServeCase):
 
     @rows((("foreign",), ("empty",), ("absent",)))
     def test_what_holds_nothing(self, name):
-        stored_write(self.at("foreign", "a", "file"), b"text")
-        stored_write(self.at("foreign", "a", "manifest.json"), b"{}")
+        write_file(self.at("foreign", "a", "file"), b"text")
+        write_file(self.at("foreign", "a", "manifest.json"), b"{}")
         os.makedirs(self.at("empty"), exist_ok=True)
         with self.assertRaises(imagec.OutputError):
             imagec.Shelf(self.at(name))
 
 
-# ------------------------------------------------------------------------------
-# Conformance: the expectations of the OCI distribution-spec's pull tests
-# ------------------------------------------------------------------------------
+# -- Conformance: the expectations of the OCI distribution-spec's pull tests
 
 SERVE_MANIFEST = {"Docker-Content-Digest": "{digest}", "Content-Type": "{type}",
                   "Content-Length": "{size}"}
@@ -12521,9 +12638,7 @@ class ServeListsTest(ServeCase):
         self.assertEqual(run.out.split(), sorted(self.TAGS + ["b1", "b2", "b3"]))
 
 
-# ------------------------------------------------------------------------------
-# Serve
-# ------------------------------------------------------------------------------
+# -- Serve
 
 #: Request targets that are no names of ours; none may lead to a file.
 SERVE_TRICKS = (
@@ -12664,8 +12779,8 @@ class ServeTest(ServeCase):
 
     def test_nothing_outside_can_be_reached(self):
         path, _, _ = self.copied()
-        stored_write(self.at("canary"), SERVE_CANARY)
-        stored_write(os.path.join(path, "canary"), SERVE_CANARY)
+        write_file(self.at("canary"), SERVE_CANARY)
+        write_file(os.path.join(path, "canary"), SERVE_CANARY)
         host = self.serve(path)
         for target in SERVE_TRICKS:
             with self.subTest(target=target[:80]), \
@@ -12930,7 +13045,7 @@ class ServeTest(ServeCase):
         path = shutil.copy(self.archive, self.at("a.tar"))
         digest = self.images["lab/docker"].layers[0]
         data = self.images["lab/docker"].blobs[digest]
-        serve_flip(path, stored_bytes(path).index(data) + 5)
+        serve_flip(path, file_bytes(path).index(data) + 5)
         host = self.serve(path)
         self.refused(serve_ask(host, "/v2/lab/docker/blobs/" + digest), 500)
 
@@ -13049,9 +13164,7 @@ class ServeTest(ServeCase):
         self.assertEqual((err.getvalue(), self.said), ("", []))
 
 
-# ------------------------------------------------------------------------------
-# The serve command
-# ------------------------------------------------------------------------------
+# -- The serve command
 
 #: (--listen, what the printed URL begins with)
 SERVE_LISTENS = (
@@ -13133,7 +13246,7 @@ class ServeCommandTest(ServeCase):
         if name == "empty":
             os.mkdir(self.at(name))
         elif data is not None:
-            stored_write(self.at(name), data)
+            write_file(self.at(name), data)
         path = self.at(name.partition("/")[0])
         self.failed(self.run_it(path=path), status, path)
 
@@ -13147,7 +13260,7 @@ class ServeCommandTest(ServeCase):
     def test_broken_layout(self, content):
         remove(self.at("layout"))
         path, _, _ = self.copied()
-        stored_write(os.path.join(path, "index.json"), content)
+        write_file(os.path.join(path, "index.json"), content)
         self.failed(self.run_it(path=path), 3, "index.json")
 
     def test_corrupt_manifest(self):
@@ -13202,9 +13315,9 @@ class ServeCommandTest(ServeCase):
         self.assertEqual(process.stdout.read(), b"")
 
 
-# ------------------------------------------------------------------------------
-# Self-test
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
+# 17  Self-test
+# --------------------------------------------------------------------------------------
 
 SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies", "credentials",
               "disk here")
@@ -13288,7 +13401,7 @@ class SelfTestTest(ServeCase):
                 self.assertNotRegex(run.out + run.err, "us3r|S3|CR3T")
 
     def test_broken_credentials(self):
-        serve_write(self.at("config.json"), b"{oops")
+        write_file(self.at("config.json"), b"{oops")
         for environ in ({"DOCKER_CONFIG": self.work},
                         {"DOCKER_AUTH_CONFIG": "{oops" + PASSWORD},
                         {"REGISTRY_AUTH_FILE": self.at("absent")}):
@@ -13368,7 +13481,7 @@ class SelfTestTest(ServeCase):
     def test_who_we_would_be(self):
         registry = self.registry(auth="basic")
         entry = {"auth": SERVE_ALICE}
-        config = serve_write(self.at("config.json"), json.dumps(
+        config = write_file(self.at("config.json"), json.dumps(
             {"auths": {registry.host: entry}}).encode("ascii"))
         for argv, environ in (
                 ((), {"DOCKER_CONFIG": self.work}),
@@ -13382,7 +13495,7 @@ class SelfTestTest(ServeCase):
 
     def test_credentials_that_may_not_be_used(self):
         registry = self.registry(auth="basic")
-        serve_write(self.at("config.json"), json.dumps(
+        write_file(self.at("config.json"), json.dumps(
             {"auths": {registry.host: {"auth": SERVE_ALICE}}}).encode("ascii"))
         run = self.hasty(registry.host, "--no-creds", DOCKER_CONFIG=self.work)
         self.assertRegex(run.out, "(?m)^we would be +anonymous$")
@@ -13405,13 +13518,1420 @@ class SelfTestTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# The house itself, and its command line
+# 18  Command line
 # --------------------------------------------------------------------------------------
 
+#: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e"
+                         "\u2066-\u2069\ud800-\udfff]")
+POISON = "\x1b]0;x\x07\x1b[31m\x9b31m\u202e\r\nimagec: all is well\x7f\x08"
 
-# ------------------------------------------------------------------------------
-# Architecture
-# ------------------------------------------------------------------------------
+
+class FakeTerminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+class TerminalOutput(io.TextIOWrapper):
+    """The same for standard output, which has a `buffer` of bytes."""
+
+    def isatty(self):
+        return True
+
+
+class CommandLineCase(RegistryCase):
+    """A registry with one small image, and imagec.main to run against it."""
+
+    def setUp(self):
+        super().setUp()
+        # The command line's own handler is the one that counts.
+        self.patch(mock.patch.object(imagec.log, "handlers", []))
+        self.output = os.path.join(self.root, "images")
+        self.origin = self.registry()
+        self.image = build_image(FIELD_SMALL)
+        self.digest = self.origin.add("lab/app", "1", self.image)
+        self.ref = self.origin.host + "/lab/app:1"
+
+    def pull(self, *argv, **options):
+        return self.main("pull", "-o", self.output, *argv, **options)
+
+    def done(self, *argv, **options):
+        """The lines a command prints, which must succeed."""
+        ended = self.main(*argv, **options)
+        self.assertEqual((ended.status, ended.err), (0, ""))
+        return ended.out.decode("ascii").splitlines()
+
+    def files(self):
+        """What stands in the destination, without its directories."""
+        return sorted(threat_files(self.output))
+
+    def assert_nothing_final(self):
+        """Only verified blobs and unfinished ones may be left by a failed pull."""
+        for name in self.files():
+            self.assertRegex(name, r"\.partial$|/([0-9a-f]{64})/\1\.tar$")
+            if name.endswith(".tar"):
+                data = file_bytes(os.path.join(self.output, name))
+                self.assertIn(sha256(data), self.image.layers)
+
+
+def ordered(text):
+    """JSON with its objects as lists of pairs, so that the order counts."""
+    return json.loads(text, object_pairs_hook=collections.OrderedDict)
+
+
+class CommandLineTest(CommandLineCase):
+    """Every command, as a script sees it."""
+
+    def test_pull_prints_what_it_pinned(self):
+        bare = self.origin.host + "/lab/app"
+        for reference in (self.ref, bare + "@" + self.digest,
+                          self.ref + "@" + self.digest):
+            pinned = reference.partition("@")[0] + "@" + self.digest
+            self.assertEqual(self.done("pull", "-q", "-o", self.output, reference),
+                             [pinned])
+        both = self.done("pull", "-q", "-o", self.output, self.ref, self.ref)
+        self.assertEqual(both, [self.ref + "@" + self.digest] * 2)
+
+    def test_pull_uses_images_by_default(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.root)
+        self.done("pull", "-q", self.ref)
+        path = os.path.join("http", self.origin.host, "v2", "lab", "app", "1")
+        self.assertEqual(file_bytes(os.path.join(self.output, path, "manifest.json")),
+                         self.image.manifest)
+
+    def test_pull_json(self):
+        line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
+        value = ordered(line)
+        self.assertEqual(list(value.items())[:5], [
+            ("reference", self.ref), ("digest", self.digest),
+            ("image_id", sha256(self.image.config)), ("platform", "linux/amd64"),
+            ("format", "layers")])
+        self.assertEqual(list(value)[5:], ["path", "layers"])
+        self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
+        self.assertEqual([list(layer) for layer in value["layers"]],
+                         [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
+        self.assertEqual([layer["size"] for layer in value["layers"]], [3, 3000])
+        self.assertEqual([layer["diff_id"] for layer in value["layers"]],
+                         self.image.diff_ids)
+
+    def test_layers(self):
+        rows = [line.split() for line in self.done("layers", self.ref)]
+        self.assertEqual([row[1] for row in rows], self.image.layers)
+        self.assertEqual([int(row[2]) for row in rows],
+                         [len(self.image.blobs[name]) for name in self.image.layers])
+        values = list(map(ordered, self.done("layers", "--json", self.ref)))
+        self.assertEqual([list(value) for value in values],
+                         [["id", "digest", "diff_id", "blob_size"]] * 2)
+        self.assertEqual([(value["id"], value["digest"]) for value in values],
+                         [(row[0], row[1]) for row in rows])
+
+    def test_schema1(self):
+        image = build_image(FIELD_SMALL, "schema1-signed")
+        digest = self.origin.add("lab/app", "old", image)
+        ref = self.origin.host + "/lab/app:old"
+        self.assertEqual(self.done("pull", "-q", "-o", self.output, ref),
+                         [ref + "@" + digest])
+        rows = [line.split() for line in self.done("layers", ref)]
+        self.assertEqual([row[1:] for row in rows],
+                         [[layer, "-"] for layer in image.layers])
+        self.assertEqual(self.main("inspect", "--raw", ref).out, image.manifest)
+        self.assert_one_line(self.main("inspect", "--config", ref), 1, "no config")
+
+    def test_inspect(self):
+        value = ordered("\n".join(self.done("inspect", self.ref)))
+        self.assertEqual(list(value), [
+            "reference", "digest", "media_type", "manifest_digest", "image_id",
+            "platform", "layers", "created", "config"])
+        self.assertEqual(value["reference"], self.ref + "@" + self.digest)
+        self.assertEqual(value["media_type"], self.image.media_type)
+        self.assertEqual([layer["digest"] for layer in value["layers"]],
+                         self.image.layers)
+        self.assertEqual(self.files(), [])
+
+    def test_inspect_exact_bytes(self):
+        for option, expected in (("--raw", self.image.manifest),
+                                 ("--config", self.image.config)):
+            self.assertEqual(self.main("inspect", option, self.ref),
+                             Ended(0, expected, ""))
+
+    def test_index(self):
+        arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", "v8"))
+        index = build_index([(self.image, ("linux", "amd64", None)),
+                             (arm, ("linux", "arm64", "v8"))])
+        digest = self.origin.add("lab/app", "many", index)
+        ref = self.origin.host + "/lab/app:many"
+        choose = ("--platform", "linux/arm64", ref)
+        self.assertEqual(self.done("digest", ref), [digest])
+        self.assertEqual(self.done("digest", *choose), [arm.digest])
+        self.assertEqual(self.main("inspect", "--raw", ref).out, index.manifest)
+        self.assertEqual(self.main("inspect", "--raw", *choose).out, arm.manifest)
+        self.assertEqual(self.done("pull", "-q", "-o", self.output, *choose),
+                         [ref + "@" + digest])
+        value = ordered("\n".join(self.done("inspect", *choose)))
+        self.assertEqual((value["digest"], value["manifest_digest"]),
+                         (digest, arm.digest))
+        self.assertEqual(value["platforms"], ["linux/amd64", "linux/arm64"])
+
+    def test_version_and_help(self):
+        for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
+                              ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
+            with self.assertRaises(SystemExit) as caught, \
+                    contextlib.redirect_stdout(io.StringIO()) as out:
+                imagec.main([option])
+            self.assertEqual(caught.exception.code, 0)
+            self.assertRegex(out.getvalue(), words)
+
+    def test_debug_logs_each_request(self):
+        ended = self.main("digest", "--debug", self.ref)
+        self.assertEqual((ended.status, ended.out),
+                         (0, self.digest.encode("ascii") + b"\n"))
+        self.assertRegex(ended.err, "(?m)^imagec: debug: GET http://.*/manifests/1$")
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_debug_shows_where_an_error_came_from(self):
+        ended = self.main("digest", "--debug", self.origin.host + "/lab/none")
+        self.assertEqual(ended.status, 4)
+        self.assertIn("Traceback", ended.err)
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_quiet_keeps_errors(self):
+        self.assertEqual(self.pull("-q", self.ref).err, "")
+        self.assert_one_line(self.pull("-q", self.origin.host + "/lab/none"), 4)
+
+    def test_retries_are_told_unless_quiet(self):
+        for quiet in ((), ("-q",)):
+            self.origin.fault("manifests", status(503), times=1)
+            ended = self.main("digest", self.ref, *quiet)
+            self.assertEqual(ended.status, 0)
+            self.assertEqual("trying again" in ended.err, not quiet)
+
+    def test_logging_is_left_as_it_was(self):
+        log = logging.getLogger("imagec")
+        before = log.level, list(log.handlers)
+        self.main("digest", "--debug", self.ref)
+        self.main("digest", "--debug", "Bad")
+        self.assertEqual((log.level, list(log.handlers)), before)
+
+    def test_every_error_has_its_status(self):
+        expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
+                    "LimitExceeded": 3, "VerificationError": 3, "DigestMismatch": 3,
+                    "SizeMismatch": 3, "NotFound": 4, "NoMatchingPlatform": 4,
+                    "AccessDenied": 5, "CredentialsError": 5}
+        errors = [kind for kind in map(imagec.__dict__.get, imagec.__all__)
+                  if isinstance(kind, type) and issubclass(kind, Exception)]
+        for kind in errors + [OSError]:
+            self.assertEqual(imagec.exit_status(kind.__new__(kind)),
+                             expected.get(kind.__name__, 1), kind)
+        self.assertIsNone(imagec.exit_status(ZeroDivisionError()))
+
+
+class CommandLineCredentialsTest(CommandLineCase):
+    """-u with its two sources of a password, and where it goes."""
+
+    @rows((  # (what, options, stdin, environment)
+        ("stdin", ("--password-stdin",), PASSWORD, {}),
+        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\nnext\n", {}),
+        ("environment", (), "", {"IMAGEC_PASSWORD": PASSWORD}),
+        ("stdin before environment", ("--password-stdin",), PASSWORD,
+         {"IMAGEC_PASSWORD": "other"}),
+    ))
+    def test_password_sources(self, _what, options, stdin, environ):
+        self.origin.auth = "basic"
+        self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin, **environ)
+        self.assertEqual(self.origin.requests[-1].headers["Authorization"],
+                         "Basic " + field_base64("alice:" + PASSWORD))
+
+    def test_wrong_use(self):
+        for words, argv in (("no password", ("-u", "alice")),
+                            ("without -u", ("--password-stdin",))):
+            self.assert_one_line(self.main("digest", self.ref, *argv), 2, words)
+        self.assertEqual(self.origin.requests, [])
+
+    #: (words of the error, argv): what follows is never repeated, nothing is sent
+    @rows((
+        ("--password-stdin or in IMAGEC_PASSWORD", (
+            "digest -u me --password hunter2 {ref}", "digest --password=hunter2 {ref}",
+            "digest {ref} -u me -p hunter2", "digest {ref} -phunter2",
+            "digest {ref} -qphunter2", "digest {ref} -qp hunter2",
+            "pull -u me --pass hunter2 {ref}", "pull --passwd=hunter2 {ref}",
+            "pull --passwordhunter2 {ref}", "pull --password-std hunter2 {ref}",
+            "-p hunter2 pull {ref}", "--password=hunter2 pull {ref}",
+            "--password hunter2 pull {ref}", "pull {ref} --password HUNTER2!",
+            "selftest --password hunter2", "auth -p hunter2 {host}")),
+        ("takes no value", ("digest --password-stdin=hunter2 {ref}",
+                            "digest --no-creds=hunter2 {ref}")),
+        ("no such option: --pwd;", ("digest --pwd hunter2 {ref}",
+                                    "pull --pwd HUNTER2! {ref}",
+                                    "--pwd=hunter2 pull {ref}")),
+        ("no such option: -P;", ("digest -Phunter2 {ref}", "digest -qPhunter2 {ref}",
+                                 "-P hunter2 digest {ref}")),
+        ("more arguments", ("digest -u me {ref} hunter2",)),
+        ("user name alone", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
+        # userinfo, wherever a host or a URL is expected
+        ("not a mirror", ("pull --mirror https://u:hunter2@h.test {ref}",
+                          "pull --mirror u:hunter2@h.test {ref}",
+                          "pull --mirror u:hunt/hunter2@h.test {ref}")),
+        ("invalid reference", ("digest u:hunter2@{host}/x", "selftest u:hunter2@h.test",
+                               "pull https://u:hunter2@h.test/x",
+                               "pull {ref} --tag u:hunter2@h.test/x")),
+        ("not a registry", ("auth u:hunter2@h.test", "auth https://u:hunter2@h.test",
+                            "auth https://u:hunter2@h.test/lab/app")),
+        ("proxy's URL", ("digest --proxy http://u:hunter2/@h.test h.test/x",
+                         "digest --proxy ftp://u:hunter2@h.test h.test/x")),
+        ("--listen", ("serve --listen u:hunter2@h.test images",)),
+    ))
+    def test_what_may_be_a_password_is_not_repeated(self, words, commands):
+        for command in commands:
+            argv = command.format(ref=self.ref, host=self.origin.host).split()
+            with self.subTest(command), mock.patch.object(
+                    imagec, "pull_test_images", return_value=[]):
+                ended = self.main(*argv)
+                self.assert_one_line(ended._replace(out=b""), 2, re.escape(words))
+                self.assertNotIn(b"hunter2", ended.err.lower().encode() + ended.out)
+        self.assertEqual(self.origin.requests, [])
+
+    def test_options_are_written_out(self):
+        parser = imagec.argument_parser()
+        for command, (_, _, own) in imagec.COMMANDS.items():
+            rest = ["x"] * sum(not flags[0].startswith("-") for flags, _ in own)
+            for option in ("--usern=x", "--no-cred", "--quie", "--rec=gzip", "--js"):
+                with self.subTest(command=command, option=option):
+                    with self.fails(imagec.UsageError, "no such option: --"):
+                        parser.parse_args([command, option] + rest)
+        for options, jobs in (("-j1", 1), ("-qj1", 1), ("-j 1", 1), ("-qj 12", 12),
+                              ("--jobs=3", 3), ("--jobs 3", 3), ("-j -1", -1)):
+            found = parser.parse_args(["pull", "-ux"] + options.split() + ["a", "b"])
+            self.assertEqual((found.jobs, found.quiet, found.username),
+                             (jobs, "q" in options, "x"))
+        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).path, "-p")
+        self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
+
+    def test_a_registry_that_asks_for_none_gets_none(self):
+        self.done("digest", "-u", "alice", self.ref, IMAGEC_PASSWORD=PASSWORD)
+        self.assertFalse([request for request in self.origin.requests
+                          if "Authorization" in request.headers])
+
+    def test_one_password_is_for_one_registry(self):
+        other = self.registry(auth="basic")
+        other.add("lab/app", "1", self.image)
+        ended = self.pull("-q", "-u", "alice", self.ref, other.host + "/lab/app:1",
+                          IMAGEC_PASSWORD=PASSWORD)
+        self.assertEqual(ended.status, 2)
+        self.assertRegex(ended.err, r"\Aimagec: [^\n]*two registries[^\n]*\n\Z")
+        self.assertEqual(other.requests, [])
+
+    def test_an_insecure_option_is_for_one_registry(self):
+        other = self.registry(tls="expired", auth="basic")
+        other.add("lab/app", "1", self.image)
+        for option in ("--insecure-skip-verify", "--insecure-allow-http"):
+            ended = self.pull("-q", option, self.ref, other.host + "/lab/app:1")
+            self.assert_one_line(ended, 2, "%s .*two registries.*%s" % (
+                option, re.escape(other.host)))
+            ended = self.pull("-q", option, self.ref, "--mirror", self.origin.host)
+            self.assertEqual((ended.status, ended.err), (0, ""))
+        self.assertEqual(other.connections, 0)
+
+    def test_storage_and_token_hosts(self):
+        for option in ("--storage-host", "--token-host"):
+            for host in ("", "a/b", "https://a", "u:S3CR3T@a", "a:b", "a b", "a%3a1"):
+                ended = self.main("digest", self.ref, option, host)
+                self.assert_one_line(ended, 2, "HOST")
+                self.assertNotIn("S3CR3T", ended.err)
+            self.done("digest", self.ref, option, "my_store.lan:9000", option, "b")
+        self.assertTrue(self.origin.requests)
+
+
+class CommandLineProgressTest(CommandLineCase):
+    """Each kind of --progress, on a terminal and elsewhere."""
+
+    ERASED = "\r\x1b[K"
+    REST = (r"[0-9]/[0-9] [0-9.]+[kM]?B/[0-9.]+[kM]B"
+            r"( [0-9.]+[kMG]?B/s [0-9]+:[0-9]{2} left)?")
+
+    def setUp(self):
+        super().setUp()
+        tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
+                for number in range(2)]
+        self.image = build_image(tars + list(FIELD_SMALL), compress=None)
+        self.digest = self.origin.add("lab/app", "1", self.image)
+
+    def often(self):
+        self.patch(mock.patch.multiple(imagec, REDRAW_INTERVAL=0, PROGRESS_INTERVAL=0))
+
+    def progress(self, kind, tty, term="xterm"):
+        self.often()
+        stream = FakeTerminal() if tty else io.StringIO()
+        ended = self.pull("--progress", kind, self.ref, stderr=stream, TERM=term)
+        self.assertEqual(ended[:2], (0, (self.ref + "@" + self.digest + "\n").encode()))
+        return ended.err
+
+    def told(self, *states):
+        """The lines of these pulls, but for those of the rest."""
+        names = sorted(name[7:19] for name in self.image.layers)
+        return sorted(line for state in states for line in [
+            "1: Pulling from lab/app", "Digest: " + self.digest]
+                      + ["%s: %s" % (name, state) for name in names])
+
+    def listener(self, stream, kind="auto"):
+        """A Progress with a clock that stands at `self.now`, told of three layers."""
+        self.now = 100.0
+        with mock.patch.dict(os.environ, TERM="xterm"):
+            progress = imagec.Progress(stream, kind, lambda: self.now)
+        progress(imagec.Event("Pulling from lab/app", "1"))
+        for name, size in (("aa", 1000000), ("bb", 3000000), ("cc", 500)):
+            progress(imagec.Event("Pulling fs layer", name, None, size))
+        return progress
+
+    @staticmethod
+    def come(progress, name, count, status="Downloading"):
+        progress(imagec.Event(status, name, count, None))
+
+    def test_none(self):
+        self.assertEqual(self.progress("none", tty=True), "")
+
+    def test_lines(self):
+        for kind, tty, term in (("plain", True, "xterm"), ("auto", False, "xterm"),
+                                ("plain", False, "xterm"), ("auto", True, "dumb")):
+            with self.subTest(kind, tty=tty, term=term):
+                self.output += "x"
+                text = self.progress(kind, tty, term=term)
+                self.assertNotRegex(text, "[^ -~\n]")
+                lines = text.splitlines()
+                rest = [line for line in lines if re.fullmatch(self.REST, line)]
+                self.assertGreater(len(rest), 3)
+                self.assertEqual(sorted(set(lines) - set(rest)),
+                                 self.told("Download complete"))
+                self.assertEqual((lines[0], lines[-1]), (
+                    "1: Pulling from lab/app", "Digest: " + self.digest))
+
+    def test_a_terminal_gets_a_live_line(self):
+        text = self.progress("auto", True)
+        live = re.findall(r"([^\r\n\x1b]+)\r", text.replace(self.ERASED, "\r"))
+        self.assertGreater(len(live), 3)
+        for line in live:
+            self.assertRegex(line, r"\A%s\Z" % self.REST)
+            self.assertLess(len(line), 40)
+        self.assertEqual(sorted(self.shown(text)[:-1]), self.told("Download complete"))
+        self.assertEqual(self.shown(text)[-1], "")
+
+    def test_what_else_is_said_stands_by_itself(self):
+        # The same screen shows the progress, warnings in between, and the results.
+        self.often()
+        screen = FakeTerminal()
+        self.origin.fault("/blobs/" + self.image.layers[-1],
+                          status(503, {"Retry-After": "0"}), 2)
+        with mock.patch.dict(os.environ, TERM="xterm"), \
+                mock.patch.multiple(sys, stdout=screen, stderr=screen), \
+                mock.patch.object(imagec, "BACKOFF", 0):
+            code = imagec.main(["pull", "-o", self.output, self.ref, self.ref])
+        self.assertEqual(code, 0)
+        lines = self.shown(screen.getvalue())
+        warned = [line for line in lines if "trying again" in line]
+        self.assertEqual(len(warned), 2)
+        pinned = self.ref + "@" + self.digest
+        self.assertEqual(sorted(lines), sorted(
+            self.told("Download complete", "Already exists") + warned + [pinned] * 2
+            + [""]))
+        self.assertIn(self.ERASED + "imagec: ", screen.getvalue())
+
+    def test_an_error_stands_by_itself(self):
+        self.often()
+        self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
+        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm")
+        self.assertEqual(ended.status, 4)
+        lines = self.shown(ended.err)
+        self.assertRegex(lines[-2], "^imagec: .*" + self.image.layers[-1])
+        self.assertFalse([line for line in lines if re.match(self.REST, line)])
+
+    @staticmethod
+    def shown(text):
+        """The lines on a terminal that was sent `text`."""
+        return re.sub(r"[^\n]*\r\x1b\[K", "", text).split("\n")
+
+    def test_rest(self):
+        self.often()
+        stream = FakeTerminal()
+        progress = self.listener(stream)
+        self.now += 1
+        self.come(progress, "bb", 500000, "Resuming")
+        self.come(progress, "bb", 1000000)
+        progress(imagec.Event("Already exists", "cc"))
+        self.now += 1
+        self.come(progress, "bb", 500000)  # begun again
+        self.come(progress, "bb", 1500000)
+        progress(imagec.Event("Download complete", "bb"))
+        self.now += 60
+        self.come(progress, "aa", 999700)
+        progress.close()
+        self.assertEqual(self.shown(stream.getvalue()), [
+            "1: Pulling from lab/app", "cc: Already exists", "bb: Download complete",
+            ""])
+        self.assertEqual(re.findall("[0-9]/[^\r\n]*", stream.getvalue())[3:], [
+            "0/3 500kB/4MB", "0/3 1MB/4MB 500kB/s 0:06 left",
+            "1/3 1MB/4MB 500kB/s 0:06 left", "1/3 500kB/4MB 250kB/s 0:14 left",
+            "1/3 1.5MB/4MB 750kB/s 0:03 left", "2/3 3MB/4MB 750kB/s 0:01 left",
+            "2/3 4MB/4MB 40.3kB/s 0:00 left"])
+
+    def test_sizes_that_no_manifest_tells(self):
+        self.often()
+        stream = io.StringIO()
+        progress = imagec.Progress(stream, "plain", lambda: 0)
+        progress(imagec.Event("Pulling fs layer", "aa"))
+        self.come(progress, "aa", 999)
+        self.assertEqual(stream.getvalue().splitlines()[-1], "0/1 999B 999kB/s")
+
+    def test_at_most_every_ten_seconds(self):
+        for kind, seconds in (("plain", 10), ("auto", 0.1)):
+            stream = FakeTerminal()
+            progress = self.listener(stream, kind)
+            self.assertNotIn("/3", stream.getvalue())
+            for part in range(1, 1001):
+                self.now = 100 + seconds * part / 250
+                self.come(progress, "aa", 1000 * part)
+            self.assertEqual(stream.getvalue().count("0/3 "), 4)
+            progress(imagec.Event("Download complete", "bb"))
+            self.assertIn("bb: Download complete", self.shown(stream.getvalue()))
+
+    def test_width_is_that_of_the_terminal(self):
+        if not hasattr(os, "openpty"):
+            cannot("open a terminal")
+        import fcntl
+        import termios
+        whole = "0/3 999kB/4MB 999B/s 50:04 left"
+        for width, wanted in ((200, whole), (30, whole[:29]), (0, whole)):
+            with self.subTest(width):
+                master, slave = os.openpty()
+                self.addCleanup(os.close, master)
+                fcntl.ioctl(slave, termios.TIOCSWINSZ,
+                            struct.pack("HHHH", 24, width, 0, 0))
+                with open(slave, "w") as stream:
+                    progress = self.listener(stream)
+                    self.now += 1000
+                    self.come(progress, "aa", 999000)
+                    text = ""
+                    while whole[:12] not in text:
+                        text += os.read(master, 65536).decode("ascii")
+                self.assertEqual(text.rpartition("\n")[2], wanted)
+
+    def test_longest(self):
+        self.often()
+        stream = FakeTerminal()
+        self.now = 0.0
+        progress = imagec.Progress(stream, "plain", lambda: self.now)
+        for number in range(100):
+            progress(imagec.Event("Pulling fs layer", str(number), None, 999444000))
+        self.now = 80.5
+        self.come(progress, "1", 999444000)
+        line = stream.getvalue().splitlines()[-1]
+        self.assertEqual(line, "0/100 999MB/99.9GB 12.4MB/s 132:49 left")
+        self.assertEqual(len(line), 39)
+
+
+# -- Command line: what goes wrong
+
+HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+LAYER = "GET .*/blobs/{layer}"
+CONFIG = "GET .*/blobs/{config}"
+MANIFEST = "GET .*/manifests/"
+
+#: (what, command line, status, words[, match, action, times of a fault: 1])
+FAILURES = (
+    ("no command", "", 2, "--help"),
+    ("unknown command", "fly", 2, "fly"),
+    ("unknown option", "digest {ref} --fast", 2, "--fast"),
+    ("no reference", "pull", 2, "REF"),
+    ("unknown format", "pull --format floppy {ref}", 2, "floppy"),
+    ("no job", "pull -j 0 {ref}", 2, "at least one"),
+    ("time that is no number", "digest --timeout x {ref}", 2,
+     "not a number of seconds: x"),
+    ("archive in a directory's place", "pull -o {root} --format archive {ref}", 1,
+     "is a directory"),
+    ("layers of no bytes", "pull --max-layer-size 0 {ref}", 2, "over 0"),
+    ("layers of less", "pull --max-layer-size -5 {ref}", 2, "over 0"),
+    ("no files", "pull --max-files 0 {ref}", 2, "over 0"),
+    ("all platforms of one", "inspect --platform all {ref}", 1, "one platform"),
+    ("layers of all of one", "layers --platform all {ref}", 1, "one platform"),
+    ("no path", "pull -o '' {ref}", 2, "empty"),
+    ("deep path", "pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
+    ("nothing to serve", "serve {root}/none", 1, "none: is not there"),
+    ("proxy that is not there", "digest --proxy http://nosuch.invalid:1 r.test/a", 1,
+     "resolve host nosuch.invalid: "),
+    ("host that is not there", "digest --insecure-allow-http r.invalid/a", 1,
+     "cannot resolve host r.invalid: .*; check the name"),
+    ("host of https that is not there", "pull registry.invalid/lab/app", 1,
+     "cannot resolve host registry.invalid"),
+    ("neither TLS nor HTTP", "digest {ref}", 1, "TLS[^;]*$", "HEAD /v2/",
+     garbage(b"SSH-2.0-x\r\n"), EVER),
+    ("registry out of order", "digest {ref}", 1, "is out of order: .*HTTP 500",
+     "HEAD /v2/", status(500), EVER),
+    ("compressed archive", "pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
+    ("compressed, short", "pull -o {root}/x.tgz {ref}", 2, "FILE.tar"),
+    ("name for a tree", "pull --tag a:1 {ref}", 2, "--tag goes with"),
+    ("name for a root", "pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
+    ("URL for a registry", "auth https://{host}", 2, "HOST"),
+    ("no registry to look up", "auth ''", 2, "HOST"),
+    ("registry with a blank", "auth 'a b'", 2, "HOST"),
+    ("jobs that are no number", "pull -j x {ref}", 2, "'x'"),
+    ("bad reference", "pull lab/App", 2, "lowercase"),
+    ("reference with a newline", "pull 'lab/app\n'", 2, r"lab/app\\+n"),
+    ("bad second reference", "pull {ref} a//b", 2, "a//b"),
+    ("bad digest", "digest {host}/lab/app@sha256:12", 2, "64"),
+    ("image ID", "pull " + "0" * 64, 2, "image ID"),
+    ("bad platform", "layers --platform a/b/c/d {ref}", 2, "a/b/c/d"),
+    ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
+    ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
+    ("no registry", "digest {ref}", 1, "no registry", "HEAD /v2/",
+     status(404, body=HTML), EVER),
+    ("HTML for a manifest", "pull {ref}", 3, "HTML", MANIFEST,
+     body(HTML, content_type="text/html")),
+    ("duplicate keys", "pull {ref}", 3, "twice", MANIFEST,
+     body(b'{"layers":[],"layers":[]}')),
+    ("manifest of 5 MiB", "pull {ref}", 3, "limit", MANIFEST, body(b" " * (5 << 20))),
+    ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
+     "expected digest", MANIFEST, flip(3)),
+    ("header that lies about the digest", "pull {ref}", 3, "disagree", MANIFEST,
+     headers(docker_content_digest="sha256:" + "0" * 64)),
+    ("missing repository", "pull {host}/lab/none:1", 4, "MANIFEST_UNKNOWN"),
+    ("missing tag", "pull {host}/lab/app:none", 4, "lab/app:none"),
+    ("missing tag list", "tags {host}/lab/none", 4, "lab/none"),
+    ("missing config", "pull {ref}", 4, "{config}", CONFIG, status(404)),
+    ("missing layer", "pull {ref}", 4, "{layer}", LAYER, status(404)),
+    ("no platform", "pull --platform linux/s390x {host}/lab/app:many", 4,
+     "linux/amd64, linux/arm/v7"),
+    ("denied", "pull {ref}", 5, "denied", MANIFEST, status(403)),
+    ("config with a flipped bit", "pull {ref}", 3, "expected digest", CONFIG, flip()),
+    ("layer with a flipped bit", "pull {ref}", 3, "{layer}.* expected digest", LAYER,
+     flip()),
+    ("over-long layer", "pull {ref}", 3, "at least", LAYER, extra(9)),
+    ("truncated layer", "pull {ref}", 1, "and ended", LAYER, truncate(), EVER),
+    ("server error", "pull {ref}", 1, "500", MANIFEST, status(500), EVER),
+    ("too many requests", "pull {ref}", 1, "too many requests", MANIFEST, status(429),
+     EVER),
+    ("no HTTP", "pull {ref}", 1, "HTTP", MANIFEST, garbage(b"SSH-2.0-OpenSSH_9.6\r\n"),
+     EVER),
+    ("redirect loop", "pull {ref}", 1, "loop", LAYER, redirect("?"), EVER),
+    ("redirect to another kind", "pull {ref}", 1, "not http", LAYER,
+     redirect("file:///etc/passwd")),
+    ("redirect to the metadata service", "pull {ref}", 1, "169.254", LAYER,
+     redirect("http://169.254.169.254/latest")),
+    ("layer that is too large", "pull --max-layer-size 100 {ref}", 1,
+     "--max-layer-size"),
+    ("too slow for --timeout", "digest --timeout 0.5 {ref}", 1, "--timeout", MANIFEST,
+     hang()),
+    ("destination is a file", "pull -o {root}/file {ref}", 1, "file.*not a directory"),
+    ("destination below a file", "pull -o {root}/file/a {ref}", 1, "not a directory"),
+    ("destination is a device", "pull -o /dev/null {ref}", 1, "not a directory"),
+)
+
+
+def retire(faults):
+    """They strike no more, so that the next row of a table finds the server well."""
+    for fault in faults:
+        fault.times = fault.used
+
+
+class CommandLineFailureTest(CommandLineCase):
+    """One clear line and the right status for whatever goes wrong."""
+
+    def setUp(self):
+        super().setUp()
+        self.words = {
+            "ref": self.ref, "host": self.origin.host, "root": self.root,
+            "digest": self.digest, "layer": self.image.layers[1],
+            "config": sha256(self.image.config)}
+        self.origin.add("lab/app", "many", build_index(
+            [(self.image, ("linux", "amd64", None)),
+             (self.image, ("linux", "arm", "v7"))]))
+
+    @rows(FAILURES)
+    def test_failures(self, what, command, code, words, match=None, *fault):
+        self.file("file")
+        self.output = os.path.join(self.root, what.replace(" ", "-"))
+        due = [self.origin.fault(match.format(**self.words), *fault)] if match else []
+        argv = [word.format(**self.words) for word in shlex.split(command)]
+        if argv[:1] == ["pull"]:
+            argv[1:1] = ["-q", "-o", self.output]
+        ended = self.main(*argv)
+        retire(due)
+        if "-q" not in argv:
+            ended = ended._replace(err=ended.err.splitlines(True)[-1])
+        self.assert_one_line(ended, code, words.format(**self.words))
+        self.assert_nothing_final()
+        self.assertTrue(all(fault.used for fault in due), "fault never met")
+
+    @able(os.name == "posix", "signal as POSIX has it")
+    def test_t123_SIGTERM_in_a_finalizer(self):
+        # Python drops what is raised there, with a word of its own on standard error.
+        class Doomed:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)
+
+        fetch = imagec.Puller._in_parallel
+
+        def struck(puller, actions):
+            Doomed()
+            return fetch(puller, actions)
+
+        fault = self.origin.fault("blobs/" + self.image.layers[0], hang(), EVER)
+        with mock.patch.object(imagec.Puller, "_in_parallel", struck):
+            ended = self.pull("-q", "--timeout", "5", self.ref)
+        retire([fault])
+        self.assertEqual(ended.status, 143, ended.err)
+        self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
+        self.assert_nothing_final()
+
+    @able(os.name == "posix", "signal as POSIX has it")
+    def test_t122_t123_a_signal_while_workers_start(self):
+        start, begun = threading.Thread.start, []
+
+        def struck(thread):
+            start(thread)
+            if threading.current_thread() is threading.main_thread():
+                begun.append(thread)
+                if len(begun) == 1:
+                    os.kill(os.getpid(), number)
+
+        fault = self.origin.fault("/blobs/(?!%s)" % sha256(self.image.config), hang(),
+                                  EVER)
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            for format in imagec.OUTPUTS:
+                with self.subTest(format=format, signal=number), \
+                        mock.patch.object(threading.Thread, "start", struck):
+                    del begun[:]
+                    out = "%s%d%s" % (self.output, number, format)
+                    ended = self.pull("-q", "--timeout", "5", "--format", format,
+                                      "-o", out, self.ref)
+                    self.assertEqual(ended.status, status, ended.err)
+                    self.assertTrue(begun)
+                    self.assertFalse([one for one in begun if one.is_alive()])
+        retire([fault])
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    @rows((  # (what, options, stdin, auth of the registry, words)
+        ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
+         "denied"),
+        ("wrong password for a token", ("-u", "alice", "--password-stdin"),
+         "S3CR3T-WRONG", "bearer", "user alice"),
+        ("no password", (), "", "basic", "-u USER"),
+        ("no token for all", (), "", "bearer", "anonymous"),
+    ))
+    def test_denials(self, _what, options, stdin, auth, words):
+        self.origin.auth, self.origin.anonymous = auth, False
+        ended = self.pull("-q", *options + (self.ref,), stdin=stdin)
+        self.assert_one_line(ended, 5, words)
+        self.assertEqual(self.files(), [])
+
+    @rows((  # (the server's, options, whether roots are known, whether it is refused)
+        (True, (), True, False),
+        (True, (), False, True),
+        ("expired", (), True, True),
+        ("wrong-host", (), True, True),
+        ("expired", ("--insecure-skip-verify",), True, False),
+        (True, ("--cacert", "{root}/roots.pem"), False, False),
+    ))
+    def test_certificates(self, tls, options, known, refused):
+        roots = self.file("roots.pem", TEST_CERT)
+        ended = self.main(
+            "digest", "-q", self.filled(self.image, tls=tls).host + "/lab/app:1",
+            *[word.format(root=self.root) for word in options],
+            SSL_CERT_FILE=roots if known else os.devnull)
+        if refused:
+            return self.assert_one_line(ended, 1, "not to be trusted")
+        self.assertEqual((ended.status, ended.err), (0, ""))
+
+    def test_truncated_layer_is_tried_five_times(self):
+        layer = self.image.layers[1]
+        fault = self.origin.fault("blobs/" + layer, truncate(), EVER)
+        ended = self.pull("--progress", "none", self.ref)
+        self.assertEqual((ended.status, fault.used), (1, imagec.ATTEMPTS))
+        self.assertEqual(ended.err.count("trying again"), imagec.ATTEMPTS - 1)
+        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
+
+    def test_messages_have_an_end(self):
+        many = build_index([(self.image, ("os%d" % number, "a" * 30, None))
+                            for number in range(3000)])
+        self.origin.add("lab/app", "crowd", many)
+        ended = self.pull("-q", self.origin.host + "/lab/app:crowd")
+        self.assert_one_line(ended, 4, "os0/a+, .* and 2980 more.*--platform")
+        self.assertLess(len(ended.err), 2000)
+        long = "x" * 300000
+        for action in (body(spoiled_manifest(self.image, mediaType=long)),
+                       body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),))),
+                       headers(docker_content_digest=long[:60000])):
+            fault = self.origin.fault(MANIFEST, action, EVER)
+            for more in ((), ("--debug",)):
+                ended = self.main("digest", self.ref, *more)
+                self.assertIn(ended.status, (1, 3), ended.err[:2000])
+                self.assertLess(max(map(len, ended.err.splitlines())), 5000)
+            retire([fault])
+        for text in (long, "\x1b" * 300000):
+            error = imagec.OutputError("/" + text, "not there", "try another")
+            self.assertLess(max(len(str(error)), len(repr(error))), 10000)
+            self.assertTrue(str(error).endswith("not there; try another"))
+
+    @rows(((None, ""), (b"/a/b", "/a/b: "), (b"/a/\xff", r"/a/\udcff: "), (3, "3: "),
+           ("/a/\x1b", r"/a/\x1b: ")))
+    def test_full_disk(self, name, shown):
+        error = OSError(28, "No space left on device", name)
+        with mock.patch.object(imagec.Partial, "write", side_effect=error):
+            ended = self.pull("-q", self.ref)
+        self.assert_one_line(ended, 1, "imagec: %sNo space left on device; .*-o"
+                             % re.escape(shown))
+        self.assert_nothing_final()
+
+    def test_destination_that_is_read_only(self):
+        with mock.patch("os.access", return_value=False):  # root may write everywhere
+            self.assert_one_line(self.pull("-q", self.ref), 1, "no permission")
+        self.assertEqual(self.origin.requests, [])
+
+    def test_first_error_ends_the_rest_at_once(self):
+        self.origin.fault("blobs/" + self.image.layers[0], hang(), 1)
+        self.origin.fault("blobs/" + self.image.layers[1], [delay(0.05), flip()], 1)
+        begin = time.monotonic()
+        self.assert_one_line(self.pull("-q", self.ref), 3, "expected digest")
+        self.assertLess(time.monotonic() - begin, 15)
+
+    def test_cancel_leaves_no_socket_open(self):
+        # The moments at which a cancel may come: with a kept connection in hand, and
+        # with a new socket that is not connected yet.
+        for kept, place in ((True, "Transport.check"), (False, "_Kept.patience")):
+            transport = imagec.Transport()
+            if kept:
+                transport.open("GET", self.origin.url + "/v2/").read(1000, "reply")
+            with warnings.catch_warnings(record=True) as caught, mock.patch(
+                    "imagec." + place, side_effect=imagec.Cancelled("cancelled")):
+                warnings.simplefilter("always")
+                with self.assertRaises(imagec.Cancelled):
+                    transport.open("GET", self.origin.url + "/v2/")
+                transport.close()
+                del transport
+                gc.collect()
+            self.assertEqual([str(each.message) for each in caught], [], place)
+
+
+# -- Command line: what a server may not do to a terminal, and may not make us tell
+
+def spoiled_manifest(image, **members):
+    """The image's manifest with other members."""
+    return json_bytes(dict(json.loads(image.manifest.decode()), **members))
+
+
+class TerminalInjectionTest(CommandLineCase):
+    """Escape sequences in whatever a server sends do not reach the terminal (T07)."""
+
+    def rows(self):
+        """(what, command, match, action)"""
+        words = {"errors": [{"code": "DENIED" + POISON, "message": POISON}]}
+        for code in (400, 401, 403, 404, 429, 500):
+            yield "words of %d" % code, "digest", MANIFEST, status(
+                code, body=json_bytes(words))
+        yield "tags", "tags", "tags/list", body(json_bytes(
+            {"name": POISON, "tags": ["good", POISON, 3]}))
+        yield "media type", "digest", MANIFEST, body(
+            spoiled_manifest(self.image, mediaType=POISON))
+        yield "config type", "pull", MANIFEST, body(spoiled_manifest(
+            self.image, config={"mediaType": POISON, "size": 1, "digest": self.digest}))
+        yield "digest", "pull", MANIFEST, body(spoiled_manifest(self.image, layers=[
+            {"mediaType": POISON, "size": 1, "digest": POISON}]))
+        yield "key", "pull", MANIFEST, body(b'{"\x1b[31m":1,"\x1b[31m":2}')
+        for name, value in (
+                ("Content-Type", "\x1b[31m"), ("Content-Encoding", "\x1b[31m"),
+                ("Docker-Content-Digest", "\x1b[31m"), ("Retry-After", "\x1b[31m"),
+                ("Docker-Distribution-Api-Version", "\x1b[31m")):
+            yield name, "pull", MANIFEST, headers(**{name: value})
+        for place in ("http://\x1b[31m.test/", "http://h\x9b31m/", "\x1b]0;x\x07://x"):
+            yield "Location", "pull", "blobs", redirect(place)
+            yield "realm", "digest", MANIFEST, status(401, {
+                "WWW-Authenticate": 'Bearer realm="%s",service="\x1b[31m"' % place})
+            yield "Link", "tags", "tags/list", headers(Link='<%s>; rel="next"' % place)
+        yield "scheme", "digest", MANIFEST, status(
+            401, {"WWW-Authenticate": "\x1b[31m"})
+        yield "status line", "digest", MANIFEST, garbage(b"\x1b[31m\x9b31m\r\n\r\n")
+        yield "reason", "digest", MANIFEST, garbage(
+            b"HTTP/1.1 400 \x1b[31m\r\nContent-Length: 0\r\n\r\n")
+
+    def test_faults(self):
+        for what, command, match, action in self.rows():
+            with self.subTest(what):
+                fault = self.origin.fault(match, action, EVER)
+                options = ("-o", self.output) if command == "pull" else ()
+                ended = self.main(command, "--debug", self.ref, *options)
+                retire([fault])
+                self.assert_clean(ended)
+                self.assertTrue(ended.err)
+
+    def test_exact_bytes(self):
+        """A terminal obeys none of them, a file or pipe gets each as it is."""
+        config = json.dumps(dict(json.loads(self.image.config.decode("utf-8")),
+                                 author=POISON), indent=1, ensure_ascii=False).encode()
+        self.assertIn(b"\xc2\x9b31m", config)
+        image = build_image(FIELD_SMALL)
+        image.blobs[sha256(config)] = config
+        manifest = json.loads(image.manifest.decode("utf-8"))
+        manifest["config"].update(digest=sha256(config), size=len(config))
+        manifest["annotations"] = {"x": POISON}
+        raw = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8")
+        image.manifest, image.digest = raw, sha256(raw)
+        self.origin.add("lab/app", "1", image)
+        for option, expected in (("--raw", raw), ("--config", config)):
+            ended = self.main("inspect", option, self.ref)
+            self.assertEqual(ended.out, expected)
+            with mock.patch.object(io, "TextIOWrapper", TerminalOutput):
+                ended = self.main("inspect", option, self.ref)
+            self.assertEqual(ended.status, 0)
+            self.assert_clean(ended)
+            self.assertEqual(ended.out.count(b"\n"), expected.count(b"\n") + 1)
+
+    def assert_clean(self, ended):
+        drawn = ended.err.replace("\r\x1b[K", "")  # the live line's own
+        for text in (drawn, ended.out.decode("utf-8")):
+            self.assertIsNone(UNPRINTABLE.search(text), ascii(text))
+            self.assertNotRegex(text, "(?m)^imagec: all is well")
+
+    def test_images(self):
+        poisoned = build_image(
+            FIELD_SMALL, platform=(POISON, POISON, POISON), author=POISON,
+            config={"Labels": {POISON: POISON}, "Env": [POISON]}, created=POISON)
+        index = build_index([(poisoned, (POISON, POISON, POISON))])
+        self.origin.add("lab/app", "1", poisoned)
+        self.origin.add("lab/app", "many", index)
+        many = self.origin.host + "/lab/app:many"
+        for argv in (("inspect", self.ref), ("layers", self.ref), ("digest", many),
+                     ("inspect", many), ("pull", "-o", self.output, many),
+                     ("layers", "--json", self.ref),
+                     ("pull", "--json", "-o", self.output, self.ref),
+                     ("pull", "--progress", "plain", "-o", self.output, self.ref)):
+            with self.subTest(argv=argv):
+                for stream in (FakeTerminal(), io.StringIO()):
+                    self.assert_clean(self.main(*argv, stderr=stream, TERM="xterm"))
+
+
+class EchoRegistry(FakeRegistry):
+    """A registry and object store whose errors repeat what they were sent."""
+
+    echoing = "manifests"
+
+    def answer(self, request):
+        reply = super().answer(request)
+        if self.echoing in request.path and reply.code == 200:
+            sent = "%s %s" % (request.path, request.headers.get("Authorization"))
+            return status(400, body=json_bytes(
+                {"errors": [{"code": "INVALID", "message": sent}]}))(reply)
+        return reply
+
+
+def secret_forms(secret):
+    """What a secret may look like: plain, quoted, and within any base64."""
+    raw = secret.encode("utf-8")
+    forms = {raw, urllib.parse.quote(secret).encode(), repr(secret)[1:-1].encode(),
+             raw.hex().encode()}
+    for offset in range(3):
+        code = base64.b64encode(bytes(offset) + raw)
+        first, last = -(-offset * 8 // 6), (offset + len(raw)) * 8 // 6
+        forms.add(code[first:last])
+        forms.add(code[first:last].replace(b"+", b"-").replace(b"/", b"_"))
+    return forms
+
+
+SECRET_ALICE = ("alice", PASSWORD)
+#: (what, auth of the registry, (user or None, password or identity token), what the
+#: fault strikes, the fault, status)
+SECRET_PULLS = (
+    ("password", "basic", SECRET_ALICE, None, None, 0),
+    ("password for a token", "bearer", SECRET_ALICE, None, None, 0),
+    ("identity token", "bearer", (None, IDENTITY_TOKEN), None, None, 0),
+    ("wrong password", "basic", ("alice", "S3CR3T%wrong"), None, None, 5),
+    ("wrong password for a token", "bearer", ("alice", "S3CR3T wr\u00f6ng"), None,
+     None, 5),
+    ("user that is none", "bearer", ("al:ice", PASSWORD), None, None, 2),
+    ("wrong identity token", "bearer", (None, "S3CR3T-OTHER"), None, None, 5),
+    ("identity token that is lost", "bearer", (None, IDENTITY_TOKEN), "/token",
+     status(500), 1),
+) + tuple((what, "bearer", SECRET_ALICE, match, action, code)
+          for what, match, action, code in (
+    ("token server fails", "/token", status(500), 1),
+    ("token in a page", "/token", body(b"<p>S3CR3T-TOKEN</p>"), 3),
+    ("token that is none", "/token", body(b'{"token": "S3CR3T\\u0001"}'), 3),
+    ("token with a newline", "/token", body(b'{"token": "S3CR3T\\nX: y"}'), 3),
+    ("token refused for ever", MANIFEST, status(401, {
+        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
+    ("token refused for a blob", "/blobs/", status(401, {
+        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
+    ("realm with a password", "HEAD /v2/", status(401, {
+        "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}), 1),
+    ("redirect with a password", "/blobs/", redirect(
+        "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"), 1),
+    ("redirect into nothing", "/blobs/", redirect(
+        "http://127.0.0.1:1/x?sig=S3CR3T-SIG#S3CR3T"), 1),
+    ("redirect to a bad URL", "/blobs/", redirect("http://[/x?sig=S3CR3T-SIG"), 1),
+)) + tuple((what, auth, who, "/cdn/", action, code)
+           for auth, who in ((None, ()), ("bearer", SECRET_ALICE))
+           for what, action, code in (
+    ("signed URL cut", truncate(), 1), ("signed URL spoiled", flip(), 3),
+    ("signed URL refused", status(403, body=b"sig S3CR3T"), 5),
+    ("signed URL that stutters", garbage(b"junk\r\n"), 1),
+    ("signed URL that stalls", hang(9), 1),
+    ("signed URL in a loop", redirect("?sig=S3CR3T-SIG&again=1"), 1),
+    ("signed URL into nothing", redirect(
+        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1),
+))
+
+
+class SecretsTest(CommandLineCase):
+    """No secret is in any output, exception or file written, --debug or not (T80)."""
+
+    LOGIN = ("-u", "alice", "--password-stdin")
+
+    def assert_no_secret(self, *texts):
+        """No exception, with all that led to it, no text, no file written tells one."""
+        texts = list(texts)
+        for value in texts:
+            if isinstance(value, BaseException):
+                texts += [str(value), repr(value), repr(value.args), repr(vars(value)),
+                          value.__cause__]
+                if not value.__suppress_context__:
+                    texts.append(value.__context__)
+        files = threat_files(self.root)
+        files.pop("auth.json", None)  # ours
+        for value in texts + list(files) + list(files.values()):
+            if isinstance(value, str):
+                value = value.encode("utf-8", "backslashreplace")
+            if isinstance(value, bytes):
+                for form in secret_forms(PASSWORD):  # which is in every other
+                    self.assertNotIn(form, value)
+
+    @rows([row + FIELD_FORMATS[number % len(FIELD_FORMATS)]
+           for number, row in enumerate(SECRET_PULLS)])
+    def test_pulls(self, what, auth, who, match, action, code, format, name):
+        origin, path = self.filled(self.image, auth=auth), self.at(name)
+        store = self.registry(blobs=origin.blobs)
+        origin.redirect_blobs_to = store.url
+        fault = match and (store if match == "/cdn/" else origin).fault(
+            match, action, EVER)
+        argv, options = (), {"idle_timeout": 0.1 if "stalls" in what else 5}
+        if who and who[0]:
+            argv = ("-u", who[0], "--password-stdin")
+            options.update(username=who[0], password=who[1])
+        elif who:
+            options["authfile"] = self.file("auth.json", {"auths": {origin.host: {
+                "auth": field_base64("<token>:"), "identitytoken": who[1]}}})
+            argv = ("--authfile", options["authfile"])
+        ref, events = origin.host + "/lab/app:1", []
+        told, error = self.told_of_pull(ref, format, path, events, options)
+        self.assertEqual(error is not None, bool(code), error)
+        self.assert_no_secret(told, repr(events), error)
+        remove(self.work)
+        os.mkdir(self.work)
+        with mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()):
+            ended = self.main("pull", "--debug", "--platform", "linux/amd64",
+                              "--format", format, "-o", path, "--timeout",
+                              str(options["idle_timeout"]), ref, *argv,
+                              stdin=who[1] if who else "")
+        self.assertEqual(ended.status, code, ended.err)
+        self.assertIn("imagec: debug: ", ended.err)
+        self.assert_no_secret(ended.err, ended.out)
+        self.assertTrue(fault is None or fault.used, "fault never met")
+        remove(self.work)
+        os.mkdir(self.work)
+
+    def told_of_pull(self, ref, format, path, events, options):
+        """(what is logged, the error) of a pull by the library."""
+        told, level = io.StringIO(), imagec.log.level
+        self.addCleanup(imagec.log.setLevel, level)
+        imagec.log.setLevel(logging.DEBUG)
+        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
+                mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
+                self.session(notify=events.append, **options) as session:
+            error = None
+            try:
+                session.pull([imagec.Reference.parse(ref)],
+                             imagec.new_output(path, format),
+                             imagec.Platform.parse("linux/amd64"))
+            except (imagec.ImagecError, OSError) as caught:
+                error = caught
+        return told.getvalue(), error
+
+    @rows((("http://u:S3CR3T@127.0.0.1:1", 1), ("socks5://u:S3CR3T@127.0.0.1:1", 1),
+           ("ftp://u:S3CR3T@127.0.0.1:1", 2)))
+    def test_proxies(self, proxy, code):
+        ended = self.pull("--debug", "--proxy", proxy, self.ref)
+        self.assertEqual(ended.status, code, ended.err)
+        self.assert_no_secret(ended.err, ended.out)
+
+    @rows((("registry.test",), ("registry.test:80",)))
+    def test_proxy_that_repeats_nothing(self, host):
+        proxy = self.registry()
+        ended = self.main("digest", "--debug", host + "/lab/app",
+                          https_proxy="http://u:S3CR3T@" + proxy.host)
+        self.assertEqual(ended.status, 1)
+        self.assertEqual(proxy.requests[-1].method, "CONNECT")
+        self.assertIn("Proxy-Authorization", proxy.requests[-1].headers)
+        self.assert_no_secret(ended.err, ended.out)
+
+    @rows([(auth, echoing) for auth in ("basic", "bearer")
+           for echoing in ("manifests", "/cdn/")])
+    def test_echoes(self, auth, echoing):
+        origin = EchoRegistry(auth=auth)
+        self.addCleanup(origin.close)
+        origin.echoing, origin.redirect_blobs_to = echoing, origin.url
+        origin.add("lab/app", "1", self.image)
+        ended = self.pull("--debug", origin.host + "/lab/app:1", *self.LOGIN,
+                          stdin=PASSWORD)
+        self.assertEqual(ended.status, 1, ended.err)
+        self.assert_no_secret(ended.err, ended.out)
+
+    def repeated(self, secret):
+        """What a server that has a secret may say, in each place (match, action)."""
+        yield MANIFEST, body(spoiled_manifest(self.image, mediaType="a/" + secret))
+        yield MANIFEST, headers(docker_content_digest="sha256:" + secret)
+        yield MANIFEST, headers(content_encoding=secret)
+        yield MANIFEST, headers(Warning='299 - "%s"' % secret)
+        yield MANIFEST, headers(ratelimit_limit=secret)
+        yield MANIFEST, body(('{"%s": 1, "%s": 2}' % (secret, secret)).encode("ascii"))
+        yield MANIFEST, garbage(b"HTTP/1.1 " + secret.encode("ascii") + b"\r\n\r\n")
+        yield MANIFEST, status(403, body=json_bytes(
+            {"errors": [{"code": secret, "message": secret}]}))
+        for place in ("http://127.0.0.1:1/%s", "http://%s.test/", "%s://x/",
+                      "http://x:%s/", "http://x@%s/", "http://u:%s@h/",
+                      "http://[%s/?x"):
+            yield "GET .*/blobs/", redirect(place % secret)
+
+    def test_what_servers_repeat(self):
+        secret = "S3CR3T/9"
+        base = base64.b64encode(("alice:" + secret).encode("ascii")).decode("ascii")
+        self.origin.users["alice"] = secret
+        token = "S3CR3T-TOKEN"
+        self.origin.tokens[token] = ["repository:lab/app:pull"]
+        self.origin.fault("GET /token", body(json_bytes({"token": token})), EVER)
+        for auth, forms in (
+                ("basic", (secret, urllib.parse.quote(secret, safe=""), base)),
+                ("bearer", (token,))):
+            self.origin.auth = auth
+            for form in forms:
+                for number, (match, action) in enumerate(self.repeated(form)):
+                    self.output += "x"
+                    fault = self.origin.fault(match, action, EVER)
+                    with self.subTest(auth=auth, form=form, number=number):
+                        ended = self.pull("--debug", self.ref, *self.LOGIN,
+                                          stdin=secret)
+                        self.assertTrue(fault.used)
+                        for text in (form, form.lower(), form.rstrip("=")):
+                            self.assertNotIn(text, ended.err)
+                    retire([fault])
+
+    def test_results_and_progress(self):
+        self.origin.auth = "basic"
+        told = build_image(FIELD_SMALL, author=PASSWORD, config={
+            "Labels": {PASSWORD: "x " + PASSWORD, "source": "ssh://git@h/" + PASSWORD}})
+        digest = self.origin.add("lab/app", "1", told)
+        self.origin.add("lab/app", "t-" + PASSWORD, told)
+        runs = [self.main(*argv, *self.LOGIN, stdin=PASSWORD) for argv in (
+            ("inspect", self.ref), ("tags", self.origin.host + "/lab/app"),
+            ("pull", "--json", "--progress", "plain", "-o", self.output, self.ref))]
+        for ended in runs:
+            self.assertEqual(ended.status, 0, ended.err)
+            for text in (ended.err.encode("utf-8"), ended.out):
+                self.assertFalse([form for form in secret_forms(PASSWORD)
+                                  if form in text])
+        value = ordered(runs[0].out.decode("ascii"))
+        self.assertEqual(dict(value["config"]["Labels"]),
+                         {"***": "x ***", "source": "ssh://git@h/***"})
+        self.assertEqual(value["digest"], digest)
+        self.assertEqual(sorted(runs[1].out.decode("ascii").split()), ["1", "t-***"])
+        # What a script goes on with is what it asked for, whatever the password.
+        self.origin.users["alice"] = "lab/app"
+        ended = self.pull("--json", self.ref, *self.LOGIN, stdin="lab/app")
+        self.assertEqual(ordered(ended.out.decode("ascii"))["reference"], self.ref)
+
+    #: (secrets, text, what is shown)
+    HIDDEN = (
+        ((PASSWORD,), "x S3CR3T y S3CR3T", "x *** y ***"),
+        ((PASSWORD,), "xS3CR3Ty", "x***y"),
+        ((PASSWORD,), "http://s3cr3t.test", "http://***.test"),
+        (("a b/c+",), "a b/c+ a%20b/c%2B a+b%2Fc%2B", "*** *** ***"),
+        (("S3CR3T", "S3CR3T-LONGER"), "S3CR3T-LONGER", "***"),
+        # too short to be hidden, and too short to be hidden inside a word
+        (("pw",), "pw", "pw"),
+        (("test",), "test latest test. testing :test@", "*** latest ***. testing :***@"),
+        ((None, ""), "as it is", "as it is"),
+        # what a URL has before its @, but no name before a digest, and no mail
+        ((), "see http://u:x@h/p, a@b", "see http://***@h/p, a@b"),
+        ((), "http://u:a@b@h", "http://***@h"),
+        ((), "ssh://git@h/x", "ssh://git@h/x"),
+        ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12"),
+    )
+
+    @rows(HIDDEN)
+    def test_hide(self, secrets, text, expected):
+        known = imagec.Secrets()
+        known.add(*secrets)
+        self.assertEqual(known.hide(text), expected)
+
+    def test_secrets_are_kept_in_bounds(self):
+        known = imagec.Secrets()
+        known.add("S3CR3T-0", "S3CR3T-USED")
+        for number in range(imagec.SECRET_FORMS_LIMIT):
+            known.add("S3CR3T-%d" % number)
+            known.add("S3CR3T-USED")  # as a password is for each token
+        self.assertEqual(known.hide("S3CR3T-USED"), "***")
+        self.assertEqual(known.hide("S3CR3T-499"), "***")
+        self.assertEqual(known.hide("S3CR3T-0"), "S3CR3T-0")
+
+    def test_log_records_of_whoever_listens(self):
+        imagec.Credentials("alice", PASSWORD)
+        log, seen = logging.getLogger("imagec"), []
+        handler = logging.Handler()
+        handler.emit = seen.append
+        with mock.patch.object(log, "handlers", [handler]), mock.patch.object(
+                log, "propagate", False):
+            log.warning("%s says %s\n%d%%", "h", PASSWORD, 5)
+        self.assertEqual([one.getMessage() for one in seen], [r"h says ***\n5%"])
+        self.assertNotIn(PASSWORD, repr(vars(seen[0])))
+
+    def test_values(self):
+        """What a traceback, a debugger or a log might show of the objects inside."""
+        both = imagec.Credentials("alice", PASSWORD, IDENTITY_TOKEN, "S3CR3T-R")
+        bare = [both, imagec.Credentials("alice", PASSWORD), imagec.Token(PASSWORD, 1),
+                imagec.Credentials(identity_token=IDENTITY_TOKEN),
+                imagec.Credentials(registry_token=PASSWORD)]
+        with imagec.Session("alice", PASSWORD, proxy="http://u:S3CR3T@127.0.0.1:1",
+                            idle_timeout=1) as session:
+            for value in bare + [bare] + [imagec.Keyring(who) for who in bare] + [
+                    session, session.transport, imagec.Authorizer(
+                        session.transport, "http://127.0.0.1:1/v2/", both)]:
+                self.assert_no_secret(repr(value), str(value), "%s" % (value,))
+        for value in bare:
+            self.assertFalse(hasattr(value, "__dict__"))
+
+
+# -- Command line: processes, signals, streams
+
+class ProcessCase(CommandLineCase):
+    """The command line in processes of its own; rows of a table run side by side."""
+
+    @staticmethod
+    def ended(process):
+        out, err = process.communicate(timeout=20)
+        return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
+
+
+#: A pull whose look-up of a name never returns: the lock is its own already.
+STUCK = """
+import ctypes, socket, sys, threading
+sys.path.insert(0, sys.argv[1])
+import imagec
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
+asked = threading.Lock()
+def tell():
+    with asked:
+        print("asked", flush=True)
+def look_up(*args, **options):
+    lock(mutex)
+    asked.release()
+    lock(mutex)
+asked.acquire()
+threading.Thread(target=tell, daemon=True).start()
+sys.setswitchinterval(1000)  # it runs when the call has been made, not before
+socket.getaddrinfo = look_up
+imagec.main(["pull", "-q", "registry.invalid/x:1"])
+"""
+
+
+@able(os.name == "posix", "signal as POSIX has it")
+class SignalTest(ProcessCase):
+    """Ctrl-C and SIGTERM end a command at once, wherever it waits (T122, T123)."""
+
+    #: (where it hangs, match, action, requests that hang)
+    WAITS = (
+        ("probe", "HEAD /v2/", hang(), 1),
+        ("manifest", MANIFEST, hang(), 1),
+        ("layers", "blobs/(?!{config})", hang(), 4),
+        ("bodies", "blobs/(?!{config})", drip(60, 20), 4),
+        ("between tries", MANIFEST, status(503, {"Retry-After": "30"}), 1),
+    )
+
+    def hanging(self, match, action, count):
+        """A command that waits for a registry of its own: (process, fault, count)."""
+        registry = self.registry()
+        image = build_image([tar_bytes([("file%d" % n, b"x")]) for n in range(6)])
+        registry.add("lab/app", "1", image)
+        match = match.replace("{config}", sha256(image.config))
+        fault = registry.fault(match, action, EVER)
+        process = self.start("pull", "-q", "-o", self.output,
+                             registry.host + "/lab/app:1")
+        return process, fault, count
+
+    def wait_for(self, rows):
+        deadline = time.monotonic() + 30
+        while any(fault.used < count for _, fault, count in rows):
+            self.assertLess(time.monotonic(), deadline, "never got to wait")
+            time.sleep(0.005)
+        time.sleep(0.02)  # from the request sent to the client waiting for its answer
+
+    def check(self, waits, signals, statuses):
+        rows = [self.hanging(*wait[1:]) for wait in waits]
+        self.wait_for(rows)
+        begin = time.monotonic()
+        for number in signals:
+            for process, _, _ in rows:
+                process.send_signal(number)
+            time.sleep(0.01)
+        for wait, (process, _, _) in zip(waits, rows):
+            with self.subTest(wait[0], signals=signals):
+                ended = self.ended(process)
+                self.assertIn(ended.status, statuses, ended.err)
+                self.assert_one_line(ended, ended.status)
+        self.assertLess(time.monotonic() - begin, 15)
+        self.assertFalse([name for name in self.files()
+                          if not name.endswith(".partial")])
+
+    def test_interrupted(self):
+        self.check(self.WAITS, [signal.SIGINT], [130])
+
+    def test_terminated(self):
+        self.check(self.WAITS[1:3], [signal.SIGTERM], [143])
+
+    def test_interrupted_twice(self):
+        # The second may come when Python is on its way out and obeys it by itself.
+        self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
+
+    @able(hasattr(signal, "pthread_kill"), "signal a thread")
+    def test_a_call_that_does_not_return(self):
+        """Python cannot run a handler then; the second signal ends the process."""
+        for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
+                                      (signal.SIGINT, signal.SIGTERM, 143),
+                                      (signal.SIGTERM, signal.SIGTERM, 143)):
+            process = subprocess.Popen(
+                [sys.executable, "-c", STUCK, HOME],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.addCleanup(self.reap, process)
+            with self.subTest(first=first, second=second):
+                self.assertEqual(process.stdout.readline(), b"asked\n")
+                process.send_signal(first)
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                process.send_signal(second)
+                self.assertEqual(process.wait(10), status)
+
+    def test_ignored_interrupt(self):
+        # As of a job in the background: Ctrl-C in its terminal is not meant for it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        with imagec._ending(imagec.Transport()):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+
+    def test_t123_terminated_twice(self):
+        done = []
+        with self.assertRaises(imagec.Terminated):
+            with imagec._ending(imagec.Transport()):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    done.append("cleared up")
+        self.assertEqual(done, ["cleared up"])
+        self.assertNotEqual(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
+
+
+@able(os.name == "posix", "run a POSIX shell")
+class StreamTest(ProcessCase):
+    """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
+
+    def test_closed_streams(self):
+        pull, missing = ("pull", "-o", self.output, self.ref), self.ref + "none"
+        rows = [(argv, closed, statuses, self.start(*argv, redirections=closed))
+                for argv, closed, statuses in (
+                    # Whether it is an error that nobody wants the result is our choice.
+                    (pull, ">&-", (0, 1)), (("digest", self.ref), ">&-", (0, 1)),
+                    (("inspect", "--raw", self.ref), ">&-", (0, 1)),
+                    (("digest", missing), ">&-", (4,)),
+                    (("digest", self.ref), "2>&-", (0,)),
+                    (("digest", missing), "2>&-", (4,)))]
+        for argv, closed, statuses, process in rows:
+            with self.subTest(argv=argv, closed=closed):
+                ended = self.ended(process)
+                self.assertNotRegex(ended.err, "Traceback|Exception")
+                self.assertIn(ended.status, statuses)
+                self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
+        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+
+    def test_closed_stdin(self):
+        process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
+                             redirections="<&-")
+        self.assert_one_line(self.ended(process), 2, "password")
+        listed = self.file("list", "\ufeff%s\r\nUPPER\r\n" % self.ref)
+        process = self.start("pull", "--from-file", "-",
+                             redirections="<" + shlex.quote(listed))
+        self.assert_one_line(self.ended(process), 2, "standard input, line 2: .*UPPER")
+        process = self.start("pull", "--from-file", "-", redirections="<&-")
+        self.assert_one_line(self.ended(process), 2, "standard input is closed")
+
+    def test_without_docstrings(self):
+        done = subprocess.check_output(
+            [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref])
+        self.assertEqual(done, self.digest.encode() + b"\n")
+
+    def printing(self, stdout):
+        """Each command that prints, and how it ends where `stdout` takes nothing."""
+        commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
+                    ("layers", self.ref), ("inspect", "--raw", self.ref),
+                    ("inspect", self.ref))
+        started = [self.start(*argv, stdout=stdout) for argv in commands]
+        return zip(commands, map(self.ended, started))
+
+    def test_reader_that_has_had_enough(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.addCleanup(os.close, writing)
+        for argv, ended in self.printing(writing):
+            self.assertEqual((ended.err, ended.status), ("", 1), argv)
+        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+
+    @able(os.path.exists("/dev/full"), "fill /dev/full")
+    def test_full_output(self):
+        with open("/dev/full", "wb") as full:
+            for argv, ended in self.printing(full):
+                with self.subTest(argv=argv):
+                    self.assert_one_line(ended, 1, "No space left")
+
+    def test_poor_encodings(self):
+        self.origin.add("lab/app", "many", build_index(
+            [(self.image, ("linux", "b\xe9\u4e2d", None))]))
+        many = self.origin.host + "/lab/app:many"
+        place = os.fsencode(os.path.join(self.root, "b\xe9"))
+        layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
+        self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
+        rows = [(environ, argv, code, self.start(
+                *argv, environ=dict(environ, PYTHONUTF8="0")))
+                for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
+                for argv, code in (
+                    (("pull", "-q", "--json", "-o", place, self.ref), 0),
+                    (("pull", "-q", "-o", place, many), 4), ((b"verify", layout), 0),
+                    ((b"digest", b"b\xc3\xa9\xff"), 2))]
+        for environ, argv, code, process in rows:
+            with self.subTest(environ=environ, argv=argv):
+                ended = self.ended(process)
+                self.assertEqual(ended.status, code, ended.err)
+                self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
+                self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
+
+    def test_as_shipped(self):
+        done = subprocess.run(
+            [sys.executable, "-I", MODULE_PATH, "pull", "-o", self.output, self.ref],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stdout.decode("ascii")),
+                         (0, self.ref + "@" + self.digest + "\n"), done.stderr)
+        self.assertIn(b"Download complete", done.stderr)
+
+
+# --------------------------------------------------------------------------------------
+# The house itself
+# --------------------------------------------------------------------------------------
 
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
@@ -13714,1435 +15234,7 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLess(ours, IMPORT_SECONDS)
 
 
-# ------------------------------------------------------------------------------
-# Command line, in this process
-# ------------------------------------------------------------------------------
-
-#: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
-UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e"
-                         "\u2066-\u2069\ud800-\udfff]")
-POISON = "\x1b]0;x\x07\x1b[31m\x9b31m\u202e\r\nimagec: all is well\x7f\x08"
-
-SMALL_TARS = [tar_bytes([("etc", None), ("etc/a", b"one")]),
-              tar_bytes([("etc/b", b"two" * 1000)])]
-
-
-class FakeTerminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self):
-        return True
-
-
-class TerminalOutput(io.TextIOWrapper):
-    """The same for standard output, which has a `buffer` of bytes."""
-
-    def isatty(self):
-        return True
-
-
-class CommandLineCase(RegistryCase):
-    """A registry with one small image, and imagec.main to run against it."""
-
-    def setUp(self):
-        super().setUp()
-        # The command line's own handler is the one that counts.
-        self.patch(mock.patch.object(imagec.log, "handlers", []))
-        self.output = os.path.join(self.root, "images")
-        self.origin = self.registry()
-        self.image = build_image(SMALL_TARS)
-        self.digest = self.origin.add("lab/app", "1", self.image)
-        self.ref = self.origin.host + "/lab/app:1"
-
-    def pull(self, *argv, **options):
-        return self.main("pull", "-o", self.output, *argv, **options)
-
-    def done(self, *argv, **options):
-        """The lines a command prints, which must succeed."""
-        ended = self.main(*argv, **options)
-        self.assertEqual((ended.status, ended.err), (0, ""))
-        return ended.out.decode("ascii").splitlines()
-
-    def files(self):
-        """What stands in the destination, without its directories."""
-        return sorted(threat_files(self.output))
-
-    def assert_nothing_final(self):
-        """Only verified blobs and unfinished ones may be left by a failed pull."""
-        for name in self.files():
-            self.assertRegex(name, r"\.partial$|/([0-9a-f]{64})/\1\.tar$")
-            if name.endswith(".tar"):
-                data = file_bytes(os.path.join(self.output, name))
-                self.assertIn(sha256(data), self.image.layers)
-
-
-def ordered(text):
-    """JSON with its objects as lists of pairs, so that the order counts."""
-    return json.loads(text, object_pairs_hook=collections.OrderedDict)
-
-
-class CommandLineTest(CommandLineCase):
-    """Every command, as a script sees it."""
-
-    def test_pull_prints_what_it_pinned(self):
-        bare = self.origin.host + "/lab/app"
-        for reference in (self.ref, bare + "@" + self.digest,
-                          self.ref + "@" + self.digest):
-            pinned = reference.partition("@")[0] + "@" + self.digest
-            self.assertEqual(self.done("pull", "-q", "-o", self.output, reference),
-                             [pinned])
-        both = self.done("pull", "-q", "-o", self.output, self.ref, self.ref)
-        self.assertEqual(both, [self.ref + "@" + self.digest] * 2)
-
-    def test_pull_uses_images_by_default(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.root)
-        self.done("pull", "-q", self.ref)
-        path = os.path.join("http", self.origin.host, "v2", "lab", "app", "1")
-        self.assertEqual(file_bytes(os.path.join(self.output, path, "manifest.json")),
-                         self.image.manifest)
-
-    def test_pull_json(self):
-        line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
-        value = ordered(line)
-        self.assertEqual(list(value.items())[:5], [
-            ("reference", self.ref), ("digest", self.digest),
-            ("image_id", sha256(self.image.config)), ("platform", "linux/amd64"),
-            ("format", "layers")])
-        self.assertEqual(list(value)[5:], ["path", "layers"])
-        self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
-        self.assertEqual([list(layer) for layer in value["layers"]],
-                         [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
-        self.assertEqual([layer["size"] for layer in value["layers"]], [3, 3000])
-        self.assertEqual([layer["diff_id"] for layer in value["layers"]],
-                         self.image.diff_ids)
-
-    def test_layers(self):
-        rows = [line.split() for line in self.done("layers", self.ref)]
-        self.assertEqual([row[1] for row in rows], self.image.layers)
-        self.assertEqual([int(row[2]) for row in rows],
-                         [len(self.image.blobs[name]) for name in self.image.layers])
-        values = list(map(ordered, self.done("layers", "--json", self.ref)))
-        self.assertEqual([list(value) for value in values],
-                         [["id", "digest", "diff_id", "blob_size"]] * 2)
-        self.assertEqual([(value["id"], value["digest"]) for value in values],
-                         [(row[0], row[1]) for row in rows])
-
-    def test_schema1(self):
-        image = build_image(SMALL_TARS, "schema1-signed")
-        digest = self.origin.add("lab/app", "old", image)
-        ref = self.origin.host + "/lab/app:old"
-        self.assertEqual(self.done("pull", "-q", "-o", self.output, ref),
-                         [ref + "@" + digest])
-        rows = [line.split() for line in self.done("layers", ref)]
-        self.assertEqual([row[1:] for row in rows],
-                         [[layer, "-"] for layer in image.layers])
-        self.assertEqual(self.main("inspect", "--raw", ref).out, image.manifest)
-        self.assert_one_line(self.main("inspect", "--config", ref), 1, "no config")
-
-    def test_inspect(self):
-        value = ordered("\n".join(self.done("inspect", self.ref)))
-        self.assertEqual(list(value), [
-            "reference", "digest", "media_type", "manifest_digest", "image_id",
-            "platform", "layers", "created", "config"])
-        self.assertEqual(value["reference"], self.ref + "@" + self.digest)
-        self.assertEqual(value["media_type"], self.image.media_type)
-        self.assertEqual([layer["digest"] for layer in value["layers"]],
-                         self.image.layers)
-        self.assertEqual(self.files(), [])
-
-    def test_inspect_exact_bytes(self):
-        for option, expected in (("--raw", self.image.manifest),
-                                 ("--config", self.image.config)):
-            self.assertEqual(self.main("inspect", option, self.ref),
-                             Ended(0, expected, ""))
-
-    def test_index(self):
-        arm = build_image(SMALL_TARS[:1], platform=("linux", "arm64", "v8"))
-        index = build_index([(self.image, ("linux", "amd64", None)),
-                             (arm, ("linux", "arm64", "v8"))])
-        digest = self.origin.add("lab/app", "many", index)
-        ref = self.origin.host + "/lab/app:many"
-        choose = ("--platform", "linux/arm64", ref)
-        self.assertEqual(self.done("digest", ref), [digest])
-        self.assertEqual(self.done("digest", *choose), [arm.digest])
-        self.assertEqual(self.main("inspect", "--raw", ref).out, index.manifest)
-        self.assertEqual(self.main("inspect", "--raw", *choose).out, arm.manifest)
-        self.assertEqual(self.done("pull", "-q", "-o", self.output, *choose),
-                         [ref + "@" + digest])
-        value = ordered("\n".join(self.done("inspect", *choose)))
-        self.assertEqual((value["digest"], value["manifest_digest"]),
-                         (digest, arm.digest))
-        self.assertEqual(value["platforms"], ["linux/amd64", "linux/arm64"])
-
-    def test_version_and_help(self):
-        for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
-                              ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
-            with self.assertRaises(SystemExit) as caught, \
-                    contextlib.redirect_stdout(io.StringIO()) as out:
-                imagec.main([option])
-            self.assertEqual(caught.exception.code, 0)
-            self.assertRegex(out.getvalue(), words)
-
-    def test_debug_logs_each_request(self):
-        ended = self.main("digest", "--debug", self.ref)
-        self.assertEqual((ended.status, ended.out),
-                         (0, self.digest.encode("ascii") + b"\n"))
-        self.assertRegex(ended.err, "(?m)^imagec: debug: GET http://.*/manifests/1$")
-        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
-
-    def test_debug_shows_where_an_error_came_from(self):
-        ended = self.main("digest", "--debug", self.origin.host + "/lab/none")
-        self.assertEqual(ended.status, 4)
-        self.assertIn("Traceback", ended.err)
-        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
-
-    def test_quiet_keeps_errors(self):
-        self.assertEqual(self.pull("-q", self.ref).err, "")
-        self.assert_one_line(self.pull("-q", self.origin.host + "/lab/none"), 4)
-
-    def test_retries_are_told_unless_quiet(self):
-        for quiet in ((), ("-q",)):
-            self.origin.fault("manifests", status(503), times=1)
-            ended = self.main("digest", self.ref, *quiet)
-            self.assertEqual(ended.status, 0)
-            self.assertEqual("trying again" in ended.err, not quiet)
-
-    def test_logging_is_left_as_it_was(self):
-        log = logging.getLogger("imagec")
-        before = log.level, list(log.handlers)
-        self.main("digest", "--debug", self.ref)
-        self.main("digest", "--debug", "Bad")
-        self.assertEqual((log.level, list(log.handlers)), before)
-
-    def test_every_error_has_its_status(self):
-        expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
-                    "LimitExceeded": 3, "VerificationError": 3, "DigestMismatch": 3,
-                    "SizeMismatch": 3, "NotFound": 4, "NoMatchingPlatform": 4,
-                    "AccessDenied": 5, "CredentialsError": 5}
-        errors = [kind for kind in map(imagec.__dict__.get, imagec.__all__)
-                  if isinstance(kind, type) and issubclass(kind, Exception)]
-        for kind in errors + [OSError]:
-            self.assertEqual(imagec.exit_status(kind.__new__(kind)),
-                             expected.get(kind.__name__, 1), kind)
-        self.assertIsNone(imagec.exit_status(ZeroDivisionError()))
-
-
-class CommandLineCredentialsTest(CommandLineCase):
-    """-u with its two sources of a password, and where it goes."""
-
-    @rows((  # (what, options, stdin, environment)
-        ("stdin", ("--password-stdin",), PASSWORD, {}),
-        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\nnext\n", {}),
-        ("environment", (), "", {"IMAGEC_PASSWORD": PASSWORD}),
-        ("stdin before environment", ("--password-stdin",), PASSWORD,
-         {"IMAGEC_PASSWORD": "other"}),
-    ))
-    def test_password_sources(self, _what, options, stdin, environ):
-        self.origin.auth = "basic"
-        self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin, **environ)
-        self.assertEqual(self.origin.requests[-1].headers["Authorization"],
-                         "Basic " + field_base64("alice:" + PASSWORD))
-
-    def test_wrong_use(self):
-        for words, argv in (("no password", ("-u", "alice")),
-                            ("without -u", ("--password-stdin",))):
-            self.assert_one_line(self.main("digest", self.ref, *argv), 2, words)
-        self.assertEqual(self.origin.requests, [])
-
-    #: (words of the error, argv): what follows is never repeated, nothing is sent
-    @rows((
-        ("--password-stdin or in IMAGEC_PASSWORD", (
-            "digest -u me --password hunter2 {ref}", "digest --password=hunter2 {ref}",
-            "digest {ref} -u me -p hunter2", "digest {ref} -phunter2",
-            "digest {ref} -qphunter2", "digest {ref} -qp hunter2",
-            "pull -u me --pass hunter2 {ref}", "pull --passwd=hunter2 {ref}",
-            "pull --passwordhunter2 {ref}", "pull --password-std hunter2 {ref}",
-            "-p hunter2 pull {ref}", "--password=hunter2 pull {ref}",
-            "--password hunter2 pull {ref}", "pull {ref} --password HUNTER2!",
-            "selftest --password hunter2", "auth -p hunter2 {host}")),
-        ("takes no value", ("digest --password-stdin=hunter2 {ref}",
-                            "digest --no-creds=hunter2 {ref}")),
-        ("no such option: --pwd;", ("digest --pwd hunter2 {ref}",
-                                    "pull --pwd HUNTER2! {ref}",
-                                    "--pwd=hunter2 pull {ref}")),
-        ("no such option: -P;", ("digest -Phunter2 {ref}", "digest -qPhunter2 {ref}",
-                                 "-P hunter2 digest {ref}")),
-        ("more arguments", ("digest -u me {ref} hunter2",)),
-        ("user name alone", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
-        # userinfo, wherever a host or a URL is expected
-        ("not a mirror", ("pull --mirror https://u:hunter2@h.test {ref}",
-                          "pull --mirror u:hunter2@h.test {ref}",
-                          "pull --mirror u:hunt/hunter2@h.test {ref}")),
-        ("invalid reference", ("digest u:hunter2@{host}/x", "selftest u:hunter2@h.test",
-                               "pull https://u:hunter2@h.test/x",
-                               "pull {ref} --tag u:hunter2@h.test/x")),
-        ("not a registry", ("auth u:hunter2@h.test", "auth https://u:hunter2@h.test",
-                            "auth https://u:hunter2@h.test/lab/app")),
-        ("proxy's URL", ("digest --proxy http://u:hunter2/@h.test h.test/x",
-                         "digest --proxy ftp://u:hunter2@h.test h.test/x")),
-        ("--listen", ("serve --listen u:hunter2@h.test images",)),
-    ))
-    def test_what_may_be_a_password_is_not_repeated(self, words, commands):
-        for command in commands:
-            argv = command.format(ref=self.ref, host=self.origin.host).split()
-            with self.subTest(command), mock.patch.object(
-                    imagec, "pull_test_images", return_value=[]):
-                ended = self.main(*argv)
-                self.assert_one_line(ended._replace(out=b""), 2, re.escape(words))
-                self.assertNotIn(b"hunter2", ended.err.lower().encode() + ended.out)
-        self.assertEqual(self.origin.requests, [])
-
-    def test_options_are_written_out(self):
-        parser = imagec.argument_parser()
-        for command, (_, _, own) in imagec.COMMANDS.items():
-            rest = ["x"] * sum(not flags[0].startswith("-") for flags, _ in own)
-            for option in ("--usern=x", "--no-cred", "--quie", "--rec=gzip", "--js"):
-                with self.subTest(command=command, option=option):
-                    with self.fails(imagec.UsageError, "no such option: --"):
-                        parser.parse_args([command, option] + rest)
-        for options, jobs in (("-j1", 1), ("-qj1", 1), ("-j 1", 1), ("-qj 12", 12),
-                              ("--jobs=3", 3), ("--jobs 3", 3), ("-j -1", -1)):
-            found = parser.parse_args(["pull", "-ux"] + options.split() + ["a", "b"])
-            self.assertEqual((found.jobs, found.quiet, found.username),
-                             (jobs, "q" in options, "x"))
-        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).path, "-p")
-        self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
-
-    def test_a_registry_that_asks_for_none_gets_none(self):
-        self.done("digest", "-u", "alice", self.ref, IMAGEC_PASSWORD=PASSWORD)
-        self.assertFalse([request for request in self.origin.requests
-                          if "Authorization" in request.headers])
-
-    def test_one_password_is_for_one_registry(self):
-        other = self.registry(auth="basic")
-        other.add("lab/app", "1", self.image)
-        ended = self.pull("-q", "-u", "alice", self.ref, other.host + "/lab/app:1",
-                          IMAGEC_PASSWORD=PASSWORD)
-        self.assertEqual(ended.status, 2)
-        self.assertRegex(ended.err, r"\Aimagec: [^\n]*two registries[^\n]*\n\Z")
-        self.assertEqual(other.requests, [])
-
-    def test_an_insecure_option_is_for_one_registry(self):
-        other = self.registry(tls="expired", auth="basic")
-        other.add("lab/app", "1", self.image)
-        for option in ("--insecure-skip-verify", "--insecure-allow-http"):
-            ended = self.pull("-q", option, self.ref, other.host + "/lab/app:1")
-            self.assert_one_line(ended, 2, "%s .*two registries.*%s" % (
-                option, re.escape(other.host)))
-            ended = self.pull("-q", option, self.ref, "--mirror", self.origin.host)
-            self.assertEqual((ended.status, ended.err), (0, ""))
-        self.assertEqual(other.connections, 0)
-
-    def test_storage_and_token_hosts(self):
-        for option in ("--storage-host", "--token-host"):
-            for host in ("", "a/b", "https://a", "u:S3CR3T@a", "a:b", "a b", "a%3a1"):
-                ended = self.main("digest", self.ref, option, host)
-                self.assert_one_line(ended, 2, "HOST")
-                self.assertNotIn("S3CR3T", ended.err)
-            self.done("digest", self.ref, option, "my_store.lan:9000", option, "b")
-        self.assertTrue(self.origin.requests)
-
-
-class CommandLineProgressTest(CommandLineCase):
-    """Each kind of --progress, on a terminal and elsewhere."""
-
-    ERASED = "\r\x1b[K"
-    REST = (r"[0-9]/[0-9] [0-9.]+[kM]?B/[0-9.]+[kM]B"
-            r"( [0-9.]+[kMG]?B/s [0-9]+:[0-9]{2} left)?")
-
-    def setUp(self):
-        super().setUp()
-        tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
-                for number in range(2)]
-        self.image = build_image(tars + SMALL_TARS, compress=None)
-        self.digest = self.origin.add("lab/app", "1", self.image)
-
-    def often(self):
-        self.patch(mock.patch.multiple(imagec, REDRAW_INTERVAL=0, PROGRESS_INTERVAL=0))
-
-    def progress(self, kind, tty, term="xterm"):
-        self.often()
-        stream = FakeTerminal() if tty else io.StringIO()
-        ended = self.pull("--progress", kind, self.ref, stderr=stream, TERM=term)
-        self.assertEqual(ended[:2], (0, (self.ref + "@" + self.digest + "\n").encode()))
-        return ended.err
-
-    def told(self, *states):
-        """The lines of these pulls, but for those of the rest."""
-        names = sorted(name[7:19] for name in self.image.layers)
-        return sorted(line for state in states for line in [
-            "1: Pulling from lab/app", "Digest: " + self.digest]
-                      + ["%s: %s" % (name, state) for name in names])
-
-    def listener(self, stream, kind="auto"):
-        """A Progress with a clock that stands at `self.now`, told of three layers."""
-        self.now = 100.0
-        with mock.patch.dict(os.environ, TERM="xterm"):
-            progress = imagec.Progress(stream, kind, lambda: self.now)
-        progress(imagec.Event("Pulling from lab/app", "1"))
-        for name, size in (("aa", 1000000), ("bb", 3000000), ("cc", 500)):
-            progress(imagec.Event("Pulling fs layer", name, None, size))
-        return progress
-
-    @staticmethod
-    def come(progress, name, count, status="Downloading"):
-        progress(imagec.Event(status, name, count, None))
-
-    def test_none(self):
-        self.assertEqual(self.progress("none", tty=True), "")
-
-    def test_lines(self):
-        for kind, tty, term in (("plain", True, "xterm"), ("auto", False, "xterm"),
-                                ("plain", False, "xterm"), ("auto", True, "dumb")):
-            with self.subTest(kind, tty=tty, term=term):
-                self.output += "x"
-                text = self.progress(kind, tty, term=term)
-                self.assertNotRegex(text, "[^ -~\n]")
-                lines = text.splitlines()
-                rest = [line for line in lines if re.fullmatch(self.REST, line)]
-                self.assertGreater(len(rest), 3)
-                self.assertEqual(sorted(set(lines) - set(rest)),
-                                 self.told("Download complete"))
-                self.assertEqual((lines[0], lines[-1]), (
-                    "1: Pulling from lab/app", "Digest: " + self.digest))
-
-    def test_a_terminal_gets_a_live_line(self):
-        text = self.progress("auto", True)
-        live = re.findall(r"([^\r\n\x1b]+)\r", text.replace(self.ERASED, "\r"))
-        self.assertGreater(len(live), 3)
-        for line in live:
-            self.assertRegex(line, r"\A%s\Z" % self.REST)
-            self.assertLess(len(line), 40)
-        self.assertEqual(sorted(self.shown(text)[:-1]), self.told("Download complete"))
-        self.assertEqual(self.shown(text)[-1], "")
-
-    def test_what_else_is_said_stands_by_itself(self):
-        # The same screen shows the progress, warnings in between, and the results.
-        self.often()
-        screen = FakeTerminal()
-        self.origin.fault("/blobs/" + self.image.layers[-1],
-                          status(503, {"Retry-After": "0"}), 2)
-        with mock.patch.dict(os.environ, TERM="xterm"), \
-                mock.patch.multiple(sys, stdout=screen, stderr=screen), \
-                mock.patch.object(imagec, "BACKOFF", 0):
-            code = imagec.main(["pull", "-o", self.output, self.ref, self.ref])
-        self.assertEqual(code, 0)
-        lines = self.shown(screen.getvalue())
-        warned = [line for line in lines if "trying again" in line]
-        self.assertEqual(len(warned), 2)
-        pinned = self.ref + "@" + self.digest
-        self.assertEqual(sorted(lines), sorted(
-            self.told("Download complete", "Already exists") + warned + [pinned] * 2
-            + [""]))
-        self.assertIn(self.ERASED + "imagec: ", screen.getvalue())
-
-    def test_an_error_stands_by_itself(self):
-        self.often()
-        self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
-        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm")
-        self.assertEqual(ended.status, 4)
-        lines = self.shown(ended.err)
-        self.assertRegex(lines[-2], "^imagec: .*" + self.image.layers[-1])
-        self.assertFalse([line for line in lines if re.match(self.REST, line)])
-
-    @staticmethod
-    def shown(text):
-        """The lines on a terminal that was sent `text`."""
-        return re.sub(r"[^\n]*\r\x1b\[K", "", text).split("\n")
-
-    def test_rest(self):
-        self.often()
-        stream = FakeTerminal()
-        progress = self.listener(stream)
-        self.now += 1
-        self.come(progress, "bb", 500000, "Resuming")
-        self.come(progress, "bb", 1000000)
-        progress(imagec.Event("Already exists", "cc"))
-        self.now += 1
-        self.come(progress, "bb", 500000)  # begun again
-        self.come(progress, "bb", 1500000)
-        progress(imagec.Event("Download complete", "bb"))
-        self.now += 60
-        self.come(progress, "aa", 999700)
-        progress.close()
-        self.assertEqual(self.shown(stream.getvalue()), [
-            "1: Pulling from lab/app", "cc: Already exists", "bb: Download complete",
-            ""])
-        self.assertEqual(re.findall("[0-9]/[^\r\n]*", stream.getvalue())[3:], [
-            "0/3 500kB/4MB", "0/3 1MB/4MB 500kB/s 0:06 left",
-            "1/3 1MB/4MB 500kB/s 0:06 left", "1/3 500kB/4MB 250kB/s 0:14 left",
-            "1/3 1.5MB/4MB 750kB/s 0:03 left", "2/3 3MB/4MB 750kB/s 0:01 left",
-            "2/3 4MB/4MB 40.3kB/s 0:00 left"])
-
-    def test_sizes_that_no_manifest_tells(self):
-        self.often()
-        stream = io.StringIO()
-        progress = imagec.Progress(stream, "plain", lambda: 0)
-        progress(imagec.Event("Pulling fs layer", "aa"))
-        self.come(progress, "aa", 999)
-        self.assertEqual(stream.getvalue().splitlines()[-1], "0/1 999B 999kB/s")
-
-    def test_at_most_every_ten_seconds(self):
-        for kind, seconds in (("plain", 10), ("auto", 0.1)):
-            stream = FakeTerminal()
-            progress = self.listener(stream, kind)
-            self.assertNotIn("/3", stream.getvalue())
-            for part in range(1, 1001):
-                self.now = 100 + seconds * part / 250
-                self.come(progress, "aa", 1000 * part)
-            self.assertEqual(stream.getvalue().count("0/3 "), 4)
-            progress(imagec.Event("Download complete", "bb"))
-            self.assertIn("bb: Download complete", self.shown(stream.getvalue()))
-
-    def test_width_is_that_of_the_terminal(self):
-        if not hasattr(os, "openpty"):
-            cannot("open a terminal")
-        import fcntl
-        import termios
-        whole = "0/3 999kB/4MB 999B/s 50:04 left"
-        for width, wanted in ((200, whole), (30, whole[:29]), (0, whole)):
-            with self.subTest(width):
-                master, slave = os.openpty()
-                self.addCleanup(os.close, master)
-                fcntl.ioctl(slave, termios.TIOCSWINSZ,
-                            struct.pack("HHHH", 24, width, 0, 0))
-                with open(slave, "w") as stream:
-                    progress = self.listener(stream)
-                    self.now += 1000
-                    self.come(progress, "aa", 999000)
-                    text = ""
-                    while whole[:12] not in text:
-                        text += os.read(master, 65536).decode("ascii")
-                self.assertEqual(text.rpartition("\n")[2], wanted)
-
-    def test_longest(self):
-        self.often()
-        stream = FakeTerminal()
-        self.now = 0.0
-        progress = imagec.Progress(stream, "plain", lambda: self.now)
-        for number in range(100):
-            progress(imagec.Event("Pulling fs layer", str(number), None, 999444000))
-        self.now = 80.5
-        self.come(progress, "1", 999444000)
-        line = stream.getvalue().splitlines()[-1]
-        self.assertEqual(line, "0/100 999MB/99.9GB 12.4MB/s 132:49 left")
-        self.assertEqual(len(line), 39)
-
-
-# ------------------------------------------------------------------------------
-# Command line: what goes wrong
-# ------------------------------------------------------------------------------
-
-HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
-LAYER = "GET .*/blobs/{layer}"
-CONFIG = "GET .*/blobs/{config}"
-MANIFEST = "GET .*/manifests/"
-
-#: (what, command line, status, words[, match, action, times of a fault: 1])
-FAILURES = (
-    ("no command", "", 2, "--help"),
-    ("unknown command", "fly", 2, "fly"),
-    ("unknown option", "digest {ref} --fast", 2, "--fast"),
-    ("no reference", "pull", 2, "REF"),
-    ("unknown format", "pull --format floppy {ref}", 2, "floppy"),
-    ("no job", "pull -j 0 {ref}", 2, "at least one"),
-    ("time that is no number", "digest --timeout x {ref}", 2,
-     "not a number of seconds: x"),
-    ("archive in a directory's place", "pull -o {root} --format archive {ref}", 1,
-     "is a directory"),
-    ("layers of no bytes", "pull --max-layer-size 0 {ref}", 2, "over 0"),
-    ("layers of less", "pull --max-layer-size -5 {ref}", 2, "over 0"),
-    ("no files", "pull --max-files 0 {ref}", 2, "over 0"),
-    ("all platforms of one", "inspect --platform all {ref}", 1, "one platform"),
-    ("layers of all of one", "layers --platform all {ref}", 1, "one platform"),
-    ("no path", "pull -o '' {ref}", 2, "empty"),
-    ("deep path", "pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
-    ("nothing to serve", "serve {root}/none", 1, "none: is not there"),
-    ("proxy that is not there", "digest --proxy http://nosuch.invalid:1 r.test/a", 1,
-     "resolve host nosuch.invalid: "),
-    ("host that is not there", "digest --insecure-allow-http r.invalid/a", 1,
-     "cannot resolve host r.invalid: .*; check the name"),
-    ("host of https that is not there", "pull registry.invalid/lab/app", 1,
-     "cannot resolve host registry.invalid"),
-    ("neither TLS nor HTTP", "digest {ref}", 1, "TLS[^;]*$", "HEAD /v2/",
-     garbage(b"SSH-2.0-x\r\n"), EVER),
-    ("registry out of order", "digest {ref}", 1, "is out of order: .*HTTP 500",
-     "HEAD /v2/", status(500), EVER),
-    ("compressed archive", "pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
-    ("compressed, short", "pull -o {root}/x.tgz {ref}", 2, "FILE.tar"),
-    ("name for a tree", "pull --tag a:1 {ref}", 2, "--tag goes with"),
-    ("name for a root", "pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
-    ("URL for a registry", "auth https://{host}", 2, "HOST"),
-    ("no registry to look up", "auth ''", 2, "HOST"),
-    ("registry with a blank", "auth 'a b'", 2, "HOST"),
-    ("jobs that are no number", "pull -j x {ref}", 2, "'x'"),
-    ("bad reference", "pull lab/App", 2, "lowercase"),
-    ("reference with a newline", "pull 'lab/app\n'", 2, r"lab/app\\+n"),
-    ("bad second reference", "pull {ref} a//b", 2, "a//b"),
-    ("bad digest", "digest {host}/lab/app@sha256:12", 2, "64"),
-    ("image ID", "pull " + "0" * 64, 2, "image ID"),
-    ("bad platform", "layers --platform a/b/c/d {ref}", 2, "a/b/c/d"),
-    ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
-    ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
-    ("no registry", "digest {ref}", 1, "no registry", "HEAD /v2/",
-     status(404, body=HTML), EVER),
-    ("HTML for a manifest", "pull {ref}", 3, "HTML", MANIFEST,
-     body(HTML, content_type="text/html")),
-    ("duplicate keys", "pull {ref}", 3, "twice", MANIFEST,
-     body(b'{"layers":[],"layers":[]}')),
-    ("manifest of 5 MiB", "pull {ref}", 3, "limit", MANIFEST, body(b" " * (5 << 20))),
-    ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
-     "expected digest", MANIFEST, flip(3)),
-    ("header that lies about the digest", "pull {ref}", 3, "disagree", MANIFEST,
-     headers(docker_content_digest="sha256:" + "0" * 64)),
-    ("missing repository", "pull {host}/lab/none:1", 4, "MANIFEST_UNKNOWN"),
-    ("missing tag", "pull {host}/lab/app:none", 4, "lab/app:none"),
-    ("missing tag list", "tags {host}/lab/none", 4, "lab/none"),
-    ("missing config", "pull {ref}", 4, "{config}", CONFIG, status(404)),
-    ("missing layer", "pull {ref}", 4, "{layer}", LAYER, status(404)),
-    ("no platform", "pull --platform linux/s390x {host}/lab/app:many", 4,
-     "linux/amd64, linux/arm/v7"),
-    ("denied", "pull {ref}", 5, "denied", MANIFEST, status(403)),
-    ("config with a flipped bit", "pull {ref}", 3, "expected digest", CONFIG, flip()),
-    ("layer with a flipped bit", "pull {ref}", 3, "{layer}.* expected digest", LAYER,
-     flip()),
-    ("over-long layer", "pull {ref}", 3, "at least", LAYER, extra(9)),
-    ("truncated layer", "pull {ref}", 1, "and ended", LAYER, truncate(), EVER),
-    ("server error", "pull {ref}", 1, "500", MANIFEST, status(500), EVER),
-    ("too many requests", "pull {ref}", 1, "too many requests", MANIFEST, status(429),
-     EVER),
-    ("no HTTP", "pull {ref}", 1, "HTTP", MANIFEST, garbage(b"SSH-2.0-OpenSSH_9.6\r\n"),
-     EVER),
-    ("redirect loop", "pull {ref}", 1, "loop", LAYER, redirect("?"), EVER),
-    ("redirect to another kind", "pull {ref}", 1, "not http", LAYER,
-     redirect("file:///etc/passwd")),
-    ("redirect to the metadata service", "pull {ref}", 1, "169.254", LAYER,
-     redirect("http://169.254.169.254/latest")),
-    ("layer that is too large", "pull --max-layer-size 100 {ref}", 1,
-     "--max-layer-size"),
-    ("too slow for --timeout", "digest --timeout 0.5 {ref}", 1, "--timeout", MANIFEST,
-     hang()),
-    ("destination is a file", "pull -o {root}/file {ref}", 1, "file.*not a directory"),
-    ("destination below a file", "pull -o {root}/file/a {ref}", 1, "not a directory"),
-    ("destination is a device", "pull -o /dev/null {ref}", 1, "not a directory"),
-)
-
-
-def retire(faults):
-    """They strike no more, so that the next row of a table finds the server well."""
-    for fault in faults:
-        fault.times = fault.used
-
-
-class CommandLineFailureTest(CommandLineCase):
-    """One clear line and the right status for whatever goes wrong."""
-
-    def setUp(self):
-        super().setUp()
-        self.words = {
-            "ref": self.ref, "host": self.origin.host, "root": self.root,
-            "digest": self.digest, "layer": self.image.layers[1],
-            "config": sha256(self.image.config)}
-        self.origin.add("lab/app", "many", build_index(
-            [(self.image, ("linux", "amd64", None)),
-             (self.image, ("linux", "arm", "v7"))]))
-
-    @rows(FAILURES)
-    def test_failures(self, what, command, code, words, match=None, *fault):
-        self.file("file")
-        self.output = os.path.join(self.root, what.replace(" ", "-"))
-        due = [self.origin.fault(match.format(**self.words), *fault)] if match else []
-        argv = [word.format(**self.words) for word in shlex.split(command)]
-        if argv[:1] == ["pull"]:
-            argv[1:1] = ["-q", "-o", self.output]
-        ended = self.main(*argv)
-        retire(due)
-        if "-q" not in argv:
-            ended = ended._replace(err=ended.err.splitlines(True)[-1])
-        self.assert_one_line(ended, code, words.format(**self.words))
-        self.assert_nothing_final()
-        self.assertTrue(all(fault.used for fault in due), "fault never met")
-
-    @able(os.name == "posix", "signal as POSIX has it")
-    def test_t123_SIGTERM_in_a_finalizer(self):
-        # Python drops what is raised there, with a word of its own on standard error.
-        class Doomed:
-            def __del__(self):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0)
-
-        fetch = imagec.Puller._in_parallel
-
-        def struck(puller, actions):
-            Doomed()
-            return fetch(puller, actions)
-
-        fault = self.origin.fault("blobs/" + self.image.layers[0], hang(), EVER)
-        with mock.patch.object(imagec.Puller, "_in_parallel", struck):
-            ended = self.pull("-q", "--timeout", "5", self.ref)
-        retire([fault])
-        self.assertEqual(ended.status, 143, ended.err)
-        self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
-        self.assert_nothing_final()
-
-    @able(os.name == "posix", "signal as POSIX has it")
-    def test_t122_t123_a_signal_while_workers_start(self):
-        start, begun = threading.Thread.start, []
-
-        def struck(thread):
-            start(thread)
-            if threading.current_thread() is threading.main_thread():
-                begun.append(thread)
-                if len(begun) == 1:
-                    os.kill(os.getpid(), number)
-
-        fault = self.origin.fault("/blobs/(?!%s)" % sha256(self.image.config), hang(),
-                                  EVER)
-        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            for format in imagec.OUTPUTS:
-                with self.subTest(format=format, signal=number), \
-                        mock.patch.object(threading.Thread, "start", struck):
-                    del begun[:]
-                    out = "%s%d%s" % (self.output, number, format)
-                    ended = self.pull("-q", "--timeout", "5", "--format", format,
-                                      "-o", out, self.ref)
-                    self.assertEqual(ended.status, status, ended.err)
-                    self.assertTrue(begun)
-                    self.assertFalse([one for one in begun if one.is_alive()])
-        retire([fault])
-        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
-
-    @rows((  # (what, options, stdin, auth of the registry, words)
-        ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
-         "denied"),
-        ("wrong password for a token", ("-u", "alice", "--password-stdin"),
-         "S3CR3T-WRONG", "bearer", "user alice"),
-        ("no password", (), "", "basic", "-u USER"),
-        ("no token for all", (), "", "bearer", "anonymous"),
-    ))
-    def test_denials(self, _what, options, stdin, auth, words):
-        self.origin.auth, self.origin.anonymous = auth, False
-        ended = self.pull("-q", *options + (self.ref,), stdin=stdin)
-        self.assert_one_line(ended, 5, words)
-        self.assertEqual(self.files(), [])
-
-    @rows((  # (the server's, options, whether roots are known, whether it is refused)
-        (True, (), True, False),
-        (True, (), False, True),
-        ("expired", (), True, True),
-        ("wrong-host", (), True, True),
-        ("expired", ("--insecure-skip-verify",), True, False),
-        (True, ("--cacert", "{root}/roots.pem"), False, False),
-    ))
-    def test_certificates(self, tls, options, known, refused):
-        roots = self.file("roots.pem", TEST_CERT)
-        ended = self.main(
-            "digest", "-q", self.filled(self.image, tls=tls).host + "/lab/app:1",
-            *[word.format(root=self.root) for word in options],
-            SSL_CERT_FILE=roots if known else os.devnull)
-        if refused:
-            return self.assert_one_line(ended, 1, "not to be trusted")
-        self.assertEqual((ended.status, ended.err), (0, ""))
-
-    def test_truncated_layer_is_tried_five_times(self):
-        layer = self.image.layers[1]
-        fault = self.origin.fault("blobs/" + layer, truncate(), EVER)
-        ended = self.pull("--progress", "none", self.ref)
-        self.assertEqual((ended.status, fault.used), (1, imagec.ATTEMPTS))
-        self.assertEqual(ended.err.count("trying again"), imagec.ATTEMPTS - 1)
-        self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
-
-    def test_messages_have_an_end(self):
-        many = build_index([(self.image, ("os%d" % number, "a" * 30, None))
-                            for number in range(3000)])
-        self.origin.add("lab/app", "crowd", many)
-        ended = self.pull("-q", self.origin.host + "/lab/app:crowd")
-        self.assert_one_line(ended, 4, "os0/a+, .* and 2980 more.*--platform")
-        self.assertLess(len(ended.err), 2000)
-        long = "x" * 300000
-        for action in (body(spoiled_manifest(self.image, mediaType=long)),
-                       body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),))),
-                       headers(docker_content_digest=long[:60000])):
-            fault = self.origin.fault(MANIFEST, action, EVER)
-            for more in ((), ("--debug",)):
-                ended = self.main("digest", self.ref, *more)
-                self.assertIn(ended.status, (1, 3), ended.err[:2000])
-                self.assertLess(max(map(len, ended.err.splitlines())), 5000)
-            retire([fault])
-        for text in (long, "\x1b" * 300000):
-            error = imagec.OutputError("/" + text, "not there", "try another")
-            self.assertLess(max(len(str(error)), len(repr(error))), 10000)
-            self.assertTrue(str(error).endswith("not there; try another"))
-
-    @rows(((None, ""), (b"/a/b", "/a/b: "), (b"/a/\xff", r"/a/\udcff: "), (3, "3: "),
-           ("/a/\x1b", r"/a/\x1b: ")))
-    def test_full_disk(self, name, shown):
-        error = OSError(28, "No space left on device", name)
-        with mock.patch.object(imagec.Partial, "write", side_effect=error):
-            ended = self.pull("-q", self.ref)
-        self.assert_one_line(ended, 1, "imagec: %sNo space left on device; .*-o"
-                             % re.escape(shown))
-        self.assert_nothing_final()
-
-    def test_destination_that_is_read_only(self):
-        with mock.patch("os.access", return_value=False):  # root may write everywhere
-            self.assert_one_line(self.pull("-q", self.ref), 1, "no permission")
-        self.assertEqual(self.origin.requests, [])
-
-    def test_first_error_ends_the_rest_at_once(self):
-        self.origin.fault("blobs/" + self.image.layers[0], hang(), 1)
-        self.origin.fault("blobs/" + self.image.layers[1], [delay(0.05), flip()], 1)
-        begin = time.monotonic()
-        self.assert_one_line(self.pull("-q", self.ref), 3, "expected digest")
-        self.assertLess(time.monotonic() - begin, 15)
-
-    def test_cancel_leaves_no_socket_open(self):
-        # The moments at which a cancel may come: with a kept connection in hand, and
-        # with a new socket that is not connected yet.
-        for kept, place in ((True, "Transport.check"), (False, "_Kept.patience")):
-            transport = imagec.Transport()
-            if kept:
-                transport.open("GET", self.origin.url + "/v2/").read(1000, "reply")
-            with warnings.catch_warnings(record=True) as caught, mock.patch(
-                    "imagec." + place, side_effect=imagec.Cancelled("cancelled")):
-                warnings.simplefilter("always")
-                with self.assertRaises(imagec.Cancelled):
-                    transport.open("GET", self.origin.url + "/v2/")
-                transport.close()
-                del transport
-                gc.collect()
-            self.assertEqual([str(each.message) for each in caught], [], place)
-
-
-# ------------------------------------------------------------------------------
-# Command line: what a server may not do to a terminal, and may not make us tell
-# ------------------------------------------------------------------------------
-
-def poisoned_json(document):
-    """A fault that answers JSON; json.dumps escapes what the client will unescape."""
-    return json.dumps(document).encode("ascii")
-
-
-def spoiled_manifest(image, **members):
-    """The image's manifest with other members."""
-    return poisoned_json(dict(json.loads(image.manifest.decode()), **members))
-
-
-class TerminalInjectionTest(CommandLineCase):
-    """Escape sequences in whatever a server sends do not reach the terminal (T07)."""
-
-    def rows(self):
-        """(what, command, match, action)"""
-        words = {"errors": [{"code": "DENIED" + POISON, "message": POISON}]}
-        for code in (400, 401, 403, 404, 429, 500):
-            yield "words of %d" % code, "digest", MANIFEST, status(
-                code, body=poisoned_json(words))
-        yield "tags", "tags", "tags/list", body(poisoned_json(
-            {"name": POISON, "tags": ["good", POISON, 3]}))
-        yield "media type", "digest", MANIFEST, body(
-            spoiled_manifest(self.image, mediaType=POISON))
-        yield "config type", "pull", MANIFEST, body(spoiled_manifest(
-            self.image, config={"mediaType": POISON, "size": 1, "digest": self.digest}))
-        yield "digest", "pull", MANIFEST, body(spoiled_manifest(self.image, layers=[
-            {"mediaType": POISON, "size": 1, "digest": POISON}]))
-        yield "key", "pull", MANIFEST, body(b'{"\x1b[31m":1,"\x1b[31m":2}')
-        for name, value in (
-                ("Content-Type", "\x1b[31m"), ("Content-Encoding", "\x1b[31m"),
-                ("Docker-Content-Digest", "\x1b[31m"), ("Retry-After", "\x1b[31m"),
-                ("Docker-Distribution-Api-Version", "\x1b[31m")):
-            yield name, "pull", MANIFEST, headers(**{name: value})
-        for place in ("http://\x1b[31m.test/", "http://h\x9b31m/", "\x1b]0;x\x07://x"):
-            yield "Location", "pull", "blobs", redirect(place)
-            yield "realm", "digest", MANIFEST, status(401, {
-                "WWW-Authenticate": 'Bearer realm="%s",service="\x1b[31m"' % place})
-            yield "Link", "tags", "tags/list", headers(Link='<%s>; rel="next"' % place)
-        yield "scheme", "digest", MANIFEST, status(
-            401, {"WWW-Authenticate": "\x1b[31m"})
-        yield "status line", "digest", MANIFEST, garbage(b"\x1b[31m\x9b31m\r\n\r\n")
-        yield "reason", "digest", MANIFEST, garbage(
-            b"HTTP/1.1 400 \x1b[31m\r\nContent-Length: 0\r\n\r\n")
-
-    def test_faults(self):
-        for what, command, match, action in self.rows():
-            with self.subTest(what):
-                fault = self.origin.fault(match, action, EVER)
-                options = ("-o", self.output) if command == "pull" else ()
-                ended = self.main(command, "--debug", self.ref, *options)
-                retire([fault])
-                self.assert_clean(ended)
-                self.assertTrue(ended.err)
-
-    def test_exact_bytes(self):
-        """A terminal obeys none of them, a file or pipe gets each as it is."""
-        config = json.dumps(dict(json.loads(self.image.config.decode("utf-8")),
-                                 author=POISON), indent=1, ensure_ascii=False).encode()
-        self.assertIn(b"\xc2\x9b31m", config)
-        image = build_image(SMALL_TARS)
-        image.blobs[sha256(config)] = config
-        manifest = json.loads(image.manifest.decode("utf-8"))
-        manifest["config"].update(digest=sha256(config), size=len(config))
-        manifest["annotations"] = {"x": POISON}
-        raw = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8")
-        image.manifest, image.digest = raw, sha256(raw)
-        self.origin.add("lab/app", "1", image)
-        for option, expected in (("--raw", raw), ("--config", config)):
-            ended = self.main("inspect", option, self.ref)
-            self.assertEqual(ended.out, expected)
-            with mock.patch.object(io, "TextIOWrapper", TerminalOutput):
-                ended = self.main("inspect", option, self.ref)
-            self.assertEqual(ended.status, 0)
-            self.assert_clean(ended)
-            self.assertEqual(ended.out.count(b"\n"), expected.count(b"\n") + 1)
-
-    def assert_clean(self, ended):
-        drawn = ended.err.replace("\r\x1b[K", "")  # the live line's own
-        for text in (drawn, ended.out.decode("utf-8")):
-            self.assertIsNone(UNPRINTABLE.search(text), ascii(text))
-            self.assertNotRegex(text, "(?m)^imagec: all is well")
-
-    def test_images(self):
-        poisoned = build_image(
-            SMALL_TARS, platform=(POISON, POISON, POISON), author=POISON,
-            config={"Labels": {POISON: POISON}, "Env": [POISON]}, created=POISON)
-        index = build_index([(poisoned, (POISON, POISON, POISON))])
-        self.origin.add("lab/app", "1", poisoned)
-        self.origin.add("lab/app", "many", index)
-        many = self.origin.host + "/lab/app:many"
-        for argv in (("inspect", self.ref), ("layers", self.ref), ("digest", many),
-                     ("inspect", many), ("pull", "-o", self.output, many),
-                     ("layers", "--json", self.ref),
-                     ("pull", "--json", "-o", self.output, self.ref),
-                     ("pull", "--progress", "plain", "-o", self.output, self.ref)):
-            with self.subTest(argv=argv):
-                for stream in (FakeTerminal(), io.StringIO()):
-                    self.assert_clean(self.main(*argv, stderr=stream, TERM="xterm"))
-
-
-class EchoRegistry(FakeRegistry):
-    """A registry and object store whose errors repeat what they were sent."""
-
-    echoing = "manifests"
-
-    def answer(self, request):
-        reply = super().answer(request)
-        if self.echoing in request.path and reply.code == 200:
-            sent = "%s %s" % (request.path, request.headers.get("Authorization"))
-            return status(400, body=poisoned_json(
-                {"errors": [{"code": "INVALID", "message": sent}]}))(reply)
-        return reply
-
-
-def secret_forms(secret):
-    """What a secret may look like: plain, quoted, and within any base64."""
-    raw = secret.encode("utf-8")
-    forms = {raw, urllib.parse.quote(secret).encode(), repr(secret)[1:-1].encode(),
-             raw.hex().encode()}
-    for offset in range(3):
-        code = base64.b64encode(bytes(offset) + raw)
-        first, last = -(-offset * 8 // 6), (offset + len(raw)) * 8 // 6
-        forms.add(code[first:last])
-        forms.add(code[first:last].replace(b"+", b"-").replace(b"/", b"_"))
-    return forms
-
-
-SECRET_ALICE = ("alice", PASSWORD)
-#: (what, auth of the registry, (user or None, password or identity token), what the
-#: fault strikes, the fault, status)
-SECRET_PULLS = (
-    ("password", "basic", SECRET_ALICE, None, None, 0),
-    ("password for a token", "bearer", SECRET_ALICE, None, None, 0),
-    ("identity token", "bearer", (None, IDENTITY_TOKEN), None, None, 0),
-    ("wrong password", "basic", ("alice", "S3CR3T%wrong"), None, None, 5),
-    ("wrong password for a token", "bearer", ("alice", "S3CR3T wr\u00f6ng"), None,
-     None, 5),
-    ("user that is none", "bearer", ("al:ice", PASSWORD), None, None, 2),
-    ("wrong identity token", "bearer", (None, "S3CR3T-OTHER"), None, None, 5),
-    ("identity token that is lost", "bearer", (None, IDENTITY_TOKEN), "/token",
-     status(500), 1),
-) + tuple((what, "bearer", SECRET_ALICE, match, action, code)
-          for what, match, action, code in (
-    ("token server fails", "/token", status(500), 1),
-    ("token in a page", "/token", body(b"<p>S3CR3T-TOKEN</p>"), 3),
-    ("token that is none", "/token", body(b'{"token": "S3CR3T\\u0001"}'), 3),
-    ("token with a newline", "/token", body(b'{"token": "S3CR3T\\nX: y"}'), 3),
-    ("token refused for ever", MANIFEST, status(401, {
-        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
-    ("token refused for a blob", "/blobs/", status(401, {
-        "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
-    ("realm with a password", "HEAD /v2/", status(401, {
-        "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}), 1),
-    ("redirect with a password", "/blobs/", redirect(
-        "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"), 1),
-    ("redirect into nothing", "/blobs/", redirect(
-        "http://127.0.0.1:1/x?sig=S3CR3T-SIG#S3CR3T"), 1),
-    ("redirect to a bad URL", "/blobs/", redirect("http://[/x?sig=S3CR3T-SIG"), 1),
-)) + tuple((what, auth, who, "/cdn/", action, code)
-           for auth, who in ((None, ()), ("bearer", SECRET_ALICE))
-           for what, action, code in (
-    ("signed URL cut", truncate(), 1), ("signed URL spoiled", flip(), 3),
-    ("signed URL refused", status(403, body=b"sig S3CR3T"), 5),
-    ("signed URL that stutters", garbage(b"junk\r\n"), 1),
-    ("signed URL that stalls", hang(9), 1),
-    ("signed URL in a loop", redirect("?sig=S3CR3T-SIG&again=1"), 1),
-    ("signed URL into nothing", redirect(
-        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1),
-))
-
-
-class SecretsTest(CommandLineCase):
-    """No secret is in any output, exception or file written, --debug or not (T80)."""
-
-    LOGIN = ("-u", "alice", "--password-stdin")
-
-    def assert_no_secret(self, *texts):
-        """No exception, with all that led to it, no text, no file written tells one."""
-        texts = list(texts)
-        for value in texts:
-            if isinstance(value, BaseException):
-                texts += [str(value), repr(value), repr(value.args), repr(vars(value)),
-                          value.__cause__]
-                if not value.__suppress_context__:
-                    texts.append(value.__context__)
-        files = threat_files(self.root)
-        files.pop("auth.json", None)  # ours
-        for value in texts + list(files) + list(files.values()):
-            if isinstance(value, str):
-                value = value.encode("utf-8", "backslashreplace")
-            if isinstance(value, bytes):
-                for form in secret_forms(PASSWORD):  # which is in every other
-                    self.assertNotIn(form, value)
-
-    @rows([row + FIELD_FORMATS[number % len(FIELD_FORMATS)]
-           for number, row in enumerate(SECRET_PULLS)])
-    def test_pulls(self, what, auth, who, match, action, code, format, name):
-        origin, path = self.filled(self.image, auth=auth), self.at(name)
-        store = self.registry(blobs=origin.blobs)
-        origin.redirect_blobs_to = store.url
-        fault = match and (store if match == "/cdn/" else origin).fault(
-            match, action, EVER)
-        argv, options = (), {"idle_timeout": 0.1 if "stalls" in what else 5}
-        if who and who[0]:
-            argv = ("-u", who[0], "--password-stdin")
-            options.update(username=who[0], password=who[1])
-        elif who:
-            options["authfile"] = self.file("auth.json", {"auths": {origin.host: {
-                "auth": field_base64("<token>:"), "identitytoken": who[1]}}})
-            argv = ("--authfile", options["authfile"])
-        ref, events = origin.host + "/lab/app:1", []
-        told, error = self.told_of_pull(ref, format, path, events, options)
-        self.assertEqual(error is not None, bool(code), error)
-        self.assert_no_secret(told, repr(events), error)
-        remove(self.work)
-        os.mkdir(self.work)
-        with mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()):
-            ended = self.main("pull", "--debug", "--platform", "linux/amd64",
-                              "--format", format, "-o", path, "--timeout",
-                              str(options["idle_timeout"]), ref, *argv,
-                              stdin=who[1] if who else "")
-        self.assertEqual(ended.status, code, ended.err)
-        self.assertIn("imagec: debug: ", ended.err)
-        self.assert_no_secret(ended.err, ended.out)
-        self.assertTrue(fault is None or fault.used, "fault never met")
-        remove(self.work)
-        os.mkdir(self.work)
-
-    def told_of_pull(self, ref, format, path, events, options):
-        """(what is logged, the error) of a pull by the library."""
-        told, level = io.StringIO(), imagec.log.level
-        self.addCleanup(imagec.log.setLevel, level)
-        imagec.log.setLevel(logging.DEBUG)
-        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
-                mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
-                self.session(notify=events.append, **options) as session:
-            error = None
-            try:
-                session.pull([imagec.Reference.parse(ref)],
-                             imagec.new_output(path, format),
-                             imagec.Platform.parse("linux/amd64"))
-            except (imagec.ImagecError, OSError) as caught:
-                error = caught
-        return told.getvalue(), error
-
-    @rows((("http://u:S3CR3T@127.0.0.1:1", 1), ("socks5://u:S3CR3T@127.0.0.1:1", 1),
-           ("ftp://u:S3CR3T@127.0.0.1:1", 2)))
-    def test_proxies(self, proxy, code):
-        ended = self.pull("--debug", "--proxy", proxy, self.ref)
-        self.assertEqual(ended.status, code, ended.err)
-        self.assert_no_secret(ended.err, ended.out)
-
-    @rows((("registry.test",), ("registry.test:80",)))
-    def test_proxy_that_repeats_nothing(self, host):
-        proxy = self.registry()
-        ended = self.main("digest", "--debug", host + "/lab/app",
-                          https_proxy="http://u:S3CR3T@" + proxy.host)
-        self.assertEqual(ended.status, 1)
-        self.assertEqual(proxy.requests[-1].method, "CONNECT")
-        self.assertIn("Proxy-Authorization", proxy.requests[-1].headers)
-        self.assert_no_secret(ended.err, ended.out)
-
-    @rows([(auth, echoing) for auth in ("basic", "bearer")
-           for echoing in ("manifests", "/cdn/")])
-    def test_echoes(self, auth, echoing):
-        origin = EchoRegistry(auth=auth)
-        self.addCleanup(origin.close)
-        origin.echoing, origin.redirect_blobs_to = echoing, origin.url
-        origin.add("lab/app", "1", self.image)
-        ended = self.pull("--debug", origin.host + "/lab/app:1", *self.LOGIN,
-                          stdin=PASSWORD)
-        self.assertEqual(ended.status, 1, ended.err)
-        self.assert_no_secret(ended.err, ended.out)
-
-    def repeated(self, secret):
-        """What a server that has a secret may say, in each place (match, action)."""
-        yield MANIFEST, body(spoiled_manifest(self.image, mediaType="a/" + secret))
-        yield MANIFEST, headers(docker_content_digest="sha256:" + secret)
-        yield MANIFEST, headers(content_encoding=secret)
-        yield MANIFEST, headers(Warning='299 - "%s"' % secret)
-        yield MANIFEST, headers(ratelimit_limit=secret)
-        yield MANIFEST, body(('{"%s": 1, "%s": 2}' % (secret, secret)).encode("ascii"))
-        yield MANIFEST, garbage(b"HTTP/1.1 " + secret.encode("ascii") + b"\r\n\r\n")
-        yield MANIFEST, status(403, body=poisoned_json(
-            {"errors": [{"code": secret, "message": secret}]}))
-        for place in ("http://127.0.0.1:1/%s", "http://%s.test/", "%s://x/",
-                      "http://x:%s/", "http://x@%s/", "http://u:%s@h/",
-                      "http://[%s/?x"):
-            yield "GET .*/blobs/", redirect(place % secret)
-
-    def test_what_servers_repeat(self):
-        secret = "S3CR3T/9"
-        base = base64.b64encode(("alice:" + secret).encode("ascii")).decode("ascii")
-        self.origin.users["alice"] = secret
-        token = "S3CR3T-TOKEN"
-        self.origin.tokens[token] = ["repository:lab/app:pull"]
-        self.origin.fault("GET /token", body(poisoned_json({"token": token})), EVER)
-        for auth, forms in (
-                ("basic", (secret, urllib.parse.quote(secret, safe=""), base)),
-                ("bearer", (token,))):
-            self.origin.auth = auth
-            for form in forms:
-                for number, (match, action) in enumerate(self.repeated(form)):
-                    self.output += "x"
-                    fault = self.origin.fault(match, action, EVER)
-                    with self.subTest(auth=auth, form=form, number=number):
-                        ended = self.pull("--debug", self.ref, *self.LOGIN,
-                                          stdin=secret)
-                        self.assertTrue(fault.used)
-                        for text in (form, form.lower(), form.rstrip("=")):
-                            self.assertNotIn(text, ended.err)
-                    retire([fault])
-
-    def test_results_and_progress(self):
-        self.origin.auth = "basic"
-        told = build_image(SMALL_TARS, author=PASSWORD, config={
-            "Labels": {PASSWORD: "x " + PASSWORD, "source": "ssh://git@h/" + PASSWORD}})
-        digest = self.origin.add("lab/app", "1", told)
-        self.origin.add("lab/app", "t-" + PASSWORD, told)
-        runs = [self.main(*argv, *self.LOGIN, stdin=PASSWORD) for argv in (
-            ("inspect", self.ref), ("tags", self.origin.host + "/lab/app"),
-            ("pull", "--json", "--progress", "plain", "-o", self.output, self.ref))]
-        for ended in runs:
-            self.assertEqual(ended.status, 0, ended.err)
-            for text in (ended.err.encode("utf-8"), ended.out):
-                self.assertFalse([form for form in secret_forms(PASSWORD)
-                                  if form in text])
-        value = ordered(runs[0].out.decode("ascii"))
-        self.assertEqual(dict(value["config"]["Labels"]),
-                         {"***": "x ***", "source": "ssh://git@h/***"})
-        self.assertEqual(value["digest"], digest)
-        self.assertEqual(sorted(runs[1].out.decode("ascii").split()), ["1", "t-***"])
-        # What a script goes on with is what it asked for, whatever the password.
-        self.origin.users["alice"] = "lab/app"
-        ended = self.pull("--json", self.ref, *self.LOGIN, stdin="lab/app")
-        self.assertEqual(ordered(ended.out.decode("ascii"))["reference"], self.ref)
-
-    #: (secrets, text, what is shown)
-    HIDDEN = (
-        ((PASSWORD,), "x S3CR3T y S3CR3T", "x *** y ***"),
-        ((PASSWORD,), "xS3CR3Ty", "x***y"),
-        ((PASSWORD,), "http://s3cr3t.test", "http://***.test"),
-        (("a b/c+",), "a b/c+ a%20b/c%2B a+b%2Fc%2B", "*** *** ***"),
-        (("S3CR3T", "S3CR3T-LONGER"), "S3CR3T-LONGER", "***"),
-        # too short to be hidden, and too short to be hidden inside a word
-        (("pw",), "pw", "pw"),
-        (("test",), "test latest test. testing :test@", "*** latest ***. testing :***@"),
-        ((None, ""), "as it is", "as it is"),
-        # what a URL has before its @, but no name before a digest, and no mail
-        ((), "see http://u:x@h/p, a@b", "see http://***@h/p, a@b"),
-        ((), "http://u:a@b@h", "http://***@h"),
-        ((), "ssh://git@h/x", "ssh://git@h/x"),
-        ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12"),
-    )
-
-    @rows(HIDDEN)
-    def test_hide(self, secrets, text, expected):
-        known = imagec.Secrets()
-        known.add(*secrets)
-        self.assertEqual(known.hide(text), expected)
-
-    def test_secrets_are_kept_in_bounds(self):
-        known = imagec.Secrets()
-        known.add("S3CR3T-0", "S3CR3T-USED")
-        for number in range(imagec.SECRET_FORMS_LIMIT):
-            known.add("S3CR3T-%d" % number)
-            known.add("S3CR3T-USED")  # as a password is for each token
-        self.assertEqual(known.hide("S3CR3T-USED"), "***")
-        self.assertEqual(known.hide("S3CR3T-499"), "***")
-        self.assertEqual(known.hide("S3CR3T-0"), "S3CR3T-0")
-
-    def test_log_records_of_whoever_listens(self):
-        imagec.Credentials("alice", PASSWORD)
-        log, seen = logging.getLogger("imagec"), []
-        handler = logging.Handler()
-        handler.emit = seen.append
-        with mock.patch.object(log, "handlers", [handler]), mock.patch.object(
-                log, "propagate", False):
-            log.warning("%s says %s\n%d%%", "h", PASSWORD, 5)
-        self.assertEqual([one.getMessage() for one in seen], [r"h says ***\n5%"])
-        self.assertNotIn(PASSWORD, repr(vars(seen[0])))
-
-    def test_values(self):
-        """What a traceback, a debugger or a log might show of the objects inside."""
-        both = imagec.Credentials("alice", PASSWORD, IDENTITY_TOKEN, "S3CR3T-R")
-        bare = [both, imagec.Credentials("alice", PASSWORD), imagec.Token(PASSWORD, 1),
-                imagec.Credentials(identity_token=IDENTITY_TOKEN),
-                imagec.Credentials(registry_token=PASSWORD)]
-        with imagec.Session("alice", PASSWORD, proxy="http://u:S3CR3T@127.0.0.1:1",
-                            idle_timeout=1) as session:
-            for value in bare + [bare] + [imagec.Keyring(who) for who in bare] + [
-                    session, session.transport, imagec.Authorizer(
-                        session.transport, "http://127.0.0.1:1/v2/", both)]:
-                self.assert_no_secret(repr(value), str(value), "%s" % (value,))
-        for value in bare:
-            self.assertFalse(hasattr(value, "__dict__"))
-
-
-# ------------------------------------------------------------------------------
-# Command line: processes, signals, streams
-# ------------------------------------------------------------------------------
-
-class ProcessCase(CommandLineCase):
-    """The command line in processes of its own; rows of a table run side by side."""
-
-    @staticmethod
-    def ended(process):
-        out, err = process.communicate(timeout=20)
-        return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
-
-
-#: A pull whose look-up of a name never returns: the lock is its own already.
-STUCK = """
-import ctypes, socket, sys, threading
-sys.path.insert(0, sys.argv[1])
-import imagec
-lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
-asked = threading.Lock()
-def tell():
-    with asked:
-        print("asked", flush=True)
-def look_up(*args, **options):
-    lock(mutex)
-    asked.release()
-    lock(mutex)
-asked.acquire()
-threading.Thread(target=tell, daemon=True).start()
-sys.setswitchinterval(1000)  # it runs when the call has been made, not before
-socket.getaddrinfo = look_up
-imagec.main(["pull", "-q", "registry.invalid/x:1"])
-"""
-
-
-@able(os.name == "posix", "signal as POSIX has it")
-class SignalTest(ProcessCase):
-    """Ctrl-C and SIGTERM end a command at once, wherever it waits (T122, T123)."""
-
-    #: (where it hangs, match, action, requests that hang)
-    WAITS = (
-        ("probe", "HEAD /v2/", hang(), 1),
-        ("manifest", MANIFEST, hang(), 1),
-        ("layers", "blobs/(?!{config})", hang(), 4),
-        ("bodies", "blobs/(?!{config})", drip(60, 20), 4),
-        ("between tries", MANIFEST, status(503, {"Retry-After": "30"}), 1),
-    )
-
-    def hanging(self, match, action, count):
-        """A command that waits for a registry of its own: (process, fault, count)."""
-        registry = self.registry()
-        image = build_image([tar_bytes([("file%d" % n, b"x")]) for n in range(6)])
-        registry.add("lab/app", "1", image)
-        match = match.replace("{config}", sha256(image.config))
-        fault = registry.fault(match, action, EVER)
-        process = self.start("pull", "-q", "-o", self.output,
-                             registry.host + "/lab/app:1")
-        return process, fault, count
-
-    def wait_for(self, rows):
-        deadline = time.monotonic() + 30
-        while any(fault.used < count for _, fault, count in rows):
-            self.assertLess(time.monotonic(), deadline, "never got to wait")
-            time.sleep(0.005)
-        time.sleep(0.02)  # from the request sent to the client waiting for its answer
-
-    def check(self, waits, signals, statuses):
-        rows = [self.hanging(*wait[1:]) for wait in waits]
-        self.wait_for(rows)
-        begin = time.monotonic()
-        for number in signals:
-            for process, _, _ in rows:
-                process.send_signal(number)
-            time.sleep(0.01)
-        for wait, (process, _, _) in zip(waits, rows):
-            with self.subTest(wait[0], signals=signals):
-                ended = self.ended(process)
-                self.assertIn(ended.status, statuses, ended.err)
-                self.assert_one_line(ended, ended.status)
-        self.assertLess(time.monotonic() - begin, 15)
-        self.assertFalse([name for name in self.files()
-                          if not name.endswith(".partial")])
-
-    def test_interrupted(self):
-        self.check(self.WAITS, [signal.SIGINT], [130])
-
-    def test_terminated(self):
-        self.check(self.WAITS[1:3], [signal.SIGTERM], [143])
-
-    def test_interrupted_twice(self):
-        # The second may come when Python is on its way out and obeys it by itself.
-        self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
-
-    @able(hasattr(signal, "pthread_kill"), "signal a thread")
-    def test_a_call_that_does_not_return(self):
-        """Python cannot run a handler then; the second signal ends the process."""
-        for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
-                                      (signal.SIGINT, signal.SIGTERM, 143),
-                                      (signal.SIGTERM, signal.SIGTERM, 143)):
-            process = subprocess.Popen(
-                [sys.executable, "-c", STUCK, HOME],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.addCleanup(self.reap, process)
-            with self.subTest(first=first, second=second):
-                self.assertEqual(process.stdout.readline(), b"asked\n")
-                process.send_signal(first)
-                with self.assertRaises(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-                process.send_signal(second)
-                self.assertEqual(process.wait(10), status)
-
-    def test_ignored_interrupt(self):
-        # As of a job in the background: Ctrl-C in its terminal is not meant for it.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.addCleanup(signal.signal, signal.SIGINT, before)
-        with imagec._ending(imagec.Transport()):
-            os.kill(os.getpid(), signal.SIGINT)
-        self.assertIs(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
-
-    def test_t123_terminated_twice(self):
-        done = []
-        with self.assertRaises(imagec.Terminated):
-            with imagec._ending(imagec.Transport()):
-                try:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                finally:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    done.append("cleared up")
-        self.assertEqual(done, ["cleared up"])
-        self.assertNotEqual(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
-
-
-@able(os.name == "posix", "run a POSIX shell")
-class StreamTest(ProcessCase):
-    """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
-
-    def test_closed_streams(self):
-        pull, missing = ("pull", "-o", self.output, self.ref), self.ref + "none"
-        rows = [(argv, closed, statuses, self.start(*argv, redirections=closed))
-                for argv, closed, statuses in (
-                    # Whether it is an error that nobody wants the result is our choice.
-                    (pull, ">&-", (0, 1)), (("digest", self.ref), ">&-", (0, 1)),
-                    (("inspect", "--raw", self.ref), ">&-", (0, 1)),
-                    (("digest", missing), ">&-", (4,)),
-                    (("digest", self.ref), "2>&-", (0,)),
-                    (("digest", missing), "2>&-", (4,)))]
-        for argv, closed, statuses, process in rows:
-            with self.subTest(argv=argv, closed=closed):
-                ended = self.ended(process)
-                self.assertNotRegex(ended.err, "Traceback|Exception")
-                self.assertIn(ended.status, statuses)
-                self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
-        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
-
-    def test_closed_stdin(self):
-        process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
-                             redirections="<&-")
-        self.assert_one_line(self.ended(process), 2, "password")
-        listed = self.file("list", "\ufeff%s\r\nUPPER\r\n" % self.ref)
-        process = self.start("pull", "--from-file", "-",
-                             redirections="<" + shlex.quote(listed))
-        self.assert_one_line(self.ended(process), 2, "standard input, line 2: .*UPPER")
-        process = self.start("pull", "--from-file", "-", redirections="<&-")
-        self.assert_one_line(self.ended(process), 2, "standard input is closed")
-
-    def test_without_docstrings(self):
-        done = subprocess.check_output(
-            [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref])
-        self.assertEqual(done, self.digest.encode() + b"\n")
-
-    def printing(self, stdout):
-        """Each command that prints, and how it ends where `stdout` takes nothing."""
-        commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
-                    ("layers", self.ref), ("inspect", "--raw", self.ref),
-                    ("inspect", self.ref))
-        started = [self.start(*argv, stdout=stdout) for argv in commands]
-        return zip(commands, map(self.ended, started))
-
-    def test_reader_that_has_had_enough(self):
-        reading, writing = os.pipe()
-        os.close(reading)
-        self.addCleanup(os.close, writing)
-        for argv, ended in self.printing(writing):
-            self.assertEqual((ended.err, ended.status), ("", 1), argv)
-        self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
-
-    @able(os.path.exists("/dev/full"), "fill /dev/full")
-    def test_full_output(self):
-        with open("/dev/full", "wb") as full:
-            for argv, ended in self.printing(full):
-                with self.subTest(argv=argv):
-                    self.assert_one_line(ended, 1, "No space left")
-
-    def test_poor_encodings(self):
-        self.origin.add("lab/app", "many", build_index(
-            [(self.image, ("linux", "b\xe9\u4e2d", None))]))
-        many = self.origin.host + "/lab/app:many"
-        place = os.fsencode(os.path.join(self.root, "b\xe9"))
-        layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
-        self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
-        rows = [(environ, argv, code, self.start(
-                *argv, environ=dict(environ, PYTHONUTF8="0")))
-                for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
-                for argv, code in (
-                    (("pull", "-q", "--json", "-o", place, self.ref), 0),
-                    (("pull", "-q", "-o", place, many), 4), ((b"verify", layout), 0),
-                    ((b"digest", b"b\xc3\xa9\xff"), 2))]
-        for environ, argv, code, process in rows:
-            with self.subTest(environ=environ, argv=argv):
-                ended = self.ended(process)
-                self.assertEqual(ended.status, code, ended.err)
-                self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
-                self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
-
-    def test_as_shipped(self):
-        done = subprocess.run(
-            [sys.executable, "-I", MODULE_PATH, "pull", "-o", self.output, self.ref],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.assertEqual((done.returncode, done.stdout.decode("ascii")),
-                         (0, self.ref + "@" + self.digest + "\n"), done.stderr)
-        self.assertIn(b"Download complete", done.stderr)
-
-
-# ------------------------------------------------------------------------------
-# The README
-# ------------------------------------------------------------------------------
+# -- The README
 
 README_COMMAND = re.compile(
     r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)[^#\n]*)"
@@ -15249,203 +15341,8 @@ class ReadmeTest(RegistryCase):
 # Threats: faults at every phase, fuzzing, kills, limits
 # --------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------
-# What all classes here share
-# ------------------------------------------------------------------------------
 
-THREAT_PLATFORM = "linux/amd64"
-#: (format, where it goes): everything a pull can write.
-THREAT_OUTPUTS = (
-    ("layers", "images"), ("oci", "layout"), ("archive", "image.tar"),
-    ("rootfs", "root"), ("rootfs", "root.tar"),
-)
-THREAT_POSIX = able(hasattr(os, "fork"), "fork")
-
-
-THREAT_TARS = [
-    tar_bytes([("etc", None), ("etc/a", b"one"), ("etc/n", noise(9000, 1))]),
-    tar_bytes([("bin", None), ("bin/sh", noise(5000, 2), {"mode": 0o755})]),
-    tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")]),
-]
-
-
-def threat_files(top):
-    """{relative path: bytes, or where a link leads} of all below a place."""
-    found = {}
-    for folder, names, files in os.walk(top):
-        for path in [os.path.join(folder, name) for name in names + files]:
-            with contextlib.suppress(FileNotFoundError):
-                mode = os.lstat(path).st_mode
-                if not stat.S_ISDIR(mode):
-                    found[os.path.relpath(path, top)] = (
-                        os.readlink(path) if stat.S_ISLNK(mode) else
-                        file_bytes(path) if stat.S_ISREG(mode) else None)
-    return found
-
-
-def threat_rows(path=None, blob=None):
-    """Name and bytes of each file in a tar, at a path or in a blob."""
-    with tarfile.open(path, fileobj=blob and io.BytesIO(blob)) as tar:
-        return [[one.name, tar.extractfile(one).read()] for one in tar if one.isfile()]
-
-
-class ThreatHang(BaseException):
-    """Something took too long; nothing that is tested may catch it."""
-
-
-@contextlib.contextmanager
-def threat_alarm(seconds):
-    """The block ends in time, where the system has alarms."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(_number, _frame):
-        raise ThreatHang("hangs")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except ThreatHang:
-        raise AssertionError("not done within %g seconds" % seconds) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-class FailsOnce:
-    """Stands in for a function of os; fails at the call of that number."""
-
-    def __init__(self, name, code, at):
-        self.true, self.code, self.at = getattr(os, name), code, at
-        self.calls = 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at:
-            raise OSError(self.code, os.strerror(self.code))
-        return self.true(*args, **kwargs)
-
-
-def threat_tree(image):
-    """{name: digest} of the files in an image without directories whited out."""
-    files = {}
-    for digest in image.layers:
-        for name, data in threat_rows(blob=image.blobs[digest]):
-            folder, slash, last = name.rpartition("/")
-            if last.startswith(".wh."):
-                files.pop(folder + slash + last[4:], None)
-            else:
-                files[name] = sha256(data)
-    return files
-
-
-class ThreatCase(RegistryCase):
-    """A registry with one image, and a place to pull it to in each format."""
-
-    image = build_image(THREAT_TARS)
-
-    def setUp(self):
-        super().setUp()
-        os.environ["HOME"] = self.root
-        self.good = set(self.image.layers)
-        self.source = self.filled(self.image)
-        self.ref = self.source.host + "/lab/app:1"
-
-    def another(self, image=None, **options):
-        """Another registry that has the image, or this one's: (it, its reference)."""
-        registry = self.filled(image or self.image, **options)
-        return registry, registry.host + "/lab/app:1"
-
-    def clear(self):
-        remove(self.work)
-        os.mkdir(self.work)
-
-    def each(self, check, *args):
-        """Call with each format, its place, and the rest."""
-        for format, name in THREAT_OUTPUTS:
-            with self.subTest(format=format, name=name):
-                check(format, self.at(name), *args)
-            self.clear()
-
-    def fetch(self, ref, format, path, session=None, **options):
-        """Pull by the library, so that exceptions come out."""
-        with session or self.session(**options) as session:
-            return session.pull([imagec.Reference.parse(ref)],
-                                imagec.new_output(path, format),
-                                imagec.Platform.parse(THREAT_PLATFORM))
-
-    def pull(self, format, path, *more, tag="1"):
-        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more))
-
-    def pull_argv(self, ref, format, path, *more):
-        return ("pull", "-q", "--platform", THREAT_PLATFORM, "--format", format,
-                "-o", path, ref) + more
-
-    def assert_whole(self, path):
-        """What stands there passes verify, or is the file system of an image."""
-        self.assertEqual(faults_of(path), [])
-        if os.path.basename(path) in ("root", "root.tar"):
-            rows = threat_files(path).items() if os.path.isdir(path) else (
-                threat_rows(path))
-            found = {name: sha256(data) for name, data in rows}
-            self.assertIn(found, (threat_tree(self.image), {"old": sha256(b"old")}))
-
-    def assert_only_verified(self, path, good=None):
-        """No final name holds bytes that were not proved; the path need not exist."""
-        good = self.good if good is None else good
-        if os.path.isfile(path) or os.path.basename(path) == "root":
-            return os.path.lexists(path) and self.assert_whole(path)
-        for name, data in threat_files(path).items():
-            base = os.path.basename(name)
-            if base.endswith(".tar"):
-                self.assertIn(sha256(data), good, name)
-            elif re.fullmatch("[0-9a-f]{64}", base):
-                self.assertEqual(sha256(data), "sha256:" + base)
-            elif base == "manifest.json":
-                self.assert_whole(os.path.join(path, os.path.dirname(name)))
-        if os.path.exists(os.path.join(path, "index.json")):
-            faults = faults_of(path)
-            self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
-
-    def assert_no_leftovers(self):
-        self.assertFalse([n for n in threat_files(self.work) if ".partial" in n])
-
-    def assert_nothing_beside(self, *paths):
-        """Only these, and what a later run goes on with, are there."""
-        bases = "|".join(re.escape(os.path.basename(path)) for path in paths)
-        for name in os.listdir(os.path.dirname(paths[0])):
-            self.assertRegex(name, r"\A(%s)(\.partial|\.partial\.d|\.blobs\.partial)?\Z"
-                             % bases)
-
-
-class ThreatProcessCase(ThreatCase):
-    """Command lines in processes of their own."""
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.servant = Servant()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.servant.close()
-        super().tearDownClass()
-
-    def start(self, *argv, **options):
-        return self.servant.start(*argv, cwd=self.work, **options)
-
-    def end(self, started):
-        return self.servant.end(started)
-
-    def run_alone(self, *argv, **options):
-        return self.end(self.start(*argv, **options))
-
-
-# ------------------------------------------------------------------------------
-# Faults at every phase, for every format
-# ------------------------------------------------------------------------------
+# -- Faults at every phase, for every format
 
 #: Whether each fault meets each format, which takes minutes; else they take turns.
 THREAT_PRODUCT = bool(os.environ.get("IMAGEC_TEST_ALL"))
@@ -15669,9 +15566,7 @@ class FaultsTest(ThreatCase):
                 self.assert_whole(self.at(name))
 
 
-# ------------------------------------------------------------------------------
-# Fuzzing: whatever comes, only ImagecError comes out
-# ------------------------------------------------------------------------------
+# -- Fuzzing: whatever comes, only ImagecError comes out
 
 THREAT_SEED = int(os.environ.get("IMAGEC_FUZZ_SEED", "20140612"))
 THREAT_SECONDS = float(os.environ.get("IMAGEC_FUZZ_SECONDS", "2"))
@@ -16113,9 +16008,7 @@ class FuzzTest(ThreatCase):
             remove(case)
 
 
-# ------------------------------------------------------------------------------
-# Killed, interrupted, terminated
-# ------------------------------------------------------------------------------
+# -- Killed, interrupted, terminated
 
 THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "10"))
 THREAT_SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143)) + (
@@ -16257,9 +16150,7 @@ class KillTest(KillCase, ThreatProcessCase):
                         late=self.dice.uniform(0, 0.03))
 
 
-# ------------------------------------------------------------------------------
-# Local faults
-# ------------------------------------------------------------------------------
+# -- Local faults
 
 #: os function -> what it fails with; each in turn is made to fail at some call.
 THREAT_CALLS = (
@@ -16501,9 +16392,7 @@ class LocalLimitsTest(ThreatProcessCase):
         self.assertEqual(os.listdir(other), [])
 
 
-# ------------------------------------------------------------------------------
-# Time: servers that take theirs
-# ------------------------------------------------------------------------------
+# -- Time: servers that take theirs
 
 #: (name, action, error class, phases)
 THREAT_DELAYS = (
@@ -16667,9 +16556,7 @@ class TimeTest(ThreatCase):
         self.each(check)
 
 
-# ------------------------------------------------------------------------------
-# Bombs
-# ------------------------------------------------------------------------------
+# -- Bombs
 
 THREAT_ZEROS = 300 << 20  # bytes of the layer that memory is measured with
 THREAT_MEMORY = 48 << 10  # KiB
@@ -16867,9 +16754,7 @@ class MemoryTest(ThreatProcessCase):
         self.assertLess(run.seconds, 2.5)
 
 
-# ------------------------------------------------------------------------------
-# Rows of the catalogue that no other room tests
-# ------------------------------------------------------------------------------
+# -- Rows of the catalogue that no other room tests
 
 #: Modules the program imports, early or late: traps of these names lie around.
 THREAT_TRAPS = ("json", "tarfile", "queue", "bz2", "lzma", "shutil", "tempfile", "http",
@@ -17163,9 +17048,7 @@ class PullContract:
                          witness.diff_ids)
 
 
-# ------------------------------------------------------------------------------
-# The double
-# ------------------------------------------------------------------------------
+# -- The double
 
 @functools.lru_cache(maxsize=None)
 def double_images():
@@ -17210,9 +17093,7 @@ class DoubleTLSPullTest(DoublePullTest):
     tls = True
 
 
-# ------------------------------------------------------------------------------
-# The real registry
-# ------------------------------------------------------------------------------
+# -- The real registry
 
 def source_tars():
     """Two layers of real files: modules of the Python that runs, with their modes."""
@@ -17405,7 +17286,7 @@ class RealTLSTest(PullContract, RealPullCase):
 
     def setUp(self):
         super().setUp()
-        os.environ["SSL_CERT_FILE"] = self.file("real.pem", REAL_CERT)
+        os.environ["SSL_CERT_FILE"] = self.file("real.pem", TEST_CERT)
 
     def test_unknown_certificate(self):
         self.options = ("--cacert", os.environ.pop("SSL_CERT_FILE"))
@@ -17950,7 +17831,7 @@ class ClientCertRegistry(DockerRegistry):
         return self._path("config.yml", json.dumps(config))
 
     def request(self, path, headers=None, method="GET"):
-        context = ssl.create_default_context(cadata=REAL_CERT)
+        context = ssl.create_default_context(cadata=TEST_CERT)
         context.load_cert_chain(self._path("client.pem", TEST_CERT + TEST_KEY))
         with mock.patch("ssl.create_default_context", lambda **options: context):
             return super().request(path, headers, method)
@@ -17974,7 +17855,7 @@ class RealFieldCase(FieldCase):
     def setUp(self):
         super().setUp()
         self.ref = self.real.host + "/lab/app:1"
-        os.environ["SSL_CERT_FILE"] = self.file("real.pem", REAL_CERT)
+        os.environ["SSL_CERT_FILE"] = self.file("real.pem", TEST_CERT)
 
     def configure(self, **entry):
         """Put the registry's user into docker's config.json."""
@@ -18012,9 +17893,7 @@ class FieldProgram:
             return file.read().decode("utf-8", "replace")
 
 
-# ------------------------------------------------------------------------------
-# Certificates and credentials
-# ------------------------------------------------------------------------------
+# -- Certificates and credentials
 
 @needs("docker-registry", "skopeo")
 class RealClientCertTest(RealFieldCase):
@@ -18029,7 +17908,7 @@ class RealClientCertTest(RealFieldCase):
     def test_certs_d(self):
         os.environ["SSL_CERT_FILE"] = self.file("none.pem", WRONG_HOST_CERT)
         place = "home/.config/containers/certs.d/%s/" % self.real.host
-        for name, content in (("ca.crt", REAL_CERT), ("me.cert", TEST_CERT),
+        for name, content in (("ca.crt", TEST_CERT), ("me.cert", TEST_CERT),
                               ("me.key", TEST_KEY)):
             self.file(place + name, content)
         self.take()
@@ -18099,7 +17978,7 @@ class RealTokenConfigTest(RealFieldCase):
         self.assertIn("Authorization", self.tokens.requests[0][2])
 
     def test_post(self):
-        self.configure(identitytoken=REAL_IDENTITY_TOKEN, **REAL_ENTRY)
+        self.configure(identitytoken=IDENTITY_TOKEN, **REAL_ENTRY)
         self.take()
         self.assertEqual(self.methods(), ["POST"])
         self.assertNotIn("Authorization", self.tokens.requests[0][2])
@@ -18117,9 +17996,7 @@ class RealTokenConfigTest(RealFieldCase):
         self.assertNotIn("S3CR3T", run.err)
 
 
-# ------------------------------------------------------------------------------
-# Proxies
-# ------------------------------------------------------------------------------
+# -- Proxies
 
 class RealProxyCase(RealFieldCase):
     """Pulls through a proxy, from a registry with TLS and from one without."""
@@ -18256,9 +18133,7 @@ class RealSOCKSTest(RealProxyCase):
         self.assertIn("SOCKS proxy", run.err)
 
 
-# ------------------------------------------------------------------------------
-# Resume and mirrors
-# ------------------------------------------------------------------------------
+# -- Resume and mirrors
 
 @needs("docker-registry", "skopeo")
 @able(hasattr(os, "fork"), "fork")
@@ -18335,7 +18210,7 @@ class RealMirrorTest(RealFieldCase):
 
 def serve_real_digest(directory):
     """The digest of the manifest in a skopeo `dir:`."""
-    return sha256(stored_bytes(os.path.join(directory, "manifest.json")))
+    return sha256(file_bytes(os.path.join(directory, "manifest.json")))
 
 
 class ServeRealCase(ServeCase):
@@ -18379,7 +18254,7 @@ class ServeSkopeoTest(ServeRealCase):
             self.assertEqual(serve_real_digest(target),
                              sha256(self.child(image).manifest))
             for digest in self.child(image).layers:
-                blob = stored_bytes(os.path.join(target, digest.partition(":")[2]))
+                blob = file_bytes(os.path.join(target, digest.partition(":")[2]))
                 self.assertEqual(sha256(blob), digest)
 
         self.each(check)
