@@ -10381,6 +10381,8 @@ class UnsafeLayersTest(StoredCase):
 
     @rows(UNSAFE)
     def test_nothing_outside_is_touched(self, _, layers, wanted, words=None):
+        for path in glob.glob(self.at("out*")):
+            remove(path)  # where the row before has failed
         argv = self.command(layers)
         before = stored_state(self.work)
         run = self.main(*argv)
@@ -12510,8 +12512,8 @@ class ConformanceTest(ServeCase):
                                   ("0-%d" % (size * 2), 0, size)):
             with self.subTest(value=value):
                 answer = self.part("bytes=" + value)
-                self.assertEqual((answer.status, answer.body),
-                                 (206, self.blob[first:end]))
+                self.assertEqual(answer.status, 206)
+                self.assertEqual(answer.body, self.blob[first:end])
                 self.assertEqual(answer.headers["Content-Range"], "bytes %d-%d/%d" % (
                     first, end - 1, size))
                 self.assertEqual(answer.headers["Content-Length"], str(end - first))
@@ -12535,7 +12537,8 @@ class ConformanceTest(ServeCase):
     @rows((("bytes=0-1,4-5",), ("bytes=x-y",), ("lines=0-1",), ("bytes=-",), ("",)))
     def test_range_that_is_ignored(self, value):
         answer = self.part(value)
-        self.assertEqual((answer.status, answer.body), (200, self.blob))
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.body, self.blob)
 
     def test_range_means_nothing_to_head(self):
         # RFC 7233, 3.1
@@ -12913,7 +12916,7 @@ class ServeTest(ServeCase):
         with concurrent.futures.ThreadPoolExecutor(200) as pool:
             for found in pool.map(lambda _: [serve_ask(host, path).body
                                              for path in paths], range(200)):
-                self.assertEqual(found, bodies)
+                self.assertTrue(found == bodies)  # to tell how they differ takes ages
 
     def test_slow_client_blocks_nobody(self):
         data = bytes(16 << 20)
