@@ -9,30 +9,30 @@ One file, standard library only, CPython 3.6 or newer. Data flows one way,
     reference -> registry -> manifest -> blobs -> output
 
 and so does this file: a room uses only the rooms above it (1 and 2 are free to all).
+An annex, marked *, is what a pull to `layers`, `oci` or `archive` never enters.
 
      1  Limits and media types   every number and literal, with its unit and source
      2  Errors                   what can go wrong, as fields and as one sentence
      3  Names                    text -> value: references, digests, platforms
-     4  Documents                bytes -> JSON value, read strictly
-     5  Signatures               libtrust signatures: what a schema1 digest covers
-     6  Manifests                bytes -> value: manifests, indexes, configs
+     4  Documents                bytes -> JSON value, strict; what libtrust signs
+     5  Manifests                bytes -> value: manifests, indexes, configs
+     6  Tar                      chunks -> members and their data, and back
      7  Proof                    chunks -> proved chunks, and what they unpack to
      8  Credentials              who we are to a registry
      9  Transport                one safe HTTP exchange; knows nothing of images
-    10  Authorization            challenge -> token
-    11  Registry                 the distribution API of one host
-    12  Download                 one verified blob onto disk
-    13  Flattening               layers -> one file tree
-    14  Outputs                  the layouts others load
-    15  Reading back             what a pull wrote, re-checked offline
-    16  Pull                     the steps from a reference to an output
-    17  Serve                    a read-only registry over what was pulled
-    18  Self-test                prove that this host can pull
-    19  Command line             arguments, progress, exit statuses
+    10  Registry                 the distribution API of one host, token included
+    11  Store                    what is on disk: on its way, there, read back
+    12  Outputs                  the layouts others load
+    13  Trees*                   layers -> one file tree -> a directory or a tar
+    14  Pull                     the steps from a reference to an output
+    15  Verify*                  what a pull wrote, re-checked offline
+    16  Serve*                   a read-only registry over what was pulled
+    17  Self-test*               prove that this host can pull
+    18  Command line             arguments, progress, exit statuses
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
-`logging.getLogger("imagec")`. What is in `__all__` is meant to be used by others.
+`logging.getLogger("imagec")`. What is in `__all__`, and nothing else, is promised.
 """
 
 import sys
@@ -78,35 +78,24 @@ __all__ = [
     "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
     "RateLimited", "CredentialsError", "OutputError",
     # Names
-    "Digest", "Platform", "Reference",
+    "Digest", "Reference", "Platform",
     # Documents
-    "Document",
-    # Signatures
-    "PrettySignature",
+    "Document", "PrettySignature",
     # Manifests
-    "Descriptor", "Manifest", "Index", "Schema1Layer", "Schema1Manifest",
-    "decode_manifest", "matching", "ImageConfig", "Layer", "list_layers",
-    "modern_config", "modern_manifest",
+    "Descriptor", "Manifest", "Index", "Schema1Manifest", "decode_manifest",
+    "ImageConfig", "Layer",
     # Proof
-    "proved", "Entry", "Tar", "Unpacked", "unpack", "prove",
+    "proved",
     # Credentials
-    "Credentials", "Keyring",
-    # Transport
-    "Transport",
-    # Authorization
-    "Challenge", "Token", "fetch_token",
+    "Credentials",
     # Registry
-    "Endpoint", "Registry", "Source",
-    # Flattening
-    "Tree",
+    "Challenge", "fetch_token", "Registry",
     # Outputs
-    "Image", "OUTPUTS",
-    # Reading back
-    "Audit",
+    "Image",
     # Pull
-    "Session", "Puller", "pull",
+    "Session", "pull",
     # Serve
-    "Shelf", "new_server", "serving",
+    "new_server",
     # Command line
     "main",
 ]
@@ -693,7 +682,7 @@ class Platform(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------
-# 4  Documents: bytes -> JSON value, read strictly
+# 4  Documents: bytes -> JSON value, strict; what libtrust signs
 # --------------------------------------------------------------------------------------
 # Two programs that read one document differently can be played against each other
 # (CVE-2021-41190), so what Go's, Python's and others' parsers disagree on is refused.
@@ -843,10 +832,6 @@ class Document:
                 for i, value in enumerate(values)]
 
 
-# --------------------------------------------------------------------------------------
-# 5  Signatures: libtrust signatures: what a schema1 digest covers
-# --------------------------------------------------------------------------------------
-
 def _base64url(text, what):
     """Bytes of base64url text as libtrust reads it: no padding, line breaks allowed."""
     text = re.sub("[\r\n ]", "", text).rstrip("=")
@@ -896,7 +881,7 @@ class PrettySignature(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------
-# 6  Manifests: bytes -> value: manifests, indexes, configs
+# 5  Manifests: bytes -> value: manifests, indexes, configs
 # --------------------------------------------------------------------------------------
 
 class Descriptor(NamedTuple):
@@ -1453,286 +1438,8 @@ def with_layers(manifest, layers):
 
 
 # --------------------------------------------------------------------------------------
-# 7  Proof: chunks -> proved chunks, and what they unpack to
+# 6  Tar: chunks -> members and their data, and back
 # --------------------------------------------------------------------------------------
-# A blob's bytes are drawn, not pushed: each step is a generator over the one before it,
-
-#     received -> proved -> inflated -> Tar
-
-# and raises when its turn has come. `check` is called in each, and raises where work
-# should not go on.
-
-def go_on():
-    """The `check` of who has no limit: one raises where work should not go on."""
-
-
-def pieces(file, size=float("inf"), check=go_on):
-    """Yields the next `size` bytes of a binary file, or what is left, in pieces."""
-    while size:
-        check()
-        data = file.read(min(CHUNK, size))
-        if not data:
-            return
-        size -= len(data)
-        yield data
-
-
-def proved(chunks, digest, size=None, what=None):
-    """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
-
-    SizeMismatch as soon as there are too many bytes, or where there are too few;
-    DigestMismatch. `size` is None where the manifest does not say.
-    """
-    what, received = what or "blob " + str(digest), 0
-    hashing = hashlib.new(digest.algorithm)
-    for data in chunks:
-        received += len(data)
-        if size is not None and received > size:
-            raise SizeMismatch(what, size, received)
-        hashing.update(data)
-        yield data
-    if size is not None and received != size:
-        raise SizeMismatch(what, size, received)
-    actual = Digest(digest.algorithm, hashing.hexdigest())
-    if actual != digest:
-        raise DigestMismatch(what, digest, actual)
-
-
-class Apart:
-    """Runs `consume(chunks, check)` in a thread of its own, a few chunks behind who
-    gives them: the only thread boundary inside a layer.
-
-    zlib, hashlib and sockets release the interpreter lock, so that stages of one layer
-    really run side by side; the short queue keeps memory flat. What ends within its
-    first chunks needs no thread. What `consume` raises comes with `finish`, so that a
-    wrong blob digest can be told first; but at once where no more should be given.
-    """
-
-    def __init__(self, consume, check=go_on):
-        self._consume, self._check = consume, check
-        self._early, self._room = [], STAGE_DIRECT  # kept for want of a thread so far
-        self._queue = self._thread = self._result = self._error = None
-        self._given_up = False
-
-    def check(self):
-        """The `check` of what runs apart: nobody waits for it any more, or as ours."""
-        if self._given_up:
-            raise Cancelled("cancelled")
-        self._check()
-
-    def put(self, data):
-        """Gives the next chunk."""
-        self._room -= len(data)
-        if self._room > 0:
-            return self._early.append(data)
-        if self._thread is None:
-            import queue
-            self._queue = queue.Queue(STAGE_DEPTH)
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        if self._error is not None and (
-                not isinstance(self._error, ImagecError)
-                or isinstance(self._error, (LimitExceeded, TransportError))):
-            raise self._error
-        self._queue.put(data)
-
-    def _chunks(self):
-        while self._early:
-            yield self._early.pop(0)
-        if self._queue is not None:
-            yield from iter(self._queue.get, None)
-
-    def _run(self):
-        chunks = self._chunks()
-        try:
-            self._result = self._consume(chunks, self.check)
-        except BaseException as error:  # carried to the thread that feeds us
-            self._error = error
-        for _ in chunks:  # only drained, so that nobody waits for room
-            pass
-
-    def finish(self):
-        """Everything has been given: what `consume` made of it."""
-        if self._thread is None:
-            self._run()
-        self._stop()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _stop(self):
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._queue.put(None)
-            thread.join()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_exc):
-        self._given_up = True
-        self._stop()
-
-
-class _Gzip:
-    """zlib in the shape of bz2's and lzma's decompressors: one gzip member."""
-
-    def __init__(self):
-        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
-
-    def decompress(self, data, limit):
-        inflate = self._inflate
-        data = inflate.decompress(inflate.unconsumed_tail + data, limit)
-        self.eof, self.unused_data = inflate.eof, inflate.unused_data
-        self.needs_input = not inflate.unconsumed_tail
-        return data
-
-
-def _bzip2():
-    import bz2
-    return bz2.BZ2Decompressor()
-
-
-def _xz():
-    import lzma
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY_LIMIT)
-
-
-def _zstd():
-    from compression import zstd
-    return zstd.ZstdDecompressor(
-        options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
-
-
-_MAGIC_LENGTH = 6  # bytes; the longest below
-_CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
-    (rb"\x1f\x8b\x08", "gzip", _Gzip),
-    (rb"BZh", "bzip2", _bzip2),
-    (rb"\xfd7zXZ\x00", "xz", _xz),
-    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd", _zstd),
-    (rb"", "tar", None),
-)
-
-
-def _codec(head):
-    """(name, decompressor) of a stream that begins with `head`."""
-    return next(row[1:] for row in _CODECS if re.match(row[0], head))
-
-
-def codec_of(path):
-    """The name of what the file at `path` is compressed with, "tar" for nothing."""
-    with open(path, "rb") as file:
-        return _codec(file.read(_MAGIC_LENGTH))[0]
-
-
-def inflated(chunks, what):
-    """Yields the tar in a layer's blob; what it is packed with, magic tells.
-
-    Raises InvalidDocument, Unsupported.
-    """
-    chunks, head = iter(chunks), b""
-    for data in chunks:
-        head += data
-        if len(head) >= _MAGIC_LENGTH:
-            break
-    name, opener = _codec(head)
-    chunks = itertools.chain([head], chunks)
-    try:
-        member = opener and opener()
-    except ImportError:
-        if name != "zstd":
-            raise Unsupported("%s is compressed with %s, which this Python was built "
-                              "without" % (what, name)) from None
-        chunks = _zstd_program(chunks, what)
-        opener = None
-    yield from chunks if opener is None else _streams(chunks, name, opener, member,
-                                                      what)
-
-
-def _streams(chunks, name, opener, member, what):
-    """Yields what a stream of compressed members or frames holds, one after the other.
-
-    Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
-    new member are an error, for another tool would read them otherwise.
-    """
-    for chunk in chunks:
-        for at in range(0, len(chunk), INFLATE_SLICE):
-            data = bytes(chunk[at:at + INFLATE_SLICE])
-            while data:
-                if member is None:
-                    data = data.lstrip(b"\0") if name in ("gzip", "xz") else data
-                    if not data:
-                        break
-                    member = opener()
-                yield from _decompressed(member, data, name, what)
-                data = b""
-                if member.eof:
-                    data, member = member.unused_data, None
-    if member is not None:
-        raise InvalidDocument("%s: truncated %s data" % (what, name))
-
-
-def _decompressed(member, data, name, what):
-    """Yields what a decompressor makes of `data`, at most CHUNK bytes at once."""
-    while True:
-        try:
-            made = member.decompress(data, CHUNK)
-        except Exception as error:  # each codec has errors of its own
-            raise InvalidDocument("%s: corrupt %s data: %s"
-                                  % (what, name, error)) from None
-        if made:
-            yield made
-        if member.eof or member.needs_input:
-            return
-        data = b""
-
-
-def _zstd_program(chunks, what):
-    """Yields what the `zstd` program unpacks, where Python has no `compression.zstd`.
-
-    It takes gzip and xz behind a frame for what they are; the diffID decides.
-    """
-    import shutil
-    import subprocess
-    program = shutil.which("zstd")
-    if program is None or not os.path.isabs(program):
-        raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
-                          % what, hint="install the zstd program, or use Python 3.14")
-    process = subprocess.Popen(
-        [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    errors = []
-
-    def feed():
-        try:
-            with process.stdin:
-                for data in chunks:
-                    process.stdin.write(data)
-        except OSError:
-            pass  # it has ended, and says why
-        except BaseException as error:  # carried to who draws from us
-            errors.append(error)
-            process.kill()
-
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    try:
-        yield from iter(lambda: process.stdout.read1(CHUNK), b"")
-        feeder.join()
-        words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
-        if errors:
-            raise errors[0]
-        if process.wait():
-            raise InvalidDocument("%s: corrupt zstd data: %s"
-                                  % (what, words.strip() or "zstd failed"))
-    finally:
-        if process.poll() is None:
-            process.kill()
-        feeder.join()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-
 
 class Entry(NamedTuple):
     """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
@@ -1831,7 +1538,6 @@ class _Header(NamedTuple):
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
           b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
-
 
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 
@@ -2124,6 +1830,339 @@ def _nanoseconds(seconds, text):
         if text.startswith(b"-"):
             nanoseconds = -nanoseconds
     return seconds * 10 ** 9 + nanoseconds if abs(seconds) < 1 << 40 else 0
+
+
+def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"",
+               device=(0, 0), xattrs=()):
+    """The header blocks of one member: ustar, with a pax header where it does not fit.
+
+    Written here because tarfile's differ between Pythons in the fields of devices, and
+    an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
+    """
+    seconds, rest = divmod(mtime, 10 ** 9)
+    pax = [(_XATTR + key, value) for key, value in xattrs]
+
+    def fits(key, value, width):
+        if len(value) > width:
+            pax.append((key, value))
+        return value[:width]
+
+    def number(key, value, digits):
+        if 0 <= value < 8 ** digits:
+            return b"%0*o\0" % (digits, value)
+        pax.append((key, b"%d" % value))
+        return b"0" * digits + b"\0"
+
+    fields = [fits(b"path", name, 100), number(b"mode", mode, 7),
+              number(b"uid", uid, 7), number(b"gid", gid, 7),
+              number(b"size", size, 11), number(b"mtime", seconds, 11), b" " * 8, kind,
+              fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
+              number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b""]
+    if rest:
+        pax = [pair for pair in pax if pair[0] != b"mtime"]
+        pax.append((b"mtime", b"-"[:mtime < 0] + (
+            b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")))
+    block = _tar_block(fields)
+    if not pax:
+        return block
+    records = b"".join(_pax_record(key, value) for key, value in sorted(pax))
+    return (tar_header(b"././@PaxHeader", len(records), b"x") + records
+            + bytes(-len(records) % TAR_BLOCK) + block)
+
+
+def _tar_block(fields):
+    block = _TAR_FIELDS.pack(*fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _pax_record(key, value):
+    """"LENGTH KEY=VALUE\\n", where LENGTH counts itself."""
+    length = len(key) + len(value) + 3
+    total = length + len(str(length))
+    total = length + len(str(total))
+    return b"%d %s=%s\n" % (total, key, value)
+
+
+# --------------------------------------------------------------------------------------
+# 7  Proof: chunks -> proved chunks, and what they unpack to
+# --------------------------------------------------------------------------------------
+# A blob's bytes are drawn, not pushed: each step is a generator over the one before it,
+
+#     received -> proved -> inflated -> Tar
+
+# and raises when its turn has come. `check` is called in each, and raises where work
+# should not go on.
+
+def go_on():
+    """The `check` of who has no limit: one raises where work should not go on."""
+
+
+def pieces(file, size=float("inf"), check=go_on):
+    """Yields the next `size` bytes of a binary file, or what is left, in pieces."""
+    while size:
+        check()
+        data = file.read(min(CHUNK, size))
+        if not data:
+            return
+        size -= len(data)
+        yield data
+
+
+def proved(chunks, digest, size=None, what=None):
+    """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
+
+    SizeMismatch as soon as there are too many bytes, or where there are too few;
+    DigestMismatch. `size` is None where the manifest does not say.
+    """
+    what, received = what or "blob " + str(digest), 0
+    hashing = hashlib.new(digest.algorithm)
+    for data in chunks:
+        received += len(data)
+        if size is not None and received > size:
+            raise SizeMismatch(what, size, received)
+        hashing.update(data)
+        yield data
+    if size is not None and received != size:
+        raise SizeMismatch(what, size, received)
+    actual = Digest(digest.algorithm, hashing.hexdigest())
+    if actual != digest:
+        raise DigestMismatch(what, digest, actual)
+
+
+class Apart:
+    """Runs `consume(chunks, check)` in a thread of its own, a few chunks behind who
+    gives them: the only thread boundary inside a layer.
+
+    zlib, hashlib and sockets release the interpreter lock, so that stages of one layer
+    really run side by side; the short queue keeps memory flat. What ends within its
+    first chunks needs no thread. What `consume` raises comes with `finish`, so that a
+    wrong blob digest can be told first; but at once where no more should be given.
+    """
+
+    def __init__(self, consume, check=go_on):
+        self._consume, self._check = consume, check
+        self._early, self._room = [], STAGE_DIRECT  # kept for want of a thread so far
+        self._queue = self._thread = self._result = self._error = None
+        self._given_up = False
+
+    def check(self):
+        """The `check` of what runs apart: nobody waits for it any more, or as ours."""
+        if self._given_up:
+            raise Cancelled("cancelled")
+        self._check()
+
+    def put(self, data):
+        """Gives the next chunk."""
+        self._room -= len(data)
+        if self._room > 0:
+            return self._early.append(data)
+        if self._thread is None:
+            import queue
+            self._queue = queue.Queue(STAGE_DEPTH)
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        if self._error is not None and (
+                not isinstance(self._error, ImagecError)
+                or isinstance(self._error, (LimitExceeded, TransportError))):
+            raise self._error
+        self._queue.put(data)
+
+    def _chunks(self):
+        while self._early:
+            yield self._early.pop(0)
+        if self._queue is not None:
+            yield from iter(self._queue.get, None)
+
+    def _run(self):
+        chunks = self._chunks()
+        try:
+            self._result = self._consume(chunks, self.check)
+        except BaseException as error:  # carried to the thread that feeds us
+            self._error = error
+        for _ in chunks:  # only drained, so that nobody waits for room
+            pass
+
+    def finish(self):
+        """Everything has been given: what `consume` made of it."""
+        if self._thread is None:
+            self._run()
+        self._stop()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _stop(self):
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self._given_up = True
+        self._stop()
+
+
+class _Gzip:
+    """zlib in the shape of bz2's and lzma's decompressors: one gzip member."""
+
+    def __init__(self):
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    def decompress(self, data, limit):
+        inflate = self._inflate
+        data = inflate.decompress(inflate.unconsumed_tail + data, limit)
+        self.eof, self.unused_data = inflate.eof, inflate.unused_data
+        self.needs_input = not inflate.unconsumed_tail
+        return data
+
+
+def _bzip2():
+    import bz2
+    return bz2.BZ2Decompressor()
+
+
+def _xz():
+    import lzma
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY_LIMIT)
+
+
+def _zstd():
+    from compression import zstd
+    return zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
+
+
+_MAGIC_LENGTH = 6  # bytes; the longest below
+_CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
+    (rb"\x1f\x8b\x08", "gzip", _Gzip),
+    (rb"BZh", "bzip2", _bzip2),
+    (rb"\xfd7zXZ\x00", "xz", _xz),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd", _zstd),
+    (rb"", "tar", None),
+)
+
+
+def _codec(head):
+    """(name, decompressor) of a stream that begins with `head`."""
+    return next(row[1:] for row in _CODECS if re.match(row[0], head))
+
+
+def codec_of(path):
+    """The name of what the file at `path` is compressed with, "tar" for nothing."""
+    with open(path, "rb") as file:
+        return _codec(file.read(_MAGIC_LENGTH))[0]
+
+
+def inflated(chunks, what):
+    """Yields the tar in a layer's blob; what it is packed with, magic tells.
+
+    Raises InvalidDocument, Unsupported.
+    """
+    chunks, head = iter(chunks), b""
+    for data in chunks:
+        head += data
+        if len(head) >= _MAGIC_LENGTH:
+            break
+    name, opener = _codec(head)
+    chunks = itertools.chain([head], chunks)
+    try:
+        member = opener and opener()
+    except ImportError:
+        if name != "zstd":
+            raise Unsupported("%s is compressed with %s, which this Python was built "
+                              "without" % (what, name)) from None
+        chunks = _zstd_program(chunks, what)
+        opener = None
+    yield from chunks if opener is None else _streams(chunks, name, opener, member,
+                                                      what)
+
+
+def _streams(chunks, name, opener, member, what):
+    """Yields what a stream of compressed members or frames holds, one after the other.
+
+    Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
+    new member are an error, for another tool would read them otherwise.
+    """
+    for chunk in chunks:
+        for at in range(0, len(chunk), INFLATE_SLICE):
+            data = bytes(chunk[at:at + INFLATE_SLICE])
+            while data:
+                if member is None:
+                    data = data.lstrip(b"\0") if name in ("gzip", "xz") else data
+                    if not data:
+                        break
+                    member = opener()
+                yield from _decompressed(member, data, name, what)
+                data = b""
+                if member.eof:
+                    data, member = member.unused_data, None
+    if member is not None:
+        raise InvalidDocument("%s: truncated %s data" % (what, name))
+
+
+def _decompressed(member, data, name, what):
+    """Yields what a decompressor makes of `data`, at most CHUNK bytes at once."""
+    while True:
+        try:
+            made = member.decompress(data, CHUNK)
+        except Exception as error:  # each codec has errors of its own
+            raise InvalidDocument("%s: corrupt %s data: %s"
+                                  % (what, name, error)) from None
+        if made:
+            yield made
+        if member.eof or member.needs_input:
+            return
+        data = b""
+
+
+def _zstd_program(chunks, what):
+    """Yields what the `zstd` program unpacks, where Python has no `compression.zstd`.
+
+    It takes gzip and xz behind a frame for what they are; the diffID decides.
+    """
+    import shutil
+    import subprocess
+    program = shutil.which("zstd")
+    if program is None or not os.path.isabs(program):
+        raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
+                          % what, hint="install the zstd program, or use Python 3.14")
+    process = subprocess.Popen(
+        [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    errors = []
+
+    def feed():
+        try:
+            with process.stdin:
+                for data in chunks:
+                    process.stdin.write(data)
+        except OSError:
+            pass  # it has ended, and says why
+        except BaseException as error:  # carried to who draws from us
+            errors.append(error)
+            process.kill()
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    try:
+        yield from iter(lambda: process.stdout.read1(CHUNK), b"")
+        feeder.join()
+        words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
+        if errors:
+            raise errors[0]
+        if process.wait():
+            raise InvalidDocument("%s: corrupt zstd data: %s"
+                                  % (what, words.strip() or "zstd failed"))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        feeder.join()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 class Unpacked(NamedTuple):
@@ -3564,7 +3603,7 @@ def _error_body(response):
 
 
 # --------------------------------------------------------------------------------------
-# 10  Authorization: challenge -> token
+# 10  Registry: the distribution API of one host, token included
 # --------------------------------------------------------------------------------------
 
 _TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z))")
@@ -3821,10 +3860,6 @@ class Authorizer:
             return False  # co.uk and the like: a suffix that strangers share
         return "." in domain and ("." + realm.hostname).endswith("." + domain)
 
-
-# --------------------------------------------------------------------------------------
-# 11  Registry: the distribution API of one host
-# --------------------------------------------------------------------------------------
 
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
@@ -4175,7 +4210,7 @@ class Source:
 
 
 # --------------------------------------------------------------------------------------
-# 12  Download: one verified blob onto disk
+# 11  Store: what is on disk: on its way, there, read back
 # --------------------------------------------------------------------------------------
 
 PARTIAL = ".partial"  # suffix of what is not yet proved
@@ -4407,6 +4442,105 @@ def write_file(path, data, wait=time.sleep):
         partial.commit()
 
 
+def remove_tree(path):
+    """Removes a directory of ours, whatever modes an image gave to what is in it."""
+    if os.path.islink(path):
+        os.unlink(path)
+        return
+    within = [path] if os.path.lexists(path) else []
+    while within:  # shutil calls itself for each level: an image may have too many
+        deeper = None
+        os.chmod(within[-1], 0o700)
+        with os.scandir(within[-1]) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    deeper = entry.path
+                    break
+                os.unlink(entry.path)
+        if deeper is None:
+            os.rmdir(within.pop())
+        else:
+            within.append(deeper)
+
+
+def existing_parent(path):
+    """`path`, or the nearest directory above it that exists."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    return there
+
+
+def check_writable(path):
+    """Raises OutputError unless the directory `path` can be, or be made, written to."""
+    there = existing_parent(path)
+    if not os.path.isdir(there):
+        raise OutputError(there, "is there and is not a directory",
+                          "choose another place with -o")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(there, "no permission to write there",
+                          "choose another place with -o")
+
+
+def check_free(path, needed):
+    """Raises OutputError where the disk of `path` cannot hold `needed` bytes more."""
+    import shutil
+    free = shutil.disk_usage(existing_parent(path)).free
+    if needed > free:
+        raise OutputError(path, "%d bytes are needed, %d are free" % (needed, free),
+                          "free some space or choose another place with -o")
+
+
+def make_directory(base, *parts):
+    """The directory BASE/PARTS..., made where it is missing.
+
+    `base` is the user's choice and may be a link; what is below it may not.
+    """
+    os.makedirs(base, exist_ok=True)
+    path = base
+    for part in parts:
+        path = os.path.join(path, part)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise OutputError(path, "is in the way: not a directory") from None
+    return path
+
+
+def private_directory(path):
+    """Makes sure `path` is a directory of ours alone, not a link planted there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    if not (stat.S_ISDIR(status.st_mode) and ours_alone(status)):
+        raise OutputError(path, "is in the way: not a directory of ours alone")
+
+
+def same_file(source, path, wait, check):
+    """Makes `path` the same file as the verified `source`: a hard link, else a copy.
+
+    For `wait` see Partial; `check` raises where work should not go on.
+    """
+    if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
+        return
+    link = path + PARTIAL + ".link"
+    with Partial(path, wait) as partial:
+        try:
+            if os.path.lexists(link):
+                os.unlink(link)
+            os.link(source, link)
+            os.replace(link, path)
+            partial.discard()
+        except OSError:  # no hard links here
+            partial.truncate()
+            with open(source, "rb") as file:
+                for data in pieces(file, check=check):
+                    partial.write(data)
+            partial.commit()
+
+
 def file_identity(path):
     """What changes when a file is changed by ordinary means."""
     status = os.stat(path)
@@ -4421,6 +4555,198 @@ def unchanged(path, status):
         return os.path.samestat(now, status) and (now.st_size, now.st_mtime_ns) == (
             status.st_size, status.st_mtime_ns)
     return False
+
+
+class Region(NamedTuple):
+    """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
+
+    path: str
+    offset: int
+    size: int
+
+    def open(self):
+        """The file, at the first of them: a regular one, no link, and not waited for.
+
+        Raises OSError, InvalidDocument.
+        """
+        file = open(self.path, "rb", opener=lambda path, flags: os.open(
+            path, flags | _O_NOFOLLOW | _O_NONBLOCK))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise InvalidDocument("%s is not a regular file" % self.path)
+        file.seek(self.offset)
+        return file
+
+    def pieces(self, check=go_on):
+        """Yields the bytes, in pieces."""
+        with self.open() as file:
+            yield from pieces(file, self.size, check)
+
+
+def _raise(error):
+    raise error
+
+
+class Reader:
+    """The files of a layout or tree that is a directory, by their names in it.
+
+    `path` is the user's choice and may be a link; below it none is followed. `check` is
+    called as work goes on, and may raise.
+    """
+
+    def __init__(self, path, check=go_on):
+        self.path, self.check = path, check
+
+    def names(self, onerror=_raise):
+        """Those of all that is no directory, sorted.
+
+        `onerror(OSError)` hears of directories that cannot be listed.
+        """
+        found, waiting = [], [(self.path, "")]
+        while waiting:  # os.walk calls itself for each level before 3.12
+            path, prefix = waiting.pop()
+            try:
+                with os.scandir(path) as entries:
+                    for entry in entries:
+                        self.check()
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append((entry.path, prefix + entry.name + "/"))
+                        else:
+                            found.append(prefix + entry.name)
+            except OSError as error:
+                onerror(error)
+        return sorted(found)
+
+    def region(self, name):
+        """The Region of a file.
+
+        Raises FileNotFoundError where nothing is there, InvalidDocument where it is no
+        regular file.
+        """
+        path = self.path
+        for part in name.split("/"):
+            path = os.path.join(path, part)
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode):  # nor is a link followed on the way
+                break
+        if not stat.S_ISREG(status.st_mode) or (
+                path != os.path.join(self.path, *name.split("/"))):
+            raise InvalidDocument("%s is not a regular file" % name)
+        return Region(path, 0, status.st_size)
+
+    def read(self, name):
+        """The bytes of a document; raises as `region`, and LimitExceeded."""
+        self.check()
+        region = self.region(name)
+        if region.size > MANIFEST_LIMIT:
+            raise LimitExceeded("%s is larger than the limit of %d bytes"
+                                % (name, MANIFEST_LIMIT))
+        return b"".join(region.pieces())
+
+    def found(self, *names):
+        """The bytes of the documents of these names that are there and can be read."""
+        documents = []
+        for name in names:
+            with contextlib.suppress(OSError, InvalidDocument):
+                documents.append(self.read(name))
+        return documents
+
+
+def blob_name(digest):
+    """A blob's name in a layout (OCI image-spec, image-layout.md)."""
+    return "blobs/%s/%s" % digest
+
+
+class TarReader(Reader):
+    """The members of a layout that is a tar, by their names as they stand in it.
+
+    It is walked as layers are (see Tar): once, without a look at the data. Raises
+    InvalidDocument where it is no tar, or goes on behind its end.
+    """
+
+    def __init__(self, path, check=go_on):
+        super().__init__(os.path.realpath(path), check)
+        self._members = collections.defaultdict(list)  # name -> Region or None of each
+        names = 0
+        with Region(self.path, 0, 0).open() as file:
+            tar = Tar(pieces(file, check=check), "tar", float("inf"))
+            for entry, _ in tar:
+                names += len(entry.path)
+                if tar.members > MEMBER_COUNT_LIMIT or names > MEMBER_NAMES_LIMIT:
+                    raise LimitExceeded("more than %d members, or %d bytes of names" % (
+                        MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
+                self._add(entry, tar.sparse, tar.offset)
+            file.seek(tar.offset)
+            if any(data.strip(b"\0") for data in pieces(file, check=check)):
+                raise InvalidDocument("there is more behind the end of the tar")
+        if not self._members:
+            raise InvalidDocument("no tar, or an empty one")
+
+    def _add(self, entry, sparse, offset):
+        name = entry.path.decode("utf-8", "backslashreplace")
+        if entry.kind == "dir":
+            name += "/" * (not name.endswith("/"))
+        self._members[name].append(Region(self.path, offset, entry.size) if (
+            entry.kind == "file" and not sparse) else None)
+
+    def names(self):
+        """All of them, sorted, as often as they are there; directories end in "/"."""
+        return sorted(name for name, members in self._members.items()
+                      for _ in members)
+
+    def region(self, name):
+        if name not in self._members:
+            raise FileNotFoundError(errno.ENOENT, "not there", name)
+        region, *more = self._members[name]
+        if region is None or more:
+            raise InvalidDocument("%s %s" % (name, "stands more than once" if more else
+                                             "is not a regular file"))
+        return region
+
+
+def layout_entries(reader):
+    """The Descriptors in an OCI layout's index.json."""
+    index = Document.parse(reader.read("index.json"), "index.json")
+    return [Descriptor.from_document(entry)
+            for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
+
+
+def layout_document(reader, descriptor):
+    """The document in an OCI layout that a Descriptor points to, proved and decoded."""
+    raw = reader.read(blob_name(descriptor.digest))
+    if len(raw) != descriptor.size:
+        raise SizeMismatch("manifest", descriptor.size, len(raw))
+    return decode_manifest(raw, descriptor.media_type, descriptor.digest)
+
+
+def layers_trees(names):
+    """Where among these names of files the `layers` format keeps images: prefixes."""
+    last = None
+    for tree in sorted(name[:-len("manifest.json")] for name in names
+                       if ("/" + name).endswith("/manifest.json")):
+        if last is None or not tree.startswith(last):
+            yield tree
+            last = tree
+
+
+def tree_digest(path):
+    """The Digest that a layers tree's directory is named by, None where by a tag."""
+    name = os.path.basename(os.path.abspath(path))
+    with contextlib.suppress(InvalidReference):
+        return Digest.parse(name.replace("-", ":", 1))
+
+
+def tree_documents(reader):
+    """The documents of a layers tree by name, decoded, outermost first."""
+    documents, digest = {}, tree_digest(reader.path)
+    with contextlib.suppress(FileNotFoundError):
+        for depth in range(INDEX_DEPTH_LIMIT):
+            name = "index.%d.json" % depth if depth else "index.json"
+            documents[name] = decode_manifest(
+                reader.read(name), None, None if depth else digest)
+    documents["manifest.json"] = decode_manifest(
+        reader.read("manifest.json"), None, None if documents else digest)
+    return documents
 
 
 class Fetched(NamedTuple):
@@ -4606,664 +4932,8 @@ class Download:
         return end == size and total in ("*", str(size))
 
 
-class Region(NamedTuple):
-    """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
-
-    path: str
-    offset: int
-    size: int
-
-    def open(self):
-        """The file, at the first of them: a regular one, no link, and not waited for.
-
-        Raises OSError, InvalidDocument.
-        """
-        file = open(self.path, "rb", opener=lambda path, flags: os.open(
-            path, flags | _O_NOFOLLOW | _O_NONBLOCK))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise InvalidDocument("%s is not a regular file" % self.path)
-        file.seek(self.offset)
-        return file
-
-    def pieces(self, check=go_on):
-        """Yields the bytes, in pieces."""
-        with self.open() as file:
-            yield from pieces(file, self.size, check)
-
-
-def _raise(error):
-    raise error
-
-
-class Reader:
-    """The files of a layout or tree that is a directory, by their names in it.
-
-    `path` is the user's choice and may be a link; below it none is followed. `check` is
-    called as work goes on, and may raise.
-    """
-
-    def __init__(self, path, check=go_on):
-        self.path, self.check = path, check
-
-    def names(self, onerror=_raise):
-        """Those of all that is no directory, sorted.
-
-        `onerror(OSError)` hears of directories that cannot be listed.
-        """
-        found, waiting = [], [(self.path, "")]
-        while waiting:  # os.walk calls itself for each level before 3.12
-            path, prefix = waiting.pop()
-            try:
-                with os.scandir(path) as entries:
-                    for entry in entries:
-                        self.check()
-                        if entry.is_dir(follow_symlinks=False):
-                            waiting.append((entry.path, prefix + entry.name + "/"))
-                        else:
-                            found.append(prefix + entry.name)
-            except OSError as error:
-                onerror(error)
-        return sorted(found)
-
-    def region(self, name):
-        """The Region of a file.
-
-        Raises FileNotFoundError where nothing is there, InvalidDocument where it is no
-        regular file.
-        """
-        path = self.path
-        for part in name.split("/"):
-            path = os.path.join(path, part)
-            status = os.lstat(path)
-            if not stat.S_ISDIR(status.st_mode):  # nor is a link followed on the way
-                break
-        if not stat.S_ISREG(status.st_mode) or (
-                path != os.path.join(self.path, *name.split("/"))):
-            raise InvalidDocument("%s is not a regular file" % name)
-        return Region(path, 0, status.st_size)
-
-    def read(self, name):
-        """The bytes of a document; raises as `region`, and LimitExceeded."""
-        self.check()
-        region = self.region(name)
-        if region.size > MANIFEST_LIMIT:
-            raise LimitExceeded("%s is larger than the limit of %d bytes"
-                                % (name, MANIFEST_LIMIT))
-        return b"".join(region.pieces())
-
-    def found(self, *names):
-        """The bytes of the documents of these names that are there and can be read."""
-        documents = []
-        for name in names:
-            with contextlib.suppress(OSError, InvalidDocument):
-                documents.append(self.read(name))
-        return documents
-
-
 # --------------------------------------------------------------------------------------
-# 13  Flattening: layers -> one file tree
-# --------------------------------------------------------------------------------------
-# Policy first, mechanics after: the tree is worked out in memory from the members'
-# headers (OCI image-spec, layer.md, "Applying Changesets"), as in a chroot. Only then
-# is anything put in its place, and every parent of it is a directory we made: no link
-# of an image is ever followed on the real file system, so none can lead out of it.
-
-_WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
-_LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
-_DEPTH_LIMIT = 1024  # directories inside one another
-_DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
-OPEN_PACKS = 8  # files of LayerPacks held open at once
-_RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
-_IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
-#: (major, minor) of the character devices that give nobody a right: null, zero, full,
-#: random, urandom, tty (Linux, admin-guide/devices.txt). Others are not made.
-_HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)])
-_DEVICE_MODE = 0o666
-
-
-def remove_tree(path):
-    """Removes a directory of ours, whatever modes an image gave to what is in it."""
-    if os.path.islink(path):
-        os.unlink(path)
-        return
-    within = [path] if os.path.lexists(path) else []
-    while within:  # shutil calls itself for each level: an image may have too many
-        deeper = None
-        os.chmod(within[-1], 0o700)
-        with os.scandir(within[-1]) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    deeper = entry.path
-                    break
-                os.unlink(entry.path)
-        if deeper is None:
-            os.rmdir(within.pop())
-        else:
-            within.append(deeper)
-
-
-class Census:
-    """The members that an image's layers may have together; counts from many threads.
-
-    `limit` is how many, the directories they imply included.
-    """
-
-    def __init__(self, limit=MEMBER_COUNT_LIMIT):
-        self._limit = limit
-        self._members = self._names = 0
-        self._lock = threading.Lock()
-
-    def add(self, members, names, what):
-        """Counts so many `members` with so many bytes of `names`; or uncounts them.
-
-        Raises TooLarge, LimitExceeded; `what` is the layer they are in.
-        """
-        with self._lock:
-            self._members += members
-            self._names += names
-        if self._members > self._limit:
-            raise TooLarge("%s: with it the image has more than the limit of %d files"
-                           % (what, self._limit), hint="raise it with --max-files")
-        if self._names > MEMBER_NAMES_LIMIT:
-            raise LimitExceeded(
-                "%s: with it the names of the image's files take more than the limit "
-                "of %d bytes" % (what, MEMBER_NAMES_LIMIT))
-
-
-class LayerStore:
-    """Keeps what one layer holds: its Entries in order, and its files' data on disk.
-
-    `directory` is emptied first; each file's data goes to a file of its own in it.
-    `entries` lists (Entry, its data or None); data is (this store, where in it), small
-    because there may be millions. `census` counts them for the image, `what` is the
-    layer.
-    """
-
-    def __init__(self, directory, census=None, what="layer"):
-        remove_tree(directory)
-        os.makedirs(directory)
-        self._directory = directory
-        self._census, self._what = census or Census(), what
-        self.entries, self._names = [], 0
-
-    def visit(self, tar):
-        """Keeps the members of a Tar."""
-        for entry, data in tar:
-            number, place = len(self.entries), None
-            if b"\0" in entry.path + entry.link:
-                raise InvalidDocument("%s: a name with a NUL byte" % self._what)
-            names = len(entry.path) + len(entry.link) + sum(
-                len(key) + len(value) for key, value in entry.xattrs)
-            self._census.add(1, names, self._what)
-            self._names += names
-            if entry.kind == "file" and entry.size:
-                place = self, self._keep(number, entry.size, data)
-            self.entries.append((entry, place))
-
-    def forget(self):
-        """Another store takes its place."""
-        self._census.add(-len(self.entries), -self._names, self._what)
-
-    def path(self, number):
-        """The file that holds the data of member `number`, and nothing else."""
-        return os.path.join(self._directory, str(number // 1000), str(number))
-
-    def _keep(self, number, _size, data):
-        """Keeps a member's data: where it is."""
-        path = self.path(number)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with naming_file(path), open(path, "xb") as file:
-            for piece in data:
-                if type(piece) is int:  # a hole
-                    file.truncate(file.seek(piece, os.SEEK_CUR))
-                else:
-                    file.write(piece)
-        return number
-
-
-class LayerPack(LayerStore):
-    """A LayerStore that keeps all data in one file, for making files costs most."""
-
-    def visit(self, tar):
-        self._size, path = 0, self.path(None)
-        with naming_file(path), open(path, "xb", buffering=CHUNK) as self._pack:
-            super().visit(tar)
-            self._pack.truncate(self._size)  # a hole may end it
-
-    def path(self, _number):
-        """The file that holds the data, each member's where its entry says."""
-        return os.path.join(self._directory, "data")
-
-    def _keep(self, _number, size, data):
-        where, self._size = self._size, self._size + size
-        for piece in data:
-            if type(piece) is int:
-                self._pack.seek(piece, os.SEEK_CUR)
-            else:
-                self._pack.write(piece)
-        return where
-
-
-class Node:
-    """An inode of the tree: its Entry, its data (see LayerStore), any children.
-
-    `linked` tells that a hard link to it was made.
-    """
-
-    __slots__ = ("entry", "data", "children", "linked")
-
-    def __init__(self, entry, data=None):
-        self.entry, self.data = entry, data
-        self.children = {} if entry.kind == "dir" else None
-        self.linked = False
-
-
-def watched(rows, check):
-    """Yields the `rows`, with a look at `check` every so many."""
-    for number, row in enumerate(rows):
-        if number % MEMBERS_BETWEEN_CHECKS == 0:
-            check()
-        yield row
-
-
-class Tree:
-    """The file tree an image's layers make; `apply` them oldest first.
-
-    `check` raises where work on it should not go on; `census` has counted the members.
-    """
-
-    def __init__(self, check=go_on, census=None):
-        self.check, self._census = check, census or Census()
-        self.root = Node(_IMPLICIT)
-        self.unknown = 0  # members of no known kind, left out
-        self.shared = set()  # data that several inodes may have
-        self._applied = []
-        self._detours = 0  # steps taken behind links
-
-    def apply(self, entries):
-        """Applies one layer: the `entries` of a LayerStore.
-
-        Whiteouts first, for they speak of the layers below wherever they stand. Raises
-        InvalidDocument, LimitExceeded.
-        """
-        if any(entries is earlier for earlier in self._applied):
-            self.shared.update(data for _, data in entries if data is not None)
-        self._applied.append(entries)
-        hidden = [parts for parts in map(self._parts, (
-            row[0].path for row in watched(entries, self.check)))
-                  if parts and parts[-1].startswith(_WHITEOUT)]
-        own = {self._parts(entry.path) for entry, _ in watched(entries, self.check)
-               if hidden and entry.kind == "dir"}
-        taken = {}  # what whiteouts took away, by path
-        for parts in watched(hidden, self.check):
-            self._white_out(parts, own, taken)
-        todo, passes, lost = entries, 0, {}
-        while todo:  # again, from the end, for links that stand before their targets
-            late = [row for row in watched(todo, self.check)
-                    if not self._add(*row, lost)][::-1]
-            passes += 1
-            if len(late) == len(todo) and taken and lost is not taken:
-                lost = taken  # a link to a file and its whiteout give it a new name
-            elif len(late) == len(todo) or passes > _LINK_LIMIT:
-                entry = late[0][0]
-                raise InvalidDocument("hard link %s to %s, which is not there"
-                                      % (show(entry.path), show(entry.link)))
-            todo = late
-        for name in [n for n in self.root.children if n.startswith(_AUFS)]:
-            del self.root.children[name]  # AUFS kept the data of hard links there
-
-    @staticmethod
-    def _parts(path):
-        parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
-        if b".." in parts:
-            raise InvalidDocument("unsafe member name %s" % show(path))
-        if len(parts) > _DEPTH_LIMIT:
-            raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
-        return parts
-
-    @staticmethod
-    def _aufs(parts):
-        """Whether this is below one of the directories that AUFS kept for itself."""
-        return len(parts) > 1 and parts[0].startswith(_AUFS)
-
-    def _white_out(self, parts, own, taken):
-        name = parts[-1]
-        if name != _OPAQUE and name.startswith(_AUFS) or self._aufs(parts):
-            return
-        hidden = name[len(_WHITEOUT):]
-        if hidden in (b"", b".", b".."):
-            raise InvalidDocument("a whiteout of nothing: %s" % show(b"/".join(parts)))
-        parent = self._directory(parts[:-1], own=own)
-        if parent is None:
-            return
-        if name != _OPAQUE:
-            node = parent.children.pop(hidden, None)
-            if node is not None and node.children is None:
-                taken[parts[:-1] + (hidden,)] = node
-        elif self._node(parts[:-1]) is parent:  # where a lower link leads is not meant
-            parent.children.clear()
-
-    def _node(self, parts):
-        """The inode that `parts` name, the last of them not followed; None for none."""
-        if not parts:
-            return self.root
-        parent = self._directory(parts[:-1])
-        return parent and parent.children.get(parts[-1])
-
-    def _directory(self, parts, make=False, own=()):
-        """The directory `parts` names, links followed inside the root as in a chroot.
-
-        None where there is none, unless it is to be made. A link that the layer
-        replaces by a directory of its `own` leads nowhere.
-        """
-        todo = list(reversed(parts))
-        trail, hops = [self.root], 0
-        while todo:
-            part = todo.pop()
-            if hops:
-                self._detours += 1
-                if self._detours > _DETOUR_LIMIT:
-                    raise LimitExceeded("its links lead round and round")
-            if part == b"..":
-                del trail[max(1, len(trail) - 1):]
-                continue
-            node = trail[-1].children.get(part)
-            if node is not None and node.entry.kind == "symlink":
-                if not hops and parts[:len(trail)] in own:
-                    return None
-                hops += 1
-                if hops > _LINK_LIMIT:
-                    raise InvalidDocument("links in a loop at %s"
-                                          % show(b"/".join(parts)))
-                target = node.entry.link
-                if target.startswith(b"/"):
-                    del trail[1:]
-                todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
-                                                                                b"."))
-                continue
-            if node is None or node.children is None:
-                if not make:
-                    return None
-                self._census.add(1, 0, show(b"/".join(parts)))
-                node = trail[-1].children[part] = Node(_IMPLICIT)
-            trail.append(node)
-            if len(trail) > _DEPTH_LIMIT:
-                raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
-        return trail[-1]
-
-    def _add(self, entry, data, lost):
-        """Puts a member in place; False for a hard link whose target is not there.
-
-        `lost` are files by path that may be linked to though they are there no more.
-        """
-        parts = self._parts(entry.path)
-        if parts and parts[-1].startswith(_WHITEOUT) and not self._aufs(parts):
-            return True
-        if entry.kind == "unknown":
-            self.unknown += 1
-            return True
-        if not parts:
-            if entry.kind != "dir":
-                raise InvalidDocument("unsafe member: the root as a " + entry.kind)
-            self.root.entry = entry
-            return True
-        parent = self._directory(parts[:-1], make=True)
-        old = parent.children.get(parts[-1])
-        if entry.kind == "hardlink":
-            target = self._target(entry.link) or lost.get(self._parts(entry.link))
-            if target is None:
-                return False
-            target.linked = True
-            parent.children[parts[-1]] = target
-        elif entry.kind == "dir" and old is not None and old.children is not None:
-            old.entry = entry
-        else:
-            parent.children[parts[-1]] = Node(entry, data)
-        return True
-
-    def _target(self, link):
-        """The inode a hard link means, None where there is none."""
-        node = self._node(self._parts(link))
-        if node is not None and node.children is not None:
-            raise InvalidDocument("a hard link to the directory %s" % show(link))
-        return node
-
-    def walk(self):
-        """Yields (path, Node) of everything below the root: parents first, by name."""
-        return watched(self._walk(), self.check)
-
-    def _walk(self):
-        stack = [(b"", self.root)]
-        while stack:
-            path, node = stack.pop()
-            if path:
-                yield path, node
-            if node.children:
-                stack.extend(sorted(((path + b"/" + name if path else name, child)
-                                     for name, child in node.children.items()),
-                                    key=lambda pair: pair[0], reverse=True))
-
-
-def show(name):
-    """A member's name for messages."""
-    return repr(name.decode("utf-8", "backslashreplace"))[:200]
-
-
-class TreeWriter:
-    """Puts a Tree's files in place in a directory, with what rights we have.
-
-    The data files are moved, not copied. What could not be done is counted in `undone`,
-    a dict of words -> how often.
-    """
-
-    def __init__(self, tree):
-        self._tree = tree
-        self._root = hasattr(os, "geteuid") and os.geteuid() == 0
-        self.undone = collections.Counter()
-
-    def write(self, directory):
-        """Makes `directory` (which must not exist) the root of the tree, ours alone."""
-        base = os.fsencode(directory)
-        os.mkdir(base, 0o700)
-        first, directories = {}, []
-        for path, node in self._tree.walk():
-            place = os.path.join(base, path)
-            if os.path.lexists(place):
-                raise Unsupported("%s: two names of the image are one on this file "
-                                  "system" % show(path))
-            if id(node) in first:
-                os.link(first[id(node)], place, follow_symlinks=False)
-                continue
-            if node.children is not None:
-                os.mkdir(place, 0o700)
-                directories.append((place, node.entry))
-            elif self._make(node, place):
-                if node.linked:
-                    first[id(node)] = place
-                self._dress(place, node.entry)
-        # Last, or they refuse children.
-        for place, entry in watched(reversed(directories), self._tree.check):
-            self._dress(place, entry)
-
-    def finish(self, directory):
-        """All is in its place: the root's own attributes open it to others."""
-        self._dress(os.fsencode(directory), self._tree.root.entry)
-        if self._tree.unknown:
-            self.undone["members of unknown types left out"] = self._tree.unknown
-
-    def _make(self, node, place):
-        """A file, link or device, still without its attributes; whether it was made."""
-        entry = node.entry
-        if node.data is not None:
-            self._move(node.data, place)
-        elif entry.kind == "file":
-            os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        elif entry.kind == "symlink":
-            os.symlink(entry.link, place)
-        elif entry.kind == "fifo":
-            os.mkfifo(place, 0o600)
-        else:
-            return self._device(entry, place)
-        return True
-
-    def _move(self, data, place):
-        """A layer that is there twice has its data once: then each file is a copy."""
-        store, number = data
-        if data not in self._tree.shared:
-            return os.rename(store.path(number), place)
-        with open(store.path(number), "rb") as file, open(place, "xb") as copy:
-            for piece in pieces(file, check=self._tree.check):
-                copy.write(piece)
-
-    def _device(self, entry, place):
-        harmless = entry.kind == "char" and entry.device in _HARMLESS_DEVICES
-        if self._root and harmless:
-            with contextlib.suppress(OSError):
-                os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(*entry.device))
-                return True
-        self.undone["device nodes not made"] += 1
-        return False
-
-    def _dress(self, place, entry):
-        """Owner, then extended attributes, mode (chown takes setuid away) and times."""
-        link = entry.kind == "symlink"
-        if self._root:
-            self._try("owners not set", os.lchown, place, entry.uid, entry.gid)
-        elif (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
-            self.undone["owners not set"] += 1
-        for name, value in entry.xattrs:
-            if not name.startswith(_RESTORED_XATTRS) or not hasattr(os, "setxattr"):
-                self.undone["extended attributes not set"] += 1
-            else:
-                self._try("extended attributes not set", os.setxattr, place, name,
-                          value, follow_symlinks=False)
-        if not link:
-            os.chmod(place, _DEVICE_MODE if entry.kind == "char" else entry.mode)
-        self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
-                  follow_symlinks=False)
-
-    def _try(self, undone, action, *args, **kwargs):
-        try:
-            action(*args, **kwargs)
-        except (OSError, OverflowError):
-            self.undone[undone] += 1
-
-
-def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"",
-               device=(0, 0), xattrs=()):
-    """The header blocks of one member: ustar, with a pax header where it does not fit.
-
-    Written here because tarfile's differ between Pythons in the fields of devices, and
-    an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
-    """
-    seconds, rest = divmod(mtime, 10 ** 9)
-    pax = [(_XATTR + key, value) for key, value in xattrs]
-
-    def fits(key, value, width):
-        if len(value) > width:
-            pax.append((key, value))
-        return value[:width]
-
-    def number(key, value, digits):
-        if 0 <= value < 8 ** digits:
-            return b"%0*o\0" % (digits, value)
-        pax.append((key, b"%d" % value))
-        return b"0" * digits + b"\0"
-
-    fields = [fits(b"path", name, 100), number(b"mode", mode, 7),
-              number(b"uid", uid, 7), number(b"gid", gid, 7),
-              number(b"size", size, 11), number(b"mtime", seconds, 11), b" " * 8, kind,
-              fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
-              number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b""]
-    if rest:
-        pax = [pair for pair in pax if pair[0] != b"mtime"]
-        pax.append((b"mtime", b"-"[:mtime < 0] + (
-            b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")))
-    block = _tar_block(fields)
-    if not pax:
-        return block
-    records = b"".join(_pax_record(key, value) for key, value in sorted(pax))
-    return (tar_header(b"././@PaxHeader", len(records), b"x") + records
-            + bytes(-len(records) % TAR_BLOCK) + block)
-
-
-def _tar_block(fields):
-    block = _TAR_FIELDS.pack(*fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def _pax_record(key, value):
-    """"LENGTH KEY=VALUE\\n", where LENGTH counts itself."""
-    length = len(key) + len(value) + 3
-    total = length + len(str(length))
-    total = length + len(str(total))
-    return b"%d %s=%s\n" % (total, key, value)
-
-
-_TYPEFLAGS = {"file": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5",
-              "fifo": b"6"}
-
-
-def write_tree_tar(tree, write):
-    """The Tree as one tar, like `docker export`, through `write(bytes)`.
-
-    Its data must be in LayerPacks.
-    """
-    first = {}
-    write(_entry_header(tree.root.entry, b"./"))
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for path, node in tree.walk():
-            entry = node.entry
-            if id(node) in first:
-                write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
-                                 entry.mtime, first[id(node)]))
-                continue
-            if node.linked:
-                first[id(node)] = path
-            write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
-            if node.data is not None:
-                pack, where = node.data
-                if pack not in files:
-                    if len(files) == OPEN_PACKS:
-                        stack.close()
-                        files.clear()
-                    files[pack] = stack.enter_context(
-                        open(pack.path(None), "rb", buffering=0))
-                _copy_data(files[pack], where, entry.size, write, tree.check)
-
-
-def tree_tar_size(tree):
-    """The bytes write_tree_tar writes at the least: holes are written as zeros."""
-    first, size = set(), TAR_BLOCK
-    for _, node in tree.walk():
-        size += TAR_BLOCK
-        if node.data is not None and id(node) not in first:
-            size += node.entry.size + -node.entry.size % TAR_BLOCK
-        if node.linked:
-            first.add(id(node))
-    return size
-
-
-def _copy_data(file, where, size, write, check):
-    """A member's data from a LayerPack's file, padded."""
-    file.seek(where)
-    for data in pieces(file, size, check):
-        write(data)
-    if file.tell() != where + size:
-        raise OutputError(file.name, "has been tampered with")
-    write(bytes(-size % TAR_BLOCK))
-
-
-def _entry_header(entry, name):
-    size = entry.size if entry.kind == "file" else 0
-    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid,
-                      entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
-
-
-# --------------------------------------------------------------------------------------
-# 14  Outputs: the layouts others load
+# 12  Outputs: the layouts others load
 # --------------------------------------------------------------------------------------
 # An output never sees the network. It says where each blob goes, and is told when all
 # are there; only then does it write what makes them an image. Bytes stay as they came.
@@ -5305,84 +4975,6 @@ class Image(NamedTuple):
         if self.config is not None:
             found.append((self.manifest.config.digest, self.config.raw))
         return found
-
-
-def existing_parent(path):
-    """`path`, or the nearest directory above it that exists."""
-    there = os.path.abspath(path)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    return there
-
-
-def check_writable(path):
-    """Raises OutputError unless the directory `path` can be, or be made, written to."""
-    there = existing_parent(path)
-    if not os.path.isdir(there):
-        raise OutputError(there, "is there and is not a directory",
-                          "choose another place with -o")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(there, "no permission to write there",
-                          "choose another place with -o")
-
-
-def check_free(path, needed):
-    """Raises OutputError where the disk of `path` cannot hold `needed` bytes more."""
-    import shutil
-    free = shutil.disk_usage(existing_parent(path)).free
-    if needed > free:
-        raise OutputError(path, "%d bytes are needed, %d are free" % (needed, free),
-                          "free some space or choose another place with -o")
-
-
-def make_directory(base, *parts):
-    """The directory BASE/PARTS..., made where it is missing.
-
-    `base` is the user's choice and may be a link; what is below it may not.
-    """
-    os.makedirs(base, exist_ok=True)
-    path = base
-    for part in parts:
-        path = os.path.join(path, part)
-        try:
-            os.mkdir(path)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise OutputError(path, "is in the way: not a directory") from None
-    return path
-
-
-def private_directory(path):
-    """Makes sure `path` is a directory of ours alone, not a link planted there."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    status = os.lstat(path)
-    if not (stat.S_ISDIR(status.st_mode) and ours_alone(status)):
-        raise OutputError(path, "is in the way: not a directory of ours alone")
-
-
-def same_file(source, path, wait, check):
-    """Makes `path` the same file as the verified `source`: a hard link, else a copy.
-
-    For `wait` see Partial; `check` raises where work should not go on.
-    """
-    if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
-        return
-    link = path + PARTIAL + ".link"
-    with Partial(path, wait) as partial:
-        try:
-            if os.path.lexists(link):
-                os.unlink(link)
-            os.link(source, link)
-            os.replace(link, path)
-            partial.discard()
-        except OSError:  # no hard links here
-            partial.truncate()
-            with open(source, "rb") as file:
-                for data in pieces(file, check=check):
-                    partial.write(data)
-            partial.commit()
 
 
 class _Stream:
@@ -5963,11 +5555,6 @@ class ArchiveOutput(Output):
             self._target.close()
 
 
-def blob_name(digest):
-    """A blob's name in a layout (OCI image-spec, image-layout.md)."""
-    return "blobs/%s/%s" % digest
-
-
 def _member_header(name, size):
     return tar_header(name.encode("ascii"), size)
 
@@ -5996,6 +5583,525 @@ def _holds(file, blob, check):
         return False
     padding = -blob.size % TAR_BLOCK
     return file.read(padding) == bytes(padding)
+
+
+def recompress(path, blob, place, check=go_on):
+    """Writes the layer at `path` as one gzip member: its Descriptor.
+
+    `blob` is the Descriptor it has; `place(Descriptor)` is told the new one and says
+    where it goes. The same layer gives the same bytes with the same zlib.
+    """
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    digest = hashlib.sha256()
+    with Partial(path + ".gzip") as partial:
+        partial.truncate()
+
+        def write(data):
+            digest.update(data)
+            partial.write(data)
+
+        region = Region(path, 0, os.path.getsize(path))
+        for data in inflated(region.pieces(), path):
+            check()
+            write(deflate.compress(data))
+        write(deflate.flush())
+        kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
+            DOCKER_LAYER)
+        new = blob._replace(media_type=kind,
+                            digest=Digest("sha256", digest.hexdigest()),
+                            size=partial.size())
+        partial.final = place(new)
+        partial.commit()
+    return new
+
+
+# --------------------------------------------------------------------------------------
+# 13  Trees*: layers -> one file tree -> a directory or a tar
+# --------------------------------------------------------------------------------------
+# Policy first, mechanics after: the tree is worked out in memory from the members'
+# headers (OCI image-spec, layer.md, "Applying Changesets"), as in a chroot. Only then
+# is anything put in its place, and every parent of it is a directory we made: no link
+# of an image is ever followed on the real file system, so none can lead out of it.
+
+_WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
+_LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
+_DEPTH_LIMIT = 1024  # directories inside one another
+_DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
+OPEN_PACKS = 8  # files of LayerPacks held open at once
+_RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
+_IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
+#: (major, minor) of the character devices that give nobody a right: null, zero, full,
+#: random, urandom, tty (Linux, admin-guide/devices.txt). Others are not made.
+_HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)])
+_DEVICE_MODE = 0o666
+
+
+class Census:
+    """The members that an image's layers may have together; counts from many threads.
+
+    `limit` is how many, the directories they imply included.
+    """
+
+    def __init__(self, limit=MEMBER_COUNT_LIMIT):
+        self._limit = limit
+        self._members = self._names = 0
+        self._lock = threading.Lock()
+
+    def add(self, members, names, what):
+        """Counts so many `members` with so many bytes of `names`; or uncounts them.
+
+        Raises TooLarge, LimitExceeded; `what` is the layer they are in.
+        """
+        with self._lock:
+            self._members += members
+            self._names += names
+        if self._members > self._limit:
+            raise TooLarge("%s: with it the image has more than the limit of %d files"
+                           % (what, self._limit), hint="raise it with --max-files")
+        if self._names > MEMBER_NAMES_LIMIT:
+            raise LimitExceeded(
+                "%s: with it the names of the image's files take more than the limit "
+                "of %d bytes" % (what, MEMBER_NAMES_LIMIT))
+
+
+class LayerStore:
+    """Keeps what one layer holds: its Entries in order, and its files' data on disk.
+
+    `directory` is emptied first; each file's data goes to a file of its own in it.
+    `entries` lists (Entry, its data or None); data is (this store, where in it), small
+    because there may be millions. `census` counts them for the image, `what` is the
+    layer.
+    """
+
+    def __init__(self, directory, census=None, what="layer"):
+        remove_tree(directory)
+        os.makedirs(directory)
+        self._directory = directory
+        self._census, self._what = census or Census(), what
+        self.entries, self._names = [], 0
+
+    def visit(self, tar):
+        """Keeps the members of a Tar."""
+        for entry, data in tar:
+            number, place = len(self.entries), None
+            if b"\0" in entry.path + entry.link:
+                raise InvalidDocument("%s: a name with a NUL byte" % self._what)
+            names = len(entry.path) + len(entry.link) + sum(
+                len(key) + len(value) for key, value in entry.xattrs)
+            self._census.add(1, names, self._what)
+            self._names += names
+            if entry.kind == "file" and entry.size:
+                place = self, self._keep(number, entry.size, data)
+            self.entries.append((entry, place))
+
+    def forget(self):
+        """Another store takes its place."""
+        self._census.add(-len(self.entries), -self._names, self._what)
+
+    def path(self, number):
+        """The file that holds the data of member `number`, and nothing else."""
+        return os.path.join(self._directory, str(number // 1000), str(number))
+
+    def _keep(self, number, _size, data):
+        """Keeps a member's data: where it is."""
+        path = self.path(number)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with naming_file(path), open(path, "xb") as file:
+            for piece in data:
+                if type(piece) is int:  # a hole
+                    file.truncate(file.seek(piece, os.SEEK_CUR))
+                else:
+                    file.write(piece)
+        return number
+
+
+class LayerPack(LayerStore):
+    """A LayerStore that keeps all data in one file, for making files costs most."""
+
+    def visit(self, tar):
+        self._size, path = 0, self.path(None)
+        with naming_file(path), open(path, "xb", buffering=CHUNK) as self._pack:
+            super().visit(tar)
+            self._pack.truncate(self._size)  # a hole may end it
+
+    def path(self, _number):
+        """The file that holds the data, each member's where its entry says."""
+        return os.path.join(self._directory, "data")
+
+    def _keep(self, _number, size, data):
+        where, self._size = self._size, self._size + size
+        for piece in data:
+            if type(piece) is int:
+                self._pack.seek(piece, os.SEEK_CUR)
+            else:
+                self._pack.write(piece)
+        return where
+
+
+class Node:
+    """An inode of the tree: its Entry, its data (see LayerStore), any children.
+
+    `linked` tells that a hard link to it was made.
+    """
+
+    __slots__ = ("entry", "data", "children", "linked")
+
+    def __init__(self, entry, data=None):
+        self.entry, self.data = entry, data
+        self.children = {} if entry.kind == "dir" else None
+        self.linked = False
+
+
+def watched(rows, check):
+    """Yields the `rows`, with a look at `check` every so many."""
+    for number, row in enumerate(rows):
+        if number % MEMBERS_BETWEEN_CHECKS == 0:
+            check()
+        yield row
+
+
+class Tree:
+    """The file tree an image's layers make; `apply` them oldest first.
+
+    `check` raises where work on it should not go on; `census` has counted the members.
+    """
+
+    def __init__(self, check=go_on, census=None):
+        self.check, self._census = check, census or Census()
+        self.root = Node(_IMPLICIT)
+        self.unknown = 0  # members of no known kind, left out
+        self.shared = set()  # data that several inodes may have
+        self._applied = []
+        self._detours = 0  # steps taken behind links
+
+    def apply(self, entries):
+        """Applies one layer: the `entries` of a LayerStore.
+
+        Whiteouts first, for they speak of the layers below wherever they stand. Raises
+        InvalidDocument, LimitExceeded.
+        """
+        if any(entries is earlier for earlier in self._applied):
+            self.shared.update(data for _, data in entries if data is not None)
+        self._applied.append(entries)
+        hidden = [parts for parts in map(self._parts, (
+            row[0].path for row in watched(entries, self.check)))
+                  if parts and parts[-1].startswith(_WHITEOUT)]
+        own = {self._parts(entry.path) for entry, _ in watched(entries, self.check)
+               if hidden and entry.kind == "dir"}
+        taken = {}  # what whiteouts took away, by path
+        for parts in watched(hidden, self.check):
+            self._white_out(parts, own, taken)
+        todo, passes, lost = entries, 0, {}
+        while todo:  # again, from the end, for links that stand before their targets
+            late = [row for row in watched(todo, self.check)
+                    if not self._add(*row, lost)][::-1]
+            passes += 1
+            if len(late) == len(todo) and taken and lost is not taken:
+                lost = taken  # a link to a file and its whiteout give it a new name
+            elif len(late) == len(todo) or passes > _LINK_LIMIT:
+                entry = late[0][0]
+                raise InvalidDocument("hard link %s to %s, which is not there"
+                                      % (show(entry.path), show(entry.link)))
+            todo = late
+        for name in [n for n in self.root.children if n.startswith(_AUFS)]:
+            del self.root.children[name]  # AUFS kept the data of hard links there
+
+    @staticmethod
+    def _parts(path):
+        parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
+        if b".." in parts:
+            raise InvalidDocument("unsafe member name %s" % show(path))
+        if len(parts) > _DEPTH_LIMIT:
+            raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
+        return parts
+
+    @staticmethod
+    def _aufs(parts):
+        """Whether this is below one of the directories that AUFS kept for itself."""
+        return len(parts) > 1 and parts[0].startswith(_AUFS)
+
+    def _white_out(self, parts, own, taken):
+        name = parts[-1]
+        if name != _OPAQUE and name.startswith(_AUFS) or self._aufs(parts):
+            return
+        hidden = name[len(_WHITEOUT):]
+        if hidden in (b"", b".", b".."):
+            raise InvalidDocument("a whiteout of nothing: %s" % show(b"/".join(parts)))
+        parent = self._directory(parts[:-1], own=own)
+        if parent is None:
+            return
+        if name != _OPAQUE:
+            node = parent.children.pop(hidden, None)
+            if node is not None and node.children is None:
+                taken[parts[:-1] + (hidden,)] = node
+        elif self._node(parts[:-1]) is parent:  # where a lower link leads is not meant
+            parent.children.clear()
+
+    def _node(self, parts):
+        """The inode that `parts` name, the last of them not followed; None for none."""
+        if not parts:
+            return self.root
+        parent = self._directory(parts[:-1])
+        return parent and parent.children.get(parts[-1])
+
+    def _directory(self, parts, make=False, own=()):
+        """The directory `parts` names, links followed inside the root as in a chroot.
+
+        None where there is none, unless it is to be made. A link that the layer
+        replaces by a directory of its `own` leads nowhere.
+        """
+        todo = list(reversed(parts))
+        trail, hops = [self.root], 0
+        while todo:
+            part = todo.pop()
+            if hops:
+                self._detours += 1
+                if self._detours > _DETOUR_LIMIT:
+                    raise LimitExceeded("its links lead round and round")
+            if part == b"..":
+                del trail[max(1, len(trail) - 1):]
+                continue
+            node = trail[-1].children.get(part)
+            if node is not None and node.entry.kind == "symlink":
+                if not hops and parts[:len(trail)] in own:
+                    return None
+                hops += 1
+                if hops > _LINK_LIMIT:
+                    raise InvalidDocument("links in a loop at %s"
+                                          % show(b"/".join(parts)))
+                target = node.entry.link
+                if target.startswith(b"/"):
+                    del trail[1:]
+                todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
+                                                                                b"."))
+                continue
+            if node is None or node.children is None:
+                if not make:
+                    return None
+                self._census.add(1, 0, show(b"/".join(parts)))
+                node = trail[-1].children[part] = Node(_IMPLICIT)
+            trail.append(node)
+            if len(trail) > _DEPTH_LIMIT:
+                raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
+        return trail[-1]
+
+    def _add(self, entry, data, lost):
+        """Puts a member in place; False for a hard link whose target is not there.
+
+        `lost` are files by path that may be linked to though they are there no more.
+        """
+        parts = self._parts(entry.path)
+        if parts and parts[-1].startswith(_WHITEOUT) and not self._aufs(parts):
+            return True
+        if entry.kind == "unknown":
+            self.unknown += 1
+            return True
+        if not parts:
+            if entry.kind != "dir":
+                raise InvalidDocument("unsafe member: the root as a " + entry.kind)
+            self.root.entry = entry
+            return True
+        parent = self._directory(parts[:-1], make=True)
+        old = parent.children.get(parts[-1])
+        if entry.kind == "hardlink":
+            target = self._target(entry.link) or lost.get(self._parts(entry.link))
+            if target is None:
+                return False
+            target.linked = True
+            parent.children[parts[-1]] = target
+        elif entry.kind == "dir" and old is not None and old.children is not None:
+            old.entry = entry
+        else:
+            parent.children[parts[-1]] = Node(entry, data)
+        return True
+
+    def _target(self, link):
+        """The inode a hard link means, None where there is none."""
+        node = self._node(self._parts(link))
+        if node is not None and node.children is not None:
+            raise InvalidDocument("a hard link to the directory %s" % show(link))
+        return node
+
+    def walk(self):
+        """Yields (path, Node) of everything below the root: parents first, by name."""
+        return watched(self._walk(), self.check)
+
+    def _walk(self):
+        stack = [(b"", self.root)]
+        while stack:
+            path, node = stack.pop()
+            if path:
+                yield path, node
+            if node.children:
+                stack.extend(sorted(((path + b"/" + name if path else name, child)
+                                     for name, child in node.children.items()),
+                                    key=lambda pair: pair[0], reverse=True))
+
+
+def show(name):
+    """A member's name for messages."""
+    return repr(name.decode("utf-8", "backslashreplace"))[:200]
+
+
+class TreeWriter:
+    """Puts a Tree's files in place in a directory, with what rights we have.
+
+    The data files are moved, not copied. What could not be done is counted in `undone`,
+    a dict of words -> how often.
+    """
+
+    def __init__(self, tree):
+        self._tree = tree
+        self._root = hasattr(os, "geteuid") and os.geteuid() == 0
+        self.undone = collections.Counter()
+
+    def write(self, directory):
+        """Makes `directory` (which must not exist) the root of the tree, ours alone."""
+        base = os.fsencode(directory)
+        os.mkdir(base, 0o700)
+        first, directories = {}, []
+        for path, node in self._tree.walk():
+            place = os.path.join(base, path)
+            if os.path.lexists(place):
+                raise Unsupported("%s: two names of the image are one on this file "
+                                  "system" % show(path))
+            if id(node) in first:
+                os.link(first[id(node)], place, follow_symlinks=False)
+                continue
+            if node.children is not None:
+                os.mkdir(place, 0o700)
+                directories.append((place, node.entry))
+            elif self._make(node, place):
+                if node.linked:
+                    first[id(node)] = place
+                self._dress(place, node.entry)
+        # Last, or they refuse children.
+        for place, entry in watched(reversed(directories), self._tree.check):
+            self._dress(place, entry)
+
+    def finish(self, directory):
+        """All is in its place: the root's own attributes open it to others."""
+        self._dress(os.fsencode(directory), self._tree.root.entry)
+        if self._tree.unknown:
+            self.undone["members of unknown types left out"] = self._tree.unknown
+
+    def _make(self, node, place):
+        """A file, link or device, still without its attributes; whether it was made."""
+        entry = node.entry
+        if node.data is not None:
+            self._move(node.data, place)
+        elif entry.kind == "file":
+            os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        elif entry.kind == "symlink":
+            os.symlink(entry.link, place)
+        elif entry.kind == "fifo":
+            os.mkfifo(place, 0o600)
+        else:
+            return self._device(entry, place)
+        return True
+
+    def _move(self, data, place):
+        """A layer that is there twice has its data once: then each file is a copy."""
+        store, number = data
+        if data not in self._tree.shared:
+            return os.rename(store.path(number), place)
+        with open(store.path(number), "rb") as file, open(place, "xb") as copy:
+            for piece in pieces(file, check=self._tree.check):
+                copy.write(piece)
+
+    def _device(self, entry, place):
+        harmless = entry.kind == "char" and entry.device in _HARMLESS_DEVICES
+        if self._root and harmless:
+            with contextlib.suppress(OSError):
+                os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(*entry.device))
+                return True
+        self.undone["device nodes not made"] += 1
+        return False
+
+    def _dress(self, place, entry):
+        """Owner, then extended attributes, mode (chown takes setuid away) and times."""
+        link = entry.kind == "symlink"
+        if self._root:
+            self._try("owners not set", os.lchown, place, entry.uid, entry.gid)
+        elif (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
+            self.undone["owners not set"] += 1
+        for name, value in entry.xattrs:
+            if not name.startswith(_RESTORED_XATTRS) or not hasattr(os, "setxattr"):
+                self.undone["extended attributes not set"] += 1
+            else:
+                self._try("extended attributes not set", os.setxattr, place, name,
+                          value, follow_symlinks=False)
+        if not link:
+            os.chmod(place, _DEVICE_MODE if entry.kind == "char" else entry.mode)
+        self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
+                  follow_symlinks=False)
+
+    def _try(self, undone, action, *args, **kwargs):
+        try:
+            action(*args, **kwargs)
+        except (OSError, OverflowError):
+            self.undone[undone] += 1
+
+
+_TYPEFLAGS = {"file": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5",
+              "fifo": b"6"}
+
+
+def write_tree_tar(tree, write):
+    """The Tree as one tar, like `docker export`, through `write(bytes)`.
+
+    Its data must be in LayerPacks.
+    """
+    first = {}
+    write(_entry_header(tree.root.entry, b"./"))
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for path, node in tree.walk():
+            entry = node.entry
+            if id(node) in first:
+                write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
+                                 entry.mtime, first[id(node)]))
+                continue
+            if node.linked:
+                first[id(node)] = path
+            write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
+            if node.data is not None:
+                pack, where = node.data
+                if pack not in files:
+                    if len(files) == OPEN_PACKS:
+                        stack.close()
+                        files.clear()
+                    files[pack] = stack.enter_context(
+                        open(pack.path(None), "rb", buffering=0))
+                _copy_data(files[pack], where, entry.size, write, tree.check)
+
+
+def tree_tar_size(tree):
+    """The bytes write_tree_tar writes at the least: holes are written as zeros."""
+    first, size = set(), TAR_BLOCK
+    for _, node in tree.walk():
+        size += TAR_BLOCK
+        if node.data is not None and id(node) not in first:
+            size += node.entry.size + -node.entry.size % TAR_BLOCK
+        if node.linked:
+            first.add(id(node))
+    return size
+
+
+def _copy_data(file, where, size, write, check):
+    """A member's data from a LayerPack's file, padded."""
+    file.seek(where)
+    for data in pieces(file, size, check):
+        write(data)
+    if file.tell() != where + size:
+        raise OutputError(file.name, "has been tampered with")
+    write(bytes(-size % TAR_BLOCK))
+
+
+def _entry_header(entry, name):
+    size = entry.size if entry.kind == "file" else 0
+    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid,
+                      entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
 
 
 class RootfsOutput(Output):
@@ -6123,386 +6229,14 @@ class RootfsOutput(Output):
             self._target.close()
 
 
-def recompress(path, blob, place, check=go_on):
-    """Writes the layer at `path` as one gzip member: its Descriptor.
-
-    `blob` is the Descriptor it has; `place(Descriptor)` is told the new one and says
-    where it goes. The same layer gives the same bytes with the same zlib.
-    """
-    deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    digest = hashlib.sha256()
-    with Partial(path + ".gzip") as partial:
-        partial.truncate()
-
-        def write(data):
-            digest.update(data)
-            partial.write(data)
-
-        region = Region(path, 0, os.path.getsize(path))
-        for data in inflated(region.pieces(), path):
-            check()
-            write(deflate.compress(data))
-        write(deflate.flush())
-        kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
-            DOCKER_LAYER)
-        new = blob._replace(media_type=kind,
-                            digest=Digest("sha256", digest.hexdigest()),
-                            size=partial.size())
-        partial.final = place(new)
-        partial.commit()
-    return new
-
+# --------------------------------------------------------------------------------------
+# 14  Pull: the steps from a reference to an output
+# --------------------------------------------------------------------------------------
 
 #: Name for --format -> what writes it.
 OUTPUTS = {output.format: output for output in (
     LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput)}
 
-
-# --------------------------------------------------------------------------------------
-# 15  Reading back: what a pull wrote, re-checked offline
-# --------------------------------------------------------------------------------------
-
-class TarReader(Reader):
-    """The members of a layout that is a tar, by their names as they stand in it.
-
-    It is walked as layers are (see Tar): once, without a look at the data. Raises
-    InvalidDocument where it is no tar, or goes on behind its end.
-    """
-
-    def __init__(self, path, check=go_on):
-        super().__init__(os.path.realpath(path), check)
-        self._members = collections.defaultdict(list)  # name -> Region or None of each
-        names = 0
-        with Region(self.path, 0, 0).open() as file:
-            tar = Tar(pieces(file, check=check), "tar", float("inf"))
-            for entry, _ in tar:
-                names += len(entry.path)
-                if tar.members > MEMBER_COUNT_LIMIT or names > MEMBER_NAMES_LIMIT:
-                    raise LimitExceeded("more than %d members, or %d bytes of names" % (
-                        MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
-                self._add(entry, tar.sparse, tar.offset)
-            file.seek(tar.offset)
-            if any(data.strip(b"\0") for data in pieces(file, check=check)):
-                raise InvalidDocument("there is more behind the end of the tar")
-        if not self._members:
-            raise InvalidDocument("no tar, or an empty one")
-
-    def _add(self, entry, sparse, offset):
-        name = entry.path.decode("utf-8", "backslashreplace")
-        if entry.kind == "dir":
-            name += "/" * (not name.endswith("/"))
-        self._members[name].append(Region(self.path, offset, entry.size) if (
-            entry.kind == "file" and not sparse) else None)
-
-    def names(self):
-        """All of them, sorted, as often as they are there; directories end in "/"."""
-        return sorted(name for name, members in self._members.items()
-                      for _ in members)
-
-    def region(self, name):
-        if name not in self._members:
-            raise FileNotFoundError(errno.ENOENT, "not there", name)
-        region, *more = self._members[name]
-        if region is None or more:
-            raise InvalidDocument("%s %s" % (name, "stands more than once" if more else
-                                             "is not a regular file"))
-        return region
-
-
-def layout_entries(reader):
-    """The Descriptors in an OCI layout's index.json."""
-    index = Document.parse(reader.read("index.json"), "index.json")
-    return [Descriptor.from_document(entry)
-            for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
-
-
-def layout_document(reader, descriptor):
-    """The document in an OCI layout that a Descriptor points to, proved and decoded."""
-    raw = reader.read(blob_name(descriptor.digest))
-    if len(raw) != descriptor.size:
-        raise SizeMismatch("manifest", descriptor.size, len(raw))
-    return decode_manifest(raw, descriptor.media_type, descriptor.digest)
-
-
-def layers_trees(names):
-    """Where among these names of files the `layers` format keeps images: prefixes."""
-    last = None
-    for tree in sorted(name[:-len("manifest.json")] for name in names
-                       if ("/" + name).endswith("/manifest.json")):
-        if last is None or not tree.startswith(last):
-            yield tree
-            last = tree
-
-
-def tree_digest(path):
-    """The Digest that a layers tree's directory is named by, None where by a tag."""
-    name = os.path.basename(os.path.abspath(path))
-    with contextlib.suppress(InvalidReference):
-        return Digest.parse(name.replace("-", ":", 1))
-
-
-def tree_documents(reader):
-    """The documents of a layers tree by name, decoded, outermost first."""
-    documents, digest = {}, tree_digest(reader.path)
-    with contextlib.suppress(FileNotFoundError):
-        for depth in range(INDEX_DEPTH_LIMIT):
-            name = "index.%d.json" % depth if depth else "index.json"
-            documents[name] = decode_manifest(
-                reader.read(name), None, None if depth else digest)
-    documents["manifest.json"] = decode_manifest(
-        reader.read("manifest.json"), None, None if documents else digest)
-    return documents
-
-
-#: What to say of the rest, an unpacked root file system among it.
-_VERIFIABLE = "what verify can check is a layers tree, an OCI layout or an archive"
-
-
-class Audit:
-    """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
-
-    `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec), `unread` what should have been; `ignored` names the files
-    there that were not looked at, for no image needs them. `check` is called as work
-    goes on, and may raise.
-    """
-
-    def __init__(self, check=go_on):
-        self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
-        self.images = self.blobs = 0
-        self._go_on = check
-        self._within = ""  # what the names of faults begin with
-        self._needed = set()  # names that images lead to
-        self._seen = {}  # (path, name, size, whether a tar) -> Unpacked or None
-
-    def check(self, path):
-        """Re-checks what stands at `path`.
-
-        Raises OutputError where nothing does, UsageError where there is no image or it
-        cannot be checked.
-        """
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            raise OutputError(path or "''", "is not there") from None
-        if stat.S_ISREG(mode):
-            self._check_tar(path)
-        elif not stat.S_ISDIR(mode):
-            raise OutputError(path, "is neither a file nor a directory")
-        elif os.path.lexists(os.path.join(path, "oci-layout")):
-            self._check_layout(Reader(path, self._go_on))
-        else:
-            self._check_layers_trees(path)
-        if not (self.images or self.faults or self.unread):
-            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
-        return self
-
-    def _fault(self, name, text):
-        self.faults.append("%s%s: %s" % (self._within, name, text))
-
-    @contextlib.contextmanager
-    def _noting(self, name):
-        """What is wrong inside becomes a fault of `name`."""
-        try:
-            yield
-        except TransportError:
-            raise  # of `check`
-        except Unsupported as error:
-            self.unchecked.append("%s%s: %s" % (self._within, name, error))
-        except FileNotFoundError:
-            self._fault(name, "missing")
-        except PermissionError:
-            self.unread.append(self._within + name)
-        except ImagecError as error:
-            self._fault(name, error)
-
-    def _blob(self, reader, descriptor, name, tar=False):
-        """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
-        question = reader.path, name, descriptor.size, tar
-        if question in self._seen:
-            return self._seen[question]
-        self._seen[question] = None
-        self._needed.add(self._within + name)
-        self.blobs += 1
-        what = "layer " + str(descriptor.digest)
-        with self._noting(name):
-            region = reader.region(name)
-            if descriptor.size not in (None, region.size):  # or: each lie is hashed
-                raise SizeMismatch("blob", descriptor.size, region.size)
-            _, self._seen[question] = prove(
-                region.pieces(self._go_on), descriptor, (
-                    lambda chunks, check: unpack(chunks, what, check=check))
-                if tar else None, check=self._go_on)
-        return self._seen[question]
-
-    def _diff_id(self, name, unpacked, expected):
-        """`expected` is the diffID the config gives a blob, None for none."""
-        if unpacked and expected and unpacked.diff_id != expected:
-            self._fault(name, "unpacks to %s, the config says %s" % (
-                str(unpacked.diff_id), str(expected)))
-
-    # -- OCI layouts and archives
-
-    def _check_layout(self, reader):
-        with self._noting("oci-layout"):
-            Document.parse(reader.read("oci-layout"), "oci-layout").need(
-                "imageLayoutVersion", str)
-        self._images, self._tags, self._tops = [], set(), set()
-        graph = Graph(lambda entry: self._document(reader, entry))
-        with self._noting("index.json"):
-            entries = layout_entries(reader)
-            self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
-            for entry in entries:
-                for manifest in graph.walk([entry]):
-                    self._image(reader, manifest)
-        names = None
-        with self._noting("directory"):
-            names = reader.names()
-        if names is None or self.unread:
-            return  # what they would lead to is no more "extra" than it is good
-        for name, look in (("manifest.json", self._docker_manifest),
-                           ("repositories", self._repositories)):
-            if name in names:
-                with self._noting(name):
-                    look(parse_json(reader.read(name), name))
-        self._needed.update(("oci-layout", "index.json", "manifest.json",
-                             "repositories"))
-        self._check_names(collections.Counter(names), isinstance(reader, TarReader))
-
-    def _check_names(self, names, archive):
-        """An archive holds what its images need, once, and nothing else.
-
-        Who loads one that holds more may take another image (one reads "./index.json"
-        for "index.json"). A directory may hold what a pull has left.
-        """
-        folders = {"blobs/", "blobs/sha256/"}.union(
-            os.path.dirname(name) + "/" for name in self._needed if "/" in name)
-        for name, count in names.items():
-            if count > 1:
-                self._fault(name, "stands %d times" % count)
-            elif name not in self._needed and not archive:
-                self.ignored.append(name)
-            elif name not in self._needed and name not in folders:
-                self._fault(name, "extra, nothing points to it")
-
-    def _document(self, reader, descriptor):
-        """A document that was found good, else None."""
-        name = blob_name(descriptor.digest)
-        self._needed.add(name)
-        with self._noting(name):
-            return layout_document(reader, descriptor)
-
-    def _image(self, reader, manifest):
-        if isinstance(manifest, Index):
-            return
-        self.images += 1
-        if isinstance(manifest, Schema1Manifest):
-            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
-                               "none")
-        config = blob_name(manifest.config.digest)
-        self._images.append((config, [blob_name(layer.digest)
-                                      for layer in manifest.layers]))
-        self._blob(reader, manifest.config, config)
-        layers = [Layer("", blob, None, "") for blob in manifest.layers]
-        with self._noting(config):
-            manifest.require_image()
-            layers = list_layers(manifest, ImageConfig.parse(reader.read(config)))
-        self._tops.update(layer.id for layer in layers[-1:])
-        for layer in layers:
-            tar = ".tar" in layer.blob.media_type  # what attestations hold is none
-            name = blob_name(layer.digest)
-            self._diff_id(name, self._blob(reader, layer.blob, name, tar),
-                          layer.diff_id)
-
-    def _docker_manifest(self, entries):
-        """manifest.json must say what index.json says; the blobs have been checked."""
-        if type(entries) is not list:
-            raise InvalidDocument("is not a JSON array")
-        images = {canonical_json(image) for image in self._images}
-        for entry in entries:
-            document = Document(entry, "manifest.json")
-            config, layers = document.need("Config", str), document.need("Layers", list)
-            if canonical_json((config, layers)) not in images:
-                raise InvalidDocument("has other layers than index.json leads to for %s"
-                                      % printable(config, 100))
-            for tag in document.get("RepoTags", list, []):
-                self._check_tag(tag)
-
-    def _check_tag(self, tag):
-        if type(tag) is not str or tag not in self._tags:
-            raise InvalidDocument("has a name that index.json has not: %s"
-                                  % printable(tag, 100))
-
-    def _repositories(self, value):
-        """`repositories`, what docker before 1.10 reads, must say so too."""
-        for name, tags in Document(value, "repositories").value.items():
-            for tag, top in Document(tags, name).value.items():
-                self._check_tag("%s:%s" % (name, tag))
-                if top not in self._tops:
-                    raise InvalidDocument("has another layer for %s than its image"
-                                          % printable(name, 100))
-
-    def _check_tar(self, path):
-        reader = None
-        with self._noting("content"):
-            reader = TarReader(path, self._go_on)
-        if reader is not None:
-            if "oci-layout" not in reader.names():
-                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
-            self._check_layout(reader)
-
-    # -- layers trees
-
-    def _check_layers_trees(self, path):
-        def closed(error):
-            if not isinstance(error, PermissionError):
-                raise error
-            self.unread.append(os.path.relpath(error.filename, path))
-
-        names = Reader(path, self._go_on).names(closed)
-        for self._within in layers_trees(names):
-            self._layers_tree(Reader(os.path.join(path, self._within), self._go_on))
-        self._within = ""
-        self.ignored += [name for name in names if name not in self._needed]
-
-    def _layers_tree(self, reader):
-        self.images += 1
-        with self._noting("manifest.json"):
-            documents = tree_documents(reader)
-            self._needed.update(self._within + name for name in documents)
-            *_, manifest = chain = list(documents.values())
-            for above, below in zip(chain, chain[1:]):
-                digests = [Digest.of(below.raw, name) for name in _DIGEST_LENGTHS]
-                if not isinstance(above, Index) or not any(
-                        entry.digest in digests and entry.size == len(below.raw)
-                        for entry in above.manifests):
-                    raise VerificationError("the index does not lead to it")
-            config = None
-            if isinstance(manifest, Manifest):
-                self._blob(reader, manifest.config, "config.json")
-                config = ImageConfig.parse(reader.read("config.json"))
-            said = {}
-            with self._noting(UNPACKED), contextlib.suppress(FileNotFoundError):
-                said = parse_unpacked(reader.read(UNPACKED))
-                self._needed.add(self._within + UNPACKED)
-            for layer in list_layers(manifest, config):
-                self._tree_layer(reader, layer, said)
-
-    def _tree_layer(self, reader, layer, said):
-        name = "%s/%s" % (layer.id, layer.id)
-        unpacked = self._blob(reader, layer.blob, name + ".tar", True)
-        self._diff_id(name + ".tar", unpacked, layer.diff_id)
-        if unpacked and said.get(layer.digest, unpacked) != unpacked:
-            self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
-        self._needed.add(self._within + name + ".json")
-        with self._noting(name + ".json"):
-            if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
-                raise VerificationError("is not the layer's v1 JSON")
-
-
-# --------------------------------------------------------------------------------------
-# 16  Pull: the steps from a reference to an output
-# --------------------------------------------------------------------------------------
 
 class Session:
     """The registries one command talks to, and how.
@@ -6980,7 +6714,257 @@ def new_output(path, format=None, tag=None, stream=None):
 
 
 # --------------------------------------------------------------------------------------
-# 17  Serve: a read-only registry over what was pulled
+# 15  Verify*: what a pull wrote, re-checked offline
+# --------------------------------------------------------------------------------------
+
+#: What to say of the rest, an unpacked root file system among it.
+_VERIFIABLE = "what verify can check is a layers tree, an OCI layout or an archive"
+
+
+class Audit:
+    """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
+
+    `images` and `blobs` count what was found good or bad; `unchecked` says what was not
+    looked into (no codec), `unread` what should have been; `ignored` names the files
+    there that were not looked at, for no image needs them. `check` is called as work
+    goes on, and may raise.
+    """
+
+    def __init__(self, check=go_on):
+        self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
+        self.images = self.blobs = 0
+        self._go_on = check
+        self._within = ""  # what the names of faults begin with
+        self._needed = set()  # names that images lead to
+        self._seen = {}  # (path, name, size, whether a tar) -> Unpacked or None
+
+    def check(self, path):
+        """Re-checks what stands at `path`.
+
+        Raises OutputError where nothing does, UsageError where there is no image or it
+        cannot be checked.
+        """
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise OutputError(path or "''", "is not there") from None
+        if stat.S_ISREG(mode):
+            self._check_tar(path)
+        elif not stat.S_ISDIR(mode):
+            raise OutputError(path, "is neither a file nor a directory")
+        elif os.path.lexists(os.path.join(path, "oci-layout")):
+            self._check_layout(Reader(path, self._go_on))
+        else:
+            self._check_layers_trees(path)
+        if not (self.images or self.faults or self.unread):
+            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
+        return self
+
+    def _fault(self, name, text):
+        self.faults.append("%s%s: %s" % (self._within, name, text))
+
+    @contextlib.contextmanager
+    def _noting(self, name):
+        """What is wrong inside becomes a fault of `name`."""
+        try:
+            yield
+        except TransportError:
+            raise  # of `check`
+        except Unsupported as error:
+            self.unchecked.append("%s%s: %s" % (self._within, name, error))
+        except FileNotFoundError:
+            self._fault(name, "missing")
+        except PermissionError:
+            self.unread.append(self._within + name)
+        except ImagecError as error:
+            self._fault(name, error)
+
+    def _blob(self, reader, descriptor, name, tar=False):
+        """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
+        question = reader.path, name, descriptor.size, tar
+        if question in self._seen:
+            return self._seen[question]
+        self._seen[question] = None
+        self._needed.add(self._within + name)
+        self.blobs += 1
+        what = "layer " + str(descriptor.digest)
+        with self._noting(name):
+            region = reader.region(name)
+            if descriptor.size not in (None, region.size):  # or: each lie is hashed
+                raise SizeMismatch("blob", descriptor.size, region.size)
+            _, self._seen[question] = prove(
+                region.pieces(self._go_on), descriptor, (
+                    lambda chunks, check: unpack(chunks, what, check=check))
+                if tar else None, check=self._go_on)
+        return self._seen[question]
+
+    def _diff_id(self, name, unpacked, expected):
+        """`expected` is the diffID the config gives a blob, None for none."""
+        if unpacked and expected and unpacked.diff_id != expected:
+            self._fault(name, "unpacks to %s, the config says %s" % (
+                str(unpacked.diff_id), str(expected)))
+
+    # -- OCI layouts and archives
+
+    def _check_layout(self, reader):
+        with self._noting("oci-layout"):
+            Document.parse(reader.read("oci-layout"), "oci-layout").need(
+                "imageLayoutVersion", str)
+        self._images, self._tags, self._tops = [], set(), set()
+        graph = Graph(lambda entry: self._document(reader, entry))
+        with self._noting("index.json"):
+            entries = layout_entries(reader)
+            self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
+            for entry in entries:
+                for manifest in graph.walk([entry]):
+                    self._image(reader, manifest)
+        names = None
+        with self._noting("directory"):
+            names = reader.names()
+        if names is None or self.unread:
+            return  # what they would lead to is no more "extra" than it is good
+        for name, look in (("manifest.json", self._docker_manifest),
+                           ("repositories", self._repositories)):
+            if name in names:
+                with self._noting(name):
+                    look(parse_json(reader.read(name), name))
+        self._needed.update(("oci-layout", "index.json", "manifest.json",
+                             "repositories"))
+        self._check_names(collections.Counter(names), isinstance(reader, TarReader))
+
+    def _check_names(self, names, archive):
+        """An archive holds what its images need, once, and nothing else.
+
+        Who loads one that holds more may take another image (one reads "./index.json"
+        for "index.json"). A directory may hold what a pull has left.
+        """
+        folders = {"blobs/", "blobs/sha256/"}.union(
+            os.path.dirname(name) + "/" for name in self._needed if "/" in name)
+        for name, count in names.items():
+            if count > 1:
+                self._fault(name, "stands %d times" % count)
+            elif name not in self._needed and not archive:
+                self.ignored.append(name)
+            elif name not in self._needed and name not in folders:
+                self._fault(name, "extra, nothing points to it")
+
+    def _document(self, reader, descriptor):
+        """A document that was found good, else None."""
+        name = blob_name(descriptor.digest)
+        self._needed.add(name)
+        with self._noting(name):
+            return layout_document(reader, descriptor)
+
+    def _image(self, reader, manifest):
+        if isinstance(manifest, Index):
+            return
+        self.images += 1
+        if isinstance(manifest, Schema1Manifest):
+            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
+                               "none")
+        config = blob_name(manifest.config.digest)
+        self._images.append((config, [blob_name(layer.digest)
+                                      for layer in manifest.layers]))
+        self._blob(reader, manifest.config, config)
+        layers = [Layer("", blob, None, "") for blob in manifest.layers]
+        with self._noting(config):
+            manifest.require_image()
+            layers = list_layers(manifest, ImageConfig.parse(reader.read(config)))
+        self._tops.update(layer.id for layer in layers[-1:])
+        for layer in layers:
+            tar = ".tar" in layer.blob.media_type  # what attestations hold is none
+            name = blob_name(layer.digest)
+            self._diff_id(name, self._blob(reader, layer.blob, name, tar),
+                          layer.diff_id)
+
+    def _docker_manifest(self, entries):
+        """manifest.json must say what index.json says; the blobs have been checked."""
+        if type(entries) is not list:
+            raise InvalidDocument("is not a JSON array")
+        images = {canonical_json(image) for image in self._images}
+        for entry in entries:
+            document = Document(entry, "manifest.json")
+            config, layers = document.need("Config", str), document.need("Layers", list)
+            if canonical_json((config, layers)) not in images:
+                raise InvalidDocument("has other layers than index.json leads to for %s"
+                                      % printable(config, 100))
+            for tag in document.get("RepoTags", list, []):
+                self._check_tag(tag)
+
+    def _check_tag(self, tag):
+        if type(tag) is not str or tag not in self._tags:
+            raise InvalidDocument("has a name that index.json has not: %s"
+                                  % printable(tag, 100))
+
+    def _repositories(self, value):
+        """`repositories`, what docker before 1.10 reads, must say so too."""
+        for name, tags in Document(value, "repositories").value.items():
+            for tag, top in Document(tags, name).value.items():
+                self._check_tag("%s:%s" % (name, tag))
+                if top not in self._tops:
+                    raise InvalidDocument("has another layer for %s than its image"
+                                          % printable(name, 100))
+
+    def _check_tar(self, path):
+        reader = None
+        with self._noting("content"):
+            reader = TarReader(path, self._go_on)
+        if reader is not None:
+            if "oci-layout" not in reader.names():
+                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
+            self._check_layout(reader)
+
+    # -- layers trees
+
+    def _check_layers_trees(self, path):
+        def closed(error):
+            if not isinstance(error, PermissionError):
+                raise error
+            self.unread.append(os.path.relpath(error.filename, path))
+
+        names = Reader(path, self._go_on).names(closed)
+        for self._within in layers_trees(names):
+            self._layers_tree(Reader(os.path.join(path, self._within), self._go_on))
+        self._within = ""
+        self.ignored += [name for name in names if name not in self._needed]
+
+    def _layers_tree(self, reader):
+        self.images += 1
+        with self._noting("manifest.json"):
+            documents = tree_documents(reader)
+            self._needed.update(self._within + name for name in documents)
+            *_, manifest = chain = list(documents.values())
+            for above, below in zip(chain, chain[1:]):
+                digests = [Digest.of(below.raw, name) for name in _DIGEST_LENGTHS]
+                if not isinstance(above, Index) or not any(
+                        entry.digest in digests and entry.size == len(below.raw)
+                        for entry in above.manifests):
+                    raise VerificationError("the index does not lead to it")
+            config = None
+            if isinstance(manifest, Manifest):
+                self._blob(reader, manifest.config, "config.json")
+                config = ImageConfig.parse(reader.read("config.json"))
+            said = {}
+            with self._noting(UNPACKED), contextlib.suppress(FileNotFoundError):
+                said = parse_unpacked(reader.read(UNPACKED))
+                self._needed.add(self._within + UNPACKED)
+            for layer in list_layers(manifest, config):
+                self._tree_layer(reader, layer, said)
+
+    def _tree_layer(self, reader, layer, said):
+        name = "%s/%s" % (layer.id, layer.id)
+        unpacked = self._blob(reader, layer.blob, name + ".tar", True)
+        self._diff_id(name + ".tar", unpacked, layer.diff_id)
+        if unpacked and said.get(layer.digest, unpacked) != unpacked:
+            self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
+        self._needed.add(self._within + name + ".json")
+        with self._noting(name + ".json"):
+            if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
+                raise VerificationError("is not the layer's v1 JSON")
+
+
+# --------------------------------------------------------------------------------------
+# 16  Serve*: a read-only registry over what was pulled
 # --------------------------------------------------------------------------------------
 # The pull part of the OCI distribution-spec. A request names things in a table made
 # when the server starts; no path is ever made of it.
@@ -7457,7 +7441,7 @@ def serving(server):
 
 
 # --------------------------------------------------------------------------------------
-# 18  Self-test: prove that this host can pull
+# 17  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
 # For the loopback server of the self-test only: everybody has this key.
@@ -7646,7 +7630,7 @@ def describe_registry(host, session):
 
 
 # --------------------------------------------------------------------------------------
-# 19  Command line: arguments, progress, exit statuses
+# 18  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
 #: First row whose class fits gives the status.
