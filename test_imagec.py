@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of imagec, in the order of its rooms; standard library only.
 
-    python3 test_imagec.py                  all, side by side on the cores there are
-    python3 test_imagec.py NamesTest ...    one room, as unittest runs it
+    python3 test_imagec.py                       all, side by side on the cores there are
+    python3 test_imagec.py [-v] ProxyTest DocumentsTest.test_canonical_json
 
 Most talk to a registry double on loopback whose faults are data. Those that need a real
-program (docker-registry, skopeo, umoci, podman, ...) are skipped where it is missing,
-unless IMAGEC_TEST_NO_SKIP is set: then they fail.
+program (docker-registry, skopeo, umoci, podman, ...) are skipped where it is missing. With
+IMAGEC_TEST_NO_SKIP=1 whatever is skipped fails, save what the machine cannot have; with
+IMAGEC_TEST_NO_PROGRAMS=1 no program is looked for; with IMAGEC_TEST_ALL=1 every fault
+meets every operation.
 """
 
 import ast
