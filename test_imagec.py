@@ -1338,9 +1338,10 @@ class RegistryCase(unittest.TestCase):
 SERVANT = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import imagec, concurrent.futures, shutil, tarfile, bz2, lzma, queue, tempfile
-import http.client, encodings.idna, getpass, select, socket, threading
-imagec.argument_parser()
+import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
+import http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
+parser = imagec.argument_parser()
+imagec.argument_parser = lambda: parser
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -1367,6 +1368,10 @@ def child(job):
         setattr(imagec, name, value)
     if job["small"]:
         socket.socket = Small
+    if job["user"]:
+        os.setgroups([])
+        os.setgid(job["user"])
+        os.setuid(job["user"])
     sys.argv[1:] = job["argv"]
     return imagec.main()
 for line in iter(sys.stdin.readline, ""):
@@ -1382,6 +1387,8 @@ for line in iter(sys.stdin.readline, ""):
             code = child(job)
         except KeyboardInterrupt:
             code = 130  # before main began, or after it ended
+        except Exception:
+            sys.excepthook(*sys.exc_info())
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -1403,17 +1410,17 @@ class Servant:
         return json.loads(self._process.stdout.readline())
 
     def start(self, *argv, cwd=".", environ=None, umask=0o22, limits=None, patches=None,
-              small=False):
+              small=False, user=None):
         """Start a command line: (process ID, where its stderr goes).
 
         `limits` are of the resource module, `patches` of imagec; `small` is how much of
-        what was sent the kernel may hold.
+        what was sent the kernel may hold. What another user may not read is imported.
         """
         number, path = tempfile.mkstemp(prefix="stderr")
         os.close(number)
         return self._ask({
             "argv": argv, "files": path, "cwd": cwd, "umask": umask, "small": small,
-            "environ": environ or {}, "limits": limits or {},
+            "user": user, "environ": environ or {}, "limits": limits or {},
             "patches": dict({"BACKOFF": 0}, **patches or {})}), path
 
     def end(self, started):
@@ -2108,26 +2115,6 @@ class FieldCase(NetworkCase):
 # -- Members and layers in a word each
 
 STORED_NOBODY = 65534  # a user no file belongs to
-
-#: Runs command lines (JSON on stdin: one to warm up, then a list) as another user. The
-#: first, as ourselves, imports what that user may have no right to read.
-STORED_SERVANT = """
-import codecs, json, os, sys
-sys.path.insert(0, sys.argv[1])
-import imagec
-codecs.lookup("ascii")
-parser = imagec.argument_parser()
-imagec.argument_parser = lambda: parser
-warm, work = json.loads(sys.stdin.readline())
-if imagec.main(warm):
-    sys.exit("cannot even warm up")
-user = int(sys.argv[2])
-os.setgroups([])
-os.setgid(user)
-os.setuid(user)
-print(json.dumps([imagec.main(argv) for argv in work]), file=sys.stdout)
-"""
-
 FLAT_MARKS = (("=>", "hardlink"), ("->", "symlink"), ("=", "file"))
 
 
@@ -2289,17 +2276,12 @@ class StoredCase(RegistryCase):
 
     def as_nobody(self, *work):
         """Run command lines as a user without rights: (their statuses, stderr)."""
-        warm = ["pull", "-q", "--format", "rootfs", "-o", self.at("../warm"),
-                self.serve([raw_words("a=1")], "lab/warm:1")[0]]
-        process = subprocess.Popen(
-            [sys.executable, "-c", STORED_SERVANT, HOME, str(STORED_NOBODY)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            cwd=self.work, universal_newlines=True)
-        self.addCleanup(self.reap, process)
-        out, err = process.communicate(json.dumps([warm, work]), 60)
-        self.assertEqual(process.returncode, 0, err)
+        with contextlib.closing(Servant()) as servant:
+            ended = [servant.end(servant.start(*argv, cwd=self.work, user=STORED_NOBODY))
+                     for argv in work]
+        err = "".join(one.err for one in ended)
         self.assertNotIn("Traceback", err)
-        return json.loads(out.splitlines()[-1]), err
+        return [one.status for one in ended], err
 
     def verify(self, path, expect=0):
         run = self.main("verify", path)
