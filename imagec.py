@@ -5440,12 +5440,13 @@ class ArchiveOutput(Output):
 
     def _recover(self, prologue, path):
         """(bytes at `path` that are just what we would write, the blobs in them)."""
-        if not os.path.isfile(path):
-            return 0, []
-        question = file_identity(path), [layer.digest for layer in self._order]
-        if self._looked.get(path, (None,))[0] != question:
-            self._looked[path] = (question,) + self._look(prologue, path)
-        return self._looked[path][1:]
+        with contextlib.suppress(FileNotFoundError):  # another may just be renaming it
+            if os.path.isfile(path):
+                question = file_identity(path), [layer.digest for layer in self._order]
+                if self._looked.get(path, (None,))[0] != question:
+                    self._looked[path] = (question,) + self._look(prologue, path)
+                return self._looked[path][1:]
+        return 0, []
 
     def _look(self, prologue, path):
         done = []

@@ -9047,6 +9047,16 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(self.archive(reference), first)
         self.assertEqual(self.blob_gets() - before, 1)  # the config
 
+    def test_partial_that_another_pull_just_renames(self):
+        def gone(path, identity=imagec.file_identity):
+            if path.endswith(".partial") and os.path.getsize(path) == 1:
+                os.unlink(path)
+            return identity(path)
+
+        self.file("work/out.tar.partial", "x")
+        with mock.patch("imagec.file_identity", gone):
+            self.archive(self.serve(ARCHIVE_TARS)[0])
+
     def test_schema1_shares_layers_with_others(self):
         # Of the one nobody knows sizes and diffIDs before the layers are there.
         references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
