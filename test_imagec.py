@@ -1820,8 +1820,8 @@ SEED = 20140612  # of every random choice: a failure repeats itself
 
 
 @contextlib.contextmanager
-def cpu_within(seconds=10):
-    """The block takes no more of the processor: many times what it does, or for ever."""
+def cpu_within(seconds):
+    """The block takes no more of the processor; how long it waits is the machine's."""
     started = time.process_time()
     yield
     used = time.process_time() - started
@@ -4706,7 +4706,7 @@ class TarTest(TableCase):
     def test_many_pax_records(self):
         # T67: a copy of what is left for each took seconds
         data = tar_member(b"6 a=b\n" * 130000, kind=b"x") + A_FILE
-        with cpu_within():
+        with cpu_within(1):
             self.assertRaises(imagec.LimitExceeded, walked, [data])
             data = tar_member(b"6 a=b\n" * imagec.PAX_COUNT_LIMIT, kind=b"x") + A_FILE
             self.assertEqual(walked([data]).size, 650)
@@ -4856,17 +4856,21 @@ EDGE_SIZES = [
 class UnpackTest(TableCase):
     """A layer unpacks to one diffID, however its bytes come."""
 
-    @rows(GOOD_LAYERS)
-    def test_layers(self, _name, blob):
+    def good(self, _name, blob):
         expected = (imagec.Digest.of(LAYER_TAR), 850, len(LAYER_TAR))
         for parts in feedings(blob):
             self.assertEqual(unpacked(parts), expected)
 
-    @rows(BAD_LAYERS, BAD_ZSTD_LAYERS if CAN_ZSTD else ())
-    def test_bad_layers(self, _name, blob, words):
+    test_layers = rows(LAYER_BLOBS)(good)
+    test_zstd_layers = needs_zstd(rows(ZSTD_BLOBS)(good))
+
+    def bad(self, _name, blob, words):
         for parts in feedings(blob):
             error = self.refused(imagec.InvalidDocument, words, unpacked, parts)
             self.assertIn("layer 1", str(error))
+
+    test_bad_layers = rows(BAD_LAYERS)(bad)
+    test_bad_zstd_layers = needs_zstd(rows(BAD_ZSTD_LAYERS)(bad))
 
     @rows(EMPTY_LAYERS)
     def test_empty_layers(self, name, blob, count):
@@ -7124,7 +7128,7 @@ class AuthorizationTest(NetworkCase):
         self.assertEqual([tuple(challenge) for challenge in found], expected)
 
     def test_t63_challenges_take_linear_time(self):
-        with cpu_within():
+        with cpu_within(5):
             for unit in ('a="\\', "a=", ",", 'a="', "\\", "Bearer ", "a ", "a=b "):
                 imagec.Challenge.parse(["Bearer " + unit * (60000 // len(unit))])
 
@@ -11926,7 +11930,7 @@ class AuditTest(StoredCase):
         header = raw_member(b"h", pax_records((b"comment", b"7" * 160000)), kind=b"x")
         write_file(path, file_bytes(path)[:-1024] + raw_layer(
             header, raw_member(b"x")))
-        with cpu_within(), threat_alarm(60):
+        with cpu_within(2), threat_alarm(60):
             self.faults(path, "x: extra")
 
     @rows(((b"1",), (b"2",)))
@@ -11984,7 +11988,7 @@ class AuditTest(StoredCase):
             blob = write_file(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
             descriptor = _descriptor(MEDIA_TYPES["oci"]["index"], raw)
         os.rename(blob, top)
-        with cpu_within(), threat_alarm(60):
+        with cpu_within(2), threat_alarm(60):
             self.verify(root)
             shelf = imagec.Shelf(root)
         self.assertTrue(shelf.document("oci", self.image.digest))
@@ -12681,7 +12685,7 @@ class ServeTest(ServeCase):
     @rows((name,) for name in SERVE_LONG_NAMES)
     def test_refusing_takes_no_time(self, name):
         host = self.serve(self.archive)
-        with cpu_within():
+        with cpu_within(3):
             status, found = serve_target(host, "/v2/" + name)
         self.assertTrue(400 <= status < 500, found[:200])
 
@@ -13244,7 +13248,7 @@ class SelfTestTest(ServeCase):
             self.assertIn(word, run.err)
 
     def test_good_host(self):
-        with cpu_within(), mock.patch.object(tempfile, "tempdir", self.work):
+        with cpu_within(3), mock.patch.object(tempfile, "tempdir", self.work):
             run = self.main("selftest")
         self.proved(run)
         self.assertEqual(run.err, "")
@@ -14831,6 +14835,7 @@ MUTABLE_CALLS = frozenset("""
     dict list set bytearray OrderedDict defaultdict Counter deque
 """.split())
 
+IMPORT_SECONDS = 0.15  # of CPU; the promise is 0.1, the rest is for a busy machine
 IMPORT_RATIO = 2  # of what importing takes, to that of what any client must import
 IMPORT_FLOOR = ("hashlib", "http.client", "json", "logging", "ssl", "urllib.request")
 IMPORT_SCRIPT = """
@@ -15094,6 +15099,7 @@ class ArchitectureTest(unittest.TestCase):
                      for _ in range(5)]
         ours, theirs = (min(column) for column in zip(*pairs))
         self.assertLess(ours / theirs, IMPORT_RATIO)
+        self.assertLess(ours, IMPORT_SECONDS)
 
 
 class AnnexTest(RegistryCase):
@@ -15306,7 +15312,8 @@ THREAT_FAULTS = worded(
      ("one byte more, T24", extra(1), 1, THREAT_PINNED)),
     ((imagec.InvalidDocument, ""),
      ("nothing", body(b""), 1, THREAT_TOLD),
-     ("deep", body(b"[" * 99999), 1, THREAT_TOLD),
+     ("deep", body(b"[" * 99999), 1, THREAT_TOLD)),
+    ((imagec.InvalidDocument, "twice"),
      ("twice the key", body(b'{"a": 1, "a": 2}'), 1, THREAT_TOLD)),
     ((imagec.VerificationError, "expected digest"),
      ("flipped bit, T21", flip(7), 1, THREAT_PINNED),
@@ -15395,6 +15402,7 @@ class FaultsTest(ThreatCase):
                                password=PASSWORD, idle_timeout=idle)
             if self.source.faults[0].used:
                 break  # else a busy machine was silent before the server was
+        self.assertEqual(*map(imagec.exit_status, (caught.exception, kind.__new__(kind))))
         if kind in (imagec.TransportError, imagec.Timeout):
             self.assertIn("127.0.0.1", str(caught.exception))
         # One more for each kept connection that may just have been stale.
@@ -16539,7 +16547,7 @@ class BombTest(ThreatCase):
     def test_t50_t51_t67_layers(self, _name, make, word):
         image = build_image([make()], compress=None)
         self.source.add("lab/app", "1", image)
-        with cpu_within():
+        with cpu_within(3):
             for format, name in OUTPUTS[::3]:
                 run = self.pull(format, self.at(name), "--max-layer-size", "100000")
                 self.assert_one_line(run, 1 if word == "max-layer-size" else 3, word)
@@ -16595,7 +16603,7 @@ class BombTest(ThreatCase):
         for name, raw in THREAT_DOCUMENTS:
             with self.subTest(name):
                 self.assertLess(len(raw), imagec.MANIFEST_LIMIT)
-                with cpu_within(), self.assertRaises(imagec.InvalidDocument):
+                with cpu_within(10), self.assertRaises(imagec.InvalidDocument):
                     imagec.decode_manifest(raw)
 
 
