@@ -8333,6 +8333,11 @@ def _ending(transport):
         if not transport.watched:
             raise transport.stop
 
+    def dropped(unraisable):
+        if unraisable.exc_value is not transport.stop:
+            hook(unraisable)
+
+    hook, sys.unraisablehook = getattr(sys, "unraisablehook", None), dropped  # 3.8
     before = {}
     try:
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, end)
@@ -8346,6 +8351,7 @@ def _ending(transport):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

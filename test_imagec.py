@@ -1389,8 +1389,9 @@ for line in iter(sys.stdin.readline, ""):
         code = 99
         try:
             code = child(job)
-        except KeyboardInterrupt:
-            code = 130  # before main began, or after it ended
+        except KeyboardInterrupt:  # before main began, or after it ended
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)  # as Python itself does
         except Exception:
             sys.excepthook(*sys.exc_info())
         finally:
@@ -14031,7 +14032,7 @@ class CommandLineFailureTest(CommandLineCase):
 
     @able(os.name == "posix", "signal as POSIX has it")
     def test_t123_SIGTERM_in_a_finalizer(self):
-        # Python drops what is raised there, with a word of its own on standard error.
+        # Python drops what is raised there: before 3.8 with words of its own.
         class Doomed:
             def __del__(self):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -14048,7 +14049,8 @@ class CommandLineFailureTest(CommandLineCase):
             ended = self.pull("-q", "--timeout", "5", self.ref)
         retire([fault])
         self.assertEqual(ended.status, 143, ended.err)
-        self.assertEqual(ended.err.splitlines()[-1], "imagec: ended by SIGTERM")
+        said = ended.err.splitlines()[-1 if sys.version_info < (3, 8) else 0:]
+        self.assertEqual(said, ["imagec: ended by SIGTERM"])
         self.assert_nothing_final()
 
     @able(os.name == "posix", "signal as POSIX has it")
@@ -16004,14 +16006,15 @@ class KillTest(KillCase, ThreatProcessCase):
         self.complete(self.ref[:-1] + "0", format, beside)
         before = threat_files(self.work)
         run = self.hit_anywhere(format, path, number)
-        self.assertNotIn("Traceback", run.err)
+        if sys.version_info >= (3, 8):  # before, Python tells what a finalizer raised
+            self.assertLessEqual(run.err.count("\n"), 1)
         if run.status == -number != -signal.SIGKILL:
             # All was done, and it on its way out: there Python itself obeys.
             self.assert_whole(path)
             self.assert_no_leftovers()
         elif run.status:
             self.assertEqual(run.status, status, run.err)
-            self.assertEqual(run.err.count("\n"), number != signal.SIGKILL)
+            self.assertEqual(run.err.count("imagec: "), number != signal.SIGKILL)
         self.assert_only_verified(path)
         after = threat_files(self.work)
         if name in ("root", "images"):  # the others grow, or are replaced whole
