@@ -447,11 +447,10 @@ class OutputError(ImagecError):
 
 _REPOSITORY = r"{0}(?:/{0})*".format(r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*")
 _HOST_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::[0-9]+)?".format(_HOST_LABEL)
+_HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::([0-9]+))?".format(_HOST_LABEL)
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
-_REFERENCE = re.compile(
-    r"(?P<host>{0})/(?P<repository>{1})(?::(?P<tag>{2}))?(?:@(?P<digest>.+))?"
-    .format(_HOST, _REPOSITORY, _TAG), re.DOTALL)
+_REFERENCE = re.compile(  # host, its port, repository, tag, digest
+    "(%s)/(%s)(?::(%s))?(?:@(.+))?" % (_HOST, _REPOSITORY, _TAG), re.DOTALL)
 _HEX64 = re.compile(r"[a-f0-9]{64}")
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
 
@@ -476,13 +475,10 @@ class Digest(NamedTuple):
         """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
-        if length is None:
-            raise InvalidReference("invalid digest '%s': expected sha256:<64 hex "
-                                   "digits>" % shown(str(text), 80))
-        if not re.fullmatch("[a-f0-9]{%d}" % length, value):
-            raise InvalidReference(
-                "invalid digest '%s': expected %d lowercase hex digits after %s:"
-                % (printable(text, 150), length, algorithm))
+        if not (length and re.fullmatch("[a-f0-9]{%d}" % length, value)):
+            raise InvalidReference("invalid digest '%s': expected %s" % (
+                shown(str(text), 150), "%d lowercase hex digits after %s:"
+                % (length, algorithm) if length else "sha256:<64 hex digits>"))
         return cls(algorithm, value)
 
     @classmethod
@@ -516,26 +512,37 @@ class Reference(NamedTuple):
 
         Follows distribution/reference's ParseDockerRef; raises InvalidReference.
         """
-        if _HEX64.fullmatch(text):
-            raise InvalidReference("invalid reference '%s': looks like an image ID"
-                                   % text)
-        if len(text) > REFERENCE_LENGTH_LIMIT:
-            raise InvalidReference("invalid reference: longer than %d characters"
-                                   % REFERENCE_LENGTH_LIMIT)
-        host, remainder = cls._split_host(text)
-        name = remainder.partition(":")[0]
-        if name != name.lower():
-            raise InvalidReference("invalid reference '%s': a repository must be "
-                                   "lowercase" % shown(text))
-        match = _REFERENCE.fullmatch(host + "/" + remainder)
-        if not match:
-            raise InvalidReference("invalid reference '%s': expected "
-                                   "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
-                                   % shown(text))
-        return cls._checked(*match.group("host", "repository", "tag", "digest"))
+        def refuse(why):
+            raise InvalidReference("invalid reference '%s': %s"
+                                   % (shown(text, 300), why))
 
-    @classmethod
-    def _split_host(cls, text):
+        if _HEX64.fullmatch(text):
+            refuse("looks like an image ID")
+        if len(text) > REFERENCE_LENGTH_LIMIT:
+            refuse("longer than %d characters" % REFERENCE_LENGTH_LIMIT)
+        host, rest = cls._split_host(text)
+        name = rest.partition(":")[0]
+        if name != name.lower():
+            refuse("a repository must be lowercase")
+        match = _REFERENCE.fullmatch(host + "/" + rest)
+        if not match:
+            refuse("expected [HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
+        host, port, repository, tag, digest = match.groups()
+        if len(repository) > PATH_LENGTH_LIMIT:
+            refuse("repository longer than %d characters" % PATH_LENGTH_LIMIT)
+        if (host, repository) == (DOCKER_HUB, "library/scratch"):
+            refuse("'scratch' is a reserved name, there is no such image")
+        if port and not 0 < int(port) < 65536:
+            refuse("its port is not in 1..65535")
+        if digest is not None:
+            digest = Digest.parse(digest)
+        elif tag is None:
+            tag = "latest"
+        return cls(host, repository, tag, digest)
+
+    @staticmethod
+    def _split_host(text):
+        """The text taken apart at its first slash, as far as that is behind a host."""
         first, slash, rest = text.partition("/")
         if not slash:
             return DOCKER_HUB, "library/" + text
@@ -544,24 +551,6 @@ class Reference(NamedTuple):
         if first == "localhost" or first != first.lower() or set(".:") & set(first):
             return first, rest
         return DOCKER_HUB, text
-
-    @classmethod
-    def _checked(cls, host, repository, tag, digest):
-        if len(repository) > PATH_LENGTH_LIMIT:
-            raise InvalidReference("invalid reference: repository longer than %d "
-                                   "characters" % PATH_LENGTH_LIMIT)
-        if (host, repository) == (DOCKER_HUB, "library/scratch"):
-            raise InvalidReference("invalid reference: 'scratch' is a reserved name, "
-                                   "there is no such image")
-        port = re.search(r":([0-9]+)\Z", host)
-        if port and not 0 < int(port.group(1)) < 65536:
-            raise InvalidReference("invalid reference: port %s is not in 1..65535"
-                                   % port.group(1))
-        if digest is not None:
-            digest = Digest.parse(digest)
-        elif tag is None:
-            tag = "latest"
-        return cls(host, repository, tag, digest)
 
     @property
     def tag_or_digest(self):
@@ -584,14 +573,12 @@ class Reference(NamedTuple):
 
 
 _OS_ALIASES = {"": "linux", "macos": "darwin"}
-_ARCHITECTURES = {  # alias -> (architecture, variant it implies or None)
-    "i386": ("386", None), "i486": ("386", None), "i586": ("386", None),
-    "i686": ("386", None), "x86_64": ("amd64", None), "x86-64": ("amd64", None),
-    "aarch64": ("arm64", None), "arm64v8": ("arm64", None), "armv8l": ("arm", "v8"),
-    "armhf": ("arm", "v7"), "armel": ("arm", "v6"), "armv7l": ("arm", "v7"),
-    "armv6l": ("arm", "v6"), "arm32v7": ("arm", "v7"), "arm32v6": ("arm", "v6"),
-    "arm32v5": ("arm", "v5"), "armv5tel": ("arm", "v5"), "armv5tejl": ("arm", "v5"),
-    "loongarch64": ("loong64", None), "mips64el": ("mips64le", None),
+_ARCHITECTURES = {  # alias -> architecture, and the variant it implies
+    "i386": "386", "i486": "386", "i586": "386", "i686": "386", "x86_64": "amd64",
+    "x86-64": "amd64", "aarch64": "arm64", "arm64v8": "arm64", "armv8l": "arm/v8",
+    "armhf": "arm/v7", "armv7l": "arm/v7", "arm32v7": "arm/v7", "armel": "arm/v6",
+    "armv6l": "arm/v6", "arm32v6": "arm/v6", "arm32v5": "arm/v5", "armv5tel": "arm/v5",
+    "armv5tejl": "arm/v5", "loongarch64": "loong64", "mips64el": "mips64le",
 }
 _KNOWN_OSES = frozenset([
     "linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "illumos",
@@ -609,10 +596,11 @@ class Platform(NamedTuple):
     @classmethod
     def normal(cls, os, architecture, variant="", os_version=""):
         """A Platform by containerd's norm: aliases folded, implied variants out."""
-        os, variant = os.lower(), variant.lower()
-        arch, implied = _ARCHITECTURES.get(architecture.lower(),
-                                           (architecture.lower(), None))
-        variant = variant or implied or ""
+        os, arch = os.lower(), architecture.lower()
+        variant = variant.lower()
+        if arch in _ARCHITECTURES:
+            arch, _, implied = _ARCHITECTURES[arch].partition("/")
+            variant = variant or implied
         if arch == "arm":
             variant = {"": "v7", "5": "v5", "6": "v6", "7": "v7", "8": "v8"}.get(
                 variant, variant)
@@ -634,12 +622,10 @@ class Platform(NamedTuple):
                                      for p in parts):
             raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], "
                                    "for example linux/arm64" % printable(text, 80))
-        if len(parts) == 1:
-            if _OS_ALIASES.get(text.lower(), text.lower()) in _KNOWN_OSES:
-                return cls.host()._replace(
-                    os=_OS_ALIASES.get(text.lower(), text.lower()))
-            return cls.normal("linux", text)
-        return cls.normal(*parts)
+        system = _OS_ALIASES.get(text.lower(), text.lower())
+        if system in _KNOWN_OSES:
+            return cls.host()._replace(os=system)
+        return cls.normal(*parts) if len(parts) > 1 else cls.normal("linux", text)
 
     @classmethod
     def host(cls):
@@ -656,21 +642,18 @@ class Platform(NamedTuple):
 
     def candidates(self):
         """Platforms that can run here, best first, in the order docker tries them."""
-        numbers = re.fullmatch(r"v([0-9])(?:\.([0-9]))?", self.variant)
-        major = int(numbers.group(1)) if numbers else 0
-        minor = int(numbers.group(2) or 0) if numbers else 0
-        chain = [self.variant]
-        tail = []
+        version = re.fullmatch(r"v([0-9])(?:\.([0-9]))?", self.variant)
+        major, minor = map(int, version.groups("0")) if version else (0, 0)
+        chain, tail = [self.variant], []
         if self.architecture == "amd64":
             chain += ["v%d" % v if v > 1 else "" for v in range(major - 1, 0, -1)]
             tail = [("386", "")]
         elif self.architecture == "arm":
             chain += ["v%d" % v for v in range(major - 1, 4, -1)]
         elif self.architecture == "arm64":
-            chain += ["v9.%d" % m if m else "v9" for m in range(minor - 1, -1, -1)
-                      if major == 9]
-            eighth = (min(minor + 5, 9) if major == 9 else
-                      minor - 1 if major == 8 else -1)
+            if major == 9:
+                chain += ["v9.%d" % m if m else "v9" for m in range(minor - 1, -1, -1)]
+            eighth = {9: min(minor + 5, 9), 8: minor - 1}.get(major, -1)
             chain += ["v8.%d" % m if m else "" for m in range(eighth, -1, -1)]
             tail = [("arm", "v%d" % v) for v in (8, 7, 6, 5)]
         ways = [(self.architecture, variant) for variant in chain] + tail
