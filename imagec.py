@@ -246,11 +246,10 @@ class Secrets:
         """`text` with `***` for each of them, and for what a URL has before its @."""
         text = re.sub("(?<=://)[^\\s/:@]*:[^\\s/]*@(?!sha[0-9]+:)", "***@", text)
         for form in sorted(self._forms, key=len, reverse=True):
-            if len(form) >= SECRET_WORD:
-                text = text.replace(form, "***")
-            elif form in text:
-                text = re.sub("(?<![A-Za-z0-9])%s(?![A-Za-z0-9])" % re.escape(form),
-                              "***", text)
+            if form in text:
+                alone = "(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
+                text = re.sub((alone if len(form) < SECRET_WORD else "%s")
+                              % re.escape(form), "***", text)
         return text
 
 
@@ -411,11 +410,10 @@ class NoMatchingPlatform(NotFound):
 
     def __init__(self, wanted, available):
         names = sorted(set(map(str, available)))
-        listed = ", ".join(names[:PLATFORMS_SHOWN]) or "none"
         if len(names) > PLATFORMS_SHOWN:
-            listed += " and %d more" % (len(names) - PLATFORMS_SHOWN)
-        super().__init__("no image for platform %s; there is: %s" % (wanted, listed),
-                         hint="choose with --platform")
+            names[PLATFORMS_SHOWN:] = ["and %d more" % (len(names) - PLATFORMS_SHOWN)]
+        super().__init__("no image for platform %s; there is: %s" % (
+            wanted, ", ".join(names) or "none"), hint="choose with --platform")
         self.wanted, self.available = wanted, tuple(available)
 
 
@@ -689,26 +687,22 @@ def parse_json(raw, what):
 
     def real(text):
         value = float(text)
-        if value in (float("inf"), float("-inf")):
-            raise ValueError("a number out of range")
+        if not abs(value) < float("inf"):
+            raise ValueError("%.40s is not a finite number" % text)
         return value
-
-    def constant(text):
-        raise ValueError("%s is not JSON" % text)
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
-                           parse_int=integer, parse_float=real, parse_constant=constant)
+                           parse_int=integer, parse_float=real, parse_constant=real)
         _check_depth(value)
         return value
     except (ValueError, RecursionError) as error:
         reason = ("nested too deep" if isinstance(error, RecursionError)
                   else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error)
-        hint = None
-        if raw.lstrip()[:1] == b"<":
-            hint = "it looks like HTML: is that host a registry?"
-        raise InvalidDocument("%s is not valid JSON: %s" % (what, reason),
-                              hint) from None
+        raise InvalidDocument(
+            "%s is not valid JSON: %s" % (what, reason),
+            "it looks like HTML: is that host a registry?"
+            if raw.lstrip()[:1] == b"<" else None) from None
 
 
 def _check_depth(value):
@@ -722,16 +716,13 @@ def _check_depth(value):
         raise ValueError("nested too deep")
 
 
-def canonical_json(value):
-    """`value` as compact JSON bytes, keys sorted: the same on every Python.
+def canonical_json(value, sort_keys=True):
+    """`value` as compact JSON bytes: the same on every Python.
 
-    Raises InvalidDocument for what was read, but cannot be written.
+    Half a surrogate pair stays what it is in JSON, an escape.
     """
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"),
-                          ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidDocument("a JSON value is not valid Unicode") from None
+    return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"),
+                      ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: JSON can spell it
@@ -757,7 +748,10 @@ class Document:
         return cls(parse_json(raw, what), what)
 
     def get(self, name, kind, default=None):
-        """Member `name`, of exactly the type `kind`; `default` where it is absent."""
+        """Member `name`, of exactly the type `kind`; `default` where it is absent.
+
+        For dict it is a Document.
+        """
         if self._folded.get(name.casefold(), 0) != (name in self.value):
             raise InvalidDocument("%s has '%s' in another case: ambiguous"
                                   % (self.where, name))
@@ -771,7 +765,7 @@ class Document:
                  bool: "boolean"}[kind]))
         if kind is str and _HALF_PAIR.search(value):
             raise InvalidDocument("%s: '%s' is not valid Unicode" % (self.where, name))
-        return value
+        return Document(value, "%s.%s" % (self.where, name)) if kind is dict else value
 
     def need(self, name, kind):
         """Member `name`, which must be there."""
@@ -800,10 +794,12 @@ class Document:
         except InvalidReference as error:
             raise InvalidDocument("%s: %s" % (where, error.message)) from None
 
-    def child(self, name):
-        """Member `name` as a Document, or None."""
-        value = self.get(name, dict)
-        return None if value is None else Document(value, "%s.%s" % (self.where, name))
+    def base64url(self, name):
+        """Member `name` as bytes: base64url as libtrust reads it, lines, no padding."""
+        text = re.sub("[\r\n ]", "", self.need(name, str)).rstrip("=")
+        if not re.fullmatch("[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
+            raise InvalidDocument("%s: '%s' is not base64url" % (self.where, name))
+        return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
     def children(self, name, limit):
         """Member `name`, an array of at most `limit` objects, as Documents."""
@@ -813,14 +809,6 @@ class Document:
                                 % (self.where, name, len(values), limit))
         return [Document(value, "%s.%s[%d]" % (self.where, name, i))
                 for i, value in enumerate(values)]
-
-
-def _base64url(text, what):
-    """Bytes of base64url text as libtrust reads it: no padding, line breaks allowed."""
-    text = re.sub("[\r\n ]", "", text).rstrip("=")
-    if not re.fullmatch("[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
-        raise InvalidDocument("%s is not base64url" % what)
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 class PrettySignature(NamedTuple):
@@ -842,8 +830,12 @@ class PrettySignature(NamedTuple):
         document = Document.parse(body, what)
         if document.get("signatures", list) is None:
             return cls(body, False)
-        entries = document.children("signatures", LAYER_COUNT_LIMIT)
-        formats = {cls._format(entry) for entry in entries}
+        formats = set()
+        for entry in document.children("signatures", LAYER_COUNT_LIMIT):
+            protected = Document.parse(entry.base64url("protected"),
+                                       entry.where + ".protected")
+            formats.add((protected.size("formatLength"),
+                         protected.base64url("formatTail")))
         if len(formats) != 1:
             raise InvalidDocument("%s: %s" % (
                 what, "its signatures disagree on the payload" if formats else
@@ -854,14 +846,6 @@ class PrettySignature(NamedTuple):
                                   % (what, length))
         return cls(body[:length] + tail, True)
 
-    @staticmethod
-    def _format(entry):
-        where = entry.where + ".protected"
-        protected = Document.parse(_base64url(entry.need("protected", str), where),
-                                   where)
-        return (protected.size("formatLength"),
-                _base64url(protected.need("formatTail", str), where + ".formatTail"))
-
 
 # --------------------------------------------------------------------------------------
 # 5  Manifests: bytes -> value: manifests, indexes, configs
@@ -870,36 +854,33 @@ class PrettySignature(NamedTuple):
 class Descriptor(NamedTuple):
     """A pointer to content (OCI image-spec, descriptor.md).
 
-    `size` is in bytes, None where the manifest does not say (schema1). `platform` is
-    None where there is none; `urls` are where a foreign layer is, which is not asked.
+    `size` is in bytes, None where the manifest does not say (schema1); `platform` is
+    None where there is none.
     """
 
     media_type: str
     digest: Digest
     size: Optional[int]
     platform: Optional[Platform] = None
-    urls: Tuple[str, ...] = ()
     annotations: dict = {}
 
     @classmethod
     def from_document(cls, document):
         """The Descriptor a Document holds; raises InvalidDocument."""
-        urls = document.get("urls", list, [])
-        annotations = document.get("annotations", dict, {})
-        for name, texts in (("urls", urls), ("annotations", annotations.values())):
-            if not all(type(text) is str for text in texts):
-                raise InvalidDocument("%s: '%s' must be strings"
-                                      % (document.where, name))
-        platform = document.child("platform")
+        annotations = document.get("annotations", dict)
+        annotations = annotations.value if annotations else {}
+        if not all(type(text) is str for text in annotations.values()):
+            raise InvalidDocument("%s: 'annotations' must be strings" % document.where)
+        platform = document.get("platform", dict)
         return cls(document.get("mediaType", str, ""), document.digest("digest"),
-                   document.size("size"), platform and cls._platform(platform),
-                   tuple(urls), annotations)
+                   document.size("size"), platform and _platform(platform), annotations)
 
-    @staticmethod
-    def _platform(document):
-        parts = [document.get(name, str, "") for name in (
-            "os", "architecture", "variant", "os.version")]
-        return Platform.normal(*parts) if any(parts) else None  # docker's rule
+
+def _platform(document):
+    """The Platform a Document speaks of; None where it does not: docker's rule."""
+    parts = [document.get(name, str, "") for name in (
+        "os", "architecture", "variant", "os.version")]
+    return Platform.normal(*parts) if any(parts) else None
 
 
 class Manifest(NamedTuple):
@@ -928,13 +909,32 @@ class Index(NamedTuple):
     manifests: Tuple[Descriptor, ...]
 
 
-class Schema1Layer(NamedTuple):
-    """One history entry of a schema1 manifest and its blob."""
+class Layer(NamedTuple):
+    """One layer of an image.
+
+    `id` is the v1 id for schema1, else the hex of the OCI chainID; `blob` the
+    Descriptor of what is transferred; `diff_id` is None where only unpacking tells
+    (schema1) and that was not done yet; `v1_json` is its v1 image JSON, as text. A
+    `throwaway` layer (schema1) changed nothing: modern formats leave it out. `size` is
+    the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
+    """
 
     id: str
     blob: Descriptor
-    v1_compatibility: str
-    throwaway: bool
+    diff_id: Optional[Digest]
+    v1_json: str
+    throwaway: bool = False
+    size: Optional[int] = None
+
+    @property
+    def digest(self):
+        """The blob's digest."""
+        return self.blob.digest
+
+    @property
+    def blob_size(self):
+        """The blob's size in bytes; None for schema1 before it was fetched."""
+        return self.blob.size
 
 
 class Schema1Manifest(NamedTuple):
@@ -949,11 +949,12 @@ class Schema1Manifest(NamedTuple):
     name: str
     tag: str
     architecture: str
-    layers: Tuple[Schema1Layer, ...]
+    layers: Tuple[Layer, ...]
 
 
-_SHAPE_KEYS = {"schema1": {"fsLayers", "history"}, "image": {"config", "layers"},
-               "index": {"manifests"}}
+#: Member of a manifest -> the shape it is of.
+_SHAPES = {"fsLayers": "schema1", "history": "schema1", "config": "image",
+           "layers": "image", "manifests": "index"}
 
 
 def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
@@ -991,17 +992,19 @@ def _media_type(document, content_type):
     """(media type, shape) of a manifest; InvalidDocument where the signs disagree."""
     shape = _shape(document)
     header = (content_type or "").partition(";")[0].strip().lower()
+    if header not in MANIFEST_SHAPES:
+        header = None  # it does not speak
     claimed = document.get("mediaType", str)
     if claimed is not None and claimed not in MANIFEST_SHAPES:
         raise Unsupported("%s is of type %s: not an image"
                           % (document.where, printable(claimed, 100)))
-    if header in MANIFEST_SHAPES and claimed not in (None, header):
+    if header and claimed not in (None, header):
         raise InvalidDocument("%s was sent as %s but calls itself %s"
                               % (document.where, header, claimed))
-    media_type = claimed or (header if header in MANIFEST_SHAPES else None)
+    media_type = claimed or header
     if media_type is None:
-        config = document.child("config") if shape == "image" else None
-        docker = config is not None and config.get("mediaType", str) == DOCKER_CONFIG
+        config = document.get("config", dict) if shape == "image" else None
+        docker = config and config.get("mediaType", str) == DOCKER_CONFIG
         media_type = {"index": OCI_INDEX, "schema1": DOCKER_SCHEMA1}.get(
             shape, DOCKER_MANIFEST if docker else OCI_MANIFEST)
     if MANIFEST_SHAPES[media_type] != shape:
@@ -1014,21 +1017,18 @@ def _media_type(document, content_type):
 
 
 def _shape(document):
-    present = {key for keys in _SHAPE_KEYS.values() for key in keys
-               if document.get(key, type(document.value.get(key))) is not None}
-    shapes = [shape for shape, keys in _SHAPE_KEYS.items()
-              if present and present <= keys]
-    if not shapes:
+    present = [key for key in _SHAPES
+               if document.get(key, type(document.value.get(key))) is not None]
+    shapes = {_SHAPES[key] for key in present}
+    if len(shapes) != 1:
         raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
                               % " and ".join(sorted(present)) if present else
                               "is no manifest: it has neither layers nor manifests"))
-    return shapes[0]
+    return shapes.pop()
 
 
 def _decode_image(document, raw, media_type, digest):
-    config = document.child("config")
-    if config is None:
-        raise InvalidDocument("%s has no 'config'" % document.where)
+    config = Descriptor.from_document(document.need("config", dict))
     layers = tuple(Descriptor.from_document(layer)
                    for layer in document.children("layers", LAYER_COUNT_LIMIT))
     sizes = {}
@@ -1036,62 +1036,45 @@ def _decode_image(document, raw, media_type, digest):
         if sizes.setdefault(layer.digest, layer.size) != layer.size:
             raise InvalidDocument("%s gives two sizes for %s"
                                   % (document.where, layer.digest))
-    return Manifest(raw, media_type, digest, Descriptor.from_document(config), layers)
+    return Manifest(raw, media_type, digest, config, layers)
 
 
 def _decode_schema1(raw, signature, algorithm, what):
     document = Document.parse(signature.payload, what)
-    if _shape(document) != "schema1":
+    if _media_type(document, None)[1] != "schema1":
         raise InvalidDocument("%s: its signed payload is no schema1 manifest" % what)
-    if document.need("schemaVersion", int) != 1:
-        raise InvalidDocument("%s: schemaVersion of the payload is not 1" % what)
     blobs = document.children("fsLayers", LAYER_COUNT_LIMIT)
     history = document.children("history", LAYER_COUNT_LIMIT)
     if not blobs or len(blobs) != len(history):
         raise InvalidDocument("%s: %d layers and %d history entries; they must be as "
                               "many and not none" % (what, len(blobs), len(history)))
-    layers = _schema1_chain([_schema1_layer(*pair) for pair in zip(blobs, history)],
-                            what)
     return Schema1Manifest(
         raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1,
         Digest.of(signature.payload, algorithm), document.get("name", str, ""),
-        document.get("tag", str, ""), document.get("architecture", str, ""), layers)
+        document.get("tag", str, ""), document.get("architecture", str, ""),
+        tuple(_schema1_layers(blobs, history, what)))
 
 
-def _schema1_layer(blob, history):
-    """(layer, parent id or None) of one pair of entries."""
-    text = history.need("v1Compatibility", str)
-    v1 = Document.parse(text.encode("utf-8"), history.where + ".v1Compatibility")
-    for name in ("id", "parent"):
-        value = v1.get(name, str)
-        if (value is not None and not _HEX64.fullmatch(value)
-                and (value or name == "id")):
-            raise InvalidDocument("%s: '%s' is not 64 lowercase hex digits"
-                                  % (v1.where, name))
-    descriptor = Descriptor(SCHEMA1_LAYER, blob.digest("blobSum"), None)
-    layer = Schema1Layer(v1.need("id", str), descriptor, text,
-                         v1.get("throwaway", bool, False))
-    return layer, v1.get("parent", str) or None
-
-
-def _schema1_chain(pairs, what):
-    """Layers oldest first: docker's checks (distribution/pull_v2_unix.go, fixups)."""
-    if pairs[-1][1] is not None:
-        raise InvalidDocument("%s: its base layer names a parent" % what)
-    chain = [pairs[-1][0]]
-    seen = {chain[0].id}
-    for layer, parent in reversed(pairs[:-1]):
-        if layer.id == chain[-1].id:
-            # An id stands twice in a row: docker drops the newer, keeps the older.
-            continue
-        if layer.id in seen:
-            raise InvalidDocument("%s: layer id %s stands twice" % (what, layer.id))
-        if parent != chain[-1].id:
-            raise InvalidDocument("%s: layer %s does not name the layer below it as "
-                                  "its parent" % (what, layer.id))
-        seen.add(layer.id)
-        chain.append(layer)
-    return tuple(chain)
+def _schema1_layers(blobs, history, what):
+    """Yields Layers, oldest first: docker's checks (distribution/pull_v2_unix.go)."""
+    seen, below = set(), None
+    for blob, entry in zip(reversed(blobs), reversed(history)):
+        text = entry.need("v1Compatibility", str)
+        v1 = Document.parse(text.encode("utf-8"), entry.where + ".v1Compatibility")
+        name = v1.need("id", str)
+        if not _HEX64.fullmatch(name):
+            raise InvalidDocument("%s: 'id' is not 64 lowercase hex digits" % v1.where)
+        if name == below:
+            continue  # an id stands twice in a row: docker keeps the older
+        if name in seen:
+            raise InvalidDocument("%s: layer id %s stands twice" % (what, name))
+        if (v1.get("parent", str) or None) != below:
+            raise InvalidDocument("%s: the parent of layer %s is not the layer below it"
+                                  % (what, name))
+        seen.add(name)
+        below = name
+        yield Layer(name, Descriptor(SCHEMA1_LAYER, blob.digest("blobSum"), None), None,
+                    text, v1.get("throwaway", bool, False))
 
 
 def matching(index, platform):
@@ -1101,8 +1084,7 @@ def matching(index, platform):
     platform (a nested index, say) fits, but last. Attestations ("unknown/unknown")
     never fit. Index entries of other than manifest types are passed over.
     """
-    order = {(p.os, p.architecture, p.variant): rank
-             for rank, p in enumerate(platform.candidates())}
+    order = {way[:3]: rank for rank, way in enumerate(platform.candidates())}
 
     def rank(entry):
         found = entry.platform
@@ -1111,83 +1093,59 @@ def matching(index, platform):
         if platform.os_version and (  # a build: regclient's rule for Windows
                 platform.os_version.split(".")[:3] != found.os_version.split(".")[:3]):
             return None
-        return order.get((found.os, found.architecture, found.variant))
+        return order.get(found[:3])
 
     return sorted((entry for entry in index.manifests if entry.media_type
                    in MANIFEST_SHAPES and rank(entry) is not None), key=rank)
 
 
-class Graph:
-    """The manifests and indexes that a name leads to, each got and judged once.
+def walk(fetch, entries, above=(), platform=None, seen=None):
+    """Yields the trails to what Descriptors lead to: `above`, and documents from there.
 
-    They may share what is below them, so that a few kilobytes of indexes hold more ways
-    than anyone can go. `fetch(Descriptor)` gives a document, decoded; None is passed
-    over. Raises LimitExceeded beyond INDEX_DEPTH_LIMIT, DOCUMENT_COUNT_LIMIT and
-    DOCUMENT_BYTES_LIMIT, and what `fetch` raises.
+    Depth first; in an index, to what is `matching` a `platform` if one is given. Each
+    document once, and none of `seen`, for indexes may share what is below them: a few
+    kilobytes hold more ways than anyone can go. `fetch(Descriptor)` gives a document,
+    decoded; None is passed over. Raises what `fetch` raises, and LimitExceeded beyond
+    INDEX_DEPTH_LIMIT, DOCUMENT_COUNT_LIMIT and DOCUMENT_BYTES_LIMIT.
     """
-
-    def __init__(self, fetch):
-        self._fetch = fetch
-        self._seen = set()  # what Descriptors said: type, digest, size
-        self._count = self._bytes = 0
-
-    def _get(self, entry):
-        """What a Descriptor points to; None where it was had before."""
-        if entry[:3] in self._seen:
-            return None
-        self._seen.add(entry[:3])
-        self._count += 1
-        self._bytes += entry.size
-        if self._count > DOCUMENT_COUNT_LIMIT or self._bytes > DOCUMENT_BYTES_LIMIT:
+    seen = set() if seen is None else seen  # of what Descriptors said
+    waiting, count, size = [(above, entry) for entry in reversed(entries)], 0, 0
+    while waiting:
+        trail, entry = waiting.pop()
+        if entry[:3] in seen:
+            continue
+        seen.add(entry[:3])
+        count, size = count + 1, size + entry.size
+        if count > DOCUMENT_COUNT_LIMIT or size > DOCUMENT_BYTES_LIMIT:
             raise LimitExceeded("one name leads to more than %d manifests and indexes, "
                                 "or to more than %d bytes of them"
                                 % (DOCUMENT_COUNT_LIMIT, DOCUMENT_BYTES_LIMIT))
-        return self._fetch(entry)
+        document = fetch(entry)
+        if document is None:
+            continue
+        trail += (document,)
+        yield trail
+        if isinstance(document, Index):
+            if len(trail) > INDEX_DEPTH_LIMIT:
+                raise LimitExceeded("more than %d indexes inside one another"
+                                    % INDEX_DEPTH_LIMIT)
+            below = matching(document, platform) if platform else document.manifests
+            waiting += [(trail, entry) for entry in reversed(below)]
 
-    @staticmethod
-    def _check_depth(depth):
-        if depth > INDEX_DEPTH_LIMIT:
-            raise LimitExceeded("more than %d indexes inside one another"
-                                % INDEX_DEPTH_LIMIT)
 
-    def walk(self, entries, depth=0):
-        """Yields the documents below `depth` indexes, level by level, each once.
+def choose(fetch, document, platform):
+    """The documents from `document` down to the image for a Platform.
 
-        `entries` are the Descriptors to begin with. What an earlier walk has given is
-        not given again; the limits are of each walk.
-        """
-        self._count = self._bytes = 0
-        while entries:
-            self._check_depth(depth)
-            below = []
-            for document in filter(None, map(self._get, entries)):
-                yield document
-                if isinstance(document, Index):
-                    below += document.manifests
-            entries, depth = below, depth + 1
-
-    def choose(self, document, platform):
-        """The documents from `document` down to the image for a Platform.
-
-        Raises NoMatchingPlatform.
-        """
-        found = self._descend((document,), platform)
-        if found is None:
-            raise NoMatchingPlatform(platform, [
-                entry.platform for entry in document.manifests
-                if entry.platform and entry.platform.os not in ("", "unknown")])
-        return found
-
-    def _descend(self, trail, platform):
+    Raises NoMatchingPlatform, and as `walk`, to which `fetch` is given.
+    """
+    if not isinstance(document, Index):
+        return (document,)
+    for trail in walk(fetch, matching(document, platform), (document,), platform):
         if not isinstance(trail[-1], Index):
             return trail
-        self._check_depth(len(trail))
-        for entry in matching(trail[-1], platform):
-            child = self._get(entry)  # where it was had before, it did not fit
-            found = child and self._descend(trail + (child,), platform)
-            if found:
-                return found
-        return None
+    raise NoMatchingPlatform(platform, [
+        entry.platform for entry in document.manifests
+        if entry.platform and entry.platform.os != "unknown"])
 
 
 class ImageConfig(NamedTuple):
@@ -1202,44 +1160,13 @@ class ImageConfig(NamedTuple):
     def parse(cls, raw, what="config"):
         """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
         document = Document.parse(raw, what)
-        rootfs = document.child("rootfs")
-        if rootfs is None:
-            raise InvalidDocument("%s has no 'rootfs'" % what)
+        rootfs = document.need("rootfs", dict)
         if rootfs.get("type", str, "layers") != "layers":
             raise InvalidDocument("%s: rootfs.type must be 'layers'" % what)
         diff_ids = tuple(Document.as_digest(value, "%s.rootfs.diff_ids[%d]" % (what, i))
                          for i, value in enumerate(rootfs.get("diff_ids", list, [])))
-        platform = Platform.normal(*(document.get(name, str, "") for name in (
-            "os", "architecture", "variant", "os.version")))
-        return cls(raw, document.value, platform, diff_ids)
-
-
-class Layer(NamedTuple):
-    """One layer of an image.
-
-    `id` is the v1 id for schema1, else the hex of the OCI chainID; `blob` the
-    Descriptor of what is transferred; `diff_id` is None where only unpacking tells
-    (schema1) and that was not done yet; `v1_json` is its v1 image JSON, as text. A
-    `throwaway` layer (schema1) changed nothing: modern formats leave it out. `size` is
-    the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
-    """
-
-    id: str
-    blob: Descriptor
-    diff_id: Optional[Digest]
-    v1_json: str
-    throwaway: bool = False
-    size: Optional[int] = None
-
-    @property
-    def digest(self):
-        """The blob's digest."""
-        return self.blob.digest
-
-    @property
-    def blob_size(self):
-        """The blob's size in bytes; None for schema1 before it was fetched."""
-        return self.blob.size
+        return cls(raw, document.value, _platform(document) or Platform.normal("", ""),
+                   diff_ids)
 
 
 def list_layers(manifest, config=None):
@@ -1249,77 +1176,54 @@ def list_layers(manifest, config=None):
     does not have as many diffIDs as the manifest has layers.
     """
     if isinstance(manifest, Schema1Manifest):
-        return tuple(Layer(layer.id, layer.blob, None, layer.v1_compatibility,
-                           layer.throwaway) for layer in manifest.layers)
+        return manifest.layers
     if len(config.diff_ids) != len(manifest.layers):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
-    proved = {}
-    for blob, diff_id in zip(manifest.layers, config.diff_ids):
+    proved, layers, chain = {}, [], None
+    for blob, diff_id, entry in zip(manifest.layers, config.diff_ids,
+                                    _layer_history(config)):
         if proved.setdefault(blob.digest, diff_id) != diff_id:  # it is unpacked once
             raise VerificationError("config gives two diffIDs to one blob, %s"
                                     % str(blob.digest))
-    chain = list(_chain_ids(config.diff_ids))
-    history = _layer_history(config, len(chain))
-    return tuple(
-        Layer(chain[i].hex, blob, diff_id, _v1_json(config, chain, history, i))
-        for i, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids)))
+        parent, chain = chain, diff_id
+        if parent:  # OCI image-spec, config.md, "Layer ChainID"
+            chain = Digest.of(("%s %s" % (parent, diff_id)).encode("ascii"))
+        top = len(layers) == len(manifest.layers) - 1
+        layers.append(Layer(chain.hex, blob, diff_id,
+                            _v1_json(config, entry, chain, parent, top)))
+    return tuple(layers)
 
 
-def _chain_ids(diff_ids):
-    """OCI image-spec, config.md, "Layer ChainID"."""
-    chain = None
-    for diff_id in diff_ids:
-        chain = diff_id if chain is None else Digest.of(
-            ("%s %s" % (chain, diff_id)).encode("ascii"))
-        yield chain
-
-
-def _layer_history(config, count):
+def _layer_history(config):
     """The history entries of the layers, or empty ones where they do not line up."""
     history = config.value.get("history")
     entries = [entry for entry in (history if isinstance(history, list) else [])
                if isinstance(entry, dict) and entry.get("empty_layer") is not True]
+    count = len(config.diff_ids)
     return entries if len(entries) == count else [{}] * count
 
 
-def _v1_json(config, chain, history, i):
-    """The v1 JSON docker would keep for layer `i`; the top has the whole config."""
-    value = {}
-    if i == len(chain) - 1:
-        value = {key: member for key, member in config.value.items()
-                 if key not in ("rootfs", "history")}
-    value.update((key, history[i][key]) for key in ("created", "author", "comment")
-                 if key in history[i])
+def _v1_json(config, entry, chain, parent, top):
+    """The v1 JSON docker would keep for a layer; the top has the whole config."""
+    value = {key: member for key, member in config.value.items()
+             if top and key not in ("rootfs", "history")}
+    value.update((key, entry[key]) for key in ("created", "author", "comment")
+                 if key in entry)
     value.setdefault("created", "1970-01-01T00:00:00Z")
     value.setdefault("os", config.platform.os)
-    if "created_by" in history[i] and "container_config" not in value:
-        value["container_config"] = {"Cmd": [history[i]["created_by"]]}
-    value["id"] = chain[i].hex
-    if i:
-        value["parent"] = chain[i - 1].hex
+    if "created_by" in entry:
+        value.setdefault("container_config", {"Cmd": [entry["created_by"]]})
+    value["id"] = chain.hex
+    if parent:
+        value["parent"] = parent.hex
     return canonical_json(value).decode("utf-8")
 
 
-def _members(text):
-    """The top-level members of a JSON object as (key, raw text) pairs, the last wins.
-
-    The texts are as they stand, but without insignificant white space and with the
-    characters escaped that Go escapes: what encoding/json makes of a json.RawMessage.
-    """
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[\s,:]*")
-    members = {}
-    at = space.match(text, text.index("{") + 1).end()
-    while text[at] != "}":
-        key, at = decoder.raw_decode(text, at)
-        start = space.match(text, at).end()
-        _, end = decoder.raw_decode(text, start)
-        members[key] = _go_escape(re.sub(
-            r'("(?:[^"\\]|\\.)*")|\s+', lambda match: match.group(1) or "",
-            text[start:end]))
-        at = space.match(text, end).end()
-    return members
+def _go_json(value):
+    """JSON text of strings, numbers, lists and ordered dicts as Go writes it."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return _go_escape(_HALF_PAIR.sub("\ufffd", text))  # as Go reads one
 
 
 def _go_escape(text):
@@ -1328,40 +1232,45 @@ def _go_escape(text):
                   text)
 
 
-def _go_json(value):
-    """JSON text of strings, numbers, lists and ordered dicts as Go writes it."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    text = _HALF_PAIR.sub("\ufffd", text)  # as Go reads one
-    # Go of that time had no short forms for these two.
-    return _go_escape(re.sub(r"\\[\\bf]", lambda match: {
-        "\\b": "\\u0008", "\\f": "\\u000c"}.get(match.group(), match.group()), text))
+def _go_members(text):
+    """The members of a JSON object as {key: raw text}, the last of equal keys.
+
+    The texts are as they stand, but without insignificant white space and escaped by
+    Go: what encoding/json makes of a json.RawMessage.
+    """
+    text = _go_escape(re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text))
+    decoder, members, at = json.JSONDecoder(), {}, 1
+    while text.startswith('"', at):
+        key, colon = decoder.raw_decode(text, at)
+        _, end = decoder.raw_decode(text, colon + 1)
+        members[_HALF_PAIR.sub("\ufffd", key)] = text[colon + 1:end]
+        at = end + 1
+    return members
 
 
 def _go_time(text):
     """A time as Go's RFC3339Nano writes it; None gives Go's zero time."""
     if text is None:
         return "0001-01-01T00:00:00Z"
-    match = type(text) is str and re.fullmatch(
-        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)",
-        text, re.ASCII)
+    match = re.fullmatch(
+        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:(\.\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)",
+        str(text), re.ASCII)
     if not match:
         raise InvalidDocument("'created' is not an RFC 3339 time: "
                               + printable(text, 60))
-    seconds, fraction, zone = match.groups()
-    fraction = (fraction or "")[:9].rstrip("0")
-    zone = "Z" if zone in ("+00:00", "-00:00") else zone
-    return seconds + ("." + fraction if fraction else "") + zone
+    seconds, fraction, zone = match.groups("")
+    return seconds + fraction.rstrip("0.") + ("Z" if zone[1:] == "00:00" else zone)
 
 
 def _go_history(v1):
     """One entry of a config's history, from a v1 image."""
     command = (v1.get("container_config") or {}).get("Cmd") or []
-    fields = (("author", v1.get("author")),
+    fields = (("created", _go_time(v1.get("created"))),
+              ("author", v1.get("author")),
               ("created_by", command if type(command) is str else " ".join(command)),
               ("comment", v1.get("comment")),
               ("empty_layer", v1.get("throwaway") is True))
-    return dict([("created", _go_time(v1.get("created")))]
-                + [pair for pair in fields if pair[1]])
+    return {name: value for name, value in fields if value}
 
 
 def modern_config(manifest, diff_ids):
@@ -1372,27 +1281,22 @@ def modern_config(manifest, diff_ids):
     (manifest/docker_schema1.go, ToSchema2Config), except for images of docker before
     1.8.3, whose members it re-encodes. Raises InvalidDocument.
     """
-    images = [parse_json(layer.v1_compatibility.encode("utf-8"), "v1Compatibility")
-              for layer in manifest.layers]
-    members = _members(manifest.layers[-1].v1_compatibility)
+    members = _go_members(manifest.layers[-1].v1_json)
     for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
         members.pop(key, None)
     rootfs = {"type": "layers"}
     if diff_ids:
-        rootfs["diff_ids"] = [str(diff_id) for diff_id in diff_ids]
+        rootfs["diff_ids"] = list(map(str, diff_ids))
     members["rootfs"] = _go_json(rootfs)
     try:
-        members["history"] = _go_json([_go_history(image) for image in images])
+        members["history"] = _go_json([_go_history(json.loads(layer.v1_json))
+                                       for layer in manifest.layers])
     except (TypeError, AttributeError):
         raise InvalidDocument(
             "a v1Compatibility has members of the wrong type") from None
-    try:
-        raw = ("{%s}" % ",".join(
-            "%s:%s" % (_go_json(key), members[key]) for key in sorted(
-                members, key=lambda key: key.encode("utf-8")))).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidDocument("a v1Compatibility is not valid Unicode") from None
-    return ImageConfig.parse(raw)
+    return ImageConfig.parse(("{%s}" % ",".join(
+        "%s:%s" % (_go_json(key), members[key])
+        for key in sorted(members, key=str.encode))).encode("utf-8"))
 
 
 def modern_manifest(config, layers, media_type=DOCKER_MANIFEST,
@@ -1403,9 +1307,9 @@ def modern_manifest(config, layers, media_type=DOCKER_MANIFEST,
                 "digest": str(descriptor.digest)}
 
     pointer = Descriptor(config_type, Digest.of(config.raw), len(config.raw))
-    raw = json.dumps({
+    raw = canonical_json({
         "schemaVersion": 2, "mediaType": media_type, "config": described(pointer),
-        "layers": list(map(described, layers))}, separators=(",", ":")).encode("ascii")
+        "layers": list(map(described, layers))}, sort_keys=False)
     return Manifest(raw, media_type, Digest.of(raw), pointer, tuple(layers))
 
 
@@ -1415,8 +1319,7 @@ def with_layers(manifest, layers):
     for member, layer in zip(document["layers"], layers):
         member.update(mediaType=layer.media_type, size=layer.size,
                       digest=str(layer.digest))
-    raw = json.dumps(document, separators=(",", ":"),
-                     ensure_ascii=False).encode("utf-8")
+    raw = canonical_json(document, sort_keys=False)
     return manifest._replace(raw=raw, digest=Digest.of(raw), layers=tuple(layers))
 
 
@@ -4085,7 +3988,7 @@ class Registry(Endpoint):
                 "GET", "%s/blobs/%s" % (repository, str(descriptor.digest)),
                 repository, what, headers, expected)
         except NotFound as error:
-            if descriptor.urls:
+            if re.search("foreign|nondistributable", descriptor.media_type):
                 error.hint = ("it is a foreign layer, which its maker keeps on servers "
                               "of his own: pull from a registry that has it")
             raise
@@ -5065,7 +4968,7 @@ def parse_unpacked(raw):
     document = Document.parse(raw, UNPACKED)
     found = {}
     for name in document.value:
-        one = Document(document.need(name, dict), "%s.%s" % (UNPACKED, name))
+        one = document.need(name, dict)
         found[document.as_digest(name, UNPACKED)] = Unpacked(
             one.digest("diff_id"), one.size("size"), one.size("bytes"))
     return found
@@ -6334,7 +6237,7 @@ class Session:
         held = output.held(reference, source.registry_url) if output else []
         top = self.manifest(reference, held)
         with naming("%s/%s" % (source.host, source.repository)):
-            found = self._graph(source, held).choose(top, wanted)
+            found = choose(self._fetcher(source, held), top, wanted)
         manifest, config, actual = found[-1], None, None
         with naming(source.host):
             if isinstance(manifest, Manifest):
@@ -6365,7 +6268,7 @@ class Session:
         source = self.source(reference)
         below, blobs = {}, {}
         with naming("%s/%s" % (source.host, source.repository)):
-            for child in self._graph(source).walk(index.manifests, 1):
+            for *_, child in walk(self._fetcher(source), index.manifests, (index,)):
                 below[child.digest] = child
                 if isinstance(child, Schema1Manifest):
                     raise Unsupported("a schema1 manifest in an index")
@@ -6376,8 +6279,8 @@ class Session:
                              None, "all", tuple(blobs.values()), tuple(below.values()))
 
     @staticmethod
-    def _graph(source, held=()):
-        """The Graph of what a Source has, less the documents `held`."""
+    def _fetcher(source, held=()):
+        """What gets documents of a Source for `walk`, less those `held`."""
         def fetch(entry):
             if entry.media_type not in MANIFEST_SHAPES:
                 raise Unsupported("an index entry of type %s"
@@ -6386,7 +6289,7 @@ class Session:
             if raw is not None:
                 return decode_manifest(raw, entry.media_type, entry.digest)
             return source.fetch_manifest(entry.digest, entry.size)
-        return Graph(fetch)
+        return fetch
 
     def pull(self, references, output, platform=None):
         """Pulls `references` into `output` (of the Outputs room): their Images.
@@ -6795,12 +6698,13 @@ class Audit:
             Document.parse(reader.read("oci-layout"), "oci-layout").need(
                 "imageLayoutVersion", str)
         self._images, self._tags, self._tops = [], set(), set()
-        graph = Graph(lambda entry: self._document(reader, entry))
+        seen = set()
         with self._noting("index.json"):
             entries = layout_entries(reader)
             self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
             for entry in entries:
-                for manifest in graph.walk([entry]):
+                for *_, manifest in walk(lambda entry: self._document(reader, entry),
+                                         [entry], seen=seen):
                     self._image(reader, manifest)
         names = None
         with self._noting("directory"):
@@ -7027,7 +6931,7 @@ class Shelf:
                                   reader.region(name))
         nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
             os.path.abspath(path)).lower()).strip("-") or "image"
-        graph = Graph(lambda descriptor: layout_document(reader, descriptor))
+        seen = set()
         for entry in layout_entries(reader):
             name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
             names = [nameless]
@@ -7041,7 +6945,8 @@ class Shelf:
                 continue
             if tag is not None and not re.fullmatch(_TAG, tag):
                 tag = None
-            for document in graph.walk([entry]):
+            for *_, document in walk(lambda entry: layout_document(reader, entry),
+                                     [entry], seen=seen):
                 self._below[str(document.digest)] = (
                     document.media_type, document.digest, document.raw)
             self.add(names, tag, *self._below[str(entry.digest)])
