@@ -18365,6 +18365,7 @@ class Worker:
     @staticmethod
     def _run(pipe, names):
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a "&" ignores it
         suite = unittest.defaultTestLoader.loadTestsFromNames(
             names, sys.modules["__main__"])
         suite.run(Reporting(lambda *found: pipe.send(found)))
