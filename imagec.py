@@ -7333,8 +7333,8 @@ def serving(server):
 # 17  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
-# For the loopback server of the self-test only: everybody has this key.
-_TEST_CERTIFICATE = """\
+# Of the loopback server of the self-test only: everybody has this key.
+_TEST_PEM = """\
 -----BEGIN CERTIFICATE-----
 MIIBfzCCASWgAwIBAgIJAKRd+JGKWNTbMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
 CWxvY2FsaG9zdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowFDES
@@ -7346,86 +7346,43 @@ Y2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNIADBFAiEA/Ig5vuCtrSRqLZo3NBDM
 sN/XFInbo+ml/LMHJx9bGuUCIEvrAVbMJ/02PKUecuf2fXVR+8wmKCAsWL9zIL/J
 uoIe
 -----END CERTIFICATE-----
-"""
-_TEST_KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfDLjV1FGjkXrmDnL
 j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
 2zK2/Xpa8vWdaG5W5gVHPnymmyw8ciXa6hppY6fgamzNuk7QKtuYrmQI
 -----END PRIVATE KEY-----
 """
-_TEST_TOKEN = "selftest-token"
-_TEST_REPOSITORY = "selftest/image"
 
 
-class _TestHandler(RegistryHandler):
-    """Asks for a Bearer token, and gives one to anybody; may send zeros for blobs."""
+class _Tamperer(RegistryHandler):
+    """Sends zeros for the blob whose digest is the server's `tampered`."""
 
     def send_part(self, file, at, count):
-        if self.server.tampers:
+        if self.path.rpartition("/")[2] == self.server.tampered:
             return self.wfile.write(bytes(count))
         return super().send_part(file, at, count)
 
-    def allowed(self):
-        place = self.path.partition("?")[0]
-        if place == "/token":
-            self.send(200, canonical_json({"token": _TEST_TOKEN}), "application/json")
-            return False
-        if self.headers.get("Authorization") == "Bearer " + _TEST_TOKEN:
-            return True
-        self.fail(401, "UNAUTHORIZED", "authentication required", [
-            ("WWW-Authenticate", 'Bearer realm="%s://%s/token",service="selftest"' % (
-                "https" if self.server.context else "http", self.headers["Host"]))])
-        return False
-
-
-def _test_layer():
-    """The bytes of a small layer's tar, which belongs to whoever runs this."""
-    text = b"This came through imagec.\n"
-    owner = {"uid": os.geteuid(), "gid": os.getegid()} if hasattr(os, "geteuid") else {}
-    return (b"".join(tar_header(name, 0, b"5", 0o755, **owner) for name in (
-        b"./", b"etc/")) + tar_header(b"etc/imagec", len(text), **owner) + text
-            + bytes(-len(text) % TAR_BLOCK) + bytes(2 * TAR_BLOCK))
-
-
-def _test_schema1(blob):
-    """A schema1 manifest in signed form. Its signature is not one: none is checked."""
-    head = json.dumps({
-        "schemaVersion": 1, "name": _TEST_REPOSITORY, "tag": "schema1",
-        "architecture": Platform.host().architecture,
-        "fsLayers": [{"blobSum": str(blob)}],
-        "history": [{"v1Compatibility": json.dumps({"id": blob.hex})}]}).encode()[:-1]
-    protected = base64.urlsafe_b64encode(canonical_json(
-        {"formatLength": len(head), "formatTail": "fQ"}))  # base64 of "}"
-    return b'%s, "signatures": [{"protected": "%s"}]}' % (head, protected.rstrip(b"="))
-
 
 def test_shelf(directory):
-    """A Shelf with one small image as schema1, schema2, OCI index; blobs below it."""
-    shelf, tar, host = Shelf(), _test_layer(), Platform.host()
+    """A Shelf with one small image; its blobs, in `directory`, fit who runs this."""
+    shelf, host, text = Shelf(), Platform.host(), b"This came through imagec.\n"
+    owner = {"uid": os.geteuid(), "gid": os.getegid()} if hasattr(os, "geteuid") else {}
+    tar = b"".join(tar_header(name, 0, b"5", 0o755, **owner) for name in (
+        b"./", b"etc/")) + tar_header(b"etc/imagec", len(text), **owner) + text.ljust(
+            TAR_BLOCK, b"\0") + bytes(2 * TAR_BLOCK)
     deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     blob = deflate.compress(tar) + deflate.flush()
-    platform = {"os": host.os, "architecture": host.architecture,
-                "variant": host.variant}
-    config = ImageConfig.parse(canonical_json(dict(platform, rootfs={
-        "type": "layers", "diff_ids": [str(Digest.of(tar))]})))
+    config = ImageConfig.parse(canonical_json({
+        "os": host.os, "architecture": host.architecture, "variant": host.variant,
+        "rootfs": {"type": "layers", "diff_ids": [str(Digest.of(tar))]}}))
     for data in (blob, config.raw):
         path = os.path.join(directory, Digest.of(data).hex)
         write_file(path, data)
         shelf.add_blob(Digest.of(data), Region(path, 0, len(data)))
-    layer = Descriptor(DOCKER_LAYER, Digest.of(blob), len(blob))
-    oci = modern_manifest(config, [layer._replace(media_type=OCI_LAYER)],
-                          OCI_MANIFEST, OCI_CONFIG)
-    index = canonical_json({
-        "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
-            {"mediaType": OCI_MANIFEST, "digest": str(oci.digest),
-             "size": len(oci.raw), "platform": platform}]})
-    for tag, raw, media_type in (
-            ("schema1", _test_schema1(layer.digest), DOCKER_SCHEMA1_SIGNED),
-            ("schema2", modern_manifest(config, [layer]).raw, DOCKER_MANIFEST),
-            ("oci", index, OCI_INDEX), (None, oci.raw, OCI_MANIFEST)):
-        shelf.add([_TEST_REPOSITORY], tag, media_type,
-                  decode_manifest(raw, media_type).digest, raw)
+    manifest = modern_manifest(
+        config, [Descriptor(DOCKER_LAYER, Digest.of(blob), len(blob))])
+    shelf.add(["selftest/image"], "latest", manifest.media_type, manifest.digest,
+              manifest.raw)
     return shelf
 
 
@@ -7460,43 +7417,39 @@ def describe_host():
     yield "proxies", ", ".join("%s: %s" % pair for pair in sorted(proxies.items())) or (
         "none"), True
     try:
-        yield "credentials", ", ".join(name for name, config in Keyring().sources()
-                                       if config) or "no sources", True
+        sources = ", ".join(name for name, config in Keyring().sources() if config)
     except CredentialsError as error:  # pulls with --no-creds work all the same
-        yield "credentials", str(error), True
+        sources = str(error)
+    yield "credentials", sources or "no sources", True
     free = shutil.disk_usage(".").free
     yield "disk here", "%d MB free" % (free // 10 ** 6), free > MIB
 
 
-def pull_test_images(directory, tls):
-    """Pulls the test images in every format from a loopback registry; yields what went.
+def pull_test_image(directory):
+    """Pulls the test image in every format from a loopback registry; yields what went.
 
     Raises ImagecError where something is wrong.
     """
-    pair = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
-    for path, text in zip(pair, (_TEST_CERTIFICATE, _TEST_KEY)):
-        write_file(path, text.encode("ascii"))
-    server = new_server(test_shelf(directory), ("127.0.0.1", 0), None, tls and pair,
-                        _TestHandler)
-    server.tampers = False
-    options = {"cacert": pair[0] if tls else None, "no_creds": True}
+    pem = os.path.join(directory, "test.pem")
+    write_file(pem, _TEST_PEM.encode("ascii"))
+    server = new_server(test_shelf(directory), ("127.0.0.1", 0),
+                        Credentials("selftest", "of no worth"), (pem, pem), _Tamperer)
+    server.tampered = None
+    options = {"cacert": pem, "username": "selftest", "password": "of no worth"}
     with serving(server):
-        host = "127.0.0.1:%d" % server.server_address[1]
-        name = "%s/%s" % (host, _TEST_REPOSITORY)
+        name = "127.0.0.1:%d/selftest/image" % server.server_address[1]
         for format in OUTPUTS:
             if format == "rootfs" and os.name != "posix":
                 continue
-            for tag in ("schema1", "schema2", "oci"):
-                path = os.path.join(directory, "%s-%s" % (format, tag))
-                path += ".tar" if format == "archive" else ""
-                image = pull("%s:%s" % (name, tag), path, format, **options)
-                faults = format != "rootfs" and Audit().check(image.path).faults
-                if faults:
-                    raise VerificationError("; ".join(faults))
+            path = os.path.join(directory, format) + ".tar" * (format == "archive")
+            image = pull(name, path, format, **options)
+            faults = format != "rootfs" and Audit().check(image.path).faults
+            if faults:
+                raise VerificationError("; ".join(faults))
             yield format
-        server.tampers = True
-        try:  # schema1, for there the layer is all there is to tamper with
-            pull(name + ":schema1", os.path.join(directory, "tampered"), **options)
+        server.tampered = str(image.layers[0].digest)
+        try:
+            pull(name, os.path.join(directory, "tampered"), **options)
         except VerificationError:
             yield "a tampered copy is refused"
         else:
@@ -7509,13 +7462,10 @@ def describe_registry(host, session):
     registry = session.registry(reference.api_host)
     yield "registry", registry.learn_registry_url(), True
     challenge = registry.challenge
-    if challenge is None:
-        yield "asks for", "nothing", True
-        return
-    yield "asks for", "%s %s" % (challenge.scheme, printable(
-        challenge.parameters.get("realm", ""), 200)), True
-    found = session.credentials(reference)
-    yield "we would be", str(found or "anonymous"), True
+    yield "asks for", "%s %s" % (challenge.scheme, printable(challenge.parameters.get(
+        "realm", ""), 200)) if challenge else "nothing", True
+    if challenge:
+        yield "we would be", str(session.credentials(reference) or "anonymous"), True
 
 
 # --------------------------------------------------------------------------------------
@@ -7783,7 +7733,7 @@ def run_selftest(args, session):
     with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
         # Nothing of this host's, proxies or credentials, has a part in it.
         try:
-            for done in pull_test_images(directory, tls=True):
+            for done in pull_test_image(directory):
                 print("%-12s %s" % ("proved", done))
         except ImagecError as error:  # of any kind: what it means is always the same
             raise Unsupported("this host cannot pull images: %s" % error) from error

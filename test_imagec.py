@@ -160,7 +160,7 @@ except ImportError:  # Windows
 # Certificates: every key here is public knowledge, and guards nothing. All are
 # self-signed P-256 and their own CA; a client trusts TEST_CERT as cafile.
 # localhost and 127.0.0.1, until 2126
-TEST_CERT, TEST_KEY = imagec._TEST_CERTIFICATE, imagec._TEST_KEY
+TEST_CERT, TEST_KEY = re.findall("(?s)-----BEGIN.*?-----END[^\n]+\n", imagec._TEST_PEM)
 
 # wrong.example, until 2126
 WRONG_HOST_CERT = """\
@@ -13242,7 +13242,7 @@ class SelfTestTest(ServeCase):
 
     def hasty(self, *argv, **environ):
         """A run without the pulls."""
-        with mock.patch.object(imagec, "pull_test_images", return_value=["stub"]), \
+        with mock.patch.object(imagec, "pull_test_image", return_value=["stub"]), \
                 mock.patch.dict(os.environ, environ):
             return self.main("selftest", *argv)
 
@@ -13275,33 +13275,30 @@ class SelfTestTest(ServeCase):
         self.assertNotRegex(codecs, "bzip2|zstd")
         self.assertRegex(run.out, "(?m)^proxies .*127.0.0.1:9")
 
-    def test_proxies_are_shown_without_their_users(self):
-        for url, words in (("us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
-                           ("http://us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
-                           ("socks5h://us3r:S3@CR3T@h.test", "socks5h://h.test"),
-                           ("http://us3r:S3/CR3T@127.0.0.1:9", "not one we can use"),
-                           ("http://us3r:S3?CR3T@127.0.0.1:9", "not one we can use"),
-                           ("ftp://us3r:S3CR3T@127.0.0.1:9", "not one we can use")):
-            with self.subTest(url):
-                run = self.hasty(http_proxy=url, no_proxy="h.test,.x")
-                row = re.search("(?m)^proxies .*", run.out).group()
-                self.assertIn("http: " + words, row.replace("the proxy's URL is ", ""))
-                self.assertIn("no: h.test,.x", row)
-                self.assertNotRegex(run.out + run.err, "us3r|S3|CR3T")
+    @rows((("us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
+           ("http://us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
+           ("socks5h://us3r:S3@CR3T@h.test", "socks5h://h.test"),
+           ("http://us3r:S3/CR3T@127.0.0.1:9", "not one we can use"),
+           ("http://us3r:S3?CR3T@127.0.0.1:9", "not one we can use"),
+           ("ftp://us3r:S3CR3T@127.0.0.1:9", "not one we can use")))
+    def test_proxies_are_shown_without_their_users(self, url, words):
+        run = self.hasty(http_proxy=url, no_proxy="h.test,.x")
+        row = re.search("(?m)^proxies .*", run.out).group()
+        self.assertIn("http: " + words, row.replace("the proxy's URL is ", ""))
+        self.assertIn("no: h.test,.x", row)
+        self.assertNotRegex(run.out + run.err, "us3r|S3|CR3T")
 
-    def test_broken_credentials(self):
+    @rows((("DOCKER_CONFIG", "{work}"), ("DOCKER_AUTH_CONFIG", "{{oops" + PASSWORD),
+           ("REGISTRY_AUTH_FILE", "{work}/absent")))
+    def test_broken_credentials(self, name, value):
         write_file(self.at("config.json"), b"{oops")
-        for environ in ({"DOCKER_CONFIG": self.work},
-                        {"DOCKER_AUTH_CONFIG": "{oops" + PASSWORD},
-                        {"REGISTRY_AUTH_FILE": self.at("absent")}):
-            with self.subTest(environ=environ):
-                run = self.hasty(**environ)
-                self.assertIn(run.status, (0, 1), run.err)
-                self.assertRegex(run.out, "(?m)^disk here")
-                self.assertRegex(run.out, "(?m)^proved +stub$")
-                self.assertRegex(run.out, "(?m)^credentials +[^ ]")
-                self.assertRegex(run.out + run.err, "config.json|AUTH_CONFIG|absent")
-                self.assertNotIn(PASSWORD, run.out + run.err)
+        run = self.hasty(**{name: value.format(work=self.work)})
+        self.assertIn(run.status, (0, 1), run.err)
+        self.assertRegex(run.out, "(?m)^disk here")
+        self.assertRegex(run.out, "(?m)^proved +stub$")
+        self.assertRegex(run.out, "(?m)^credentials +[^ ]")
+        self.assertRegex(run.out + run.err, "config.json|AUTH_CONFIG|absent")
+        self.assertNotIn(PASSWORD, run.out + run.err)
 
     def test_shipped_command(self):
         done = subprocess.run(
@@ -13322,87 +13319,61 @@ class SelfTestTest(ServeCase):
         self.failed(run)
         self.assertRegex(run.out, "(?m)^disk here +.*not enough")
 
-    def test_pull_that_fails(self):
-        for error in (imagec.TransportError("no way"), imagec.DigestMismatch(
-                "blob", "a", "b"), imagec.InvalidDocument("bad"), OSError(28, "full")):
-            with self.subTest(error=error), \
-                    mock.patch.object(imagec, "pull", side_effect=error):
-                self.failed(self.main("selftest"))
+    @rows(((error,) for error in (
+        imagec.TransportError("no way"), imagec.DigestMismatch("blob", "a", "b"),
+        imagec.InvalidDocument("bad"), OSError(28, "full"))))
+    def test_pull_that_fails(self, error):
+        with mock.patch.object(imagec, "pull", side_effect=error):
+            self.failed(self.main("selftest"))
 
-    def test_what_verify_finds(self):
+    @rows(((["layer.tar: is not what it was"], "is not what it was"),
+           ([], "tampered")))
+    def test_pull_that_is_too_good(self, faults, words):
         audit = mock.Mock()
-        audit.check.return_value.faults = ["layer.tar: is not what it was"]
+        audit.check.return_value.faults = faults
         with mock.patch.object(imagec, "pull"), \
                 mock.patch.object(imagec, "Audit", return_value=audit):
-            self.failed(self.main("selftest"), "is not what it was")
-
-    def test_tampered_layer_that_is_taken(self):
-        audit = mock.Mock()
-        audit.check.return_value.faults = []
-        with mock.patch.object(imagec, "pull"), \
-                mock.patch.object(imagec, "Audit", return_value=audit):
-            self.failed(self.main("selftest"), "tampered")
+            self.failed(self.main("selftest"), words)
 
     # -- of a registry
 
-    def test_registries(self):
-        for auth, words in ((None, "nothing"), ("basic", "[Bb]asic"),
-                            ("bearer", "[Bb]earer http://127.0.0.1:[0-9]+/token")):
-            with self.subTest(auth=auth):
-                registry = self.registry(auth=auth)
-                run = self.hasty(registry.host)
-                self.assertEqual(run.status, 0, run.err)
-                self.assertRegex(run.out, "(?m)^registry +%s/v2/$" % registry.url)
-                self.assertRegex(run.out, "(?m)^asks for +" + words)
-                if auth:
-                    self.assertRegex(run.out, "(?m)^we would be +anonymous$")
-
-    def test_registry_over_tls(self):
-        registry = self.registry(auth="bearer", tls=True)
+    @rows(((None, False, "nothing"), ("basic", False, "[Bb]asic"),
+           ("bearer", False, "[Bb]earer http://127.0.0.1:[0-9]+/token"),
+           ("bearer", True, "[Bb]earer https://")))
+    def test_registries(self, auth, tls, words):
+        registry = self.registry(auth=auth, tls=tls)
         run = self.hasty(registry.host)
         self.assertEqual(run.status, 0, run.err)
-        self.assertRegex(run.out, "(?m)^registry +https://")
+        self.assertRegex(run.out, "(?m)^registry +%s/v2/$" % registry.url)
+        self.assertRegex(run.out, "(?m)^asks for +" + words)
+        self.assertEqual("we would be  anonymous\n" in run.out, auth is not None)
 
-    def test_certificate_that_is_not_trusted(self):
-        registry = self.registry(tls="expired")
-        self.failed(self.hasty(registry.host), registry.host)
-
-    def test_who_we_would_be(self):
+    @rows(((("--no-creds",), {"DOCKER_CONFIG": "{work}"}, "anonymous$"),
+           ((), {"DOCKER_CONFIG": "{work}"}, ".*alice"),
+           (("--authfile", "{work}/config.json"), {}, ".*alice"),
+           (("-u", "alice"), {"IMAGEC_PASSWORD": PASSWORD}, ".*alice")))
+    def test_who_we_would_be(self, argv, environ, who):
         registry = self.registry(auth="basic")
-        entry = {"auth": SERVE_ALICE}
-        config = write_file(self.at("config.json"), json.dumps(
-            {"auths": {registry.host: entry}}).encode("ascii"))
-        for argv, environ in (
-                ((), {"DOCKER_CONFIG": self.work}),
-                (("--authfile", config), {}),
-                (("-u", "alice"), {"IMAGEC_PASSWORD": PASSWORD})):
-            with self.subTest(argv=argv):
-                run = self.hasty(registry.host, *argv, **environ)
-                self.assertEqual(run.status, 0, run.err)
-                self.assertRegex(run.out, "(?m)^we would be .*alice")
-                self.assertNotIn(PASSWORD, run.out + run.err)
+        write_file(self.at("config.json"), json_bytes(
+            {"auths": {registry.host: {"auth": SERVE_ALICE}}}))
+        run = self.hasty(registry.host, *[word.format(work=self.work) for word in argv],
+                         **{name: value.format(work=self.work)
+                            for name, value in environ.items()})
+        self.assertEqual(run.status, 0, run.err)
+        self.assertRegex(run.out, "(?m)^we would be +" + who)
+        self.assertNotIn(PASSWORD, run.out + run.err)
 
-    def test_credentials_that_may_not_be_used(self):
-        registry = self.registry(auth="basic")
-        write_file(self.at("config.json"), json.dumps(
-            {"auths": {registry.host: {"auth": SERVE_ALICE}}}).encode("ascii"))
-        run = self.hasty(registry.host, "--no-creds", DOCKER_CONFIG=self.work)
-        self.assertRegex(run.out, "(?m)^we would be +anonymous$")
-
-    def test_unreachable(self):
+    def test_registries_that_are_none(self):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
-            host = "127.0.0.1:%d" % sock.getsockname()[1]
-        self.failed(self.hasty(host), host)
-
-    def test_what_is_no_registry(self):
-        registry = self.registry()
-        registry.fault("/v2/", status(404), times=None)
-        self.failed(self.hasty(registry.host), registry.host)
+            closed = "127.0.0.1:%d" % sock.getsockname()[1]
+        empty, untrusted = self.registry(), self.registry(tls="expired")
+        empty.fault("/v2/", status(404), times=None)
+        for host in (closed, empty.host, untrusted.host):
+            self.failed(self.hasty(host), host)
 
     def test_bad_host(self):
-        run = self.main("selftest", "-x", "y z")
-        self.assertEqual(run.status, 2)
+        self.assertEqual(self.main("selftest", "-x", "y z").status, 2)
         self.assertEqual(self.hasty("no such host").status, 2)
 
 
@@ -13676,7 +13647,7 @@ class CommandLineCredentialsTest(CommandLineCase):
         for command in commands:
             argv = command.format(ref=self.ref, host=self.origin.host).split()
             with self.subTest(command), mock.patch.object(
-                    imagec, "pull_test_images", return_value=[]):
+                    imagec, "pull_test_image", return_value=[]):
                 ended = self.main(*argv)
                 self.assert_one_line(ended._replace(out=b""), 2, re.escape(words))
                 self.assertNotIn(b"hunter2", ended.err.lower().encode() + ended.out)
