@@ -4100,6 +4100,8 @@ class Source:
 # --------------------------------------------------------------------------------------
 
 PARTIAL = ".partial"  # suffix of what is not yet proved
+NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
+TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
 _O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -4474,20 +4476,21 @@ def _raise(error):
 
 
 class Reader:
-    """The files of a layout or tree that is a directory, by their names in it.
+    """The files of a layout or of `layers` trees in a directory, by their names in it.
 
     `path` is the user's choice and may be a link; below it none is followed. `check` is
-    called as work goes on, and may raise.
+    called as work goes on, and may raise; `unlisted(OSError)` hears of directories that
+    cannot be listed. `asked` collects the names of files that were wanted.
     """
 
-    def __init__(self, path, check=go_on):
-        self.path, self.check = path, check
+    def __init__(self, path, check=go_on, unlisted=_raise):
+        self.path, self.check, self._unlisted = path, check, unlisted
+        self.asked, self._names = set(), None
 
-    def names(self, onerror=_raise):
-        """Those of all that is no directory, sorted.
-
-        `onerror(OSError)` hears of directories that cannot be listed.
-        """
+    def names(self):
+        """Those of all that is no directory, sorted; they are looked for once."""
+        if self._names is not None:
+            return self._names
         found, waiting = [], [(self.path, "")]
         while waiting:  # os.walk calls itself for each level before 3.12
             path, prefix = waiting.pop()
@@ -4500,8 +4503,9 @@ class Reader:
                         else:
                             found.append(prefix + entry.name)
             except OSError as error:
-                onerror(error)
-        return sorted(found)
+                self._unlisted(error)
+        self._names = sorted(found)
+        return self._names
 
     def region(self, name):
         """The Region of a file.
@@ -4509,6 +4513,7 @@ class Reader:
         Raises FileNotFoundError where nothing is there, InvalidDocument where it is no
         regular file.
         """
+        self.asked.add(name)
         path = self.path
         for part in name.split("/"):
             path = os.path.join(path, part)
@@ -4546,66 +4551,135 @@ def blob_name(digest):
 class TarReader(Reader):
     """The members of a layout that is a tar, by their names as they stand in it.
 
-    It is walked as layers are (see Tar): once, without a look at the data. Raises
-    InvalidDocument where it is no tar, or goes on behind its end.
+    It is walked as layers are (see Tar): once, without a look at the data. `names` has
+    them as often as they are there; directories end in "/". Raises InvalidDocument
+    where it is no tar, or goes on behind its end.
     """
 
     def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
-        self._members = collections.defaultdict(list)  # name -> Region or None of each
-        names = 0
+        self._names, self._regions = [], {}  # None: not to be read
         with Region(self.path, 0, 0).open() as file:
-            tar = Tar(pieces(file, check=check), "tar", float("inf"))
+            tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
             for entry, _ in tar:
-                names += len(entry.path)
-                if tar.members > MEMBER_COUNT_LIMIT or names > MEMBER_NAMES_LIMIT:
+                size += len(entry.path)
+                if tar.members > MEMBER_COUNT_LIMIT or size > MEMBER_NAMES_LIMIT:
                     raise LimitExceeded("more than %d members, or %d bytes of names" % (
                         MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
-                self._add(entry, tar.sparse, tar.offset)
+                name = entry.path.decode("utf-8", "backslashreplace")
+                if entry.kind == "dir" and not name.endswith("/"):
+                    name += "/"
+                readable = (entry.kind == "file" and not tar.sparse
+                            and name not in self._regions)
+                self._regions[name] = Region(self.path, tar.offset,
+                                             entry.size) if readable else None
+                self._names.append(name)
             file.seek(tar.offset)
             if any(data.strip(b"\0") for data in pieces(file, check=check)):
                 raise InvalidDocument("there is more behind the end of the tar")
-        if not self._members:
+        if not self._names:
             raise InvalidDocument("no tar, or an empty one")
 
-    def _add(self, entry, sparse, offset):
-        name = entry.path.decode("utf-8", "backslashreplace")
-        if entry.kind == "dir":
-            name += "/" * (not name.endswith("/"))
-        self._members[name].append(Region(self.path, offset, entry.size) if (
-            entry.kind == "file" and not sparse) else None)
-
-    def names(self):
-        """All of them, sorted, as often as they are there; directories end in "/"."""
-        return sorted(name for name, members in self._members.items()
-                      for _ in members)
-
     def region(self, name):
-        if name not in self._members:
+        self.asked.add(name)
+        if name not in self._regions:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
-        region, *more = self._members[name]
-        if region is None or more:
-            raise InvalidDocument("%s %s" % (name, "stands more than once" if more else
-                                             "is not a regular file"))
-        return region
+        if self._regions[name] is None:
+            raise InvalidDocument("%s is not a regular file, or not the only one"
+                                  % name)
+        return self._regions[name]
 
 
-def layout_entries(reader):
-    """The Descriptors in an OCI layout's index.json."""
-    index = Document.parse(reader.read("index.json"), "index.json")
-    return [Descriptor.from_document(entry)
-            for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
+def open_place(path, check=go_on, unlisted=_raise):
+    """The Reader of what a pull has written to `path`.
+
+    Raises OutputError where there is nothing, InvalidDocument where a file is no tar.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise OutputError(path or "''", "is not there") from None
+    if stat.S_ISREG(mode):
+        return TarReader(path, check)
+    if not stat.S_ISDIR(mode):
+        raise OutputError(path, "is neither a file nor a directory")
+    return Reader(path, check, unlisted)
 
 
-def layout_document(reader, descriptor):
-    """The document in an OCI layout that a Descriptor points to, proved and decoded."""
-    raw = reader.read(blob_name(descriptor.digest))
-    if len(raw) != descriptor.size:
-        raise SizeMismatch("manifest", descriptor.size, len(raw))
-    return decode_manifest(raw, descriptor.media_type, descriptor.digest)
+class Stored(NamedTuple):
+    """What a name in a layout, an archive or a `layers` tree leads to.
+
+    `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
+    is that of what it stands for, None in a tree; `documents` yields this and what is
+    below it, decoded, each for the first name that leads to it (see walk). `tree` is
+    what the names of its files in the `reader` begin with, None in a layout.
+    """
+
+    reader: Reader
+    tree: Optional[str]
+    name: Optional[str]
+    tag: Optional[str]
+    digest: Optional[Digest]
+    documents: object
+
+    def file_of(self, blob):
+        """The name of the file that holds a Layer, or a config by its Descriptor."""
+        if self.tree is None:
+            return blob_name(blob.digest)
+        return self.tree + ("%s/%s.tar" % (blob.id, blob.id)
+                            if isinstance(blob, Layer) else "config.json")
+
+    def layers(self, manifest):
+        """The Layers of an image in it; raises as Reader.read does, and where it is
+        none.
+        """
+        config = None
+        if isinstance(manifest, Manifest):
+            manifest.require_image()
+            config = ImageConfig.parse(self.reader.read(self.file_of(manifest.config)))
+        return list_layers(manifest, config)
 
 
-def layers_trees(names):
+def stored(reader, noting=naming):
+    """Yields a Stored for each name of an image in what a pull has written.
+
+    What is read is read inside of `noting(name of a file)`. Where that context manager
+    keeps an error to itself, what would follow from the file is passed over.
+    """
+    def noted(name, documents):
+        with noting(name):
+            yield from documents
+
+    def fetch(descriptor):
+        with noting(blob_name(descriptor.digest)):
+            raw = reader.read(blob_name(descriptor.digest))
+            if len(raw) != descriptor.size:
+                raise SizeMismatch("manifest", descriptor.size, len(raw))
+            return decode_manifest(raw, descriptor.media_type, descriptor.digest)
+
+    if not (isinstance(reader, TarReader)
+            or os.path.lexists(os.path.join(reader.path, "oci-layout"))):
+        for tree in _trees(reader.names()):
+            name, digest = _tree_name(os.path.join(reader.path, tree))
+            yield Stored(reader, tree, name, None, None, noted(
+                tree + "manifest.json", _tree_documents(reader, tree, digest)))
+        return
+    with noting("oci-layout"):
+        Document.parse(reader.read("oci-layout"), "oci-layout").need(
+            "imageLayoutVersion", str)
+    entries, seen = [], set()
+    with noting("index.json"):
+        index = Document.parse(reader.read("index.json"), "index.json")
+        entries = [Descriptor.from_document(entry)
+                   for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
+    for entry in entries:
+        name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+        yield Stored(reader, None, name, tag, entry.digest,
+                     noted("index.json", (trail[-1] for trail in walk(
+                         fetch, [entry], seen=seen))))
+
+
+def _trees(names):
     """Where among these names of files the `layers` format keeps images: prefixes."""
     last = None
     for tree in sorted(name[:-len("manifest.json")] for name in names
@@ -4615,24 +4689,38 @@ def layers_trees(names):
             last = tree
 
 
-def tree_digest(path):
-    """The Digest that a layers tree's directory is named by, None where by a tag."""
-    name = os.path.basename(os.path.abspath(path))
+def _tree_name(path):
+    """(full name, Digest) of a `layers` tree .../SCHEME/HOST/v2/REPOSITORY/TAG.
+
+    Either may be None; where the TAG is a digest is for LayersOutput to say.
+    """
+    host, repository, tag = re.fullmatch(
+        "(?s)(?:.*/https?/([^/]+)/v2/(.+)|.*)/([^/]*)",
+        os.path.abspath(path).replace(os.sep, "/")).groups()
+    digest = None
     with contextlib.suppress(InvalidReference):
-        return Digest.parse(name.replace("-", ":", 1))
+        digest = Digest.parse(tag.replace("-", ":", 1))
+    return host and "%s/%s%s" % (
+        host.replace("_", ":"), repository,  # see LayersOutput: Windows
+        "@" + str(digest) if digest else ":" + tag), digest
 
 
-def tree_documents(reader):
-    """The documents of a layers tree by name, decoded, outermost first."""
-    documents, digest = {}, tree_digest(reader.path)
+def _tree_documents(reader, tree, digest):
+    """Yields the documents of a `layers` tree, outermost first."""
+    found, above = {}, None
     with contextlib.suppress(FileNotFoundError):
         for depth in range(INDEX_DEPTH_LIMIT):
             name = "index.%d.json" % depth if depth else "index.json"
-            documents[name] = decode_manifest(
-                reader.read(name), None, None if depth else digest)
-    documents["manifest.json"] = decode_manifest(
-        reader.read("manifest.json"), None, None if documents else digest)
-    return documents
+            found[name] = reader.read(tree + name)
+    found["manifest.json"] = reader.read(tree + "manifest.json")
+    for name, raw in found.items():
+        digests = [Digest.of(raw, algorithm) for algorithm in _DIGEST_LENGTHS]
+        if above is not None and not (isinstance(above, Index) and any(
+                entry.digest in digests and entry.size == len(raw)
+                for entry in above.manifests)):
+            raise VerificationError("the index does not lead to it")
+        above = decode_manifest(raw, None, None if above else digest, name)
+        yield above
 
 
 class Fetched(NamedTuple):
@@ -5104,8 +5192,6 @@ class LayersOutput(Output):
         return documents
 
 
-NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
-TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
 OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.md
 
 
@@ -6621,9 +6707,9 @@ class Audit:
         self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
         self.images = self.blobs = 0
         self._go_on = check
-        self._within = ""  # what the names of faults begin with
-        self._needed = set()  # names that images lead to
-        self._seen = {}  # (path, name, size, whether a tar) -> Unpacked or None
+        self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
+        self._names = collections.defaultdict(set)  # digest of an image -> its names
+        self._images = []  # of a layout: (digest, what docker calls each: see _image)
 
     def check(self, path):
         """Re-checks what stands at `path`.
@@ -6631,52 +6717,114 @@ class Audit:
         Raises OutputError where nothing does, UsageError where there is no image or it
         cannot be checked.
         """
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            raise OutputError(path or "''", "is not there") from None
-        if stat.S_ISREG(mode):
-            self._check_tar(path)
-        elif not stat.S_ISDIR(mode):
-            raise OutputError(path, "is neither a file nor a directory")
-        elif os.path.lexists(os.path.join(path, "oci-layout")):
-            self._check_layout(Reader(path, self._go_on))
-        else:
-            self._check_layers_trees(path)
+        def unlisted(error):
+            with self._noting(os.path.relpath(error.filename, path)):
+                raise error
+
+        reader = None
+        with self._noting("content"):
+            reader = open_place(path, self._go_on, unlisted)
+        if reader is not None:
+            if isinstance(reader, TarReader) and "oci-layout" not in reader.names():
+                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
+            for found in stored(reader, self._noting):
+                self._names[found.digest].add(found.name)
+                for document in found.documents:
+                    self._names[document.digest].add(found.name)
+                    if not isinstance(document, Index):
+                        self._image(found, document)
+            self._check_names(reader)
         if not (self.images or self.faults or self.unread):
             raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
         return self
 
-    def _fault(self, name, text):
-        self.faults.append("%s%s: %s" % (self._within, name, text))
-
     @contextlib.contextmanager
     def _noting(self, name):
-        """What is wrong inside becomes a fault of `name`."""
+        """What is wrong inside becomes a fault of the file `name`."""
         try:
             yield
-        except TransportError:
-            raise  # of `check`
+        except (TransportError, OutputError):
+            raise  # of `check`; of no place at all
         except Unsupported as error:
-            self.unchecked.append("%s%s: %s" % (self._within, name, error))
+            self.unchecked.append("%s: %s" % (name, error))
         except FileNotFoundError:
             self._fault(name, "missing")
         except PermissionError:
-            self.unread.append(self._within + name)
+            self.unread.append(name)
         except ImagecError as error:
             self._fault(name, error)
 
-    def _blob(self, reader, descriptor, name, tar=False):
+    def _fault(self, name, text):
+        self.faults.append("%s: %s" % (name, text))
+
+    def _check_names(self, reader):
+        """An archive holds what its images need, once, and nothing else.
+
+        Who loads one that holds more may take another image (one reads "./index.json"
+        for "index.json"). A directory may hold what a pull has left.
+        """
+        archive = isinstance(reader, TarReader)
+        names = collections.Counter(reader.names())
+        if self.unread:
+            return  # what they would lead to is no more "extra" than it is good
+        if "oci-layout" in reader.asked:
+            self._check_docker(reader, names)
+        folders = {"blobs/", "blobs/sha256/"}.union(
+            os.path.dirname(name) + "/" for name in reader.asked if "/" in name)
+        for name, count in names.items():
+            if count > 1:
+                self._fault(name, "stands %d times" % count)
+            elif name not in reader.asked and not archive:
+                self.ignored.append(name)
+            elif name not in reader.asked and name not in folders:
+                self._fault(name, "extra, nothing points to it")
+
+    def _image(self, found, manifest):
+        self.images += 1
+        layers, said, read = [], {}, found.reader.read
+        where = (found.tree or "") + "manifest.json"
+        if isinstance(manifest, Manifest):
+            where = found.file_of(manifest.config)
+            self._blob(found, manifest.config, where)
+            if found.tree is None:
+                layers = [Layer("", blob, None, "") for blob in manifest.layers]
+        elif found.tree is None:
+            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
+                               "none")
+        with self._noting(where):
+            layers = found.layers(manifest)
+        self._images.append((manifest.digest, where, list(map(found.file_of, layers)),
+                             layers and layers[-1].id))
+        if found.tree is not None:
+            with self._noting(found.tree + UNPACKED), contextlib.suppress(
+                    FileNotFoundError):
+                said = parse_unpacked(read(found.tree + UNPACKED))
+        for layer in layers:
+            name = found.file_of(layer)
+            tar = found.tree is not None or ".tar" in layer.blob.media_type
+            unpacked = self._blob(found, layer.blob, name, tar)
+            if unpacked and layer.diff_id not in (None, unpacked.diff_id):
+                self._fault(name, "unpacks to %s, the config says %s" % (
+                    str(unpacked.diff_id), str(layer.diff_id)))
+            if unpacked and said.get(layer.digest, unpacked) != unpacked:
+                self._fault(found.tree + UNPACKED, "is wrong about %s: delete it, pull "
+                            "again" % name)
+            if found.tree is not None:
+                name = name[:-len("tar")] + "json"
+                with self._noting(name):
+                    if read(name) != layer.v1_json.encode("utf-8"):
+                        raise VerificationError("is not the layer's v1 JSON")
+
+    def _blob(self, found, descriptor, name, tar=False):
         """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
-        question = reader.path, name, descriptor.size, tar
+        question = name, descriptor.size, tar
         if question in self._seen:
             return self._seen[question]
         self._seen[question] = None
-        self._needed.add(self._within + name)
         self.blobs += 1
         what = "layer " + str(descriptor.digest)
         with self._noting(name):
-            region = reader.region(name)
+            region = found.reader.region(name)
             if descriptor.size not in (None, region.size):  # or: each lie is hashed
                 raise SizeMismatch("blob", descriptor.size, region.size)
             _, self._seen[question] = prove(
@@ -6685,170 +6833,31 @@ class Audit:
                 if tar else None, check=self._go_on)
         return self._seen[question]
 
-    def _diff_id(self, name, unpacked, expected):
-        """`expected` is the diffID the config gives a blob, None for none."""
-        if unpacked and expected and unpacked.diff_id != expected:
-            self._fault(name, "unpacks to %s, the config says %s" % (
-                str(unpacked.diff_id), str(expected)))
-
-    # -- OCI layouts and archives
-
-    def _check_layout(self, reader):
-        with self._noting("oci-layout"):
-            Document.parse(reader.read("oci-layout"), "oci-layout").need(
-                "imageLayoutVersion", str)
-        self._images, self._tags, self._tops = [], set(), set()
-        seen = set()
-        with self._noting("index.json"):
-            entries = layout_entries(reader)
-            self._tags = {entry.annotations.get(NAME_ANNOTATION) for entry in entries}
-            for entry in entries:
-                for *_, manifest in walk(lambda entry: self._document(reader, entry),
-                                         [entry], seen=seen):
-                    self._image(reader, manifest)
-        names = None
-        with self._noting("directory"):
-            names = reader.names()
-        if names is None or self.unread:
-            return  # what they would lead to is no more "extra" than it is good
-        for name, look in (("manifest.json", self._docker_manifest),
-                           ("repositories", self._repositories)):
-            if name in names:
-                with self._noting(name):
-                    look(parse_json(reader.read(name), name))
-        self._needed.update(("oci-layout", "index.json", "manifest.json",
-                             "repositories"))
-        self._check_names(collections.Counter(names), isinstance(reader, TarReader))
-
-    def _check_names(self, names, archive):
-        """An archive holds what its images need, once, and nothing else.
-
-        Who loads one that holds more may take another image (one reads "./index.json"
-        for "index.json"). A directory may hold what a pull has left.
-        """
-        folders = {"blobs/", "blobs/sha256/"}.union(
-            os.path.dirname(name) + "/" for name in self._needed if "/" in name)
-        for name, count in names.items():
-            if count > 1:
-                self._fault(name, "stands %d times" % count)
-            elif name not in self._needed and not archive:
-                self.ignored.append(name)
-            elif name not in self._needed and name not in folders:
-                self._fault(name, "extra, nothing points to it")
-
-    def _document(self, reader, descriptor):
-        """A document that was found good, else None."""
-        name = blob_name(descriptor.digest)
-        self._needed.add(name)
-        with self._noting(name):
-            return layout_document(reader, descriptor)
-
-    def _image(self, reader, manifest):
-        if isinstance(manifest, Index):
-            return
-        self.images += 1
-        if isinstance(manifest, Schema1Manifest):
-            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
-                               "none")
-        config = blob_name(manifest.config.digest)
-        self._images.append((config, [blob_name(layer.digest)
-                                      for layer in manifest.layers]))
-        self._blob(reader, manifest.config, config)
-        layers = [Layer("", blob, None, "") for blob in manifest.layers]
-        with self._noting(config):
-            manifest.require_image()
-            layers = list_layers(manifest, ImageConfig.parse(reader.read(config)))
-        self._tops.update(layer.id for layer in layers[-1:])
-        for layer in layers:
-            tar = ".tar" in layer.blob.media_type  # what attestations hold is none
-            name = blob_name(layer.digest)
-            self._diff_id(name, self._blob(reader, layer.blob, name, tar),
-                          layer.diff_id)
-
-    def _docker_manifest(self, entries):
-        """manifest.json must say what index.json says; the blobs have been checked."""
-        if type(entries) is not list:
-            raise InvalidDocument("is not a JSON array")
-        images = {canonical_json(image) for image in self._images}
-        for entry in entries:
-            document = Document(entry, "manifest.json")
-            config, layers = document.need("Config", str), document.need("Layers", list)
-            if canonical_json((config, layers)) not in images:
-                raise InvalidDocument("has other layers than index.json leads to for %s"
-                                      % printable(config, 100))
-            for tag in document.get("RepoTags", list, []):
-                self._check_tag(tag)
-
-    def _check_tag(self, tag):
-        if type(tag) is not str or tag not in self._tags:
-            raise InvalidDocument("has a name that index.json has not: %s"
-                                  % printable(tag, 100))
-
-    def _repositories(self, value):
-        """`repositories`, what docker before 1.10 reads, must say so too."""
-        for name, tags in Document(value, "repositories").value.items():
-            for tag, top in Document(tags, name).value.items():
-                self._check_tag("%s:%s" % (name, tag))
-                if top not in self._tops:
-                    raise InvalidDocument("has another layer for %s than its image"
-                                          % printable(name, 100))
-
-    def _check_tar(self, path):
-        reader = None
-        with self._noting("content"):
-            reader = TarReader(path, self._go_on)
-        if reader is not None:
-            if "oci-layout" not in reader.names():
-                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
-            self._check_layout(reader)
-
-    # -- layers trees
-
-    def _check_layers_trees(self, path):
-        def closed(error):
-            if not isinstance(error, PermissionError):
-                raise error
-            self.unread.append(os.path.relpath(error.filename, path))
-
-        names = Reader(path, self._go_on).names(closed)
-        for self._within in layers_trees(names):
-            self._layers_tree(Reader(os.path.join(path, self._within), self._go_on))
-        self._within = ""
-        self.ignored += [name for name in names if name not in self._needed]
-
-    def _layers_tree(self, reader):
-        self.images += 1
-        with self._noting("manifest.json"):
-            documents = tree_documents(reader)
-            self._needed.update(self._within + name for name in documents)
-            *_, manifest = chain = list(documents.values())
-            for above, below in zip(chain, chain[1:]):
-                digests = [Digest.of(below.raw, name) for name in _DIGEST_LENGTHS]
-                if not isinstance(above, Index) or not any(
-                        entry.digest in digests and entry.size == len(below.raw)
-                        for entry in above.manifests):
-                    raise VerificationError("the index does not lead to it")
-            config = None
-            if isinstance(manifest, Manifest):
-                self._blob(reader, manifest.config, "config.json")
-                config = ImageConfig.parse(reader.read("config.json"))
-            said = {}
-            with self._noting(UNPACKED), contextlib.suppress(FileNotFoundError):
-                said = parse_unpacked(reader.read(UNPACKED))
-                self._needed.add(self._within + UNPACKED)
-            for layer in list_layers(manifest, config):
-                self._tree_layer(reader, layer, said)
-
-    def _tree_layer(self, reader, layer, said):
-        name = "%s/%s" % (layer.id, layer.id)
-        unpacked = self._blob(reader, layer.blob, name + ".tar", True)
-        self._diff_id(name + ".tar", unpacked, layer.diff_id)
-        if unpacked and said.get(layer.digest, unpacked) != unpacked:
-            self._fault(UNPACKED, "is wrong about %s.tar: delete it, pull again" % name)
-        self._needed.add(self._within + name + ".json")
-        with self._noting(name + ".json"):
-            if reader.read(name + ".json") != layer.v1_json.encode("utf-8"):
-                raise VerificationError("is not the layer's v1 JSON")
+    def _check_docker(self, reader, names):
+        """What docker reads must say what index.json says; the blobs are checked."""
+        images, repositories = set(), {}
+        for digest, config, layers, top in self._images:
+            tags = self._names[digest] - {None}
+            images.update(canonical_json([config, layers, tag])
+                          for tag in tags or [None])
+            for repository, _, tag in (tag.rpartition(":") for tag in tags if top):
+                repositories.setdefault(repository, {})[tag] = top
+        if "manifest.json" in names:
+            with self._noting("manifest.json"):
+                entries = parse_json(reader.read("manifest.json"), "manifest.json")
+                said = set()
+                for entry in entries if type(entries) is list else [entries]:
+                    entry = Document(entry, "manifest.json")
+                    said.update(canonical_json([entry.need("Config", str), entry.need(
+                        "Layers", list), tag]) for tag in entry.get(
+                            "RepoTags", list, []) or [None])
+                if said != images:
+                    raise InvalidDocument("names other images than index.json")
+        if "repositories" in names:  # of docker before 1.10
+            with self._noting("repositories"):
+                if parse_json(reader.read("repositories"), "repositories") != (
+                        repositories):
+                    raise InvalidDocument("names other images than index.json")
 
 
 # --------------------------------------------------------------------------------------
@@ -6873,41 +6882,60 @@ class Shelf:
     """
 
     def __init__(self, path=None, check=go_on):
-        self.repositories = {}  # name -> reference -> (media type, Digest, bytes)
-        self._below = {}  # digest -> the same, of documents that any name may share
+        self.repositories = {}  # name -> tag -> digest, as text
+        self._documents = {}  # digest, as text -> (media type, Digest, bytes)
         self._blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
         self._lock = threading.Lock()
         if path is None:
             return
-        if not os.path.exists(path):
-            raise OutputError(path, "is not there")
         try:
             with naming(path):
-                self._fill(path, check)
+                self._fill(path, open_place(path, check, lambda error: log.warning(
+                    "passed over: %s: %s", error.filename, error.strerror)))
         except FileNotFoundError as error:
             raise OutputError(path, "lacks %s" % error.filename) from None
         if not self.repositories:
             raise OutputError(path, "holds nothing that could be served")
 
-    def _fill(self, path, check):
-        if os.path.isfile(path):
-            self._add_layout(TarReader(path, check), path)
-        elif os.path.lexists(os.path.join(path, "oci-layout")):
-            self._add_layout(Reader(path, check), path)
-        else:
-            names = Reader(path, check).names(lambda error: log.warning(
-                "passed over: %s: %s", error.filename, error.strerror))
-            for tree in layers_trees(names):
-                self._add_tree(Reader(os.path.join(path, tree), check))
+    def _fill(self, path, reader):
+        nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
+            os.path.abspath(path)).lower()).strip("-") or "image"
+        for found in stored(reader, lambda name: naming(os.path.join(path, name))):
+            names, tag, digest = [nameless], found.tag, found.digest
+            if found.name:
+                try:
+                    reference = Reference.parse(found.name)
+                except InvalidReference as error:
+                    log.warning("%s: an image is passed over: %s", path, error)
+                    continue
+                names = self.names_of(reference.host, reference.repository)
+                tag = reference.tag
+            elif found.tree is not None:
+                continue  # not where a pull puts it
+            for document in found.documents:
+                digest = digest or document.digest
+                self.add((), None, document.media_type, document.digest, document.raw)
+                if not isinstance(document, Index):
+                    self._add_blobs(found, document)
+            self.add(names, tag if re.fullmatch(_TAG, tag or "") else None,
+                     *self._documents[str(digest)])
 
-    def add(self, names, reference, media_type, digest, raw):
-        """Puts a document on the shelf: by its digest and, if not None, `reference`."""
+    def _add_blobs(self, found, image):
+        blobs = image.layers if found.tree is None else found.layers(image)
+        if isinstance(image, Manifest):
+            blobs = (image.config,) + blobs
+        for blob in blobs:
+            with contextlib.suppress(FileNotFoundError):  # it is asked for in vain
+                self.add_blob(blob.digest, found.reader.region(found.file_of(blob)))
+
+    def add(self, names, tag, media_type, digest, raw):
+        """Puts a document on the shelf: by its digest and, if not None, a tag."""
+        self._documents[str(digest)] = media_type, digest, raw
         for name in names:
-            documents = self.repositories.setdefault(name, {})
-            documents[str(digest)] = (media_type, digest, raw)
-            if reference is not None:
-                documents[reference] = documents[str(digest)]
+            tags = self.repositories.setdefault(name, {})
+            if tag is not None:
+                tags[tag] = str(digest)
 
     def add_blob(self, digest, region):
         """Puts a blob on the shelf."""
@@ -6922,69 +6950,22 @@ class Shelf:
             names.append(repository[len("library/"):])
         return names
 
-    def _add_layout(self, reader, path):
-        for name in reader.names():
-            match = re.fullmatch("blobs/([a-z0-9]+)/([a-f0-9]+)", name)
-            with contextlib.suppress(InvalidReference):
-                if match:
-                    self.add_blob(Digest.parse("%s:%s" % match.groups()),
-                                  reader.region(name))
-        nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
-            os.path.abspath(path)).lower()).strip("-") or "image"
-        seen = set()
-        for entry in layout_entries(reader):
-            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
-            names = [nameless]
-            try:
-                if name:
-                    reference = Reference.parse(name)
-                    names = self.names_of(reference.host, reference.repository)
-                    tag = reference.tag
-            except InvalidReference as error:
-                log.warning("%s: an image is passed over: %s", path, error)
-                continue
-            if tag is not None and not re.fullmatch(_TAG, tag):
-                tag = None
-            for *_, document in walk(lambda entry: layout_document(reader, entry),
-                                     [entry], seen=seen):
-                self._below[str(document.digest)] = (
-                    document.media_type, document.digest, document.raw)
-            self.add(names, tag, *self._below[str(entry.digest)])
+    def tags(self, name, namespace=None):
+        """The tags of a repository, each with its digest, as text.
 
-    def _add_tree(self, reader):
-        """An image of a layers tree: .../SCHEME/HOST/v2/REPOSITORY/TAG."""
-        parts = os.path.abspath(reader.path).split(os.sep)
-        at = max((at for at in range(2, len(parts) - 2) if parts[at] == "v2"
-                  and parts[at - 2] in ("http", "https")), default=None)
-        if at is None:
-            return
-        names = self.names_of(parts[at - 1], "/".join(parts[at + 1:-1]))
-        tag = None if tree_digest(reader.path) else parts[-1]
-        documents = list(tree_documents(reader).values())
-        for number, document in enumerate(documents):
-            self.add(names, None if number else tag, document.media_type,
-                     document.digest, document.raw)
-        manifest, config = documents[-1], None
-        if isinstance(manifest, Manifest):
-            config = ImageConfig.parse(reader.read("config.json"))
-            self.add_blob(manifest.config.digest, reader.region("config.json"))
-        for layer in list_layers(manifest, config):
-            self.add_blob(layer.digest, reader.region("%s/%s.tar" % (layer.id,
-                                                                          layer.id)))
+        `namespace` is the host it must be of, if any. Raises KeyError where there is no
+        such name.
+        """
+        return self.repositories[self.names_of(namespace, name)[0] if namespace else (
+            name)]
 
     def document(self, name, reference, namespace=None):
-        """(media type, Digest, bytes) or None; KeyError where there is no such name."""
-        return self.documents(name, namespace).get(reference) or (
-            self._below.get(reference))
+        """(media type, Digest, bytes) or None; for `namespace` and errors see `tags`.
 
-    def documents(self, name, namespace=None):
-        """All of a name by reference; `namespace` is the host they must be of, if any.
-
-        Left out are those below its indexes. Raises KeyError where there are none.
+        By its digest any repository has it.
         """
-        if namespace:
-            name = self.names_of(namespace, name)[0]
-        return self.repositories[name]
+        tags = self.tags(name, namespace)
+        return self._documents.get(tags.get(reference, reference))
 
     def catalog(self):
         """The names a client can spell; of a registry with a port, those without it."""
@@ -7055,34 +7036,25 @@ class _BoundedThreads:
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 512  # connections that may wait
-    stopping = False
     since = None  # connection -> when it began to owe us a request's head, or None
 
     def get_request(self):
+        if len(self.since) >= self.places:
+            self.end_waits(SERVE_IDLE, 1)
+            time.sleep(0.01)
+            raise BlockingIOError  # serve_forever asks again, unless it is to end
         request, client_address = super().get_request()
         request.settimeout(SERVE_TIMEOUT)
         if self.context is not None:  # shaking hands comes later: it may be slow
             request = self.context.wrap_socket(request, server_side=True,
                                                do_handshake_on_connect=False)
-        return request, client_address
-
-    def process_request(self, request, client_address):
-        while len(self.since) >= self.places:
-            if self.stopping:
-                return self.shutdown_request(request)
-            self.end_waits(SERVE_IDLE, 1)
-            time.sleep(0.01)
         self.waits(request)
-        return super().process_request(request, client_address)
+        return request, client_address
 
     def shutdown_request(self, request):
         with self.lock:
             self.since.pop(request, None)
         super().shutdown_request(request)
-
-    def shutdown(self):
-        self.stopping = True
-        super().shutdown()
 
     def waits(self, connection, begins=True):
         """Notes whether we wait for the head of a request from a connection."""
@@ -7183,12 +7155,14 @@ class RegistryHandler:
 
     def allowed(self):
         """Whether the client may ask; answers it where not."""
+        import hmac
         wanted = self.server.credentials
         if wanted is None:
             return True
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "basic" and _same_secret(
-                given.strip(), wanted.basic().partition(" ")[2]):
+        if scheme.lower() == "basic" and hmac.compare_digest(
+                given.strip().encode("utf-8", "surrogateescape"),
+                wanted.basic().partition(" ")[2].encode("ascii")):
             return True
         self.fail(401, "UNAUTHORIZED", "authentication required",
                   [("WWW-Authenticate", 'Basic realm="imagec"')])
@@ -7197,32 +7171,23 @@ class RegistryHandler:
     def answer(self, url):
         """Finds out what is asked for, and sends it."""
         match = _ROUTE.fullmatch(urllib.parse.unquote(url.path))
-        query = dict(urllib.parse.parse_qsl(url.query))
+        query, shelf = dict(urllib.parse.parse_qsl(url.query)), self.server.shelf
         if not match:
             return self.fail(404, "NAME_INVALID", "no such place")
         name, kind, what = match.group("name", "kind", "what")
+        if url.path.endswith("_catalog") and name is None:
+            return self.page("repositories", shelf.catalog(), "/v2/_catalog", query, {})
         if name is None:
-            return self.top(url.path, query)
+            return self.send(200, b"{}", "application/json")
         try:
-            if kind is None:
-                return self.tags(name, query)
-            if kind == "manifests":
-                return self.manifest(name, what, query)
-            self.server.shelf.document(name, "", query.get("ns"))
-            return self.blob(what)
+            tags = shelf.tags(name, query.get("ns"))
         except KeyError:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
-
-    def top(self, path, query):
-        if path.endswith("_catalog"):
-            return self.page("repositories", self.server.shelf.catalog(),
-                             "/v2/_catalog", query, {})
-        return self.send(200, b"{}", "application/json")
-
-    def tags(self, name, query):
-        documents = self.server.shelf.documents(name, query.get("ns"))
-        tags = sorted(tag for tag in documents if ":" not in tag)
-        return self.page("tags", tags, "/v2/%s/tags/list" % name, query,
+        if kind == "manifests":
+            return self.manifest(shelf.document(name, what, query.get("ns")))
+        if kind == "blobs":
+            return self.blob(what)
+        return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
                          {"name": name})
 
     def page(self, key, values, path, query, value):
@@ -7240,8 +7205,7 @@ class RegistryHandler:
         body = json.dumps(dict(value, **{key: values})).encode("ascii")
         return self.send(200, body, "application/json", extra)
 
-    def manifest(self, name, reference, query):
-        found = self.server.shelf.document(name, reference, query.get("ns"))
+    def manifest(self, found):
         if found is None:
             return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
         media_type, digest, raw = found
@@ -7308,12 +7272,6 @@ class RegistryHandler:
         """An error as the distribution-spec wants it."""
         body = json.dumps({"errors": [{"code": code, "message": message}]})
         self.send(status, body.encode("ascii"), "application/json", headers)
-
-
-def _same_secret(given, wanted):
-    import hmac
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"),
-                               wanted.encode("utf-8"))
 
 
 @contextlib.contextmanager

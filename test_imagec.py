@@ -11720,7 +11720,7 @@ class AuditTest(StoredCase):
         ("archive", "place.tar", "content"),
         ("oci", "oci-layout", "oci-layout"), ("oci", "index.json", "index.json"),
         ("oci", "{m}", "{m}"), ("oci", "{b0}", "{b0}"), ("oci", "{c}", "{c}"),
-        ("oci", "blobs", "directory"), ("oci", "blobs/sha256", "directory"),
+        ("oci", "blobs", " blobs;"), ("oci", "blobs/sha256", " blobs/sha256;"),
         ("layers", "/manifest.json", "manifest.json"),
         ("layers", "/config.json", "config.json"), ("layers", "/{i0}.tar", "{i0}.tar"),
         ("layers", "/{i1}.json", "{i1}.json"), ("layers", "/v2/lab", "/v2/lab"),
@@ -11747,7 +11747,7 @@ class AuditTest(StoredCase):
         path = self.good("oci")
         gone = FileNotFoundError(errno.ENOENT, "No such file or directory", path)
         with mock.patch.object(os, "scandir", side_effect=gone):
-            self.faults(path, "directory: missing")
+            self.faults(path, " .: missing")
 
     def test_disk_that_fails_is_no_lack_of_permission(self):
         path = self.good("layers")
