@@ -4630,8 +4630,8 @@ class Stored(NamedTuple):
                             if isinstance(blob, Layer) else "config.json")
 
     def layers(self, manifest):
-        """The Layers of an image in it; raises as Reader.read does, and where it is
-        none.
+        """The Layers of an image in it. Raises Unsupported where it is none, and what
+        its config is wrong about.
         """
         config = None
         if isinstance(manifest, Manifest):
@@ -4690,9 +4690,9 @@ def _trees(names):
 
 
 def _tree_name(path):
-    """(full name, Digest) of a `layers` tree .../SCHEME/HOST/v2/REPOSITORY/TAG.
+    """(full name, Digest) of a `layers` tree, as LayersOutput names its directory.
 
-    Either may be None; where the TAG is a digest is for LayersOutput to say.
+    The name is None where it is somewhere else, the Digest where it has a tag.
     """
     host, repository, tag = re.fullmatch(
         "(?s)(?:.*/https?/([^/]+)/v2/(.+)|.*)/([^/]*)",
@@ -4701,7 +4701,7 @@ def _tree_name(path):
     with contextlib.suppress(InvalidReference):
         digest = Digest.parse(tag.replace("-", ":", 1))
     return host and "%s/%s%s" % (
-        host.replace("_", ":"), repository,  # see LayersOutput: Windows
+        host.replace("_", ":"), repository,  # it was written on Windows
         "@" + str(digest) if digest else ":" + tag), digest
 
 
@@ -4721,6 +4721,8 @@ def _tree_documents(reader, tree, digest):
             raise VerificationError("the index does not lead to it")
         above = decode_manifest(raw, None, None if above else digest, name)
         yield above
+    if isinstance(above, Index):
+        raise InvalidDocument("it is an index, not an image")
 
 
 class Fetched(NamedTuple):

@@ -15,6 +15,7 @@ meets every operation.
 import ast
 import base64
 import bisect
+import builtins
 import bz2
 import collections
 import concurrent.futures
@@ -11715,6 +11716,12 @@ class AuditTest(StoredCase):
                     os.path.join(self.folder, "index.json"))
         self.faults(root, "does not lead")
 
+    def test_manifest_that_is_none(self):
+        root = self.good("layers")
+        os.rename(os.path.join(self.folder, "index.json"),
+                  os.path.join(self.folder, "manifest.json"))
+        self.faults(root, "manifest.json: it is an index")
+
     #: (format, end of what may not be opened or listed, what is told)
     UNREADABLE = (
         ("archive", "place.tar", "content"),
@@ -11963,6 +11970,21 @@ class AuditTest(StoredCase):
         self.assertIn(b'"RepoTags":["127', good)
         write_file(path, good.replace(b'"RepoTags":["127', b'"RepoTags":["128'))
         self.faults(path, "manifest.json")
+
+    def test_names_that_docker_gives_to_other_images(self):
+        path = self.at("both.tar")
+        self.offer(self.image, "one")
+        self.offer(build_image([raw_words("x=1")]), "two")
+        self.pull("--platform", "linux/amd64", "--format", "archive", "-o", path,
+                  *[self.reference[:-1] + tag for tag in ("one", "two")])
+        self.verify(path)
+        good = file_bytes(path)
+        for name in ("manifest.json", "repositories"):
+            data = re.sub(b"one|two", lambda tag: (b"one", b"two")[tag.group() == b"one"],
+                          self.members(path)[name])
+            self.rewritten(path, self.member(path, name), raw_member(name.encode(), data))
+            self.faults(path, name)
+            write_file(path, good)
 
     @rows((("oci", "docker"), ("layers", "schema1-signed"), ("oci", "schema1-signed"),
            ("archive", "schema1-signed"), ("layers", "schema1"), ("archive", "plain")))
@@ -15080,8 +15102,63 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLess(ours, IMPORT_SECONDS)
 
 
+def annex_command(name):
+    """Patterns of a command's row and of the function that runs it."""
+    return ('^    "%s": (?s:.*?)(?=^    "|^})' % name,
+            r"^def run_%s\((?s:.*?)(?=^(?:def|class|[@_A-Z#]))" % name)
+
+
+#: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
+ANNEXES = {
+    "Trees": ((), (", RootfsOutput(?=\\))",)),
+    "Verify": (("Self-test",), annex_command("verify")),
+    "Serve": (("Self-test",), ("^    # Serve\n    \"new_server\",\n",)
+              + annex_command("serve")),
+    "Self-test": ((), annex_command("selftest")),
+}
+
+
 class AnnexTest(RegistryCase):
     """What the map marks with a star is nothing that a plain pull needs."""
+
+    def without(self, *annexes):
+        """The source without some annexes; what is left names nothing of them."""
+        lines, titles = house().source.split("\n"), [one[1] for one in house().rooms]
+        for start, end, title in reversed(list(zip(
+                house().starts, house().starts[1:], titles))):
+            if title.rstrip("*") in annexes:
+                del lines[start - 1:end - 1]
+        source = "\n".join(lines)
+        for pattern in [r"^ +[0-9]+  %s\* .*\n" % name for name in annexes] + [
+                row for name in annexes for row in ANNEXES[name][1]]:
+            source, count = re.subn("(?m)" + pattern, "", source)
+            self.assertEqual(count, 1, pattern)
+        whole = symtable.symtable(source, MODULE_PATH, "exec")
+        names = {one.get_name(): one for one in whole.get_symbols()}
+        used = globals_of(whole) | {name for name in names if names[name].is_referenced()}
+        self.assertEqual([name for name in used if not hasattr(builtins, name) and not (
+            name in names and (names[name].is_assigned() or names[name].is_imported()))
+            and not re.fullmatch("__[a-z]+__", name)], [])
+        return source
+
+    def test_any_annex_can_be_deleted_with_its_rows(self):
+        self.assertEqual(set(ANNEXES), {title[:-1] for _, title, _ in house().rooms
+                                        if title.endswith("*")})
+        for name, (users, _) in ANNEXES.items():
+            with self.subTest(name):
+                self.without(name, *users)
+
+    def test_a_program_without_annexes_pulls(self):
+        registry = self.filled(build_image(FIELD_SMALL))
+        script = self.file("work/imagec.py", self.without(*ANNEXES))
+        for format in ("layers", "oci", "archive"):
+            path = self.at(format)
+            done = subprocess.run([
+                sys.executable, "-I", script, "pull", "-q", "--platform", "linux/amd64",
+                "--format", format, "-o", path, registry.host + "/lab/app:1"],
+                stderr=subprocess.PIPE, stdout=subprocess.PIPE, timeout=60)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertEqual(faults_of(path), [])
 
     def test_a_plain_pull_enters_no_annex(self):
         registry = self.filled(build_image(FIELD_SMALL))
