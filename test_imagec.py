@@ -2492,14 +2492,6 @@ SERVE_CANARY = b"canary that nobody may see"
 ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
 
 
-def serve_flip(path, offset=-1):
-    """Flips a bit of a file where it stands."""
-    data = bytearray(file_bytes(path))
-    data[offset] ^= 1
-    with open(path, "r+b") as file:
-        file.write(data)
-
-
 def serve_images():
     """{repository: BuiltImage} of every kind there is."""
     # Images of one configuration are one image to podman.
@@ -11489,9 +11481,13 @@ def damage_link(path):
     os.symlink(os.path.basename(path) + "~", path)
 
 
+def beside(path, other):
+    return os.path.join(os.path.dirname(path), other)
+
+
 def damage_swap(path, other):
     """Exchange two files; `other` is relative to the folder of the first."""
-    other = os.path.join(os.path.dirname(path), other)
+    other = beside(path, other)
     first, second = file_bytes(path), file_bytes(other)
     write_file(path, second)
     write_file(other, first)
@@ -11540,6 +11536,10 @@ AUDIT_LAYERS = (
     ("layers swapped", damage_order, "manifest.json"),
     ("a layer less", damage_json(lambda value: value["layers"].pop()), "manifest.json"),
     ("a space more", damage_more(b"\n"), "manifest.json"),
+    ("is a manifest", lambda path: shutil.copy(beside(path, "manifest.json"), path),
+     "index.json"),
+    ("is an index", lambda path: os.rename(beside(path, "index.json"), path),
+     "manifest.json"),
 )
 AUDIT_BLOBS = "blobs/sha256/"
 AUDIT_OCI = (
@@ -11565,7 +11565,12 @@ AUDIT_OCI = (
         lambda value: value["manifests"][0].update(size=7)), "index.json"),
     ("no JSON", damage_write(b"{"), "oci-layout"),
     ("no version", damage_write(b"{}"), "oci-layout"),
-)
+    ("a link", damage_link, "blobs"),
+) + tuple(("other digest", damage_json(  # T014
+    lambda value, digest=digest: value["manifests"][0].update(digest=digest)),
+    "index.json") for digest in (
+        "sha512:" + "0" * 128, "sha512:" + "0" * 64, "md5:" + "0" * 32,
+        "sha256:../../x", ZEROS.upper(), "", "sha256:\ud800", None))
 #: What no image needs: of an archive a fault, of a directory it is told.
 AUDIT_EXTRA = tuple(("extra", damage_write(b"extra"), where) for where in (
     AUDIT_BLOBS + "f" * 64, AUDIT_BLOBS + "x.partial", "blobs/stray", "stray"))
@@ -11621,7 +11626,7 @@ class AuditTest(StoredCase):
                   reference or self.reference)
         run = self.main("verify", path)
         self.assertEqual((run.status, run.err), (0, ""))
-        self.assertIn(b"images: 1,", run.out)
+        self.assertRegex(run.out, b"images: 1, blobs or files: [1-9]")
         return path
 
     def rewritten(self, path, member, data):
@@ -11710,18 +11715,6 @@ class AuditTest(StoredCase):
             self.faults(root, "app/%s/%s" % (tag, self.words["i0"]))
             damage_flip(place)
 
-    def test_index_that_is_none(self):
-        root = self.good("layers")
-        shutil.copy(os.path.join(self.folder, "manifest.json"),
-                    os.path.join(self.folder, "index.json"))
-        self.faults(root, "does not lead")
-
-    def test_manifest_that_is_none(self):
-        root = self.good("layers")
-        os.rename(os.path.join(self.folder, "index.json"),
-                  os.path.join(self.folder, "manifest.json"))
-        self.faults(root, "manifest.json: it is an index")
-
     #: (format, end of what may not be opened or listed, what is told)
     UNREADABLE = (
         ("archive", "place.tar", "content"),
@@ -11772,16 +11765,19 @@ class AuditTest(StoredCase):
         self.assertEqual((run.status, run.out), (status, b""), run.err)
         self.assertRegex(run.err, r"\Aimagec: [^\n]*%s[^\n]*\n\Z" % words)
 
-    def test_layers_by_digest(self):
-        digest = self.origin.repositories["lab/app"]["1"][2]
-        root = self.good("layers", reference=self.reference[:-2] + "@" + digest)
-        folder, = glob.glob(os.path.join(os.path.dirname(self.folder), "*"))
-        renamed = os.path.join(os.path.dirname(folder), "sha256-" + "0" * 64)
-        os.rename(folder, renamed)
-        self.faults(root, "manifest.json")
-        os.rename(renamed, folder)
-        os.unlink(os.path.join(folder, "index.json"))
-        self.faults(root, "manifest.json")
+    @rows(itertools.product(("sha256", "sha512"), ("index.json", "manifest.json")))
+    def test_layers_by_digest(self, algorithm, name):
+        root = self.good("layers", algorithm + name)
+        folder = self.folder.replace("/layers/", "/%s%s/" % (algorithm, name))
+        digest = hashlib.new(algorithm, file_bytes(os.path.join(folder, name)))
+        good, bad = (beside(folder, algorithm + "-" + text) for text in (
+            digest.hexdigest(), "0" * 2 * digest.digest_size))
+        if name == "manifest.json":
+            os.unlink(os.path.join(folder, "index.json"))
+        os.rename(folder, good)
+        self.verify(root)
+        os.rename(good, bad)
+        self.faults(root, "%s:%s" % (algorithm, digest.hexdigest()))
 
     def test_oci(self):
         self.damaged(self.good("oci"), AUDIT_OCI, self.faults)
@@ -11830,17 +11826,6 @@ class AuditTest(StoredCase):
         for name in ("oci-layout", "index.json"):
             shutil.copy(os.path.join(root, name), rootfs)
         self.one_line(rootfs, "no image is in it", 2)
-
-    def test_layers_by_another_algorithm(self):
-        root = self.good("layers")
-        os.unlink(os.path.join(self.folder, "index.json"))
-        digest = hashlib.sha512(self.image.manifest).hexdigest()
-        good, bad = (os.path.join(os.path.dirname(self.folder), "sha512-" + name)
-                     for name in (digest, "0" * 128))
-        os.rename(self.folder, good)
-        self.verify(root)
-        os.rename(good, bad)
-        self.faults(root, "sha512:" + digest)
 
     def test_archive(self):
         path, folder = self.good("archive"), os.path.join(self.root, "unpacked")
@@ -11954,23 +11939,6 @@ class AuditTest(StoredCase):
             name.encode(), kind=kind, link=os.fsencode(outside)))
         self.faults(path, self.words["b0"])
 
-    @rows((digest,) for digest in (
-        "sha512:" + "0" * 128, "sha512:" + "0" * 64, "md5:" + "0" * 32,
-        "sha256:../../x", ZEROS.upper(), "", "sha256:\ud800", None))
-    def test_T014_other_digests(self, digest):
-        path = self.good("oci")
-        damage_json(lambda value: value["manifests"][0].update(digest=digest))(
-            os.path.join(path, "index.json"))
-        self.faults(path, "")
-        remove(path)
-
-    def test_archive_of_damaged_names(self):
-        path = self.good("archive")
-        good = file_bytes(path)
-        self.assertIn(b'"RepoTags":["127', good)
-        write_file(path, good.replace(b'"RepoTags":["127', b'"RepoTags":["128'))
-        self.faults(path, "manifest.json")
-
     def test_names_that_docker_gives_to_other_images(self):
         path = self.at("both.tar")
         self.offer(self.image, "one")
@@ -11980,9 +11948,10 @@ class AuditTest(StoredCase):
         self.verify(path)
         good = file_bytes(path)
         for name in ("manifest.json", "repositories"):
-            data = re.sub(b"one|two", lambda tag: (b"one", b"two")[tag.group() == b"one"],
-                          self.members(path)[name])
-            self.rewritten(path, self.member(path, name), raw_member(name.encode(), data))
+            data = re.sub(b"one|two", lambda tag: {b"one": b"two"}.get(
+                tag.group(), b"one"), self.members(path)[name])
+            self.rewritten(path, self.member(path, name),
+                           raw_member(name.encode(), data))
             self.faults(path, name)
             write_file(path, good)
 
@@ -12063,11 +12032,6 @@ class AuditTest(StoredCase):
             os.unlink(path)
             os.rename(path + "~", path)
 
-    def test_folder_that_is_a_link_is_not_entered(self):
-        root = self.good("oci")
-        damage_link(os.path.join(root, "blobs"))
-        self.faults(root, "not a regular file")
-
     def test_deep_directories(self):
         root = self.good("layers")
         self.addCleanup(subprocess.check_call, ["rm", "-rf", os.path.join(root, "d")])
@@ -12110,11 +12074,6 @@ class AuditTest(StoredCase):
         self.assertEqual((run.status, run.out), (1, b""), run.err)
         self.assertRegex(run.err, r"\Aimagec: not done within [^\n]+\n\Z")
 
-    def test_as_a_library(self):
-        audit = imagec.Audit().check(self.good("oci"))
-        self.assertEqual((audit.faults, audit.unchecked), ([], []))
-        self.assertEqual((audit.images, audit.blobs), (1, 3))
-
     @needs_zstd
     def test_codec_this_host_has_not(self):
         reference, _ = self.serve(ARCHIVE_TARS[:1], "lab/z:1", compress=zstd_bytes)
@@ -12139,7 +12098,7 @@ SERVE_RANGES = (
     ("bytes=5-2", 10, ValueError),
 ) + tuple((value, 10, None) for value in (
     None, "bytes=0-1,3-4", "bytes=-", "bytes=a-b", "bytes=+1-2", "bytes=\u0661-",
-    "bytes=0x1-2", "bytes = 1-2", "bytes=1-2 ", "lines=1-2",
+    "bytes=0x1-2", "bytes = 1-2", "", "lines=1-2",
     "bytes=" + "9" * 400 + "-"))
 
 #: (host, repository, names it goes by)
@@ -12183,14 +12142,6 @@ class ShelfTest(ServeCase):
             self.assertIn("lab/oci", imagec.Shelf(self.tree).catalog())
         self.assertIn("lost+found", self.said[0])
 
-    @rows(SERVE_RANGES)
-    def test_parse_range(self, value, size, expected):
-        if expected is ValueError:
-            with self.assertRaises(ValueError):
-                imagec.parse_range(value, size)
-        else:
-            self.assertEqual(imagec.parse_range(value, size), expected)
-
     @rows(SERVE_NAMES)
     def test_names_of(self, host, repository, names):
         self.assertEqual(imagec.Shelf.names_of(host, repository), names)
@@ -12203,33 +12154,22 @@ class ShelfTest(ServeCase):
         self.assertEqual(imagec.Shelf(path).document(name, tag)[2],
                          self.images["lab/oci"].manifest)
 
-    def test_tree_below_a_directory_named_like_its_parts(self):
-        path = self.at("https", "host", "v2", "images")
+    def test_part_of_a_tree_and_what_is_named_like_one(self):
+        path, part = self.at("https", "host", "v2", "images"), ("v2", "lab", "oci", "1")
         shutil.copytree(self.tree, path)
         self.assertIn(self.origin + "/lab/oci", imagec.Shelf(path).repositories)
+        for count in range(1, len(part) + 1):
+            self.assertIn("lab/oci", imagec.Shelf(os.path.join(
+                self.tree, "http", self.origin, *part[:count])).repositories)
 
-    def test_part_of_a_tree(self):
-        path = os.path.join(self.tree, "http", self.origin, "v2", "lab", "oci")
-        for part in (path, os.path.join(path, "1")):
-            self.assertIn("lab/oci", imagec.Shelf(part).repositories)
-
-    def test_tree_and_layout_hold_the_same_names(self):
-        for format in ("oci", "layers"):
-            expected = {"alpine", "docker.io/library/alpine"}
-            for name in self.held[format]:
-                expected.add(name)
-                if name != "library/alpine":
-                    expected.add(self.origin + "/" + name)
+    def test_all_hold_the_same_names(self):
+        for format, names in self.held.items():
+            expected = set(names).union(self.origin + "/" + name for name in names)
+            if "library/alpine" in names:
+                expected.remove(self.origin + "/library/alpine")
+                expected.update({"alpine", "docker.io/library/alpine"})
             self.assertEqual(set(imagec.Shelf(self.places[format]).repositories),
                              expected)
-
-    def test_archive(self):
-        shelf = imagec.Shelf(self.archive)
-        self.assertEqual(set(shelf.repositories),
-                         {"lab/docker", self.origin + "/lab/docker"})
-        image = self.images["lab/docker"]
-        self.assertEqual(shelf.document("lab/docker", "1"), (
-            image.media_type, imagec.Digest.parse(image.digest), image.manifest))
 
     @rows((({}, None), ({OCI_TAG: "1.2"}, "1.2")))  # as skopeo and umoci write it
     def test_nameless_entry_goes_by_the_name_of_its_directory(self, annotations, tag):
@@ -12277,12 +12217,6 @@ class ShelfTest(ServeCase):
                 shelf.document("lab/oci", "1", namespace)
         self.assertTrue(shelf.document("library/alpine", "1", "docker.io"))
 
-    def test_blob_that_is_a_link_is_not_served(self):
-        path, _, blob = self.copied()
-        damage_link(blob)
-        with self.assertRaises(imagec.InvalidDocument):
-            imagec.Shelf(path)
-
     def test_blob_is_proved_once(self):
         shelf, digest, path = self.shelf_of(b"x" * 1000)
         digest = imagec.Digest.parse(digest)
@@ -12292,14 +12226,6 @@ class ShelfTest(ServeCase):
             os.utime(path, (1, 1))
             shelf.blob(digest)
             self.assertEqual(v.call_count, 2)
-
-    @rows((("foreign",), ("empty",), ("absent",)))
-    def test_what_holds_nothing(self, name):
-        write_file(self.at("foreign", "a", "file"), b"text")
-        write_file(self.at("foreign", "a", "manifest.json"), b"{}")
-        os.makedirs(self.at("empty"), exist_ok=True)
-        with self.assertRaises(imagec.OutputError):
-            imagec.Shelf(self.at(name))
 
 
 # -- Conformance: the expectations of the OCI distribution-spec's pull tests
@@ -12358,8 +12284,6 @@ class ConformanceTest(ServeCase):
             "type": index.media_type, "size": len(index.manifest),
             "child": index.children[1].digest, "zeros": ZEROS,
             "blob": digest, "blob_size": len(self.blob)}
-        self.blob_path = "/v2/lab/index/blobs/" + digest
-        self.manifest_path = "/v2/lab/index/manifests/1"
 
     def ask(self, *args, **named):
         return serve_ask(self.host, *args, **named)
@@ -12380,17 +12304,6 @@ class ConformanceTest(ServeCase):
         for one in (head, answer):
             del one.headers["Date"]
         self.assertEqual(head.headers.items(), answer.headers.items())
-
-    def test_bytes_are_exact(self):
-        for name in self.held["oci"]:
-            whole = self.images[name]
-            for image in [whole] + whole.children:
-                answer = self.ask("/v2/%s/manifests/%s" % (name, image.digest))
-                self.assertEqual(answer.body, image.manifest)
-                self.assertEqual(answer.headers["Content-Type"], image.media_type)
-                for digest, data in image.blobs.items():
-                    answer = self.ask("/v2/%s/blobs/%s" % (name, digest))
-                    self.assertEqual(answer.body, data)
 
     @rows(itertools.product(("POST", "PUT", "PATCH", "DELETE"), (
         "/v2/lab/index/blobs/uploads/", "/v2/lab/index/manifests/1",
@@ -12413,22 +12326,6 @@ class ConformanceTest(ServeCase):
         self.assertEqual(re.findall(rb"HTTP/1\.1 ([0-9]+)", found), [b"405"])
         self.assertRegex(found, b"(?i)\r\nconnection: close\r\n")
 
-    def part(self, value, method="GET", **more):
-        return self.ask(self.blob_path, method, dict(more, Range=value))
-
-    def test_ranges(self):
-        size = len(self.blob)
-        for value, first, end in (("0-0", 0, 1), ("0-99", 0, 100), ("5-", 5, size),
-                                  ("100-199", 100, 200), ("-7", size - 7, size),
-                                  ("0-%d" % (size * 2), 0, size)):
-            with self.subTest(value=value):
-                answer = self.part("bytes=" + value)
-                self.assertEqual(answer.status, 206)
-                self.assertEqual(answer.body, self.blob[first:end])
-                self.assertEqual(answer.headers["Content-Range"], "bytes %d-%d/%d" % (
-                    first, end - 1, size))
-                self.assertEqual(answer.headers["Content-Length"], str(end - first))
-
     def test_body_of_a_get_is_not_taken_for_a_request(self):
         one = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
         for framing in (b"Content-Length: %d\r\n\r\n" % len(one + b"\r\n"),
@@ -12437,25 +12334,29 @@ class ConformanceTest(ServeCase):
                 found = serve_raw(self.host, one + framing + one + b"\r\n")
                 self.assertEqual(found.count(b"HTTP/1.1 "), 1)
 
-    def test_range_outside_the_blob(self):
-        size = len(self.blob)
-        for value in ("%d-" % size, "%d-%d" % (size, size + 5), "-0"):
-            with self.subTest(value=value):
-                answer = self.part("bytes=" + value)
-                self.refused(answer, 416)
-                self.assertEqual(answer.headers["Content-Range"], "bytes */%d" % size)
-
-    @rows((("bytes=0-1,4-5",), ("bytes=x-y",), ("lines=0-1",), ("bytes=-",), ("",)))
-    def test_range_that_is_ignored(self, value):
-        answer = self.part(value)
-        self.assertEqual(answer.status, 200)
-        self.assertEqual(answer.body, self.blob)
-
-    def test_range_means_nothing_to_head(self):
-        # RFC 7233, 3.1
-        answer = self.part("bytes=0-1", "HEAD")
-        self.assertEqual(answer.status, 200)
-        self.assertEqual(answer.headers["Content-Length"], str(len(self.blob)))
+    def test_ranges(self):
+        data = b"0123456789"
+        shelf, _, path = self.shelf_of(data)
+        shelf.add_blob(imagec.Digest.of(b""), imagec.Region(path, 0, 0))
+        host = self.serve(shelf)
+        for value, size, part in SERVE_RANGES:
+            answer, head = (serve_ask(
+                host, "/v2/lab/app/blobs/" + sha256(data[:size]), method,
+                {} if value is None else {"Range": value.encode()})
+                for method in ("GET", "HEAD"))
+            with self.subTest(value, size=size):
+                self.assertEqual(head.status, 200)  # RFC 7233, 3.1
+                self.assertEqual(head.headers["Content-Length"], str(size))
+                if part is ValueError:
+                    self.refused(answer, 416)
+                    span = "bytes */%d" % size
+                else:
+                    first, end = part or (0, size)
+                    self.assertEqual(answer.status, 206 if part else 200)
+                    self.assertEqual(answer.body, data[first:end])
+                    self.assertEqual(answer.headers["Content-Length"], str(end - first))
+                    span = "bytes %d-%d/%d" % (first, end - 1, size) if part else None
+                self.assertEqual(answer.headers["Content-Range"], span)
 
     def test_errors_tell_nothing_of_this_host(self):
         for path in ("/v2/no/such/manifests/1", "/v2/lab/index/blobs/x", "/x"):
@@ -12638,40 +12539,52 @@ SERVE_LOGINS = (
 class ServeTest(ServeCase):
     """Servers and their clients, well-meaning or not."""
 
+    def archived(self, *credentials):
+        """The host of a server of the archive, one for all rows of a test."""
+        self._host = getattr(self, "_host", None) or self.serve(
+            self.archive, *credentials)
+        return self._host
+
     # -- every kind, pulled again
 
-    def test_pull_from_a_tree(self):
-        host = self.serve(self.tree)
-        for name, image in self.images.items():
-            with self.subTest(name=name):
-                self.assertEqual(
-                    str(self.pulled(host, name + ":1", "layers").digest), image.digest)
-
-    def test_pull_from_a_layout(self):
-        host = self.serve(self.layout)
-        for name in self.held["oci"] + ["alpine", "docker.io/library/alpine"]:
-            image = self.images.get(name, self.images["lab/index"])
-            platform = "all" if image.children else "linux/amd64"
-            for reference in (name + ":1", name + "@" + image.digest):
-                with self.subTest(reference):
-                    pulled = self.pulled(host, reference, platform=platform)
-                    self.assertEqual(str(pulled.digest), image.digest)
+    def test_pulls(self):
+        for format, names in self.held.items():
+            host = self.serve(self.places[format])
+            for name in names + ["alpine", "docker.io/library/alpine"] * (
+                    "library/alpine" in names):
+                image = self.images.get(name, self.images["lab/index"])
+                options = {"format": "layers"} if format == "layers" else (
+                    {"platform": "all"} if image.children else {})
+                for reference in (name + ":1", name + "@" + image.digest):
+                    with self.subTest(reference, format=format):
+                        pulled = self.pulled(host, reference, **options)
+                        self.assertEqual(str(pulled.digest), image.digest)
 
     @rows((format,) for format in imagec.OUTPUTS)
     def test_pull_from_an_archive(self, format):
         image = self.pulled(self.serve(self.archive), "lab/docker:1", format)
         self.assertEqual(str(image.digest), self.images["lab/docker"].digest)
 
-    def test_content_type_of_every_kind(self):
-        host = self.serve(self.tree)
-        for name, image in self.images.items():
-            for reference in ("1", image.digest):
-                with self.subTest(name=name, reference=reference):
-                    answer = serve_ask(host, "/v2/%s/manifests/%s" % (name, reference))
-                    self.assertEqual(answer.body, image.manifest)
-                    self.assertEqual(answer.headers["Content-Type"], image.media_type)
-                    self.assertEqual(answer.headers["Docker-Content-Digest"],
-                                     image.digest)
+    def test_bytes_and_types_are_exact(self):
+        for format, names in self.held.items():
+            host = self.serve(self.places[format])
+            for name in names:
+                whole = self.images[name]
+                images = [whole] + (whole.children if format == "oci" else [])
+                for one in images:
+                    with self.subTest(name=name, format=format):
+                        self.exact(host, name, one, {one.digest, "1"} if one is whole
+                                   else {one.digest})
+
+    def exact(self, host, name, image, references):
+        for reference in references:
+            answer = serve_ask(host, "/v2/%s/manifests/%s" % (name, reference))
+            self.assertEqual(answer.body, image.manifest)
+            self.assertEqual(answer.headers["Content-Type"], image.media_type)
+            self.assertEqual(answer.headers["Docker-Content-Digest"], image.digest)
+        for digest, data in image.blobs.items():
+            answer = serve_ask(host, "/v2/%s/blobs/%s" % (name, digest))
+            self.assertEqual(answer.body, data)
 
     @rows((("alpine:1", "library/alpine", "docker.io"),
            ("{0}/lab/oci:1", "lab/oci", "{0}")))
@@ -12712,7 +12625,7 @@ class ServeTest(ServeCase):
 
     @rows((name,) for name in SERVE_LONG_NAMES)
     def test_refusing_takes_no_time(self, name):
-        host = self.serve(self.archive)
+        host = self.archived()
         with cpu_within(3):
             status, found = serve_target(host, "/v2/" + name)
         self.assertTrue(400 <= status < 500, found[:200])
@@ -12731,7 +12644,7 @@ class ServeTest(ServeCase):
     @rows(itertools.product(SERVE_TWO_WAYS, (b"GET", b"HEAD", b"POST")))
     def test_heads_that_can_be_read_in_two_ways(self, fields, method):
         found = serve_raw(
-            self.serve(self.archive), method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + fields
+            self.archived(), method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + fields
             + b"\r\n\r\nGET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertRegex(found, rb"\AHTTP/1\.1 400 ")
         self.assertEqual(found.count(b"HTTP/1.1 "), 1, found)
@@ -12739,7 +12652,7 @@ class ServeTest(ServeCase):
 
     @rows(((b"Content-Length: 0",), (b"Content-Length:0 \t",), (b"X-y.z~: (a)",)))
     def test_heads_that_can_be_read_in_one_way(self, fields):
-        found = serve_raw(self.serve(self.archive),
+        found = serve_raw(self.archived(),
                           b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n")
         self.assertRegex(found, rb"\AHTTP/1\.1 200 ")
 
@@ -12942,7 +12855,7 @@ class ServeTest(ServeCase):
 
     def test_corrupt_blob(self):
         path, digest, blob = self.copied()
-        serve_flip(blob)
+        damage_flip(blob)
         host = self.serve(path)
         url = "/v2/lab/oci/blobs/" + digest
         for headers in ({}, {"Range": "bytes=0-3"}):
@@ -12958,39 +12871,25 @@ class ServeTest(ServeCase):
         path = shutil.copy(self.archive, self.at("a.tar"))
         digest = self.images["lab/docker"].layers[0]
         data = self.images["lab/docker"].blobs[digest]
-        serve_flip(path, file_bytes(path).index(data) + 5)
+        damage_at(file_bytes(path).index(data) + 5)(path)
         host = self.serve(path)
         self.refused(serve_ask(host, "/v2/lab/docker/blobs/" + digest), 500)
 
-    def served(self):
-        """A host, the URL of a blob it has served, the path of that, and the answer."""
+    def test_blob_that_changes_after_it_was_served(self):
+        def flip_and_put_back_its_time(path):
+            damage_flip(path)
+            os.utime(path, (1, 1))
+
         path, digest, blob = self.copied()
-        os.utime(blob, (1, 1))
         host, url = self.serve(path), "/v2/lab/oci/blobs/" + digest
-        good = serve_ask(host, url)
-        self.assertEqual(good.status, 200)
-        return host, url, blob, good
-
-    def test_blob_corrupted_after_it_was_served(self):
-        host, url, blob, good = self.served()
-        serve_flip(blob)
-        self.refused(serve_ask(host, url), 500)
-        serve_flip(blob)
-        self.assertEqual(serve_ask(host, url).body, good.body)
-
-    def test_blob_corrupted_with_its_time_put_back(self):
-        host, url, blob, _ = self.served()
-        time.sleep(0.02)  # clocks of file systems tick every few milliseconds
-        serve_flip(blob)
-        os.utime(blob, (1, 1))
-        self.refused(serve_ask(host, url), 500)
-
-    def test_blob_cut_short_or_removed(self):
-        host, url, blob, _ = self.served()
-        for change in (lambda path: os.truncate(path, 10), os.unlink):
-            change(blob)
-            self.refused(serve_ask(host, url), 500)
-        self.assertEqual(serve_ask(host, "/v2/").status, 200)
+        good = file_bytes(blob)
+        for change in (damage_flip, flip_and_put_back_its_time, damage_cut, os.unlink):
+            with self.subTest(change.__name__):
+                os.utime(write_file(blob, good), (1, 1))
+                self.assertEqual(serve_ask(host, url).body, good)
+                time.sleep(0.02)  # clocks of file systems tick every few milliseconds
+                change(blob)
+                self.refused(serve_ask(host, url), 500)
 
     #: (what becomes of a file between the proof of it and its way out, how)
     CHANGES = (("shrinks", lambda path: os.truncate(path, 5000)),
@@ -13022,11 +12921,11 @@ class ServeTest(ServeCase):
 
     # -- who may ask
 
-    @rows(itertools.product(SERVE_LOGINS,
-                            ("/v2/", "/v2/lab/oci/manifests/1", "/v2/_catalog")))
+    @rows(itertools.product(SERVE_LOGINS, (
+        "/v2/", "/v2/lab/docker/manifests/1", "/v2/_catalog")))
     def test_basic_authentication(self, login, path):
         header, good = login
-        host = self.serve(self.layout, imagec.Credentials("alice", PASSWORD))
+        host = self.archived(imagec.Credentials("alice", PASSWORD))
         answer = serve_ask(host, path, headers={} if header is None else {
             "Authorization": header})
         if good:
@@ -13045,7 +12944,7 @@ class ServeTest(ServeCase):
 
     @rows(((PASSWORD, 0), ("wrong", 5)))
     def test_pull_with_a_password(self, password, status):
-        host = self.serve(self.archive, imagec.Credentials("alice", PASSWORD))
+        host = self.archived(imagec.Credentials("alice", PASSWORD))
         run = self.main("digest", host + "/lab/docker:1", "-u", "alice", "--platform",
                         "linux/amd64", IMAGEC_PASSWORD=password)
         self.assertEqual(run.status, status, run.err)
@@ -13152,7 +13051,8 @@ class ServeCommandTest(ServeCase):
             self.failed(run, 1, address)
             self.assertNotIn("-o", run.err)
 
-    @rows((("foreign/file", b"text", 1), ("empty", None, 1), ("absent", None, 1),
+    @rows((("foreign/file", b"text", 1), ("foreign/a/manifest.json", b"{}", 1),
+           ("empty", None, 1), ("absent", None, 1),
            ("text", b"some text\n" * 200, 3), ("nothing", b"", 3),
            ("tar", SERVE_TARS[0], 1), ("blank", bytes(10240), 3)))
     def test_path_that_holds_nothing(self, name, data, status):
@@ -13179,7 +13079,7 @@ class ServeCommandTest(ServeCase):
     def test_corrupt_manifest(self):
         path, _, _ = self.copied()
         digest = self.images["lab/oci"].digest
-        serve_flip(os.path.join(path, "blobs", *digest.split(":")))
+        damage_flip(os.path.join(path, "blobs", *digest.split(":")))
         self.failed(self.run_it(path=path), 3)
 
     def test_bad_certificates(self):
@@ -15135,10 +15035,12 @@ class AnnexTest(RegistryCase):
             self.assertEqual(count, 1, pattern)
         whole = symtable.symtable(source, MODULE_PATH, "exec")
         names = {one.get_name(): one for one in whole.get_symbols()}
-        used = globals_of(whole) | {name for name in names if names[name].is_referenced()}
-        self.assertEqual([name for name in used if not hasattr(builtins, name) and not (
-            name in names and (names[name].is_assigned() or names[name].is_imported()))
-            and not re.fullmatch("__[a-z]+__", name)], [])
+        used = globals_of(whole).union(
+            name for name in names if names[name].is_referenced())
+        made = {name for name in names
+                if names[name].is_assigned() or names[name].is_imported()}
+        self.assertEqual([name for name in used - made - set(vars(builtins))
+                          if not re.fullmatch("__[a-z]+__", name)], [])
         return source
 
     def test_any_annex_can_be_deleted_with_its_rows(self):
