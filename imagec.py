@@ -57,6 +57,7 @@ import logging
 import os
 import random
 import re
+import selectors
 import socket
 import ssl
 import stat
@@ -2585,25 +2586,10 @@ class _Wire(io.RawIOBase):
         return io.BufferedReader(self, 16 * KIB)
 
     def readinto(self, buffer):
-        received = self._receive(buffer)
-        if not received and self._connection.until is not None:
-            # http.client takes headers that end early for whole ones.
-            raise ConnectionResetError("closed the connection before its headers ended")
+        received = self._connection.in_turns(
+            self._sock, lambda: self._sock.recv_into(buffer))
         self._connection.count(received)
         return received
-
-    def _receive(self, buffer):
-        """Waits in short turns, so that a cancel is noticed in any case."""
-        end = self._connection.patience() + time.monotonic()
-        while True:
-            left = end - time.monotonic()
-            self._sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
-            try:
-                return self._sock.recv_into(buffer)
-            except socket.timeout:
-                if left <= CANCEL_NOTICED:
-                    raise
-                self._connection.patience()  # raises where nothing is waited for
 
     def close(self):
         self._file.close()
@@ -2618,7 +2604,6 @@ class _Kept(http.client.HTTPConnection):
 
     used = False  # has carried an exchange: its server may have closed it since
     rank = None  # how near its peer's address is; None before there is a peer
-    peer = None  # its socket, also after http.client has let go of it
     until = None  # monotonic seconds at which the headers must be in
 
     def __init__(self, transport, request):
@@ -2634,7 +2619,7 @@ class _Kept(http.client.HTTPConnection):
         self.until = self._window + self._transport.idle_timeout
 
     def patience(self):
-        """Seconds the next read may take; raises Timeout where there are none left."""
+        """Seconds the next step may take; raises Timeout where there are none left."""
         self._transport.check()
         now = self._transport.clock()
         left = min(self._transport.deadline, self.until or float("inf")) - now
@@ -2642,8 +2627,27 @@ class _Kept(http.client.HTTPConnection):
             raise socket.timeout("too slow")
         return min(left, self._transport.idle_timeout)
 
+    def in_turns(self, sock, step, most=float("inf")):
+        """`step()` on a socket, of at most so many seconds.
+
+        It waits in short turns, so that a cancel is noticed in any case.
+        """
+        end = time.monotonic() + min(self.patience(), most)
+        while True:
+            left = end - time.monotonic()
+            sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
+            try:
+                return step()
+            except socket.timeout:
+                if left <= CANCEL_NOTICED:
+                    raise
+                self.patience()  # raises where nothing is waited for
+
     def count(self, received):
         """Raises Timeout where a whole window has brought next to nothing."""
+        if not received and self.until is not None:
+            # http.client takes headers that end early for whole ones.
+            raise ConnectionResetError("closed the connection before its headers ended")
         self._count += received
         now = self._transport.clock()
         if now - self._window >= self._transport.idle_timeout:
@@ -2667,23 +2671,16 @@ class _Kept(http.client.HTTPConnection):
         if request.tunnel and request.tunnel.scheme == "http":
             self._ask_for_tunnel()
         elif request.tunnel:
-            socks_connect(self.sock, request.tunnel, self.host, self.port)
+            socks_connect(self._talk, request.tunnel, self.host, self.port)
         if tls:
-            self.sock = self.peer = tls.wrap_socket(
-                self.sock, server_hostname=self.host, do_handshake_on_connect=False)
-            # A tunnel's answer was read in short turns; a cancel may just have come.
-            self.sock.settimeout(min(self.patience(), CONNECT_TIMEOUT))
-            self.sock.do_handshake()
+            self.sock = tls.wrap_socket(self.sock, server_hostname=self.host,
+                                        do_handshake_on_connect=False)
+            self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
 
     def _reach(self, host, port):
         """Tries every address of a host that is no nearer than allowed."""
-        try:
-            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            error.filename = host  # a proxy's, it may be
-            raise
         error, allowed, option = None, self._request.allowed, self._request.option
-        for family, kind, protocol, _, target in found:
+        for family, kind, protocol, _, target in resolved(host, port):
             rank = _address_rank(target[0])
             if allowed is not None and rank > allowed:
                 error = error or UnsafeRedirect(
@@ -2692,26 +2689,54 @@ class _Kept(http.client.HTTPConnection):
                         if option else "it was before"),
                     option and _LENIENCE % option)
                 continue
-            patience = min(self.patience(), CONNECT_TIMEOUT)
-            self.sock = self.peer = socket.socket(family, kind, protocol)
+            self.sock = socket.socket(family, kind, protocol)
             try:
-                self.sock.settimeout(patience)
-                self.sock.connect(target)
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # Who is behind a proxy is no neighbour of ours.
-                self.rank = _PUBLIC if self._request.proxy else rank
-                return
+                self._dial(target)
             except OSError as reason:
                 error = reason
                 self.sock.close()
+            else:
+                # Who is behind a proxy is no neighbour of ours.
+                self.rank = _PUBLIC if self._request.proxy else rank
+                return
         raise error or OSError("no address for %s" % host)
+
+    def _dial(self, target):
+        self.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.sock.connect(target)
+
+        def connected():
+            if not ready(self.sock, selectors.EVENT_WRITE, self.sock.gettimeout()):
+                raise socket.timeout("timed out")
+
+        self.in_turns(self.sock, connected, CONNECT_TIMEOUT)
+        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, os.strerror(number))
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, data):
+        """Sends all of `data`, which is bytes."""
+        data = memoryview(data)
+        while data:
+            data = data[self.in_turns(self.sock, lambda: self.sock.send(data)):]
+
+    def _talk(self, data, count):
+        """Sends `data`; the `count` bytes that come back."""
+        self.send(data)
+        answer = b""
+        with contextlib.closing(_Wire(self.sock, self)) as wire:
+            while len(answer) < count:
+                answer += wire.read(count - len(answer))  # raises at its end
+        return answer
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
         place = "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host,
                            self.port)
         login = self._request.login
-        self.sock.sendall("".join(line + "\r\n" for line in (
+        self.send("".join(line + "\r\n" for line in (
             "CONNECT %s HTTP/1.1" % place, "Host: " + place,
             *(["Proxy-Authorization: " + login] if login else ()), "")).encode("ascii"))
         with contextlib.closing(self.response_class(self.sock,
@@ -2725,26 +2750,23 @@ class _Kept(http.client.HTTPConnection):
                 place, reply.status, printable(reply.reason, 100)),
                 retryable=500 <= reply.status < 510)
 
-    # -- its end
 
-    def stale(self):
-        """Whether an idle connection has been closed, or has sent what nobody asked."""
-        self.sock.settimeout(0)
-        try:  # not SSLSocket's recv, which cannot leave it there
-            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        return True
+def ready(sock, event, seconds):
+    """Whether `event` (see selectors) comes to a socket within so many seconds."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, event)
+        return bool(selector.select(seconds))
 
-    def abort(self):
-        """Ends it from another thread: whoever waits for it wakes with an error."""
-        sock = self.peer
-        with contextlib.suppress(OSError):
-            if sock is not None:
-                # Not SSLSocket's shutdown: that takes TLS away from under the reader.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+def resolved(host, port):
+    """What socket.getaddrinfo gives for a host by TCP; raises TransportError."""
+    try:
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise TransportError(
+            "cannot resolve host %s: %s" % (host, _reason(error)),
+            "check the name, the DNS and the proxy settings",
+            retryable=error.errno == getattr(socket, "EAI_AGAIN", None)) from error
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -2797,60 +2819,47 @@ def split_proxy(url):
                      "[USER:PASSWORD@]HOST:PORT")
 
 
-def _receive(sock, count):
-    data = b""
-    while len(data) < count:
-        piece = sock.recv(count - len(data))
-        if not piece:
-            raise ConnectionResetError(errno.ECONNRESET, "the SOCKS proxy hung up")
-        data += piece
-    return data
-
-
 _SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the network",
                   4: "cannot reach the host", 5: "was refused by the host",
                   6: "gave up waiting", 7: "cannot do it",
                   8: "cannot take that address"}
 
 
-def socks_connect(sock, proxy, host, port):
-    """Asks the SOCKS5 server at the other end of `sock` to connect (RFC 1928, 1929).
+def socks_connect(talk, proxy, host, port):
+    """Asks a SOCKS5 server to connect (RFC 1928, 1929).
 
+    `talk(data, count)` sends it data and gives the `count` bytes that come back;
     `proxy` is its taken-apart URL; with socks5 the name is resolved here, with socks5h
     there. Raises TransportError, AccessDenied.
     """
     place = "SOCKS proxy %s:%d" % (proxy.hostname, proxy.port or 1080)
     user = urllib.parse.unquote(proxy.username or "").encode("utf-8")
     secret = urllib.parse.unquote(proxy.password or "").encode("utf-8")
-    sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
-    version, method = _receive(sock, 2)
+    version, method = talk(b"\5\2\0\2" if user else b"\5\1\0", 2)
     if version != 5:
         raise TransportError("%s does not speak SOCKS5" % place)
     if method == 2 and user:
-        sock.sendall(b"\1" + bytes([len(user)]) + user + bytes([len(secret)]) + secret)
-        if _receive(sock, 2)[1]:
+        login = b"".join(bytes([len(word)]) + word for word in (user, secret))
+        if talk(b"\1" + login, 2)[1]:
             raise AccessDenied("%s does not take the user name and password" % place)
     elif method:
         raise AccessDenied("%s wants a user name and password" % place,
                            hint="put them in its URL")
-    if proxy.scheme == "socks5":
-        address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0][4][0]
-    else:
-        address = host
+    address = resolved(host, port)[0][4][0] if proxy.scheme == "socks5" else host
     try:
         ip = ipaddress.ip_address(address)
         target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
     except ValueError:
         name = address.encode("idna")
         target = b"\3" + bytes([len(name)]) + name
-    sock.sendall(b"\5\1\0" + target + struct.pack(">H", port))
-    _, status, _, kind = _receive(sock, 4)
+    _, status, _, kind = talk(b"\5\1\0" + target + struct.pack(">H", port), 4)
     if status:
         raise TransportError("%s: %s:%d: it %s" % (
             place, host, port, _SOCKS_REPLIES.get(status, "failed")),
             retryable=status not in (2, 7, 8))
-    _receive(sock, 2 + {1: 4, 4: 16}.get(kind) if kind != 3 else
-             2 + _receive(sock, 1)[0])
+    if kind not in (1, 3, 4):
+        raise TransportError("%s answers with no address" % place)
+    talk(b"", 2 + ({1: 4, 4: 16}.get(kind) or talk(b"", 1)[0]))
 
 
 def bypasses_proxy(host, no_proxy, loopback_too=True):
@@ -2930,11 +2939,9 @@ class Response:
         encoding = self.headers.get("Content-Encoding", "identity").lower()
         if (len(lengths) > 1 or lengths and coding or coding not in ([], ["chunked"])
                 or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
-            self.close()
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place())
         if encoding not in ("identity", ""):
-            self.close()
             raise TransportError(
                 "%s sent a response with Content-Encoding %s, which was not asked for"
                 % (self.place(), printable(encoding, 40)),
@@ -2950,18 +2957,17 @@ class Response:
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
         received = 0
-        while received != self.length:
-            # Not readinto: it fills the buffer, and loses what it has when it fails.
-            left = size if self.length is None else min(size, self.length - received)
-            with self._transport.translating(self.url):
+        with self._transport.translating(self.url):
+            while received != self.length:
+                left = size if self.length is None else min(size,
+                                                            self.length - received)
+                # Not readinto: it fills the buffer, and loses it all when it fails.
                 data = self._reply.read1(left)
-            if not data:
-                break
-            received += len(data)
-            yield data
-        self._transport.check()  # TLS takes a cancel for the end of the body
+                if not data:
+                    break
+                received += len(data)
+                yield data
         if self.length is not None and received != self.length:
-            self.close()
             raise TransportError("%s sent %d bytes of %d and ended"
                                  % (self.place(), received, self.length),
                                  retryable=True)
@@ -2970,23 +2976,19 @@ class Response:
     def read(self, limit, what):
         """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError."""
         if self.length is not None and self.length > limit:
-            self.close()
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
                                 % (what, self.length, limit))
         body = bytearray()
         for chunk in self.chunks(16 * KIB):
             body += chunk
             if len(body) > limit:
-                self.close()
                 raise LimitExceeded("%s is more than the limit of %d bytes"
                                     % (what, limit))
         return bytes(body)
 
     def discard(self):
         """Reads a small rest, so that the connection can be reused, or closes it."""
-        with contextlib.suppress(ImagecError):
-            if self.length is not None and self.length > ERROR_BODY_LIMIT:
-                return self.close()
+        with self, contextlib.suppress(ImagecError):
             self.read(ERROR_BODY_LIMIT, "response")
 
     def close(self, keep=False):
@@ -2994,7 +2996,10 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._reply.close()  # http.client lets go of one that ends its socket
-            self._transport.release(connection, keep and not self._reply.will_close)
+            if keep and not self._reply.will_close:
+                self._transport.keep(connection)
+            else:
+                connection.close()
 
     def __enter__(self):
         return self
@@ -3099,7 +3104,6 @@ class Transport:
         self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
         self._storage_hosts = storage_hosts
         self._idle = []  # connections, newest last
-        self._live = set()
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._opener = urllib.request.OpenerDirector()
@@ -3122,10 +3126,6 @@ class Transport:
     def cancel(self):
         """Ends every exchange under way, from any thread."""
         self._cancelled.set()
-        with self._lock:
-            live = list(self._live)
-        for connection in live:
-            connection.abort()
 
     def close(self):
         """Closes every connection."""
@@ -3222,19 +3222,13 @@ class Transport:
             connection = self._take(request)
             try:
                 return self._send(connection, request)
-            except (ssl.SSLError, ssl.CertificateError) as error:
-                self.release(connection, False)
-                if not _distrusts(error) or not self.tls.forgives(request.host):
-                    raise
-            except (http.client.RemoteDisconnected, ConnectionError):
+            except BaseException as error:
+                connection.close()
                 # A kept connection may have been closed by its server meanwhile: that
                 # is no failed try, another connection tells.
-                self.release(connection, False)
-                if not connection.used:
+                if not (isinstance(error, ConnectionError) and connection.used
+                        or _distrusts(error) and self.tls.forgives(request.host)):
                     raise
-            except BaseException:
-                self.release(connection, False)
-                raise
 
     def _take(self, request):
         """An idle connection to where the request goes, or a new one."""
@@ -3243,20 +3237,19 @@ class Transport:
         with self._lock:
             for connection in [one for one in self._idle[::-1] if one.key == key]:
                 self._idle.remove(connection)
-                if connection.rank <= allowed and not connection.stale():
-                    break
+                # One that can be read has been closed, or has sent what nobody asked.
+                if connection.rank <= allowed and not ready(
+                        connection.sock, selectors.EVENT_READ, 0):
+                    return connection
                 connection.close()
-            else:
-                connection = _Kept(self, request)
-                connection.key = key
-            self._live.add(connection)
+        connection = _Kept(self, request)
+        connection.key = key
         return connection
 
     def _send(self, connection, request):
         connection.start()
         if connection.sock is None:
             connection.connect()
-        connection.sock.settimeout(connection.patience())
         try:
             connection.request(request.get_method(), request.selector, request.data,
                                dict(request.unredirected_hdrs, **request.headers))
@@ -3270,15 +3263,14 @@ class Transport:
         connection.used = True
         return response
 
-    def release(self, connection, keep):
-        """Takes a connection back; `keep` where another exchange may use it."""
+    def keep(self, connection):
+        """Takes a connection back, which another exchange may use."""
         with self._lock:
-            self._live.discard(connection)
-            if keep and not self._cancelled.is_set():
-                self._idle.append(connection)
-                connection = (self._idle.pop(0) if
-                              len(self._idle) > IDLE_CONNECTIONS_LIMIT else None)
-        if connection is not None:
+            self._idle.append(connection)
+            spare = [] if self._cancelled.is_set() else self._idle[
+                -IDLE_CONNECTIONS_LIMIT:]
+            over, self._idle = self._idle[:len(self._idle) - len(spare)], spare
+        for connection in over:
             connection.close()
 
     @contextlib.contextmanager
@@ -3359,7 +3351,8 @@ def _reason(error):
 def _distrusts(error):
     """Whether it is the server's certificate that `error` is about."""
     # ssl.CertificateError is a ValueError of its own on 3.6, an SSLError later.
-    return isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error)
+    return isinstance(error, ssl.CertificateError) or (
+        isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY" in str(error))
 
 
 def _transport_error(error, url, idle_timeout, option=None):
@@ -3387,11 +3380,6 @@ def _transport_error(error, url, idle_timeout, option=None):
     if isinstance(error, ssl.SSLError):
         return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
                               "it may speak plain http: --insecure-allow-http")
-    if isinstance(error, socket.gaierror):
-        return TransportError(
-            "cannot resolve host %s: %s" % (error.filename or host, _reason(error)),
-            "check the name, the DNS and the proxy settings",
-            retryable=error.errno == getattr(socket, "EAI_AGAIN", None))
     if isinstance(error, http.client.HTTPException) and not isinstance(
             error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
         return TransportError("%s did not answer in HTTP: %s: %s" % (

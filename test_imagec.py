@@ -6023,16 +6023,35 @@ class TransportTest(NetworkCase):
                 "it failed", retryable=True)))
         self.assertLess(now[0], 110)
 
-    @rows([(False, hang(30)), (True, drip(30, 5, "body"))])
-    def test_cancel_wakes_whoever_waits(self, tls, action):
+    @rows([("GET /it", False, hang(30)), ("GET /it", True, drip(30, 5, "body")),
+           ("", True, hang(30, "accept"))])
+    def test_cancel_wakes_whoever_waits(self, match, tls, action):
         server = self.server({"/it": say(b"hello" * 9)}, tls)
-        server.fault("GET /it", action)
-        transport = self.transport()
+        server.fault(match, action)
+        self.cancelled(server.url + "/it")
+
+    def test_cancel_wakes_whoever_connects_or_sends(self):
+        with socket.socket() as full, contextlib.ExitStack() as stack:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            url = "http://127.0.0.1:%d/it" % full.getsockname()[1]
+            # Nobody reads what is sent.
+            self.cancelled(url, data=bytes(16 << 20))
+            for _ in range(3):  # nobody takes the last of these
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect(full.getsockname())
+            self.cancelled(url)
+
+    def cancelled(self, url, **options):
+        transport, started = self.transport(idle_timeout=20), time.monotonic()
         threading.Timer(0.08, transport.cancel).start()
-        with self.soon(), self.fails(imagec.Cancelled):
-            self.get(transport, server.url + "/it")
+        with self.fails(imagec.Cancelled):
+            self.get(transport, url, **options)
+        self.assertLess(time.monotonic() - started, 5)
         with self.fails(imagec.Cancelled):  # and nothing new begins
-            self.get(transport, server.url + "/it")
+            self.get(transport, url, **options)
 
     @rows(NET_TLS)
     def test_connections_are_kept(self, tls):
@@ -6948,7 +6967,8 @@ class ProxyTest(FieldCase):
         self.assertIs(caught.exception.retryable, retryable)
 
     @rows([(raw,) for raw in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-x\r\n", b"",
-                              b"\5", b"\4\0", b"\5\7", b"\5\0\5")])
+                              b"\5", b"\4\0", b"\5\7", b"\5\0\5",
+                              b"\5\0\5\0\0\2")])
     def test_socks_proxy_that_is_none(self, raw):
         server = self.socks(raw=raw)
         with self.fails(imagec.ImagecError, server.host):
@@ -14704,15 +14724,15 @@ class StreamTest(ProcessCase):
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib email errno fcntl gc
     hashlib hmac http io ipaddress itertools json logging lzma os platform queue random
-    re shutil signal socket socketserver ssl stat struct subprocess sys tempfile
-    threading time typing urllib zlib
+    re selectors shutil signal socket socketserver ssl stat struct subprocess sys
+    tempfile threading time typing urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
 #: Name -> the only room that may use it.
 ROOM_OF_USE = {
     "http": "Transport", "ssl": "Transport", "socket": "Transport",
-    "urllib.request": "Transport",
+    "selectors": "Transport", "urllib.request": "Transport",
     "subprocess": "Proof",
     "print": "Command line", "argparse": "Command line", "signal": "Command line",
     "input": "Command line", "sys.exit": "Command line", "sys.argv": "Command line",
