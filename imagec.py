@@ -2586,10 +2586,7 @@ class _Wire(io.RawIOBase):
         return io.BufferedReader(self, 16 * KIB)
 
     def readinto(self, buffer):
-        received = self._connection.in_turns(
-            self._sock, lambda: self._sock.recv_into(buffer))
-        self._connection.count(received)
-        return received
+        return self._connection.receive(self._sock, buffer)
 
     def close(self):
         self._file.close()
@@ -2610,6 +2607,7 @@ class _Kept(http.client.HTTPConnection):
         self.default_port = 443 if request.type == "https" else 80
         super().__init__(request.host)
         self._transport, self._request = transport, request
+        self.key = request.type, request.host, request.proxy
 
     # -- its patience: an end to wait for, and a least speed
 
@@ -2643,8 +2641,12 @@ class _Kept(http.client.HTTPConnection):
                     raise
                 self.patience()  # raises where nothing is waited for
 
-    def count(self, received):
-        """Raises Timeout where a whole window has brought next to nothing."""
+    def receive(self, sock, buffer):
+        """How many bytes have come into `buffer`.
+
+        Raises Timeout where a whole window has brought next to nothing.
+        """
+        received = self.in_turns(sock, lambda: sock.recv_into(buffer))
         if not received and self.until is not None:
             # http.client takes headers that end early for whole ones.
             raise ConnectionResetError("closed the connection before its headers ended")
@@ -2654,6 +2656,7 @@ class _Kept(http.client.HTTPConnection):
             if self._count < STALL_BYTES:
                 raise socket.timeout("stalled")
             self._window, self._count = now, 0
+        return received
 
     # -- its way there
 
@@ -2733,8 +2736,7 @@ class _Kept(http.client.HTTPConnection):
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
-        place = "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host,
-                           self.port)
+        place = ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
         login = self._request.login
         self.send("".join(line + "\r\n" for line in (
             "CONNECT %s HTTP/1.1" % place, "Host: " + place,
@@ -2779,10 +2781,9 @@ class _ProxyHandler(urllib.request.ProxyHandler):
         super().__init__({"http": proxy, "https": proxy} if self._given else None)
 
     def proxy_open(self, req, proxy, type):
-        port = "" if re.search(":[0-9]+$", req.host) else (
-            ":443" if req.type == "https" else ":80")
-        if bypasses_proxy(req.host + port, urllib.request.getproxies_environment().get(
-                "no", ""), not self._given):
+        if bypasses_proxy(urllib.parse.urlsplit(req.full_url),
+                          urllib.request.getproxies_environment().get("no", ""),
+                          not self._given):
             return None
         parts = split_proxy(proxy)
         req.proxy = "%s:%d" % (parts.hostname, parts.port or (
@@ -2862,24 +2863,24 @@ def socks_connect(talk, proxy, host, port):
     talk(b"", 2 + ({1: 4, 4: 16}.get(kind) or talk(b"", 1)[0]))
 
 
-def bypasses_proxy(host, no_proxy, loopback_too=True):
-    """Whether `host[:port]` is reached directly under the NO_PROXY list `no_proxy`, as
-    is a loopback host where `loopback_too`.
+def bypasses_proxy(parts, no_proxy, loopback_too=True):
+    """Whether the host of a URL taken apart is reached directly under the NO_PROXY list
+    `no_proxy`, as is a loopback host where `loopback_too`.
 
     Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
     `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
     `:port` or without.
     """
-    parts = urllib.parse.urlsplit("//" + host)
-    name, port = (parts.hostname or "").rstrip("."), parts.port
-    if loopback_too and loopback(host):
+    if loopback_too and loopback(parts.netloc):
         return True
+    _, name, port = origin(parts)
+    name = name.rstrip(".")
     for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):
-        entry, _, wanted = (entry.rpartition(":") if re.search(r"[^:]:[0-9]+$", entry)
-                            and "/" not in entry and _address_rank(entry) is None
-                            else (entry, "", ""))
-        if wanted and port is not None and int(wanted) != port:
-            continue
+        if re.search(r"[^:]:[0-9]+$", entry) and "/" not in entry and (
+                _address_rank(entry) is None):
+            entry, _, wanted = entry.rpartition(":")
+            if int(wanted) != port:
+                continue
         entry = entry.strip("[]")
         if entry == "*" or name == entry:
             return True
@@ -2887,8 +2888,7 @@ def bypasses_proxy(host, no_proxy, loopback_too=True):
             if ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False):
                 return True
             continue
-        if name.endswith(entry.lstrip("*") if entry.startswith(("*.", "."))
-                         else "." + entry):
+        if name.endswith("." + re.sub(r"^\*?\.", "", entry)):
             return True
     return False
 
@@ -2959,15 +2959,14 @@ class Response:
         received = 0
         with self._transport.translating(self.url):
             while received != self.length:
-                left = size if self.length is None else min(size,
-                                                            self.length - received)
                 # Not readinto: it fills the buffer, and loses it all when it fails.
-                data = self._reply.read1(left)
+                data = self._reply.read1(size if self.length is None else
+                                         min(size, self.length - received))
                 if not data:
                     break
                 received += len(data)
                 yield data
-        if self.length is not None and received != self.length:
+        if self.length not in (None, received):
             raise TransportError("%s sent %d bytes of %d and ended"
                                  % (self.place(), received, self.length),
                                  retryable=True)
@@ -3011,11 +3010,9 @@ class Response:
 class TLSSettings:
     """What certificates are good enough, host by host; for arguments see Transport."""
 
-    def __init__(self, skip_verify=False, cacert=None, client_pair=None,
-                 certs_dirs=None):
+    def __init__(self, skip_verify=False, cacert=None, client_pair=None):
         self._skip_verify, self._cacert = skip_verify, cacert
         self._client_pair = client_pair
-        self._certs_dirs = default_certs_dirs() if certs_dirs is None else certs_dirs
         self._named = set()  # registries: they may see the client certificate
         #: Name of a host -> whether any certificate of it is taken; False: once one has
         #: turned out to be bad.
@@ -3046,7 +3043,7 @@ class TLSSettings:
     def context(self, host):
         """The TLS settings for one host; those of others where they do for it, too."""
         verify = not self._insecure.get(host_name(host))
-        roots, pairs = host_certificates(host, self._certs_dirs)
+        roots, pairs = host_certificates(host, default_certs_dirs())
         if self._cacert is not None:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
@@ -3087,21 +3084,19 @@ class Transport:
     `skip_verify` takes any certificate of the hosts that `tls.name` is told of;
     `cacert` is a PEM file of roots added to the system's (which honour SSL_CERT_FILE
     and SSL_CERT_DIR); `client_pair` is a certificate and a key file shown to the
-    registries among them. `certs_dirs` are the places of HOST[:PORT]/ directories of
-    more of these (None: docker's and podman's). `proxy` is a URL, None for the
-    environment's. Servers may send us to `storage_hosts` (see names_host) wherever
-    these are, and over http.
+    registries among them. `proxy` is a URL, None for the environment's. Servers may
+    send us to `storage_hosts` (see names_host) wherever these are, and over http.
     """
 
     def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
-                 cacert=None, client_pair=None, proxy=None, certs_dirs=None,
-                 storage_hosts=(), clock=time.monotonic, sleep=None):
+                 cacert=None, client_pair=None, proxy=None, storage_hosts=(),
+                 clock=time.monotonic, sleep=None):
         self.clock, self._sleep = clock, sleep
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = clock() + timeout
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
-        self.tls = TLSSettings(skip_verify, cacert, client_pair, certs_dirs)
+        self.tls = TLSSettings(skip_verify, cacert, client_pair)
         self._storage_hosts = storage_hosts
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
@@ -3137,12 +3132,28 @@ class Transport:
 
     def retrying(self, action):
         """`action()`, tried again while it raises errors that may pass."""
-        budget = Budget(self)
-        while True:
+        for failures in itertools.count(1):
             try:
                 return action()
             except ImagecError as error:
-                budget.spend(error)
+                self.back_off(error, failures)
+
+    def back_off(self, error, failures):
+        """Waits for the next try after so many `failures`, the last of them `error`.
+
+        Raises it where there is none left.
+        """
+        if not error.retryable:
+            raise error
+        if failures >= ATTEMPTS:
+            error.retryable = False  # for whoever has tries of its own around this
+            raise error
+        seconds = min(BACKOFF * 2 ** (failures - 1), BACKOFF_LIMIT)
+        seconds *= random.uniform(0.8, 1.2)
+        if error.retry_after is not None:
+            seconds = min(error.retry_after, RETRY_AFTER_LIMIT)
+        log.info("%s; trying again in %.1f s", error, seconds)
+        self.wait(seconds)
 
     def wait(self, seconds):
         """Sleeps, but not beyond the deadline or a cancel."""
@@ -3242,9 +3253,7 @@ class Transport:
                         connection.sock, selectors.EVENT_READ, 0):
                     return connection
                 connection.close()
-        connection = _Kept(self, request)
-        connection.key = key
-        return connection
+        return _Kept(self, request)
 
     def _send(self, connection, request):
         connection.start()
@@ -3267,10 +3276,10 @@ class Transport:
         """Takes a connection back, which another exchange may use."""
         with self._lock:
             self._idle.append(connection)
-            spare = [] if self._cancelled.is_set() else self._idle[
-                -IDLE_CONNECTIONS_LIMIT:]
-            over, self._idle = self._idle[:len(self._idle) - len(spare)], spare
-        for connection in over:
+            over = len(self._idle) - (
+                0 if self._cancelled.is_set() else IDLE_CONNECTIONS_LIMIT)
+            spare = [self._idle.pop(0) for _ in range(over)]
+        for connection in spare:
             connection.close()
 
     @contextlib.contextmanager
@@ -3385,34 +3394,6 @@ def _transport_error(error, url, idle_timeout, option=None):
         return TransportError("%s did not answer in HTTP: %s: %s" % (
             url, type(error).__name__, printable(error, 100)), retryable=True)
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
-
-
-class Budget:
-    """The tries one piece of work has: exponential with jitter, renewed by progress."""
-
-    def __init__(self, transport):
-        self._transport = transport
-        self._failures = 0
-
-    def spend(self, error, progress=0):
-        """Waits for the next try, or raises `error` where there is none left.
-
-        `progress` is the bytes that came since the last failure.
-        """
-        if not error.retryable:
-            raise error
-        if progress >= PROGRESS_BYTES:
-            self._failures = 0
-        self._failures += 1
-        if self._failures >= ATTEMPTS:
-            error.retryable = False  # for whoever has tries of its own around this
-            raise error
-        seconds = min(BACKOFF * 2 ** (self._failures - 1), BACKOFF_LIMIT)
-        seconds *= random.uniform(0.8, 1.2)
-        if error.retry_after is not None:
-            seconds = min(error.retry_after, RETRY_AFTER_LIMIT)
-        log.info("%s; trying again in %.1f s", error, seconds)
-        self._transport.wait(seconds)
 
 
 def retry_after(value):
@@ -4840,7 +4821,7 @@ class Download:
         self._resumed = received > 0
         if received:
             self._tell("Resuming", received)
-        budget = Budget(self._source.transport)
+        failures = 0  # since the last try that was worth it
         while received != self._blob.size or not received:
             before = received
             try:
@@ -4853,12 +4834,13 @@ class Download:
                     yield data
                 return
             except ImagecError as error:
+                failures = 1 if received - before >= PROGRESS_BYTES else failures + 1
                 try:
-                    budget.spend(error, received - before)
+                    self._source.transport.back_off(error, failures)
                 except ImagecError:
                     if not self._leave(error):
                         raise
-                    budget = Budget(self._source.transport)
+                    failures = 0
                 self._resumed = received > 0
 
     def _rest(self, offset):
