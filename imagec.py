@@ -2671,7 +2671,7 @@ class _Kept(http.client.HTTPConnection):
         if request.tunnel:
             host, _, port = request.proxy.rpartition(":")
         self._reach(host, int(port))
-        if request.tunnel and request.tunnel.scheme == "http":
+        if request.tunnel and not request.tunnel.startswith("socks"):
             self._ask_for_tunnel()
         elif request.tunnel:
             socks_connect(self._talk, request.tunnel, self.host, self.port)
@@ -2785,15 +2785,13 @@ class _ProxyHandler(urllib.request.ProxyHandler):
                           urllib.request.getproxies_environment().get("no", ""),
                           not self._given):
             return None
-        parts = split_proxy(proxy)
-        req.proxy = "%s:%d" % (parts.hostname, parts.port or (
-            80 if parts.scheme == "http" else 1080))
+        scheme, host, port, user, password = split_proxy(proxy)
+        req.proxy = "%s:%d" % (host, port)
         req.allowed = None  # it is the proxy that knows the address
-        if parts.username:
-            req.login = basic_header(urllib.parse.unquote(parts.username),
-                                     urllib.parse.unquote(parts.password or ""))
-        if parts.scheme != "http" or req.type == "https":
-            req.tunnel = parts
+        if user:
+            req.login = basic_header(user, password)
+        if scheme != "http" or req.type == "https":
+            req.tunnel = proxy
             return
         req.set_proxy(req.proxy, "http")
         if req.login:
@@ -2801,18 +2799,19 @@ class _ProxyHandler(urllib.request.ProxyHandler):
 
 
 def split_proxy(url):
-    """A proxy's URL taken apart; raises UsageError."""
+    """(scheme, host, port, user, password) of a proxy's URL; raises UsageError."""
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        user, secret = [urllib.parse.unquote(text or "")
-                        for text in (parts.username, parts.password)]
-        SECRETS.add(secret or user)  # some proxies take a token for a user
-        if parts.scheme in ("http", "socks5", "socks5h") and parts.hostname and (
-                parts.port != 0 and len(user.encode("utf-8")) < 256) and len(
-                    secret.encode("utf-8")) < 256 and not (
-                    parts.path.strip("/") or parts.query or parts.fragment):
-            return parts
-    except ValueError:
+        login = [urllib.parse.unquote(text or "")
+                 for text in (parts.username, parts.password)]
+        SECRETS.add(login[1] or login[0])  # some proxies take a token for a user
+        port = {"http": 80, "socks5": 1080, "socks5h": 1080}[parts.scheme]
+        port = port if parts.port is None else parts.port
+        if parts.hostname and port and not (
+                parts.path.strip("/") or parts.query or parts.fragment) and (
+                    max(len(word.encode("utf-8")) for word in login) < 256):
+            return (parts.scheme, parts.hostname, port, *login)
+    except (ValueError, KeyError):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
     raise UsageError("the proxy's URL is not one we can use",
@@ -2830,23 +2829,23 @@ def socks_connect(talk, proxy, host, port):
     """Asks a SOCKS5 server to connect (RFC 1928, 1929).
 
     `talk(data, count)` sends it data and gives the `count` bytes that come back;
-    `proxy` is its taken-apart URL; with socks5 the name is resolved here, with socks5h
-    there. Raises TransportError, AccessDenied.
+    `proxy` is its URL; with socks5 the name is resolved here, with socks5h there.
+    Raises TransportError, AccessDenied.
     """
-    place = "SOCKS proxy %s:%d" % (proxy.hostname, proxy.port or 1080)
-    user = urllib.parse.unquote(proxy.username or "").encode("utf-8")
-    secret = urllib.parse.unquote(proxy.password or "").encode("utf-8")
+    scheme, *server, user, password = split_proxy(proxy)
+    place = "SOCKS proxy %s:%d" % tuple(server)
+    login = b"".join(bytes([len(word)]) + word for word in (
+        user.encode("utf-8"), password.encode("utf-8")))
     version, method = talk(b"\5\2\0\2" if user else b"\5\1\0", 2)
     if version != 5:
         raise TransportError("%s does not speak SOCKS5" % place)
     if method == 2 and user:
-        login = b"".join(bytes([len(word)]) + word for word in (user, secret))
         if talk(b"\1" + login, 2)[1]:
             raise AccessDenied("%s does not take the user name and password" % place)
     elif method:
         raise AccessDenied("%s wants a user name and password" % place,
                            hint="put them in its URL")
-    address = resolved(host, port)[0][4][0] if proxy.scheme == "socks5" else host
+    address = resolved(host, port)[0][4][0] if scheme == "socks5" else host
     try:
         ip = ipaddress.ip_address(address)
         target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
@@ -2909,7 +2908,7 @@ class _Request(urllib.request.Request):
     """
 
     proxy = None  # host and port of the proxy it goes through
-    tunnel = None  # the proxy's taken-apart URL, where it connects us to the host
+    tunnel = None  # the proxy's URL, where it connects us to the host
     login = None  # for the proxy, as a header has it
 
     def __init__(self, url, method, headers, data=None, allowed=None, option=None):
@@ -3066,9 +3065,9 @@ class TLSSettings:
         else:  # 3.6, whose default takes TLS 1.0
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         for path in roots:
-            _load(path, context.load_verify_locations, path)
-        for certificate, key in pairs:
-            _load(certificate, context.load_cert_chain, certificate, key, _no_password)
+            _load(context.load_verify_locations, path)
+        for certificate, key in pairs:  # "": a password is not asked for on a terminal
+            _load(context.load_cert_chain, certificate, key, "")
         if verify:
             context.load_default_certs()
         else:
@@ -3126,9 +3125,8 @@ class Transport:
         """Closes every connection."""
         self.cancel()
         with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+            while self._idle:
+                self._idle.pop().close()
 
     def retrying(self, action):
         """`action()`, tried again while it raises errors that may pass."""
@@ -3166,13 +3164,13 @@ class Transport:
     # -- one exchange
 
     def open(self, method, url, headers=None, data=None, trusting=None,
-             follow=lambda parts: True, option=None):
+             stay=False, option=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         None where the user chose it. No redirect leads nearer than any server on the
-        way is. Authorization stays with the origin it was meant for. `follow(parts)`
-        may forbid a redirect. `option` of the command line would allow this URL's host;
+        way is. Authorization stays with the origin it was meant for, and with `stay`
+        the redirects do. `option` of the command line would allow this URL's host;
         None: --storage-host, but the first.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
@@ -3191,17 +3189,17 @@ class Transport:
                 return response
             response.discard()
             parts = checked_url(location, url)
+            elsewhere = origin(parts) != origin(first)
+            if stay and elsewhere:
+                raise UnsafeRedirect("%s redirects to another host, %s" % (
+                    response.place(), parts._replace(path="", query="").geturl()))
             lent = names_host(self._storage_hosts, parts)
             if parts.scheme != "https" and not lent and any(
                     one.startswith("https:") for one in seen):
                 raise UnsafeRedirect(
                     "%s redirects from https to http" % response.place(),
-                    _LENIENCE % "--storage-host " + parts.netloc if follow(parts)
-                    else None)
-            if not follow(parts):
-                raise UnsafeRedirect("%s redirects to another host, %s"
-                                     % (response.place(), parts.hostname))
-            if lent or origin(parts) != origin(first):
+                    _LENIENCE % "--storage-host " + parts.netloc)
+            if lent or elsewhere:
                 headers.pop("Authorization", None)
             ranks.append(response.rank)
             trusting = None if lent else min(ranks)
@@ -3276,11 +3274,9 @@ class Transport:
         """Takes a connection back, which another exchange may use."""
         with self._lock:
             self._idle.append(connection)
-            over = len(self._idle) - (
-                0 if self._cancelled.is_set() else IDLE_CONNECTIONS_LIMIT)
-            spare = [self._idle.pop(0) for _ in range(over)]
-        for connection in spare:
-            connection.close()
+            limit = 0 if self._cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
+            while len(self._idle) > limit:
+                self._idle.pop(0).close()
 
     @contextlib.contextmanager
     def translating(self, url, request=None):
@@ -3336,19 +3332,14 @@ def host_certificates(host, certs_dirs):
     return [], []
 
 
-def _load(path, load, *args):
+def _load(load, path, *args):
     """Loads a PEM file; raises UsageError where it is none."""
     try:
-        load(*args)
+        load(path, *args)
     except (OSError, ssl.SSLError) as error:
         raise UsageError("cannot read certificates or keys from %s: %s" % (
             path, _reason(error)), "--cacert, --cert, --key and certs.d want PEM "
             "files, keys not encrypted") from None
-
-
-def _no_password():
-    """For an encrypted key: never ask on a terminal. 3.6 takes no exception here."""
-    return ""
 
 
 def _reason(error):
@@ -3411,21 +3402,32 @@ def retry_after(value):
 
 
 def registry_error(response, what, kind=None):
-    """The RegistryError for a response, in the server's own words where it has some.
+    """The RegistryError for a response, in the server's own words where it has some
+    (distribution-spec, "Error Codes").
 
     Of the class its status and codes mean, or of `kind` where that is not None.
     """
-    codes, words = _error_body(response)
+    try:
+        body = response.read(ERROR_BODY_LIMIT, "error")
+        pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
+                 for e in Document.parse(body, "error").children("errors", 100)]
+    except ImagecError:
+        pairs = []
+    codes = [SECRETS.hide(code) for code, _ in pairs]
+    words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
+    words = "HTTP %d" % response.status + (
+        words and ", " + printable(words, ERROR_TEXT_LIMIT))
     kind = kind or {401: AccessDenied, 403: AccessDenied, 404: NotFound,
-            429: RateLimited}.get(response.status, RegistryError)
+                    429: RateLimited}.get(response.status, RegistryError)
     if kind is not RegistryError and {"DENIED", "UNAUTHORIZED"} & set(codes):
         kind = AccessDenied
-    meaning = {AccessDenied: "access denied", NotFound: "not found",
-               RateLimited: "too many requests"}.get(kind, "unexpected answer")
-    hint = {AccessDenied: "it may not exist, or need other credentials",
-            RateLimited: "wait, or log in with -u"}.get(kind)
-    error = kind("%s: %s: %s" % (what, meaning, words or "HTTP %d" % response.status),
-                 response.status, codes, response.place(), hint)
+    meaning, hint = {
+        AccessDenied: ("access denied", "it may not exist, or need other credentials"),
+        NotFound: ("not found", None),
+        RateLimited: ("too many requests", "wait, or log in with -u"),
+    }.get(kind, ("unexpected answer", None))
+    error = kind("%s: %s: %s" % (what, meaning, words), response.status, codes,
+                 response.place(), hint)
     error.source = response.place() + (
         " (through the proxy %s)" % response.proxy if response.proxy else "")
     error.retry_after = retry_after(response.headers.get("Retry-After"))
@@ -3440,21 +3442,6 @@ def rate_limit(headers):
     names = ("ratelimit-limit", "ratelimit-remaining", "docker-ratelimit-source")
     return ", ".join("%s: %s" % (name, printable(headers[name], 60))
                      for name in names if headers.get(name))
-
-
-def _error_body(response):
-    """(codes, words) of an error's body: distribution-spec, "Error Codes"."""
-    try:
-        body = response.read(ERROR_BODY_LIMIT, "error")
-        errors = Document.parse(body, "error").children("errors", 100)
-        pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
-                 for e in errors]
-    except ImagecError:
-        pairs = []
-    words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
-    if words:
-        words = "HTTP %d, %s" % (response.status, printable(words, ERROR_TEXT_LIMIT))
-    return [SECRETS.hide(code) for code, _ in pairs], words
 
 
 # --------------------------------------------------------------------------------------
@@ -3557,11 +3544,9 @@ def fetch_token(transport, url, credentials=None, trusting=None):
     """
     basic = credentials.basic() if credentials else None
     headers = {"Authorization": basic} if basic else {}
-    here = origin(checked_url(url))
 
     def exchange(method, url, headers, data=None):
-        with transport.open(method, url, headers, data, trusting,
-                            lambda parts: origin(parts) == here,
+        with transport.open(method, url, headers, data, trusting, True,
                             "--token-host") as response:
             if response.status != 200:
                 raise registry_error(response, "token")
@@ -6994,7 +6979,7 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
     context = None
     if tls is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        _load(tls[0], context.load_cert_chain, tls[0], tls[1], _no_password)
+        _load(context.load_cert_chain, tls[0], tls[1], "")
     kind = type("Server", (_BoundedThreads, socketserver.ThreadingTCPServer), {
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
         "shelf": shelf, "credentials": credentials, "context": context,
@@ -7319,10 +7304,9 @@ def test_shelf(directory):
 def _proxy_shown(url):
     """A proxy without its user and password."""
     try:
-        parts = split_proxy(url)
+        return "%s://%s:%d" % split_proxy(url)[:3]
     except UsageError as error:
         return error.message
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def describe_host():
