@@ -3602,115 +3602,20 @@ def pull_scope(repository):
     return "repository:%s:pull" % repository
 
 
-class Authorizer:
-    """Answers the challenges of one registry, and keeps its tokens by repository.
-
-    `keyring` has `lookup(host, repository)` (see Keyring); None for no credentials.
-    `rank` is how near the registry's address is; `challenge` is the Challenge in force,
-    None while the registry has asked for nothing.
-    """
-
-    def __init__(self, transport, registry_url, keyring=None, token_hosts=(),
-                 rank=None):
-        self._transport, self._registry_url = transport, registry_url
-        self._host = urllib.parse.urlsplit(registry_url).netloc
-        self._keyring, self._token_hosts = keyring, token_hosts
-        self.rank = rank
-        self.challenge = None
-        self._tokens = {}
-        self._lock = threading.Lock()
-
-    def learn(self, headers):
-        """Takes a 401's challenges; raises AccessDenied where we can answer none."""
-        challenge = Challenge.choose(Challenge.parse(
-            headers.get_all("WWW-Authenticate", [])))
-        if challenge is None:
-            raise AccessDenied("%s wants authentication of a kind we do not know"
-                               % bare_url(self._registry_url), status=401)
-        self.challenge = challenge
-
-    def header(self, repository):
-        """The Authorization value for `repository`, None where none is asked for.
-
-        The keyring is not asked before the registry asks.
-        """
-        challenge = self.challenge
-        if challenge is None:
-            return None
-        with self._lock:
-            credentials = self._keyring and self._keyring.lookup(self._host, repository)
-            if credentials and credentials.registry_token:
-                return "Bearer " + credentials.registry_token
-            if challenge.scheme == "basic":
-                basic = credentials and credentials.basic()
-                if not basic:
-                    raise AccessDenied("%s wants a user name and password"
-                                       % bare_url(self._registry_url), status=401,
-                                       hint="give them with -u USER --password-stdin")
-                return basic
-            token = self._tokens.get(repository)
-            if token is None or token.expires <= self._transport.clock():
-                token = self._fetch(challenge, repository, credentials)
-                self._tokens[repository] = token
-        return "Bearer " + token.value
-
-    def refused(self, repository, header):
-        """The registry did not take `header`: its token is not used again."""
-        with self._lock:
-            token = self._tokens.get(repository)
-            if token is not None and header == "Bearer " + token.value:
-                del self._tokens[repository]
-
-    def who(self, repository):
-        """Who we are to the registry, in words."""
-        found = self._keyring and self._keyring.lookup(self._host, repository)
-        return printable(str(found), 200) if found else "anonymous"
-
-    def _fetch(self, challenge, repository, credentials):
-        url = auth_url(challenge, pull_scope(repository), self._registry_url)
-        realm = urllib.parse.urlsplit(url)
-        named = names_host(self._token_hosts, realm)
-        if credentials and not (named or self._trusts(realm)):
-            log.warning("no password sent to %s, which is not a token server of %s: "
-                        "fetching an anonymous token; allow it with --token-host",
-                        bare_url(url), urllib.parse.urlsplit(self._registry_url).netloc)
-            credentials = None
-        try:
-            return fetch_token(self._transport, url, credentials,
-                               None if named else self.rank)
-        except AccessDenied as error:
-            error.message += " (%s)" % printable(credentials or "anonymous", 200)
-            error.hint = "check the user name and password, or where they come from"
-            raise
-
-    def _trusts(self, realm):
-        """Whether the password may go to this token server.
-
-        A registry chooses the realm; one that is tampered with must not be able to send
-        the password elsewhere. Trusted are, besides what the user named, the registry's
-        own host, the host known to serve its tokens, one in the same domain over TLS.
-        """
-        home = urllib.parse.urlsplit(self._registry_url)
-        if realm.hostname in (home.hostname, KNOWN_REALMS.get(home.hostname)):
-            return True
-        if realm.scheme != "https" or _address_rank(home.hostname) is not None:
-            return False
-        domain = home.hostname.partition(".")[2]
-        if re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain):
-            return False  # co.uk and the like: a suffix that strangers share
-        return "." in domain and ("." + realm.hostname).endswith("." + domain)
-
-
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
     `allow_http` lets it fall back to unverified https, the probe also to http; a
-    loopback host may fall back to http without it. `credentials` is a Keyring or
-    Credentials; the `token_hosts` (see names_host) may be sent them though they are not
-    the registry's own. `namespace` is the registry this one is a mirror of, which
-    containerd's mirrors are told as `?ns=`. `url` is the base URL where it has been
-    learnt, else None.
+    loopback host may fall back to http without it. `credentials` is None or has
+    `lookup(host, repository)`, as a Keyring and Credentials have; the `token_hosts`
+    (see names_host) may be sent them though they are not the registry's own.
+    `namespace` is the registry this one is a mirror of, which containerd's mirrors are
+    told as `?ns=`.
     """
+
+    url = None  # the base of the API, where it has been learnt
+    rank = None  # how near its address is
+    challenge = None  # the Challenge in force, where the registry has asked for one
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3718,24 +3623,18 @@ class Endpoint:
         self._keyring, self._allow_http = credentials, allow_http
         self._token_hosts, self._namespace = token_hosts, namespace
         transport.tls.name(host, allow_http)
-        self._authorizer = None
-        self.url = None
+        self._tokens = {}  # by repository
         self._warned = set()
-        self._lock = threading.Lock()
+        self._probing, self._lock = threading.Lock(), threading.Lock()
 
-    # -- who and where
-
-    @property
-    def challenge(self):
-        """The Challenge in force, None where the registry has asked for nothing."""
-        return self._authorizer and self._authorizer.challenge
+    # -- where it is
 
     def learn_registry_url(self):
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
 
         Raises TransportError where no registry answers.
         """
-        with self._lock:
+        with self._probing:
             if self.url is None:
                 self.url = self.transport.retrying(self._probe)
             return self.url
@@ -3774,43 +3673,98 @@ class Endpoint:
                     error.hint = ("check the host name; its /v2/ should answer 200 or "
                                   "401")
                 raise error
-            final, rank = urllib.parse.urlsplit(response.url), response.first_rank
-            here = final.hostname == urllib.parse.urlsplit(url).hostname
-            if here:  # http -> https, or another port
+            final, self.rank = checked_url(response.url), response.first_rank
+            if final.hostname == checked_url(url).hostname:
+                # http -> https, or another port
                 url = "%s://%s/v2/" % (final.scheme, final.netloc)
-                rank = response.rank
-            self._authorizer = Authorizer(self.transport, url, self._keyring,
-                                          self._token_hosts, rank)
-            if response.status == 401 and here:
-                with contextlib.suppress(AccessDenied):
-                    # One that we cannot answer may not be meant for what we ask next.
-                    self._authorizer.learn(response.headers)
+                self.rank = response.rank
+                if response.status == 401:
+                    with contextlib.suppress(AccessDenied):
+                        # It may not be meant for what we ask next.
+                        self._learn_challenge(response)
             response.discard()
             log.debug("%s is a registry (%s)", url, response.headers.get(
                 API_VERSION_HEADER, "no version header"))
         return url
 
-    def learn_auth_url(self, repository, reference):
-        """The URL that gives a token to pull `reference` (a tag or digest), or None.
+    # -- who we are there
 
-        None where no token is needed. Raises NotFound where there is no such image, and
-        AccessDenied where access is by other means than a token.
+    def _learn_challenge(self, response):
+        """Takes that of a 401; raises AccessDenied where we can answer none."""
+        challenge = Challenge.choose(Challenge.parse(
+            response.headers.get_all("WWW-Authenticate", [])))
+        if challenge is None:
+            raise AccessDenied("%s wants authentication of a kind we do not know"
+                               % self.host, status=401)
+        self.challenge = challenge
+
+    def credentials(self, repository):
+        """The Credentials for a repository there, None for none."""
+        return self._keyring and self._keyring.lookup(
+            checked_url(self.url).netloc, repository)
+
+    def authorization(self, repository):
+        """The Authorization value for `repository`, None where none is asked for.
+
+        The keyring is not asked before the registry asks.
         """
-        url = self.learn_registry_url()
-        if self.challenge is None:
-            with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
-                               None, {"Accept": ACCEPT}) as response:
-                if response.status == 200:
-                    return None
-                if response.status != 401:
-                    raise registry_error(response, "%s:%s" % (repository, reference))
-                self._authorizer.learn(response.headers)
-        if self.challenge.scheme != "bearer":
-            raise AccessDenied("%s wants a user name and password, not a token"
-                               % self.host)
-        return auth_url(self.challenge, pull_scope(repository), url)
+        challenge = self.challenge
+        if challenge is None:
+            return None
+        with self._lock:
+            credentials = self.credentials(repository)
+            if credentials and credentials.registry_token:
+                return "Bearer " + credentials.registry_token
+            if challenge.scheme == "basic":
+                basic = credentials and credentials.basic()
+                if not basic:
+                    raise AccessDenied("%s wants a user name and password"
+                                       % bare_url(self.url), status=401,
+                                       hint="give them with -u USER --password-stdin")
+                return basic
+            token = self._tokens.get(repository)
+            if token is None or token.expires <= self.transport.clock():
+                token = self._fetch_token(challenge, repository, credentials)
+                self._tokens[repository] = token
+        return "Bearer " + token.value
 
-    # -- exchanges
+    def _fetch_token(self, challenge, repository, credentials):
+        url = auth_url(challenge, pull_scope(repository), self.url)
+        realm = checked_url(url)
+        named = names_host(self._token_hosts, realm)
+        if credentials and not (named or self._trusts(realm)):
+            log.warning("no password sent to %s, which is not a token server of %s: "
+                        "fetching an anonymous token; allow it with --token-host",
+                        bare_url(url), checked_url(self.url).netloc)
+            credentials = None
+        try:
+            return fetch_token(self.transport, url, credentials,
+                               None if named else self.rank)
+        except AccessDenied as error:
+            error.message += " (%s)" % printable(credentials or "anonymous", 200)
+            error.hint = "check the user name and password, or where they come from"
+            raise
+
+    def _trusts(self, realm):
+        """Whether the password may go to this token server.
+
+        A registry chooses the realm; one that is tampered with must not be able to send
+        the password elsewhere. Trusted are, besides what the user named, the registry's
+        own host, the host known to serve its tokens, one in the same domain over TLS.
+        """
+        home = checked_url(self.url).hostname
+        if realm.hostname in (home, KNOWN_REALMS.get(home)):
+            return True
+        if realm.scheme != "https" or _address_rank(home) is not None:
+            return False
+        domain = home.partition(".")[2]
+        if re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain):
+            return False  # co.uk and the like: a suffix that strangers share
+        return "." in domain and ("." + realm.hostname).endswith("." + domain)
+
+
+class Registry(Endpoint):
+    """The pull part of one host's distribution API; see Endpoint for its making."""
 
     def _request(self, method, path, authorization, headers):
         url = self.learn_registry_url() + urllib.parse.quote(
@@ -3821,8 +3775,7 @@ class Endpoint:
         if authorization:
             headers = dict(headers, Authorization=authorization)
         # The name may lead elsewhere by now, but not nearer than when it was learnt.
-        response = self.transport.open(method, url, headers,
-                                       trusting=self._authorizer.rank)
+        response = self.transport.open(method, url, headers, trusting=self.rank)
         for value in response.headers.get_all("Warning", []):
             # RFC 7234, 5.5. Each is shown once.
             warning = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
@@ -3838,29 +3791,48 @@ class Endpoint:
 
         A 401 is answered once: with the token it asks for, or a fresh one.
         """
-        home = self.learn_registry_url()
+        home = origin(checked_url(self.learn_registry_url()))
         for attempt in (1, 2):
-            authorization = self._authorizer.header(repository)
+            authorization = self.authorization(repository)
             response = self._request(method, path, authorization, headers or {})
-            ours = origin(checked_url(response.url)) == origin(checked_url(home))
-            if response.status != 401 or attempt == 2 or not ours:
-                break
-            if authorization and authorization.startswith("Basic"):
+            if (response.status != 401 or attempt == 2
+                    or origin(checked_url(response.url)) != home
+                    or (authorization or "").startswith("Basic")):
                 break
             response.discard()
-            self._authorizer.learn(response.headers)
-            self._authorizer.refused(repository, authorization)
+            self._learn_challenge(response)
+            with self._lock:
+                token = self._tokens.get(repository)
+                if token and authorization == "Bearer " + token.value:
+                    del self._tokens[repository]  # it is not used again
         if response.status in expected:
             return response
         with response:
             error = registry_error(response, what)
         if isinstance(error, AccessDenied):
-            error.message += " (%s)" % self._authorizer.who(repository)
+            error.message += " (%s)" % printable(
+                self.credentials(repository) or "anonymous", 200)
         raise error
 
+    def learn_auth_url(self, repository, reference):
+        """The URL that gives a token to pull `reference` (a tag or digest), or None.
 
-class Registry(Endpoint):
-    """The pull part of one host's distribution API; see Endpoint for its making."""
+        None where no token is needed. Raises NotFound where there is no such image, and
+        AccessDenied where access is by other means than a token.
+        """
+        url = self.learn_registry_url()
+        if self.challenge is None:
+            with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
+                               None, {"Accept": ACCEPT}) as response:
+                if response.status == 200:
+                    return None
+                if response.status != 401:
+                    raise registry_error(response, "%s:%s" % (repository, reference))
+                self._learn_challenge(response)
+        if self.challenge.scheme != "bearer":
+            raise AccessDenied("%s wants a user name and password, not a token"
+                               % self.host)
+        return auth_url(self.challenge, pull_scope(repository), url)
 
     def _document(self, method, path, repository, what, **headers):
         """(the Response, its whole body) for a document, tried until it comes."""
@@ -3878,8 +3850,14 @@ class Registry(Endpoint):
         what = "manifest %s:%s" % (repository, tag)
         response, _ = self._document("HEAD", "%s/manifests/%s" % (repository, tag),
                                      repository, what, Accept=ACCEPT)
+        return self._claimed(response, what)
+
+    @staticmethod
+    def _claimed(response, what):
+        """The Digest that a response's header claims, None where it has none."""
         claimed = response.headers.get("Docker-Content-Digest")
-        return claimed and Document.as_digest(claimed, what + ": Docker-Content-Digest")
+        return None if claimed is None else Document.as_digest(
+            claimed, what + ": Docker-Content-Digest")
 
     def fetch_manifest(self, repository, reference, size=None):
         """The manifest `reference` (a tag, or a Digest) names, decoded.
@@ -3899,17 +3877,13 @@ class Registry(Endpoint):
             manifest = decode_manifest(raw, response.headers.get("Content-Type"),
                                        digest, what)
             # The header is no proof, but one that lies is a sign of tampering.
-            claimed = response.headers.get("Docker-Content-Digest")
+            claimed = self._claimed(response, what)
             if claimed is not None:
-                claimed = Document.as_digest(claimed, what + ": Docker-Content-Digest")
-                if claimed.algorithm == manifest.digest.algorithm:
-                    if claimed != manifest.digest:
-                        raise DigestMismatch(
-                            what, claimed, manifest.digest,
-                            "the registry's header and its body disagree")
-                elif digest is None:  # else the body has been proved already
-                    claimed.check(PrettySignature.parse(raw).payload if isinstance(
-                        manifest, Schema1Manifest) else raw, what)
+                actual = Digest.of(PrettySignature.parse(raw).payload if isinstance(
+                    manifest, Schema1Manifest) else raw, claimed.algorithm)
+                if actual != claimed:
+                    raise DigestMismatch(what, claimed, actual,
+                                         "the registry's header and its body disagree")
         return manifest
 
     def fetch_config(self, repository, descriptor):
@@ -4022,31 +3996,18 @@ class Source:
                 self._places.remove(place)
         return place != (self.home, self.repository)
 
-    def _ask(self, name, *arguments):
-        """(place, what the method of that name gives) of the first that can do it."""
+    def ask(self, method, *arguments):
+        """(what that method of Registry gives, the place that gave it).
+
+        The first that can do it is asked, with its repository and the arguments.
+        """
         while True:
             registry, repository = place = self._places[0]
             try:
-                return place, getattr(registry, name)(repository, *arguments)
+                return method(registry, repository, *arguments), place
             except ImagecError as error:
                 if not self.leave(place, error):
                     raise
-
-    def fetch_manifest(self, reference, size=None):
-        """See Registry.fetch_manifest."""
-        return self._ask("fetch_manifest", reference, size)[1]
-
-    def head_manifest(self, tag):
-        """See Registry.head_manifest."""
-        return self._ask("head_manifest", tag)[1]
-
-    def fetch_config(self, descriptor):
-        """See Registry.fetch_config."""
-        return self._ask("fetch_config", descriptor)[1]
-
-    def open_blob(self, descriptor, offset=0):
-        """(place, Response): see Registry.open_blob; `place` is what `leave` wants."""
-        return self._ask("open_blob", descriptor, offset)
 
 
 # --------------------------------------------------------------------------------------
@@ -4831,7 +4792,7 @@ class Download:
     def _rest(self, offset):
         """Yields the blob from `offset` on, in one try."""
         asked, self._ranges = offset if self._ranges else 0, True
-        self._place, response = self._source.open_blob(self._blob, asked)
+        response, self._place = self._source.ask(Registry.open_blob, self._blob, asked)
         with response:
             at = asked if asked and self._continues(response, asked) else 0
             if response.status != 200 and at != asked:
@@ -6262,10 +6223,12 @@ class Session:
         if held:
             # Where the short way does not work, the long one tells why.
             with contextlib.suppress(RegistryError, InvalidDocument, VerificationError):
-                digest = reference.digest or source.head_manifest(reference.tag)
+                digest = reference.digest or source.ask(
+                    Registry.head_manifest, reference.tag)[0]
                 if digest is not None:
                     return decode_manifest(held[0], None, digest)
-        return source.fetch_manifest(reference.digest or reference.tag)
+        return source.ask(Registry.fetch_manifest,
+                          reference.digest or reference.tag)[0]
 
     def resolve(self, reference, platform=None, output=None):
         """The Image of `reference` for `platform` (None: this host's; "all").
@@ -6286,8 +6249,8 @@ class Session:
             if isinstance(manifest, Manifest):
                 manifest.require_image()
                 raw = _held(manifest.config, held)
-                config = (source.fetch_config(manifest.config) if raw is None
-                          else ImageConfig.parse(raw))
+                config = (source.ask(Registry.fetch_config, manifest.config)[0]
+                          if raw is None else ImageConfig.parse(raw))
                 actual = config.platform
             elif manifest.architecture:
                 actual = Platform.normal("linux", manifest.architecture)
@@ -6331,7 +6294,7 @@ class Session:
             raw = _held(entry, held)
             if raw is not None:
                 return decode_manifest(raw, entry.media_type, entry.digest)
-            return source.fetch_manifest(entry.digest, entry.size)
+            return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
         return fetch
 
     def pull(self, references, output, platform=None):

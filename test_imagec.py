@@ -1960,6 +1960,14 @@ class NetworkCase(RegistryCase):
         return imagec.Registry(host or registry.host, transport or self.transport(),
                                credentials, **options)
 
+    def asking(self, url, realm, credentials=None, rank=None, **options):
+        """An imagec.Registry at a URL that wants a token from that realm."""
+        found = imagec.Registry(urllib.parse.urlsplit(url).netloc, self.transport(),
+                                credentials, **options)
+        found.url, found.rank = url, rank
+        found.challenge = imagec.Challenge("bearer", {"realm": realm})
+        return found
+
     def filled(self, image=None, name="app:1", **options):
         """A registry that has the image, or self.image."""
         return super().filled(image or self.image, name, **options)
@@ -6807,12 +6815,10 @@ class ProxyTest(FieldCase):
         os.environ["https_proxy"] = "http://bob:S3CR3T@" + self.proxy.host
         with self.fails(imagec.UnsafeRedirect):
             self.fetch(server)
-        authorizer = imagec.Authorizer(self.transport(), self.named(server),
-                                       imagec.Credentials("a", PASSWORD))
-        authorizer.challenge = imagec.Challenge("bearer", {
-            "realm": "https://%s/token" % host})
+        asking = self.asking(self.named(server), "https://%s/token" % host,
+                             imagec.Credentials("a", PASSWORD))
         with self.fails(imagec.UnsafeRedirect):
-            authorizer.header("app")
+            asking.authorization("app")
         self.assertEqual(self.taken(), [("CONNECT", "registry.test:%d" % server.port)])
 
     def test_addresses_are_written_in_brackets(self):
@@ -7162,11 +7168,10 @@ class AuthorizationTest(NetworkCase):
     @rows(NET_TRUST)
     def test_t72_whom_the_password_is_trusted_to(self, home, realm, allowed, trusted):
         secret = imagec.Credentials("alice", PASSWORD)
-        authorizer = imagec.Authorizer(self.transport(), home, secret, allowed)
-        authorizer.challenge = imagec.Challenge("bearer", {"realm": realm})
+        asking = self.asking(home, realm, secret, token_hosts=allowed)
         with mock.patch("imagec.fetch_token") as fetch:
             fetch.return_value = imagec.Token("t", 1e99)
-            self.assertEqual(authorizer.header("s"), "Bearer t")
+            self.assertEqual(asking.authorization("s"), "Bearer t")
         self.assertEqual(fetch.call_args[0][2] is secret, trusted, (realm, allowed))
 
     @rows(NET_TOKENS)
@@ -7200,12 +7205,11 @@ class AuthorizationTest(NetworkCase):
     @rows(NET_NEARNESS)
     def test_t74_realms_lead_no_nearer(self, home, target, allowed):
         server = self.server({"/token": say(b'{"token": "t"}')})
-        authorizer = imagec.Authorizer(self.transport(), "http://%s/v2/" % home,
-                                       rank=imagec._address_rank(NET_PLACES[home]))
-        authorizer.challenge = imagec.Challenge("bearer", {
-            "realm": "http://%s/token" % by_name(target, server)})
+        asking = self.asking("http://%s/v2/" % home,
+                             "http://%s/token" % by_name(target, server),
+                             rank=imagec._address_rank(NET_PLACES[home]))
         del self.reached[:]
-        self.gives("Bearer t" if allowed else None, lambda: authorizer.header("s"),
+        self.gives("Bearer t" if allowed else None, lambda: asking.authorization("s"),
                    imagec.TransportError)
         self.assertEqual(bool(self.reached), allowed, target)
 
@@ -7214,12 +7218,10 @@ class AuthorizationTest(NetworkCase):
     def test_t74_a_token_server_that_the_user_names_may_be_anywhere(self, named, good):
         server = self.server({"/token": say(b'{"token": "t"}')})
         realm = by_name("private.test", server)
-        authorizer = imagec.Authorizer(
-            self.transport(), "http://public.test/v2/", None,
-            [one.format(port=server.port) for one in named], rank=0)
-        authorizer.challenge = imagec.Challenge("bearer", {
-            "realm": "http://%s/token" % realm})
-        self.gives("Bearer t" if good else None, lambda: authorizer.header("app"),
+        asking = self.asking(
+            "http://public.test/v2/", "http://%s/token" % realm, rank=0,
+            token_hosts=[one.format(port=server.port) for one in named])
+        self.gives("Bearer t" if good else None, lambda: asking.authorization("app"),
                    imagec.UnsafeRedirect, "10.1.2.3",
                    "allow it with --token-host " + realm)
         self.assertEqual(bool(self.reached), good)
@@ -14479,8 +14481,8 @@ class SecretsTest(CommandLineCase):
         with imagec.Session("alice", PASSWORD, proxy="http://u:S3CR3T@127.0.0.1:1",
                             idle_timeout=1) as session:
             for value in bare + [bare] + [imagec.Keyring(who) for who in bare] + [
-                    session, session.transport, imagec.Authorizer(
-                        session.transport, "http://127.0.0.1:1/v2/", both)]:
+                    session, session.transport, imagec.Registry(
+                        "127.0.0.1:1", session.transport, both)]:
                 self.assert_no_secret(repr(value), str(value), "%s" % (value,))
         for value in bare:
             self.assertFalse(hasattr(value, "__dict__"))
