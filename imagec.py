@@ -2136,7 +2136,7 @@ def prove(chunks, blob, unpack=None, diff_id=None, check=go_on):
 # entry names (CVE-2021-41092: an entry fell back to another), and shown to nobody.
 
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
-_HUB_NAMES = frozenset([DOCKER_HUB, "index.docker.io", DOCKER_HUB_API])
+_HUB_NAMES = (DOCKER_HUB, "index.docker.io", DOCKER_HUB_API)
 _CONTROL = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # RFC 7617, and what is no UTF-8
 _NO_TOKEN = re.compile("[^!-~]")
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -2207,14 +2207,12 @@ class Keyring:
     4. $DOCKER_CONFIG/config.json, else ~/.docker/config.json;
     5. podman's auth.json in its places; 6. ~/.dockercfg.
 
-    With `anonymous` there are none. `environ` is a mapping, None for the process's own.
-    `sole` says in words what else is for one registry only, None for nothing.
+    With `anonymous` there are none. `sole` says in words what else is for one registry
+    only, None for nothing.
     """
 
-    def __init__(self, given=None, authfile=None, anonymous=False, environ=None,
-                 sole=None):
+    def __init__(self, given=None, authfile=None, anonymous=False, sole=None):
         self._given, self._authfile, self._anonymous = given, authfile, anonymous
-        self._environ = os.environ if environ is None else environ
         self._sole = sole or given and "one user name and password"
         self._sole_host = None
         self._lock = threading.Lock()
@@ -2232,7 +2230,9 @@ class Keyring:
                 self.claim(host)
                 return self._given
             if (host, repository) not in self._found:
-                self._found[host, repository] = self._search(host, repository)
+                found = (_find_in_config(name, config, host, repository)
+                         for name, config in self.sources() if config)
+                self._found[host, repository] = next(filter(None, found), None)
             return self._found[host, repository]
 
     def claim(self, host):
@@ -2247,18 +2247,11 @@ class Keyring:
                 raise UsageError("%s, but two registries: %s and %s" % (
                     self._sole, self._sole_host, host), "pull from one at a time")
 
-    def _search(self, host, repository):
-        if self._anonymous:
-            return None
-        for name, config in self.sources():
-            found = config and _find_in_config(name, config, host, repository)
-            if found:
-                return found
-        return None
-
     def sources(self):
         """Yields (where, config) of each source, in order; config is a dict or None."""
-        env = self._environ.get
+        if self._anonymous:
+            return
+        env, join = os.environ.get, os.path.join
         only = self._authfile or env("REGISTRY_AUTH_FILE")
         if only:
             yield only, _read_config(only, True)
@@ -2268,21 +2261,18 @@ class Keyring:
             yield "DOCKER_AUTH_CONFIG", _read_config(
                 "DOCKER_AUTH_CONFIG", raw=text.encode("utf-8", "surrogateescape"))
         home = env("HOME") or os.path.expanduser("~")
-        yield self._file(env("DOCKER_CONFIG") or os.path.join(home, ".docker"),
-                         "config.json")
         uid = os.getuid() if hasattr(os, "getuid") else 0
         runtime = env("XDG_RUNTIME_DIR")
-        yield self._file(*(runtime, "containers") if runtime else (
-            "/run/containers", str(uid)), "auth.json")
-        yield self._file(env("XDG_CONFIG_HOME") or os.path.join(home, ".config"),
-                         "containers", "auth.json")
-        path, config = self._file(home, ".dockercfg")
-        yield path, config and {"auths": config}
-
-    @staticmethod
-    def _file(*parts):
-        path = os.path.join(*parts)
-        return path, _read_config(path) if os.path.isfile(path) else None
+        for path in (
+                join(env("DOCKER_CONFIG") or join(home, ".docker"), "config.json"),
+                join(runtime, "containers", "auth.json") if runtime else
+                "/run/containers/%d/auth.json" % uid,
+                join(env("XDG_CONFIG_HOME") or join(home, ".config"), "containers",
+                     "auth.json"),
+                join(home, ".dockercfg")):
+            config = _read_config(path) if os.path.isfile(path) else None
+            yield path, {"auths": config} if config and path.endswith(
+                ".dockercfg") else config
 
 
 def _read_config(path, named=False, raw=None):
@@ -2313,42 +2303,33 @@ def _object(config, key):
 
 def _find_in_config(name, config, host, repository):
     """What one file says. Its helpers come before its entries, and rule them out."""
-    hub = host == DOCKER_HUB
-    server = DOCKER_HUB_KEY if hub else host
+    server, keys = host, [host]
+    if host == DOCKER_HUB:
+        server, keys = DOCKER_HUB_KEY, [DOCKER_HUB_KEY, *_HUB_NAMES]
     helpers = _object(config, "credHelpers")
-    for key in ([DOCKER_HUB_KEY, "docker.io", "index.docker.io"] if hub else [host]):
-        if isinstance(helpers.get(key), str) and helpers[key]:
-            return _ask_helper(helpers[key], server, "%s (credHelpers)" % name)
-    store = config.get("credsStore")
-    if isinstance(store, str) and store:
-        return _ask_helper(store, server, "%s (credsStore)" % name)
+    named = [("credHelpers", helpers.get(key)) for key in keys]
+    for where, helper in named + [("credsStore", config.get("credsStore"))]:
+        if isinstance(helper, str) and helper:
+            return _ask_helper(helper, server, "%s (%s)" % (name, where))
     auths = _object(config, "auths")
-    for key in _config_keys(auths, host, repository):
-        found = _entry_credentials(auths[key], "%s (%s)" % (name, key))
-        if found:
-            return found
-    return None
+    found = (_entry_credentials(auths[key], "%s (%s)" % (name, key))
+             for key in _config_keys(auths, host, repository))
+    return next(filter(None, found), None)
 
 
 def _config_keys(auths, host, repository):
     """The keys of `auths` that are for this repository, most to least specific.
 
     As containers/image does it: host/namespace/.../repository, up to host; then keys
-    that are URLs, by their host. Docker Hub goes by its legacy key too.
+    that are URLs, by their host, as docker's own for Docker Hub is.
     """
-    names = [host] if host != DOCKER_HUB else [DOCKER_HUB, "index.docker.io",
-                                               DOCKER_HUB_API]
-    parts = [part for part in repository.split("/") if part]
+    names = _HUB_NAMES if host == DOCKER_HUB else (host,)
+    parts = repository.split("/") if repository else []
     wanted = ["/".join([name] + parts[:count]) for count in range(len(parts), -1, -1)
               for name in names]
-    if host == DOCKER_HUB:
-        wanted.append(DOCKER_HUB_KEY)
-    found = [key for key in wanted if key in auths]
-    for key in auths:
-        bare = re.sub(r"^https?://", "", key)
-        if bare != key and bare.partition("/")[0] in names and key not in found:
-            found.append(key)
-    return found
+    return [key for key in wanted if key in auths] + [
+        key for key in sorted(auths)
+        if re.match("https?://", key) and key.split("/")[2] in names]
 
 
 def _entry_credentials(entry, source):
@@ -2362,16 +2343,16 @@ def _entry_credentials(entry, source):
     if "auth" in values:
         try:
             text = values["auth"]
-            pair = base64.b64decode(text + "=" * (-len(text) % 4),
-                                    validate=True).decode("utf-8")
+            name, colon, secret = base64.b64decode(
+                text + "=" * (-len(text) % 4), validate=True).decode(
+                    "utf-8").partition(":")
         except ValueError:
-            pair = ""
-        name, colon, secret = pair.partition(":")
-        if not name or not colon:
+            name = colon = ""
+        if name and colon:
+            username, password = name, secret.rstrip("\0")
+        else:
             log.warning("%s: 'auth' is not base64 of user:password: passed over",
                         source)
-        else:
-            username, password = name, secret.rstrip("\0")
     token, ready = values.get("identitytoken"), values.get("registrytoken")
     if not (username and password or token or ready):
         return None
@@ -2400,8 +2381,7 @@ def _ask_helper(suffix, server, source):
                                hint="install it, or pull with --no-creds")
     status, output = _run_helper([path, "get"], server, program)
     if status:
-        text = output.decode("utf-8", "replace").strip()
-        if text in _HELPER_EMPTY:
+        if output.decode("utf-8", "replace").strip() in _HELPER_EMPTY:
             return None
         raise CredentialsError("%s failed for %s (status %d)"
                                % (program, server, status),
@@ -2436,29 +2416,26 @@ def _run_helper(command, text, program):
     output = []
 
     def talk():
-        with contextlib.suppress(OSError):
-            process.stdin.write(text.encode("utf-8"))
-            process.stdin.close()
-        output.append(process.stdout.read(TOKEN_LIMIT + 1))
+        with process:
+            with contextlib.suppress(OSError):
+                process.stdin.write(text.encode("utf-8"))
+                process.stdin.close()
+            output.append(process.stdout.read(TOKEN_LIMIT + 1))
+            if len(output[0]) > TOKEN_LIMIT:
+                process.kill()
 
     # A thread: what the helper started may hold the pipe open after it is killed.
     reader = threading.Thread(target=talk, daemon=True)
     reader.start()
     reader.join(HELPER_TIMEOUT)
-    slow = reader.is_alive()
-    if not slow and len(output[0]) <= TOKEN_LIMIT:
-        try:
-            process.wait(HELPER_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            slow = True
-    if slow or len(output[0]) > TOKEN_LIMIT:
+    if reader.is_alive():
         process.kill()
         process.wait()
-        raise CredentialsError(
-            "%s did not answer within %g seconds" % (program, HELPER_TIMEOUT)
-            if slow else "%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
-    process.stdout.close()
-    return process.wait(), output[0]
+        raise CredentialsError("%s did not answer within %g seconds"
+                               % (program, HELPER_TIMEOUT))
+    if len(output[0]) > TOKEN_LIMIT:
+        raise CredentialsError("%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
+    return process.returncode, output[0]
 
 
 # --------------------------------------------------------------------------------------
@@ -2609,8 +2586,6 @@ class _Kept(http.client.HTTPConnection):
         self._transport, self._request = transport, request
         self.key = request.type, request.host, request.proxy
 
-    # -- its patience: an end to wait for, and a least speed
-
     def start(self):
         """A new exchange begins: its headers may take as long as one silence."""
         self._window, self._count = self._transport.clock(), 0
@@ -2657,8 +2632,6 @@ class _Kept(http.client.HTTPConnection):
                 raise socket.timeout("stalled")
             self._window, self._count = now, 0
         return received
-
-    # -- its way there
 
     def response_class(self, sock, *args, **kwargs):
         """What http.client reads a response with."""
@@ -2892,16 +2865,6 @@ def bypasses_proxy(parts, no_proxy, loopback_too=True):
     return False
 
 
-class _PooledHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs over kept connections, by `exchange`."""
-
-    def __init__(self, exchange):
-        super().__init__()
-        self.http_open = self.https_open = exchange
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
 class _Request(urllib.request.Request):
     """`allowed` is how near its address may be, None for anywhere; `option` what on the
     command line would let its host be anywhere, None for nothing.
@@ -3102,10 +3065,11 @@ class Transport:
         self._cancelled = threading.Event()
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", USER_AGENT)]
-        for handler in (_ProxyHandler(proxy), _PooledHandler(self._exchange)):
-            self._opener.add_handler(handler)
-
-    # -- the life of the whole
+        kept = urllib.request.AbstractHTTPHandler()
+        kept.http_request = kept.https_request = kept.do_request_
+        kept.http_open = kept.https_open = self._exchange
+        self._opener.add_handler(_ProxyHandler(proxy))
+        self._opener.add_handler(kept)
 
     def check(self):
         """Raises Cancelled, Timeout or `stop` where work should not go on."""

@@ -5207,7 +5207,8 @@ class CredentialsTest(FieldCase):
     """The Keyring, and what of it the wire sees."""
 
     def keyring(self, authfile=None, **variables):
-        return imagec.Keyring(authfile=authfile, environ=dict(os.environ, **variables))
+        os.environ.update(variables)
+        return imagec.Keyring(authfile=authfile)
 
     def user(self, keyring, host="r.test", repository="a"):
         found = keyring.lookup(host, repository)
