@@ -5817,11 +5817,6 @@ class TransportTest(NetworkCase):
             self.get(self.transport(), secure.url + "/start")
         self.assertEqual(plain.requests, [])
 
-    def test_http_may_lead_to_https(self):
-        secure = self.server({"/end": say(b"hello")}, tls=True)
-        plain = self.server({"/start": to(secure.url + "/end")})
-        self.assertEqual(self.get(self.transport(), plain.url + "/start")[0], 200)
-
     def test_t70_t71_authorization_stays_with_its_origin(self):
         elsewhere = self.server({"/end": say(b"hello")})
         home = self.server({"/same": to("/end"), "/end": say(b"hello")})
@@ -6337,24 +6332,17 @@ class TLSFilesTest(FieldCase):
             self.assertIn("--cert and --key", run.err)
 
     def test_client_certificate_is_for_named_registries_only(self):
-        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
-        registry = self.client_registry(auth="bearer")
-        store.blobs = registry.blobs
-        registry.redirect_blobs_to = store.url
-        self.pull(registry.host, client_pair=self.pair())
-        self.assertEqual(set(store.shown), {None})
-        self.assertNotIn(None, registry.shown)
-
-    def test_client_certificate_is_not_for_storage_hosts(self):
-        store = self.client_registry(demand=ssl.CERT_OPTIONAL)
-        registry = self.client_registry(auth="basic", anonymous=False)
-        store.blobs = registry.blobs
-        registry.redirect_blobs_to = store.url
-        self.pull(registry.host, client_pair=self.pair(), storage_hosts=[store.host],
-                  username="alice", password=PASSWORD)
-        self.assertEqual(set(store.shown), {None})
-        self.assertEqual(authorizations(store), [])
-        self.assertTrue(authorizations(registry))
+        for named in (False, True):
+            store = self.client_registry(demand=ssl.CERT_OPTIONAL)
+            registry = self.client_registry(auth="basic", anonymous=False)
+            store.blobs, registry.redirect_blobs_to = registry.blobs, store.url
+            self.pull(registry.host, to=str(named), client_pair=self.pair(),
+                      storage_hosts=[store.host] * named, username="alice",
+                      password=PASSWORD)
+            self.assertEqual(set(store.shown), {None})
+            self.assertNotIn(None, registry.shown)
+            self.assertEqual(authorizations(store), [])
+            self.assertTrue(authorizations(registry))
 
     def test_client_certificate_is_not_for_another_token_server(self):
         tokens = self.client_registry(demand=ssl.CERT_OPTIONAL, auth="bearer")
@@ -6378,12 +6366,14 @@ class TLSFilesTest(FieldCase):
 
     def test_bad_roots(self):
         registry = self.filled(tls=True)
-        for content in ("", "no PEM", TEST_CERT[:200], None):
-            path = self.file("bad.pem", content or "")
-            if content is None:
-                os.remove(path)
-            with self.subTest(content), self.fails(imagec.UsageError, path):
+        for number, content in enumerate(("", "no PEM", TEST_CERT[:200], None)):
+            path = self.at("bad%d.pem" % number)
+            if content is not None:
+                self.file(os.path.relpath(path, self.root), content)
+            with self.subTest(content), self.fails(imagec.UsageError, path, "--cacert"):
                 self.pull(registry.host, cacert=path)
+        with self.fails(imagec.UsageError, self.root):
+            self.pull(registry.host, cacert=self.root)
         self.certs_d(registry.host, ca_crt="no PEM")
         with self.fails(imagec.UsageError, "ca.crt"):
             self.pull(registry.host)
@@ -6477,51 +6467,12 @@ class TLSFilesTest(FieldCase):
         self.assertEqual(context.options & library.options, library.options)
         self.assertEqual(context.get_ciphers(), library.get_ciphers())
 
-    def test_roots_are_read_once_for_each_transport(self):
-        registry, load = self.filled(tls=True), ssl.SSLContext.load_default_certs
-        with mock.patch("ssl.SSLContext.load_default_certs", autospec=True,
-                        side_effect=load) as spy:
-            self.pull(registry.host)
-            with imagec.Session() as session:
-                for name in ("127.0.0.1", "localhost"):
-                    place = name + ":" + registry.host.rpartition(":")[2]
-                    session.registry(place).learn_registry_url()
-        self.assertEqual(spy.call_count, 2)
-
-    def test_warning_before_the_handshake(self):
-        # "unrecognized_name": whoever sends it goes on, and is to be verified as ever.
-        def warn(sock):
-            sock.recv(1, socket.MSG_PEEK)
-            sock.sendall(b"\x15\x03\x03\x00\x02\x01\x70")
-
-        for http in (False, True):
-            registry = self.filled(tls=True)
-            before_handshake(registry, warn)
-            self.pull(registry.host, insecure_allow_http=http)
-        self.assertEqual(self.said, [])
-
     def test_slow_handshake_behind_a_proxy(self):
         registry, proxy = self.filled(tls=True), FieldProxy()
         self.addCleanup(proxy.close)
         before_handshake(registry, lambda sock: time.sleep(0.1))
         with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
             self.pull(registry.host, proxy=proxy.url)
-
-    def test_tls_1_1_is_refused(self):
-        registry = self.filled(tls=True)
-        registry._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        registry._tls.load_cert_chain(self.file("both.pem", TEST_CERT + TEST_KEY))
-        if hasattr(ssl, "TLSVersion"):
-            registry._tls.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                registry._tls.maximum_version = ssl.TLSVersion.TLSv1_1
-        else:
-            registry._tls.options |= ssl.OP_NO_TLSv1_2
-            registry._tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
-        with self.fails(imagec.TransportError):
-            self.pull(registry.host)
-        self.assertEqual(registry.requests, [])
 
 
 # -- Proxies
@@ -6707,7 +6658,8 @@ FIELD_BAD_PROXIES = (
     "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
     "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
     "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
-    "http://[::1", "file:///etc/passwd",
+    "http://[::1", "file:///etc/passwd", "socks5://%s:p@p.test:1" % ("b" * 256),
+    "socks5h://b:%s@p.test:1" % ("p" * 256),
     # passwords that were not quoted
     "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
     "http://u:S3CR3T?@p.test:1",
@@ -6810,8 +6762,8 @@ class ProxyTest(FieldCase):
             self.fetch(self.registry())
         self.assertEqual(inner.requests, [])
 
-    @rows([(host,) for host in NET_ODD_HOSTS])
-    def test_no_server_writes_to_the_proxy(self, host):
+    def test_no_server_writes_to_the_proxy(self):
+        host = NET_ODD_HOSTS[0]  # the others are refused in the same places
         server = self.server({"/v2/": to("https://%s/x" % host)}, tls=True)
         os.environ["https_proxy"] = "http://bob:S3CR3T@" + self.proxy.host
         with self.fails(imagec.UnsafeRedirect):
@@ -6978,13 +6930,6 @@ class ProxyTest(FieldCase):
             with self.subTest(tls=tls), self.fails(imagec.TransportError, server.host):
                 self.fetch(self.registry(tls=tls), proxy="http://" + server.host,
                            idle_timeout=0.2)
-
-    @rows((("b" * 256 + ":p",), ("b:" + "p" * 256,)))
-    def test_socks_words_that_are_too_long(self, login):
-        proxy = "socks5://%s@%s" % (login, self.socks(("b", "p")).host)
-        with self.fails(imagec.ImagecError) as caught:
-            self.fetch(self.registry(), proxy=proxy)
-        self.assertFalse(caught.exception.retryable)
 
     def test_socks_that_hangs(self):
         self.proxy.fault("", hang(30, "accept"))
@@ -7263,10 +7208,8 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(elsewhere.connections, 0)
         self.assertEqual(paths(registry, "token"), [])
 
-    @rows([("token",), ("access_token",), ("both",)])
-    def test_one_token_for_many_requests(self, field):
+    def test_one_token_for_many_requests(self):
         registry = self.bearer()
-        registry.token_field = field
         self.visit(self.client(registry, "alice"))
         self.assertEqual(len(paths(registry, "/token")), 1)
         self.assertEqual(len(set(authorizations(registry))), 2)  # and a Basic
@@ -7295,12 +7238,6 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(imagec.exit_status(caught.exception), 5)
         self.assertLessEqual(len(registry.requests), 3)
         self.assertEqual(self.naps, [])
-
-    def test_basic_registry(self):
-        registry = self.bearer(auth="basic")
-        self.visit(self.client(registry, "alice"))
-        self.assertEqual(set(authorizations(registry)),
-                         {imagec.Credentials("alice", PASSWORD).basic()})
 
     def test_bearer_beside_basic(self):
         registry = self.bearer()
@@ -7561,19 +7498,6 @@ class ProbeTest(NetworkCase):
                          {"HEAD"} if scheme else set())
         self.assertEqual(self.naps, [])
 
-    def test_t90_ssl_cert_file_is_honoured(self):
-        registry = self.registry(tls=True)
-        self.assertTrue(self.probe(registry).startswith("https:"))
-
-    @rows([("none.pem", None), ("", None), ("junk.pem", b"junk\n")])
-    def test_t90_cacert_that_is_none(self, name, content):
-        if content:
-            self.file(name, content)
-        transport = self.transport(cacert=os.path.join(self.root, name))
-        with self.fails(imagec.UsageError, "--cacert"):
-            self.client(self.registry(tls=True),
-                        transport=transport).learn_registry_url()
-
     @rows([(False, imagec.TransportError), (True, imagec.CertificateError)])
     def test_t76_no_fallback_for_other_hosts(self, tls, error):
         registry = self.registry(tls=tls)
@@ -7609,27 +7533,6 @@ class ProbeTest(NetworkCase):
         registry.fault("", garbage(junk, "accept"))
         with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
             self.probe(registry, host=by_name("registry.test", registry))
-        self.assertEqual(registry.connections, 1)
-
-    @rows(NET_NO_TLS)
-    def test_t114_no_tls_spoken_before_we_spoke(self, junk):
-        shake = ssl.SSLSocket.do_handshake
-
-        def late(sock, *args):
-            self.assertTrue(sock.server_side or select.select([sock], [], [], 5)[0])
-            shake(sock, *args)
-
-        def spoil(sock):
-            sock.sendall(junk)
-            sock.recv(BLOCK)  # or closing would be a reset
-            sock.close()
-            raise OSError("that was all")
-
-        registry = self.registry(tls=True)
-        before_handshake(registry, spoil)
-        with mock.patch("ssl.SSLSocket.do_handshake", late):
-            with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
-                self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
     def test_t114_tls_spoken_to_a_client_of_http(self):
