@@ -2747,6 +2747,9 @@ def resolved(host, port):
 class _ProxyHandler(urllib.request.ProxyHandler):
     """The environment's proxies, or the one given; NO_PROXY understood the way Go does
     (CIDR, ports, leading dots). The environment's are never used for loopback.
+
+    A request learns the `proxy` it goes through (HOST:PORT), the `login` that takes, as
+    a header has it, and, where that connects us to the host, its URL as `tunnel`.
     """
 
     def __init__(self, proxy=None):
@@ -2761,8 +2764,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
         scheme, host, port, user, password = split_proxy(proxy)
         req.proxy = "%s:%d" % (host, port)
         req.allowed = None  # it is the proxy that knows the address
-        if user:
-            req.login = basic_header(user, password)
+        req.login = basic_header(user, password) if user else None
         if scheme != "http" or req.type == "https":
             req.tunnel = proxy
             return
@@ -2865,30 +2867,18 @@ def bypasses_proxy(parts, no_proxy, loopback_too=True):
     return False
 
 
-class _Request(urllib.request.Request):
-    """`allowed` is how near its address may be, None for anywhere; `option` what on the
-    command line would let its host be anywhere, None for nothing.
-    """
-
-    proxy = None  # host and port of the proxy it goes through
-    tunnel = None  # the proxy's URL, where it connects us to the host
-    login = None  # for the proxy, as a header has it
-
-    def __init__(self, url, method, headers, data=None, allowed=None, option=None):
-        super().__init__(url, data, headers, method=method)
-        self.allowed, self.option = allowed, option
-
-
 class Response:
     """An HTTP response whose body is still to be read.
 
-    `status`; `headers` (email.message.Message); `url` it finally came from; `rank` is
-    how near its server is, `first_rank` how near the one that was asked first.
+    `status`; `headers` (email.message.Message); `url` it finally came from, `place`
+    the same for messages; `rank` is how near its server is, `first_rank` how near the
+    one that was asked first.
     """
 
     def __init__(self, transport, connection, reply, request):
         self._transport, self._connection = transport, connection
         self._reply, self.url = reply, request.full_url
+        self.place = bare_url(self.url)
         self.status, self.headers = reply.status, reply.headers
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
@@ -2902,19 +2892,15 @@ class Response:
         if (len(lengths) > 1 or lengths and coding or coding not in ([], ["chunked"])
                 or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
             raise TransportError("%s sent a response whose length is ambiguous"
-                                 % self.place())
+                                 % self.place)
         if encoding not in ("identity", ""):
             raise TransportError(
                 "%s sent a response with Content-Encoding %s, which was not asked for"
-                % (self.place(), printable(encoding, 40)),
+                % (self.place, printable(encoding, 40)),
                 "a proxy on the way may be changing what passes")
         if method == "HEAD":
             return 0
         return int(lengths.pop()) if lengths else None
-
-    def place(self):
-        """The host and path it came from, for messages."""
-        return bare_url(self.url)
 
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
@@ -2930,7 +2916,7 @@ class Response:
                 yield data
         if self.length not in (None, received):
             raise TransportError("%s sent %d bytes of %d and ended"
-                                 % (self.place(), received, self.length),
+                                 % (self.place, received, self.length),
                                  retryable=True)
         self.close(keep=True)
 
@@ -3145,8 +3131,10 @@ class Transport:
             if url in seen:
                 raise UnsafeRedirect("%s redirects in a loop" % bare_url(url))
             seen.add(url)
-            response = self._once(_Request(url, method, headers, data, trusting,
-                                           option and "%s %s" % (option, parts.netloc)))
+            request = urllib.request.Request(url, data, headers, method=method)
+            request.allowed = trusting  # how near its address may be, None: anywhere
+            request.option = option and "%s %s" % (option, parts.netloc)
+            response = self._once(request)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or location is None or data is not None:
                 response.first_rank = (ranks + [response.rank])[0]
@@ -3156,12 +3144,12 @@ class Transport:
             elsewhere = origin(parts) != origin(first)
             if stay and elsewhere:
                 raise UnsafeRedirect("%s redirects to another host, %s" % (
-                    response.place(), parts._replace(path="", query="").geturl()))
+                    response.place, parts._replace(path="", query="").geturl()))
             lent = names_host(self._storage_hosts, parts)
             if parts.scheme != "https" and not lent and any(
                     one.startswith("https:") for one in seen):
                 raise UnsafeRedirect(
-                    "%s redirects from https to http" % response.place(),
+                    "%s redirects from https to http" % response.place,
                     _LENIENCE % "--storage-host " + parts.netloc)
             if lent or elsewhere:
                 headers.pop("Authorization", None)
@@ -3172,6 +3160,7 @@ class Transport:
                                                              REDIRECT_LIMIT))
 
     def _once(self, request):
+        request.proxy = request.tunnel = request.login = None  # see _ProxyHandler
         log.debug("%s %s", request.get_method(), bare_url(request.full_url))
         url = request.full_url
         try:
@@ -3186,7 +3175,7 @@ class Transport:
             response.close()
             raise AccessDenied("the proxy %s wants a user name and password (HTTP 407)"
                                % request.proxy, 407, hint="put them in its URL")
-        log.debug("%d from %s", response.status, response.place())
+        log.debug("%d from %s", response.status, response.place)
         return response
 
     def _exchange(self, request):
@@ -3391,8 +3380,8 @@ def registry_error(response, what, kind=None):
         RateLimited: ("too many requests", "wait, or log in with -u"),
     }.get(kind, ("unexpected answer", None))
     error = kind("%s: %s: %s" % (what, meaning, words), response.status, codes,
-                 response.place(), hint)
-    error.source = response.place() + (
+                 response.place, hint)
+    error.source = response.place + (
         " (through the proxy %s)" % response.proxy if response.proxy else "")
     error.retry_after = retry_after(response.headers.get("Retry-After"))
     limit = rate_limit(response.headers)
@@ -3507,23 +3496,18 @@ def fetch_token(transport, url, credentials=None, trusting=None):
     distribution, token spec and OAuth2 token spec.
     """
     basic = credentials.basic() if credentials else None
-    headers = {"Authorization": basic} if basic else {}
-
-    def exchange(method, url, headers, data=None):
-        with transport.open(method, url, headers, data, trusting, True,
-                            "--token-host") as response:
-            if response.status != 200:
-                raise registry_error(response, "token")
-            return response.read(TOKEN_LIMIT, "token reply")
 
     def fetch():
+        ways = [("GET", url, {"Authorization": basic} if basic else {}, None)]
         if credentials and credentials.identity_token:
-            try:
-                return exchange("POST", *_oauth_form(url, credentials.identity_token))
-            except RegistryError as error:
-                if error.status not in (404, 405):
-                    raise
-        return exchange("GET", url, headers)
+            ways.insert(0, ("POST",) + _oauth_form(url, credentials.identity_token))
+        for method, *request in ways:
+            with transport.open(method, *request, trusting, True,
+                                "--token-host") as response:
+                if response.status == 200:
+                    return response.read(TOKEN_LIMIT, "token reply")
+                if method == "GET" or response.status not in (404, 405):
+                    raise registry_error(response, "token")
 
     started = transport.clock()
     with naming(bare_url(url)):
@@ -4763,7 +4747,7 @@ class Download:
                 self._ranges = False
                 raise TransportError(
                     "%s: cannot go on at byte %d (HTTP %d, Content-Range %s)" % (
-                        response.place(), offset, response.status,
+                        response.place, offset, response.status,
                         printable(response.headers.get("Content-Range"), 60)),
                     retryable=True)
             for chunk in response.chunks():
@@ -4774,7 +4758,7 @@ class Download:
             # Where there is no length, only the size tells that it was cut.
             if response.length is None and at < (self._blob.size or 0):
                 raise TransportError("%s ended at byte %d of %d" % (
-                    response.place(), at, self._blob.size), retryable=True)
+                    response.place, at, self._blob.size), retryable=True)
 
     def _continues(self, response, offset):
         """Whether a 206 holds exactly the bytes from `offset` on (RFC 7233, 4.2)."""

@@ -57,6 +57,7 @@ import tracemalloc
 import types
 import unittest
 import urllib.parse
+import urllib.request
 import warnings
 import zlib
 from email.message import Message
@@ -6836,7 +6837,7 @@ class ProxyTest(FieldCase):
     @rows((("http://p.test", "p.test:80"), ("p.test", "p.test:80"),
            ("socks5://p.test", "p.test:1080"), ("socks5h://p.test:99", "p.test:99")))
     def test_default_ports(self, url, place):
-        request = imagec._Request("https://r.test/", "GET", {})
+        request = urllib.request.Request("https://r.test/")
         imagec._ProxyHandler(url).proxy_open(request, url, "https")
         self.assertEqual(request.proxy, place)
 
