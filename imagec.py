@@ -4588,47 +4588,67 @@ def _tree_documents(reader, tree, digest):
         raise InvalidDocument("it is an index, not an image")
 
 
-class Fetched(NamedTuple):
-    """A verified blob on disk: its `size` in bytes, what it unpacks to (None where it
-    was not unpacked), and whether it was there already.
+class Place(NamedTuple):
+    """Where a blob is, or goes to: the file `path`.
+
+    What else has that name stays where there is an `aside`: the blob waits there then.
+    `known` is what it unpacks to, as an earlier pull saw it; None: unpack it to tell.
+    `fetched` is the Fetched of what needs no place, for it is proved already.
     """
 
-    size: int
+    path: str
+    aside: Optional[str] = None
+    known: Optional[Unpacked] = None
+    fetched: Optional[NamedTuple] = None
+
+    def there(self):
+        """Bytes of the blob that are there, finished or not; a guess, by its name."""
+        for path in (self.path, self.path + PARTIAL):
+            with contextlib.suppress(OSError):  # another pull may just be renaming it
+                status = os.lstat(path)
+                if stat.S_ISREG(status.st_mode):
+                    return status.st_size
+        return 0
+
+
+class Fetched(NamedTuple):
+    """A proved blob: its Descriptor, with the size; the file it is in, None where it
+    stands in an archive; what it unpacks to, None where it was not unpacked; whether it
+    was there already.
+    """
+
+    blob: Descriptor
+    path: Optional[str]
     unpacked: Optional[Unpacked]
     reused: bool
 
 
 class Download:
-    """Fetches one blob from a Source to the file `path`; `run` does it.
-
-    Where something else has that name, it keeps it, and the blob goes to `aside`, if
-    that is not None: `path` tells where it is.
+    """Fetches one blob from a Source to its Place; `run` does it.
 
     `unpack(chunks, check)` looks into it, None where nobody has to, and it must unpack
     to `diff_id` where that is not None (see prove). `durable` tells to flush it to disk
-    before it has its name. `notify(Event)` hears of progress. `known` is what a blob
-    that is there already was seen to unpack to, None where it must be unpacked to tell.
+    before it has its name. `notify(Event)` hears of progress.
     """
 
-    def __init__(self, source, blob, path, unpack=None, diff_id=None,
-                 notify=lambda event: None, durable=True, known=None, aside=None):
-        self._source, self._blob = source, blob
-        self.path, self._aside = path, aside
-        self._unpack, self._diff_id, self._known = unpack, diff_id, known
+    def __init__(self, source, blob, place, unpack=None, diff_id=None,
+                 notify=lambda event: None, durable=True):
+        self._source, self._blob, self._place = source, blob, place
+        self._unpack, self._diff_id = unpack, diff_id
         self._notify, self._durable = notify, durable
         self._check = source.transport.check
-        self._place = None  # where it is fetched from
+        self._origin = None  # of the source's places, the one it is fetched from
         self._ranges = True  # whether a Range may be asked for
         self._resumed = False  # whether what an earlier try left is part of it
 
     def run(self):
-        """The Fetched. Raises ImagecError and OSError, and leaves then no file `path`
+        """The Fetched. Raises ImagecError and OSError, and leaves then no file there
         that was not there, but maybe PATH.partial to go on with.
         """
         found = self._existing()
         if found:
             return found
-        with Partial(self.path, self._source.transport.wait) as partial:
+        with Partial(self._place.path, self._source.transport.wait) as partial:
             found = self._existing()  # another pull may have finished while we waited
             if found:
                 partial.discard()
@@ -4639,11 +4659,11 @@ class Download:
                 partial.discard()
                 raise
             self._tell("Verifying Checksum")
-            if self._aside is not None and os.path.lexists(self.path):
-                self.path = partial.final = self._aside
+            if self._place.aside is not None and os.path.lexists(partial.final):
+                partial.final = self._place.aside
             partial.commit(self._durable)
         self._tell("Download complete")
-        return Fetched(size, unpacked, False)
+        return Fetched(self._blob._replace(size=size), partial.final, unpacked, False)
 
     def _tell(self, status, current=None):
         self._notify(Event(status, self._blob.digest.hex[:12], current,
@@ -4651,32 +4671,28 @@ class Download:
 
     def _existing(self):
         """The Fetched where a good blob is there already: a name proves nothing."""
-        for path in filter(None, (self.path, self._aside)):
-            found = self._existing_at(path)
-            if found:
-                self.path = path
-                return found
+        known = self._place.known
+        for path in filter(None, (self._place.path, self._place.aside)):
+            if not os.path.isfile(path) or os.path.islink(path):
+                continue
+            self._tell("Verifying")
+            try:
+                size, unpacked = prove(
+                    Region(path, 0, os.path.getsize(path)).pieces(self._check),
+                    self._blob, None if known else self._unpack, self._diff_id,
+                    self._check)
+            except FileNotFoundError:
+                continue  # it has just been moved on
+            except TooLarge:
+                raise  # it would be no smaller if it were fetched again
+            except (VerificationError, InvalidDocument) as error:
+                log.warning("%s is corrupt, or another blob, and will be fetched "
+                            "again: %s", path, error)
+                continue
+            self._tell("Already exists")
+            return Fetched(self._blob._replace(size=size), path, unpacked or known,
+                           True)
         return None
-
-    def _existing_at(self, path):
-        if not os.path.isfile(path) or os.path.islink(path):
-            return None
-        self._tell("Verifying")
-        try:
-            region = Region(path, 0, os.path.getsize(path))
-            size, unpacked = prove(region.pieces(self._check), self._blob,
-                                   None if self._known else self._unpack,
-                                   self._diff_id, self._check)
-        except FileNotFoundError:
-            return None  # it has just been moved on
-        except TooLarge:
-            raise  # it would be no smaller if it were fetched again
-        except (VerificationError, InvalidDocument) as error:
-            log.warning("%s is corrupt, or another blob, and will be fetched again: %s",
-                        path, error)
-            return None
-        self._tell("Already exists")
-        return Fetched(size, unpacked or self._known, True)
 
     def _receive(self, partial):
         """(bytes, Unpacked or None) of the blob, when it is all in `partial`."""
@@ -4700,7 +4716,7 @@ class Download:
 
     def _leave(self, error):
         """Whether the blob can be had from another place than the one that failed."""
-        return self._place is not None and self._source.leave(self._place, error)
+        return self._origin is not None and self._source.leave(self._origin, error)
 
     def _chunks(self, partial):
         """Yields the blob: what an earlier run left, then what the registry sends.
@@ -4740,7 +4756,7 @@ class Download:
     def _rest(self, offset):
         """Yields the blob from `offset` on, in one try."""
         asked, self._ranges = offset if self._ranges else 0, True
-        response, self._place = self._source.ask(Registry.open_blob, self._blob, asked)
+        response, self._origin = self._source.ask(Registry.open_blob, self._blob, asked)
         with response:
             at = asked if asked and self._continues(response, asked) else 0
             if response.status != 200 and at != asked:
@@ -4844,58 +4860,55 @@ class _Stream:
 
 
 class Output:
-    """What Pull needs of a layout. `tag` is the Reference to name the image by, None
-    for the one it is pulled by; `stream` a binary file to write to instead of `path`.
+    """A place for blobs by their digests, and a last step that makes them images.
+
+    `tag` is the Reference to name the image by, None for the one it is pulled by;
+    `stream` a binary file to write to instead of `path`.
     """
 
     unpacks = False  # whether layers are unpacked, and so their diffIDs checked
     verbatim = False  # whether schema1 and its throwaway layers are kept as they are
-    durable = True  # whether blobs are flushed to disk one by one
     platforms = False  # whether it can hold an index with all its platforms
-    replaces = False  # whether a layer may stand in it by another blob
     several = True  # whether it holds more than one image
-    streams = False  # whether it can be written to a pipe
-    named = False  # whether the images in it have names to be loaded by
-    stream = None  # what it is written to instead of `path`
+    layout = False  # whether it has names to load by, and may have rewritten layers
+    streams = False  # whether it is written in one go, and so maybe to a pipe
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
     check = staticmethod(go_on)  # raises where work should not go on
     max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
 
     def __init__(self, path, tag=None, stream=None):
-        if stream is not None and path == "-":
+        if stream is not None and not self.streams:
             raise UsageError("format %s does not go to standard output" % self.format)
-        self.path, self._tag = path, tag
-
-    def begin(self, images, touch=True):
-        """These are all that will come; nothing is written yet unless `touch`."""
-
-    def locate(self, image):
-        """Works out where a Image goes; touches nothing."""
-
-    def open(self, image):
-        """Makes the place for an image that was located."""
+        self.path, self._tag, self.stream = path, tag, stream
+        if stream is None:
+            check_writable(os.path.dirname(os.path.abspath(path)) if self.streams
+                           else path)
 
     def held(self, reference, registry_url):
         """The documents it has of an image of that name, as bytes, outermost first."""
         return []
 
-    def present(self, layer):
-        """(Descriptor, Fetched) of a layer that need not be fetched, else None."""
+    def place(self, image, layer):
+        """The Place of the blob of an Image's layer; touches nothing."""
 
-    def known(self, layer):
-        """The Unpacked of the layer's blob, as an earlier pull saw it, else None."""
+    def within(self, images):
+        """{digest: bytes} of their blobs that seem to need no place; touches nothing.
+        """
+        return {}
 
-    def visitor(self, layer):
-        """What is to draw the members of the layer's Tar (see unpack), else None."""
+    def open(self, images):
+        """These are all that will come: makes the place for them."""
 
-    def aside(self, layer):
-        """Where the layer's blob waits while another has its blob_path, else None."""
+    def visit(self, layer, tar):
+        """Takes what it wants from the layer's Tar; see unpack."""
+        for _ in tar:
+            pass
 
-    def stored(self, layer, fetched, path):
-        """The layer's blob is verified and at `path`; from any thread."""
+    def add(self, image, layer, fetched):
+        """A layer's blob is there, proved; from any thread."""
 
-    def finish(self):
-        """No image follows."""
+    def close(self, images):
+        """All blobs are there: what makes them these Images. Gives where each is."""
 
     def abandon(self):
         """The pull has failed: puts away what no later run can use."""
@@ -4942,13 +4955,7 @@ class LayersOutput(Output):
 
     format = "layers"
     unpacks = verbatim = True
-
-    def __init__(self, path, tag=None, stream=None):
-        super().__init__(path, tag, stream)
-        self._destination = path
-        self._unpacked = {}  # path of an image -> {Digest of a blob: Unpacked}
-        self._proved = {}  # blob_path -> where the blob is, os.stat of it
-        check_writable(path)
+    _known = {}  # (folder, digest) -> Unpacked, as an earlier pull saw it
 
     def _parts(self, reference, registry_url):
         url = urllib.parse.urlsplit(registry_url)
@@ -4956,52 +4963,53 @@ class LayersOutput(Output):
         name = "%s-%s" % reference.digest if reference.digest else reference.tag
         return [url.scheme, host, "v2"] + reference.repository.split("/") + [name]
 
-    def locate(self, image):
-        self._below = self._parts(image.reference, image.registry_url)
-        self.path = os.path.join(self._destination, *self._below)
-
-    def open(self, image):
-        make_directory(self._destination, *self._below)  # there may be no layer
-        for layer in image.layers:
-            make_directory(self._destination, *self._below + [layer.id])
-        self._unpacked[self.path] = {}
-        for raw in Reader(self.path).found(UNPACKED):
-            with contextlib.suppress(InvalidDocument):
-                self._unpacked[self.path] = parse_unpacked(raw)
+    def _folder(self, image):
+        return os.path.join(self.path, *self._parts(image.reference,
+                                                    image.registry_url))
 
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
         _, *parts = self._parts(reference, registry_url)
-        return Reader(self._destination).found(*(
+        return Reader(self.path).found(*(
             "/".join([scheme] + parts + [name]) for scheme in ("https", "http")
             for name in ("index.json", "manifest.json", "config.json")))
 
-    def blob_path(self, layer):
-        """Where the blob of `layer` must go."""
-        return os.path.join(self.path, layer.id, layer.id + ".tar")
+    def place(self, image, layer):
+        folder = self._folder(image)
+        path = os.path.join(folder, layer.id, layer.id + ".tar")
+        return Place(path, path + ASIDE, self._known.get((folder, layer.digest)))
 
-    def aside(self, layer):
-        return self.blob_path(layer) + ASIDE
+    def open(self, images):
+        self._known = {}
+        self._added = {}  # (folder, digest) -> Fetched, os.stat of its file
+        for image in images:
+            below = self._parts(image.reference, image.registry_url)
+            folder = make_directory(self.path, *below)  # there may be no layer
+            for layer in image.layers:
+                make_directory(self.path, *below + [layer.id])
+            for raw in Reader(folder).found(UNPACKED):
+                with contextlib.suppress(InvalidDocument):
+                    self._known.update(((folder, digest), unpacked) for digest, unpacked
+                                       in parse_unpacked(raw).items())
 
-    def known(self, layer):
-        return self._unpacked[self.path].get(layer.digest)
+    def add(self, image, layer, fetched):
+        self._added[self._folder(image), layer.digest] = (
+            fetched, os.lstat(fetched.path))
 
-    def stored(self, layer, fetched, path):
-        self._unpacked[self.path][layer.digest] = fetched.unpacked
-        self._proved[self.blob_path(layer)] = path, os.lstat(path)
+    def close(self, images):
+        return [self._close(image, self._folder(image)) for image in images]
 
-    def close(self, image):
-        """All blobs are there: they and the documents get their names. The path."""
-        self.locate(image)
-        documents = self._documents(image)
-        with Partial(os.path.join(self.path, "manifest.json"), self.wait) as partial:
+    def _close(self, image, folder):
+        """The blobs and the documents of one image get their names."""
+        documents = self._documents(image, folder)
+        with Partial(os.path.join(folder, "manifest.json"), self.wait) as partial:
             # Its lock is the lock of the tree; what may fail comes first.
             partial.truncate()
             partial.write(image.manifest.raw)
-            moves = list(self._blobs_to_move(image))
+            moves = list(self._blobs_to_move(image, folder))
             aside = ASIDE if os.path.lexists(partial.final) else ""
             for name, raw in documents.items():
-                path = os.path.join(self.path, *name.split("/"))
+                path = os.path.join(folder, *name.split("/"))
                 write_file(path + aside, raw, self.wait)
                 if aside:
                     moves.append((path + aside, path))
@@ -5010,47 +5018,48 @@ class LayersOutput(Output):
                 os.replace(source, path)
             for layer in image.layers:  # of a pull that failed, of another blob
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.aside(layer))
-            for name in os.listdir(self.path):  # of an image this name had before
+                    os.unlink(self.place(image, layer).aside)
+            for name in os.listdir(folder):  # of an image this name had before
                 if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
                         name not in documents):
-                    os.unlink(os.path.join(self.path, name))
+                    os.unlink(os.path.join(folder, name))
             for directory in {os.path.dirname(path) for _, path in moves}:
                 sync_directory(directory)
             partial.commit(durable=False)
-            sync_directory(self.path)
-        return self.path
+            sync_directory(folder)
+        return folder
 
-    def _blobs_to_move(self, image):
+    def _blobs_to_move(self, image, folder):
         """Yields (where it is, its name) of each blob that has not its name yet."""
         sources = {}
         for layer in image.layers:
-            path = self.blob_path(layer)
+            path, aside, *_ = self.place(image, layer)
             source = sources.get(layer.digest)
             if source is None:
-                source, status = self._proved[path]
-                if not unchanged(source, status):
-                    source = path  # another pull of the same may have moved it
-                if not unchanged(source, status):
+                fetched, status = self._added[folder, layer.digest]
+                # Another pull of the same may have moved it.
+                source = next((one for one in (fetched.path, path)
+                               if unchanged(one, status)), None)
+                if source is None:
                     raise OutputError(path, "another program has changed it meanwhile",
                                       "pull again")
                 sources[layer.digest] = source
-            elif not (os.path.lexists(path) and os.path.samefile(source, path)):
-                same_file(source, self.aside(layer), self.wait, self.check)
-                source = self.aside(layer)
-            else:
+            elif os.path.lexists(path) and os.path.samefile(source, path):
                 continue
+            else:
+                same_file(source, aside, self.wait, self.check)
+                source = aside
             if source != path:
                 yield source, path
 
-    def _documents(self, image):
-        """{name below the image's path: bytes} of all but its manifest."""
+    def _documents(self, image, folder):
+        """{name in the folder: bytes} of all but its manifest."""
         documents = {"index.%d.json" % depth if depth else "index.json": index.raw
                      for depth, index in enumerate(image.indexes)}
         if isinstance(image.manifest, Manifest):
             documents["config.json"] = image.config.raw
         documents[UNPACKED] = unpacked_json({
-            layer.digest: self._unpacked[self.path][layer.digest]
+            layer.digest: self._added[folder, layer.digest][0].unpacked
             for layer in image.layers})
         for layer in image.layers:
             documents["%s/%s.json" % (layer.id, layer.id)] = (
@@ -5105,11 +5114,10 @@ class OCIOutput(Output):
     """An OCI image layout directory, which collects the images pulled into it."""
 
     format = "oci"
-    platforms = replaces = named = True
+    platforms = layout = True
 
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path, tag, stream)
-        check_writable(path)
         self._index = os.path.join(path, "index.json")
         self._reader = Reader(path)
         if os.path.isdir(path) and not self._begun(os.listdir(path)):
@@ -5146,10 +5154,10 @@ class OCIOutput(Output):
             entry.get("annotations", dict)
         return json.loads(raw.decode("utf-8"))
 
-    def open(self, image):
-        make_directory(self.path, "blobs", "sha256")
-        for layer in image.layers:
-            make_directory(self.path, "blobs", layer.digest.algorithm)
+    def open(self, images):
+        for algorithm in {"sha256"}.union(layer.digest.algorithm for image in images
+                                          for layer in image.layers):
+            make_directory(self.path, "blobs", algorithm)
         marker = os.path.join(self.path, "oci-layout")
         if not os.path.exists(marker):
             write_file(marker, OCI_LAYOUT, self.wait)
@@ -5167,231 +5175,221 @@ class OCIOutput(Output):
                 return held
         return []
 
-    def blob_path(self, layer):
-        """Where the blob of `layer` must go."""
-        return self._place(layer.digest)
+    def place(self, image, layer):
+        return Place(self._blob(layer.digest))
 
-    def replace(self, layer, blob):
-        """Another Descriptor will stand for the layer here: where its blob goes."""
-        return self._place(blob.digest)
-
-    def _place(self, digest):
+    def _blob(self, digest):
         return os.path.join(self.path, "blobs", digest.algorithm, digest.hex)
 
-    def close(self, image):
-        """All layers are there: adds the documents, then the image to the index."""
-        for digest, raw in image.documents:
+    def close(self, images):
+        for digest, raw in (pair for image in images for pair in image.documents):
             make_directory(self.path, "blobs", digest.algorithm)
-            write_file(self._place(digest), raw, self.wait)
+            write_file(self._blob(digest), raw, self.wait)
         # Its lock is the lock of the index.
         with Partial(self._index, self.wait) as partial:
             index = self._read_index()
-            add_to_index(index["manifests"], index_entry(image, self.name_of(image)))
+            for image in images:
+                add_to_index(index["manifests"],
+                             index_entry(image, self.name_of(image)))
             partial.truncate()
             partial.write(json.dumps(index, separators=(",", ":")).encode("ascii"))
             partial.commit()
-        return self.path
+        return [self.path] * len(images)
 
 
-class ArchiveOutput(Output):
-    """One tar that is an OCI image layout and a docker-archive at once.
+class Spooled(Output):
+    """What is written in one go, of blobs that wait for it in a spool.
 
-    Blobs stand in it as they came, in the order of the layers, so that the same images
-    give the same bytes. Each is fetched into a spool directory beside the archive and
-    moved into it when its turn has come: at no time is more on disk than the archive
-    and the largest layer. An unfinished archive is gone on with by the next run, a
-    finished one that is what would be written stays as it is.
+    That is a directory of ours alone beside it; for a stream, with the temporary files.
     """
 
-    format = "archive"
-    durable = False
-    replaces = streams = named = True
+    streams = True
 
     def __init__(self, path, tag=None, stream=None):
-        self.path, self._tag, self.stream = path, tag, stream
+        super().__init__(path, tag, stream)
+        self._target, self._spool = None, path.rstrip("/") + PARTIAL + ".d"
         if stream is None:
-            check_writable(os.path.dirname(os.path.abspath(path)))
-            if os.path.isdir(path):
-                raise OutputError(path, "is there and is a directory")
-        self._target, self._spool = stream, path + ".blobs" + PARTIAL
-        self._order, self._next = [], 0  # layers in the archive's order, those in it
-        self._replaced = {}  # digest -> the Descriptor of what stands for it
-        self._fetched = {}  # digest -> Fetched of blobs in the spool or the archive
-        self._looked = {}  # path -> (what _recover was asked, then its answer)
-        self._source = None  # bytes of the finished archive that this one begins with
-        self._images = []
-        self._lock = threading.Lock()
+            self._check_free()
 
-    def begin(self, images, touch=True):
-        order, good, done = {}, 0, []
-        for layer in (layer for image in images for layer in image.layers):
-            if layer.digest not in order or layer.diff_id is None:
-                # The diffID that is asked for does not come with an earlier run's blob.
-                order[layer.digest] = layer
-        self._order, self._replaced, self._images = list(order.values()), {}, []
-        prologue = _member("oci-layout", OCI_LAYOUT) + b"".join(
-            tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
-        if touch:
-            self._open()
-        if self.stream is None:
-            # What an earlier run left unfinished, else what it finished.
-            partial, final = (self._recover(prologue, path)
-                              for path in (self.path + PARTIAL, self.path))
-            good, done = max(partial, final, key=lambda found: found[0])
-            if touch:
-                self._target.truncate(good if good == partial[0] else 0)
-                self._source = good if good > partial[0] else None
-        self._next = len(done)
-        self._fetched = {blob.digest: Fetched(blob.size, None, True) for blob in done}
-        if touch and not good:
-            self._write(prologue)
+    def _check_free(self):
+        """Raises OutputError where it must not replace what is there."""
+        if os.path.isdir(self.path):
+            raise OutputError(self.path, "is there and is a directory")
 
-    def _write(self, data):
-        if self._source is not None:
-            size, self._source = self._source, None
-            self._copy(size)
-        self._target.write(data)
-        self._target.write_behind()
-
-    def _copy(self, size):
-        with open(self.path, "rb") as file:
-            for data in pieces(file, size, self.check):
-                self._target.write(data)
-        self._check_source()
-
-    def _check_source(self):
-        """What was proved when we began is still what is there."""
-        (identity, _), _, _ = self._looked[self.path]
-        if file_identity(self.path) != identity:
-            raise OutputError(self.path, "another program has changed it meanwhile",
-                              "pull again")
-
-    def _open(self):
+    def open(self, images):
+        self._target, self._ours = None, False  # is the spool ours?
         if self.stream is not None:
             import tempfile
-            self._spool = tempfile.mkdtemp(prefix="imagec-")
+            self._target, self._spool = self.stream, tempfile.mkdtemp(prefix="imagec-")
         else:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             # Its lock is the lock of the spool too.
-            self._target = Partial(self.path, self.wait)
+            self._target = Partial(self.path.rstrip("/"), self.wait)
+            self._check_free()  # another pull may have been waited for
             private_directory(self._spool)
+        self._ours = True
+        make_directory(self._spool, "blobs")
 
-    def _recover(self, prologue, path):
-        """(bytes at `path` that are just what we would write, the blobs in them)."""
-        with contextlib.suppress(FileNotFoundError):  # another may just be renaming it
-            if os.path.isfile(path):
-                question = file_identity(path), [layer.digest for layer in self._order]
-                if self._looked.get(path, (None,))[0] != question:
-                    self._looked[path] = (question,) + self._look(prologue, path)
-                return self._looked[path][1:]
-        return 0, []
+    def place(self, image, layer):
+        return Place(os.path.join(self._spool, "blobs", layer.digest.hex))
 
-    def _look(self, prologue, path):
-        done = []
-        with open(path, "rb") as file:
-            good = len(prologue) if file.read(len(prologue)) == prologue else 0
-            for layer in self._order if good else ():
-                if layer.diff_id is None or not _holds(file, layer.blob, self.check):
-                    break
-                done.append(layer.blob)
-                good = file.tell()
-        return good, done
+    def _write(self, data):
+        self._target.write(data)
+        self._target.write_behind()
 
-    def present(self, layer):
-        blob = self._replaced.get(layer.digest, layer.blob)
-        fetched = self._fetched.get(blob.digest)
-        return fetched and (blob, fetched)
-
-    def blob_path(self, layer):
-        """Where the blob of `layer` must go."""
-        return os.path.join(self._spool, layer.digest.hex)
-
-    def stored(self, layer, fetched, path):
-        with self._lock:
-            self._fetched[layer.digest] = fetched
-            while self._next < len(self._order):
-                digest = self._order[self._next].blob.digest
-                if digest not in self._fetched:
-                    break
-                self._move(self._order[self._next], self._fetched[digest].size)
-                self._next += 1
-
-    def _move(self, layer, size):
-        path = self.blob_path(layer)
-        self._write(_member_header(blob_name(layer.digest), size))
-        with open(path, "rb") as file:
-            for data in pieces(file, check=self.check):
-                self._write(data)
-        self._write(bytes(-size % TAR_BLOCK))
-        os.unlink(path)
-
-    def replace(self, layer, blob):
-        """Another Descriptor will stand for the layer here: where its blob goes."""
-        layer, old = layer._replace(blob=blob), layer.digest
-        with self._lock:
-            self._replaced[old] = blob
-            order = {}
-            for known in self._order:  # two layers may become one
-                known = layer if known.blob.digest == old else known
-                order.setdefault(known.blob.digest, known)
-            self._order = list(order.values())
-        return self.blob_path(layer)
-
-    def close(self, image):
-        self._images.append((image, self.name_of(image)))
-        return self.path
-
-    def finish(self):
-        """All images are there: the documents, and the final name."""
-        tail = self._tail()
+    def _end(self, written=True):
+        """All is `written`, or nothing was to be."""
         remove_tree(self._spool)
-        if self._source is not None and _goes_on(self.path, self._source, tail):
-            self._check_source()
-            self._target.discard()  # nothing is new
-        else:
-            self._write(tail)
-            self._target.commit()
+        (self._target.commit if written else self._target.discard)()
         self._target.close()
 
-    def _tail(self):
-        """What stands behind the layers."""
-        documents = dict(pair for image, _ in self._images for pair in image.documents)
+    def abandon(self):
+        if self._target is not None:
+            if self.stream is not None and self._ours:
+                remove_tree(self._spool)
+            self._target.close()
+
+
+class ArchiveOutput(Spooled):
+    """One tar that is an OCI image layout and a docker-archive at once.
+
+    Blobs stand in it as they came, in the order of the layers, so that the same images
+    give the same bytes. Each is moved from the spool into it when its turn has come: at
+    no time is more on disk than the archive and the largest layer. An unfinished
+    archive is gone on with by the next run, a finished one that is what would be
+    written stays as it is.
+    """
+
+    format = "archive"
+    layout = True
+
+    _earlier = None  # the finished archive, while what is written is what stands there
+    _fetched = {}  # digest -> Fetched of the blobs that are proved
+
+    def within(self, images):
+        order = _in_order(images)
+        paths = () if self.stream is not None else (self.path + PARTIAL, self.path)
+        _, blobs = max([_recovered(path, order) for path in paths] + [(0, [])],
+                       key=lambda found: found[0])
+        return {blob.digest: blob.size for blob in blobs}
+
+    def open(self, images):
+        super().open(images)
+        order = _in_order(images)
+        size, blobs = (0, []) if self.stream is not None else self._go_on(order)
+        if not size:
+            self._write(_prologue())
+        self._waiting = collections.deque(order[len(blobs):])  # for their turn
+        self._done = {blob.digest for blob in blobs}  # what is in it
+        self._fetched = {blob.digest: Fetched(blob, None, None, True) for blob in blobs}
+        self._lock = threading.Lock()
+
+    def place(self, image, layer):
+        return super().place(image, layer)._replace(
+            fetched=self._fetched.get(layer.digest))
+
+    def _go_on(self, order):
+        """With what an earlier run left unfinished, else with what it finished.
+
+        Gives the bytes and the blobs (see _recovered) that are good of it.
+        """
+        finished = 0, []
+        unfinished = _recovered(self.path + PARTIAL, order, self.check)
+        with contextlib.suppress(FileNotFoundError):
+            self._identity = file_identity(self.path)
+            finished = _recovered(self.path, order, self.check)
+        if unfinished[0] >= finished[0]:
+            self._target.truncate(unfinished[0])
+            return unfinished
+        self._target.truncate()
+        self._earlier, self._same = open(self.path, "rb"), finished[0]
+        self._earlier.seek(self._same)
+        return finished
+
+    def _write(self, data):
+        if self._earlier is not None:
+            if self._earlier.read(len(data)) == data:
+                self._same += len(data)
+                return
+            self._leave_earlier()
+        super()._write(data)
+
+    def _leave_earlier(self):
+        """It goes on otherwise: what it begins with is copied."""
+        with self._earlier as file:
+            self._earlier = None
+            file.seek(0)
+            for data in pieces(file, self._same, self.check):
+                super()._write(data)
+        self._check_earlier()
+
+    def _check_earlier(self):
+        """What was proved when we began is still what is there."""
+        if file_identity(self.path) != self._identity:
+            raise OutputError(self.path, "another program has changed it meanwhile",
+                              "pull again")
+
+    def add(self, image, layer, fetched):
+        with self._lock:
+            self._fetched[layer.digest] = self._fetched[fetched.blob.digest] = fetched
+            while self._waiting and self._waiting[0].digest in self._fetched:
+                self._move(self._fetched[self._waiting[0].digest])
+                self._waiting.popleft()
+
+    def _move(self, fetched):
+        blob = fetched.blob
+        if blob.digest not in self._done:  # two layers may have become one
+            self._write(_member_header(blob_name(blob.digest), blob.size))
+            with open(fetched.path, "rb") as file:
+                for data in pieces(file, check=self.check):
+                    self._write(data)
+            self._write(bytes(-blob.size % TAR_BLOCK))
+            self._done.add(blob.digest)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fetched.path)
+
+    def close(self, images):
+        self._write(self._tail([(image, self.name_of(image)) for image in images]))
+        if self._earlier is not None and self._earlier.read(1):
+            self._leave_earlier()
+        elif self._earlier is not None:  # nothing is new
+            self._earlier.close()
+            self._check_earlier()
+        self._end(self._earlier is None)
+        return [self.path] * len(images)
+
+    def abandon(self):
+        if self._earlier is not None:
+            self._earlier.close()
+        super().abandon()
+
+    def _tail(self, images):
+        """What stands behind the layers of these (Image, its name)."""
+        documents = dict(pair for image, _ in images for pair in image.documents)
         members = [(blob_name(digest), raw) for digest, raw in documents.items()]
-        manifests = []
-        for image, name in self._images:
+        manifests, repositories = [], {}
+        for image, name in images:
             add_to_index(manifests, index_entry(image, name))
+            if name is not None and image.layers:  # what docker before 1.10 reads
+                repositories.setdefault(name.name, {})[name.tag] = image.layers[-1].id
         members += [("index.json", canonical_json(
             {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})),
-            ("manifest.json", self._docker_manifest())]
-        repositories = self._repositories()
+            ("manifest.json", _docker_manifest(images))]
         if repositories:
             members.append(("repositories", canonical_json(repositories)))
         return b"".join(_member(*member) for member in members) + bytes(2 * TAR_BLOCK)
 
-    def _docker_manifest(self):
-        """manifest.json, what `docker load` reads (moby, image/tarexport)."""
-        entries = {}
-        for image, name in self._images:
-            entry = entries.setdefault(image.manifest.digest, {
-                "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
-                "Layers": [blob_name(layer.digest) for layer in image.layers]})
-            if name is not None and str(name) not in (entry["RepoTags"] or ()):
-                entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
-        return canonical_json(list(entries.values())) + b"\n"
 
-    def _repositories(self):
-        """What docker before 1.10 reads: name -> tag -> top layer."""
-        found = {}
-        for image, name in self._images:
-            if name is not None and image.layers:
-                found.setdefault(name.name, {})[name.tag] = image.layers[-1].id
-        return found
-
-    def abandon(self):
-        if self.stream is not None:
-            remove_tree(self._spool)
-        if self._target is not None:
-            self._target.close()
+def _docker_manifest(images):
+    """manifest.json, what `docker load` reads (moby, image/tarexport)."""
+    entries = {}
+    for image, name in images:
+        entry = entries.setdefault(image.manifest.digest, {
+            "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
+            "Layers": [blob_name(layer.digest) for layer in image.layers]})
+        if name is not None and str(name) not in (entry["RepoTags"] or ()):
+            entry["RepoTags"] = (entry["RepoTags"] or []) + [str(name)]
+    return canonical_json(list(entries.values())) + b"\n"
 
 
 def _member_header(name, size):
@@ -5403,11 +5401,39 @@ def _member(name, data):
     return _member_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
 
 
-def _goes_on(path, offset, tail):
-    """Whether a file ends with the bytes `tail` from `offset` on."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(len(tail) + 1) == tail
+def _prologue():
+    """What an archive begins with."""
+    return _member("oci-layout", OCI_LAYOUT) + b"".join(
+        tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
+
+
+def _in_order(images):
+    """The layers of these, each blob once, in the order of an archive."""
+    order = {}
+    for layer in (layer for image in images for layer in image.layers):
+        if layer.digest not in order or layer.diff_id is None:
+            # The diffID that is asked for does not come with an earlier run's blob.
+            order[layer.digest] = layer
+    return list(order.values())
+
+
+def _recovered(path, order, check=None):
+    """What a file has of an archive of these layers: (bytes, Descriptors of blobs).
+
+    The blobs are proved where there is a `check`.
+    """
+    good, blobs, prologue = 0, [], _prologue()
+    if not os.path.isfile(path):
+        return good, blobs
+    # Another pull may just be renaming it.
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        good = len(prologue) if file.read(len(prologue)) == prologue else 0
+        for layer in order if good else ():
+            if layer.diff_id is None or not _holds(file, layer.blob, check):
+                break
+            blobs.append(layer.blob)
+            good = file.tell()
+    return good, blobs
 
 
 def _holds(file, blob, check):
@@ -5415,6 +5441,9 @@ def _holds(file, blob, check):
     header = _member_header(blob_name(blob.digest), blob.size)
     if file.read(len(header)) != header:
         return False
+    if check is None:
+        return file.seek(blob.size + -blob.size % TAR_BLOCK, os.SEEK_CUR) <= (
+            os.fstat(file.fileno()).st_size)
     try:
         for _ in proved(pieces(file, blob.size, check), blob.digest, blob.size):
             pass
@@ -5424,12 +5453,13 @@ def _holds(file, blob, check):
     return file.read(padding) == bytes(padding)
 
 
-def recompress(path, blob, place, check=go_on):
-    """Writes the layer at `path` as one gzip member: its Descriptor.
+def recompress(fetched, place, check=go_on):
+    """Writes a Fetched layer as one gzip member, instead of it: the Fetched of that.
 
-    `blob` is the Descriptor it has; `place(Descriptor)` is told the new one and says
-    where it goes. The same layer gives the same bytes with the same zlib.
+    `place(Descriptor)` is told the new one and says where it goes. The same layer gives
+    the same bytes with the same zlib.
     """
+    path, blob = fetched.path, fetched.blob
     deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     digest = hashlib.sha256()
     with Partial(path + ".gzip") as partial:
@@ -5446,12 +5476,13 @@ def recompress(path, blob, place, check=go_on):
         write(deflate.flush())
         kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
             DOCKER_LAYER)
-        new = blob._replace(media_type=kind,
-                            digest=Digest("sha256", digest.hexdigest()),
-                            size=partial.size())
-        partial.final = place(new)
+        blob = blob._replace(media_type=kind, size=partial.size(),
+                             digest=Digest("sha256", digest.hexdigest()))
+        partial.final = place(blob)
         partial.commit()
-    return new
+    if not fetched.reused:
+        os.unlink(path)
+    return fetched._replace(blob=blob, path=partial.final)
 
 
 # --------------------------------------------------------------------------------------
@@ -5943,95 +5974,69 @@ def _entry_header(entry, name):
                       entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
 
 
-class RootfsOutput(Output):
+class RootfsOutput(Spooled):
     """The image's file system: a directory, or one flattened tar of it.
 
-    Layers are unpacked side by side into a staging directory; Tree makes them one.
+    Layers are unpacked side by side in the spool; Tree makes them one.
     """
 
     format = "rootfs"
-    unpacks = streams = True
-    durable = several = False
+    unpacks, several = True, False
 
     def __init__(self, path, tag=None, stream=None):
-        self.path, self._tag, self.stream = path, tag, stream
         self._tar = stream is not None or path.endswith(".tar")
-        self._target, self._ours = stream, False  # is the staging directory ours?
-        self._staging = path.rstrip("/") + PARTIAL + ".d"
-        if stream is not None:
-            return
-        check_writable(os.path.dirname(os.path.abspath(path)))
-        self._check_free()
-        if self._tar and os.path.isdir(path):
-            raise OutputError(path, "is there and is a directory")
+        super().__init__(path, tag, stream)
         if not self._tar and os.name != "posix":
             raise Unsupported("format rootfs needs a POSIX file system",
                               "write a tar: -o FILE.tar --format rootfs")
 
     def _check_free(self):
         path = self.path
-        if not self._tar and os.path.lexists(path) and not (
+        if self._tar:
+            super()._check_free()
+        elif os.path.lexists(path) and not (
                 os.path.isdir(path) and not os.path.islink(path)
                 and not os.listdir(path)):
             raise OutputError(path, "is there already, and not an empty directory",
                               "choose another place with -o")
 
-    def open(self, image):
+    def open(self, images):
+        image, = images
         if image.platform.os == "windows":
             raise Unsupported("%s is a windows image: its layers make no file system "
                               "here" % (image.reference,))
         self._stores, self._census = {}, Census(self.max_files)
-        if self.stream is not None:
-            import tempfile
-            self._staging = tempfile.mkdtemp(prefix="imagec-")
-        else:
-            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            # The lock of the staging directory; of a tar, what it is written to.
-            self._target = Partial(self.path.rstrip("/"), self.wait)
+        super().open(images)
+        if self.stream is None:
             self._target.truncate()
-            self._check_free()  # another pull may have been waited for
-            private_directory(self._staging)
-        self._ours = True
         self._clear()
-        make_directory(self._staging, "blobs")
 
     def _clear(self):
         for name in ("layers", "root"):
-            remove_tree(os.path.join(self._staging, name))
+            remove_tree(os.path.join(self._spool, name))
 
-    def blob_path(self, layer):
-        """Where the blob of `layer` must go."""
-        return os.path.join(self._staging, "blobs", layer.digest.hex)
-
-    def visitor(self, layer):
+    def visit(self, layer, tar):
         digest = layer.digest
+        if digest in self._stores:  # of a try that failed
+            self._stores.pop(digest).forget()
+        store = self._stores[digest] = (LayerPack if self._tar else LayerStore)(
+            os.path.join(self._spool, "layers", digest.hex), self._census,
+            "layer " + str(digest))
+        store.visit(tar)
 
-        def visit(tar):
-            if digest in self._stores:  # of a try that failed
-                self._stores.pop(digest).forget()
-            store = self._stores[digest] = (LayerPack if self._tar else LayerStore)(
-                os.path.join(self._staging, "layers", digest.hex), self._census,
-                "layer " + str(digest))
-            store.visit(tar)
-        return visit
-
-    def close(self, image):
+    def close(self, images):
+        image, = images
         tree = Tree(self.check, self._census)
         for layer in image.layers:
             with naming("layer %s" % str(layer.digest)):
                 tree.apply(self._stores[layer.digest].entries)
-        if self._tar:
-            self._write_tar(tree)
-        else:
-            self._write_directory(tree)
-        remove_tree(self._staging)
-        (self._target.commit if self._tar else self._target.discard)()
-        self._target.close()
-        return self.path
+        (self._write_tar if self._tar else self._write_directory)(tree)
+        self._end(self._tar)
+        return [self.path]
 
     def _write_directory(self, tree):
         writer = TreeWriter(tree)
-        root = os.path.join(self._staging, "root")
+        root = os.path.join(self._spool, "root")
         writer.write(root)
         os.rename(root, self.path)  # an empty directory may be there
         writer.finish(self.path)
@@ -6040,7 +6045,7 @@ class RootfsOutput(Output):
             log.warning("%s: %s: %d", self.path, words, count)
 
     def _write_tar(self, tree):
-        target, pending = self._target, bytearray()
+        pending = bytearray()
         if self.stream is None:
             check_free(self.path, tree_tar_size(tree))
 
@@ -6050,22 +6055,19 @@ class RootfsOutput(Output):
                 flush()
 
         def flush():
-            target.write(bytes(pending))
+            self._write(bytes(pending))
             del pending[:]
-            target.write_behind()
 
         write_tree_tar(tree, write)
         write(bytes(2 * TAR_BLOCK))
         flush()
 
     def abandon(self):
-        if self._ours and os.path.isdir(self._staging):
-            self._clear()
-            if self.stream is not None:
-                remove_tree(self._staging)
         if self._target is not None:
+            if self._ours:
+                self._clear()
             self._target.discard()
-            self._target.close()
+        super().abandon()
 
 
 # --------------------------------------------------------------------------------------
@@ -6178,17 +6180,16 @@ class Session:
         return source.ask(Registry.fetch_manifest,
                           reference.digest or reference.tag)[0]
 
-    def resolve(self, reference, platform=None, output=None):
+    def resolve(self, reference, platform=None, held=()):
         """The Image of `reference` for `platform` (None: this host's; "all").
 
-        Documents that `output` has are not fetched again. Raises NoMatchingPlatform,
-        Unsupported, and what Registry.fetch_manifest raises.
+        For `held` see manifest. Raises NoMatchingPlatform, Unsupported, and what
+        Registry.fetch_manifest raises.
         """
         if platform == "all":
-            return self.resolve_index(reference)
+            return self._resolve_index(reference)
         wanted = platform or Platform.host()
         source = self.source(reference)
-        held = output.held(reference, source.registry_url) if output else []
         top = self.manifest(reference, held)
         with naming("%s/%s" % (source.host, source.repository)):
             found = choose(self._fetcher(source, held), top, wanted)
@@ -6210,7 +6211,7 @@ class Session:
         return Image(reference, source.registry_url, found[0].digest,
                              found[:-1], manifest, config, actual, layers)
 
-    def resolve_index(self, reference):
+    def _resolve_index(self, reference):
         """The Image of `reference` with all its platforms.
 
         Raises Unsupported where it is no index.
@@ -6262,146 +6263,122 @@ class Puller:
         # No longer than the command may take.
         output.wait, output.check = session.transport.wait, session.transport.check
         output.max_files = session.max_files
-        self._notify = session.notify
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
-
-    def check(self, references, platform):
-        """Raises UsageError where the output cannot be what is asked for."""
-        output, recompress = self._output, self._session.recompress
-        if platform == "all" and (not output.platforms or recompress):
-            raise UsageError("format %s holds one platform" % output.format,
-                             "--platform all goes with --format oci, as it came")
-        if recompress and not output.replaces:
-            raise UsageError("format %s takes layers as they are" % output.format,
-                             "--recompress goes with --format archive or oci")
-        if len(references) > 1 and not output.several:
-            raise UsageError("format %s takes one image at a time" % output.format)
 
     def pull(self, references, platform):
         """The Images; see Session.pull."""
         output = self._output
-        self.check(references, platform)
         # 1. What are they? A name that is wrong is told before anything is fetched.
-        found = self.resolve(references, platform)
-        self._opaque = {layer.digest for image in found for layer in image.layers
+        images = self.resolve(references, platform)
+        # 2. Is there room for what is still to fetch?
+        if output.stream is None:
+            check_free(output.path, sum(max(0, (blob.size or 0) - there)
+                                        for _, blob, there in self.plan(images)))
+        self._opaque = {layer.digest for image in images for layer in image.layers
                         if isinstance(image.manifest, Schema1Manifest)}
         try:
-            output.begin(found, touch=False)
-            self.check_space(found)
-            output.begin(found)
-            fetched = [self._fetch(image) for image in found]
-            # 4. All are proved: what makes them images to others.
-            pulled = [self._close(*one) for one in fetched]
-            output.finish()
+            # 3. A place for them, and into it their layers, each proved.
+            output.open(images)
+            fetched = [self._fetch(image) for image in images]
+            # 4. Only now there is a config for what came without.
+            modern = [_modernised(*one) for one in zip(images, fetched)]
+            # 5. What makes them images to others.
+            paths = output.close(images if output.verbatim else modern)
         except BaseException:
             output.abandon()
             raise
-        return pulled
+        return [after._replace(
+            layers=tuple(map(_pulled, image.layers, layers)), format=output.format,
+            path=path) for image, layers, after, path in zip(images, fetched, modern,
+                                                             paths)]
 
     def resolve(self, references, platform):
-        """What they are: images as the output will hold them."""
-        found = [self._session.resolve(reference, platform, self._output)
-                 for reference in references]
-        if self._output.verbatim:
-            return found
-        return [image._replace(layers=tuple(
-            layer for layer in image.layers if not layer.throwaway)) for image in found]
+        """What they are: images as the output will hold them.
+
+        Raises UsageError where it cannot be what is asked for.
+        """
+        session, output = self._session, self._output
+        if platform == "all" and (not output.platforms or session.recompress):
+            raise UsageError("format %s holds one platform" % output.format,
+                             "--platform all goes with --format oci, as it came")
+        if session.recompress and not output.layout:
+            raise UsageError("format %s takes layers as they are" % output.format,
+                             "--recompress goes with --format archive or oci")
+        if len(references) > 1 and not output.several:
+            raise UsageError("format %s takes one image at a time" % output.format)
+        images = [session.resolve(reference, platform, output.held(
+            reference, session.source(reference).registry_url))
+            for reference in references]
+        return images if output.verbatim else [image._replace(layers=tuple(
+            layer for layer in image.layers if not layer.throwaway))
+            for image in images]
 
     def plan(self, images):
         """Yields (image, Descriptor, bytes that are there) of each blob, each once."""
-        seen = set()
+        seen, within = set(), self._output.within(images)
         for image in images:
-            self._output.locate(image)
             for layer in image.layers:
                 if layer.digest not in seen:
                     seen.add(layer.digest)
-                    present = self._output.present(layer)
-                    yield image, layer.blob, present[1].size if present else (
-                        _bytes_there(self._output.blob_path(layer)))
-
-    def check_space(self, images):
-        """Raises OutputError where the disk cannot hold what is still to fetch."""
-        if self._output.stream is not None:
-            return  # it is not kept here
-        check_free(self._output.path, sum(max(0, (blob.size or 0) - there)
-                                          for _, blob, there in self.plan(images)))
+                    yield image, layer.blob, within.get(layer.digest) or (
+                        self._output.place(image, layer).there())
 
     def _fetch(self, image):
-        """The layers: (image, it as its layers tell, they as they were pulled)."""
-        reference, output = image.reference, self._output
-        self._notify(Event("Pulling from " + reference.repository,
-                           reference.tag_or_digest))
-        # 2. A place for it, and its layers: each blob once, the largest first, for they
-        # decide when we are done.
-        output.locate(image)
-        output.open(image)
+        """The Fetched of each of its layers."""
+        notify = self._session.notify
+        notify(Event("Pulling from " + image.reference.repository,
+                     image.reference.tag_or_digest))
+        # Each blob once, the largest first, for they decide when we are done.
         wanted = {}
         for layer in image.layers:
             wanted.setdefault(layer.digest, layer)
         order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
         for layer in order:
-            self._notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
-                               layer.blob_size))
+            notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
+                         layer.blob_size))
         # Cores to spare hash apart what others unpack, that of the largest in any case.
         spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(order)))
-        results = self._in_parallel([
+        fetched = dict(zip((layer.digest for layer in order), self._in_parallel([
             lambda layer=layer, apart=rank < spare: self._fetch_layer(image, layer,
                                                                       apart)
-            for rank, layer in enumerate(order)])
-        # 3. Only now there is a config for what came without.
-        pairs = {layer.digest: pair for layer, pair in zip(order, results)}
-        modern = _modernised(
-            image, [pairs[layer.digest] for layer in image.layers])
-        self._notify(Event("Digest: %s" % str(image.digest)))
-        return image, modern, tuple(_pulled(layer, *pairs[layer.digest])
-                                    for layer in image.layers)
-
-    def _close(self, image, modern, layers):
-        output = self._output
-        path = output.close(image if output.verbatim else modern)
-        return modern._replace(layers=layers, format=output.format, path=path)
+            for rank, layer in enumerate(order)])))
+        notify(Event("Digest: %s" % str(image.digest)))
+        return [fetched[layer.digest] for layer in image.layers]
 
     def _fetch_layer(self, image, layer, apart):
-        """One layer into its place: (the Descriptor it is there by, its Fetched)."""
-        output = self._output
-        present = output.present(layer)
-        if present is not None:
-            blob, fetched = present
-            if blob.digest == layer.digest and (
-                    layer.blob.size not in (None, fetched.size)):
-                raise SizeMismatch("layer %s" % str(blob.digest), layer.blob.size,
-                                   fetched.size)
-            self._notify(Event("Already exists", layer.digest.hex[:12]))
-            return blob._replace(size=fetched.size), fetched
-        limit, unpacks = self._session.max_layer_size, (
-            output.unpacks or self._session.recompress
-            or layer.digest in self._opaque)
+        """One layer into its place: its Fetched."""
+        session, output = self._session, self._output
+        place, size = output.place(image, layer), layer.blob.size
+        if place.fetched is not None:
+            blob = place.fetched.blob
+            if blob.digest == layer.digest:
+                if size not in (None, blob.size):
+                    raise SizeMismatch("layer %s" % str(blob.digest), size, blob.size)
+                blob = layer.blob._replace(size=blob.size)
+            session.notify(Event("Already exists", layer.digest.hex[:12]))
+            return place.fetched._replace(blob=blob)
+        limit, known = session.max_layer_size, place.known
+        if known and (known.diff_id != layer.diff_id
+                      or max(known.size, known.bytes) > limit):
+            place = place._replace(known=None)
 
         def look(chunks, check):
             return unpack(chunks, "layer " + str(layer.digest), limit,
-                          output.visitor(layer), apart, check)
+                          lambda tar: output.visit(layer, tar), apart, check)
 
-        known = output.known(layer)
-        if known and (known.diff_id != layer.diff_id
-                      or max(known.size, known.bytes) > limit):
-            known = None
-        download = Download(
-            self._session.source(image.reference), layer.blob, output.blob_path(layer),
-            look if unpacks else None, layer.diff_id, self._notify, output.durable,
-            known, output.aside(layer))
-        fetched, path = download.run(), download.path
-        blob = layer.blob._replace(size=fetched.size)
-        if codec_of(path) == "zstd" and self._session.recompress:
-            blob = recompress(path, blob, lambda blob: output.replace(layer, blob),
-                              self._session.transport.check)
-            if not fetched.reused:
-                os.unlink(path)
-            layer, fetched = layer._replace(blob=blob), fetched._replace(size=blob.size)
-        elif codec_of(path) == "zstd" and output.format == "archive":
+        unpacks = output.unpacks or session.recompress or layer.digest in self._opaque
+        fetched = Download(
+            session.source(image.reference), layer.blob, place,
+            look if unpacks else None, layer.diff_id, session.notify,
+            not output.streams).run()
+        if codec_of(fetched.path) == "zstd" and session.recompress:
+            fetched = recompress(fetched, lambda blob: output.place(
+                image, layer._replace(blob=blob)).path, session.transport.check)
+        elif codec_of(fetched.path) == "zstd" and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
-                        "cannot load; --recompress gzip rewrites it", str(blob.digest))
-        output.stored(layer, fetched, path)
-        return blob, fetched
+                        "cannot load; --recompress gzip rewrites it", str(layer.digest))
+        output.add(image, layer, fetched)
+        return fetched
 
     def _in_parallel(self, actions):
         """Their results, in order; the first error ends the others and comes out."""
@@ -6458,43 +6435,31 @@ def _held(descriptor, held):
     return None
 
 
-def _bytes_there(path):
-    """Bytes of a blob that are on disk already, finished or not."""
-    for name in (path, path + PARTIAL):
-        with contextlib.suppress(OSError):  # another pull may just be renaming it
-            status = os.lstat(name)
-            if stat.S_ISREG(status.st_mode):
-                return status.st_size
-    return 0
-
-
-def _modernised(image, pairs):
-    """`image` with what only layers tell; `pairs` are (Descriptor, Fetched) a layer.
+def _modernised(image, layers):
+    """`image` with what only its layers tell; `layers` is the Fetched of each.
 
     A schema1 image gets the config and manifest docker would give it; one whose layers
     were rewritten, a manifest that says so.
     """
+    blobs = [fetched.blob for fetched in layers]
     if isinstance(image.manifest, Manifest):
-        blobs = [blob for blob, _ in pairs]
         if [blob.digest for blob in blobs] == [la.blob.digest for la in image.layers]:
             return image
         return image._replace(manifest=with_layers(image.manifest, blobs), layers=tuple(
             layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
     if not isinstance(image.manifest, Schema1Manifest):
         return image
-    kept = [(layer, blob, fetched)
-            for layer, (blob, fetched) in zip(image.layers, pairs)
+    kept = [fetched for layer, fetched in zip(image.layers, layers)
             if not layer.throwaway]
-    config = modern_config(image.manifest, [fetched.unpacked.diff_id
-                                            for _, _, fetched in kept])
-    manifest = modern_manifest(config, [blob._replace(media_type=DOCKER_LAYER)
-                                        for _, blob, _ in kept])
+    config = modern_config(image.manifest, [one.unpacked.diff_id for one in kept])
+    manifest = modern_manifest(config, [one.blob._replace(media_type=DOCKER_LAYER)
+                                        for one in kept])
     return image._replace(manifest=manifest, config=config,
                           layers=list_layers(manifest, config))
 
 
-def _pulled(layer, blob, fetched):
-    layer = layer._replace(blob=layer.blob._replace(size=blob.size))
+def _pulled(layer, fetched):
+    layer = layer._replace(blob=layer.blob._replace(size=fetched.blob.size))
     return layer._replace(diff_id=fetched.unpacked.diff_id,
                           size=fetched.unpacked.size) if fetched.unpacked else layer
 
@@ -6543,7 +6508,7 @@ def new_output(path, format=None, tag=None, stream=None):
     if name not in OUTPUTS:
         raise UsageError("unknown format %r: expected one of %s"
                          % (name, ", ".join(OUTPUTS)))
-    if tag is not None and not OUTPUTS[name].named:
+    if tag is not None and not OUTPUTS[name].layout:
         raise UsageError("format %s keeps no name to load it by" % name,
                          "--tag goes with --format archive or oci")
     if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
@@ -7467,9 +7432,7 @@ def run_pull(args, session):
 def print_plan(session, references, output, platform, as_json):
     """What a pull would fetch and from where, a line a blob, and the sum."""
     puller = Puller(session, output)
-    puller.check(references, platform)
     images = puller.resolve(references, platform)
-    output.begin(images, touch=False)
     blobs = [{"digest": str(blob.digest), "size": blob.size,
               "present": min(have, blob.size or 0),
               "from": session.source(image.reference).host}
