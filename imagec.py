@@ -1937,10 +1937,11 @@ def _codec(head):
     return next(row[1:] for row in _CODECS if re.match(row[0], head))
 
 
-def codec_of(path):
-    """The name of what the file at `path` is compressed with, "tar" for nothing."""
-    with open(path, "rb") as file:
-        return _codec(file.read(_MAGIC_LENGTH))[0]
+def codec_of(file):
+    """The name of what stands next in a binary file is compressed with, else "tar"."""
+    head = file.read(_MAGIC_LENGTH)
+    file.seek(-len(head), os.SEEK_CUR)
+    return _codec(head)[0]
 
 
 def inflated(chunks, what):
@@ -4875,6 +4876,7 @@ class Output:
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
     check = staticmethod(go_on)  # raises where work should not go on
     max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
+    recompress = None  # what zstd layers are rewritten to
 
     def __init__(self, path, tag=None, stream=None):
         if stream is not None and not self.streams:
@@ -5269,7 +5271,7 @@ class ArchiveOutput(Spooled):
     def within(self, images):
         order = _in_order(images)
         paths = () if self.stream is not None else (self.path + PARTIAL, self.path)
-        _, blobs = max([_recovered(path, order) for path in paths] + [(0, [])],
+        _, blobs = max([self._recovered(path, order) for path in paths] + [(0, [])],
                        key=lambda found: found[0])
         return {blob.digest: blob.size for blob in blobs}
 
@@ -5291,13 +5293,13 @@ class ArchiveOutput(Spooled):
     def _go_on(self, order):
         """With what an earlier run left unfinished, else with what it finished.
 
-        Gives the bytes and the blobs (see _recovered) that are good of it.
+        Gives the bytes and the blobs that are good of it; see _recovered.
         """
         finished = 0, []
-        unfinished = _recovered(self.path + PARTIAL, order, self.check)
+        unfinished = self._recovered(self.path + PARTIAL, order, self.check)
         with contextlib.suppress(FileNotFoundError):
             self._identity = file_identity(self.path)
-            finished = _recovered(self.path, order, self.check)
+            finished = self._recovered(self.path, order, self.check)
         if unfinished[0] >= finished[0]:
             self._target.truncate(unfinished[0])
             return unfinished
@@ -5305,6 +5307,25 @@ class ArchiveOutput(Spooled):
         self._earlier, self._same = open(self.path, "rb"), finished[0]
         self._earlier.seek(self._same)
         return finished
+
+    def _recovered(self, path, order, check=None):
+        """What a file has of an archive of these layers: (bytes, blobs' Descriptors).
+
+        The blobs are proved where there is a `check`.
+        """
+        good, blobs, prologue = 0, [], _prologue()
+        if not os.path.isfile(path):
+            return good, blobs
+        # Another pull may just be renaming it.
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            good = len(prologue) if file.read(len(prologue)) == prologue else 0
+            for layer in order if good else ():
+                if layer.diff_id is None or not _holds(file, layer.blob, check,
+                                                       self.recompress):
+                    break
+                blobs.append(layer.blob)
+                good = file.tell()
+        return good, blobs
 
     def _write(self, data):
         if self._earlier is not None:
@@ -5417,29 +5438,15 @@ def _in_order(images):
     return list(order.values())
 
 
-def _recovered(path, order, check=None):
-    """What a file has of an archive of these layers: (bytes, Descriptors of blobs).
+def _holds(file, blob, check, recompress=None):
+    """Whether an archive holds exactly this blob's member at the file's place.
 
-    The blobs are proved where there is a `check`.
+    Where there is a `recompress`, none that is zstd will do.
     """
-    good, blobs, prologue = 0, [], _prologue()
-    if not os.path.isfile(path):
-        return good, blobs
-    # Another pull may just be renaming it.
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        good = len(prologue) if file.read(len(prologue)) == prologue else 0
-        for layer in order if good else ():
-            if layer.diff_id is None or not _holds(file, layer.blob, check):
-                break
-            blobs.append(layer.blob)
-            good = file.tell()
-    return good, blobs
-
-
-def _holds(file, blob, check):
-    """Whether an archive holds exactly this blob's member at the file's place."""
     header = _member_header(blob_name(blob.digest), blob.size)
     if file.read(len(header)) != header:
+        return False
+    if recompress and codec_of(file) == "zstd":
         return False
     if check is None:
         return file.seek(blob.size + -blob.size % TAR_BLOCK, os.SEEK_CUR) <= (
@@ -6262,7 +6269,7 @@ class Puller:
         self._session, self._output = session, output
         # No longer than the command may take.
         output.wait, output.check = session.transport.wait, session.transport.check
-        output.max_files = session.max_files
+        output.max_files, output.recompress = session.max_files, session.recompress
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
 
     def pull(self, references, platform):
@@ -6371,10 +6378,12 @@ class Puller:
             session.source(image.reference), layer.blob, place,
             look if unpacks else None, layer.diff_id, session.notify,
             not output.streams).run()
-        if codec_of(fetched.path) == "zstd" and session.recompress:
+        with open(fetched.path, "rb") as file:
+            zstd = codec_of(file) == "zstd"
+        if zstd and session.recompress:
             fetched = recompress(fetched, lambda blob: output.place(
                 image, layer._replace(blob=blob)).path, session.transport.check)
-        elif codec_of(fetched.path) == "zstd" and output.format == "archive":
+        elif zstd and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
         output.add(image, layer, fetched)
@@ -6459,7 +6468,7 @@ def _modernised(image, layers):
 
 
 def _pulled(layer, fetched):
-    layer = layer._replace(blob=layer.blob._replace(size=fetched.blob.size))
+    layer = layer._replace(blob=fetched.blob)
     return layer._replace(diff_id=fetched.unpacked.diff_id,
                           size=fetched.unpacked.size) if fetched.unpacked else layer
 

@@ -9680,6 +9680,18 @@ class RecompressTest(StoredCase):
             self.recompressed("out", self.reference)
             self.assertEqual(len(os.listdir(self.at("out", "blobs", "sha256"))), 5)
 
+    def test_archive_that_holds_them_as_they_came(self):
+        self.recompressed("fresh.tar", self.reference)
+        self.pull("-o", self.at("out.tar"), self.reference)
+        self.recompressed("out.tar", self.reference)
+        self.assertEqual(*[file_bytes(self.at(out)) for out in ("fresh.tar", "out.tar")])
+
+    def test_layers_that_are_told_of(self):
+        image = imagec.pull(self.reference, self.at("out.tar"), recompress="gzip",
+                            platform="linux/amd64")
+        self.assertEqual([layer.blob for layer in image.layers],
+                         list(image.manifest.layers))
+
     def test_what_is_not_zstd_stays(self):
         layers = iter([gzip_bytes, zstd_bytes, None])
         reference, image = self.serve(
