@@ -2389,8 +2389,7 @@ def _ask_helper(suffix, server, source):
                                hint="run it by hand, or pull with --no-creds")
     try:
         answer = Document.parse(output, program)
-        username = answer.get("Username", str, "")
-        secret = answer.get("Secret", str, "")
+        username, secret = (answer.get(key, str, "") for key in ("Username", "Secret"))
     except InvalidDocument:
         raise CredentialsError("%s answered for %s what is not its protocol"
                                % (program, server)) from None
@@ -3267,22 +3266,20 @@ def host_certificates(host, certs_dirs):
     for directory in (os.path.join(base, name)
                       for base in certs_dirs for name in hosts):
         try:
-            names = sorted(os.listdir(directory))
+            paths = [os.path.join(directory, n) for n in sorted(os.listdir(directory))]
         except OSError:  # not there, or not for us
             continue
-        roots = [os.path.join(directory, n) for n in names if n.endswith(".crt")]
         pairs = []
-        for name in names:
-            stem, kind = os.path.splitext(name)
+        for path in paths:
+            stem, kind = os.path.splitext(path)
             other = stem + {".cert": ".key", ".key": ".cert"}.get(kind, kind)
-            if other not in names:
+            if other not in paths:
                 raise UsageError(
-                    "%s has no %s beside it" % (os.path.join(directory, name), other),
+                    "%s has no %s beside it" % (path, os.path.basename(other)),
                     "a client certificate and its key go together")
             if kind == ".cert":
-                pairs.append((os.path.join(directory, name),
-                              os.path.join(directory, other)))
-        return roots, pairs
+                pairs.append((path, other))
+        return [path for path in paths if path.endswith(".crt")], pairs
     return [], []
 
 
@@ -3707,9 +3704,9 @@ class Endpoint:
         if realm.scheme != "https" or _address_rank(home) is not None:
             return False
         domain = home.partition(".")[2]
-        if re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain):
-            return False  # co.uk and the like: a suffix that strangers share
-        return "." in domain and ("." + realm.hostname).endswith("." + domain)
+        # co.uk and the like are a suffix that strangers share.
+        return ("." in domain and not re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain)
+                and ("." + realm.hostname).endswith("." + domain))
 
 
 class Registry(Endpoint):

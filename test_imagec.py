@@ -5741,6 +5741,10 @@ NET_JUNK = (
 
 #: (name, action): each leaves us waiting for ever, one way or another
 NET_STALLS = (
+    ("silent in the handshake, T109", hang(30, "accept")),
+    ("drip in the handshake, T57",
+     [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
+      drip(0.03, 1, "status")]),
     ("silent after the request, T109", hang(30)),
     ("drip in the status line, T57", drip(0.03, 1, "status")),
     ("drip in the headers, T57", drip(0.03, 1, "headers")),
@@ -5937,19 +5941,15 @@ class TransportTest(NetworkCase):
         with self.fails(imagec.UnsafeRedirect, "private.test"):
             self.get(transport, "http://public.test:%d/start" % server.port)
 
-    @rows(NET_FRAMINGS)
-    def test_t113_t47_framing(self, _name, lines, data, expected):
-        head = "HTTP/1.1 200 OK\r\n%s\r\n\r\n" % lines.replace("\n", "\r\n")
-        server = self.server({"/it": spoken(head.encode("ascii") + data)})
+    @rows(NET_FRAMINGS, [(junk[:40], None, junk, None) for junk in NET_JUNK])
+    def test_t47_t59_t113_t114_framing(self, _name, lines, data, expected):
+        if lines is not None:
+            head = "HTTP/1.1 200 OK\r\n%s\r\n\r\n" % lines.replace("\n", "\r\n")
+            data = head.encode("ascii") + data
+        server = self.server({"/it": spoken(data)})
         self.gives(expected and (200, expected),
                    lambda: self.get(self.transport(), server.url + "/it"),
                    imagec.TransportError, server.host)
-
-    @rows((junk[:40], junk) for junk in NET_JUNK)
-    def test_t59_t114_junk(self, _name, junk):
-        server = self.server({"/it": spoken(junk)})
-        with self.fails(imagec.TransportError, server.host):
-            self.get(self.transport(), server.url + "/it")
 
     def test_t59_odd_chunks_are_read_or_refused(self):
         # Pythons differ on these; what may not happen is a traceback or a wrong body.
@@ -5989,22 +5989,13 @@ class TransportTest(NetworkCase):
 
     @rows(NET_STALLS)
     def test_t57_t58_t109_stalls(self, name, action):
-        server = self.server({"/it": say(b"x" * 5000)})
-        server.fault("GET /it", action)
+        server = self.server({"/it": say(b"x" * 5000)}, tls="handshake" in name)
+        server.fault("" if "handshake" in name else "GET /it", action)
         # 3.14 counts the 100s by itself, and ends them as no HTTP.
         kind = imagec.TransportError if "100" in name else imagec.Timeout
         with self.soon(), self.fails(kind, server.host) as found:
             self.get(self.transport(idle_timeout=0.08), server.url + "/it")
         self.assertTrue(found.exception.retryable)
-
-    @rows([("silent in the handshake", hang(30, "accept")),
-           ("drip in the handshake",
-            [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"), drip(0.03)])])
-    def test_t57_t109_stalls_before_http(self, _name, action):
-        secure = self.server({}, tls=True)
-        secure.fault("", action)
-        with self.soon(), self.fails(imagec.TransportError, secure.host):
-            self.get(self.transport(idle_timeout=0.08), secure.url + "/it")
 
     def test_slow_but_steady_is_no_stall(self):
         server = self.server({"/it": say(b"x" * 12000)})
@@ -7370,12 +7361,6 @@ class AuthorizedTest(NetworkCase):
             self.client(registry, "alice").fetch_manifest("app", "1")
         self.assertEqual(len(paths(registry, "/token")), times)
 
-    def test_t105_a_busy_token_server_is_waited_for(self):
-        registry = self.bearer()
-        registry.fault("/token", status(503, {"Retry-After": "3"}))
-        self.client(registry).fetch_manifest("app", "1")
-        self.assertEqual(self.naps, [3])
-
 
 # -- Registry
 
@@ -7670,13 +7655,6 @@ class RegistryTest(NetworkCase):
         registry.fault("/manifests/", body(
             NET_OTHER.manifest, docker_content_digest=claimed))
         with self.fails(imagec.DigestMismatch, str(wanted), NET_OTHER.digest):
-            self.client(registry).fetch_manifest("app", wanted)
-
-    def test_t21_one_wrong_byte_by_digest(self):
-        registry = self.filled()
-        wanted = imagec.Digest.parse(self.image.digest)
-        registry.fault("/manifests/", flip(-3))
-        with self.fails(imagec.DigestMismatch, str(wanted)):
             self.client(registry).fetch_manifest("app", wanted)
 
     def test_t24_sizes_are_checked_too(self):
