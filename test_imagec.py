@@ -5229,15 +5229,12 @@ class CredentialsTest(FieldCase):
     def test_docker_auth_config_comes_before_files(self):
         self.docker_config(field_auths("r.test", "s.test"))
         text = json.dumps({"auths": {"r.test": field_entry("env")}})
-        keyring = self.keyring(DOCKER_AUTH_CONFIG=text)
-        self.assertEqual(self.user(keyring), "env")
-        self.assertEqual(self.user(keyring, "s.test"), "s.test")
-
-    def test_docker_auth_config_that_is_broken(self):
-        self.docker_config(field_auths("r.test"))
-        for text in ("{", "[]", "\udcff"):
-            self.assertEqual(self.user(self.keyring(DOCKER_AUTH_CONFIG=text)), "r.test")
-        self.assertEqual(len(self.said), 3)
+        for text, user in ((text, "env"), ("{", "r.test"), ("[]", "r.test"),
+                           ("\udcff", "r.test")):
+            keyring = self.keyring(DOCKER_AUTH_CONFIG=text)
+            self.assertEqual(self.user(keyring), user)
+            self.assertEqual(self.user(keyring, "s.test"), "s.test")
+        self.assertEqual(len(set(self.said)), 3)
 
     def test_authfile_is_the_only_one(self):
         self.docker_config(field_auths("r.test", "s.test"))
@@ -5258,15 +5255,12 @@ class CredentialsTest(FieldCase):
                 with self.subTest(path), self.fails(imagec.CredentialsError, path):
                     keyring.lookup("r.test", "a")
 
-    def test_docker_config_variable_replaces_the_home(self):
-        self.docker_config(field_auths("r.test"))
-        keyring = self.keyring(DOCKER_CONFIG=self.at("empty"))
-        self.assertIsNone(keyring.lookup("r.test", "a"))
-
     def test_nothing_anywhere_is_anonymous(self):
         self.assertIsNone(self.keyring().lookup("r.test", "a"))
         self.docker_config(field_auths("r.test"))
         self.assertIsNone(imagec.Keyring(anonymous=True).lookup("r.test", "a"))
+        keyring = self.keyring(DOCKER_CONFIG=self.at("empty"))  # replaces the home
+        self.assertIsNone(keyring.lookup("r.test", "a"))
         self.assertEqual(self.said, [])
 
     @rows([(content[:40], content) for content in FIELD_BAD_FILES])
@@ -5433,11 +5427,12 @@ class CredentialsTest(FieldCase):
         path = self.docker_config({
             "credHelpers": {"h.test": "h"},
             "auths": {"r.test/a": field_entry("alice"),
+                      "e.test": field_entry("a\u202eb"),
                       "i.test": {"identitytoken": IDENTITY_TOKEN},
                       "t.test": {"registrytoken": PASSWORD}}})
         for host, words in (
                 ("r.test/a/b", ("alice", path, "(r.test/a)")),
-                ("r.test", ("anonymous",)),
+                ("r.test", ("anonymous",)), ("e.test", ("a\\u202eb",)),
                 ("h.test", ("bob", path, "docker-credential-h", "credHelpers")),
                 ("i.test", ("identity token", path)),
                 ("t.test", ("registry token", path)), ("docker.io", ("anonymous",))):
@@ -5448,12 +5443,6 @@ class CredentialsTest(FieldCase):
                 self.assertIn(word, run.out)
             self.assertNotIn(PASSWORD, run.out)
         self.assertIn("anonymous", self.main("auth", "r.test/a", "--no-creds").out)
-
-    def test_auth_command_escapes(self):
-        self.docker_config({"auths": {"r.test": field_entry("a\x1b[31m\nb")}})
-        run = self.main("auth", "r.test")
-        self.assertEqual((run.status, run.out.count("\n")), (0, 1))
-        self.assertNotIn("\x1b", run.out)
 
     def test_auth_command_with_a_broken_source(self):
         self.docker_config({"credsStore": "none"})
