@@ -3161,8 +3161,8 @@ class Transport:
 
     def _once(self, request):
         request.proxy = request.tunnel = request.login = None  # see _ProxyHandler
-        log.debug("%s %s", request.get_method(), bare_url(request.full_url))
         url = request.full_url
+        log.debug("%s %s", request.get_method(), bare_url(url))
         try:
             with self.translating(url, request):
                 response = self._opener.open(request, timeout=self.idle_timeout)
@@ -3610,14 +3610,12 @@ class Endpoint:
     def _probe_url(self, url):
         with self.transport.open("HEAD", url) as response:
             if response.status not in (200, 401):
-                broken = response.status >= 500
+                if response.status >= 500:
+                    raise registry_error(response, self.host + " is out of order")
                 error = registry_error(
-                    response, self.host + (" is out of order" if broken else
-                                           " is no registry"),
+                    response, self.host + " is no registry",
                     RegistryError if response.status == 404 else None)
-                if not broken:
-                    error.hint = ("check the host name; its /v2/ should answer 200 or "
-                                  "401")
+                error.hint = "check the host name; its /v2/ should answer 200 or 401"
                 raise error
             final, self.rank = checked_url(response.url), response.first_rank
             if final.hostname == checked_url(url).hostname:
