@@ -6710,20 +6710,19 @@ _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")  # RFC 7230, 3.2
 
 
 class Shelf:
-    """What a server has: documents by repository and reference, blobs by digest.
+    """What a server has: documents by repository and tag or digest, blobs by digest.
 
     Made from what a pull wrote at `path`, or empty where that is None. A repository
     goes by the name it was pulled by (`docker.io/library/alpine`), by that without the
     host (`library/alpine`), and Docker Hub's own images by their short name (`alpine`).
-    `check` is called as it is made, and may raise.
+    By its digest each has any document. `check` is called as it is made, and may raise.
     """
 
     def __init__(self, path=None, check=go_on):
         self.repositories = {}  # name -> tag -> digest, as text
-        self._documents = {}  # digest, as text -> (media type, Digest, bytes)
+        self.documents = {}  # digest, as text -> what decode_manifest makes of them
         self._blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
-        self._lock = threading.Lock()
         if path is None:
             return
         try:
@@ -6752,11 +6751,11 @@ class Shelf:
                 continue  # not where a pull puts it
             for document in found.documents:
                 digest = digest or document.digest
-                self.add((), None, document.media_type, document.digest, document.raw)
+                self.add((), None, document)
                 if not isinstance(document, Index):
                     self._add_blobs(found, document)
             self.add(names, tag if re.fullmatch(_TAG, tag or "") else None,
-                     *self._documents[str(digest)])
+                     self.documents[str(digest)])
 
     def _add_blobs(self, found, image):
         blobs = image.layers if found.tree is None else found.layers(image)
@@ -6766,13 +6765,13 @@ class Shelf:
             with contextlib.suppress(FileNotFoundError):  # it is asked for in vain
                 self.add_blob(blob.digest, found.reader.region(found.file_of(blob)))
 
-    def add(self, names, tag, media_type, digest, raw):
+    def add(self, names, tag, document):
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
-        self._documents[str(digest)] = media_type, digest, raw
+        self.documents[str(document.digest)] = document
         for name in names:
             tags = self.repositories.setdefault(name, {})
             if tag is not None:
-                tags[tag] = str(digest)
+                tags[tag] = str(document.digest)
 
     def add_blob(self, digest, region):
         """Puts a blob on the shelf."""
@@ -6796,14 +6795,6 @@ class Shelf:
         return self.repositories[self.names_of(namespace, name)[0] if namespace else (
             name)]
 
-    def document(self, name, reference, namespace=None):
-        """(media type, Digest, bytes) or None; for `namespace` and errors see `tags`.
-
-        By its digest any repository has it.
-        """
-        tags = self.tags(name, namespace)
-        return self._documents.get(tags.get(reference, reference))
-
     def catalog(self):
         """The names a client can spell; of a registry with a port, those without it."""
         return sorted(name for name in self.repositories
@@ -6819,12 +6810,9 @@ class Shelf:
         if region is None:
             return None
         identity = file_identity(region.path)
-        with self._lock:
-            if self._good.get(region) == identity:
-                return region
-        for _ in proved(region.pieces(), digest, region.size):
-            pass
-        with self._lock:
+        if self._good.get(region) != identity:
+            for _ in proved(region.pieces(), digest, region.size):
+                pass
             self._good[region] = identity
         return region
 
@@ -6863,7 +6851,8 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
     kind = type("Server", (_BoundedThreads, socketserver.ThreadingTCPServer), {
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
         "shelf": shelf, "credentials": credentials, "context": context,
-        "places": SERVE_THREADS, "since": {}, "lock": threading.Lock()})
+        "places": SERVE_THREADS, "lock": threading.Lock(),
+        "since": {}})  # connection -> when it began to owe us a request's head, or None
     return kind(address, type("Handler", (handler or RegistryHandler,
                                           http.server.BaseHTTPRequestHandler), {}))
 
@@ -6873,7 +6862,6 @@ class _BoundedThreads:
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 512  # connections that may wait
-    since = None  # connection -> when it began to owe us a request's head, or None
 
     def get_request(self):
         if len(self.since) >= self.places:
@@ -7020,12 +7008,16 @@ class RegistryHandler:
             tags = shelf.tags(name, query.get("ns"))
         except KeyError:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
-        if kind == "manifests":
-            return self.manifest(shelf.document(name, what, query.get("ns")))
         if kind == "blobs":
             return self.blob(what)
-        return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
-                         {"name": name})
+        if kind is None:
+            return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
+                             {"name": name})
+        found = shelf.documents.get(tags.get(what, what))
+        if found is None:
+            return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
+        return self.send(200, found.raw, found.media_type,
+                         [("Docker-Content-Digest", str(found.digest))])
 
     def page(self, key, values, path, query, value):
         """A list, or as much of it as is asked for (distribution-spec, "tags")."""
@@ -7041,12 +7033,6 @@ class RegistryHandler:
             values = values[:count]
         body = json.dumps(dict(value, **{key: values})).encode("ascii")
         return self.send(200, body, "application/json", extra)
-
-    def manifest(self, found):
-        if found is None:
-            return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
-        media_type, digest, raw = found
-        return self.send(200, raw, media_type, [("Docker-Content-Digest", str(digest))])
 
     def blob(self, what):
         try:
@@ -7076,8 +7062,7 @@ class RegistryHandler:
 
     def send_part(self, file, at, count):
         """Part of a file to the client, by the kernel where it can."""
-        if count and hasattr(os, "sendfile") and not isinstance(self.connection,
-                                                                ssl.SSLSocket):
+        if count and not isinstance(self.connection, ssl.SSLSocket):
             count -= self.connection.sendfile(file, at, count) or 0
         else:
             file.seek(at)
@@ -7176,8 +7161,7 @@ def test_shelf(directory):
         shelf.add_blob(Digest.of(data), Region(path, 0, len(data)))
     manifest = modern_manifest(
         config, [Descriptor(DOCKER_LAYER, Digest.of(blob), len(blob))])
-    shelf.add(["selftest/image"], "latest", manifest.media_type, manifest.digest,
-              manifest.raw)
+    shelf.add(["selftest/image"], "latest", manifest)
     return shelf
 
 
