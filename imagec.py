@@ -6865,7 +6865,7 @@ class _BoundedThreads:
 
     def get_request(self):
         if len(self.since) >= self.places:
-            self.end_waits(SERVE_IDLE, 1)
+            self.end_waits(SERVE_IDLE)
             time.sleep(0.01)
             raise BlockingIOError  # serve_forever asks again, unless it is to end
         request, client_address = super().get_request()
@@ -6886,12 +6886,11 @@ class _BoundedThreads:
         with self.lock:
             self.since[connection] = time.monotonic() if begins else None
 
-    def end_waits(self, patience, most=None):
-        """Ends waits of over `patience` seconds, the longest first, `most` of them."""
+    def end_waits(self, patience):
+        """Ends waits of over `patience` seconds."""
         with self.lock:
-            waits = [pair for pair in self.since.items() if pair[1] is not None]
-            for connection, since in sorted(waits, key=lambda pair: pair[1])[:most]:
-                if time.monotonic() - since > patience:
+            for connection, since in self.since.items():
+                if since is not None and time.monotonic() - since > patience:
                     with contextlib.suppress(OSError):  # TLS wants no farewell here
                         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
