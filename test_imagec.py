@@ -11432,12 +11432,11 @@ class AuditTest(StoredCase):
         self.assertRegex(run.out, b"images: 1, blobs or files: [1-9]")
         return path
 
-    def rewritten(self, path, member, data):
-        """Write an archive's bytes again, others for those of a member (a TarInfo)."""
-        good = file_bytes(path)
+    def rewritten(self, path, name, data):
+        """Write an archive's bytes again, others for those of a member."""
+        member, good = self.member(path, name), file_bytes(path)
         end = member.offset_data + -(-member.size // 512) * 512
         write_file(path, good[:member.offset] + data + good[end:])
-        return good[member.offset_data:end][:member.size]
 
     @staticmethod
     def member(path, name):
@@ -11709,8 +11708,8 @@ class AuditTest(StoredCase):
 
     def test_sparse_member_is_no_file_of_an_archive(self):
         path = self.good("archive")
-        index, data = self.member(path, "index.json"), self.members(path)["index.json"]
-        self.rewritten(path, index, raw_member(b"x", data, pax=(
+        data = self.members(path)["index.json"]
+        self.rewritten(path, "index.json", raw_member(b"x", data, pax=(
             (b"GNU.sparse.map", b"0,%d" % len(data)),
             (b"GNU.sparse.name", b"index.json"),
             (b"GNU.sparse.size", b"%d" % len(data)))))
@@ -11728,7 +11727,7 @@ class AuditTest(StoredCase):
     def test_T011_links_in_an_archive(self, kind):
         path, name = self.good("archive"), AUDIT_BLOBS + self.words["b0"]
         outside = write_file(self.at("blob"), self.members(path)[name])
-        self.rewritten(path, self.member(path, name), raw_member(
+        self.rewritten(path, name, raw_member(
             name.encode(), kind=kind, link=os.fsencode(outside)))
         self.faults(path, self.words["b0"])
 
@@ -11743,8 +11742,7 @@ class AuditTest(StoredCase):
         for name in ("manifest.json", "repositories"):
             data = re.sub(b"one|two", lambda tag: {b"one": b"two"}.get(
                 tag.group(), b"one"), self.members(path)[name])
-            self.rewritten(path, self.member(path, name),
-                           raw_member(name.encode(), data))
+            self.rewritten(path, name, raw_member(name.encode(), data))
             self.faults(path, name)
             write_file(path, good)
 
@@ -12009,6 +12007,18 @@ class ShelfTest(ServeCase):
             with self.assertRaises(KeyError):
                 shelf.tags("lab/oci", namespace)
         self.assertIn("1", shelf.tags("library/alpine", "docker.io"))
+
+    @rows((("layers",), ("oci",)))
+    def test_blob_that_is_not_there(self, format):
+        path, image = self.at(format), self.images["lab/docker"]
+        shutil.copytree(self.places[format], path)
+        for name in glob.glob(path + "/**/*", recursive=True):
+            if os.path.isfile(name) and sha256(file_bytes(name)) == image.layers[0]:
+                os.unlink(name)
+        host = self.serve(path)
+        for digest, code in ((image.layers[0], 404), (image.layers[1], 200)):
+            answer = serve_ask(host, "/v2/lab/docker/blobs/" + digest)
+            self.assertEqual(answer.status, code)
 
     def test_blob_is_proved_once(self):
         shelf, digest, path = self.shelf_of(b"x" * 1000)
@@ -12329,16 +12339,16 @@ class ServeTest(ServeCase):
     # -- every kind, pulled again
 
     def test_pulls(self):
-        for format, names in self.held.items():
+        for format, more in (("layers", []), ("oci", ["alpine",
+                                                      "docker.io/library/alpine"])):
             host = self.serve(self.places[format])
-            for name in names + ["alpine", "docker.io/library/alpine"] * (
-                    "library/alpine" in names):
+            for name in self.held[format] + more:
                 image = self.images.get(name, self.images["lab/index"])
-                options = {"format": "layers"} if format == "layers" else (
-                    {"platform": "all"} if image.children else {})
-                for reference in (name + ":1", name + "@" + image.digest):
+                platform = "all" if more and image.children else "linux/amd64"
+                for reference in (":1", "@" + image.digest)[:1 + bool(more)]:
+                    reference = name + reference
                     with self.subTest(reference, format=format):
-                        pulled = self.pulled(host, reference, **options)
+                        pulled = self.pulled(host, reference, format, platform)
                         self.assertEqual(str(pulled.digest), image.digest)
 
     @rows((format,) for format in imagec.OUTPUTS)
@@ -12552,8 +12562,8 @@ class ServeTest(ServeCase):
         with mock.patch.object(imagec, "SERVE_THREADS", 2):
             host = self.serve(shelf)
         busy, idle = serve_connect(host), serve_connect(host)
-        for sock, path, end in ((busy, b"lab/app/blobs/" + digest.encode(), b"\r\n\r\n"),
-                                (idle, b"", b"{}")):
+        blob = b"lab/app/blobs/" + digest.encode()
+        for sock, path, end in ((busy, blob, b"\r\n\r\n"), (idle, b"", b"{}")):
             self.addCleanup(sock.close)
             sock.sendall(b"GET /v2/%s HTTP/1.1\r\nHost: x\r\n\r\n" % path)
             found = b""
