@@ -11668,15 +11668,13 @@ class AuditTest(StoredCase):
             with self.subTest(size=size):
                 write_file(path, good[:size])
                 self.faults(path, "archive")
-        twice = good[:-1024] + raw_member(b"index.json", b"{}") + bytes(1024)
-        write_file(path, twice)
-        self.faults(path, "index.json")
 
     #: (what, members put before an archive's end, words of the fault)
     MEMBERS = (
         ("another name of one", raw_member(b"./index.json", b"{}"), "./index.json"),
         ("another by pax", raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
          "./index.json"),
+        ("one's name", raw_member(b"index.json"), "index.json: stands 2 times"),
         ("one's name by pax", raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
          "index.json: stands 2 times"),
         ("a folder twice", raw_member(b"blobs/", kind=b"5"), "blobs/: stands 2 times"),
@@ -11706,15 +11704,6 @@ class AuditTest(StoredCase):
         write_file(path, good + bytes(10240))
         self.verify(path)
 
-    def test_sparse_member_is_no_file_of_an_archive(self):
-        path = self.good("archive")
-        data = self.members(path)["index.json"]
-        self.rewritten(path, "index.json", raw_member(b"x", data, pax=(
-            (b"GNU.sparse.map", b"0,%d" % len(data)),
-            (b"GNU.sparse.name", b"index.json"),
-            (b"GNU.sparse.size", b"%d" % len(data)))))
-        self.faults(path, "index.json is not a regular file")
-
     def test_headers_of_an_archive_take_no_time(self):
         path = self.good("archive")
         header = raw_member(b"h", pax_records((b"comment", b"7" * 160000)), kind=b"x")
@@ -11723,13 +11712,19 @@ class AuditTest(StoredCase):
         with cpu_within(2), threat_alarm(60):
             self.faults(path, "x: extra")
 
-    @rows(((b"1",), (b"2",)))
-    def test_T011_links_in_an_archive(self, kind):
+    def test_T011_members_that_are_no_files_of_an_archive(self):
         path, name = self.good("archive"), AUDIT_BLOBS + self.words["b0"]
-        outside = write_file(self.at("blob"), self.members(path)[name])
-        self.rewritten(path, name, raw_member(
-            name.encode(), kind=kind, link=os.fsencode(outside)))
-        self.faults(path, self.words["b0"])
+        good, data = file_bytes(path), self.members(path)[name]
+        outside = os.fsencode(write_file(self.at("blob"), data))
+        for member in (raw_member(name.encode(), kind=b"1", link=outside),
+                       raw_member(name.encode(), kind=b"2", link=outside),
+                       raw_member(b"x", data, pax=(
+                           (b"GNU.sparse.map", b"0,%d" % len(data)),
+                           (b"GNU.sparse.name", name.encode()),
+                           (b"GNU.sparse.size", b"%d" % len(data))))):
+            self.rewritten(path, name, member)
+            self.faults(path, name + " is not a regular file")
+            write_file(path, good)
 
     def test_names_that_docker_gives_to_other_images(self):
         path = self.at("both.tar")
@@ -11817,7 +11812,7 @@ class AuditTest(StoredCase):
             make(path)
             with self.subTest(name), threat_alarm(60):
                 self.faults(places[format], "not a regular file")
-                if not name.endswith(("unpacked.json", "oci-layout")):
+                if not name.endswith("unpacked.json"):
                     with self.assertRaises(imagec.InvalidDocument):
                         imagec.Shelf(places[format])
             os.unlink(path)
@@ -11990,14 +11985,6 @@ class ShelfTest(ServeCase):
         edit(lambda index: index["manifests"].__delitem__(slice(1, None)))(place)
         with self.assertRaises(imagec.OutputError):
             imagec.Shelf(path)
-
-    def test_namespace_decides_between_hosts(self):
-        shelf = imagec.Shelf()
-        for host in (b"a.test", b"b.test"):
-            shelf.add(shelf.names_of(host.decode(), "lab/app"), "1",
-                      serve_document(host))
-        for host in (b"a.test", b"b.test"):
-            self.assertEqual(serve_raw_of(shelf, "lab/app", "1", host.decode()), host)
 
     def test_namespace_that_is_not_held(self):
         # A mirror that hands out another host's image in place of what is asked for
@@ -12776,7 +12763,10 @@ class ServeCommandTest(ServeCase):
     def test_first_line(self, listen, url):
         if "::1" in listen and not self.has_ipv6():
             cannot("listen on ::1")
-        run = self.run_it("--listen", listen)
+        # Behind an air gap looking names up takes until its time is up.
+        with mock.patch.object(socket, "getfqdn", side_effect=AssertionError), \
+                mock.patch.object(socket, "gethostbyaddr", side_effect=AssertionError):
+            run = self.run_it("--listen", listen)
         self.assertEqual(run.status, 130, run.err)
         self.assertRegex(run.out, r"\A[^\n]*%s[1-9][0-9]*/v2/: lab/docker\n\Z"
                          % re.escape(url))
@@ -12794,13 +12784,6 @@ class ServeCommandTest(ServeCase):
     def test_loopback_is_the_default(self):
         args = self.parser().parse_args(["serve", "x"])
         self.assertEqual(args.listen, "127.0.0.1:5000")
-
-    def test_names_are_looked_up_nowhere(self):
-        # Behind an air gap a lookup takes until its time is up.
-        with mock.patch.object(socket, "getfqdn", side_effect=AssertionError), \
-                mock.patch.object(socket, "gethostbyaddr", side_effect=AssertionError):
-            run = self.run_it()
-        self.assertEqual(run.status, 130, run.err)
 
     @rows((listen,) for listen in SERVE_BAD_LISTENS)
     def test_bad_listen(self, listen):
