@@ -4470,8 +4470,8 @@ class Stored(NamedTuple):
 
     `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
     is that of what it stands for, None in a tree; `documents` yields this and what is
-    below it, decoded, each for the first name that leads to it (see walk). `tree` is
-    what the names of its files in the `reader` begin with, None in a layout.
+    below it, decoded: none that was drawn of a name before. `tree` is what the names of
+    its files in the `reader` begin with, None in a layout.
     """
 
     reader: Reader
@@ -6685,9 +6685,9 @@ class Audit:
                 said = set()
                 for entry in entries if type(entries) is list else [entries]:
                     entry = Document(entry, "manifest.json")
-                    said.update(canonical_json([entry.need("Config", str), entry.need(
-                        "Layers", list), tag]) for tag in entry.get(
-                            "RepoTags", list, []) or [None])
+                    image = [entry.need("Config", str), entry.need("Layers", list)]
+                    said.update(canonical_json(image + [tag]) for tag in entry.get(
+                        "RepoTags", list, []) or [None])
                 if said != images:
                     raise InvalidDocument("names other images than index.json")
         if "repositories" in names:  # of docker before 1.10
