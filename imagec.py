@@ -71,34 +71,16 @@ from typing import NamedTuple, Optional, Tuple
 
 __version__ = "0.1.0"
 
-__all__ = [
-    # Errors
+__all__ = [  # in the order of the rooms
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
     "LimitExceeded", "TooLarge", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "CertificateError", "UnsafeRedirect", "Timeout",
     "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
     "RateLimited", "CredentialsError", "OutputError",
-    # Names
-    "Digest", "Reference", "Platform",
-    # Documents
-    "Document", "PrettySignature",
-    # Manifests
-    "Descriptor", "Manifest", "Index", "Schema1Manifest", "decode_manifest",
-    "ImageConfig", "Layer",
-    # Proof
-    "proved",
-    # Credentials
-    "Credentials",
-    # Registry
-    "Challenge", "fetch_token", "Registry",
-    # Outputs
-    "Image",
-    # Pull
-    "Session", "pull",
-    # Serve
-    "new_server",
-    # Command line
-    "main",
+    "Digest", "Reference", "Platform", "Document", "PrettySignature",
+    "Descriptor", "Manifest", "Index", "Layer", "Schema1Manifest", "decode_manifest",
+    "ImageConfig", "proved", "Credentials", "Challenge", "fetch_token", "Registry",
+    "Image", "Session", "pull", "new_server", "main",
 ]
 
 log = logging.getLogger("imagec")
@@ -292,13 +274,12 @@ class ImagecError(Exception):
 
     source = None
     proxied = False
-    retryable = False
     retry_after = None
 
-    def __init__(self, message, hint=None):
+    def __init__(self, message, hint=None, retryable=False):
         self.message = printable(message, MESSAGE_LIMIT)
         super().__init__(self.message)
-        self.hint = hint
+        self.hint, self.retryable = hint, retryable
 
     def __str__(self):
         text = self.message
@@ -372,10 +353,6 @@ class Unsupported(ImagecError):
 class TransportError(ImagecError):
     """No complete answer came."""
 
-    def __init__(self, message, hint=None, retryable=False):
-        super().__init__(message, hint)
-        self.retryable = retryable
-
 
 class CertificateError(TransportError):
     """A certificate, the server's or ours, does not do for the other side."""
@@ -397,9 +374,8 @@ class RegistryError(ImagecError):
     """An HTTP error of a registry: `status`, error `codes`, the `url` without query."""
 
     def __init__(self, message, status=None, codes=(), url=None, hint=None):
-        super().__init__(message, hint)
+        super().__init__(message, hint, status in RETRIED_STATUSES)
         self.status, self.codes, self.url = status, tuple(codes), url
-        self.retryable = status in RETRIED_STATUSES
 
 
 class NotFound(RegistryError):
@@ -579,6 +555,11 @@ _ARCHITECTURES = {  # alias -> architecture, and the variant it implies
     "armv6l": "arm/v6", "arm32v6": "arm/v6", "arm32v5": "arm/v5", "armv5tel": "arm/v5",
     "armv5tejl": "arm/v5", "loongarch64": "loong64", "mips64el": "mips64le",
 }
+_VARIANTS = {  # of an architecture: spelling -> norm
+    "amd64": {"v1": ""},
+    "arm": {"": "v7", "5": "v5", "6": "v6", "7": "v7", "8": "v8"},
+    "arm64": {"8": "", "v8": "", "v8.0": "", "9": "v9", "9.0": "v9", "v9.0": "v9"},
+}
 _KNOWN_OSES = frozenset([
     "linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "illumos",
     "aix", "android", "plan9", "js", "wasip1"])
@@ -600,14 +581,7 @@ class Platform(NamedTuple):
         if arch in _ARCHITECTURES:
             arch, _, implied = _ARCHITECTURES[arch].partition("/")
             variant = variant or implied
-        if arch == "arm":
-            variant = {"": "v7", "5": "v5", "6": "v6", "7": "v7", "8": "v8"}.get(
-                variant, variant)
-        elif arch == "arm64":
-            variant = {"8": "", "v8": "", "v8.0": "", "9": "v9", "9.0": "v9",
-                       "v9.0": "v9"}.get(variant, variant)
-        elif arch == "amd64" and variant == "v1":
-            variant = ""
+        variant = _VARIANTS.get(arch, {}).get(variant, variant)
         return cls(_OS_ALIASES.get(os, os), arch, variant, os_version)
 
     @classmethod
