@@ -1196,24 +1196,17 @@ def _v1_json(config, entry, chain, parent, top):
 
 
 def _go_json(value):
-    """JSON text of strings, numbers, lists and ordered dicts as Go writes it."""
+    """JSON text of strings, numbers, lists and ordered dicts, as Go writes it."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return _go_escape(_HALF_PAIR.sub("\ufffd", text))  # as Go reads one
+    return _HALF_PAIR.sub("\ufffd", text)
 
 
-def _go_escape(text):
-    """JSON text with what Go's encoding/json escapes beyond what JSON wants escaped."""
-    return re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()),
-                  text)
+def _raw_members(text):
+    """The members of a JSON object as {key: text as it stands}, the last of equal keys.
 
-
-def _go_members(text):
-    """The members of a JSON object as {key: raw text}, the last of equal keys.
-
-    The texts are as they stand, but without insignificant white space and escaped by
-    Go: what encoding/json makes of a json.RawMessage.
+    But without insignificant white space: what Go makes of a json.RawMessage.
     """
-    text = _go_escape(re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text))
+    text = re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
     decoder, members, at = json.JSONDecoder(), {}, 1
     while text.startswith('"', at):
         key, colon = decoder.raw_decode(text, at)
@@ -1256,7 +1249,7 @@ def modern_config(manifest, diff_ids):
     (manifest/docker_schema1.go, ToSchema2Config), except for images of docker before
     1.8.3, whose members it re-encodes. Raises InvalidDocument.
     """
-    members = _go_members(manifest.layers[-1].v1_json)
+    members = _raw_members(manifest.layers[-1].v1_json)
     for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
         members.pop(key, None)
     rootfs = {"type": "layers"}
@@ -1269,9 +1262,12 @@ def modern_config(manifest, diff_ids):
     except (TypeError, AttributeError):
         raise InvalidDocument(
             "a v1Compatibility has members of the wrong type") from None
-    return ImageConfig.parse(("{%s}" % ",".join(
-        "%s:%s" % (_go_json(key), members[key])
-        for key in sorted(members, key=str.encode))).encode("utf-8"))
+    text = "{%s}" % ",".join("%s:%s" % (_go_json(key), members[key])
+                             for key in sorted(members, key=str.encode))
+    # Go escapes these, too, which stand in strings only.
+    text = re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()),
+                  text)
+    return ImageConfig.parse(text.encode("utf-8"))
 
 
 def modern_manifest(config, layers, media_type=DOCKER_MANIFEST,
