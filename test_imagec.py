@@ -2681,51 +2681,43 @@ SHA512_A = "sha512:" + HEX64 * 2
 ARABIC_DIGITS = "\u0661\u0662\u0663"
 LONG_TAG = "t" * 128
 
-# Expected values are those of distribution/reference's ParseDockerRef.
 GOOD_REFERENCES = (
-    # text, host, repository, tag, digest
-    ("ubuntu", "docker.io", "library/ubuntu", "latest", None),
-    ("ubuntu:22.04", "docker.io", "library/ubuntu", "22.04", None),
-    ("docker.io/ubuntu", "docker.io", "library/ubuntu", "latest", None),
-    ("index.docker.io/ubuntu:1", "docker.io", "library/ubuntu", "1", None),
-    ("docker.io/me/app", "docker.io", "me/app", "latest", None),
+    # in full, then what is read as it: as by distribution/reference's ParseDockerRef
+    ("docker.io/library/ubuntu:latest", "ubuntu", "docker.io/ubuntu"),
+    ("docker.io/library/ubuntu:22.04", "ubuntu:22.04", "index.docker.io/ubuntu:22.04"),
+    ("docker.io/me/app:latest", "me/app", "docker.io/me/app"),
+    ("docker.io/me/team/app:v1", "me/team/app:v1"),
     # the API's own host is an ordinary one
-    ("registry-1.docker.io/ubuntu", "registry-1.docker.io", "ubuntu", "latest", None),
-    ("me/app", "docker.io", "me/app", "latest", None),
-    ("me/team/app:v1", "docker.io", "me/team/app", "v1", None),
-    ("localhost/app", "localhost", "app", "latest", None),
-    ("localhost:5000/app:1", "localhost:5000", "app", "1", None),
+    ("registry-1.docker.io/ubuntu:latest", "registry-1.docker.io/ubuntu"),
+    ("localhost/app:latest", "localhost/app"),
+    ("localhost:5000/app:1", "localhost:5000/app:1"),
     # without a slash there is no host, whatever it looks like
-    ("localhost:5000", "docker.io", "library/localhost", "5000", None),
-    ("example.com", "docker.io", "library/example.com", "latest", None),
-    ("example.com/app", "example.com", "app", "latest", None),
-    ("example.com:443/a/b", "example.com:443", "a/b", "latest", None),
-    ("myhost/app", "docker.io", "myhost/app", "latest", None),
-    ("myhost:5000/app", "myhost:5000", "app", "latest", None),
-    ("127.0.0.1:5000/a", "127.0.0.1:5000", "a", "latest", None),
-    ("[::1]:5000/a:1", "[::1]:5000", "a", "1", None),
-    ("[fd00::1]/a", "[fd00::1]", "a", "latest", None),
+    ("docker.io/library/localhost:5000", "localhost:5000"),
+    ("docker.io/library/example.com:latest", "example.com"),
+    ("example.com/app:latest", "example.com/app"),
+    ("example.com:443/a/b:latest", "example.com:443/a/b"),
+    ("docker.io/myhost/app:latest", "myhost/app"),
+    ("myhost:5000/app:latest", "myhost:5000/app"),
+    ("127.0.0.1:5000/a:latest", "127.0.0.1:5000/a"),
+    ("[::1]:5000/a:1", "[::1]:5000/a:1"), ("[fd00::1]/a:latest", "[fd00::1]/a"),
     # an uppercase letter makes it a host
-    ("Foo/bar", "Foo", "bar", "latest", None),
-    ("FOO.com/bar:Tag", "FOO.com", "bar", "Tag", None),
-    ("a__b/c", "docker.io", "a__b/c", "latest", None),
-    ("a--b", "docker.io", "library/a--b", "latest", None),
-    ("a---b.c_d", "docker.io", "library/a---b.c_d", "latest", None),
-    ("app:" + LONG_TAG, "docker.io", "library/app", LONG_TAG, None),
-    ("app:_x.Y-z", "docker.io", "library/app", "_x.Y-z", None),
-    ("app@" + SHA256_A, "docker.io", "library/app", None, SHA256_A),
-    ("app@" + SHA512_A, "docker.io", "library/app", None, SHA512_A),
-    ("app:1@" + SHA256_A, "docker.io", "library/app", "1", SHA256_A),
-    ("gcr.io/p/i:tag@" + SHA256_A, "gcr.io", "p/i", "tag", SHA256_A),
+    ("Foo/bar:latest", "Foo/bar"), ("FOO.com/bar:Tag", "FOO.com/bar:Tag"),
+    ("docker.io/a__b/c:latest", "a__b/c"), ("docker.io/library/a--b:latest", "a--b"),
+    ("docker.io/library/a---b.c_d:latest", "a---b.c_d"),
+    ("docker.io/library/app:" + LONG_TAG, "app:" + LONG_TAG),
+    ("docker.io/library/app:_x.Y-z", "app:_x.Y-z"),
+    ("docker.io/library/app@" + SHA256_A, "app@" + SHA256_A),
+    ("docker.io/library/app@" + SHA512_A, "app@" + SHA512_A),
+    ("docker.io/library/app:1@" + SHA256_A, "app:1@" + SHA256_A),
+    ("gcr.io/p/i:tag@" + SHA256_A, "gcr.io/p/i:tag@" + SHA256_A),
     # only the bare string looks like an image ID
-    (HEX64 + ":x", "docker.io", "library/" + HEX64, "x", None),
-    ("me/" + HEX64, "docker.io", "me/" + HEX64, "latest", None),
-    ("h.io/scratch", "h.io", "scratch", "latest", None),
-    ("h.io:1/a", "h.io:1", "a", "latest", None),
-    ("h.io:65535/a", "h.io:65535", "a", "latest", None),
+    ("docker.io/library/%s:x" % HEX64, HEX64 + ":x"),
+    ("docker.io/me/%s:latest" % HEX64, "me/" + HEX64),
+    ("h.io/scratch:latest", "h.io/scratch"),
+    ("h.io:1/a:latest", "h.io:1/a"), ("h.io:65535/a:latest", "h.io:65535/a"),
     # T05: 255 characters of repository, the host not counted
-    ("h.io/" + "a" * 255, "h.io", "a" * 255, "latest", None),
-    ("a" * 247, "docker.io", "library/" + "a" * 247, "latest", None),
+    ("h.io/%s:latest" % ("a" * 255), "h.io/" + "a" * 255),
+    ("docker.io/library/%s:latest" % ("a" * 247), "a" * 247),
 )
 
 BAD_REFERENCES = worded(
@@ -2764,20 +2756,17 @@ BAD_REFERENCES = worded(
 )
 
 REFERENCE_PARTS = (
-    # text, tag_or_digest, api_host, name, str
-    ("ubuntu", "latest", "registry-1.docker.io", "docker.io/library/ubuntu",
-     "docker.io/library/ubuntu:latest"),
-    ("h.io:5/a:1", "1", "h.io:5", "h.io:5/a", "h.io:5/a:1"),
-    ("h.io/a@" + SHA256_A, SHA256_A, "h.io", "h.io/a", "h.io/a@" + SHA256_A),
+    # text, host, repository, tag, digest, tag_or_digest, api_host, name
+    ("ubuntu", "docker.io", "library/ubuntu", "latest", None, "latest",
+     "registry-1.docker.io", "docker.io/library/ubuntu"),
     # the digest decides, the tag stays for the name
-    ("h.io/a:1@" + SHA256_A, SHA256_A, "h.io", "h.io/a", "h.io/a:1@" + SHA256_A),
+    ("h.io:5/a/b:1@" + SHA256_A, "h.io:5", "a/b", "1", ("sha256", HEX64), SHA256_A,
+     "h.io:5", "h.io:5/a/b"),
 )
 
 GOOD_DIGESTS = (
-    # text, algorithm, hex
-    (SHA256_A, "sha256", HEX64),
-    ("sha384:" + HEX64 + HEX64[:32], "sha384", HEX64 + HEX64[:32]),
-    (SHA512_A, "sha512", HEX64 * 2),
+    # algorithm, hex
+    ("sha256", HEX64), ("sha384", HEX64 + HEX64[:32]), ("sha512", HEX64 * 2),
 )
 
 # T01, T02, T14
@@ -2824,13 +2813,6 @@ BAD_PLATFORMS = worded(
      "linux/a:b", "\x1b[2J"),
 )
 
-PLATFORM_TEXTS = (
-    # platform, str
-    (("linux", "amd64"), "linux/amd64"),
-    (("linux", "arm", "v7"), "linux/arm/v7"),
-    (("windows", "amd64", "", "10.0.17763.1"), "windows/amd64 (10.0.17763.1)"),
-)
-
 # The order in which docker tries them: containerd/platforms, platformVector.
 CANDIDATES = tuple(row.split() for row in (
     # platform, then architecture/variant, best first
@@ -2874,11 +2856,9 @@ class NamesTest(TableCase):
     """Text becomes a value, or an InvalidReference."""
 
     @rows(GOOD_REFERENCES)
-    def test_good_references(self, text, host, repository, tag, digest):
-        found = imagec.Reference.parse(text)
-        self.assertEqual(found[:3], (host, repository, tag))
-        self.assertEqual(found.digest and str(found.digest), digest)
-        self.assertEqual(imagec.Reference.parse(str(found)), found)
+    def test_good_references(self, name, *texts):
+        for text in texts + (name,):
+            self.assertEqual(str(imagec.Reference.parse(text)), name, text)
 
     @rows(BAD_REFERENCES)
     def test_bad_references(self, text, words):
@@ -2889,8 +2869,8 @@ class NamesTest(TableCase):
     @rows(REFERENCE_PARTS)
     def test_reference_parts(self, text, *parts):
         found = imagec.Reference.parse(text)
-        named = (found.tag_or_digest, found.api_host, found.name, str(found))
-        self.assertEqual(named, parts)
+        self.assertEqual(
+            found + (found.tag_or_digest, found.api_host, found.name), parts)
 
     def test_any_reference_reads_or_is_refused(self):
         pieces = ["a", "B", ".", "_", "-", "/", ":", "@", "[", "]", "1", "\n", " "]
@@ -2903,9 +2883,9 @@ class NamesTest(TableCase):
                 self.assertEqual(imagec.Reference.parse(str(found)), found, text)
 
     @rows(GOOD_DIGESTS)
-    def test_good_digests(self, text, algorithm, digits):
-        found = imagec.Digest.parse(text)
-        self.assertEqual((found, str(found)), ((algorithm, digits), text))
+    def test_good_digests(self, *parts):
+        found = imagec.Digest.parse(":".join(parts))
+        self.assertEqual((found, str(found)), (parts, ":".join(parts)))
 
     @rows(BAD_DIGESTS)
     def test_bad_digests(self, text, words):
@@ -2927,7 +2907,8 @@ class NamesTest(TableCase):
         for text in texts:
             self.assertEqual(imagec.Platform.parse(text), expected, text)
         self.assertEqual(imagec.Platform.normal(*expected), expected)
-        self.assertEqual(imagec.Platform.parse(str(expected)), expected)
+        self.assertEqual(str(expected), name)
+        self.assertEqual(str(expected._replace(os_version="10.0")), name + " (10.0)")
 
     @rows(BAD_PLATFORMS)
     def test_bad_platforms(self, text, words):
@@ -2938,26 +2919,22 @@ class NamesTest(TableCase):
         expected = imagec.Platform.host()._replace(os=system)
         self.assertEqual(imagec.Platform.parse(text), expected)
 
-    @rows(PLATFORM_TEXTS)
-    def test_platform_texts(self, parts, text):
-        self.assertEqual(str(imagec.Platform(*parts)), text)
-
     @rows(CANDIDATES)
     def test_candidates(self, text, *expected):
         found = imagec.Platform.parse(text).candidates()
         names = tuple("/".join(filter(None, each[1:3])) for each in found)
         self.assertEqual(names, expected)
 
-    @rows(HOSTS)
-    def test_host(self, machine, pointer, expected):
-        for posix in (True, False):
-            with mock.patch.object(os, "uname", create=True) as uname, mock.patch(
-                    "platform.machine", return_value=machine), mock.patch(
-                        "struct.calcsize", return_value=pointer):
-                uname.return_value.machine = machine
-                if not posix:
-                    del os.uname
-                self.assertEqual(str(imagec.Platform.host()), expected)
+    @rows(itertools.product(HOSTS, (True, False)))
+    def test_host(self, row, posix):
+        machine, pointer, expected = row
+        with mock.patch.object(os, "uname", create=True) as uname, mock.patch(
+                "platform.machine", return_value=machine), mock.patch(
+                    "struct.calcsize", return_value=pointer):
+            uname.return_value.machine = machine
+            if not posix:
+                del os.uname
+            self.assertEqual(str(imagec.Platform.host()), expected)
 
 
 # --------------------------------------------------------------------------------------
@@ -2976,45 +2953,29 @@ JSON_READ = (
 )
 
 JSON_REFUSED = worded(
-    # words of the message, then name, text
-    ("not valid JSON", ("empty", b""), ("blank", b" \n"), ("cut short", b'{"a": 1'),
-     ("two documents", b"{}{}"), ("trailing text", b"{} x"), ("trailing NUL", b"{}\0"),
-     ("comment", b"{} // x"), ("trailing comma", b"[1,]"),
-     ("control character", b'"a\nb"'), ("terminal escape", b'{"\x1b]0;x\x07'),
-     ("leading zero", b"[01]"), ("plus sign", b"[+1]"), ("underscore", b"[1_0]"),
-     ("Arabic digits", '[1\u0661]'.encode("utf-8")), ("UTF-8 mark", b"\xef\xbb\xbf{}"),
-     ("UTF-16 without mark", "{}".encode("utf-16-le"))),
+    ("not valid JSON", b"", b" \n", b'{"a": 1', b"{}{}", b"{} x", b"{}\0", b"{} // x",
+     b"[1,]", b'"a\nb"', b'{"\x1b]0;x\x07', b"[01]", b"[+1]", b"[1_0]",
+     '[1\u0661]'.encode("utf-8"), b"\xef\xbb\xbf{}", "{}".encode("utf-16-le")),
     # T37: json.loads would guess the encoding
-    ("not UTF-8", ("UTF-16", "{}".encode("utf-16")), ("UTF-32", "{}".encode("utf-32")),
-     ("Latin-1", b'{"a": "\xe9"}'), ("overlong UTF-8", b'"\xc0\xaf"'),
-     ("UTF-8 surrogate", b'"\xed\xa0\x80"')),
+    ("not UTF-8", "{}".encode("utf-16"), "{}".encode("utf-32"), b'{"a": "\xe9"}',
+     b'"\xc0\xaf"', b'"\xed\xa0\x80"'),
     # T35: Python keeps the last, others the first
-    ("a key stands twice", ("key twice", b'{"a": 1, "a": 1}'),
-     ("key twice, escaped", b'{"a": 1, "\\u0061": 2}'),
-     ("key twice, inside", b'[{"x": {"a": 1, "b": 2, "a": 3}}]')),
+    ("a key stands twice", b'{"a": 1, "a": 1}', b'{"a": 1, "\\u0061": 2}',
+     b'[{"x": {"a": 1, "b": 2, "a": 3}}]'),
     # T36
-    ("is not a finite number", ("NaN", b"[NaN]"), ("Infinity", b'{"a": Infinity}'),
-     ("-Infinity", b"-Infinity"), ("1e999", b"[1e999]"), ("-1e999", b"[-1e999]"),
-     ("200000 digits and an exponent", b"[" + b"7" * 200000 + b"e5]")),
+    ("is not a finite number", b"[NaN]", b'{"a": Infinity}', b"-Infinity", b"[1e999]",
+     b"[-1e999]", b"[%se5]" % (b"7" * 200000)),
     # T54
-    ("nested too deep",
-     ("deep arrays", b"[" * 100000), ("deep objects", b'{"a":' * 100000),
-     ("101 arrays", b"[" * 101 + b"]" * 101),
-     ("101 objects", b'{"a":' * 101 + b"1" + b"}" * 101),
-     ("deep on one side", b'[{}, 1, "", {"a": %s}]' % (b"[" * 99 + b"]" * 99))),
+    ("nested too deep", b"[" * 100000, b'{"a":' * 100000, b"[" * 101 + b"]" * 101,
+     b'{"a":' * 101 + b"1" + b"}" * 101,
+     b'[{}, 1, "", {"a": %s}]' % (b"[" * 99 + b"]" * 99)),
     # T55: had it been converted, the number would not be in the message
-    ("a number of 33 digits", ("33 digits", b"[" + b"9" * 33 + b"]")),
-    ("a number of 200000 digits", ("200000 digits", b"[" + b"7" * 200000 + b"]")),
+    ("a number of 33 digits", b"[%s]" % (b"9" * 33)),
+    ("a number of 200000 digits", b"[%s]" % (b"7" * 200000)),
 )
 
-HTML_BODIES = (
-    # text, whether the hint is given
-    (b"<html><body>Sign in</body></html>", True),
-    (b"\n <!DOCTYPE html>", True),
-    (b'<?xml version="1.0"?><Error/>', True),
-    (b"not found", False),
-    (b"", False),
-)
+HTML_BODIES = (b"<html><body>Sign in</body></html>", b"\n <!DOCTYPE html>",
+               b'<?xml version="1.0"?><Error/>')
 
 # Calls on a Document: text, method, arguments, value.
 MEMBERS_READ = (
@@ -3036,39 +2997,29 @@ MEMBERS_READ = (
     ('{"b": 1, "B": 2, "a": 3}', "get", ("a", int), 3),
 )
 
-# Calls on a Document: text, method, arguments, words.
+# The member a of a Document: method, type, words, its JSON texts.
 MEMBERS_REFUSED = (
-    ('{}', "need", ("a", str), "has no 'a'"),
-    ('{"a": null}', "need", ("a", str), "has no 'a'"),
-    ('{"a": 5}', "get", ("a", str), "must be a JSON string"),
-    ('{"a": "5"}', "get", ("a", int), "must be a JSON integer"),
-    ('{"a": {}}', "get", ("a", list), "must be a JSON array"),
-    ('{"a": []}', "get", ("a", dict), "must be a JSON object"),
-    ('{"a": 1}', "get", ("a", bool), "must be a JSON boolean"),
+    ("need", str, "has no 'a'", "null"), ("need", dict, "has no 'a'", "null"),
+    ("get", str, "must be a JSON string", "5", "true", "[]"),
+    ("get", int, "must be a JSON integer", '"5"', "true", "1.0"),
+    ("get", list, "must be a JSON array", "{}"),
+    ("get", dict, "must be a JSON object", "[]"),
+    ("get", bool, "must be a JSON boolean", "1"),
     # T36
-    ('{"a": true}', "size", ("a",), "must be a JSON integer"),
-    ('{"a": 1.0}', "size", ("a",), "must be a JSON integer"),
-    ('{"a": 1e3}', "size", ("a",), "must be a JSON integer"),
-    ('{"a": "5"}', "size", ("a",), "must be a JSON integer"),
-    ('{"a": null}', "size", ("a",), "has no 'a'"),
-    ('{"a": -1}', "size", ("a",), "not a size"),
-    ('{"a": 9007199254740992}', "size", ("a",), "not a size"),
-    ('{"a": %d}' % 2 ** 70, "size", ("a",), "not a size"),
-    ('{"a": 5}', "digest", ("a",), "must be a JSON string"),
-    ('{"a": "sha256:../x"}', "digest", ("a",), "doc.a: invalid digest"),
-    ('{"a": [{}, 5]}', "children", ("a", 2), "doc.a[1] is not a JSON object"),
-    ('{"a": [null]}', "children", ("a", 2), "doc.a[0] is not a JSON object"),
+    ("size", None, "must be a JSON integer", "true", "1.0", "1e3", '"5"'),
+    ("size", None, "has no 'a'", "null"),
+    ("size", None, "not a size", "-1", "9007199254740992", str(2 ** 70)),
+    ("digest", None, "must be a JSON string", "5"),
+    ("digest", None, "doc.a: invalid digest", '"sha256:../x"'),
+    ("children", 2, "doc.a[1] is not a JSON object", "[{}, 5]"),
+    ("children", 2, "doc.a[0] is not a JSON object", "[null]"),
     # T13
-    ('{"a": "\\ud800"}', "get", ("a", str), "not valid Unicode"),
-    ('{"a": "x\\udc33\\ud83d"}', "get", ("a", str), "not valid Unicode"),
-    # T35: Go reads keys in any case, and folds these two characters as well
-    ('{"Size": 1}', "get", ("size", int), "in another case"),
-    ('{"size": 1, "SIZE": 2}', "get", ("size", int), "in another case"),
-    ('{"Size": 1, "size": 2}', "get", ("size", int), "in another case"),
-    ('{"Size": null}', "get", ("size", int), "in another case"),
-    ('{"\u017fize": 1}', "get", ("size", int), "in another case"),
-    ('{"\u212aind": 1}', "get", ("kind", int), "in another case"),
+    ("get", str, "not valid Unicode", '"\\ud800"', '"x\\udc33\\ud83d"'),
 )
+
+# T35: Go reads keys in any case, and folds the last two characters as well
+OTHER_CASES = ('{"Skin": 1}', '{"skin": 1, "SKIN": 2}', '{"Skin": 1, "skin": 2}',
+               '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}')
 
 
 class DocumentsTest(TableCase):
@@ -3079,10 +3030,11 @@ class DocumentsTest(TableCase):
         self.assertEqual(imagec.parse_json(raw, "doc"), value)
 
     @rows(JSON_REFUSED)
-    def test_json_refused(self, name, raw, words):
+    def test_json_refused(self, raw, words):
         error = self.refused(imagec.InvalidDocument, words, imagec.parse_json, raw,
                              "doc")
         self.assertLess(len(str(error)), 200)
+        self.assertNotIn("is that host a registry", str(error))
 
     def test_as_deep_as_may_be(self):
         for text in (b"[" * 100 + b"5" + b"]" * 100,
@@ -3090,17 +3042,10 @@ class DocumentsTest(TableCase):
             value = imagec.parse_json(text, "doc")
             self.assertEqual(imagec.canonical_json(value), text)
 
-    @rows(HTML_BODIES)
-    def test_html_is_hinted_at(self, raw, hinted):
-        error = self.refused(imagec.InvalidDocument, "doc is not", imagec.parse_json,
-                             raw, "doc")
-        self.assertEqual("is that host a registry" in str(error), hinted)
-
-    def test_any_mutation_reads_or_is_refused(self):
-        choices = random.Random(SEED)
-        text = b'{"a": [1, -2.5e3, "\\u00e9\\n", null], "b": {"c": true}}'
-        for _ in range(2000):
-            outcome(imagec.parse_json, mutated(text, choices, cut=True), "doc")
+    def test_html_is_hinted_at(self):
+        for raw in HTML_BODIES:
+            self.refused(imagec.InvalidDocument, "is that host a registry",
+                         imagec.parse_json, raw, "doc")
 
     @rows(MEMBERS_READ)
     def test_members_read(self, text, method, args, value):
@@ -3108,9 +3053,17 @@ class DocumentsTest(TableCase):
         self.assertEqual(getattr(document, method)(*args), value)
 
     @rows(MEMBERS_REFUSED)
-    def test_members_refused(self, text, method, args, words):
-        document = imagec.Document.parse(text.encode("utf-8"), "doc")
-        self.refused(imagec.InvalidDocument, words, getattr(document, method), *args)
+    def test_members_refused(self, method, argument, words, *texts):
+        for text in texts:
+            document = imagec.Document.parse(b'{"a": %s}' % text.encode(), "doc")
+            self.refused(imagec.InvalidDocument, words, getattr(document, method), "a",
+                         *[argument] * bool(argument))
+
+    def test_other_cases(self):
+        for text in OTHER_CASES:
+            document = imagec.Document.parse(text.encode("utf-8"), "doc")
+            self.refused(imagec.InvalidDocument, "in another case", document.get,
+                         "skin", int)
 
     def test_a_document_is_an_object(self):
         for text in (b"[]", b"null", b"5", b'"{}"', b"true"):
@@ -3195,41 +3148,29 @@ SIGNATURES_READ = (
 )
 
 # T32
-SIGNATURES_REFUSED = (
-    # name, signatures, words
-    ("no list", {}, "must be a JSON array"),
-    ("text", "x", "must be a JSON array"),
-    ("empty list", [], "no signatures in its list"),
-    ("a number", [5], "is not a JSON object"),
-    ("null entry", [None], "is not a JSON object"),
-    ("no protected", [{}], "has no 'protected'"),
-    ("protected is a number", [{"protected": 5}], "must be a JSON string"),
-    ("junk characters", [{"protected": "!!!!"}], "is not base64url"),
-    ("standard alphabet", [{"protected": "+/+/"}], "is not base64url"),
-    ("not ASCII", [{"protected": "\u0661\u0661"}], "is not base64url"),
-    ("one character over", [{"protected": "abcde"}], "is not base64url"),
-    ("protected is no JSON", [{"protected": url64(b"x")}], "is not valid JSON"),
-    ("protected is no object", [{"protected": url64(b"[]")}], "not a JSON object"),
-    ("key twice", [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}],
-     "a key stands twice"),
-    ("no length", [protected(formatTail=b"\n}")], "has no 'formatLength'"),
-    ("null length", length_and_tail(None, b"\n}"), "has no 'formatLength'"),
-    ("negative length", length_and_tail(-1, b"\n}"), "not a size"),
-    ("true length", length_and_tail(True, b"\n}"), "must be a JSON integer"),
-    ("fraction", length_and_tail(1.0, b"\n}"), "must be a JSON integer"),
-    ("text length", length_and_tail("5", b"\n}"), "must be a JSON integer"),
-    ("huge length", length_and_tail(2 ** 60, b"\n}"), "not a size"),
-    ("beyond the end", length_and_tail(100000, b"\n}"), "is beyond its end"),
-    ("length in another case", [protected(formatlength=5, formatTail=b"")],
-     "in another case"),
-    ("no tail", [protected(formatLength=5)], "has no 'formatTail'"),
-    ("tail is a number", length_and_tail(5, 5), "must be a JSON string"),
-    ("tail is no base64", length_and_tail(5, "a*c"), "is not base64url"),
-    ("lengths disagree",
-     length_and_tail(5, b"\n}") + length_and_tail(6, b"\n}"), "disagree"),
-    ("tails disagree",
-     length_and_tail(5, b"\n}") + length_and_tail(5, b"}"), "disagree"),
-    ("the second is bad", length_and_tail(5, b"\n}") + [{}], "has no 'protected'"),
+SIGNATURES_REFUSED = worded(
+    ("must be a JSON array", {}, "x"),
+    ("no signatures in its list", []),
+    ("is not a JSON object", [5], [None], [{"protected": url64(b"[]")}]),
+    ("has no 'protected'", [{}], length_and_tail(5, b"\n}") + [{}]),
+    ("must be a JSON string", [{"protected": 5}], length_and_tail(5, 5)),
+    # junk, the standard alphabet, not ASCII, a character too many
+    ("is not base64url", *([{"protected": text}] for text in (
+        "!!!!", "+/+/", "\u0661\u0661", "abcde"))),
+    ("is not base64url", length_and_tail(5, "a*c")),
+    ("is not valid JSON", [{"protected": url64(b"x")}]),
+    ("a key stands twice",
+     [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}]),
+    ("has no 'formatLength'", [protected(formatTail=b"\n}")],
+     length_and_tail(None, b"\n}")),
+    ("not a size", length_and_tail(-1, b"\n}"), length_and_tail(2 ** 60, b"\n}")),
+    ("must be a JSON integer", *(length_and_tail(odd, b"\n}") for odd in (
+        True, 1.0, "5"))),
+    ("is beyond its end", length_and_tail(100000, b"\n}")),
+    ("in another case", [protected(formatlength=5, formatTail=b"")]),
+    ("has no 'formatTail'", [protected(formatLength=5)]),
+    ("disagree", length_and_tail(5, b"\n}") + length_and_tail(6, b"\n}"),
+     length_and_tail(5, b"\n}") + length_and_tail(5, b"}")),
 )
 
 
@@ -3262,7 +3203,7 @@ class SignaturesTest(TableCase):
                      imagec.PrettySignature.parse, body)
 
     @rows(SIGNATURES_REFUSED)
-    def test_signatures_refused(self, name, signatures, words):
+    def test_signatures_refused(self, signatures, words):
         self.refused(imagec.InvalidDocument, words, imagec.PrettySignature.parse,
                      pretty(PAYLOAD, signatures))
 
@@ -3270,13 +3211,6 @@ class SignaturesTest(TableCase):
         body = pretty(PAYLOAD).replace(b'"signatures"', b'"Signatures"')
         self.refused(imagec.InvalidDocument, "in another case",
                      imagec.PrettySignature.parse, body)
-
-    def test_any_mutation_reads_or_is_refused(self):
-        choices = random.Random(SEED)
-        body = pretty(PAYLOAD)
-        for length in range(len(body)):
-            outcome(imagec.PrettySignature.parse, mutated(body, choices))
-            outcome(imagec.PrettySignature.parse, body[:length])
 
 
 # --------------------------------------------------------------------------------------
@@ -3312,7 +3246,12 @@ INDEX_DOC = {
         {"mediaType": MANIFEST_TYPES["oci index"], "digest": SUM_B, "size": 8},
     ],
 }
-V1_DOC = {"id": "a" * 64, "parent": "b" * 64, "throwaway": True, "os": "linux"}
+V1_DOC = {
+    "id": "a" * 64, "parent": "b" * 64, "throwaway": True, "os": "linux",
+    "created": CREATED, "author": "a", "comment": "c", "config": {"Env": ["A=b"]},
+    "container_config": {"Cmd": ["a"]}, "architecture": "amd64", "variant": "v1",
+    "docker_version": "1.7.0", "Size": 5,
+}
 SCHEMA1_DOC = {
     "schemaVersion": 1, "name": "library/x", "tag": "1", "architecture": "amd64",
     "fsLayers": [{"blobSum": SUM_A}, {"blobSum": SUM_B}],
@@ -3367,55 +3306,43 @@ TYPES_DECIDED = (
 
 # T34, CVE-2021-41190: all that two clients could read as two things.
 AMBIGUOUS = worded(
-    # words of the message, then name, Content-Type, mediaType, document
+    # words of the message, then Content-Type, mediaType, document
     ("ambiguous",
-     ("image and index", "oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
-     ("image and index, as index", "oci index", "oci index",
-      dict(IMAGE_DOC, **INDEX_DOC)),
-     ("index with layers", "oci index", None, dict(INDEX_DOC, layers=[])),
-     ("index with config", "oci index", None, dict(INDEX_DOC, config={})),
-     ("image with manifests", "oci", None, dict(IMAGE_DOC, manifests=[])),
-     ("image with fsLayers", "docker", None, dict(IMAGE_DOC, fsLayers=[])),
-     ("image with history", "oci", None, dict(IMAGE_DOC, history=[])),
-     ("schema1 with layers", "schema1", None, dict(SCHEMA1_DOC, layers=[])),
-     ("schema1 with config", "signed", None, dict(PRETTY_DOC, config={})),
-     ("schema1 with index", None, None, dict(SCHEMA1_DOC, manifests=[])),
-     ("everything", None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
-     ("index with fsLayers", None, None,
-      {"schemaVersion": 2, "manifests": [], "fsLayers": []})),
+     ("oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
+     ("oci index", "oci index", dict(IMAGE_DOC, **INDEX_DOC)),
+     ("oci index", None, dict(INDEX_DOC, layers=[])),
+     ("oci index", None, dict(INDEX_DOC, config={})),
+     ("oci", None, dict(IMAGE_DOC, manifests=[])),
+     ("docker", None, dict(IMAGE_DOC, fsLayers=[])),
+     ("oci", None, dict(IMAGE_DOC, history=[])),
+     ("schema1", None, dict(SCHEMA1_DOC, layers=[])),
+     ("signed", None, dict(PRETTY_DOC, config={})),
+     (None, None, dict(SCHEMA1_DOC, manifests=[])),
+     (None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
+     (None, None, {"schemaVersion": 2, "manifests": [], "fsLayers": []})),
     ("has the shape of",
-     ("index called image", "oci", "oci", INDEX_DOC),
-     ("image called index", "oci index", "oci index", IMAGE_DOC),
-     ("image called index by header", "oci index", None, IMAGE_DOC),
-     ("index called image by header", "docker", None, INDEX_DOC),
-     ("image called schema1", "signed", None, IMAGE_DOC),
-     ("schema1 called image", "oci", None, SCHEMA1_DOC),
-     ("schema1 called index", None, "oci index", SCHEMA1_DOC)),
+     ("oci", "oci", INDEX_DOC), ("oci index", "oci index", IMAGE_DOC),
+     ("oci index", None, IMAGE_DOC), ("docker", None, INDEX_DOC),
+     ("signed", None, IMAGE_DOC), ("oci", None, SCHEMA1_DOC),
+     (None, "oci index", SCHEMA1_DOC)),
     ("calls itself",
-     ("two names for one shape", "docker", "oci", IMAGE_DOC),
-     ("two names for an index", "oci index", "docker list", INDEX_DOC),
-     ("header index, body image", "oci index", "oci", IMAGE_DOC),
-     ("header image, body index", "oci", "oci index", INDEX_DOC)),
+     ("docker", "oci", IMAGE_DOC), ("oci index", "docker list", INDEX_DOC),
+     ("oci index", "oci", IMAGE_DOC), ("oci", "oci index", INDEX_DOC)),
     ("schemaVersion is 1",
-     ("image of version 1", "oci", "oci", dict(IMAGE_DOC, schemaVersion=1)),
-     ("index of version 1", None, None, dict(INDEX_DOC, schemaVersion=1))),
-    ("schemaVersion is 2",
-     ("schema1 of version 2", None, None, dict(SCHEMA1_DOC, schemaVersion=2))),
-    ("has no 'schemaVersion'",
-     ("no version", None, None, dict(IMAGE_DOC, schemaVersion=None))),
-    ("must be a JSON integer",
-     ("version as text", None, None, dict(IMAGE_DOC, schemaVersion="2"))),
-    ("is no manifest",
-     ("no shape", "oci", "oci", {"schemaVersion": 2}),
-     ("empty object", None, None, {})),
+     ("oci", "oci", dict(IMAGE_DOC, schemaVersion=1)),
+     (None, None, dict(INDEX_DOC, schemaVersion=1))),
+    ("schemaVersion is 2", (None, None, dict(SCHEMA1_DOC, schemaVersion=2))),
+    ("has no 'schemaVersion'", (None, None, dict(IMAGE_DOC, schemaVersion=None))),
+    ("must be a JSON integer", (None, None, dict(IMAGE_DOC, schemaVersion="2"))),
+    ("is no manifest", ("oci", "oci", {"schemaVersion": 2}), (None, None, {})),
     # T35
     ("in another case",
-     ("Layers beside layers", None, None, dict(IMAGE_DOC, Layers=[])),
-     ("Manifests beside layers", None, None, dict(IMAGE_DOC, Manifests=[])),
-     ("FSLAYERS beside manifests", None, None, dict(INDEX_DOC, FSLAYERS=[])),
-     ("MediaType", None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
-     ("long s", None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
-     ("schemaversion", None, None, dict(IMAGE_DOC, schemaversion=1))),
+     (None, None, dict(IMAGE_DOC, Layers=[])),
+     (None, None, dict(IMAGE_DOC, Manifests=[])),
+     (None, None, dict(INDEX_DOC, FSLAYERS=[])),
+     (None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
+     (None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
+     (None, None, dict(IMAGE_DOC, schemaversion=1))),
 )
 
 OTHER_TYPES = (
@@ -3454,13 +3381,45 @@ MEMBER_FAULTS = (
     ("schema1", ("name",), "must be a JSON string", 5),
     ("schema1", ("fsLayers",), "has no 'fsLayers'", None),
     ("schema1", ("history",), "has no 'history'", None),
+    ("schema1", ("fsLayers",), "must be as many", SCHEMA1_DOC["fsLayers"][:1]),
+    ("schema1", ("history",), "must be as many", SCHEMA1_DOC["history"][:1]),
     ("schema1", ("history", 0), "is not a JSON object", "{}"),
     ("schema1", ("history", 0, "v1Compatibility"), "must be a JSON string", {}),
     ("schema1", ("history", 0, "v1Compatibility"), "is not valid JSON", ""),
     ("schema1", ("history", 0, "v1Compatibility"), "is not a JSON object", "[]"),
     ("schema1", ("history", 0, "v1Compatibility"), "nested too deep", "[" * 99999),
     ("schema1", ("history", 0, "v1Compatibility"), "twice", '{"id":"","id":""}'),
+    ("config", ("rootfs",), "has no 'rootfs'", None),
+    ("config", ("rootfs",), "'rootfs' must be a JSON object", []),
+    ("config", ("rootfs",), "in another case", {"Diff_ids": []}),
+    ("config", ("rootfs", "type"), "must be 'layers'", "base"),
+    ("config", ("rootfs", "diff_ids"), "must be a JSON array", "x"),
+    ("config", ("rootfs", "diff_ids"), "diff_ids[0]: invalid digest", [5], [SUM_C[7:]]),
+    ("config", ("rootfs", "diff_ids"), "diff_ids[1]: invalid digest", [SUM_C, "../x"]),
+    ("config", ("os",), "must be a JSON string", 5),
+    ("config", ("architecture",), "not valid Unicode", "\ud800"),
 )
+
+
+def schema1_json(*entries):
+    """A schema1 manifest of v1Compatibility values, newest first, blobs numbered."""
+    sums = ["sha256:%064x" % number for number in range(len(entries))]
+    return json_bytes(dict(
+        SCHEMA1_DOC, fsLayers=[{"blobSum": each} for each in sums],
+        history=[{"v1Compatibility": entry if isinstance(entry, str) else
+                  json.dumps(entry)} for entry in entries]))
+
+
+def schema1_chain(entries):
+    """A schema1 manifest of entries written as id and parent, a letter for 64."""
+    return schema1_json(*({name: letter * 64 for name, letter in
+                           zip(("id", "parent"), entry)} for entry in entries))
+
+
+def schema1_signed(payload):
+    """A good schema1 manifest but for what its signature covers."""
+    return json_bytes(dict(SCHEMA1_DOC, signatures=length_and_tail(0, payload)))
+
 
 # schema1 histories, newest first: each entry an id and a parent, a letter for 64.
 CHAINS_READ = (
@@ -3472,39 +3431,40 @@ CHAINS_READ = (
     ("three in a row", ["ba", "bf", "bb", "ba", "a"], "ab"),
     ("the base twice", ["ab", "a"], "a"),
 )
-CHAINS_REFUSED = (
-    # name, entries, words; T03, T33
-    ("no entries", [], "must be as many and not none"),
-    ("base with a parent", ["ba", "ac"], "is not the layer below"),
-    ("wrong parent", ["cb", "bf", "a"], "is not the layer below"),
-    ("no parent", ["cb", "b", "a"], "is not the layer below"),
-    ("own parent", ["bb", "a"], "is not the layer below"),
-    ("twice, apart", ["ba", "cb", "ba", "a"], "stands twice"),
-    ("a loop", ["ab", "ba", "a"], "stands twice"),
-)
-
-# Signed payloads of a body that is a good schema1 manifest without them.
-PAYLOADS_REFUSED = (
-    (b"", "is not valid JSON"),
-    (b"[]", "is not a JSON object"),
-    (b"{}", "is no manifest"),
-    (json_bytes(IMAGE_DOC), "no schema1 manifest"),
-    (json_bytes(dict(SCHEMA1_DOC, layers=[])), "ambiguous"),
-    (json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)), "schemaVersion is 2"),
-)
-
-# v1Compatibility. T03: what names a layer is 64 lowercase hex digits.
-V1_FAULTS = worded(
-    ("has no 'id'", {}, {"id": None}),
-    ("'id' is not 64", *({"id": odd} for odd in (
+SCHEMA1_REFUSED = worded(
+    # T03, T33
+    ("must be as many and not none", schema1_chain([])),
+    ("is not the layer below", *map(schema1_chain, (
+        ["ba", "ac"], ["cb", "bf", "a"], ["cb", "b", "a"], ["bb", "a"]))),
+    ("stands twice", *map(schema1_chain, (["ba", "cb", "ba", "a"], ["ab", "ba", "a"]))),
+    # what names a layer is 64 lowercase hex digits
+    ("has no 'id'", *map(schema1_json, ({}, {"id": None}))),
+    ("'id' is not 64", *(schema1_json({"id": odd}) for odd in (
         "", "../../etc/cron.d/x", "/" + "a" * 63, "a" * 63, "a" * 65, "A" * 64,
         "a" * 63 + "\n", "a" * 64 + "\n", "\u0661" * 64, "sha256:" + "a" * 57))),
-    ("is not the layer below", {"id": "a" * 64, "parent": "../x"},
-     {"id": "a" * 64, "parent": "b" * 64}),
-    ("must be a JSON string", {"id": 5}, {"id": "a" * 64, "parent": 0}),
-    ("must be a JSON boolean", {"id": "a" * 64, "throwaway": "yes"}),
-    ("in another case", {"id": "a" * 64, "ID": "b" * 64},
-     {"id": "a" * 64, "Parent": "b" * 64}),
+    ("is not the layer below", *(schema1_json({"id": "a" * 64, "parent": odd})
+                                 for odd in ("../x", "b" * 64))),
+    ("must be a JSON string", schema1_json({"id": 5}),
+     schema1_json({"id": "a" * 64, "parent": 0})),
+    ("must be a JSON boolean", schema1_json({"id": "a" * 64, "throwaway": "yes"})),
+    ("in another case", schema1_json({"id": "a" * 64, "ID": "b" * 64}),
+     schema1_json({"id": "a" * 64, "Parent": "b" * 64})),
+    # Signed payloads of a body that is a good schema1 manifest without them.
+    ("is not valid JSON", schema1_signed(b"")),
+    ("is not a JSON object", schema1_signed(b"[]")),
+    ("is no manifest", schema1_signed(b"{}")),
+    ("no schema1 manifest", schema1_signed(json_bytes(IMAGE_DOC))),
+    ("ambiguous", schema1_signed(json_bytes(dict(SCHEMA1_DOC, layers=[])))),
+    ("schemaVersion is 2",
+     schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))),
+)
+
+# What stands before the signatures, covered by no digest: words of the refusal without
+# the digest and with it. T31, CVE-2014-8179
+INJECTED = (
+    (b'"name": "evil", "tag": "evil", ', None, None),
+    (b'"layers": [], ', "ambiguous", None),
+    (b'"fsLayers": [], ', "twice", "expected digest"),
 )
 
 CONFIG_TYPES = tuple((kind, image) for image, *kinds in (
@@ -3519,17 +3479,26 @@ CONFIG_TYPES = tuple((kind, image) for image, *kinds in (
 ) for kind in kinds)
 
 
-def entry_platform(text):
-    """The platform of an index entry: `-` is none at all, `{}` an empty one."""
-    if text == "-":
-        return {}
-    parts = [] if text == "{}" else text.split("/")
-    names = ("os", "architecture", "variant", "os.version")
-    return {"platform": {name: part for name, part in zip(names, parts) if part}}
+def index_of(entries):
+    """An Index of entries written as platforms, their places as sizes.
+
+    `-` is no platform at all, `{}` an empty one; `TYPE=` may stand before it.
+    """
+    names, documents = ("os", "architecture", "variant", "os.version"), []
+    for place, text in enumerate(entries.split()):
+        kind, _, platform = text.rpartition("=")
+        parts = [] if platform == "{}" else platform.split("/")
+        documents.append({
+            "mediaType": MANIFEST_TYPES[kind or "oci"] if "." not in kind else kind,
+            "digest": SUM_A, "size": place})
+        if platform != "-":
+            documents[-1]["platform"] = {
+                name: part for name, part in zip(names, parts) if part}
+    return imagec.decode_manifest(json_bytes(dict(INDEX_DOC, manifests=documents)))
 
 
 MATCHING = (
-    # name, platform wanted, platforms of the entries, places of those that fit
+    # name, platform wanted, entries, places of those that fit
     ("exact", "linux/arm64", "linux/amd64 linux/arm64 linux/arm/v7", [1, 2]),
     ("none", "linux/s390x", "linux/amd64 linux/arm64", []),
     ("other system", "linux/amd64", "windows/amd64 freebsd/amd64", []),
@@ -3552,6 +3521,8 @@ MATCHING = (
     # an absent system is this host's
     ("no system", "linux/amd64", "/amd64 linux/amd64", [0, 1]),
     ("no entries", "linux/amd64", "", []),
+    ("what is no manifest", "linux/amd64",
+     "application/vnd.example=linux/amd64 docker=linux/amd64 signed=-", [1, 2]),
     # regclient compares three parts of a Windows version
     ("any build", "windows/amd64", "windows/amd64//10.0.1.1 windows/amd64", [0, 1]),
     ("build", "windows/amd64//10.0.17763.9",
@@ -3576,22 +3547,6 @@ HTTPD_CHAIN_IDS = (
     "39cc9bc61f1d680287d64dbbb72e88b7aca7ee3c0f1939c2ea75d0b8753badd9",
     "66c05cb57dcb0902897832378391f1054c62054ad30034535b32223a3e114575",
 )
-
-CONFIGS_REFUSED = (
-    # members changed, words
-    ({"rootfs": None}, "has no 'rootfs'"),
-    ({"rootfs": []}, "'rootfs' must be a JSON object"),
-    ({"rootfs": {"type": "base", "diff_ids": []}}, "must be 'layers'"),
-    ({"rootfs": {"diff_ids": "x"}}, "must be a JSON array"),
-    ({"rootfs": {"diff_ids": [5]}}, "rootfs.diff_ids[0]: invalid digest"),
-    ({"rootfs": {"diff_ids": [SUM_C, "../x"]}}, "rootfs.diff_ids[1]: invalid digest"),
-    ({"rootfs": {"diff_ids": [SUM_C[7:]]}}, "rootfs.diff_ids[0]: invalid digest"),
-    ({"rootfs": {"Diff_ids": []}}, "in another case"),
-    ({"RootFS": {}}, "in another case"),
-    ({"os": 5}, "must be a JSON string"),
-    ({"architecture": "\ud800"}, "not valid Unicode"),
-)
-
 
 def type_header(text):
     """A Content-Type header written with the names of MANIFEST_TYPES."""
@@ -3634,21 +3589,6 @@ def odd_documents(document):
             yield (path, odd), planted(document, path, odd)
 
 
-def schema1_document(entries):
-    """A schema1 manifest of v1Compatibility values, newest first, blobs numbered."""
-    sums = ["sha256:%064x" % number for number in range(len(entries))]
-    return dict(
-        SCHEMA1_DOC, fsLayers=[{"blobSum": each} for each in sums],
-        history=[{"v1Compatibility": json.dumps(entry)} for entry in entries])
-
-
-def schema1_chain(entries):
-    """A schema1 manifest of entries written as id and parent, a letter for 64."""
-    return json_bytes(schema1_document([
-        {name: letter * 64 for name, letter in zip(("id", "parent"), entry)}
-        for entry in entries]))
-
-
 def put_to_use(raw):
     """Decode a manifest or config and do with it all that these rooms can do."""
     document = imagec.parse_json(raw, "doc")
@@ -3665,7 +3605,7 @@ def put_to_use(raw):
         manifest.require_image()
         config = imagec.ImageConfig.parse(json_bytes(CONFIG_DOC))
         return imagec.list_layers(manifest, config)
-    return imagec.list_layers(manifest)
+    return imagec.list_layers(manifest), imagec.modern_config(manifest, [])
 
 
 class ManifestsTest(TableCase):
@@ -3679,7 +3619,7 @@ class ManifestsTest(TableCase):
         self.assertEqual(found.raw, raw)
 
     @rows(AMBIGUOUS)
-    def test_ambiguous(self, name, header, media_type, document, words):
+    def test_ambiguous(self, header, media_type, document, words):
         raw, header = typed(document, media_type), type_header(header)
         for digest in (None, imagec.Digest.of(raw)):
             self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw,
@@ -3693,27 +3633,25 @@ class ManifestsTest(TableCase):
 
     @rows(MEMBER_FAULTS)
     def test_member_faults(self, name, path, words, *odds):
+        decode = (imagec.ImageConfig.parse if name == "config" else
+                  imagec.decode_manifest)
         for odd in odds:
             with self.subTest(path=path, odd=odd):
                 raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
-                self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
+                self.refused(imagec.InvalidDocument, words, decode, raw)
 
-    def test_image(self):
-        raw = json_bytes(IMAGE_DOC)
-        found = imagec.decode_manifest(raw)
-        self.assertEqual(found.config[:3], (MEDIA_TYPES["oci"]["config"],
-                                            imagec.Digest.parse(SUM_A), 7))
-        layer, = found.layers
-        self.assertEqual((str(layer.digest), layer.size), (SUM_B, 8))
-        self.assertIsNone(layer.platform)
-        self.assertEqual(layer.annotations, {"k": "v"})
-
-    def test_index(self):
+    def test_values(self):
+        first, second = map(imagec.Digest.parse, (SUM_A, SUM_B))
+        for algorithm in ("sha384", "sha512", "sha256"):
+            digest = imagec.Digest.of(json_bytes(IMAGE_DOC), algorithm)
+            found = imagec.decode_manifest(json_bytes(IMAGE_DOC), None, digest)
+            self.assertEqual(found.digest, digest)
+        self.assertEqual(found.config[:3], (MEDIA_TYPES["oci"]["config"], first, 7))
+        self.assertEqual(found.layers, (("", second, 8, None, {"k": "v"}),))
         found = imagec.decode_manifest(json_bytes(INDEX_DOC))
-        first, nested = found.manifests
-        self.assertEqual(first.platform, ("linux", "arm64", "", ""))
-        self.assertEqual(nested.platform, None)
-        self.assertEqual(nested.media_type, MANIFEST_TYPES["oci index"])
+        self.assertEqual(found.manifests, (
+            (MANIFEST_TYPES["oci"], first, 7, ("linux", "arm64", "", ""), {}),
+            (MANIFEST_TYPES["oci index"], second, 8, None, {})))
 
     @rows([["oci"], ["docker"], ["schema1"], ["schema1-signed"]])
     def test_built_images(self, kind):
@@ -3731,12 +3669,6 @@ class ManifestsTest(TableCase):
         else:
             self.assertEqual([str(layer.diff_id) for layer in listed], image.diff_ids)
         self.assertEqual(blobs, image.layers)
-
-    def test_digest_decides(self):
-        for algorithm in ("sha256", "sha384", "sha512"):
-            raw = json_bytes(IMAGE_DOC)
-            digest = imagec.Digest.of(raw, algorithm)
-            self.assertEqual(imagec.decode_manifest(raw, None, digest).digest, digest)
 
     def test_wrong_digest(self):
         # T20: another valid manifest, or bytes that are none, are the wrong bytes first
@@ -3775,21 +3707,17 @@ class Schema1Test(TableCase):
 
     def test_known_answer(self):
         digest = imagec.Digest("sha256", SIGNED_DIGEST)
+        newest = json.loads(SIGNED_MANIFEST.decode("ascii"))["history"][0]
         for wanted in (None, digest):
             found = imagec.decode_manifest(SIGNED_MANIFEST, None, wanted)
-            self.assertEqual(found.digest, digest)
-            self.assertEqual(found.media_type, MANIFEST_TYPES["signed"])
-            self.assertEqual((found.name, found.tag, found.architecture),
-                             ("library/hello-world", "latest", "amd64"))
-            self.assertEqual(tuple(layer.id for layer in found.layers), SIGNED_IDS)
-
-    def test_layers_listed(self):
-        layers = imagec.list_layers(imagec.decode_manifest(SIGNED_MANIFEST))
-        newest = json.loads(SIGNED_MANIFEST.decode("ascii"))["history"][0]
-        self.assertEqual(layers[1].v1_json, newest["v1Compatibility"])
-        self.assertEqual(str(layers[1].blob.digest), sha256(EMPTY_LAYER))
-        self.assertEqual([layer.diff_id for layer in layers], [None, None])
-        self.assertEqual([layer.blob.size for layer in layers], [None, None])
+            self.assertEqual(found[1:6], (MANIFEST_TYPES["signed"], digest,
+                                          "library/hello-world", "latest", "amd64"))
+            layers = imagec.list_layers(found)
+            self.assertEqual(tuple(layer.id for layer in layers), SIGNED_IDS)
+            self.assertEqual(layers[1].v1_json, newest["v1Compatibility"])
+            self.assertEqual(layers[1].blob[1:3],
+                             (imagec.Digest.parse(sha256(EMPTY_LAYER)), None))
+            self.assertEqual([layer.diff_id for layer in layers], [None, None])
 
     def test_the_digest_is_that_of_the_payload(self):
         # Two digests for one manifest would be two names.
@@ -3800,29 +3728,19 @@ class Schema1Test(TableCase):
             self.refused(imagec.DigestMismatch, SIGNED_DIGEST, imagec.decode_manifest,
                          raw, None, digest)
 
-    def test_what_no_digest_covers_is_not_read(self):
-        # T31, CVE-2014-8179
+    @rows(INJECTED)
+    def test_what_no_digest_covers_is_not_read(self, injected, bare, pinned):
         document = {k: v for k, v in SCHEMA1_DOC.items() if k not in ("name", "tag")}
         payload = json.dumps(document, indent=1).encode("ascii")
-        raw = pretty(payload, injected=b'"name": "evil", "tag": "evil", ')
-        for digest in (None, imagec.Digest.of(payload)):
-            found = imagec.decode_manifest(raw, None, digest)
+        raw, digest = pretty(payload, injected=injected), imagec.Digest.of(payload)
+        for wanted, words, kind in ((None, bare, imagec.InvalidDocument),
+                                    (digest, pinned, imagec.DigestMismatch)):
+            if words:
+                self.refused(kind, words, imagec.decode_manifest, raw, None, wanted)
+                continue
+            found = imagec.decode_manifest(raw, None, wanted)
             self.assertEqual((found.name, found.tag, len(found.layers)), ("", "", 2))
-            self.assertEqual(found.digest, imagec.Digest.of(payload))
-
-    def test_members_that_change_the_kind(self):
-        payload = json.dumps(SCHEMA1_DOC, indent=1).encode("ascii")
-        raw = pretty(payload, injected=b'"layers": [], ')
-        self.refused(imagec.InvalidDocument, "ambiguous", imagec.decode_manifest, raw)
-        found = imagec.decode_manifest(raw, None, imagec.Digest.of(payload))
-        self.assertEqual(len(found.layers), 2)
-
-    def test_members_injected_twice(self):
-        payload = json.dumps(SCHEMA1_DOC, indent=1).encode("ascii")
-        raw = pretty(payload, injected=b'"fsLayers": [], ')
-        self.refused(imagec.InvalidDocument, "twice", imagec.decode_manifest, raw)
-        with self.assertRaises(imagec.VerificationError):
-            imagec.decode_manifest(raw, None, imagec.Digest.of(payload))
+            self.assertEqual(found.digest, digest)
 
     def test_only_schema1_is_signed(self):
         payload = json.dumps(IMAGE_DOC, indent=1).encode("ascii")
@@ -3830,9 +3748,8 @@ class Schema1Test(TableCase):
                      imagec.decode_manifest, pretty(payload), None,
                      imagec.Digest.of(payload))
 
-    @rows(PAYLOADS_REFUSED)
-    def test_payloads_refused(self, payload, words):
-        raw = json_bytes(dict(SCHEMA1_DOC, signatures=length_and_tail(0, payload)))
+    @rows(SCHEMA1_REFUSED)
+    def test_refused(self, raw, words):
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
     @rows(CHAINS_READ)
@@ -3845,22 +3762,6 @@ class Schema1Test(TableCase):
         blobs = [int(layer.blob.digest.hex, 16) for layer in found.layers]
         self.assertEqual(blobs, kept)
 
-    @rows(CHAINS_REFUSED)
-    def test_chains_refused(self, name, entries, words):
-        raw = schema1_chain(entries)
-        self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
-
-    def test_as_many_layers_as_history(self):
-        for name in ("fsLayers", "history"):
-            raw = json_bytes(dict(SCHEMA1_DOC, **{name: SCHEMA1_DOC[name][:1]}))
-            self.refused(imagec.InvalidDocument, "must be as many",
-                         imagec.decode_manifest, raw)
-
-    @rows(V1_FAULTS)
-    def test_v1_faults(self, entry, words):
-        raw = json_bytes(schema1_document([entry]))
-        self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
-
     def test_throwaway_and_shared_blobs(self):
         document = dict(SCHEMA1_DOC, fsLayers=[{"blobSum": SUM_A}] * 2)
         found = imagec.decode_manifest(json_bytes(document))
@@ -3869,11 +3770,11 @@ class Schema1Test(TableCase):
         self.assertEqual(blobs, [SUM_A, SUM_A])
 
     def test_an_empty_parent_is_none(self):
-        document = schema1_document([{"id": "a" * 64, "parent": ""}])
-        self.assertEqual(len(imagec.decode_manifest(json_bytes(document)).layers), 1)
+        raw = schema1_json({"id": "a" * 64, "parent": ""})
+        self.assertEqual(len(imagec.decode_manifest(raw).layers), 1)
 
     def test_any_v1_value_reads_or_is_refused(self):
-        self.none_stray(put_to_use, ((name, json_bytes(schema1_document([entry])))
+        self.none_stray(put_to_use, ((name, schema1_json(entry))
                                      for name, entry in odd_documents(V1_DOC)))
 
 
@@ -3893,43 +3794,15 @@ class AnyManifestTest(TableCase):
             found = outcome(put_to_use, raw[:length])
             self.assertIsInstance(found, imagec.InvalidDocument, length)
 
-    @rows(DOCUMENTS)
-    def test_any_mutation(self, name, document):
-        choices = random.Random(SEED)
-        mutants = [mutated(json_bytes(document), choices) for _ in range(300)]
-        self.none_stray(put_to_use, zip(mutants, mutants))
-
-    def test_any_depth(self):
-        # T54: what just fits on the stack when read has to be written too
-        for depth in range(50, 102):
-            value = b"[" * depth + b"]" * depth
-            raw = json_bytes(dict(CONFIG_DOC, x="@")).replace(b'"@"', value)
-            found = outcome(put_to_use, raw)
-            self.assertEqual(isinstance(found, Exception), depth > 99, depth)
-
 
 class MatchingTest(TableCase):
     """Of an index, what fits a platform, best first."""
 
     @rows(MATCHING)
-    def test_matching(self, name, wanted, platforms, places):
-        entries = [dict(entry_platform(text), size=place, digest=SUM_A,
-                        mediaType=MANIFEST_TYPES["oci"])
-                   for place, text in enumerate(platforms.split())]
-        raw = json_bytes(dict(INDEX_DOC, manifests=entries))
+    def test_matching(self, name, wanted, entries, places):
         platform = imagec.Platform.normal(*wanted.split("/"))
-        found = imagec.matching(imagec.decode_manifest(raw), platform)
+        found = imagec.matching(index_of(entries), platform)
         self.assertEqual([entry.size for entry in found], places)
-
-    def test_only_manifests_match(self):
-        platform = entry_platform("linux/amd64")
-        kinds = ["application/vnd.example", "", MANIFEST_TYPES["docker"],
-                 MANIFEST_TYPES["oci index"]]
-        entries = [dict(platform, size=place, digest=SUM_A, mediaType=kind)
-                   for place, kind in enumerate(kinds)]
-        index = imagec.decode_manifest(json_bytes(dict(INDEX_DOC, manifests=entries)))
-        found = imagec.matching(index, imagec.Platform.parse("linux/amd64"))
-        self.assertEqual([entry.size for entry in found], [2, 3])
 
 
 class LayersTest(TableCase):
@@ -3964,12 +3837,9 @@ class LayersTest(TableCase):
         self.assertEqual(tuple(layer.id for layer in found), HTTPD_CHAIN_IDS)
         self.assertEqual(tuple(each.diff_id.hex for each in found), HTTPD_DIFF_IDS)
         self.assertEqual([layer.blob.size for layer in found], [0, 1, 2])
-
-    def test_each_names_its_parent(self):
-        images = [json.loads(layer.v1_json) for layer in self._httpd()]
-        self.assertEqual(tuple(image["id"] for image in images), HTTPD_CHAIN_IDS)
-        parents = tuple(image.get("parent") for image in images)
-        self.assertEqual(parents, (None,) + HTTPD_CHAIN_IDS[:2])
+        images = [json.loads(layer.v1_json) for layer in found]
+        self.assertEqual([(image["id"], image.get("parent")) for image in images],
+                         list(zip(HTTPD_CHAIN_IDS, (None,) + HTTPD_CHAIN_IDS)))
 
     def test_the_newest_has_the_config(self):
         history = [{"created": "1", "created_by": "a"}, {"empty_layer": True},
@@ -4002,15 +3872,12 @@ class LayersTest(TableCase):
         for rootfs in ({}, {"diff_ids": None}, {"type": "layers", "diff_ids": []}):
             self.assertEqual(self._listed(0, rootfs=rootfs), ())
 
-    @rows(CONFIGS_REFUSED)
-    def test_configs_refused(self, members, words):
-        raw = json_bytes(dict(CONFIG_DOC, **members))
-        self.refused(imagec.InvalidDocument, words, imagec.ImageConfig.parse, raw)
-
     def test_config_platform(self):
         config = imagec.ImageConfig.parse(json_bytes(CONFIG_DOC))
         self.assertEqual(config.platform, ("linux", "amd64", "", ""))
         self.assertEqual(config.value, CONFIG_DOC)
+        self.refused(imagec.InvalidDocument, "in another case",
+                     imagec.ImageConfig.parse, json_bytes(dict(CONFIG_DOC, RootFS={})))
 
     def test_half_a_surrogate_pair_stays_an_escape(self):
         # T13: JSON can spell it, UTF-8 cannot
@@ -4023,8 +3890,15 @@ class LayersTest(TableCase):
                 manifest, manifest.layers).raw.decode()), json.loads(raw.decode()))
 
 
-V1_IDS = ["%064x" % n for n in range(1, 9)]
 V1_DIFFS = ["sha256:%064x" % n for n in range(11, 19)]
+V1_MEMBERS = (
+    # JSON text in, JSON text out where it is another
+    ('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }', '{"z":[1.50e+3,-0],"a":"x  y"}'),
+    (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
+    ('{"<":"\u2028","q":"a\\" , b"}', '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
+    ("null", None), ("[]", None), ("12345678901234567890", None),
+    (r'{"\ud800":1}', None),
+)
 V1_TIMES = (
     # created, as Go's RFC3339Nano writes it
     ('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
@@ -4036,8 +3910,10 @@ V1_TIMES = (
     ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
     ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
 )
-V1_BAD_TIMES = ('"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
-                '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"')
+V1_BAD_TIMES = tuple((text,) for text in (
+    '"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
+    '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"',
+    '"2020-01-02T03:04:051Z"', '"2020-01-02T03:04:05.Z"'))
 V1_STRINGS = (
     # JSON text in, JSON text out in the history
     (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
@@ -4055,26 +3931,13 @@ V1_COMMANDS = (
 )
 
 
-def v1_manifest(*texts, throwaway=()):
-    """A Schema1Manifest whose images, oldest first, have these members (JSON text)."""
-    history = []
-    for number, text in enumerate(texts):
-        head = '"id":"%s"' % V1_IDS[number]
-        if number:
-            head += ',"parent":"%s"' % V1_IDS[number - 1]
-        if number in throwaway:
-            head += ',"throwaway":true'
-        history.append({"v1Compatibility": "{%s%s%s}" % (head, "," * bool(text), text)})
-    blobs = [{"blobSum": "sha256:%064x" % (21 + n)} for n in range(len(texts))]
-    raw = json.dumps({
-        "schemaVersion": 1, "name": "lab/app", "tag": "1", "architecture": "amd64",
-        "fsLayers": blobs[::-1], "history": history[::-1]}).encode()
-    return imagec.decode_manifest(raw)
-
-
 def v1_config(*texts, throwaway=()):
-    """The text of the config that docker would make of these."""
-    manifest = v1_manifest(*texts, throwaway=throwaway)
+    """The config docker would make of images, oldest first, with these members."""
+    entries = ['{"id":"%064x"%s%s%s}' % (
+        number + 1, ',"parent":"%064x"' % number if number else "",
+        ',"throwaway":true' if number in throwaway else "", text and "," + text)
+        for number, text in enumerate(texts)]
+    manifest = imagec.decode_manifest(schema1_json(*reversed(entries)))
     count = len(texts) - len(throwaway)
     diff_ids = [imagec.Digest.parse(text) for text in V1_DIFFS[:count]]
     return imagec.modern_config(manifest, diff_ids).raw.decode("utf-8")
@@ -4113,18 +3976,11 @@ class Schema1ConversionTest(StoredCase):
         text = v1_config('"os":"linux"', throwaway=[0])
         self.assertTrue(text.endswith('"rootfs":{"type":"layers"}}'), text)
 
-    def test_members_stay_as_they_stand(self):
-        rows = (('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }',
-                 '{"z":[1.50e+3,-0],"a":"x  y"}'),
-                (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
-                ('{"<":"\u2028","q":"a\\" , b"}',
-                 '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
-                ("null", "null"), ("[]", "[]"), ("12345678901234567890", None),
-                (r'{"\ud800":1}', None))
-        for given, wanted in rows:
-            with self.subTest(given):
-                text = v1_config('"os":"linux","K":' + given)
-                self.assertEqual(text, '{"K":%s,%s' % (wanted or given, self.tail))
+    @rows(V1_MEMBERS)
+    def test_members_stay_as_they_stand(self, given, wanted):
+        text = v1_config('"docker_version":"1.12.6","os":"linux","K":' + given)
+        self.assertEqual(text, '{"K":%s,"docker_version":"1.12.6",%s' % (
+            wanted or given, self.tail))
 
     def test_keys_are_sorted_by_bytes(self):
         text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
@@ -4132,46 +3988,24 @@ class Schema1ConversionTest(StoredCase):
         self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
                                 "\U0001f600"])
 
-    def test_times(self):
-        for given, wanted in V1_TIMES:
-            with self.subTest(given):
-                text = "" if given is None else '"created":' + given
-                self.assertEqual(self.history(text)[0]["created"], wanted)
+    @rows(V1_TIMES)
+    def test_times(self, given, wanted):
+        text = "" if given is None else '"created":' + given
+        self.assertEqual(self.history(text)[0]["created"], wanted)
 
-    def test_bad_times(self):
-        for given in V1_BAD_TIMES:
-            with self.subTest(given), self.assertRaises(imagec.InvalidDocument):
-                v1_config('"created":' + given)
+    @rows(V1_BAD_TIMES)
+    def test_bad_times(self, given):
+        with self.assertRaises(imagec.InvalidDocument):
+            v1_config('"created":' + given)
 
-    def test_strings(self):
-        for given, wanted in V1_STRINGS:
-            with self.subTest(given):
-                text = v1_config('"author":' + given, "")
-                self.assertIn('"author":%s}' % wanted, text)
+    @rows(V1_STRINGS)
+    def test_strings(self, given, wanted):
+        self.assertIn('"author":%s}' % wanted, v1_config('"author":' + given, ""))
 
-    def test_commands(self):
-        for given, wanted in V1_COMMANDS:
-            with self.subTest(given):
-                found = self.history('"container_config":' + given)[0]
-                self.assertEqual(found.get("created_by"), wanted)
-
-    def test_members_of_old_docker_stay_too(self):
-        for version in ("0.10", "1.7.0", "1.8.2-rc1", "dev", ""):
-            with self.subTest(version):
-                text = v1_config('"docker_version":"%s","os":"linux","config":{"Cmd":'
-                                 '"x","unknown":2}' % version)
-                self.assertEqual(text, '{"config":{"Cmd":"x","unknown":2},'
-                                 '"docker_version":"%s",%s' % (version, self.tail))
-
-    def test_wrong_types_are_told(self):
-        values = ("5", "[]", "{}", '"x"', "true", "null", "[5]", '{"Cmd":5}',
-                  '{"Cmd":[5]}', '{"Cmd":{}}', '{"Env":5,"Volumes":[]}')
-        for key in ("created", "author", "comment", "container_config", "config", "os",
-                    "docker_version", "architecture", "variant", "container", "Size"):
-            for value in values:
-                with self.subTest(key, value=value), \
-                        contextlib.suppress(imagec.InvalidDocument):
-                    v1_config("%s:%s" % (json.dumps(key), value))
+    @rows(V1_COMMANDS)
+    def test_commands(self, given, wanted):
+        found = self.history('"container_config":' + given)[0]
+        self.assertEqual(found.get("created_by"), wanted)
 
     def test_manifest(self):
         config = imagec.ImageConfig.parse(v1_config('"os":"linux"').encode())
