@@ -2952,6 +2952,7 @@ JSON_READ = (
     (b"[" * 50 + b"]" * 50, json.loads("[" * 50 + "]" * 50)),
 )
 
+HTML_HINT = "is that host a registry"
 JSON_REFUSED = worded(
     ("not valid JSON", b"", b" \n", b'{"a": 1', b"{}{}", b"{} x", b"{}\0", b"{} // x",
      b"[1,]", b'"a\nb"', b'{"\x1b]0;x\x07', b"[01]", b"[+1]", b"[1_0]",
@@ -2972,29 +2973,21 @@ JSON_REFUSED = worded(
     # T55: had it been converted, the number would not be in the message
     ("a number of 33 digits", b"[%s]" % (b"9" * 33)),
     ("a number of 200000 digits", b"[%s]" % (b"7" * 200000)),
+    (HTML_HINT, b"<html><body>Sign in</body></html>", b"\n <!DOCTYPE html>",
+     b'<?xml version="1.0"?><Error/>'),
 )
 
-HTML_BODIES = (b"<html><body>Sign in</body></html>", b"\n <!DOCTYPE html>",
-               b'<?xml version="1.0"?><Error/>')
-
-# Calls on a Document: text, method, arguments, value.
+# The member a of a Document: its JSON text, method, more arguments, value.
 MEMBERS_READ = (
-    ('{"a": "x"}', "get", ("a", str), "x"),
-    ('{"a": null}', "get", ("a", str), None),
-    ('{"a": null}', "get", ("a", str, "d"), "d"),
-    ('{}', "get", ("a", list, [1]), [1]),
-    ('{"a": false}', "get", ("a", bool, True), False),
-    ('{"a": ""}', "need", ("a", str), ""),
-    ('{"a": 0}', "need", ("a", int), 0),
-    ('{"a": "\\ud83d\\udc33"}', "get", ("a", str), "\U0001f433"),
-    ('{"a": 0}', "size", ("a",), 0),
-    ('{"a": 9007199254740991}', "size", ("a",), 2 ** 53 - 1),
-    ('{"a": -0}', "size", ("a",), 0),
-    ('{"a": "%s"}' % SHA256_A, "digest", ("a",), ("sha256", HEX64)),
-    ('{"a": null}', "get", ("a", dict), None),
-    ('{"a": []}', "children", ("a", 0), []),
+    ('"x"', "get", (str,), "x"), ('null', "get", (str,), None),
+    ('null', "get", (str, "d"), "d"), ('null', "get", (dict,), None),
+    ('false', "get", (bool, True), False), ('""', "need", (str,), ""),
+    ('0', "need", (int,), 0), ('"\\ud83d\\udc33"', "get", (str,), "\U0001f433"),
+    ('0', "size", (), 0), ('-0', "size", (), 0),
+    ('9007199254740991', "size", (), 2 ** 53 - 1),
+    ('"%s"' % SHA256_A, "digest", (), ("sha256", HEX64)), ('[]', "children", (0,), []),
     # keys nobody asks for may be anything
-    ('{"b": 1, "B": 2, "a": 3}', "get", ("a", int), 3),
+    ('3, "b": 1, "B": 2', "get", (int,), 3),
 )
 
 # The member a of a Document: method, type, words, its JSON texts.
@@ -3034,7 +3027,7 @@ class DocumentsTest(TableCase):
         error = self.refused(imagec.InvalidDocument, words, imagec.parse_json, raw,
                              "doc")
         self.assertLess(len(str(error)), 200)
-        self.assertNotIn("is that host a registry", str(error))
+        self.assertEqual(HTML_HINT in str(error), words == HTML_HINT)
 
     def test_as_deep_as_may_be(self):
         for text in (b"[" * 100 + b"5" + b"]" * 100,
@@ -3042,15 +3035,11 @@ class DocumentsTest(TableCase):
             value = imagec.parse_json(text, "doc")
             self.assertEqual(imagec.canonical_json(value), text)
 
-    def test_html_is_hinted_at(self):
-        for raw in HTML_BODIES:
-            self.refused(imagec.InvalidDocument, "is that host a registry",
-                         imagec.parse_json, raw, "doc")
-
     @rows(MEMBERS_READ)
     def test_members_read(self, text, method, args, value):
-        document = imagec.Document.parse(text.encode("utf-8"), "doc")
-        self.assertEqual(getattr(document, method)(*args), value)
+        document = imagec.Document.parse(b'{"a": %s}' % text.encode(), "doc")
+        self.assertEqual(getattr(document, method)("a", *args), value)
+        self.assertEqual(document.get("c", list, [1]), [1])
 
     @rows(MEMBERS_REFUSED)
     def test_members_refused(self, method, argument, words, *texts):
@@ -3064,11 +3053,6 @@ class DocumentsTest(TableCase):
             document = imagec.Document.parse(text.encode("utf-8"), "doc")
             self.refused(imagec.InvalidDocument, "in another case", document.get,
                          "skin", int)
-
-    def test_a_document_is_an_object(self):
-        for text in (b"[]", b"null", b"5", b'"{}"', b"true"):
-            self.refused(imagec.InvalidDocument, "not a JSON object",
-                         imagec.Document.parse, text, "doc")
 
     def test_children_are_counted_first(self):
         document = imagec.Document.parse(b'{"a": [1, 2, 3]}', "doc")
@@ -3176,11 +3160,6 @@ SIGNATURES_REFUSED = worded(
 
 class SignaturesTest(TableCase):
     """A body comes apart into what its digest covers, and the rest."""
-
-    def test_known_answer(self):
-        found = imagec.PrettySignature.parse(SIGNED_MANIFEST)
-        self.assertTrue(found.signed)
-        self.assertEqual(sha256(found.payload), "sha256:" + SIGNED_DIGEST)
 
     def test_unsigned(self):
         for raw in (b"{}", b'{"signatures": null}', b'{"a": [1]}\n'):
@@ -3547,6 +3526,7 @@ HTTPD_CHAIN_IDS = (
     "39cc9bc61f1d680287d64dbbb72e88b7aca7ee3c0f1939c2ea75d0b8753badd9",
     "66c05cb57dcb0902897832378391f1054c62054ad30034535b32223a3e114575",
 )
+
 
 def type_header(text):
     """A Content-Type header written with the names of MANIFEST_TYPES."""
