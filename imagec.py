@@ -1237,7 +1237,7 @@ def _go_history(v1):
               ("author", v1.get("author")),
               ("created_by", command if type(command) is str else " ".join(command)),
               ("comment", v1.get("comment")),
-              ("empty_layer", v1.get("throwaway") is True))
+              ("empty_layer", v1.get("throwaway")))
     return {name: value for name, value in fields if value}
 
 

@@ -2799,7 +2799,7 @@ GOOD_PLATFORMS = (
     ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
     ("linux/arm64/v9.2", "linux/arm64/v9.2"),
     ("linux/arm/v5", "linux/arm/5"),
-    ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel"),
+    ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel", "linux/armhf/v6"),
     ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
     ("linux/arm/v8", "linux/arm/8"),
     ("linux/loong64", "linux/loongarch64"),
@@ -3963,10 +3963,11 @@ class Schema1ConversionTest(StoredCase):
             wanted or given, self.tail))
 
     def test_keys_are_sorted_by_bytes(self):
-        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
+        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5,'
+                         r'"\udfff":6')
         keys = list(json.loads(text, object_pairs_hook=collections.OrderedDict))
         self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
-                                "\U0001f600"])
+                                "\ufffd", "\U0001f600"])
 
     @rows(V1_TIMES)
     def test_times(self, given, wanted):
@@ -7434,6 +7435,15 @@ class RegistryTest(NetworkCase):
             with self.fails(imagec.LimitExceeded, "one name leads to more"):
                 self.resolve(registry, platform)
         self.assertLessEqual(len(paths(registry, "sha256:")), 20)
+
+    @rows([(False,), (True,)])
+    def test_the_best_of_an_index_is_taken(self, nested):
+        index = build_index([(NET_OTHER, ("linux", "386", None)),
+                             (self.image, ("linux", "amd64", None)),
+                             (NET_OTHER, ("linux", "386", None))])
+        found = self.resolve(self.filled(build_index([(index, None)]) if nested else
+                                         index))
+        self.assertEqual(str(found.manifest.digest), self.image.digest)
 
     def test_platform_of_a_later_index(self):
         arm = build_index([(self.image, ("linux", "arm64", None))])
