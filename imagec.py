@@ -71,7 +71,7 @@ from typing import NamedTuple, Optional, Tuple
 
 __version__ = "0.1.0"
 
-__all__ = [  # in the order of the rooms
+__all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
     "LimitExceeded", "TooLarge", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "CertificateError", "UnsafeRedirect", "Timeout",
@@ -80,7 +80,9 @@ __all__ = [  # in the order of the rooms
     "Digest", "Reference", "Platform", "Document", "PrettySignature",
     "Descriptor", "Manifest", "Index", "Layer", "Schema1Manifest", "decode_manifest",
     "ImageConfig", "proved", "Credentials", "Challenge", "fetch_token", "Registry",
-    "Image", "Session", "pull", "new_server", "main",
+    "Image", "Session", "pull",
+    "new_server",
+    "main",
 ]
 
 log = logging.getLogger("imagec")
@@ -176,7 +178,6 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 SCHEMA1_LAYER = "application/vnd.docker.container.image.rootfs.diff+x-gtar"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -590,15 +591,13 @@ class Platform(NamedTuple):
 
         Raises InvalidReference.
         """
-        parts = text.split("/")
-        if len(parts) > 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", p)
-                                     for p in parts):
+        if not re.fullmatch(r"[\w.-]+(?:/[\w.-]+){0,2}", text, re.ASCII):
             raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], "
                                    "for example linux/arm64" % printable(text, 80))
         system = _OS_ALIASES.get(text.lower(), text.lower())
         if system in _KNOWN_OSES:
             return cls.host()._replace(os=system)
-        return cls.normal(*parts) if len(parts) > 1 else cls.normal("linux", text)
+        return cls.normal(*text.split("/") if "/" in text else ("linux", text))
 
     @classmethod
     def host(cls):
@@ -956,11 +955,11 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
         return _decode_schema1(raw, signature, algorithm, what)
     if signature:
         raise InvalidDocument("%s: signed, but not schema1" % what)
+    digest = Digest.of(raw, algorithm)
     if shape == "image":
-        return _decode_image(document, raw, media_type, Digest.of(raw, algorithm))
+        return _decode_image(document, raw, media_type, digest)
     entries = document.children("manifests", INDEX_COUNT_LIMIT)
-    return Index(raw, media_type, Digest.of(raw, algorithm),
-                 tuple(map(Descriptor.from_document, entries)))
+    return Index(raw, media_type, digest, tuple(map(Descriptor.from_document, entries)))
 
 
 def _media_type(document, content_type):
@@ -1270,18 +1269,14 @@ def modern_config(manifest, diff_ids):
     return ImageConfig.parse(text.encode("utf-8"))
 
 
-def modern_manifest(config, layers, media_type=DOCKER_MANIFEST,
-                    config_type=DOCKER_CONFIG):
-    """A Manifest, by default schema2, for an ImageConfig and layers' Descriptors."""
-    def described(descriptor):
-        return {"mediaType": descriptor.media_type, "size": descriptor.size,
-                "digest": str(descriptor.digest)}
-
-    pointer = Descriptor(config_type, Digest.of(config.raw), len(config.raw))
-    raw = canonical_json({
-        "schemaVersion": 2, "mediaType": media_type, "config": described(pointer),
-        "layers": list(map(described, layers))}, sort_keys=False)
-    return Manifest(raw, media_type, Digest.of(raw), pointer, tuple(layers))
+def modern_manifest(config, layers):
+    """A schema2 Manifest of an ImageConfig and layers' Descriptors."""
+    pointer = Descriptor(DOCKER_CONFIG, Digest.of(config.raw), len(config.raw))
+    first, *others = [{"mediaType": one.media_type, "size": one.size,
+                       "digest": str(one.digest)} for one in (pointer, *layers)]
+    raw = canonical_json({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST,
+                          "config": first, "layers": others}, sort_keys=False)
+    return Manifest(raw, DOCKER_MANIFEST, Digest.of(raw), pointer, tuple(layers))
 
 
 def with_layers(manifest, layers):

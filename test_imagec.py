@@ -14574,7 +14574,7 @@ def annex_command(name):
 ANNEXES = {
     "Trees": ((), (", RootfsOutput(?=\\))",)),
     "Verify": (("Self-test",), annex_command("verify")),
-    "Serve": (("Self-test",), ("^    # Serve\n    \"new_server\",\n",)
+    "Serve": (("Self-test",), ("^    \"new_server\",\n",)
               + annex_command("serve")),
     "Self-test": ((), annex_command("selftest")),
 }
