@@ -3965,25 +3965,44 @@ class Partial:
     """
 
     def __init__(self, final, wait=time.sleep, clock=time.monotonic):
-        self.final = final
-        self.path = final + PARTIAL
+        self.final, self.path = final, final + PARTIAL
         self._begun = 0  # bytes the system was told to put on disk
-        patience = _Patience(self.path, clock)
-        while True:
-            self._fd, new = self._open()
-            try:
-                locked = _try_lock(self._fd)
-                if locked and self._still_there():
-                    if new or self._ours():
-                        break
-                    self._remove()
-                patience.spend(self.size())
-            except BaseException:
+        size, told, begin = None, False, clock()
+        grew = begin
+        while not self._take():
+            before, now = size, clock()
+            with contextlib.suppress(FileNotFoundError):
+                size = os.lstat(self.path).st_size
+            if size != before:
+                grew = now
+            if now - grew >= LOCK_PATIENCE:
+                raise OutputError(
+                    self.path, "another process holds it, and it has not grown for %d "
+                    "seconds" % LOCK_PATIENCE, "end that process, or choose another "
+                    "place with -o")
+            if not told and now - begin >= LOCK_TOLD:
+                told = True
+                log.warning("%s: waiting, for another process holds it", self.path)
+            wait(0.1)
+
+    def _take(self):
+        """Whether it is open and locked now; if it is not ours alone, it is removed."""
+        taken = False
+        self._fd, new = self._open()
+        try:
+            status = os.fstat(self._fd)
+            # Whoever held the lock may have renamed or removed the file meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if _try_lock(self._fd) and (
+                        os.path.samestat(status, os.lstat(self.path))):
+                    taken = new or stat.S_ISREG(status.st_mode) and (
+                        status.st_nlink == 1 and ours_alone(status))
+                    if not taken:
+                        self._remove()
+        finally:
+            if not taken:
                 self.close()
-                raise
-            self.close()
-            if not locked:
-                wait(0.1)
+        return taken
 
     def _open(self):
         """(descriptor, whether the file is a new one)."""
@@ -4002,25 +4021,12 @@ class Partial:
                     raise
             self._remove()
 
-    def _ours(self):
-        """Whether nobody else can write into what an earlier run has left."""
-        status = os.fstat(self._fd)
-        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and (
-            ours_alone(status))
-
     def _remove(self):
         try:
             os.unlink(self.path)
         except PermissionError:
             raise OutputError(self.path, "is in the way: not a file of ours alone",
                               "choose another place with -o") from None
-
-    def _still_there(self):
-        """Whoever held the lock may have renamed or removed the file meanwhile."""
-        try:
-            return os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
 
     def size(self):
         """Bytes it holds."""
@@ -4088,29 +4094,6 @@ class Partial:
 
     def __exit__(self, *_exc):
         self.close()
-
-
-class _Patience:
-    """How long a file that another process holds, the one at `path`, is waited for."""
-
-    def __init__(self, path, clock):
-        self._path, self._clock = path, clock
-        self._begin, self._told = clock(), False
-        self._size, self._grew = None, None  # bytes, and since when there are so many
-
-    def spend(self, size):
-        """The file has `size` bytes now; raises OutputError where that was long so."""
-        now = self._clock()
-        if size != self._size:
-            self._size, self._grew = size, now
-        if now - self._grew >= LOCK_PATIENCE:
-            raise OutputError(
-                self._path, "another process holds it, and it has not grown for %d "
-                "seconds" % LOCK_PATIENCE, "end that process, or choose another place "
-                "with -o")
-        if not self._told and now - self._begin >= LOCK_TOLD:
-            self._told = True
-            log.warning("%s: waiting, for another process holds it", self._path)
 
 
 def ours_alone(status):
@@ -4230,27 +4213,18 @@ def private_directory(path):
         raise OutputError(path, "is in the way: not a directory of ours alone")
 
 
-def same_file(source, path, wait, check):
-    """Makes `path` the same file as the verified `source`: a hard link, else a copy.
-
-    For `wait` see Partial; `check` raises where work should not go on.
-    """
-    if os.path.lexists(path) and os.path.samestat(os.lstat(source), os.lstat(path)):
-        return
-    link = path + PARTIAL + ".link"
-    with Partial(path, wait) as partial:
-        try:
-            if os.path.lexists(link):
-                os.unlink(link)
-            os.link(source, link)
-            os.replace(link, path)
-            partial.discard()
-        except OSError:  # no hard links here
-            partial.truncate()
-            with open(source, "rb") as file:
-                for data in pieces(file, check=check):
-                    partial.write(data)
-            partial.commit()
+def same_file(source, path, check):
+    """Makes `path` the same file as the proved `source`: a hard link, else a copy."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    try:
+        os.link(source, path)
+    except OSError:  # no hard links here
+        with open(source, "rb") as file, open(path, "xb") as copy:
+            for data in pieces(file, check=check):
+                copy.write(data)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def file_identity(path):
@@ -4599,7 +4573,6 @@ class Download:
         self._notify, self._durable = notify, durable
         self._check = source.transport.check
         self._origin = None  # of the source's places, the one it is fetched from
-        self._ranges = True  # whether a Range may be asked for
         self._resumed = False  # whether what an earlier try left is part of it
 
     def run(self):
@@ -4716,17 +4689,16 @@ class Download:
 
     def _rest(self, offset):
         """Yields the blob from `offset` on, in one try."""
-        asked, self._ranges = offset if self._ranges else 0, True
-        response, self._origin = self._source.ask(Registry.open_blob, self._blob, asked)
+        response, self._origin = self._source.ask(Registry.open_blob, self._blob,
+                                                  offset)
+        at = offset if self._continues(response, offset) else 0
+        if response.status != 200 and at != offset:
+            log.info("%s: cannot go on at byte %d (HTTP %d, Content-Range %s)",
+                     response.place, offset, response.status,
+                     printable(response.headers.get("Content-Range"), 60))
+            response.discard()
+            response, self._origin = self._source.ask(Registry.open_blob, self._blob)
         with response:
-            at = asked if asked and self._continues(response, asked) else 0
-            if response.status != 200 and at != asked:
-                self._ranges = False
-                raise TransportError(
-                    "%s: cannot go on at byte %d (HTTP %d, Content-Range %s)" % (
-                        response.place, offset, response.status,
-                        printable(response.headers.get("Content-Range"), 60)),
-                    retryable=True)
             for chunk in response.chunks():
                 known = max(0, offset - at)  # bytes of it that are here already
                 at += len(chunk)
@@ -5009,7 +4981,7 @@ class LayersOutput(Output):
             elif os.path.lexists(path) and os.path.samefile(source, path):
                 continue
             else:
-                same_file(source, aside, self.wait, self.check)
+                same_file(source, aside, self.check)
                 source = aside
             if source != path:
                 yield source, path
@@ -5427,20 +5399,20 @@ def recompress(fetched, place, check=go_on):
     the same bytes with the same zlib.
     """
     path, blob = fetched.path, fetched.blob
-    deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     digest = hashlib.sha256()
+
+    def packed():
+        deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        for data in inflated(Region(path, 0, blob.size).pieces(), path):
+            check()  # here: few bytes may unpack to many
+            yield deflate.compress(data)
+        yield deflate.flush()
+
     with Partial(path + ".gzip") as partial:
         partial.truncate()
-
-        def write(data):
+        for data in packed():
             digest.update(data)
             partial.write(data)
-
-        region = Region(path, 0, os.path.getsize(path))
-        for data in inflated(region.pieces(), path):
-            check()
-            write(deflate.compress(data))
-        write(deflate.flush())
         kind = OCI_LAYER if blob.media_type.startswith("application/vnd.oci") else (
             DOCKER_LAYER)
         blob = blob._replace(media_type=kind, size=partial.size(),
@@ -6160,23 +6132,22 @@ class Session:
         top = self.manifest(reference, held)
         with naming("%s/%s" % (source.host, source.repository)):
             found = choose(self._fetcher(source, held), top, wanted)
-        manifest, config, actual = found[-1], None, None
+        manifest, config = found[-1], None
         with naming(source.host):
             if isinstance(manifest, Manifest):
                 manifest.require_image()
                 raw = _held(manifest.config, held)
                 config = (source.ask(Registry.fetch_config, manifest.config)[0]
                           if raw is None else ImageConfig.parse(raw))
-                actual = config.platform
-            elif manifest.architecture:
-                actual = Platform.normal("linux", manifest.architecture)
             layers = list_layers(manifest, config)
-        if actual is None or not actual.architecture:
+            actual = config.platform if config else (
+                Platform.normal("linux", manifest.architecture or ""))
+        if not actual.architecture:
             actual = wanted
         elif actual not in wanted.candidates():
             log.warning("%s is for %s, not for %s", reference, actual, wanted)
-        return Image(reference, source.registry_url, found[0].digest,
-                             found[:-1], manifest, config, actual, layers)
+        return Image(reference, source.registry_url, found[0].digest, found[:-1],
+                     manifest, config, actual, layers)
 
     def _resolve_index(self, reference):
         """The Image of `reference` with all its platforms.
