@@ -1317,6 +1317,12 @@ class Entry(NamedTuple):
 #: group, device's two numbers, prefix: POSIX.1-2001, ustar.
 _TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _GNU_MAGIC = b"ustar  \0"
+_KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
+          b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
+_XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
+_PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+_PAX_MAP = b"="  # no record has this key: what GNU's sparse format 0.0 repeats
+_TIME_LIMIT = 10 ** 9 << 40  # nanoseconds; more than any file system can hold
 
 
 def _tar_number(field):
@@ -1330,68 +1336,42 @@ def _tar_number(field):
     return int(text or b"0", 8)
 
 
-class _Header(NamedTuple):
-    """A header block of a tar; `device` is (major, minor) where it is one's."""
-
-    type: bytes
-    name: bytes
-    size: int
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
-    link: bytes
-    device: Tuple[int, int]
-
-    @classmethod
-    def parse(cls, block):
-        """The _Header in the bytes `block`; raises ValueError."""
-        (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _, _, major,
-         minor, prefix) = _TAR_FIELDS.unpack(block)
-        if checksum[0] & 0x80:
-            raise ValueError("a checksum that is not octal")
-        cls._check(block, _tar_number(checksum))
-        if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
-            raise ValueError("a size that is not octal")  # readers differ on the rest
-        if kind == b"S" and magic != _GNU_MAGIC:
-            raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
-        name = name.partition(b"\0")[0]
-        prefix = cls._prefix(block, magic, prefix).partition(b"\0")[0]
-        if prefix:
-            name = prefix + b"/" + name
-        return cls(kind, name, _tar_number(size), _tar_number(mode), _tar_number(uid),
-                   _tar_number(gid), _tar_number(mtime), link.partition(b"\0")[0],
-                   (_tar_number(major), _tar_number(minor)) if kind in b"34" else
-                   (0, 0))
-
-    @staticmethod
-    def _prefix(block, magic, prefix):
-        """What of the prefix field is one; with GNU's magic, two times stand there."""
-        if magic[:6] == b"ustar\0":
-            return prefix[:131] if block[508:] == b"tar\0" else prefix  # star has times
-        if magic == _GNU_MAGIC:
-            try:
-                for field in prefix[:12], prefix[12:24]:
-                    _tar_number(field)
-            except ValueError:  # Go before 1.8 wrote prefixes under it
-                return prefix if max(prefix) < 128 else b""
-        return b""
-
-    @staticmethod
-    def _check(block, claimed):
-        """The sum of all bytes, the checksum itself as blanks; some summed chars."""
-        counted = block[:148] + b" " * 8 + block[156:]
-        total = sum(counted)
-        if total != claimed and (
-                total - 256 * sum(byte >> 7 for byte in counted) != claimed):
-            raise ValueError("a checksum that is wrong")
+def _tar_entry(block):
+    """(type, Entry) of a header block, without its extensions; raises ValueError."""
+    (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _, _, major,
+     minor, prefix) = _TAR_FIELDS.unpack(block)
+    if checksum[0] & 0x80:
+        raise ValueError("a checksum that is not octal")
+    counted = block[:148] + b" " * 8 + block[156:]
+    wrong = sum(counted) - _tar_number(checksum)
+    if wrong and wrong != 256 * sum(byte >> 7 for byte in counted):  # signed chars
+        raise ValueError("a checksum that is wrong")
+    if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
+        raise ValueError("a size that is not octal")  # readers differ on the rest
+    if kind == b"S" and magic != _GNU_MAGIC:
+        raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
+    name = name.partition(b"\0")[0]
+    prefix = _name_prefix(block, magic, prefix).partition(b"\0")[0]
+    if prefix:
+        name = prefix + b"/" + name
+    return kind, Entry(
+        name, _KINDS.get(kind, "unknown"), _tar_number(size),
+        _tar_number(mode) & 0o7777, max(_tar_number(uid), 0), max(_tar_number(gid), 0),
+        _tar_number(mtime) * 10 ** 9, link.partition(b"\0")[0],
+        (_tar_number(major), _tar_number(minor)) if kind in b"34" else (0, 0))
 
 
-_KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
-          b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
-_XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
-
-_PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+def _name_prefix(block, magic, field):
+    """What of the prefix field is one; with GNU's magic, two times stand there."""
+    if magic[:6] == b"ustar\0":
+        return field[:131] if block[508:] == b"tar\0" else field  # star has times
+    if magic == _GNU_MAGIC:
+        try:
+            for time in field[:12], field[12:24]:
+                _tar_number(time)
+        except ValueError:  # Go before 1.8 wrote prefixes under it
+            return field if max(field) < 128 else b""
+    return b""
 
 
 def _pax_number(text, key):
@@ -1416,6 +1396,50 @@ def _pax_records(data):
             raise ValueError("a pax header that is cut short")
         yield match.group(2), data[match.end():end - 1]
         place = end
+
+
+def _pax_time(text):
+    """A time in nanoseconds; 0 for what is none."""
+    match = re.fullmatch(rb"(-?)([0-9]{1,18})(?:\.([0-9]*))?", text)
+    if not match:
+        return 0
+    sign, seconds, rest = match.groups(b"")
+    return int(sign + seconds + rest[:9].ljust(9, b"0"))
+
+
+def _pax_sparse(pax):
+    """The numbers of the map in the pax header of a sparse file (GNU's 0.0 and 0.1),
+    "inline" where it is in the data (1.0), None for a file that is not sparse.
+
+    Raises ValueError.
+    """
+    version = pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")
+    if version == (b"1", b"0"):
+        return "inline"
+    values = pax.get(_PAX_MAP)
+    if b"GNU.sparse.map" in pax:
+        values = pax[b"GNU.sparse.map"].split(b",")
+    if values is not None and version[0] in (None, b"0"):
+        return [_pax_number(value, b"GNU.sparse.map") for value in values]
+    if any(key.startswith(b"GNU.sparse.") for key in pax):
+        raise ValueError("a sparse file whose map is not there, or unknown")
+    return None
+
+
+def _sparse_map(numbers, size, stored):
+    """(offset, length) pairs in order, without overlap and within the file's `size`;
+    there are as many bytes in them as are `stored`. Raises ValueError.
+    """
+    found, at = [], 0
+    for offset, length in zip(numbers[::2], numbers[1::2]):
+        if offset < at or length < 0 or offset + length > size:
+            raise ValueError("a sparse map that makes no sense")
+        at = offset + length
+        if length:
+            found.append((offset, length))
+    if stored != sum(length for _, length in found):
+        raise ValueError("a sparse map that does not fit the data")
+    return found
 
 
 class Tar:
@@ -1464,13 +1488,13 @@ class Tar:
                 continue
             if zeros:
                 raise ValueError("data after a zero block")
-            header = _Header.parse(block)
-            if header.size < 0:
+            kind, entry = _tar_entry(block)
+            if entry.size < 0:
                 raise ValueError("a negative size")
-            if header.type in b"xXgLK":
-                self._extension(header)
+            if kind in b"xXgLK":
+                self._extension(kind, entry.size)
             else:
-                yield self._member(header, block)
+                yield self._member(kind, entry, block)
                 for _ in self._draw(self._left):
                     pass
         if self._pax or self._long:
@@ -1507,8 +1531,7 @@ class Tar:
         self.offset += count
         return block
 
-    def _extension(self, header):
-        kind, size = header.type, header.size
+    def _extension(self, kind, size):
         if size > TAR_EXTENSION_LIMIT:
             raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
                                 "%d" % (self._what, size, TAR_EXTENSION_LIMIT))
@@ -1528,32 +1551,36 @@ class Tar:
         for key, value in _pax_records(data):
             if b"\0" in key or not value and key in (b"path", b"linkpath"):
                 raise ValueError("a pax record that readers disagree on")
-            if everywhere and key in (b"path", b"linkpath", b"size"):
-                raise ValueError("a global pax header that renames every member")
-            if not everywhere and key in (b"GNU.sparse.offset",
-                                          b"GNU.sparse.numbytes"):
-                self._pax.setdefault("map", []).append(value)  # 0.0 repeats them
-            elif not everywhere:
+            if everywhere:
+                if key in (b"path", b"linkpath", b"size"):
+                    raise ValueError("a global pax header that renames every member")
+            elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+                self._pax.setdefault(_PAX_MAP, []).append(value)
+            else:
                 self._pax[key] = value
 
     def _number(self, key, default):
         return default if key not in self._pax else _pax_number(self._pax[key], key)
 
-    def _member(self, header, block):
+    def _member(self, kind, entry, block):
         """(Entry, data) of a member proper: its logical size counts."""
-        stored = self._number(b"size", header.size)
-        size = self._number(b"GNU.sparse.realsize",
-                            self._number(b"GNU.sparse.size", stored))
-        sparse = _pax_sparse(self._pax, size) if self._pax else None
-        kind = _KINDS.get(header.type)
-        entry = self._entry(header, kind or "unknown")
-        if header.type == b"\0" and entry.path.endswith(b"/"):
-            kind, entry = "dir", entry._replace(kind="dir")
-        if header.type == b"S":
+        stored = size = entry.size
+        sparse = None  # numbers of its map
+        if self._pax or self._long:
+            stored = size = self._number(b"size", size)
+            size = self._number(b"GNU.sparse.size", size)
+            size = self._number(b"GNU.sparse.realsize", size)
+            sparse, entry = _pax_sparse(self._pax), self._extended(entry)
+            self._pax, self._long = {}, {}
+        if kind == b"S" and sparse is not None:
+            raise ValueError("two sparse maps")  # readers take one or the other
+        if kind == b"\0" and entry.path.endswith(b"/"):
+            entry = entry._replace(kind="dir")
+        if kind == b"S":
             size = _tar_number(block[483:495])
             if size < 0:
                 raise ValueError("a negative size")
-        if kind not in ("file", None):
+        if entry.kind not in ("file", "unknown"):
             stored = size = 0  # POSIX: no data follows, whatever the header says
         self.members += 1
         self.size += size
@@ -1561,50 +1588,63 @@ class Tar:
             raise TooLarge("%s holds files of more than the limit of %d bytes"
                            % (self._what, self._limit),
                            hint="raise it with --max-layer-size")
-        self._pax, self._long = {}, {}
-        if header.type == b"S":
-            sparse = self._old_sparse(block, size)
+        if kind == b"S":
+            sparse = self._old_sparse(block)
         self._left = stored + -stored % TAR_BLOCK
         if sparse == "inline":
-            sparse, stored = self._inline_sparse(stored, size)
-        if sparse is not None and stored != sum(length for _, length in sparse):
-            raise ValueError("a sparse map that does not fit the data")
+            sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None
-        return entry._replace(size=size), (
-            self._spread(sparse, size) if self.sparse else self._draw(stored))
+        return entry._replace(
+            size=size, mtime=entry.mtime if abs(entry.mtime) < _TIME_LIMIT else 0), (
+            self._spread(_sparse_map(sparse, size, stored), size) if self.sparse else
+            self._draw(stored))
+
+    def _extended(self, entry):
+        """The Entry with what its extended headers say of it, but for its size."""
+        pax, long = self._pax, self._long
+        if b"L" in long and b"path" in pax or b"K" in long and b"linkpath" in pax:
+            raise ValueError("a name by GNU's header and another by pax")
+        return entry._replace(
+            path=pax.get(b"GNU.sparse.name",
+                         pax.get(b"path", long.get(b"L", entry.path))),
+            link=pax.get(b"linkpath", long.get(b"K", entry.link)),
+            uid=self._number(b"uid", entry.uid), gid=self._number(b"gid", entry.gid),
+            mtime=_pax_time(pax[b"mtime"]) if b"mtime" in pax else entry.mtime,
+            xattrs=tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
+                                if key.startswith(_XATTR))))
 
     def _spread(self, sparse, size):
         """Yields the data of a sparse file, and the numbers of bytes between it."""
         at = 0
-        for offset, length in sparse + ((size, 0),):
+        for offset, length in sparse + [(size, 0)]:
             if offset > at:
                 yield offset - at
             yield from self._draw(length)
             at = offset + length
 
-    def _old_sparse(self, block, size):
+    def _old_sparse(self, block):
         """Old GNU sparse: four entries in the header, 21 in each block that follows.
 
         The first that begins with a NUL ends a table.
         """
-        table, more, pairs = block[386:482], block[482], []
+        table, more, numbers = block[386:482], block[482], []
         while True:
             for at in range(0, len(table), 24):
                 if not (table[at] and table[at + 12]):
                     if more:  # GNU tar would stop here, others read on
                         raise ValueError("a sparse map that ends before its end")
                     break
-                pairs.append((_tar_number(table[at:at + 12]),
-                              _tar_number(table[at + 12:at + 24])))
-            if len(pairs) > TAR_EXTENSION_LIMIT // 24:
+                numbers.append(_tar_number(table[at:at + 12]))
+                numbers.append(_tar_number(table[at + 12:at + 24]))
+            if len(numbers) > TAR_EXTENSION_LIMIT // 12:
                 raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
             if not more:
-                return _sparse_map(pairs, size)
+                return numbers
             block = self._take(TAR_BLOCK)
             table, more = block[:504], block[504]
 
-    def _inline_sparse(self, stored, size):
-        """GNU sparse 1.0: (map, bytes of data behind it).
+    def _inline_sparse(self, stored):
+        """GNU sparse 1.0: (numbers of the map, bytes of data behind it).
 
         It stands before the data as decimal lines, padded to a block.
         """
@@ -1618,70 +1658,7 @@ class Tar:
             for line in lines:
                 if not numbers or len(numbers) <= 2 * numbers[0]:
                     numbers.append(_pax_number(line, b"GNU.sparse.map"))
-        return _sparse_map(zip(numbers[1::2], numbers[2::2]), size), stored
-
-    def _entry(self, header, kind):
-        """The Entry of a header and the extensions before it; its size comes later."""
-        pax, long = self._pax, self._long
-        if b"L" in long and b"path" in pax or b"K" in long and b"linkpath" in pax:
-            raise ValueError("a name by GNU's header and another by pax")
-        name = pax.get(b"GNU.sparse.name", pax.get(
-            b"path", long.get(b"L", header.name)))
-        link = pax.get(b"linkpath", long.get(b"K", header.link))
-        xattrs = tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
-                              if type(key) is bytes and key.startswith(_XATTR)))
-        return Entry(name, kind, 0, header.mode & 0o7777,
-                     self._number(b"uid", max(header.uid, 0)),
-                     self._number(b"gid", max(header.gid, 0)),
-                     _nanoseconds(header.mtime, pax.get(b"mtime")), link, header.device,
-                     xattrs)
-
-
-def _sparse_map(pairs, size):
-    """(offset, length) pairs in order, without overlap and within the file."""
-    found, at = [], 0
-    for offset, length in pairs:
-        if offset < at or length < 0 or offset + length > size:
-            raise ValueError("a sparse map that makes no sense")
-        at = offset + length
-        if length:
-            found.append((offset, length))
-    return tuple(found)
-
-
-def _pax_sparse(pax, size):
-    """The map in the pax header of a sparse file (GNU's 0.0 and 0.1), "inline" where it
-    is in the data (1.0), None for a file that is not sparse. Raises ValueError.
-    """
-    version = pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")
-    if version == (b"1", b"0"):
-        return "inline"
-    values = pax.get("map")
-    if b"GNU.sparse.map" in pax:
-        values = pax[b"GNU.sparse.map"].split(b",")
-    if values is None or version[0] not in (None, b"0"):
-        if any(type(key) is bytes and key.startswith(b"GNU.sparse.") for key in pax):
-            raise ValueError("a sparse file whose map is not there, or unknown")
-        return None
-    numbers = [_pax_number(value, b"GNU.sparse.map") for value in values]
-    return _sparse_map(zip(numbers[::2], numbers[1::2]), size)
-
-
-def _nanoseconds(seconds, text):
-    """A member's time from its header's `seconds`, or its pax record `text`, if any.
-
-    What no file system could hold counts as 0.
-    """
-    nanoseconds = 0
-    if text is not None:
-        match = re.fullmatch(rb"(-?[0-9]{1,18})(?:\.([0-9]*))?", text)
-        if not match:
-            return 0
-        seconds = int(match.group(1))
-        nanoseconds = int((match.group(2) or b"").ljust(9, b"0")[:9])
-        if text.startswith(b"-"):
-            nanoseconds = -nanoseconds
-    return seconds * 10 ** 9 + nanoseconds if abs(seconds) < 1 << 40 else 0
+        return numbers[1:], stored
 
 
 def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"",
@@ -1691,40 +1668,34 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
     Written here because tarfile's differ between Pythons in the fields of devices, and
     an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
     """
-    seconds, rest = divmod(mtime, 10 ** 9)
-    pax = [(_XATTR + key, value) for key, value in xattrs]
+    pax = {_XATTR + key: value for key, value in xattrs}
 
     def fits(key, value, width):
         if len(value) > width:
-            pax.append((key, value))
+            pax[key] = value
         return value[:width]
 
     def number(key, value, digits):
         if 0 <= value < 8 ** digits:
             return b"%0*o\0" % (digits, value)
-        pax.append((key, b"%d" % value))
+        pax[key] = b"%d" % value
         return b"0" * digits + b"\0"
 
-    fields = [fits(b"path", name, 100), number(b"mode", mode, 7),
-              number(b"uid", uid, 7), number(b"gid", gid, 7),
-              number(b"size", size, 11), number(b"mtime", seconds, 11), b" " * 8, kind,
-              fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
-              number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b""]
-    if rest:
-        pax = [pair for pair in pax if pair[0] != b"mtime"]
-        pax.append((b"mtime", b"-"[:mtime < 0] + (
-            b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")))
-    block = _tar_block(fields)
+    block = _TAR_FIELDS.pack(
+        fits(b"path", name, 100), number(b"mode", mode, 7), number(b"uid", uid, 7),
+        number(b"gid", gid, 7), number(b"size", size, 11),
+        number(b"mtime", mtime // 10 ** 9, 11), b" " * 8, kind,
+        fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
+        number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b"")
+    block = block[:148] + b"%06o\0 " % sum(block) + block[156:]
+    if mtime % 10 ** 9:
+        pax[b"mtime"] = b"-"[:mtime < 0] + (
+            b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")
     if not pax:
         return block
-    records = b"".join(_pax_record(key, value) for key, value in sorted(pax))
+    records = b"".join(_pax_record(*pair) for pair in sorted(pax.items()))
     return (tar_header(b"././@PaxHeader", len(records), b"x") + records
             + bytes(-len(records) % TAR_BLOCK) + block)
-
-
-def _tar_block(fields):
-    block = _TAR_FIELDS.pack(*fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
 def _pax_record(key, value):

@@ -4259,6 +4259,8 @@ BAD_TARS = (
     ("sparse map that ends early", tar_header(0, kind=b"S", patches=[
         GNU_MAGIC, (386, b"%011o\0" * 2 % (0, 0)), (482, b"\1"), (483, b"%011o\0" % 9)])
      + bytes(512), "after 1 members"),
+    ("two sparse maps", pax((b"GNU.sparse.map", b"0,650")) + old_sparse(TAR_TEXT, 650),
+     "two sparse maps"),
     ("pax sparse 1.1", pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"1"))
      + A_FILE, "after 0 members"),
     ("pax sparse, no map", pax((b"GNU.sparse.realsize", b"3")) + A_FILE,
