@@ -1427,16 +1427,15 @@ def _pax_sparse(pax):
 
 
 def _sparse_map(numbers, size, stored):
-    """(offset, length) pairs in order, without overlap and within the file's `size`;
-    there are as many bytes in them as are `stored`. Raises ValueError.
+    """(bytes of a hole, bytes of data behind it) pairs of a file of `size` bytes, from
+    its map of (offset, length) pairs; as many bytes are `stored`. Raises ValueError.
     """
     found, at = [], 0
-    for offset, length in zip(numbers[::2], numbers[1::2]):
+    for offset, length in [*zip(numbers[::2], numbers[1::2]), (size, 0)]:
         if offset < at or length < 0 or offset + length > size:
             raise ValueError("a sparse map that makes no sense")
+        found.append((offset - at, length))
         at = offset + length
-        if length:
-            found.append((offset, length))
     if stored != sum(length for _, length in found):
         raise ValueError("a sparse map that does not fit the data")
     return found
@@ -1540,18 +1539,14 @@ class Tar:
         data = self._take(size + -size % TAR_BLOCK)[:size]
         if kind in b"LK":
             self._long[kind] = data.partition(b"\0")[0]
-        else:
-            self._records(data, kind == b"g")
-
-    def _records(self, data, everywhere):
-        """The records of a pax header, for the next member or `everywhere`."""
+            return
         if data.count(b"\n") > PAX_COUNT_LIMIT:
             raise LimitExceeded("%s: a pax header of more than %d lines"
                                 % (self._what, PAX_COUNT_LIMIT))
         for key, value in _pax_records(data):
             if b"\0" in key or not value and key in (b"path", b"linkpath"):
                 raise ValueError("a pax record that readers disagree on")
-            if everywhere:
+            if kind == b"g":
                 if key in (b"path", b"linkpath", b"size"):
                     raise ValueError("a global pax header that renames every member")
             elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
@@ -1596,7 +1591,7 @@ class Tar:
         self.sparse = sparse is not None
         return entry._replace(
             size=size, mtime=entry.mtime if abs(entry.mtime) < _TIME_LIMIT else 0), (
-            self._spread(_sparse_map(sparse, size, stored), size) if self.sparse else
+            self._spread(_sparse_map(sparse, size, stored)) if self.sparse else
             self._draw(stored))
 
     def _extended(self, entry):
@@ -1613,14 +1608,12 @@ class Tar:
             xattrs=tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
                                 if key.startswith(_XATTR))))
 
-    def _spread(self, sparse, size):
+    def _spread(self, sparse):
         """Yields the data of a sparse file, and the numbers of bytes between it."""
-        at = 0
-        for offset, length in sparse + [(size, 0)]:
-            if offset > at:
-                yield offset - at
+        for hole, length in sparse:
+            if hole:
+                yield hole
             yield from self._draw(length)
-            at = offset + length
 
     def _old_sparse(self, block):
         """Old GNU sparse: four entries in the header, 21 in each block that follows.
@@ -1701,9 +1694,8 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
 def _pax_record(key, value):
     """"LENGTH KEY=VALUE\\n", where LENGTH counts itself."""
     length = len(key) + len(value) + 3
-    total = length + len(str(length))
-    total = length + len(str(total))
-    return b"%d %s=%s\n" % (total, key, value)
+    length += len(str(length + len(str(length))))
+    return b"%d %s=%s\n" % (length, key, value)
 
 
 # --------------------------------------------------------------------------------------
