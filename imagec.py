@@ -1755,25 +1755,17 @@ class Apart:
     """
 
     def __init__(self, consume, check=go_on):
+        import queue
         self._consume, self._check = consume, check
-        self._early, self._room = [], STAGE_DIRECT  # kept for want of a thread so far
-        self._queue = self._thread = self._result = self._error = None
+        self._queue, self._room = queue.Queue(), STAGE_DIRECT
+        self._thread = self._result = self._error = None
         self._given_up = False
-
-    def check(self):
-        """The `check` of what runs apart: nobody waits for it any more, or as ours."""
-        if self._given_up:
-            raise Cancelled("cancelled")
-        self._check()
 
     def put(self, data):
         """Gives the next chunk."""
         self._room -= len(data)
-        if self._room > 0:
-            return self._early.append(data)
-        if self._thread is None:
-            import queue
-            self._queue = queue.Queue(STAGE_DEPTH)
+        if self._room <= 0 and self._thread is None:
+            self._queue.maxsize = STAGE_DEPTH
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         if self._error is not None and (
@@ -1782,42 +1774,40 @@ class Apart:
             raise self._error
         self._queue.put(data)
 
-    def _chunks(self):
-        while self._early:
-            yield self._early.pop(0)
-        if self._queue is not None:
-            yield from iter(self._queue.get, None)
+    def finish(self):
+        """Everything has been given: what `consume` made of it."""
+        self._end()
+        if self._thread is None:
+            self._run()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
     def _run(self):
-        chunks = self._chunks()
+        chunks = iter(self._queue.get, None)
         try:
-            self._result = self._consume(chunks, self.check)
+            self._result = self._consume(chunks, self._going_on)
         except BaseException as error:  # carried to the thread that feeds us
             self._error = error
         for _ in chunks:  # only drained, so that nobody waits for room
             pass
 
-    def finish(self):
-        """Everything has been given: what `consume` made of it."""
-        if self._thread is None:
-            self._run()
-        self._stop()
-        if self._error is not None:
-            raise self._error
-        return self._result
+    def _going_on(self):
+        if self._given_up:
+            raise Cancelled("cancelled")
+        self._check()
 
-    def _stop(self):
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._queue.put(None)
-            thread.join()
+    def _end(self):
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_exc):
         self._given_up = True
-        self._stop()
+        self._end()
 
 
 class _Gzip:
@@ -1945,9 +1935,6 @@ def _zstd_program(chunks, what):
     if program is None or not os.path.isabs(program):
         raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
                           % what, hint="install the zstd program, or use Python 3.14")
-    process = subprocess.Popen(
-        [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     errors = []
 
     def feed():
@@ -1961,24 +1948,24 @@ def _zstd_program(chunks, what):
             errors.append(error)
             process.kill()
 
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    try:
-        yield from iter(lambda: process.stdout.read1(CHUNK), b"")
-        feeder.join()
-        words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
-        if errors:
-            raise errors[0]
-        if process.wait():
-            raise InvalidDocument("%s: corrupt zstd data: %s"
-                                  % (what, words.strip() or "zstd failed"))
-    finally:
-        if process.poll() is None:
-            process.kill()
-        feeder.join()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+    with subprocess.Popen(
+            [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE) as process:
+        feeder = threading.Thread(target=feed, daemon=True)
+        feeder.start()
+        try:
+            yield from iter(lambda: process.stdout.read1(CHUNK), b"")
+            feeder.join()
+            words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
+            if errors:
+                raise errors[0]
+            if process.wait():
+                raise InvalidDocument("%s: corrupt zstd data: %s"
+                                      % (what, words.strip() or "zstd failed"))
+        finally:
+            process.kill()  # where we are given up
+            feeder.join()
 
 
 class Unpacked(NamedTuple):
