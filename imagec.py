@@ -133,7 +133,6 @@ TAR_BLOCK = 512  # bytes; POSIX.1-2001 pax
 MEMBER_COUNT_LIMIT = 2000000  # members of an image's layers, unless told otherwise
 MEMBER_NAMES_LIMIT = 256 * MIB  # bytes of their names, links and extended attributes
 PAX_COUNT_LIMIT = 4096  # records of one pax header
-MEMBERS_BETWEEN_CHECKS = 256  # whether to go on; with the longest names, 0.1 s
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
 
 TIMEOUT = 3600  # seconds for a whole command
@@ -5442,16 +5441,14 @@ class LayerStore:
     def visit(self, tar):
         """Keeps the members of a Tar."""
         for entry, data in tar:
-            number, place = len(self.entries), None
             if b"\0" in entry.path + entry.link:
                 raise InvalidDocument("%s: a name with a NUL byte" % self._what)
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
             self._census.add(1, names, self._what)
             self._names += names
-            if entry.kind == "file" and entry.size:
-                place = self, self._keep(number, entry.size, data)
-            self.entries.append((entry, place))
+            kept = entry.kind == "file" and entry.size
+            self.entries.append((entry, (self, self._keep(data)) if kept else None))
 
     def forget(self):
         """Another store takes its place."""
@@ -5461,39 +5458,39 @@ class LayerStore:
         """The file that holds the data of member `number`, and nothing else."""
         return os.path.join(self._directory, str(number // 1000), str(number))
 
-    def _keep(self, number, _size, data):
-        """Keeps a member's data: where it is."""
+    def _keep(self, data):
+        """Keeps a file's data: where in the store it is."""
+        number = len(self.entries)
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with naming_file(path), open(path, "xb") as file:
-            for piece in data:
-                if type(piece) is int:  # a hole
-                    file.truncate(file.seek(piece, os.SEEK_CUR))
-                else:
-                    file.write(piece)
+            self._write(file, data)
         return number
+
+    @staticmethod
+    def _write(file, data):
+        for piece in data:
+            if type(piece) is int:  # a hole
+                file.truncate(file.seek(piece, os.SEEK_CUR))
+            else:
+                file.write(piece)
 
 
 class LayerPack(LayerStore):
     """A LayerStore that keeps all data in one file, for making files costs most."""
 
     def visit(self, tar):
-        self._size, path = 0, self.path(None)
+        path = self.path(None)
         with naming_file(path), open(path, "xb", buffering=CHUNK) as self._pack:
             super().visit(tar)
-            self._pack.truncate(self._size)  # a hole may end it
 
     def path(self, _number):
         """The file that holds the data, each member's where its entry says."""
         return os.path.join(self._directory, "data")
 
-    def _keep(self, _number, size, data):
-        where, self._size = self._size, self._size + size
-        for piece in data:
-            if type(piece) is int:
-                self._pack.seek(piece, os.SEEK_CUR)
-            else:
-                self._pack.write(piece)
+    def _keep(self, data):
+        where = self._pack.tell()
+        self._write(self._pack, data)
         return where
 
 
@@ -5509,14 +5506,6 @@ class Node:
         self.entry, self.data = entry, data
         self.children = {} if entry.kind == "dir" else None
         self.linked = False
-
-
-def watched(rows, check):
-    """Yields the `rows`, with a look at `check` every so many."""
-    for number, row in enumerate(rows):
-        if number % MEMBERS_BETWEEN_CHECKS == 0:
-            check()
-        yield row
 
 
 class Tree:
@@ -5542,18 +5531,16 @@ class Tree:
         if any(entries is earlier for earlier in self._applied):
             self.shared.update(data for _, data in entries if data is not None)
         self._applied.append(entries)
-        hidden = [parts for parts in map(self._parts, (
-            row[0].path for row in watched(entries, self.check)))
-                  if parts and parts[-1].startswith(_WHITEOUT)]
-        own = {self._parts(entry.path) for entry, _ in watched(entries, self.check)
+        hidden = [parts for parts in (self._parts(entry.path) for entry, _ in entries)
+                  if _is_whiteout(parts)]
+        own = {self._parts(entry.path) for entry, _ in entries
                if hidden and entry.kind == "dir"}
         taken = {}  # what whiteouts took away, by path
-        for parts in watched(hidden, self.check):
+        for parts in hidden:
             self._white_out(parts, own, taken)
         todo, passes, lost = entries, 0, {}
         while todo:  # again, from the end, for links that stand before their targets
-            late = [row for row in watched(todo, self.check)
-                    if not self._add(*row, lost)][::-1]
+            late = [row for row in todo if not self._add(*row, lost)][::-1]
             passes += 1
             if len(late) == len(todo) and taken and lost is not taken:
                 lost = taken  # a link to a file and its whiteout give it a new name
@@ -5565,8 +5552,8 @@ class Tree:
         for name in [n for n in self.root.children if n.startswith(_AUFS)]:
             del self.root.children[name]  # AUFS kept the data of hard links there
 
-    @staticmethod
-    def _parts(path):
+    def _parts(self, path):
+        self.check()  # here: every member's name comes by, each time it is looked at
         parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
         if b".." in parts:
             raise InvalidDocument("unsafe member name %s" % show(path))
@@ -5574,14 +5561,10 @@ class Tree:
             raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
         return parts
 
-    @staticmethod
-    def _aufs(parts):
-        """Whether this is below one of the directories that AUFS kept for itself."""
-        return len(parts) > 1 and parts[0].startswith(_AUFS)
-
     def _white_out(self, parts, own, taken):
+        self.check()
         name = parts[-1]
-        if name != _OPAQUE and name.startswith(_AUFS) or self._aufs(parts):
+        if name != _OPAQUE and name.startswith(_AUFS):
             return
         hidden = name[len(_WHITEOUT):]
         if hidden in (b"", b".", b".."):
@@ -5650,7 +5633,7 @@ class Tree:
         `lost` are files by path that may be linked to though they are there no more.
         """
         parts = self._parts(entry.path)
-        if parts and parts[-1].startswith(_WHITEOUT) and not self._aufs(parts):
+        if _is_whiteout(parts):
             return True
         if entry.kind == "unknown":
             self.unknown += 1
@@ -5663,9 +5646,13 @@ class Tree:
         parent = self._directory(parts[:-1], make=True)
         old = parent.children.get(parts[-1])
         if entry.kind == "hardlink":
-            target = self._target(entry.link) or lost.get(self._parts(entry.link))
+            link = self._parts(entry.link)
+            target = self._node(link) or lost.get(link)
             if target is None:
                 return False
+            if target.children is not None:
+                raise InvalidDocument("a hard link to the directory %s"
+                                      % show(entry.link))
             target.linked = True
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
@@ -5674,27 +5661,28 @@ class Tree:
             parent.children[parts[-1]] = Node(entry, data)
         return True
 
-    def _target(self, link):
-        """The inode a hard link means, None where there is none."""
-        node = self._node(self._parts(link))
-        if node is not None and node.children is not None:
-            raise InvalidDocument("a hard link to the directory %s" % show(link))
-        return node
-
     def walk(self):
-        """Yields (path, Node) of everything below the root: parents first, by name."""
-        return watched(self._walk(), self.check)
-
-    def _walk(self):
-        stack = [(b"", self.root)]
+        """Yields (path, Node, the path by which the Node has come before, or None) of
+        everything below the root: parents first, by name.
+        """
+        first, stack = {}, [(b"", self.root)]
         while stack:
+            self.check()
             path, node = stack.pop()
             if path:
-                yield path, node
+                yield path, node, first.get(node)
+                if node.linked:
+                    first.setdefault(node, path)
             if node.children:
                 stack.extend(sorted(((path + b"/" + name if path else name, child)
                                      for name, child in node.children.items()),
                                     key=lambda pair: pair[0], reverse=True))
+
+
+def _is_whiteout(parts):
+    """Whether these name one, and nothing below a directory AUFS kept for itself."""
+    return bool(parts) and parts[-1].startswith(_WHITEOUT) and not (
+        len(parts) > 1 and parts[0].startswith(_AUFS))
 
 
 def show(name):
@@ -5718,24 +5706,23 @@ class TreeWriter:
         """Makes `directory` (which must not exist) the root of the tree, ours alone."""
         base = os.fsencode(directory)
         os.mkdir(base, 0o700)
-        first, directories = {}, []
-        for path, node in self._tree.walk():
+        directories = []
+        for path, node, first in self._tree.walk():
             place = os.path.join(base, path)
             if os.path.lexists(place):
                 raise Unsupported("%s: two names of the image are one on this file "
                                   "system" % show(path))
-            if id(node) in first:
-                os.link(first[id(node)], place, follow_symlinks=False)
-                continue
             if node.children is not None:
                 os.mkdir(place, 0o700)
                 directories.append((place, node.entry))
+            elif first and os.path.lexists(os.path.join(base, first)):
+                os.link(os.path.join(base, first), place, follow_symlinks=False)
             elif self._make(node, place):
-                if node.linked:
-                    first[id(node)] = place
                 self._dress(place, node.entry)
-        # Last, or they refuse children.
-        for place, entry in watched(reversed(directories), self._tree.check):
+            else:
+                self.undone["device nodes not made"] += 1
+        for place, entry in reversed(directories):  # last, or they refuse children
+            self._tree.check()
             self._dress(place, entry)
 
     def finish(self, directory):
@@ -5755,8 +5742,12 @@ class TreeWriter:
             os.symlink(entry.link, place)
         elif entry.kind == "fifo":
             os.mkfifo(place, 0o600)
+        elif self._root and entry.kind == "char" and entry.device in _HARMLESS_DEVICES:
+            with contextlib.suppress(OSError):
+                os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(*entry.device))
+            return os.path.lexists(place)
         else:
-            return self._device(entry, place)
+            return False
         return True
 
     def _move(self, data, place):
@@ -5768,18 +5759,8 @@ class TreeWriter:
             for piece in pieces(file, check=self._tree.check):
                 copy.write(piece)
 
-    def _device(self, entry, place):
-        harmless = entry.kind == "char" and entry.device in _HARMLESS_DEVICES
-        if self._root and harmless:
-            with contextlib.suppress(OSError):
-                os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(*entry.device))
-                return True
-        self.undone["device nodes not made"] += 1
-        return False
-
     def _dress(self, place, entry):
         """Owner, then extended attributes, mode (chown takes setuid away) and times."""
-        link = entry.kind == "symlink"
         if self._root:
             self._try("owners not set", os.lchown, place, entry.uid, entry.gid)
         elif (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
@@ -5790,7 +5771,7 @@ class TreeWriter:
             else:
                 self._try("extended attributes not set", os.setxattr, place, name,
                           value, follow_symlinks=False)
-        if not link:
+        if entry.kind != "symlink":
             os.chmod(place, _DEVICE_MODE if entry.kind == "char" else entry.mode)
         self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
                   follow_symlinks=False)
@@ -5802,8 +5783,8 @@ class TreeWriter:
             self.undone[undone] += 1
 
 
-_TYPEFLAGS = {"file": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5",
-              "fifo": b"6"}
+_TYPES = {"file": b"0", "hardlink": b"1", "symlink": b"2", "char": b"3", "block": b"4",
+          "dir": b"5", "fifo": b"6"}  # in a header
 
 
 def write_tree_tar(tree, write):
@@ -5811,20 +5792,16 @@ def write_tree_tar(tree, write):
 
     Its data must be in LayerPacks.
     """
-    first = {}
     write(_entry_header(tree.root.entry, b"./"))
     with contextlib.ExitStack() as stack:
         files = {}
-        for path, node in tree.walk():
+        for path, node, first in tree.walk():
             entry = node.entry
-            if id(node) in first:
-                write(tar_header(path, 0, b"1", entry.mode, entry.uid, entry.gid,
-                                 entry.mtime, first[id(node)]))
-                continue
-            if node.linked:
-                first[id(node)] = path
+            if first is not None:
+                entry = entry._replace(kind="hardlink", size=0, link=first,
+                                       device=(0, 0), xattrs=())
             write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
-            if node.data is not None:
+            if node.data is not None and first is None:
                 pack, where = node.data
                 if pack not in files:
                     if len(files) == OPEN_PACKS:
@@ -5837,13 +5814,11 @@ def write_tree_tar(tree, write):
 
 def tree_tar_size(tree):
     """The bytes write_tree_tar writes at the least: holes are written as zeros."""
-    first, size = set(), TAR_BLOCK
-    for _, node in tree.walk():
+    size = TAR_BLOCK
+    for _, node, first in tree.walk():
         size += TAR_BLOCK
-        if node.data is not None and id(node) not in first:
+        if node.data is not None and first is None:
             size += node.entry.size + -node.entry.size % TAR_BLOCK
-        if node.linked:
-            first.add(id(node))
     return size
 
 
@@ -5858,9 +5833,7 @@ def _copy_data(file, where, size, write, check):
 
 
 def _entry_header(entry, name):
-    size = entry.size if entry.kind == "file" else 0
-    return tar_header(name, size, _TYPEFLAGS[entry.kind], entry.mode, entry.uid,
-                      entry.gid, entry.mtime, entry.link, entry.device, entry.xattrs)
+    return tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:])
 
 
 class RootfsOutput(Spooled):
