@@ -1704,8 +1704,8 @@ def _pax_record(key, value):
 
 #     received -> proved -> inflated -> Tar
 
-# and raises when its turn has come. `check` is called in each, and raises where work
-# should not go on.
+# and raises when its turn has come. `check` is called where bytes come from, and for
+# each chunk of what they unpack to; it raises where work should not go on.
 
 def go_on():
     """The `check` of who has no limit: one raises where work should not go on."""
@@ -1743,70 +1743,47 @@ def proved(chunks, digest, size=None, what=None):
         raise DigestMismatch(what, digest, actual)
 
 
-class Apart:
-    """Runs `consume(chunks, check)` in a thread of its own, a few chunks behind who
-    gives them: the only thread boundary inside a layer.
+def ahead(chunks):
+    """Yields `chunks`, drawn a few ahead in a thread of its own: the only thread
+    boundary inside a layer. It must be closed where it is not drawn to its end.
 
     zlib, hashlib and sockets release the interpreter lock, so that stages of one layer
     really run side by side; the short queue keeps memory flat. What ends within its
-    first chunks needs no thread. What `consume` raises comes with `finish`, so that a
-    wrong blob digest can be told first; but at once where no more should be given.
+    first chunks needs no thread.
     """
+    chunks, room = iter(chunks), STAGE_DIRECT
+    for data in chunks:
+        room -= len(data)
+        yield data
+        if room <= 0:
+            break
+    else:
+        return
+    import queue
+    ready, error, given_up = queue.Queue(STAGE_DEPTH), None, False
 
-    def __init__(self, consume, check=go_on):
-        import queue
-        self._consume, self._check = consume, check
-        self._queue, self._room = queue.Queue(), STAGE_DIRECT
-        self._thread = self._result = self._error = None
-        self._given_up = False
-
-    def put(self, data):
-        """Gives the next chunk."""
-        self._room -= len(data)
-        if self._room <= 0 and self._thread is None:
-            self._queue.maxsize = STAGE_DEPTH
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        if self._error is not None and (
-                not isinstance(self._error, ImagecError)
-                or isinstance(self._error, (LimitExceeded, TransportError))):
-            raise self._error
-        self._queue.put(data)
-
-    def finish(self):
-        """Everything has been given: what `consume` made of it."""
-        self._end()
-        if self._thread is None:
-            self._run()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self):
-        chunks = iter(self._queue.get, None)
+    def draw():
+        nonlocal error
         try:
-            self._result = self._consume(chunks, self._going_on)
-        except BaseException as error:  # carried to the thread that feeds us
-            self._error = error
-        for _ in chunks:  # only drained, so that nobody waits for room
+            for data in chunks:
+                if given_up:
+                    break
+                ready.put(data)
+        except BaseException as caught:  # carried to who draws from us
+            error = caught
+        ready.put(None)
+
+    drawn, thread = iter(ready.get, None), threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield from drawn
+    finally:
+        given_up = True
+        for _ in drawn:  # so that nobody waits for room
             pass
-
-    def _going_on(self):
-        if self._given_up:
-            raise Cancelled("cancelled")
-        self._check()
-
-    def _end(self):
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_exc):
-        self._given_up = True
-        self._end()
+        thread.join()
+    if error is not None:
+        raise error
 
 
 class _Gzip:
@@ -1938,14 +1915,14 @@ def _zstd_program(chunks, what):
 
     def feed():
         try:
-            with process.stdin:
-                for data in chunks:
+            for data in chunks:
+                with contextlib.suppress(OSError):  # it has ended, and says why
                     process.stdin.write(data)
-        except OSError:
-            pass  # it has ended, and says why
         except BaseException as error:  # carried to who draws from us
             errors.append(error)
             process.kill()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
     with subprocess.Popen(
             [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
@@ -1985,20 +1962,9 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=None, apart=True,
     thread than the one that unpacks: sooner done, but a burden where cores are few.
     Raises InvalidDocument, LimitExceeded, TooLarge, Unsupported.
     """
-    with contextlib.closing(inflated(chunks, what)) as tar:
-        if not apart:
-            return _read_tar(tar, what, limit, visit, check)
-        with Apart(lambda given, check: _read_tar(given, what, limit, visit, check),
-                   check) as reader:
-            for data in tar:
-                reader.put(data)
-            return reader.finish()
-
-
-def _read_tar(chunks, what, limit, visit, check):
     count, hashing = 0, hashlib.sha256()
 
-    def counted():
+    def hashed(chunks):
         nonlocal count
         for data in chunks:
             check()  # here: few bytes may unpack to many
@@ -2009,39 +1975,46 @@ def _read_tar(chunks, what, limit, visit, check):
             hashing.update(data)
             yield data
 
-    given = counted()
-    tar = Tar(given, what, limit)
-    if visit is not None:
-        visit(tar)
-    else:
-        for _ in tar:
+    with contextlib.closing(inflated(chunks, what)) as plain, \
+            contextlib.closing(ahead(plain) if apart else plain) as plain:
+        plain = hashed(plain)
+        tar = Tar(plain, what, limit)
+        if visit is not None:
+            visit(tar)
+        else:
+            for _ in tar:
+                pass
+        for _ in plain:  # what is behind its end counts, too
             pass
-    for _ in given:  # what is behind its end counts, too
-        pass
     return Unpacked(Digest("sha256", hashing.hexdigest()), tar.size, count)
 
 
-def prove(chunks, blob, unpack=None, diff_id=None, check=go_on):
-    """Draws `chunks`: (how many bytes, what `unpack(chunks, check)` gives, or None).
+def prove(chunks, blob, unpack=None, diff_id=None):
+    """What `unpack(chunks)` makes of a blob, None without it.
 
-    They come from a generator, which is closed in any case, must be the blob of the
-    Descriptor `blob`, and unpack to `diff_id` where that is not None. A wrong blob
-    digest is told before what it causes.
+    `chunks` come from a generator, which is closed in any case; they must be the blob
+    of the Descriptor `blob`, and unpack to `diff_id` where that is not None. A wrong
+    blob digest is told before what it causes.
     """
-    what, size = "layer " + str(blob.digest), 0
+    what = "layer " + str(blob.digest)
     with contextlib.closing(chunks):
         chunks = proved(chunks, blob.digest, blob.size, what)
         if unpack is None:
-            return sum(map(len, chunks)), None
-        with Apart(unpack, check) as unpacking:
-            for data in chunks:
-                size += len(data)
-                unpacking.put(data)
-            unpacked = unpacking.finish()
+            for _ in chunks:
+                pass
+            return None
+        with contextlib.closing(ahead(chunks)) as chunks:
+            try:
+                unpacked = unpack(chunks)
+            except ImagecError as error:
+                if not isinstance(error, (LimitExceeded, TransportError)):
+                    for _ in chunks:  # a wrong digest, at their end, explains more
+                        pass
+                raise
     if diff_id is not None and unpacked.diff_id != diff_id:
         raise DigestMismatch(what + " unpacked (diffID)", diff_id, unpacked.diff_id,
                              "the config and the layer disagree")
-    return size, unpacked
+    return unpacked
 
 
 # --------------------------------------------------------------------------------------
@@ -4510,7 +4483,7 @@ class Fetched(NamedTuple):
 class Download:
     """Fetches one blob from a Source to its Place; `run` does it.
 
-    `unpack(chunks, check)` looks into it, None where nobody has to, and it must unpack
+    `unpack(chunks)` looks into it, None where nobody has to, and it must unpack
     to `diff_id` where that is not None (see prove). `durable` tells to flush it to disk
     before it has its name. `notify(Event)` hears of progress.
     """
@@ -4537,13 +4510,14 @@ class Download:
                 partial.discard()
                 return found
             try:
-                size, unpacked = self._receive(partial)
+                unpacked = self._receive(partial)
             except (VerificationError, InvalidDocument):
                 partial.discard()
                 raise
             self._tell("Verifying Checksum")
             if self._place.aside is not None and os.path.lexists(partial.final):
                 partial.final = self._place.aside
+            size = partial.size()
             partial.commit(self._durable)
         self._tell("Download complete")
         return Fetched(self._blob._replace(size=size), partial.final, unpacked, False)
@@ -4560,10 +4534,9 @@ class Download:
                 continue
             self._tell("Verifying")
             try:
-                size, unpacked = prove(
-                    Region(path, 0, os.path.getsize(path)).pieces(self._check),
-                    self._blob, None if known else self._unpack, self._diff_id,
-                    self._check)
+                size = os.path.getsize(path)
+                unpacked = prove(Region(path, 0, size).pieces(self._check), self._blob,
+                                 None if known else self._unpack, self._diff_id)
             except FileNotFoundError:
                 continue  # it has just been moved on
             except TooLarge:
@@ -4578,14 +4551,14 @@ class Download:
         return None
 
     def _receive(self, partial):
-        """(bytes, Unpacked or None) of the blob, when it is all in `partial`."""
+        """The Unpacked of the blob or None, when it is all in `partial`."""
         again = False
         if self._blob.size is not None and partial.size() > self._blob.size:
             partial.truncate()
         while True:
             try:
                 return prove(self._chunks(partial), self._blob, self._unpack,
-                             self._diff_id, self._check)
+                             self._diff_id)
             except (VerificationError, InvalidDocument) as error:
                 # What an earlier try left may be to blame, once, or a mirror.
                 if self._resumed and not again:
@@ -6223,9 +6196,10 @@ class Puller:
                       or max(known.size, known.bytes) > limit):
             place = place._replace(known=None)
 
-        def look(chunks, check):
+        def look(chunks):
             return unpack(chunks, "layer " + str(layer.digest), limit,
-                          lambda tar: output.visit(layer, tar), apart, check)
+                          lambda tar: output.visit(layer, tar), apart,
+                          self._session.transport.check)
 
         unpacks = output.unpacks or session.recompress or layer.digest in self._opaque
         fetched = Download(
@@ -6523,10 +6497,10 @@ class Audit:
             region = found.reader.region(name)
             if descriptor.size not in (None, region.size):  # or: each lie is hashed
                 raise SizeMismatch("blob", descriptor.size, region.size)
-            _, self._seen[question] = prove(
-                region.pieces(self._go_on), descriptor, (
-                    lambda chunks, check: unpack(chunks, what, check=check))
-                if tar else None, check=self._go_on)
+            self._seen[question] = prove(
+                region.pieces(self._go_on), descriptor,
+                (lambda chunks: unpack(chunks, what, check=self._go_on))
+                if tar else None)
         return self._seen[question]
 
     def _check_docker(self, reader, names):
