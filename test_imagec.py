@@ -4147,12 +4147,6 @@ GOOD_TARS = (
     ("NULs for a size", tar_header(bytes(12), kind=b"5"), 0, 1),
     ("base-256 size",
      tar_header(b"\x80" + bytes(9) + b"\2\x8a") + in_blocks(TAR_TEXT), 650, 1),
-    # POSIX: nothing follows these, whatever size they claim
-    ("hard link with a size", tar_header(650, kind=b"1") + A_FILE, 650, 2),
-    ("symbolic link with a size", tar_header(650, kind=b"2") + A_FILE, 650, 2),
-    ("device with a size", tar_header(650, kind=b"3") + A_FILE, 650, 2),
-    ("directory with a size", tar_header(650, kind=b"5") + A_FILE, 650, 2),
-    ("fifo with a size", tar_header(650, kind=b"6") + A_FILE, 650, 2),
     ("old directory", tar_header(650, kind=b"\0", name=b"d/") + A_FILE, 650, 2),
     # what the whole name says, not what a short field keeps of it
     ("old type, pax name", pax((b"path", b"d/f"))
@@ -4183,6 +4177,9 @@ GOOD_TARS = (
     # T27: bytes after the end are hashed, and are no members
     ("second tar", A_FILE + TAR_END + A_FILE + TAR_END, 650, 1),
     ("junk after the end", A_FILE + TAR_END + b"junk", 650, 1),
+) + tuple(  # POSIX: nothing follows these, whatever size they claim
+    ("type %d with a size" % kind, tar_header(650, kind=b"%d" % kind) + A_FILE, 650, 2)
+    for kind in range(1, 7)
 ) + tuple((name, data + A_FILE, 75659, 2) for name, data in SPARSE_FILES)
 
 # Rows that tarfile cannot vouch for: it reads no empty file, gives up at an empty pax
@@ -4226,40 +4223,11 @@ BAD_TARS = (
     ("negative size of pax", tar_header(b"\xff" * 12, kind=b"x"), "negative size"),
     ("negative sparse size", tar_header(0, kind=b"S", patches=[
         GNU_MAGIC, (483, b"\xff" * 12)]), "negative size"),
-    ("not octal", tar_header(b"00000000018\0"), "after 0 members"),
-    ("hexadecimal", tar_header(b"0000000000a\0"), "after 0 members"),
-    # T02: what int() takes and no other tar does
-    ("underscore", tar_header(b"0000000_001\0") + bytes(512), "after 0 members"),
-    ("plus sign", tar_header(b"+0000000001\0") + bytes(512), "after 0 members"),
-    ("prefix", tar_header(b"0o000000001\0") + bytes(512), "after 0 members"),
-    # Python reads 0, Go's archive/tar 1
-    ("NUL first", tar_header(b"\0" + b"0000000001\0") + bytes(512), "after 0 members"),
-    ("pax size -1", pax((b"size", b"-1")) + A_FILE, "is not a number"),
-    ("pax size +5", pax((b"size", b"+5")) + A_FILE, "is not a number"),
-    ("pax size 1_0", pax((b"size", b"1_0")) + A_FILE, "is not a number"),
-    ("pax size with blank", pax((b"size", b" 650")) + A_FILE, "is not a number"),
-    ("pax size empty", pax((b"size", b"")) + A_FILE, "is not a number"),
-    ("pax size with NUL", pax((b"size", b"650\0")) + A_FILE, "is not a number"),
-    ("pax size 6.5e2", pax((b"size", b"6.5e2")) + A_FILE, "is not a number"),
-    ("pax size, Arabic digits",
-     pax((b"size", "\u0661".encode("utf-8"))) + A_FILE, "is not a number"),
-    ("pax size of 19 digits", pax((b"size", b"9" * 19)) + A_FILE, "is not a number"),
     ("pax size too large", pax((b"size", b"9" * 10)) + A_FILE, "cut short"),
     ("pax realsize", pax((b"GNU.sparse.realsize", b"-1")) + A_FILE, "is not a number"),
     ("global size", pax((b"size", b"5"), kind=b"g") + A_FILE, "renames every member"),
     ("global path", pax((b"path", b"x"), kind=b"g") + A_FILE, "renames every member"),
     ("global link", pax((b"linkpath", b"x"), kind=b"g") + A_FILE, "renames every"),
-    ("pax without equals", tar_member(b"4 a\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax without length", tar_member(b"a=b\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax of length 0", tar_member(b"0 a=b\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax of length 1", tar_member(b"1 a=b\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax negative", tar_member(b"-6 a=b\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax too short", tar_member(b"5 a=b\n", kind=b"x") + A_FILE, "malformed pax"),
-    ("pax, no newline", tar_member(b"5 a=b6 c=d\n", kind=b"x") + A_FILE, "malformed"),
-    ("pax too long", tar_member(b"9 a=b\n", kind=b"x") + A_FILE, "pax"),
-    ("pax of many digits", tar_member(b"9" * 400 + b" a=\n", kind=b"x"), "malformed"),
-    ("pax, then junk", tar_member(b"6 a=b\njunk", kind=b"x") + A_FILE, "malformed pax"),
-    ("NULs for pax", tar_member(bytes(10), kind=b"x") + A_FILE, "malformed pax"),
     # what GNU tar, bsdtar and Go's archive/tar do not read alike
     ("base-256 checksum", A_FILE[:148] + b"\x80" + (
         sum(A_FILE[:148]) + 256 + sum(A_FILE[156:512])).to_bytes(7, "big")
@@ -4293,7 +4261,31 @@ BAD_TARS = (
     # Go takes the last, tarfile the first
     ("two pax headers", pax((b"size", b"650")) + pax((b"size", b"900")) + A_FILE,
      "after 0 members"),
-)
+    ("sparse map endless", pax(
+        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"),
+        (b"GNU.sparse.realsize", b"9")) + tar_member(b"999999\n".ljust(512, b"1")),
+     "does not end"),
+    ("sparse map of rubbish", SPARSE_FILES[1][1].replace(
+        b"%011o\0" % 75006, b"9" * 12), "after 1 members"),
+) + tuple(  # T02: what int() takes and no other tar does
+    ("size %r" % size, tar_header(size) + bytes(512), "after 0 members") for size in (
+        b"00000000018\0", b"0000000000a\0", b"0000000_001\0", b"+0000000001\0",
+        b"0o000000001\0", b"\0" b"0000000001\0")  # Python reads 0, Go's archive/tar 1
+) + tuple(
+    ("pax size %r" % size, pax((b"size", size)) + A_FILE, "is not a number")
+    for size in (b"-1", b"+5", b"1_0", b" 650", b"", b"650\0", b"6.5e2", b"9" * 19,
+                 "\u0661".encode("utf-8"))
+) + tuple(
+    ("pax %r" % data[:20], tar_member(data, kind=b"x") + A_FILE, "pax")
+    for data in (b"4 a\n", b"a=b\n", b"0 a=b\n", b"1 a=b\n", b"-6 a=b\n", b"5 a=b\n",
+                 b"5 a=b6 c=d\n", b"9 a=b\n", b"9" * 400 + b" a=\n", b"6 a=b\njunk",
+                 bytes(10))
+) + tuple(  # T152
+    ("sparse map %r" % numbers, pax((b"GNU.sparse.realsize", b"9"), (
+        b"GNU.sparse.map", numbers)) + tar_member(b"bad"), words) for numbers, words in (
+            (b"5,2,0,1", "makes no sense"), (b"8,3", "makes no sense"),
+            (b"9,0", "does not fit"), (b"0,2", "does not fit"), (b"0,-3", "pax"),
+            (b"0,4", "does not fit"), (b"", "pax")))
 
 E_ACUTE = raw_member(b"\xe9")
 ENTRIES = (
@@ -4324,14 +4316,9 @@ ENTRIES = (
     (b"-1099511627775.5", -1099511627775500000000)))
 
 # T67
-TAR_BOMBS = (
-    # name, bytes: what each asks for is over the limit of 1 MiB
-    ("long name of 8 GiB", tar_header(b"%012o" % (8 << 30), kind=b"L")),
-    ("long link", tar_header((1 << 20) + 1, kind=b"K")),
-    ("pax", tar_header((1 << 20) + 1, kind=b"x")),
-    ("global pax", tar_header((1 << 20) + 1, kind=b"g")),
-    ("pax of Solaris", tar_header((1 << 20) + 1, kind=b"X")),
-)
+TAR_BOMBS = tuple(  # what each asks for is over the limit of 1 MiB
+    (kind, tar_header(size, kind=kind)) for kind in (b"L", b"K", b"x", b"X", b"g")
+    for size in ((1 << 20) + 1, b"%012o" % (8 << 30)))
 
 
 def pieces(data, sizes):
@@ -4657,36 +4644,30 @@ GOOD_LAYERS = LAYER_BLOBS + (ZSTD_BLOBS if CAN_ZSTD else ())
 BAD_LAYERS = (
     # name, blob, words
     # T27: junk that one tool ignores and another reads
-    ("gzip, junk", gzip_bytes(LAYER_TAR) + b"junk", "corrupt gzip data"),
     ("gzip, zeros, junk", gzip_bytes(LAYER_TAR) + bytes(9) + b"junk", "corrupt gzip"),
     ("gzip, a byte of junk", gzip_bytes(LAYER_TAR) + b"\x1f", "truncated gzip data"),
     ("gzip, tar", gzip_bytes(HEAD_TAR) + TAIL_TAR, "corrupt gzip data"),
     ("gzip, bzip2", gzip_bytes(HEAD_TAR) + bz2.compress(TAIL_TAR), "corrupt gzip data"),
     ("bzip2, zeros", bz2.compress(LAYER_TAR) + bytes(8), "corrupt bzip2 data"),
-    ("bzip2, junk", bz2.compress(LAYER_TAR) + b"junk", "corrupt bzip2 data"),
-    ("xz, junk", lzma.compress(LAYER_TAR) + b"junk" * 9, "corrupt xz data"),
     # T28
     ("gzip, no trailer", gzip_bytes(LAYER_TAR)[:-8], "truncated gzip data"),
-    ("gzip, a byte short", gzip_bytes(LAYER_TAR)[:-1], "truncated gzip data"),
     ("gzip, half", gzip_bytes(LAYER_TAR)[:100], "truncated gzip data"),
-    ("gzip, magic alone", b"\x1f\x8b\x08", "truncated gzip data"),
     ("gzip, second cut", gzip_bytes(HEAD_TAR) + gzip_bytes(TAIL_TAR)[:-1], "truncated"),
-    ("bzip2, a byte short", bz2.compress(LAYER_TAR)[:-1], "truncated bzip2 data"),
-    ("bzip2, magic alone", b"BZh", "truncated bzip2 data"),
-    ("xz, a byte short", lzma.compress(LAYER_TAR)[:-1], "truncated xz data"),
-    ("xz, magic alone", b"\xfd7zXZ\0", "truncated xz data"),
     ("gzip, crc", gzip_bytes(LAYER_TAR)[:-8] + b"\0" * 8, "corrupt gzip data"),
     ("gzip, length", gzip_bytes(LAYER_TAR)[:-4] + b"\0" * 4, "corrupt gzip data"),
-    ("gzip, data", gzip_bytes(LAYER_TAR)[:20] + b"\xff" * 400, " gzip data"),
-    ("bzip2, data", bz2.compress(LAYER_TAR)[:20] + b"\xff" * 400, " bzip2 data"),
-    ("xz, data", lzma.compress(LAYER_TAR)[:20] + b"\xff" * 400, " xz data"),
     ("xz, greedy", greedy_xz(LAYER_TAR), "corrupt xz data"),  # T51
     ("gzip of text", gzip_bytes(b"x" * 600), "not a valid tar after 0 members"),
     ("gzip of gzip", gzip_bytes(gzip_bytes(NOISE)), "after 0 members"),  # T50
     ("gzip of half a tar", gzip_bytes(LAYER_TAR[:700]), "the tar in it is cut short"),
     ("XML", b'<?xml version="1.0"?><Error/>', "cut short"),  # T30
     ("one byte", b"x", "cut short"),
-)
+) + tuple(row for name, magic, pack in (
+    ("gzip", b"\x1f\x8b\x08", gzip_bytes), ("bzip2", b"BZh", bz2.compress),
+    ("xz", b"\xfd7zXZ\0", lzma.compress)) for row in (
+        (name + ", junk", pack(LAYER_TAR) + b"junk" * 9, "corrupt %s data" % name),
+        (name + ", short", pack(LAYER_TAR)[:-1], "truncated %s data" % name),
+        (name + ", magic alone", magic, "truncated %s data" % name),
+        (name + ", data", pack(LAYER_TAR)[:20] + b"\xff" * 400, " %s data" % name)))
 BAD_ZSTD_LAYERS = (
     ("zstd, junk", zstd_frame(LAYER_TAR) + b"junkjunk", "corrupt zstd data"),
     ("zstd, zeros", zstd_frame(LAYER_TAR) + bytes(8), "corrupt zstd data"),
@@ -4811,19 +4792,14 @@ class UnpackTest(TableCase):
                 self.assertEqual(unpacked([EMPTY_GZIP * count]).bytes, 0)
         self.assertLess(looked_at[1], 2.5 * looked_at[0])
 
-    def test_without_zstd(self):
-        with mock.patch("shutil.which", return_value=None), \
+    @rows([(None,), ("zstd",)])  # not one that is relative: Windows looks where we are
+    def test_without_zstd(self, program):
+        with mock.patch("shutil.which", return_value=program), \
                 mock.patch.dict(sys.modules, compression=None):
             for name, blob in ZSTD_BLOBS:
                 for parts in feedings(blob):
                     self.refused(imagec.Unsupported, "layer 1 is compressed with zstd",
                                  unpacked, parts)
-
-    def test_a_relative_zstd_is_not_run(self):
-        # Windows looks for programs in the current directory.
-        with mock.patch("shutil.which", return_value="zstd"), \
-                mock.patch.dict(sys.modules, compression=None):
-            self.refused(imagec.Unsupported, "zstd", unpacked, [zstd_frame(LAYER_TAR)])
 
     def test_without_a_codec(self):
         # Pythons are built without them where the libraries were missing.
@@ -9355,6 +9331,8 @@ FLAT_CASES = (
     ("T151: file, link", ["a=1", "a->b"], "a->b"),
     ("T151: directory, hard link", ["a/x=1 b=2", "a=>b"], "a=2 b=>a"),
     ("T151: hard link, directory", ["b=1 a=>b", "a/x=2"], "a/ a/x=2 b=1"),
+    ("T151: all at once", ["a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"],
+     "a/ a/x=3 a/y=5 b=4 c->a"),
     ("T151: child under a file", ["a=1", "a/x/y=2"], "a/ a/x/ a/x/y=2"),
     ("T141: link as parent", ["usr/lib/ lib->usr/lib", "lib/x=1"],
      "usr/ usr/lib/ usr/lib/x=1 lib->usr/lib"),
@@ -9619,13 +9597,6 @@ def unsafe_depths(at):
     return [raw_layer(*members), raw_layer(raw_member(b"escape/new", b"bad"))]
 
 
-def unsafe_sparse(*pairs, data=b"bad"):
-    return unsafe_member(data=data, pax=pairs)
-
-
-UNSAFE_SIZE = b"GNU.sparse.realsize"
-UNSAFE_MAP = b"GNU.sparse.map"
-UNSAFE_GLOBAL = pax_records((b"path", b"../canary/new"))
 #: what, layers (a function of the canary directory), status, words if it succeeds
 UNSAFE = (
     ("T140: parent", unsafe_names(b"../canary/new"), 3),
@@ -9682,49 +9653,16 @@ UNSAFE = (
     ("T148: relative", unsafe_words("l->../..", "l/.wh.canary= l/canary/.wh.victim="),
      0, "l->../.."),
     ("T148: with ..", unsafe_words("l/x=1", "l/../../canary/.wh.victim="), 3),
-    ("T149: bare", unsafe_words("d/x=1", "d/.wh.="), 3),
-    ("T149: itself", unsafe_words("d/x=1", "d/.wh..="), 3),
-    ("T149: its parent", unsafe_words("d/x=1", ".wh...="), 3),
     ("T149: as a component", unsafe_words(".wh.a/../../canary/new=bad"), 3),
-    ("T149: unknown", unsafe_words("a=1 x=1", ".wh..wh.x="), 0, "a=1 x=1"),
-    ("T150: opaque last", unsafe_words("bin/sh=1", "bin/sh=2 bin/.wh..wh..opq="), 0,
-     "bin/ bin/sh=2"),
-    ("T151: all at once", unsafe_words("a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"), 0,
-     "a/ a/x=3 a/y=5 b=4 c->a"),
     ("T151: a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
     ("T151: a link in what is deleted", unsafe_words("d/l->@ a=1", ".wh.d="), 0,
      "a=1"),
-    ("T152: huge hole", unsafe_sparse(
-        (UNSAFE_SIZE, b"8388608"), (UNSAFE_MAP, b"0,3")), 1),
-    ("T152: huge without a map", unsafe_sparse((UNSAFE_SIZE, b"8388608")), 3),
-    ("T152: many pieces", unsafe_sparse((UNSAFE_MAP, b"0,0," * 300000)), 3),
-    ("T152: backwards", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"5,2,0,1")),
-     3),
-    ("T152: data for a hole", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"9,0")),
-     3),
-    ("T152: beyond the end", unsafe_sparse((UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"8,3")),
-     3),
-    ("T152: data that does not fit", unsafe_sparse(
-        (UNSAFE_SIZE, b"9"), (UNSAFE_MAP, b"0,2")), 3),
-    ("T152: name", unsafe_sparse((b"GNU.sparse.name", b"../canary/new")), 3),
-    ("T152: map inside, endless", unsafe_sparse(
-        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (UNSAFE_SIZE, b"9"),
-        data=b"999999\n".ljust(512, b"1")), 3),
-    ("T152: old, negative", unsafe_member(
-        kind=b"S", magic=b"ustar  \0", tail=bytes(138) + b"\xff" * 12), 3),
+    ("T152: huge hole", unsafe_member(pax=[
+        (b"GNU.sparse.realsize", b"8388608"), (b"GNU.sparse.map", b"0,3")]), 1),
+    ("T152: name", lambda at: [pax_sparse("0.1", [(0, b"x")], 9, b"../canary/new")], 3),
     ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 3),
     ("T153: linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
         (b"linkpath", b"../canary/victim")]), 3),
-    ("T153: negative size", unsafe_member(pax=[(b"size", b"-1")]), 3),
-    ("T153: number with an underscore", unsafe_member(pax=[(b"size", b"1_0")]), 3),
-    ("T153: size beyond the end", unsafe_member(pax=[(b"size", b"99999")]), 3),
-    ("T153: negative in base 256", unsafe_member(size=b"\xff" * 12), 3),
-    ("T153: everywhere", lambda at: [raw_layer(
-        raw_member(b"g", UNSAFE_GLOBAL, b"g"), raw_member(b"x", b"bad"))], 3),
-    ("T153: length", lambda at: [raw_layer(
-        raw_member(b"p", b"99 path=../canary/new\n", b"x"), raw_member(b"x"))], 3),
-    ("T153: length of nothing", lambda at: [raw_layer(
-        raw_member(b"p", b"0 path=x\n", b"x"), raw_member(b"x"))], 3),
     ("T154: times", unsafe_member(pax=[(b"mtime", b"nan")]), 0, "x=bad"),
     ("T154: far times", unsafe_member(pax=[(b"mtime", b"9" * 17)]), 0, "x=bad"),
     ("T154: far time", unsafe_member(pax=[(b"mtime", b"999999999999")]), 0, "x=bad"),
@@ -9733,8 +9671,6 @@ UNSAFE = (
     ("T154: negative owners", unsafe_member(uid=b"\xff" * 8), 0, "x=bad"),
     ("T154: mode", unsafe_member(mode=b"7777777\0"), 0, "x=bad"),
     ("T158: unknown type", unsafe_member(kind=b"Z"), 0, ""),
-    ("T158: a header for nothing", lambda at: [
-        raw_member(b"p", pax_records((b"path", b"x")), b"x") + bytes(1024)], 3),
     ("T159: overlay", unsafe_member(pax=[
         (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
         (b"SCHILY.xattr.security.selinux", b"x")]), 0, "x=bad"),
