@@ -4365,9 +4365,6 @@ def peak_memory(call):
         tracemalloc.stop()
 
 
-BLOB_SIZES = [0] + [1 << power for power in range(17)]
-
-
 class ProvedTest(TableCase):
     """A blob is its digest and its size, not a byte less or more."""
 
@@ -4375,36 +4372,25 @@ class ProvedTest(TableCase):
         """What is yielded of the parts, which should be the data."""
         return b"".join(imagec.proved(parts, imagec.Digest.of(data), size, "blob"))
 
-    def _each_feeding(self):
-        for size in BLOB_SIZES:
-            data = bytes(range(256)) * (size // 256) + bytes(range(size % 256))
-            for chunk in {1, 3, 4096, max(size, 1)}:
-                if chunk * 4096 >= size:
-                    yield data, chunk
-
-    def test_exact(self):
-        for data, chunk in self._each_feeding():
-            for size in (len(data), None):
+    @rows((size,) for size in [0] + [1 << power for power in range(17)])
+    def test_each_size(self, size):
+        data = bytes(range(256)) * (size // 256) + bytes(range(size % 256))
+        for chunk in {1, 3, 4096, max(size, 1)}:
+            if chunk * 4096 < size:
+                continue
+            for told in (size, None):
                 parts = pieces(data, itertools.repeat(chunk))
-                self.assertEqual(self._proved(data, parts, size), data)
-
-    def test_one_byte_short(self):
-        for data, chunk in self._each_feeding():
+                self.assertEqual(self._proved(data, parts, told), data)
             error = self.refused(
-                imagec.SizeMismatch,
-                "blob: expected %d bytes, got %d" % (len(data) + 1, len(data)),
-                self._proved, data, pieces(data, itertools.repeat(chunk)),
-                len(data) + 1)
-            self.assertEqual((error.expected, error.actual), (len(data) + 1, len(data)))
-
-    def test_one_byte_over(self):
-        # T24: refused by the piece that goes over, not at the end
-        for data, chunk in self._each_feeding():
+                imagec.SizeMismatch, "blob: expected %d bytes, got %d" % (size + 1, size),
+                self._proved, data, pieces(data, itertools.repeat(chunk)), size + 1)
+            self.assertEqual((error.expected, error.actual), (size + 1, size))
+            # T24: refused by the piece that goes over, not at the end
             drawn = []
             parts = pieces(data + b"x" * 100000, itertools.repeat(chunk))
             self.refused(imagec.SizeMismatch, "got at least", self._proved, data,
-                         (drawn.append(part) or part for part in parts), len(data))
-            self.assertTrue(len(data) < sum(map(len, drawn)) <= len(data) + chunk)
+                         (drawn.append(part) or part for part in parts), size)
+            self.assertTrue(size < sum(map(len, drawn)) <= size + chunk)
 
     def test_wrong_digest(self):
         for size in (None, 5):
@@ -4435,17 +4421,15 @@ class ProvedTest(TableCase):
         broken = [b"\x1f\x8b\x08junkjunkjunk", b"more", gzip_bytes(LAYER_TAR)]
         for parts in (broken, broken + [bytes(imagec.STAGE_DIRECT)] * 3):
             self.refused(imagec.DigestMismatch, "expected digest", imagec.prove,
-                         (part for part in parts), blob,
-                         unpacked)
+                         (part for part in parts), blob, unpacked)
 
     def test_wrong_diff_id(self):
         for parts in feedings(gzip_bytes(LAYER_TAR)):
             parts = list(parts)
             blob = imagec.Descriptor("", imagec.Digest.of(b"".join(parts)), None)
             for diff_id in (imagec.Digest.of(LAYER_TAR), imagec.Digest.of(b"x")):
-                found = outcome(
-                    imagec.prove, (part for part in parts), blob,
-                    unpacked, diff_id)
+                found = outcome(imagec.prove, (part for part in parts), blob, unpacked,
+                                diff_id)
                 if diff_id == imagec.Digest.of(LAYER_TAR):
                     self.assertEqual(found.diff_id, diff_id)
                 else:
@@ -4512,10 +4496,6 @@ class TarTest(TableCase):
     def test_bombs(self, name, data):
         self.refused(imagec.LimitExceeded, "limit of 1048576", walked, [data])
 
-    def test_as_long_as_the_limit(self):
-        data = tar_member(bytes(1 << 20), kind=b"L") + A_FILE
-        self.assertEqual(walked([data]).size, 650)
-
     def test_pax_headers_take_no_memory(self):
         # T67: a member may not be led by headers without end
         headers = (pax((b"key%d" % number, b"v" * 1000000)) for number in range(24))
@@ -4553,12 +4533,6 @@ class TarTest(TableCase):
         data = tar_member(b"6 a=b\n" * 130000, kind=b"x") + A_FILE
         with cpu_within(1):
             self.assertRaises(imagec.LimitExceeded, walked, [data])
-            data = tar_member(b"6 a=b\n" * imagec.PAX_COUNT_LIMIT, kind=b"x") + A_FILE
-            self.assertEqual(walked([data]).size, 650)
-
-    def test_many_members(self):
-        # T68
-        self.assertEqual(walked([tar_header() * 2000]).members, 2000)
 
     def test_any_mutation(self):
         choices = random.Random(SEED)
