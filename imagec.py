@@ -1465,38 +1465,33 @@ class Tar:
         self._long = {}  # GNU long name (L) and link (K) for the next member
 
     def __iter__(self):
-        try:
-            yield from self._walk()
+        zeros = 0
+        try:  # what is called here raises ValueError for what is malformed
+            while zeros < 2 and self._more():
+                block = self._take(TAR_BLOCK)
+                if not block.strip(b"\0"):
+                    if self._pax or self._long:
+                        raise ValueError("an extended header of no member")
+                    zeros += 1
+                    continue
+                if zeros:
+                    raise ValueError("data after a zero block")
+                kind, entry = _tar_entry(block)
+                if entry.size < 0:
+                    raise ValueError("a negative size")
+                if kind in b"xXgLK":
+                    self._extension(kind, entry.size)
+                else:
+                    yield self._member(kind, entry, block)
+                    for _ in self._draw(self._left):
+                        pass
+            if self._pax or self._long:
+                self._cut()
         except ValueError as error:
             if isinstance(error, ImagecError):  # a UsageError is one, too
                 raise
             raise InvalidDocument("%s: not a valid tar after %d members: %s"
                                   % (self._what, self.members, error)) from None
-
-    # What is called from here on raises ValueError for what is malformed.
-
-    def _walk(self):
-        zeros = 0
-        while zeros < 2 and self._more():
-            block = self._take(TAR_BLOCK)
-            if not block.strip(b"\0"):
-                if self._pax or self._long:
-                    raise ValueError("an extended header of no member")
-                zeros += 1
-                continue
-            if zeros:
-                raise ValueError("data after a zero block")
-            kind, entry = _tar_entry(block)
-            if entry.size < 0:
-                raise ValueError("a negative size")
-            if kind in b"xXgLK":
-                self._extension(kind, entry.size)
-            else:
-                yield self._member(kind, entry, block)
-                for _ in self._draw(self._left):
-                    pass
-        if self._pax or self._long:
-            self._cut()
 
     def _cut(self):
         raise InvalidDocument("%s: the tar in it is cut short" % self._what)
@@ -1522,12 +1517,7 @@ class Tar:
             yield piece
 
     def _take(self, count):
-        if len(self._view) < count:
-            return b"".join(self._draw(count))
-        block, self._view = bytes(self._view[:count]), self._view[count:]
-        self._left -= count
-        self.offset += count
-        return block
+        return b"".join(self._draw(count))
 
     def _extension(self, kind, size):
         if size > TAR_EXTENSION_LIMIT:
@@ -1856,9 +1846,8 @@ def inflated(chunks, what):
         if name != "zstd":
             raise Unsupported("%s is compressed with %s, which this Python was built "
                               "without" % (what, name)) from None
-        chunks = _zstd_program(chunks, what)
-        opener = None
-    yield from chunks if opener is None else _streams(chunks, name, opener, member,
+        chunks, member = _zstd_program(chunks, what), None
+    yield from chunks if member is None else _streams(chunks, name, opener, member,
                                                       what)
 
 
