@@ -5398,7 +5398,7 @@ class LayerStore:
         os.makedirs(directory)
         self._directory = directory
         self._census, self._what = census or Census(), what
-        self.entries, self._names = [], 0
+        self.entries, self._members, self._names = [], 0, 0
 
     def visit(self, tar):
         """Keeps the members of a Tar."""
@@ -5407,14 +5407,15 @@ class LayerStore:
                 raise InvalidDocument("%s: a name with a NUL byte" % self._what)
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
-            self._census.add(1, names, self._what)
+            self._members += 1
             self._names += names
+            self._census.add(1, names, self._what)
             kept = entry.kind == "file" and entry.size
             self.entries.append((entry, (self, self._keep(data)) if kept else None))
 
     def forget(self):
         """Another store takes its place."""
-        self._census.add(-len(self.entries), -self._names, self._what)
+        self._census.add(-self._members, -self._names, self._what)
 
     def path(self, number):
         """The file that holds the data of member `number`, and nothing else."""
@@ -6188,7 +6189,7 @@ class Puller:
         def look(chunks):
             return unpack(chunks, "layer " + str(layer.digest), limit,
                           lambda tar: output.visit(layer, tar), apart,
-                          self._session.transport.check)
+                          session.transport.check)
 
         unpacks = output.unpacks or session.recompress or layer.digest in self._opaque
         fetched = Download(
