@@ -1701,6 +1701,12 @@ def go_on():
     """The `check` of who has no limit: one raises where work should not go on."""
 
 
+def drain(chunks):
+    """Draws all there is, for what the drawing of it does."""
+    for _ in chunks:
+        pass
+
+
 def pieces(file, size=float("inf"), check=go_on):
     """Yields the next `size` bytes of a binary file, or what is left, in pieces."""
     while size:
@@ -1769,8 +1775,7 @@ def ahead(chunks):
         yield from drawn
     finally:
         given_up = True
-        for _ in drawn:  # so that nobody waits for room
-            pass
+        drain(drawn)  # so that nobody waits for room
         thread.join()
     if error is not None:
         raise error
@@ -1943,11 +1948,11 @@ class Unpacked(NamedTuple):
     bytes: int
 
 
-def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=None, apart=True,
+def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True,
            check=go_on):
     """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
 
-    `visit(Tar)` may draw its members. `apart` tells to hash what is unpacked in another
+    `visit(Tar)` draws its members. `apart` tells to hash what is unpacked in another
     thread than the one that unpacks: sooner done, but a burden where cores are few.
     Raises InvalidDocument, LimitExceeded, TooLarge, Unsupported.
     """
@@ -1968,13 +1973,8 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=None, apart=True,
             contextlib.closing(ahead(plain) if apart else plain) as plain:
         plain = hashed(plain)
         tar = Tar(plain, what, limit)
-        if visit is not None:
-            visit(tar)
-        else:
-            for _ in tar:
-                pass
-        for _ in plain:  # what is behind its end counts, too
-            pass
+        visit(tar)
+        drain(plain)  # what is behind its end counts, too
     return Unpacked(Digest("sha256", hashing.hexdigest()), tar.size, count)
 
 
@@ -1989,16 +1989,14 @@ def prove(chunks, blob, unpack=None, diff_id=None):
     with contextlib.closing(chunks):
         chunks = proved(chunks, blob.digest, blob.size, what)
         if unpack is None:
-            for _ in chunks:
-                pass
+            drain(chunks)
             return None
         with contextlib.closing(ahead(chunks)) as chunks:
             try:
                 unpacked = unpack(chunks)
             except ImagecError as error:
                 if not isinstance(error, (LimitExceeded, TransportError)):
-                    for _ in chunks:  # a wrong digest, at their end, explains more
-                        pass
+                    drain(chunks)  # a wrong digest, at their end, explains more
                 raise
     if diff_id is not None and unpacked.diff_id != diff_id:
         raise DigestMismatch(what + " unpacked (diffID)", diff_id, unpacked.diff_id,
