@@ -1366,8 +1366,8 @@ def _name_prefix(block, magic, field):
         return field[:131] if block[508:] == b"tar\0" else field  # star has times
     if magic == _GNU_MAGIC:
         try:
-            for time in field[:12], field[12:24]:
-                _tar_number(time)
+            for number in field[:12], field[12:24]:
+                _tar_number(number)
         except ValueError:  # Go before 1.8 wrote prefixes under it
             return field if max(field) < 128 else b""
     return b""
