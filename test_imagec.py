@@ -10996,7 +10996,9 @@ class AuditTest(StoredCase):
 
     @rows(UNREADABLE)
     def test_what_may_not_be_read_is_not_called_good(self, format, end, word):
-        path, end = self.good(format, "place.tar"), end.format(**self.words)
+        path, end = self.at(format + "-place.tar"), end.format(**self.words)
+        if not os.path.exists(path):
+            self.good(format, os.path.basename(path))
 
         def refusing(function):
             def refuse(place, *arguments, **options):
@@ -11008,7 +11010,6 @@ class AuditTest(StoredCase):
         with mock.patch.object(imagec, "open", refusing(open), create=True), \
                 mock.patch.object(os, "scandir", refusing(os.scandir)):
             self.one_line(path, "no permission.*" + word.format(**self.words))
-        remove(path)
 
     def test_directory_that_goes_away_meanwhile(self):
         path = self.good("oci")
@@ -11021,11 +11022,6 @@ class AuditTest(StoredCase):
         failing = OSError(errno.EIO, "Input/output error", path)
         with mock.patch.object(os, "scandir", side_effect=failing):
             self.one_line(path, "Input/output error")
-
-    @rows((("", "''"), ("none", "not there"),
-           ("/dev/null", "neither a file nor a directory")))
-    def test_what_is_nothing_to_check(self, path, word):
-        self.one_line(path, word)
 
     def one_line(self, path, words, status=1):
         run = self.main("verify", path)
@@ -11084,15 +11080,6 @@ class AuditTest(StoredCase):
         write_file(os.path.join(self.folder, "more"), b"hello")
         # two layers with their JSON, config.json, index.json, unpacked.json
         self.told(root, 9, "README and 8 more")
-
-    def test_no_image_is_not_good(self):
-        root, rootfs = self.good("oci"), self.at("rootfs")
-        damage_index(os.path.join(root, "index.json"))
-        self.one_line(root, "no image is in it", 2)
-        self.pull("--format", "rootfs", "-o", rootfs, self.reference)
-        for name in ("oci-layout", "index.json"):
-            shutil.copy(os.path.join(root, name), rootfs)
-        self.one_line(rootfs, "no image is in it", 2)
 
     def test_archive(self):
         path, folder = self.good("archive"), os.path.join(self.root, "unpacked")
@@ -11215,17 +11202,28 @@ class AuditTest(StoredCase):
         self.good(format, format + kind, reference)
 
     def test_what_is_nothing_of_ours(self):
+        damage_index(os.path.join(self.good("oci", "emptied"), "index.json"))
         os.mkdir(self.at("empty"))
         write_file(self.at("text"), b"hello")
         write_file(self.at("other.tar"), tar_bytes([("text", b"hello")]))
-        for name in ("root", "root.tar"):
+        for name in ("root", "root.tar", "like a layout"):
             self.pull("--format", "rootfs", "-o", self.at(name), self.reference)
-        for name, status in (("absent", 1), ("empty", 2), ("text", 3),
-                             ("other.tar", 2), ("root", 2), ("root.tar", 2)):
-            err = self.verify(self.at(name), expect=status)
-            self.assertIn(name, err)
-            self.assertEqual("what verify can check is a layers tree, an OCI layout or "
-                             "an archive" in err, status == 2, err)
+        for name in ("oci-layout", "index.json"):
+            shutil.copy(self.at("emptied", name), self.at("like a layout"))
+        hint = "what verify can check is a layers tree, an OCI layout or an archive"
+        for name, status, words in (
+                ("", 1, "''"), ("absent", 1, "not there"), ("text", 3, "content"),
+                ("/dev/null", 1, "neither a file nor a directory"),
+                ("other.tar", 2, "no OCI layout"), ("root.tar", 2, "no OCI layout"),
+                ("root", 2, "no image"), ("empty", 2, "no image"),
+                ("emptied", 2, "no image"), ("like a layout", 2, "no image")):
+            with self.subTest(name):
+                run = self.main("verify", name and self.at(name))
+                self.assertEqual((run.status, run.out), (status, b""))
+                self.assertRegex(run.err, r"\A(imagec: [^\n]*\n){1,2}\Z")
+                self.assertIn(name, run.err)
+                self.assertIn(words, run.err)
+                self.assertEqual(hint in run.err, status == 2)
 
     def test_nested_indexes_take_no_time(self):
         root = self.good("oci")
@@ -11313,11 +11311,11 @@ class AuditTest(StoredCase):
 
     def test_unpacking_asks_whether_to_go_on(self):
         # T51: a few kilobytes of zeros are unpacked for minutes
-        self.offer(build_image([tar_header(32 << 20) + bytes((32 << 20) + 1024)],
+        self.offer(build_image([tar_header(8 << 20) + bytes((8 << 20) + 1024)],
                                compress=bz2.compress))
         asked = mock.Mock()
         imagec.Audit(asked).check(self.good("oci"))
-        self.assertGreater(asked.call_count, (32 << 20) // imagec.CHUNK)
+        self.assertGreater(asked.call_count, (8 << 20) // imagec.CHUNK)
 
     @rows(itertools.product(("oci", "layers", "archive"), ("verify", "serve")))
     def test_the_command_has_a_deadline(self, format, command):
