@@ -4241,14 +4241,6 @@ class Reader:
                                 % (name, MANIFEST_LIMIT))
         return b"".join(region.pieces())
 
-    def found(self, *names):
-        """The bytes of the documents of these names that are there and can be read."""
-        documents = []
-        for name in names:
-            with contextlib.suppress(OSError, InvalidDocument):
-                documents.append(self.read(name))
-        return documents
-
 
 def blob_name(digest):
     """A blob's name in a layout (OCI image-spec, image-layout.md)."""
@@ -4384,6 +4376,23 @@ def stored(reader, noting=naming):
         yield Stored(reader, None, name, tag, entry.digest,
                      noted("index.json", (trail[-1] for trail in walk(
                          fetch, [entry], seen=seen))))
+
+
+def held(path, name=None):
+    """What is at `path` of an image of that `name`: its documents, configs too, as
+    bytes. What is missing or bad is left out.
+    """
+    def forgiving(_name):
+        return contextlib.suppress(OSError, ImagecError)
+
+    documents = []
+    for found in stored(Reader(path, unlisted=lambda error: None), forgiving):
+        for document in found.documents if name in (None, found.name) else ():
+            documents.append(document.raw)
+            if isinstance(document, Manifest):
+                with forgiving(name):
+                    documents.append(found.reader.read(found.file_of(document.config)))
+    return documents
 
 
 def _trees(names):
@@ -4813,9 +4822,8 @@ class LayersOutput(Output):
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
         _, *parts = self._parts(reference, registry_url)
-        return Reader(self.path).found(*(
-            "/".join([scheme] + parts + [name]) for scheme in ("https", "http")
-            for name in ("index.json", "manifest.json", "config.json")))
+        return [raw for scheme in ("https", "http")
+                for raw in held(os.path.join(self.path, scheme, *parts))]
 
     def place(self, image, layer):
         folder = self._folder(image)
@@ -4830,10 +4838,10 @@ class LayersOutput(Output):
             folder = make_directory(self.path, *below)  # there may be no layer
             for layer in image.layers:
                 make_directory(self.path, *below + [layer.id])
-            for raw in Reader(folder).found(UNPACKED):
-                with contextlib.suppress(InvalidDocument):
-                    self._known.update(((folder, digest), unpacked) for digest, unpacked
-                                       in parse_unpacked(raw).items())
+            with contextlib.suppress(OSError, InvalidDocument):
+                known = parse_unpacked(Reader(folder).read(UNPACKED))
+                self._known.update(((folder, digest), unpacked)
+                                   for digest, unpacked in known.items())
 
     def add(self, image, layer, fetched):
         self._added[self._folder(image), layer.digest] = (
@@ -5006,17 +5014,7 @@ class OCIOutput(Output):
             write_file(marker, OCI_LAYOUT, self.wait)
 
     def held(self, reference, registry_url):
-        name = str(self._tag or reference._replace(digest=None))
-        for entry in self._read_index()["manifests"]:
-            if (entry.get("annotations") or {}).get(NAME_ANNOTATION) == name:
-                digest = Document.as_digest(entry.get("digest"), "index")
-                held = self._reader.found(blob_name(digest))
-                with contextlib.suppress(ImagecError):  # corrupt, say
-                    held += [raw for manifest in map(decode_manifest, held)
-                             if isinstance(manifest, Manifest) for raw in
-                             self._reader.found(blob_name(manifest.config.digest))]
-                return held
-        return []
+        return held(self.path, str(self._tag or reference._replace(digest=None)))
 
     def place(self, image, layer):
         return Place(self._blob(layer.digest))
