@@ -5322,15 +5322,12 @@ class CredentialsTest(FieldCase):
         self.assertEqual((run.status, run.err), (0, ""))
         self.assertEqual([a for _, _, a in self.asked_for_tokens(registry)], [None])
 
-    def test_helper_that_fails_stops_a_pull(self):
+    def test_helper_that_fails_stops_a_pull_that_asks(self):
         registry = self.filled(auth="basic")
         self.docker_config({"credsStore": "none"})
         with self.fails(imagec.CredentialsError, "--no-creds"):
             self.pull(registry.host)
         self.assertEqual(authorizations(registry), [])
-
-    def test_keyring_is_asked_only_when_the_registry_asks(self):
-        self.docker_config({"credsStore": "none"})
         self.pull(self.filled().host)
 
 
@@ -5554,17 +5551,14 @@ class TransportTest(NetworkCase):
         self.assertEqual(server.connections, 1)
         self.assertIn(expected, (server.requests[-1].route, None))
 
-    @rows([(code, True) for code in (301, 302, 303, 307, 308)],  # urllib: since 3.11
-          [(300, False), (304, False)])
-    def test_redirect_codes(self, code, followed):
-        server = self.server({"/end": say(b"hello"), "/start": to("/end", code)})
+    @rows([(code, "/end") for code in (301, 302, 303, 307, 308)],  # urllib: since 3.11
+          [(300, "/end"), (304, "/end"), (307, None)])
+    def test_redirect_codes(self, code, location):
+        server = self.server({"/end": say(b"hello"), "/start": to(location, code)})
+        followed = location and code in (301, 302, 303, 307, 308)
         with self.transport().open("GET", server.url + "/start") as response:
             self.assertEqual(response.status, 200 if followed else code)
-            self.assertEqual(response.url.endswith("/end"), followed)
-
-    def test_redirect_without_location(self):
-        server = self.server({"/start": say(b"", 307)})
-        self.assertEqual(self.get(self.transport(), server.url + "/start")[0], 307)
+            self.assertEqual(response.url.endswith("/end"), bool(followed))
 
     def test_t70_t71_authorization_stays_with_its_origin(self):
         elsewhere = self.server({"/end": say(b"hello")})
@@ -6579,7 +6573,8 @@ class ProxyTest(FieldCase):
     def test_socks5h_resolves_nothing_here(self):
         server, registry = self.socks(), self.registry()
         del self.places["registry.test"]
-        self.fetch(registry, proxy="socks5h://" + server.host)
+        with mock.patch.dict(os.environ, HTTP_PROXY="socks5h://" + server.host):
+            self.fetch(registry)
         self.assertEqual(server.targets[0][:2], (3, b"registry.test"))
         with self.fails(imagec.TransportError, "registry.test"):
             self.fetch(registry, proxy="socks5://" + server.host)
@@ -6591,12 +6586,6 @@ class ProxyTest(FieldCase):
                       proxy="socks5://bob:%s@%s" % (PASSWORD, server.host))
             # One connection for each of the layers' workers, one for the documents.
             self.assertLessEqual(len(server.targets), 2 + (not tls) + 1)
-
-    def test_socks_from_the_environment(self):
-        server = self.socks()
-        os.environ["HTTP_PROXY"] = "socks5h://" + server.host
-        self.fetch(self.registry())
-        self.assertEqual(len(server.targets), 1)
 
     @rows((("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"),
            ("bob@", "does not take")))
@@ -6904,12 +6893,6 @@ class AuthorizedTest(NetworkCase):
         self.visit(self.client(registry, "alice"))
         self.assertEqual(len(paths(registry, "/token")), 1)
         self.assertEqual(len(set(authorizations(registry))), 2)  # and a Basic
-
-    @rows([(None,), ("bearer",), ("basic",)])
-    def test_probe_sends_no_credentials(self, auth):
-        registry = self.bearer(auth=auth)
-        self.client(registry, "alice").learn_registry_url()
-        self.assertEqual(authorizations(registry), [])
 
     @rows([("bearer", None, "anonymous"), ("bearer", "mallory", "mallory"),
            ("basic", None, "user name and password"),
