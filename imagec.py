@@ -3337,11 +3337,12 @@ class Token:
         return "Token(***, expires=%r)" % self.expires
 
 
-def auth_url(challenge, scope, registry_url):
-    """The URL to GET a token from, as the Bearer `challenge` of a registry says.
+def auth_url(challenge, repository, registry_url):
+    """The URL to GET a token from that reads a repository, by a Bearer `challenge`.
 
-    The scope is ours, whatever challenge and realm say: a registry must not widen what
-    a token is good for. Raises InvalidDocument, UnsafeRedirect.
+    The scope (distribution, token scope) is ours, whatever challenge and realm say: a
+    registry must not widen what a token is good for. Raises InvalidDocument,
+    UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
@@ -3355,7 +3356,7 @@ def auth_url(challenge, scope, registry_url):
         parts.query, keep_blank_values=True) if pair[0] != "scope"]
     if challenge.parameters.get("service"):
         query.append(("service", challenge.parameters["service"]))
-    query.append(("scope", scope))
+    query.append(("scope", "repository:%s:pull" % repository))
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
@@ -3415,11 +3416,6 @@ def _oauth_form(url, identity_token):
         ("client_id", "imagec")])
     return (parts._replace(query="").geturl(),
             {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
-
-
-def pull_scope(repository):
-    """The token scope that reading a repository takes (distribution, token scope)."""
-    return "repository:%s:pull" % repository
 
 
 class Endpoint:
@@ -3547,7 +3543,7 @@ class Endpoint:
         return "Bearer " + token.value
 
     def _fetch_token(self, challenge, repository, credentials):
-        url = auth_url(challenge, pull_scope(repository), self.url)
+        url = auth_url(challenge, repository, self.url)
         realm = checked_url(url)
         named = names_host(self._token_hosts, realm)
         if credentials and not (named or self._trusts(realm)):
@@ -3650,7 +3646,7 @@ class Registry(Endpoint):
         if self.challenge.scheme != "bearer":
             raise AccessDenied("%s wants a user name and password, not a token"
                                % self.host)
-        return auth_url(self.challenge, pull_scope(repository), url)
+        return auth_url(self.challenge, repository, url)
 
     def _document(self, method, path, repository, what, **headers):
         """(the Response, its whole body) for a document, tried until it comes."""

@@ -6787,8 +6787,7 @@ class AuthorizationTest(NetworkCase):
         challenge = imagec.Challenge("bearer", {
             name: value for name, value in named.items() if value is not None})
         self.gives(expected and expected.format(scope="repository%3Aa%2Fb%3Apull"),
-                   lambda: imagec.auth_url(challenge, "repository:a/b:pull",
-                                           "https://registry.test/v2/"),
+                   lambda: imagec.auth_url(challenge, "a/b", "https://registry.test/v2/"),
                    imagec.ImagecError)
 
     @rows(NET_TRUST)
@@ -14932,8 +14931,7 @@ class FuzzTest(ThreatCase):
             "latin-1") for _ in range(dice.randint(1, 2))]
         for challenge in imagec.Challenge.parse(values):
             with contextlib.suppress(imagec.ImagecError):
-                url = imagec.auth_url(challenge, "repository:a:pull",
-                                      "https://r.test/v2/")
+                url = imagec.auth_url(challenge, "a", "https://r.test/v2/")
                 self.assertRegex(url, r"\Ahttps://[^\s@\\]*\Z")
         imagec.Challenge.choose(imagec.Challenge.parse(values))
 
