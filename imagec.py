@@ -3273,11 +3273,12 @@ def rate_limit(headers):
 # 10  Registry: the distribution API of one host, token included
 # --------------------------------------------------------------------------------------
 
-_TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z))")
 _AUTH_PARAM = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
     r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)', re.DOTALL)
-_AUTH_SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:[ \t]+|(?=,)|\Z)")
+_AUTH_SCHEME = re.compile(  # with a token68 behind it or without
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
+    r"(?:[ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z)")
 
 
 class Challenge(NamedTuple):
@@ -3301,21 +3302,18 @@ class Challenge(NamedTuple):
         found, at = [], 0
         while True:
             at = re.compile(r"[\s,]*").match(value, at).end()
-            parameter = found and _AUTH_PARAM.match(value, at)
-            scheme = not parameter and _AUTH_SCHEME.match(value, at)
+            parameter = _AUTH_PARAM.match(value, at) if found else None
+            scheme = _AUTH_SCHEME.match(value, at)
             if parameter:
                 name, quoted, plain = parameter.groups()
                 if quoted is not None:
                     plain = re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL)
                 found[-1].parameters.setdefault(name.lower(), plain)
-                at = parameter.end()
             elif scheme:
                 found.append(cls(scheme.group(1).lower(), {}))
-                at = scheme.end()
-                token68 = _TOKEN68.match(value, at)
-                at = token68.end() if token68 else at
             else:
                 return found
+            at = (parameter or scheme).end()
 
     @classmethod
     def choose(cls, challenges):
