@@ -2403,9 +2403,13 @@ def names_host(hosts, parts):
     """Whether one of `hosts` (`HOST[:PORT]`, where it has no port any) is that of a URL
     taken apart.
     """
-    _, name, port = origin(parts)
-    name = "[%s]" % name if ":" in name else name
-    return not {name, "%s:%d" % (name, port)}.isdisjoint(map(str.lower, hosts))
+    place = authority(*origin(parts)[1:])
+    return not {place, place.rpartition(":")[0]}.isdisjoint(map(str.lower, hosts))
+
+
+def authority(host, port):
+    """`HOST:PORT`, an IPv6 address in brackets."""
+    return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 def bare_url(url):
@@ -2517,7 +2521,7 @@ class _Kept(http.client.HTTPConnection):
         tls = request.type == "https" and self._transport.tls.context(request.host)
         if request.tunnel:
             host, _, port = request.proxy.rpartition(":")
-        self._reach(host, int(port))
+        self._reach(host.strip("[]"), int(port))
         if request.tunnel and not request.tunnel.startswith("socks"):
             self._ask_for_tunnel()
         elif request.tunnel:
@@ -2583,8 +2587,7 @@ class _Kept(http.client.HTTPConnection):
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
-        place = ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
-        login = self._request.login
+        place, login = authority(self.host, self.port), self._request.login
         self.send("".join(line + "\r\n" for line in (
             "CONNECT %s HTTP/1.1" % place, "Host: " + place,
             *(["Proxy-Authorization: " + login] if login else ()), "")).encode("ascii"))
@@ -2635,8 +2638,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
                           urllib.request.getproxies_environment().get("no", ""),
                           not self._given):
             return None
-        scheme, host, port, user, password = split_proxy(proxy)
-        req.proxy = "%s:%d" % (host, port)
+        scheme, req.proxy, user, password = split_proxy(proxy)
         req.allowed = None  # it is the proxy that knows the address
         req.login = basic_header(user, password) if user else None
         if scheme != "http" or req.type == "https":
@@ -2648,7 +2650,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
 
 
 def split_proxy(url):
-    """(scheme, host, port, user, password) of a proxy's URL; raises UsageError."""
+    """(scheme, HOST:PORT, user, password) of a proxy's URL; raises UsageError."""
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         login = [urllib.parse.unquote(text or "")
@@ -2659,7 +2661,7 @@ def split_proxy(url):
         if parts.hostname and port and not (
                 parts.path.strip("/") or parts.query or parts.fragment) and (
                     max(len(word.encode("utf-8")) for word in login) < 256):
-            return (parts.scheme, parts.hostname, port, *login)
+            return (parts.scheme, authority(parts.hostname, port), *login)
     except (ValueError, KeyError):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
@@ -2681,8 +2683,8 @@ def socks_connect(talk, proxy, host, port):
     `proxy` is its URL; with socks5 the name is resolved here, with socks5h there.
     Raises TransportError, AccessDenied.
     """
-    scheme, *server, user, password = split_proxy(proxy)
-    place = "SOCKS proxy %s:%d" % tuple(server)
+    scheme, place, user, password = split_proxy(proxy)
+    place = "SOCKS proxy " + place
     login = b"".join(bytes([len(word)]) + word for word in (
         user.encode("utf-8"), password.encode("utf-8")))
     version, method = talk(b"\5\2\0\2" if user else b"\5\1\0", 2)
@@ -6980,7 +6982,7 @@ def test_shelf(directory):
 def _proxy_shown(url):
     """A proxy without its user and password."""
     try:
-        return "%s://%s:%d" % split_proxy(url)[:3]
+        return "%s://%s" % split_proxy(url)[:2]
     except UsageError as error:
         return error.message
 

@@ -6467,11 +6467,15 @@ class ProxyTest(FieldCase):
         self.assertEqual(self.taken(), [("CONNECT", "registry.test:%d" % server.port)])
 
     def test_addresses_are_written_in_brackets(self):
-        registry = self.registry(tls=True)
-        os.environ["https_proxy"] = self.proxy.url
-        self.fetch(registry, "[fd00::1]")
-        port = registry.host.partition(":")[2]
-        self.assertEqual(self.taken(), [("CONNECT", "[fd00::1]:" + port)])
+        self.places["fd00::1"] = "127.0.0.1"
+        proxy = self.proxy.url.replace("127.0.0.1", "[fd00::1]")
+        os.environ.update(http_proxy=proxy, https_proxy=proxy)
+        for tls, asked in ((True, ("CONNECT", "[fd00::1]:%s")),
+                           (False, ("GET", "http://[fd00::1]:%s/v2/"))):
+            registry = self.registry(tls=tls)
+            self.fetch(registry, "[fd00::1]")
+            port = registry.host.partition(":")[2]
+            self.assertEqual(self.taken(), [(asked[0], asked[1] % port)])
 
     def test_tunnel_is_kept_and_sees_no_authorization(self):
         registry = self.registry(tls=True)
@@ -6526,7 +6530,8 @@ class ProxyTest(FieldCase):
         self.assertNotIn(PASSWORD, run.err)
 
     @rows((("http://p.test", "p.test:80"), ("p.test", "p.test:80"),
-           ("socks5://p.test", "p.test:1080"), ("socks5h://p.test:99", "p.test:99")))
+           ("socks5://p.test", "p.test:1080"), ("socks5h://p.test:99", "p.test:99"),
+           ("http://b:p@[fd00::1]", "[fd00::1]:80")))
     def test_default_ports(self, url, place):
         request = urllib.request.Request("https://r.test/")
         imagec._ProxyHandler(url).proxy_open(request, url, "https")
