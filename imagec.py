@@ -3581,8 +3581,7 @@ class Registry(Endpoint):
     """The pull part of one host's distribution API; see Endpoint for its making."""
 
     def _request(self, method, path, authorization, headers):
-        url = self.learn_registry_url() + urllib.parse.quote(
-            path, safe="/:?=&%~+,;!@$'()*")
+        url = self.url + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
         if self._namespace and "ns=" not in path:
             url += "&?"["?" not in path] + "ns=" + urllib.parse.quote(
                 self._namespace, "")
@@ -3769,9 +3768,8 @@ class Registry(Endpoint):
                         response.headers.get("Link", "")[:HEADER_LIMIT])
         if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2)):
             return None
-        home = self.learn_registry_url()
         url = checked_url(link.group(1), response.url)
-        if (origin(url) != origin(checked_url(home))
+        if (origin(url) != origin(checked_url(self.url))
                 or not url.path.startswith("/v2/")):
             raise UnsafeRedirect("%s: the tag list goes on at another host, %s"
                                  % (self.host, url.hostname))
