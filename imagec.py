@@ -3595,8 +3595,9 @@ class Registry(Endpoint):
             if warning and warning.group(1) not in self._warned:
                 self._warned.add(warning.group(1))
                 log.warning("%s says: %s", self.host, printable(warning.group(1)))
-        if rate_limit(response.headers):
-            log.debug("%s: %s", self.host, rate_limit(response.headers))
+        limit = rate_limit(response.headers)
+        if limit:
+            log.debug("%s: %s", self.host, limit)
         return response
 
     def _exchange(self, method, path, repository, what, headers=None, expected=(200,)):

@@ -7175,11 +7175,6 @@ class ProbeTest(NetworkCase):
             self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
-    def test_t114_tls_spoken_to_a_client_of_http(self):
-        server = self.server({"/end": say(b"hello")}, tls=True)
-        with self.fails(imagec.TransportError, server.host):
-            self.get(self.transport(), "http://%s/end" % server.host)
-
     @rows([("404", status(404), 1, imagec.RegistryError, "no registry"),
            ("403", status(403), 1, imagec.AccessDenied, "no registry"),
            ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
