@@ -2634,9 +2634,9 @@ class _ProxyHandler(urllib.request.ProxyHandler):
         super().__init__({"http": proxy, "https": proxy} if self._given else None)
 
     def proxy_open(self, req, proxy, type):
-        if bypasses_proxy(urllib.parse.urlsplit(req.full_url),
-                          urllib.request.getproxies_environment().get("no", ""),
-                          not self._given):
+        no_proxy = urllib.request.getproxies_environment().get("no", "")
+        if (not self._given and loopback(req.host)
+                or bypasses_proxy(urllib.parse.urlsplit(req.full_url), no_proxy)):
             return None
         scheme, req.proxy, user, password = split_proxy(proxy)
         req.allowed = None  # it is the proxy that knows the address
@@ -2713,16 +2713,13 @@ def socks_connect(talk, proxy, host, port):
     talk(b"", 2 + ({1: 4, 4: 16}.get(kind) or talk(b"", 1)[0]))
 
 
-def bypasses_proxy(parts, no_proxy, loopback_too=True):
-    """Whether the host of a URL taken apart is reached directly under the NO_PROXY list
-    `no_proxy`, as is a loopback host where `loopback_too`.
+def bypasses_proxy(parts, no_proxy):
+    """Whether the NO_PROXY list `no_proxy` has the host of a URL taken apart.
 
     Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
     `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
     `:port` or without.
     """
-    if loopback_too and loopback(parts.netloc):
-        return True
     _, name, port = origin(parts)
     name = name.rstrip(".")
     for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):

@@ -6344,9 +6344,7 @@ FIELD_NO_PROXY = (
     ("[fd00::a:1]", "fd00::a:1", True), ("[fd00::1]:5000", "fd00::1", True),
     ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]:5000", "fd00::/8", True),
     ("[fd00::1]:5000", "fd00::/16", True), ("[fd00::1]", "fe80::/10", False),
-    ("[fd00::1]", "10.0.0.0/8", False), ("127.0.0.1:5000", "", True),
-    ("127.9.9.9", "", True), ("localhost:5000", "", True), ("[::1]:5000", "", True),
-    ("localhost.r.test", "", False),
+    ("[fd00::1]", "10.0.0.0/8", False), ("localhost.r.test", "localhost", False),
 )
 
 #: --proxy values that name no proxy of ours
@@ -6440,6 +6438,9 @@ class ProxyTest(FieldCase):
         registry = self.registry()
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy"):
             os.environ[name] = self.proxy.url
+        for host in ("[::1]:5000", "127.9.9.9", "localhost:5000"):
+            self.assertTrue(imagec.loopback(host))
+        self.assertFalse(imagec.loopback("localhost.r.test"))
         for host in ("127.0.0.1", "localhost"):
             self.fetch(registry, host)
             self.assertEqual(self.taken(), [])
