@@ -6508,6 +6508,32 @@ class Audit:
                     raise InvalidDocument("names other images than index.json")
 
 
+def _run_verify(args, session):
+    audit = Audit(session.transport.check).check(args.path)
+    for text in audit.unchecked:
+        log.warning("not checked: %s", text)
+    for text in audit.faults:
+        log.error("%s: %s", args.path, text)
+    if audit.faults:
+        raise VerificationError("%s: %d fault%s" % (
+            args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
+    if audit.unread:
+        raise OutputError(args.path, "cannot be checked: no permission to read %s"
+                          % _first_of(audit.unread), "run this as who may read it")
+    rest = ""
+    if audit.ignored:
+        rest = "; not looked at: %d" % len(audit.ignored)
+        log.warning("%s: not looked at, for no image needs it: %s", args.path,
+                    _first_of(audit.ignored))
+    yield printable("%s: good: images: %d, blobs or files: %d%s" % (
+        args.path, audit.images, audit.blobs, rest))
+
+
+def _first_of(names):
+    more = " and %d more" % (len(names) - 1) if len(names) > 1 else ""
+    return names[0] + more
+
+
 # --------------------------------------------------------------------------------------
 # 16  Serve*: a read-only registry over what was pulled
 # --------------------------------------------------------------------------------------
@@ -6919,6 +6945,30 @@ def serving(server):
         thread.join()
 
 
+def _run_serve(args, session):
+    host, _, port = args.listen.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise UsageError("--listen wants HOST:PORT, not %s" % shown(args.listen, 100))
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    shelf = Shelf(args.path, session.transport.check)
+    try:
+        server = new_server(shelf, (host, int(port)), session.given,
+                            args.tls_cert and (args.tls_cert, args.tls_key))
+    except OSError as error:
+        raise TransportError("cannot listen on %s: %s" % (
+            args.listen, _reason(error))) from None
+    with serving(server):
+        yield printable("serving %s at %s://%s:%d/v2/: %s" % (
+            args.path, "https" if args.tls_cert else "http",
+            "[%s]" % host if ":" in host else host, server.server_address[1],
+            ", ".join(shelf.catalog())))
+        while session.transport.stop is None:
+            time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
+        raise session.transport.stop
+
+
 # --------------------------------------------------------------------------------------
 # 17  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
@@ -7056,9 +7106,32 @@ def describe_registry(host, session):
         yield "we would be", str(session.credentials(reference) or "anonymous"), True
 
 
+def _run_selftest(args, session):
+    import tempfile
+    good = True
+    registry = describe_registry(args.host, session) if args.host else ()
+    for what, value, fine in itertools.chain(describe_host(), registry):
+        yield "%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough")
+        good = good and fine
+    with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
+        # Nothing of this host's, proxies or credentials, has a part in it.
+        try:
+            for done in pull_test_image(directory):
+                yield "%-12s %s" % ("proved", done)
+        except ImagecError as error:  # of any kind: what it means is always the same
+            raise Unsupported("this host cannot pull images: %s" % error) from error
+    if not good:
+        raise Unsupported("this host cannot pull images: see above")
+    yield "this host can pull images"
+
+
 # --------------------------------------------------------------------------------------
 # 18  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
+
+class Terminated(BaseException):
+    """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
+
 
 #: First row whose class fits gives the status.
 EXIT_STATUSES = (
@@ -7070,66 +7143,67 @@ EXIT_STATUSES = (
     (InvalidDocument, 3),
     (ImagecError, 1),
     (OSError, 1),
+    (KeyboardInterrupt, 130),
+    (Terminated, 143),
 )
 
 
-class Terminated(BaseException):
-    """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
+class Progress(logging.Handler):
+    """Standard error: log records, other lines of ours, and what a pull does.
 
-
-class Progress:
-    """What a pull does: a line for each layer that is done, one line for the rest.
-
-    On a terminal the latter is a live one, redrawn in place; elsewhere, and where
-    `kind` is "plain", it comes from time to time. With "none" nothing is told.
+    Of the latter there is a line for each layer that is done, and one for the rest. On
+    a terminal that is a live one, redrawn in place; elsewhere, and where `kind` is
+    "plain", it comes from time to time. With "none" nothing is told.
     """
 
     DONE = ("Download complete", "Already exists")
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
-        self._stream, self._clock = None if kind == "none" else stream, clock
-        self._live = kind == "auto" and stream is not None and stream.isatty() and (
+        super().__init__()
+        self.kind, self._stream, self._clock = kind, stream, clock
+        self._terminal = stream is not None and stream.isatty() and (
             os.environ.get("TERM", "dumb") != "dumb")
-        self._interval = REDRAW_INTERVAL if self._live else PROGRESS_INTERVAL
         self._layers = {}  # of this image: id -> its last Event, all bytes filled in
         self._received, self._began, self._due = 0, clock(), 0
         self._shown = ""  # the live line that is on the screen
-        self._lock = threading.Lock()
+
+    def emit(self, record):
+        """Tells of a log record."""
+        lines = [record.getMessage()]
+        if record.exc_info:
+            lines += logging.Formatter().formatException(record.exc_info).splitlines()
+        for line in lines:
+            self.say(line, "" if record.levelno in (logging.INFO, logging.ERROR)
+                     else record.levelname.lower() + ": ")
+
+    def say(self, text, kind=""):
+        """One line; the live one comes back with the next Event."""
+        text = encodable(printable(text, 2 * MESSAGE_LIMIT), self._stream)
+        with self.lock:
+            self._write(["imagec: %s%s" % (kind, text)])
 
     def __call__(self, event):
-        if self._stream is None:
+        """Tells of an Event of a pull."""
+        if self.kind == "none":
             return
-        with self._lock:
-            now, lines = self._clock(), []
+        with self.lock:
+            now, live = self._clock(), self.kind == "auto" and self._terminal
+            interval = REDRAW_INTERVAL if live else PROGRESS_INTERVAL
             whole = event.status.startswith(("Pulling from ", "Digest: "))
             if whole:
-                self._layers, self._received, self._began, self._due = {}, 0, now, 0
+                self._layers, self._received = {}, 0
+                self._began, self._due = now, now + interval
             else:
                 self._count(event)
+            lines, rest = [], ""
             if whole or event.status in self.DONE:
                 lines.append("%s%s" % (event.id and event.id + ": ", event.status))
-            due = now >= self._due
-            if due:
-                self._due = now + self._interval
-            if lines or due:
-                rest = self._rest(now) if self._layers and (due or self._live) else ""
-                if rest and not self._live:
-                    lines.append(rest)
-                self._write(lines, rest if self._live else "")
-
-    def close(self):
-        """Takes the live line off the screen."""
-        with self._lock:
-            self._write([])
-
-    @contextlib.contextmanager
-    def aside(self):
-        """Takes the live line off the screen while something else is written there."""
-        with self._lock:
-            shown = self._shown
-            self._write([])
-            yield
-            self._write([], shown)
+            if self._layers and (now >= self._due or live and lines):
+                rest, self._due = self._rest(now), now + interval
+            if rest and not live:
+                lines, rest = lines + [rest], ""
+            if lines or rest:
+                self._write(lines, rest)
 
     def _count(self, event):
         old = self._layers.get(event.id, event)
@@ -7149,27 +7223,24 @@ class Progress:
         rate = self._received / max(now - self._began, 0.001)
         text = "%d/%d %s" % (sum(layer.status in self.DONE for layer in layers),
                              len(layers), human_size(there))
-        if None not in sizes:  # as in schema1
-            text += "/" + human_size(sum(sizes))
-        if rate:
-            text += " %s/s" % human_size(rate)
-        if rate and None not in sizes:
-            text += " %d:%02d left" % divmod((sum(sizes) - there) / rate, 60)
-        return text
+        speed = " %s/s" % human_size(rate) if rate else ""
+        if None in sizes:  # as in schema1
+            return text + speed
+        left = " %d:%02d left" % divmod((sum(sizes) - there) / rate, 60) if rate else ""
+        return text + "/" + human_size(sum(sizes)) + speed + left
 
     def _write(self, lines, live=""):
-        """Lines above the live one, which is cut where it would wrap."""
-        if not (lines or live or self._shown):
-            return
-        if live:
-            width = 0
-            with contextlib.suppress(OSError, ValueError):  # not all terminals tell
-                width = os.get_terminal_size(self._stream.fileno()).columns
-            live = live[:(width or 40) - 1]
-        self._stream.write("".join(["\r\x1b[K" if self._shown else ""]
-                                   + [line + "\n" for line in lines] + [live]))
-        self._stream.flush()
-        self._shown = live
+        """Lines in the place of the live one, and that, cut where it would wrap."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full
+            if live:
+                width = 0
+                with contextlib.suppress(OSError, ValueError):  # not all terminals tell
+                    width = os.get_terminal_size(self._stream.fileno()).columns
+                live = live[:(width or 40) - 1]
+            self._stream.write("".join(["\r\x1b[K" if self._shown else ""]
+                                       + [line + "\n" for line in lines] + [live]))
+            self._stream.flush()
+            self._shown = live
 
 
 def human_size(size):
@@ -7202,32 +7273,37 @@ def pinned(reference, digest):
     return str(reference._replace(digest=digest))
 
 
-def run_pull(args, session):
-    """imagec.py pull"""
+def _run_pull(args, session):
     references = args.references + read_list(args.from_file)
     if not references:
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
     if args.tag is not None and (len(references) > 1 or args.tag.tag is None):
         raise UsageError("--tag names one image, as NAME[:TAG]")
-    stream = results = None
+    stream = None
     if args.output == "-":
         if sys.stdout is None:
             raise UsageError("standard output is closed")
-        stream, results = sys.stdout.buffer, sys.stderr
+        stream = sys.stdout.buffer
         if sys.stdout.isatty():
             raise UsageError("will not write an image to a terminal",
                              "pipe it on, or name a file with -o")
     output = new_output(args.output, args.format, args.tag, stream)
     if args.dry_run:
-        return print_plan(session, references, output, args.platform, args.json)
+        yield from plan(session, references, output, args.platform, args.json)
+        return
     for image in session.pull(references, output, args.platform):
+        line = pinned(image.reference, image.digest)
         if args.json:
-            print(json.dumps(image_json(image)), file=results)
-        elif stream is None or not args.quiet:
-            print(pinned(image.reference, image.digest), file=results)
+            line = json.dumps(image_json(image))
+        if stream is None:
+            yield line
+        elif args.json or not args.quiet:
+            print_result(line, sys.stderr)
+    if stream is not None:
+        stream.flush()
 
 
-def print_plan(session, references, output, platform, as_json):
+def plan(session, references, output, platform, as_json):
     """What a pull would fetch and from where, a line a blob, and the sum."""
     puller = Puller(session, output)
     images = puller.resolve(references, platform)
@@ -7239,16 +7315,17 @@ def print_plan(session, references, output, platform, as_json):
     wanted = sum(blob["size"] or 0 for blob in blobs) - there
     names = [pinned(image.reference, image.digest) for image in images]
     if as_json:
-        return print(json.dumps({"images": names, "blobs": blobs, "to_fetch": wanted,
-                                 "present": there}))
-    print("\n".join(names))
+        yield json.dumps({"images": names, "blobs": blobs, "to_fetch": wanted,
+                          "present": there})
+        return
+    yield from names
     for blob in blobs:
         whole = blob["size"] and blob["present"] == blob["size"]
-        print("%s %s bytes, %s" % (
+        yield "%s %s bytes, %s" % (
             blob["digest"], "?" if blob["size"] is None else blob["size"],
             "already there" if whole else "%(present)d there, the rest from %(from)s"
-            % blob))
-    print("to fetch: %d bytes; already there: %d" % (wanted, there))
+            % blob)
+    yield "to fetch: %d bytes; already there: %d" % (wanted, there)
 
 
 def read_list(path):
@@ -7258,11 +7335,11 @@ def read_list(path):
     if path == "-" and sys.stdin is None:
         raise UsageError("--from-file -, but standard input is closed")
     references = []
-    try:
-        with utf8_input() if path == "-" else open(path, encoding="utf-8") as file:
+    try:  # in UTF-8, whatever the locale, and with what Windows puts before it
+        with io.TextIOWrapper(sys.stdin.buffer if path == "-" else open(path, "rb"),
+                              "utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                # What Windows puts before the first may come through a pipe, too.
-                line = line.lstrip("\ufeff").partition("#")[0].strip()
+                line = line.partition("#")[0].strip()
                 if line:
                     references.append(Reference.parse(line))
     except InvalidReference as error:
@@ -7274,109 +7351,27 @@ def read_list(path):
     return references
 
 
-def utf8_input():
-    """Standard input as UTF-8, whatever the locale (3.6 takes C for ASCII)."""
-    binary = getattr(sys.stdin, "buffer", None)
-    return sys.stdin if binary is None else io.TextIOWrapper(binary, "utf-8")
+def _run_layers(args, session):
+    for layer in session.resolve(args.reference, args.platform).layers:
+        size = "-" if layer.blob.size is None else layer.blob.size
+        yield json.dumps(layer_json(layer)) if args.json else (
+            "%s %s %s" % (layer.id, layer.digest, size))
 
 
-def run_serve(args, session):
-    """imagec.py serve"""
-    host, _, port = args.listen.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise UsageError("--listen wants HOST:PORT, not %s" % shown(args.listen, 100))
-    if (args.tls_cert is None) != (args.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together")
-    shelf = Shelf(args.path, session.transport.check)
-    try:
-        server = new_server(shelf, (host, int(port)), session.given,
-                            args.tls_cert and (args.tls_cert, args.tls_key))
-    except OSError as error:
-        raise TransportError("cannot listen on %s: %s" % (
-            args.listen, _local_words(error))) from None
-    with serving(server):
-        print_line("serving %s at %s://%s:%d/v2/: %s" % (
-            args.path, "https" if args.tls_cert else "http",
-            "[%s]" % host if ":" in host else host, server.server_address[1],
-            ", ".join(shelf.catalog())))
-        while session.transport.stop is None:
-            time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
-        raise session.transport.stop
-
-
-def run_selftest(args, session):
-    """imagec.py selftest"""
-    import tempfile
-    good = True
-    rows = describe_host()
-    if args.host:
-        rows = (row for part in (rows, describe_registry(args.host, session))
-                for row in part)
-    for what, value, fine in rows:
-        print("%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough"))
-        good = good and fine
-    with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
-        # Nothing of this host's, proxies or credentials, has a part in it.
-        try:
-            for done in pull_test_image(directory):
-                print("%-12s %s" % ("proved", done))
-        except ImagecError as error:  # of any kind: what it means is always the same
-            raise Unsupported("this host cannot pull images: %s" % error) from error
-    if not good:
-        raise Unsupported("this host cannot pull images: see above")
-    print("this host can pull images")
-
-
-def run_verify(args, session):
-    """imagec.py verify"""
-    audit = Audit(session.transport.check).check(args.path)
-    for text in audit.unchecked:
-        complain("warning: not checked: ", text)
-    for text in audit.faults:
-        complain("", "%s: %s" % (args.path, text))
-    if audit.faults:
-        raise VerificationError("%s: %d fault%s" % (
-            args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
-    if audit.unread:
-        raise OutputError(args.path, "cannot be checked: no permission to read %s" % (
-            audit.unread[0] if len(audit.unread) == 1 else "%s and %d more" % (
-                audit.unread[0], len(audit.unread) - 1)),
-            "run this as who may read it")
-    rest = ""
-    if audit.ignored:
-        rest = "; not looked at: %d" % len(audit.ignored)
-        complain("warning: ", "%s: not looked at, for no image needs it: %s%s" % (
-            args.path, audit.ignored[0], " and %d more" % (len(audit.ignored) - 1)
-            if len(audit.ignored) > 1 else ""))
-    print_line("%s: good: images: %d, blobs or files: %d%s" % (
-        args.path, audit.images, audit.blobs, rest))
-
-
-def run_layers(args, session):
-    """imagec.py layers"""
-    image = session.resolve(args.reference, args.platform)
-    for layer in image.layers:
-        if args.json:
-            print(json.dumps(layer_json(layer)))
-        else:
-            print(layer.id, str(layer.digest),
-                  "-" if layer.blob.size is None else layer.blob.size)
-
-
-def run_inspect(args, session):
-    """imagec.py inspect"""
+def _run_inspect(args, session):
     if args.raw and args.platform is None:
-        return write_bytes(session.manifest(args.reference).raw)
+        yield session.manifest(args.reference).raw
+        return
     image = session.resolve(args.reference, args.platform)
     if args.raw:
-        return write_bytes(image.manifest.raw)
-    if args.config:
-        if image.config is None:
-            raise Unsupported("%s is a schema1 image or an index: it has no config"
-                              % (args.reference,), "see what it has with inspect --raw")
-        return write_bytes(image.config.raw)
-    print(json.dumps(hidden(inspection(image)), indent=2))
+        yield image.manifest.raw
+    elif not args.config:
+        yield json.dumps(hidden(inspection(image)), indent=2)
+    elif image.config is None:
+        raise Unsupported("%s is a schema1 image or an index: it has no config"
+                          % (args.reference,), "see what it has with inspect --raw")
+    else:
+        yield image.config.raw
 
 
 def hidden(value):
@@ -7397,10 +7392,9 @@ def inspection(image):
         "manifest_digest": str(image.manifest.digest),
         "image_id": image.image_id, "platform": str(image.platform),
         "layers": list(map(layer_json, image.layers))}
-    if image.config is not None:
-        for key in ("created", "author", "config"):
-            if image.config.value.get(key) is not None:
-                value[key] = image.config.value[key]
+    for key in ("created", "author", "config"):
+        if image.config is not None and image.config.value.get(key) is not None:
+            value[key] = image.config.value[key]
     if image.indexes:
         value["platforms"] = [str(entry.platform) for index in image.indexes
                               for entry in index.manifests
@@ -7408,85 +7402,188 @@ def inspection(image):
     return value
 
 
-def run_digest(args, session):
-    """imagec.py digest"""
+def _run_digest(args, session):
     if args.platform in (None, "all"):
-        print(str(session.manifest(args.reference).digest))
+        yield str(session.manifest(args.reference).digest)
     else:
-        print(str(session.resolve(args.reference, args.platform).manifest.digest))
+        yield str(session.resolve(args.reference, args.platform).manifest.digest)
 
 
-def run_auth(args, session):
-    """imagec.py auth"""
+def _run_auth(args, session):
     host, _, repository = args.host.partition("/")
     if not re.fullmatch(_HOST, host):
         raise UsageError("not a registry: %s" % shown(args.host, 100),
                          "expected HOST[:PORT][/REPOSITORY]")
     keyring = Keyring(session.given, args.authfile, args.no_creds)
-    found = keyring.lookup(host, repository)
-    print_line("%s: %s" % (args.host,
-                           found or "anonymous, no source has credentials for it"))
+    yield printable("%s: %s" % (args.host, keyring.lookup(host, repository)
+                                or "anonymous, no source has credentials for it"))
 
 
-def run_tags(args, session):
-    """imagec.py tags"""
+def _run_tags(args, session):
     registry = session.registry(args.reference.api_host)
-    for tag in registry.tags(args.reference.repository):
-        print(SECRETS.hide(tag))
+    return map(SECRETS.hide, registry.tags(args.reference.repository))
 
 
-def print_line(text):
-    """A line that may hold a path or a server's words, to standard output."""
-    print(spelled(text, sys.stdout), flush=True)
+def print_result(result, stream):
+    """A result: a text, or exact bytes, of which a terminal gets none it might obey."""
+    if stream is None:  # closed
+        return
+    if isinstance(result, bytes):
+        if not stream.isatty():
+            stream.buffer.write(result)
+            stream.buffer.flush()
+            return
+        lines = result.decode("utf-8", "surrogateescape").split("\n")
+        result = "\n".join(map(printable, lines))
+    print(encodable(result, stream), file=stream, flush=True)
 
 
-def write_bytes(data):
-    """Exact bytes to standard output; to a terminal nothing that it might obey."""
-    if sys.stdout is not None:  # None where it is closed
-        if sys.stdout.isatty():
-            lines = data.decode("utf-8", "surrogateescape").split("\n")
-            return print("\n".join(spelled(line, sys.stdout) for line in lines))
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+def encodable(text, stream):
+    """`text` with what the stream cannot encode escaped."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def argument_parser():
-    """The command line contract as an argparse parser."""
+def parse_seconds(text):
+    """A positive number of seconds; raises UsageError."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,6})?", text) or not float(text):
+        raise UsageError("not a number of seconds: %s" % printable(text, 40))
+    return float(text)
+
+
+def _row(*flags, **options):
+    return flags, options
+
+
+def _flag(*flags, **options):
+    return flags, dict(options, action="store_true")
+
+
+def _argument(parse):
+    """`parse` for argparse, which would otherwise hide the words of our errors."""
+    def parsed(text):
+        import argparse
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed
+
+
+_REF = {"type": _argument(Reference.parse), "metavar": "REF",
+              "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
+_HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
+_PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
+_JSON = _flag("--json", help="results as JSON")
+COMMON_ARGUMENTS = [
+    _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
+         help="default: this host's; all: the whole index (pull to oci)"),
+    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or"),
+    _flag("--password-stdin", help="from standard input"),
+    _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
+    _flag("--no-creds", help="use no credentials that lie around"),
+    _row("--token-host", **dict(_HOSTS, dest="token_hosts", help="may be sent the "
+                                "password to give tokens")),
+    _row("--storage-host", **_HOSTS, dest="storage_hosts", help="may be redirected to, "
+         "wherever it is, also over http; repeatable"),
+    _row("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
+         help="for the whole command; default %(default)s"),
+    _row("--cacert", metavar="FILE", help="PEM roots to trust besides the system's"),
+    _row("--cert", metavar="FILE", help="PEM client certificate, with"),
+    _row("--key", metavar="FILE", help="its PEM key"),
+    _row("--proxy", metavar="URL", help="http://, socks5:// or socks5h://; default: "
+         "the environment's"),
+    _row("--mirror", **dict(_HOSTS, metavar="HOST[:PORT][/PREFIX]"), dest="mirrors",
+         help="try there first; repeatable"),
+    _flag("--insecure-skip-verify", help="take any TLS certificate of the registry, "
+          "its mirrors, token and storage hosts"),
+    _flag("--insecure-allow-http", help="fall back to unverified https, then to http"),
+    _flag("-q", "--quiet", help="no progress, no warnings"),
+    _flag("--debug", help="log each step; tracebacks of errors"),
+]
+#: Command -> (function of the arguments and a Session that gives the results, help,
+#: arguments of its own).
+COMMANDS = {
+    "pull": (_run_pull, "fetch images, every byte checked", [
+        _row("references", nargs="*", **_REF),
+        _row("--from-file", metavar="LIST", help="references, one a line, # comments; "
+             "- is standard input"),
+        _row("-o", "--output", default="images", metavar="PATH",
+             help="default: %(default)s; - is standard output"),
+        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends "
+             "in .tar or is -, else layers"),
+        _flag("--dry-run", help="say what would be fetched, and stop"),
+        _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
+             "before 23.0; digests change"),
+        _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
+             help="the name to load the image by; default: its own"),
+        _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
+             "%(default)s"),
+        _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
+             help="refuse layers that unpack to more; default %(default)s"),
+        _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
+             help="refuse to unpack more files than this; default %(default)s"),
+        _row("--progress", choices=("auto", "plain", "none"), default="auto"),
+        _JSON]),
+    "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
+               [_row("reference", **_REF), _JSON]),
+    "inspect": (_run_inspect, "say what an image is", [
+        _row("reference", **_REF),
+        _flag("--raw", help="the manifest's exact bytes"),
+        _flag("--config", help="the config's exact bytes")]),
+    "digest": (_run_digest, "print the manifest's digest", [
+        _row("reference", **_REF)]),
+    "auth": (_run_auth, "say which credentials would be used for a registry", [
+        _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
+    "serve": (_run_serve, "a read-only registry over what was pulled", [
+        _row("path", **_PLACE),
+        _row("--listen", default="127.0.0.1:5000", metavar="HOST:PORT",
+             help="default: %(default)s"),
+        _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
+        _row("--tls-key", metavar="FILE", help="its PEM key")]),
+    "selftest": (_run_selftest, "prove that this host can pull", [
+        _row("host", nargs="?", metavar="HOST[:PORT]",
+             help="a registry to look at too")]),
+    "verify": (_run_verify, "re-check, offline, what a pull wrote", [
+        _row("path", **_PLACE)]),
+    "tags": (_run_tags, "list a repository's tags", [
+        _row("reference", **dict(_REF, metavar="REPO",
+                                 help="[HOST[:PORT]/]REPOSITORY"))]),
+}
+
+
+def argument_parser(words=tuple(COMMANDS)):
+    """The command line contract as an argparse parser.
+
+    Of commands that are not among `words` it knows the name alone: all take 10 ms.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError(message, "see %s --help" % self.prog)
 
-        def parse_known_args(self, args=None, namespace=None):
-            args = sys.argv[1:] if args is None else list(args)
+        def parse_known_args(self, args, namespace):
             for text in args:
                 if text == "--" or self._subparsers and text[:1] != "-":
                     break  # what follows is the command's
                 wrong = wrong_option(text, self._option_string_actions)
                 if wrong:
                     self.error(wrong)
-            return super().parse_known_args(args, namespace)
-
-        def parse_args(self, args=None, namespace=None):
-            parsed, rest = self.parse_known_args(args, namespace)
+            parsed, rest = super().parse_known_args(args, namespace)
             if rest:  # not shown, as in wrong_option
                 self.error("more arguments than it takes: %d" % len(rest))
-            return parsed
+            return parsed, rest
 
     parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version="imagec " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND",
                                      parser_class=Parser)
     commands.required = True  # 3.6 has no argument for it
-    common = Parser(add_help=False)
-    _add_common_arguments(common)
     for name, (run, explained, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, parents=[common], help=explained,
-                                      description=explained)
+        command = commands.add_parser(name, help=explained, description=explained)
         command.set_defaults(run=run)
-        for flags, options in arguments:
+        for flags, options in arguments + COMMON_ARGUMENTS if name in words else ():
             command.add_argument(*flags, **options)
     return parser
 
@@ -7513,112 +7610,6 @@ def wrong_option(text, known):
     return "no such option: " + name
 
 
-def _add_common_arguments(parser):
-    add = parser.add_argument
-    add("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
-        help="default: this host's; all: the whole index (pull to oci)")
-    add("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or")
-    add("--password-stdin", action="store_true", help="from standard input")
-    add("--authfile", metavar="FILE", help="the only file of credentials to look into")
-    add("--no-creds", action="store_true", help="use no credentials that lie around")
-    add("--token-host", action="append", default=[], metavar="HOST[:PORT]",
-        help="may be sent the password to give tokens")
-    add("--storage-host", action="append", default=[], metavar="HOST[:PORT]",
-        help="may be redirected to, wherever it is, also over http; repeatable")
-    add("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
-        help="for the whole command; default %(default)s")
-    add("--cacert", metavar="FILE", help="PEM roots to trust besides the system's")
-    add("--cert", metavar="FILE", help="PEM client certificate, with")
-    add("--key", metavar="FILE", help="its PEM key")
-    add("--proxy", metavar="URL", help="http://, socks5:// or socks5h://; default: the "
-        "environment's")
-    add("--mirror", action="append", default=[], metavar="HOST[:PORT][/PREFIX]",
-        help="try there first; repeatable")
-    add("--insecure-skip-verify", action="store_true", help="take any TLS certificate "
-        "of the registry, its mirrors, token and storage hosts")
-    add("--insecure-allow-http", action="store_true",
-        help="fall back to unverified https, then to http")
-    add("-q", "--quiet", action="store_true", help="no progress, no warnings")
-    add("--debug", action="store_true", help="log each step; tracebacks of errors")
-
-
-def _row(*flags, **options):
-    return flags, options
-
-
-def parse_seconds(text):
-    """A positive number of seconds; raises UsageError."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,6})?", text) or not float(text):
-        raise UsageError("not a number of seconds: %s" % printable(text, 40))
-    return float(text)
-
-
-def _argument(parse):
-    """`parse` for argparse, which would otherwise hide the words of our errors."""
-    def parsed(text):
-        import argparse
-        try:
-            return parse(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parsed
-
-
-_REFERENCE_ARGUMENT = _row("reference", type=_argument(Reference.parse), metavar="REF",
-                           help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
-_JSON_ARGUMENT = _row("--json", action="store_true", help="results as JSON")
-#: Command -> (function, help, arguments of its own).
-COMMANDS = {
-    "pull": (run_pull, "fetch images, every byte checked", [
-        _row("references", nargs="*", type=_argument(Reference.parse), metavar="REF",
-             help="[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"),
-        _row("--from-file", metavar="LIST", help="references, one a line, # comments; "
-             "- is standard input"),
-        _row("-o", "--output", default="images", metavar="PATH",
-             help="default: %(default)s; - is standard output"),
-        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends "
-             "in .tar or is -, else layers"),
-        _row("--dry-run", action="store_true",
-             help="say what would be fetched, and stop"),
-        _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
-             "before 23.0; digests change"),
-        _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
-             help="the name to load the image by; default: its own"),
-        _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
-             "%(default)s"),
-        _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
-             help="refuse layers that unpack to more; default %(default)s"),
-        _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
-             help="refuse to unpack more files than this; default %(default)s"),
-        _row("--progress", choices=("auto", "plain", "none"), default="auto"),
-        _JSON_ARGUMENT]),
-    "layers": (run_layers, "list an image's layers, oldest first: id, digest, bytes",
-                [_REFERENCE_ARGUMENT, _JSON_ARGUMENT]),
-    "inspect": (run_inspect, "say what an image is", [
-        _REFERENCE_ARGUMENT,
-        _row("--raw", action="store_true", help="the manifest's exact bytes"),
-        _row("--config", action="store_true", help="the config's exact bytes")]),
-    "digest": (run_digest, "print the manifest's digest", [_REFERENCE_ARGUMENT]),
-    "auth": (run_auth, "say which credentials would be used for a registry", [
-        _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
-    "serve": (run_serve, "a read-only registry over what was pulled", [
-        _row("path", metavar="PATH", help="a layers tree, layout or archive"),
-        _row("--listen", default="127.0.0.1:5000", metavar="HOST:PORT",
-             help="default: %(default)s"),
-        _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
-        _row("--tls-key", metavar="FILE", help="its PEM key")]),
-    "selftest": (run_selftest, "prove that this host can pull", [
-        _row("host", nargs="?", metavar="HOST[:PORT]",
-             help="a registry to look at too")]),
-    "verify": (run_verify, "re-check, offline, what a pull wrote", [
-        _row("path", metavar="PATH",
-             help="a layers tree, layout or archive")]),
-    "tags": (run_tags, "list a repository's tags", [
-        _row("reference", type=_argument(Reference.parse), metavar="REPO",
-             help="[HOST[:PORT]/]REPOSITORY")]),
-}
-
-
 def read_password(args):
     """The password that goes with -u; None where there is no -u."""
     if args.username is None:
@@ -7628,67 +7619,22 @@ def read_password(args):
     if ":" in args.username:
         raise UsageError("-u wants a user name alone",
                          "the password comes from IMAGEC_PASSWORD or --password-stdin")
+    password = os.environ.get("IMAGEC_PASSWORD")
     if args.password_stdin:
         if sys.stdin is None:
             raise UsageError("--password-stdin, but standard input is closed")
         password = sys.stdin.readline().rstrip("\r\n")
-    else:
-        password = os.environ.get("IMAGEC_PASSWORD")
-        if password is None:
-            raise UsageError("no password for user %s" % args.username,
-                             "give it in IMAGEC_PASSWORD or with --password-stdin")
     if not password:
-        raise UsageError("the password of user %s is empty" % args.username)
+        raise UsageError("no password for user %s, or an empty one" % args.username,
+                         "give it in IMAGEC_PASSWORD or with --password-stdin")
     return password
 
 
-def new_session(args, progress):
-    """The Session the arguments ask for."""
-    if (args.cert is None) != (args.key is None):
-        raise UsageError("--cert and --key go together")
-    return Session(
-        args.username, read_password(args), args.timeout,
-        insecure_skip_verify=args.insecure_skip_verify,
-        insecure_allow_http=args.insecure_allow_http, cacert=args.cacert,
-        client_pair=args.cert and (args.cert, args.key), proxy=args.proxy,
-        token_hosts=args.token_host, storage_hosts=args.storage_host,
-        authfile=args.authfile, no_creds=args.no_creds, mirrors=args.mirror,
-        jobs=getattr(args, "jobs", JOBS),
-        max_layer_size=getattr(args, "max_layer_size", LAYER_SIZE_LIMIT),
-        max_files=getattr(args, "max_files", MEMBER_COUNT_LIMIT),
-        recompress=getattr(args, "recompress", None), notify=progress)
-
-
-class _LineHandler(logging.Handler):
-    """Log records as lines like our own, on whatever standard error is now."""
-
-    def __init__(self):
-        super().__init__()
-        self.progress = Progress(None)  # what shares it
-
-    def emit(self, record):
-        kind = "" if record.levelno == logging.INFO else "%s: " % (
-            record.levelname.lower(),)
-        lines = [record.getMessage()]
-        if record.exc_info:
-            lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        with contextlib.suppress(OSError, ValueError), self.progress.aside():
-            for line in lines:
-                complain(kind, line)
-
-
-def complain(kind, text):
-    """One line on standard error, whatever its encoding; nothing where it is closed."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write("imagec: %s%s\n" % (kind, spelled(text, sys.stderr,
-                                                           2 * MESSAGE_LIMIT)))
-        sys.stderr.flush()
-
-
-def spelled(text, stream, limit=None):
-    """`text` as one line that a terminal obeys in nothing and `stream` can encode."""
-    encoding = getattr(stream, "encoding", None) or "ascii"
-    return printable(text, limit).encode(encoding, "backslashreplace").decode(encoding)
+#: Those that a Session takes by the same name.
+SESSION_OPTIONS = frozenset("""
+    username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
+    storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
+""".split())
 
 
 def exit_status(error):
@@ -7699,48 +7645,44 @@ def exit_status(error):
 
 def main(argv=None):
     """Runs the command line `argv` (None: sys.argv); the exit status."""
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    handler = _LineHandler()
-    handler.setLevel(logging.DEBUG if debug else logging.INFO)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(handler.level)
-    args = None
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    progress, level, args = Progress(sys.stderr), log.level, None
+    progress.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.addHandler(progress)
+    log.setLevel(progress.level)
     try:
-        args = argument_parser().parse_args(argv)
-        return _run(args, handler)
-    except KeyboardInterrupt:
-        complain("", "interrupted")
-        return 130
-    except Terminated:
-        complain("", "ended by SIGTERM")
-        return 143
-    except (ImagecError, OSError) as error:
+        args = argument_parser(argv).parse_args(argv)
+        _run(args, progress)
+        return 0
+    except (ImagecError, OSError, KeyboardInterrupt, Terminated) as error:
         if isinstance(error, OSError):
             _forget_output()
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
         if debug:
             log.debug("the error came from here", exc_info=True)
-        complain("", error if isinstance(error, ImagecError) else "%s%s" % (
-            _local_words(error), _place_hint(error, args)))
+        progress.say(_local_words(error, args) if isinstance(error, OSError)
+                     else str(error) or "interrupted")
         return exit_status(error)
     finally:
-        log.removeHandler(handler)
+        log.removeHandler(progress)
         log.setLevel(level)
 
 
-def _run(args, handler):
+def _run(args, progress):
+    progress.kind = "none" if args.quiet else getattr(args, "progress", "none")
     if args.quiet and not args.debug:
-        handler.setLevel(logging.ERROR)
-    handler.progress = progress = Progress(
-        sys.stderr, "none" if args.quiet else getattr(args, "progress", "none"))
-    with new_session(args, progress) as session, _ending(
-            session.transport), contextlib.closing(progress):
-        args.run(args, session)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    return 0
+        progress.setLevel(logging.ERROR)
+    if (args.cert is None) != (args.key is None):
+        raise UsageError("--cert and --key go together")
+    options = {name: value for name, value in vars(args).items()
+               if name in SESSION_OPTIONS}
+    with Session(password=read_password(args), notify=progress,
+                 client_pair=args.cert and (args.cert, args.key),
+                 **options) as session, _ending(session.transport):
+        for result in args.run(args, session):
+            print_result(result, sys.stdout)
 
 
 @contextlib.contextmanager
@@ -7752,8 +7694,8 @@ def _ending(transport):
         if transport.stop is not None:
             return  # clearing up is cut short by _second_signal, not here
         # Raised in a finalizer, Python drops it: the next check finds it again.
-        transport.stop = Terminated() if number == signal.SIGTERM else (
-            KeyboardInterrupt())
+        transport.stop = Terminated("ended by SIGTERM") if (
+            number == signal.SIGTERM) else KeyboardInterrupt()
         if not transport.watched:
             raise transport.stop
 
@@ -7764,12 +7706,10 @@ def _ending(transport):
     hook, sys.unraisablehook = getattr(sys, "unraisablehook", None), dropped  # 3.8
     before = {}
     try:
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, end)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
-    except ValueError:  # not the main thread
-        pass
-    try:
+        if threading.current_thread() is threading.main_thread():
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, end)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
         with _second_signal(before):
             yield
     finally:
@@ -7794,13 +7734,13 @@ def _second_signal(numbers):
     done = threading.Event()
 
     def listen():
-        first = None
-        for number in iter(lambda: os.read(ours, 1), b""):
-            if number[0] in numbers and first is None:
-                first = time.monotonic()
-            elif number[0] in numbers and not done.wait(
-                    max(0, first + CLEARING_UP - time.monotonic())):
-                os._exit(128 + number[0])
+        end = None
+        for number, in iter(lambda: os.read(ours, 1), b""):
+            if number in numbers and end and not done.wait(
+                    max(0, end - time.monotonic())):
+                os._exit(128 + number)
+            if number in numbers:
+                end = end or time.monotonic() + CLEARING_UP
 
     thread = threading.Thread(target=listen, daemon=True)
     before = signal.set_wakeup_fd(wakeup)
@@ -7815,30 +7755,24 @@ def _second_signal(numbers):
         os.close(ours)
 
 
-def _local_words(error):
-    """An OSError of this host in words: which file, what is wrong."""
+def _local_words(error, args):
+    """An OSError of this host in words: which file, what is wrong, what to do."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
-    return "%s%s" % (printable(name) + ": " if name else "", _reason(error))
-
-
-def _place_hint(error, args):
-    """What to do about an OSError of the place a command writes to."""
-    advice = {errno.ENOSPC: ["free some space"], errno.EDQUOT: ["free some space"],
-              errno.EACCES: [], errno.EROFS: []}.get(error.errno)
-    if advice is None or getattr(args, "output", None) is None or (
+    words = "%s%s" % (printable(name) + ": " if name else "", _reason(error))
+    free = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or ",
+            errno.EACCES: "", errno.EROFS: ""}.get(error.errno)
+    if free is None or getattr(args, "output", None) is None or (
             args.from_file is not None and error.filename == args.from_file):
-        return ""
-    return "; " + " or ".join(advice + ["choose another place with -o"])
+        return words
+    return "%s; %schoose another place with -o" % (words, free)
 
 
 def _forget_output():
     """Python flushes standard output at exit, and would complain of it then."""
-    try:
-        sys.stdout.flush()
-    except AttributeError:  # closed
-        pass
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, no file
+        try:
+            sys.stdout.flush()
+        except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)

@@ -1274,11 +1274,13 @@ class RegistryCase(unittest.TestCase):
     def main(self, *argv, stdin="", stderr=None, **environ):
         """Run a command line here; it retries at once, and syncs nothing."""
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8")), encoding="utf-8")
         err = io.StringIO() if stderr is None else stderr
         with warnings.catch_warnings(), mock.patch.dict(os.environ, environ), \
-                mock.patch.multiple(sys, stdin=io.StringIO(stdin), stdout=out,
-                                    stderr=err), mock.patch.object(os, "fsync"), \
-                mock.patch.multiple(imagec, BACKOFF=0, argument_parser=self.parser):
+                mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err), \
+                mock.patch.object(os, "fsync"), \
+                mock.patch.multiple(imagec, BACKOFF=0,
+                                    argument_parser=lambda words: self.parser()):
             # What another test has left open may be told at any moment.
             warnings.simplefilter("ignore", ResourceWarning)
             status = imagec.main(list(argv))
@@ -1335,7 +1337,7 @@ sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
 import http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
 parser = imagec.argument_parser()
-imagec.argument_parser = lambda: parser
+imagec.argument_parser = lambda words: parser
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -12923,10 +12925,10 @@ class CommandLineProgressTest(CommandLineCase):
         progress(imagec.Event("Download complete", "bb"))
         self.now += 60
         self.come(progress, "aa", 999700)
-        progress.close()
+        progress.say("enough")
         self.assertEqual(self.shown(stream.getvalue()), [
             "1: Pulling from lab/app", "cc: Already exists", "bb: Download complete",
-            ""])
+            "imagec: enough", ""])
         self.assertEqual(re.findall("[0-9]/[^\r\n]*", stream.getvalue())[3:], [
             "0/3 500kB/4MB", "0/3 1MB/4MB 500kB/s 0:06 left",
             "1/3 1MB/4MB 500kB/s 0:06 left", "1/3 500kB/4MB 250kB/s 0:14 left",
@@ -14173,19 +14175,14 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLess(ours, IMPORT_SECONDS)
 
 
-def annex_command(name):
-    """Patterns of a command's row and of the function that runs it."""
-    return ('^    "%s": (?s:.*?)(?=^    "|^})' % name,
-            r"^def run_%s\((?s:.*?)(?=^(?:def|class|[@_A-Z#]))" % name)
-
-
+COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
 #: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
 ANNEXES = {
     "Trees": ((), (", RootfsOutput(?=\\))",)),
-    "Verify": (("Self-test",), annex_command("verify")),
-    "Serve": (("Self-test",), ("^    \"new_server\",\n",)
-              + annex_command("serve")),
-    "Self-test": ((), annex_command("selftest")),
+    "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
+    "Serve": (("Self-test",), ("^    \"new_server\",\n",
+                               COMMAND_ROW % "serve")),
+    "Self-test": ((), (COMMAND_ROW % "selftest",)),
 }
 
 
