@@ -159,54 +159,54 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# Certificates: every key here is public knowledge, and guards nothing. All are
-# self-signed P-256 and their own CA; a client trusts TEST_CERT as cafile.
-# localhost and 127.0.0.1, until 2126
+# Every key here is public knowledge, and guards nothing. TEST_CERT is for localhost and
+# 127.0.0.1, until 2126; like the others it is its own CA.
 TEST_CERT, TEST_KEY = re.findall("(?s)-----BEGIN.*?-----END[^\n]+\n", imagec._TEST_PEM)
+P256_ORDER = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
+P256_BASE = bytes.fromhex(
+    "6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296"
+    "4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5")
+TEST_SECRET = int.from_bytes(
+    ssl.PEM_cert_to_DER_cert(TEST_KEY.replace("PRIVATE KEY", "CERTIFICATE"))[36:68],
+    "big")
 
-# wrong.example, until 2126
-WRONG_HOST_CERT = """\
------BEGIN CERTIFICATE-----
-MIIBhTCCASqgAwIBAgIIXi5uvrblcI0wCgYIKoZIzj0EAwIwGDEWMBQGA1UEAwwN
-d3JvbmcuZXhhbXBsZTAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFow
-GDEWMBQGA1UEAwwNd3JvbmcuZXhhbXBsZTBZMBMGByqGSM49AgEGCCqGSM49AwEH
-A0IABJHhoh20i7uwt5g7ZkLIu90nap5sqs/zmnmoGBdAqGMVsPliMVXXJMoUQ6GP
-n2uWytdnMnsb12hugFPIOnZ7tP6jXDBaMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0P
-AQH/BAQDAgKEMB0GA1UdDgQWBBRRxs6PaQyJxOtHudJeqxD5BIekBTAYBgNVHREE
-ETAPgg13cm9uZy5leGFtcGxlMAoGCCqGSM49BAMCA0kAMEYCIQD2A5VEYVLVY84F
-GfoiIgwEx9Yqk/MIfBCg0g4NJMjymgIhAKG53z6KnaF9P3en5GMeH3AacEhX0Lug
-fFCLgSFk30um
------END CERTIFICATE-----
-"""
-WRONG_HOST_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQga7P3GJEW8Bk+b8NP
-/klUYew6nupe+0wRk0sU1+h5DIKhRANCAASR4aIdtIu7sLeYO2ZCyLvdJ2qebKrP
-85p5qBgXQKhjFbD5YjFV1yTKFEOhj59rlsrXZzJ7G9doboBTyDp2e7T+
------END PRIVATE KEY-----
-"""
 
-# localhost and 127.0.0.1, ended in 2021
-EXPIRED_CERT = """\
------BEGIN CERTIFICATE-----
-MIIBfTCCASOgAwIBAgIJAPJ9SFKookU8MAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDAeFw0yMDAxMDEwMDAwMDBaFw0yMTAxMDEwMDAwMDBaMBQxEjAQ
-BgNVBAMMCWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABJfxtS8/
-+VcwkJUfcYHArW+eiCNd2JRbHSquIfVecWEhRQ6hMrK113ktdNyZDV1RnU+zyUJs
-dGDgQ0dEyEmEMMqjXjBcMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKE
-MB0GA1UdDgQWBBTmIsUm+6hFRnxBeoFcC9NHO2sR3jAaBgNVHREEEzARgglsb2Nh
-bGhvc3SHBH8AAAEwCgYIKoZIzj0EAwIDSAAwRQIhAMqxMzCWECPconGAbieSDeI+
-0mXsGIarQQazLYznV78OAiBKWCV1K1KTgClPs4XDW8+cVbVWt3Zk0JPIUxqf55GJ
-qw==
------END CERTIFICATE-----
-"""
-EXPIRED_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyPcID0fkJ4M3cpKI
-eFJTZMoo8LB0kgsqPucoSp62IXuhRANCAASX8bUvP/lXMJCVH3GBwK1vnogjXdiU
-Wx0qriH1XnFhIUUOoTKytdd5LXTcmQ1dUZ1Ps8lCbHRg4ENHRMhJhDDK
------END PRIVATE KEY-----
-"""
+def ecdsa(message, secret=TEST_SECRET):
+    """(r, s) of SHA-256, P-256 and the nonce 1, which gives every secret away."""
+    r = int.from_bytes(P256_BASE[:32], "big")
+    number = int.from_bytes(hashlib.sha256(message).digest(), "big")
+    return r, (number + r * secret) % P256_ORDER
+
+
+def der(kind, *parts):
+    """A value of ASN.1."""
+    data = b"".join(parts)
+    size = bytes([len(data)]) if len(data) < 128 else b"\x82%c%c" % divmod(
+        len(data), 256)
+    return bytes([kind]) + size + data
+
+
+def certificate(*changes, secret=TEST_SECRET):
+    """TEST_CERT with changes (old bytes, new bytes), signed again."""
+    signed = ssl.PEM_cert_to_DER_cert(TEST_CERT)[4:301]
+    for old, new in changes:
+        assert old in signed
+        signed = signed.replace(old, new)
+    pair = [der(2, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+            for number in ecdsa(signed, secret)]
+    return ssl.DER_cert_to_PEM_cert(der(
+        0x30, signed, bytes.fromhex("300a06082a8648ce3d040302"),
+        der(3, b"\0", der(0x30, *pair))))
+
+
+EXPIRED_CERT = certificate((b"21260101", b"20210101"))
+# Of the key 1, whose public half is the base itself.
+OTHER_CERT = certificate(
+    (b"localhost", b"elsewhere"), (b"\x87\4\x7f\0\0\1", b"\x87\4\xc0\0\2\1"),
+    (ssl.PEM_cert_to_DER_cert(TEST_CERT)[141:205], P256_BASE), secret=1)
+OTHER_KEY = ssl.DER_cert_to_PEM_cert(bytes.fromhex(
+    "3041020100301306072a8648ce3d020106082a8648ce3d030107042730250201010420")
+    + (1).to_bytes(32, "big")).replace("CERTIFICATE", "PRIVATE KEY")
 
 CREATED = "2020-01-01T00:00:00Z"
 RUN_CONFIG = {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}
@@ -780,8 +780,8 @@ def _tls_context(kind):
         path = os.path.join(folder, "pair.pem")
         with open(path, "w") as file:
             file.write({True: TEST_CERT + TEST_KEY,
-                        "expired": EXPIRED_CERT + EXPIRED_KEY,
-                        "wrong-host": WRONG_HOST_CERT + WRONG_HOST_KEY}[kind])
+                        "expired": EXPIRED_CERT + TEST_KEY,
+                        "wrong-host": OTHER_CERT + OTHER_KEY}[kind])
         context.load_cert_chain(path)
     return context
 
@@ -1447,37 +1447,6 @@ REAL_USER = "alice"
 REAL_PASSWORD = "S3CR3T-alice"
 HTPASSWD = "alice:$2y$05$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n"
 
-TOKEN_CERT = """\
------BEGIN CERTIFICATE-----
-MIIC9DCCAdygAwIBAgIITFSbKtuhBqMwDQYJKoZIhvcNAQELBQAwFzEVMBMGA1UE
-AwwMdG9rZW4tc2lnbmVyMCAXDTIwMDEwMTAwMDAwMFoYDzIxOTkxMjMxMjM1OTU5
-WjAXMRUwEwYDVQQDDAx0b2tlbi1zaWduZXIwggEiMA0GCSqGSIb3DQEBAQUAA4IB
-DwAwggEKAoIBAQCYsdazKFWAGM4Nu8Ys8HvRJLWC2P036R9XeuwNjVzg/pxuTWs0
-JfLUOF0heDKYwLKl7FhNyn8nWr6uNVkZ3b+m8DYM41VXs9gRjI20KkGUsPtU3LWC
-CGO9lTQc76uW/0NKUHt8j7NG38adsuv1xD9RF9TCZWZDQJ05EOetksgXw7W81CHr
-je1IuOTDOhpXhaO0FofQCIqLXNgoJKwB2ij0M6B0amJBUP3cf2wOiDXr3SzZH0rD
-c5SHSAzt69NlWRYJW437oUSwblhry+Wh3NVdyNPQFVtoq+QRvBw/n/gf1YqVQRsg
-3mTGcLKevXtu+D16PktilWB1Lupj5wQx+7Z7AgMBAAGjQjBAMA8GA1UdEwEB/wQF
-MAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1UdDgQWBBSMtoXUscG4waLOf3tSBe7l
-wa4mwjANBgkqhkiG9w0BAQsFAAOCAQEAXTgWa3ZpM9uYbxNyok8PjMUAFFjj0KRV
-DQrR6BcZf2qrwBgG2xY2I6uRNNtCZw4zlkzeRgdS1pBJy+nyJ1TWky+KkX/HT9Zz
-CCLxfemuq3JViLF6UPsr/ACRtBRHTDMhUYPYnu5XyuUoze5cdx6Tzq2Xlrv9d9nm
-2BHbjw1WgiJQDVLmyMcHhkoiMUyQCI8Nu6cOGueBzo0gOlI9oPaamgHsLbhANZL/
-GN9qJ+7AYuGoQk8NtkW9Z2dK0cUETyaRFIhZESoZhBG+78cLg7LUigNHdWZv1M2b
-nyrWDEUD32ufhhK6mUbgY//EjCVp3x3PEZNpVrBaZX6v9qO5MCBHfw==
------END CERTIFICATE-----
-"""
-# The modulus and the private exponent of its key.
-TOKEN_N = int.from_bytes(ssl.PEM_cert_to_DER_cert(TOKEN_CERT)[155:411], "big")
-TOKEN_D = int(
-    "2008a7273cddfb1ab917ce7dfbed93bc43bc44b02b2770a3dfa16d2646b2e68ce3da8c29626e57ac"
-    "480ad9bbb2b9b32b877db6e4d307ac04f09df19938c0f9b5170defd43d9241aba1badffb9d25d700"
-    "ee29568849b862dc6211e5c42e366665029131e6e6ead0829fd373b6e6ff7ddd1067d5449a989f54"
-    "9ca53c4580d6b38d4b7c58fb32c62bba36ee083582ed3db0821eb674b0b00eef85bf595287e679b5"
-    "78c864e911d61055ac95a4633631582e3481bf01e9884c78c0471246045e583c5844a79a33be576e"
-    "a8148ce91a7b096af731ff371eb0fa6790f5dc5852e381a72587220ebd9546f6d4bc53e05f73a61d"
-    "c95c21f58327bb7a5440238d90198589", 16)
-
 
 #: In CI: what is skipped fails, but for what a kind of machine cannot have.
 NO_SKIP = bool(os.environ.get("IMAGEC_TEST_NO_SKIP"))
@@ -1519,16 +1488,6 @@ def able(condition, what):
     return unittest.skipUnless(condition, CANNOT + what)
 
 
-def _rs256(message):
-    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2), so that no openssl is needed."""
-    info = bytes.fromhex("3031300d060960864801650304020105000420")
-    info += hashlib.sha256(message).digest()
-    size = (TOKEN_N.bit_length() + 7) // 8
-    padded = b"\0\1" + b"\xff" * (size - len(info) - 3) + b"\0" + info
-    number = pow(int.from_bytes(padded, "big"), TOKEN_D, TOKEN_N)
-    return number.to_bytes(size, "big")
-
-
 class TokenServer(FakeRegistry):
     """A token server whose tokens the real docker-registry takes.
 
@@ -1551,11 +1510,12 @@ class TokenServer(FakeRegistry):
             "jti": os.urandom(12).hex(),
             "access": [self._access(known, scope) for scope in scopes]}
         # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
-        header = {"typ": "JWT", "alg": "RS256",
-                  "x5c": ["".join(TOKEN_CERT.split("\n")[1:-2])]}
+        header = {"typ": "JWT", "alg": "ES256",
+                  "x5c": ["".join(TEST_CERT.split("\n")[1:-2])]}
         parts = [url64(json_bytes(part)) for part in (header, claims)]
-        parts.append(url64(_rs256(".".join(parts).encode("ascii"))))
-        return ".".join(parts)
+        signed = ".".join(parts)
+        pair = [number.to_bytes(32, "big") for number in ecdsa(signed.encode("ascii"))]
+        return "%s.%s" % (signed, url64(b"".join(pair)))
 
     @staticmethod
     def _access(known, scope):
@@ -1691,7 +1651,7 @@ class DockerRegistry:
             config["auth"] = {"token": {
                 "realm": self.token_server.url + "/token",
                 "service": TokenServer.service, "issuer": TokenServer.issuer,
-                "rootcertbundle": self._path("token.pem", TOKEN_CERT)}}
+                "rootcertbundle": self._path("token.pem", TEST_CERT)}}
         # JSON is YAML, and needs no thought about quoting.
         return self._path("config.yml", json.dumps(config, indent=1))
 
@@ -5883,7 +5843,7 @@ FIELD_CERTS = (
 #: (certificate, key, the word of the error)
 FIELD_BAD_PAIRS = (
     (TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
-    (TEST_CERT, WRONG_HOST_KEY, "client.cert"),
+    (TEST_CERT, OTHER_KEY, "client.cert"),
     (TEST_CERT, "", "client.cert"),
     (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
      "client.cert"),
@@ -5947,7 +5907,7 @@ class TLSFilesTest(FieldCase):
                 owner, host, name.replace("_", ".")), content)
 
     def no_roots(self):
-        os.environ["SSL_CERT_FILE"] = self.file("others.pem", WRONG_HOST_CERT)
+        os.environ["SSL_CERT_FILE"] = self.file("others.pem", OTHER_CERT)
 
     def test_places(self):
         home = os.path.join(self.home, ".config")
@@ -6003,8 +5963,8 @@ class TLSFilesTest(FieldCase):
 
     def test_ca_is_added_to_the_systems(self):
         registry = self.filled(tls=True)
-        other = self.file("other.pem", WRONG_HOST_CERT)
-        self.certs_d(registry.host, ca_crt=WRONG_HOST_CERT)
+        other = self.file("other.pem", OTHER_CERT)
+        self.certs_d(registry.host, ca_crt=OTHER_CERT)
         self.pull(registry.host, cacert=other)
 
     def test_client_pair_from_certs_d(self):
@@ -6085,7 +6045,7 @@ class TLSFilesTest(FieldCase):
         # 3.6 has no words for what is wrong with a chain.
         unknown = "self" if sys.version_info > (3, 7) else "verify failed"
         for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
-                                ("wrong-host", WRONG_HOST_CERT, "127.0.0.1")):
+                                ("wrong-host", OTHER_CERT, "127.0.0.1")):
             registry = self.registry(tls=kind)
             trusted = self.file("trusted.pem", pem)
             for cacert, words in ((trusted, (word,)), (None, (unknown,))):
@@ -7015,7 +6975,7 @@ NET_PROBES = (
     ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https"),
     ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https"),
     ("untrusted", {"tls": True}, None, {}, None),
-    ("wrong host", {"tls": "wrong-host"}, WRONG_HOST_CERT, {}, None),
+    ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None),
     ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None),
     ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https"),
     ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https"),
@@ -16961,7 +16921,7 @@ class RealClientCertTest(RealFieldCase):
                   "--key", self.file("me.key", TEST_KEY))
 
     def test_certs_d(self):
-        os.environ["SSL_CERT_FILE"] = self.file("none.pem", WRONG_HOST_CERT)
+        os.environ["SSL_CERT_FILE"] = self.file("none.pem", OTHER_CERT)
         place = "home/.config/containers/certs.d/%s/" % self.real.host
         for name, content in (("ca.crt", TEST_CERT), ("me.cert", TEST_CERT),
                               ("me.key", TEST_KEY)):
@@ -16975,8 +16935,8 @@ class RealClientCertTest(RealFieldCase):
 
     def test_one_of_another_ca(self):
         # Who loses the race with the registry's farewell does not hear why.
-        self.take("--cert", self.file("me.cert", WRONG_HOST_CERT),
-                  "--key", self.file("me.key", WRONG_HOST_KEY), expect=1)
+        self.take("--cert", self.file("me.cert", OTHER_CERT),
+                  "--key", self.file("me.key", OTHER_KEY), expect=1)
 
 
 REAL_ENTRY = field_entry(REAL_USER, REAL_PASSWORD)
