@@ -14410,8 +14410,18 @@ THREAT_FAULTS = worded(
      ("endless, T52", endless(), EVER, THREAT_ALL[4:])),
     ((imagec.DigestMismatch, "disagree"),
      ("lying header", headers(docker_content_digest=sha256(b"")), 1, THREAT_ALL[2:4])),
-    # Last, for its connections stay busy.
+    ((imagec.TransportError, ""),
+     ("many headers", garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999), EVER,
+      THREAT_ALL)),
+    # Last, for their connections stay busy.
     ((imagec.Timeout, "next to nothing"),
+     ("a byte at a time, T57", drip(0.02, 1), EVER, THREAT_BODIES),
+     ("a byte of the status at a time, T57", drip(0.02, 1, "status"), EVER, THREAT_ALL),
+     ("a byte of the headers at a time, T57", drip(0.02, 1, "headers"), EVER,
+      THREAT_ALL),
+     ("headers for ever, T58", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
+                                drip(0.02, 17, "status")], EVER, THREAT_ALL),
+     ("stops in the body, T109", drip(60, 20), EVER, THREAT_BODIES),
      ("no answer, T109", hang(30), EVER, THREAT_ALL)),
 )
 
@@ -14427,7 +14437,7 @@ THREAT_PASSING = (
 class FaultsTest(ThreatCase):
     """What every fault leaves behind: one clear error, and nothing half-made.
 
-    T21 T22 T25 T100 T109 T163.
+    T21 T22 T25 T57 T58 T100 T109 T163.
     """
 
     def setUp(self):
@@ -14482,7 +14492,7 @@ class FaultsTest(ThreatCase):
         for idle in (0.4, 5) if stalls else (5,):
             # DownloadTest counts all five tries.
             with mock.patch("imagec.ATTEMPTS", 1 if stalls else 2):
-                with self.fails(kind, word) as caught:
+                with threat_alarm(20), self.fails(kind, word) as caught:
                     self.fetch(self.ref, format, path, jobs=jobs, username="alice",
                                password=PASSWORD, idle_timeout=idle)
             if self.source.faults[0].used:
@@ -14510,6 +14520,14 @@ class FaultsTest(ThreatCase):
         self.assert_whole(path)
         self.assert_nothing_beside(path)
         self.assert_no_leftovers()
+
+    def test_t57_t109_the_whole_has_its_limit(self):
+        """Slow but steady is no stall; --timeout ends it."""
+        self.strike("first layer", drip(0.01, 40), EVER)
+        for format, name in OUTPUTS:
+            with threat_alarm(20), self.fails(imagec.Timeout, "--timeout"):
+                self.fetch(self.ref, format, self.at(name), timeout=0.3)
+            self.assert_only_verified(self.at(name))
 
     def test_t100_faults_that_pass(self):
         expected = {}
@@ -15367,22 +15385,8 @@ class LocalLimitsTest(ThreatProcessCase):
         self.assertEqual(os.listdir(other), [])
 
 
-# -- Time: servers that take theirs
+# -- Time that is up
 
-#: (name, action, error class, phases)
-THREAT_DELAYS = (
-    ("a byte at a time", drip(0.02, 1), imagec.Timeout, THREAT_BODIES),
-    ("a byte of the status at a time", drip(0.02, 1, "status"), imagec.Timeout,
-     THREAT_ALL),
-    ("a byte of the headers at a time", drip(0.02, 1, "headers"), imagec.Timeout,
-     THREAT_ALL),
-    ("headers for ever", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
-                          drip(0.02, 17, "status")], imagec.Timeout, THREAT_ALL),
-    ("many headers", garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999),
-     imagec.TransportError, THREAT_ALL),
-    ("no answer", hang(60), imagec.Timeout, THREAT_ALL),
-    ("stops in the body", [drip(60, 20)], imagec.Timeout, THREAT_BODIES),
-)
 #: (function, of which class or module, format, output, is it pulled twice): where time
 #: is up
 THREAT_WORK = (
@@ -15457,78 +15461,6 @@ class WorkTest(ThreatCase):
         self.assertEqual(done[-1], "begun")
         self.source.add("lab/app", "1", self.image)
         self.clear()
-
-
-class TimeTest(ThreatCase):
-    """Each ends within its limit, and names the registry: T57 T58 T109."""
-
-    LIMIT = 0.15  # seconds without progress
-    GRACE = 20  # seconds more, for all of them run side by side
-
-    # A body of less would end before it stalls.
-    image = build_image([tar_bytes([("n", noise(size))]) for size in (9000, 8000)],
-                        config={"Env": ["X=" + "x" * 3000]})
-
-    def setUp(self):
-        super().setUp()
-        self.patch(mock.patch("imagec.ATTEMPTS", 1))
-        self.patch(mock.patch.object(os, "fsync"))
-        self.index = build_index([(self.image, ("linux", "amd64", None))])
-        self.errors = {}
-
-    def slow(self, number, phase, action):
-        """Pull from a registry of its own that is slow in one phase; what came out."""
-        names = {"manifest": self.image.digest, "config": sha256(self.image.config),
-                 "first": self.image.layers[0], "last": self.image.layers[1]}
-        registry = self.filled(self.index, auth="bearer", tls=True)
-        registry.fault(THREAT_PHASES[phase].format(**names), action, EVER)
-        format, name = OUTPUTS[number % len(OUTPUTS)]
-        path = self.at("%d" % number, name)
-        os.mkdir(os.path.dirname(path))
-        started, error = time.monotonic(), None
-        try:
-            self.fetch(registry.host + "/lab/app:1", format, path,
-                       idle_timeout=self.LIMIT)
-        except Exception as caught:  # unittest hears of this thread only by us
-            error = caught
-        self.errors[number] = (error, time.monotonic() - started, registry.host, path)
-
-    def test_t57_t58_t109_each_phase(self):
-        rows = [(name, phase, action, kind) for name, action, kind, phases in
-                THREAT_DELAYS for phase in phases]
-        for start in range(0, len(rows), 16):
-            batch = rows[start:start + 16]
-            self.errors.clear()
-            threads = [threading.Thread(target=self.slow, args=(number, phase, action),
-                                        daemon=True)
-                       for number, (_, phase, action, _) in enumerate(batch)]
-            for thread in threads:
-                thread.start()
-            end = time.monotonic() + 60
-            for thread in threads:
-                thread.join(max(0, end - time.monotonic()))
-            for number, (name, phase, _, kind) in enumerate(batch):
-                with self.subTest(name, phase=phase):
-                    self.assertIn(number, self.errors, "hangs")
-                    error, seconds, host, path = self.errors[number]
-                    self.assertIsInstance(error, kind)
-                    self.assertIn(host, str(error))
-                    self.assertLess(seconds, self.LIMIT + self.GRACE)
-                    self.assert_only_verified(path)
-            self.clear()
-
-    def test_t57_t109_the_whole_has_its_limit(self):
-        """Slow but steady is no stall; --timeout ends it."""
-        def check(format, path):
-            started = time.monotonic()
-            with self.fails(imagec.Timeout, "--timeout"):
-                self.fetch(registry.host + "/lab/app:1", format, path, timeout=0.3)
-            self.assertLess(time.monotonic() - started, 0.3 + self.GRACE)
-            self.assert_only_verified(path)
-
-        registry = self.filled(self.index, auth="bearer", tls=True)
-        registry.fault(self.image.layers[0], drip(0.01, 40), EVER)
-        self.each(check)
 
 
 # -- Bombs
@@ -17580,7 +17512,7 @@ SLOW_CLASSES = (
     "FaultsTest", "ReadmeCommandsTest", "ReadersTest", "MemoryTest", "LocalFaultsTest",
     "ThreatIndexTest", "MirrorTest", "RealResumeTest", "StreamTest",
     "UnsafeLayersTest", "ServeTest", "ServeSkopeoTest", "KillTest",
-    "ResumeTest", "LocalLimitsTest", "RealRegistryTest", "TimeTest")
+    "ResumeTest", "LocalLimitsTest", "RealRegistryTest")
 
 if __name__ == "__main__":
     sys.exit(main())
