@@ -144,6 +144,21 @@ def write_file(path, data):
     return path
 
 
+def below(top):
+    """(path, its lstat) of all that stands below a place."""
+    for folder, names, files in os.walk(top):
+        for path in [os.path.join(folder, name) for name in names + files]:
+            with contextlib.suppress(FileNotFoundError):
+                yield path, os.lstat(path)
+
+
+def contents(top):
+    """{relative path: bytes, or where a link leads} of all below a place."""
+    return {os.path.relpath(path, top): os.readlink(path) if stat.S_ISLNK(
+        facts.st_mode) else file_bytes(path) if stat.S_ISREG(facts.st_mode) else None
+        for path, facts in below(top) if not stat.S_ISDIR(facts.st_mode)}
+
+
 def noise(size, seed=0):
     """Bytes that no codec makes smaller, the same each time."""
     return random.Random(seed).getrandbits(8 * size).to_bytes(size, "little")
@@ -2119,17 +2134,14 @@ def flat_tree_words(tree):
 
 def flat_directory_words(directory):
     """The words of a directory on disk."""
-    rows = []
-    for folder, names, files in os.walk(directory):
-        for name in names + files:
-            place = os.path.join(folder, name)
-            status = os.lstat(place)
-            kind, rest = "dir", ""
-            if stat.S_ISLNK(status.st_mode):
-                kind, rest = "symlink", os.readlink(place)
-            elif stat.S_ISREG(status.st_mode):
-                kind, rest = "file", file_bytes(place).decode("latin-1")
-            rows.append((os.path.relpath(place, directory), status.st_ino, kind, rest))
+    rows, held = [], contents(directory)
+    for path, facts in below(directory):
+        name = os.path.relpath(path, directory)
+        rest = held.get(name, "")  # a text of a link
+        kind = ("dir" if name not in held else
+                "symlink" if stat.S_ISLNK(facts.st_mode) else "file")
+        rows.append((name, facts.st_ino, kind, rest if isinstance(rest, str)
+                     else rest.decode("latin-1")))
     return flat_words(rows)
 
 
@@ -2194,20 +2206,12 @@ def raw_word(word):
 
 def stored_state(directory, besides=()):
     """All there is to know about the files below a directory, to compare later."""
-    state = {}
-    for folder, names, files in os.walk(directory):
-        names[:] = [name for name in names if name not in besides]
-        for name in names + [name for name in files if name not in besides]:
-            place = os.path.join(folder, name)
-            facts = os.lstat(place)
-            content, time = b"", 0
-            if stat.S_ISLNK(facts.st_mode):
-                content = os.readlink(place)
-            elif stat.S_ISREG(facts.st_mode):
-                content, time = file_bytes(place), facts.st_mtime_ns
-            state[place] = (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink,
-                            time, content)
-    return state
+    held = contents(directory)
+    return {path: (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink,
+                   stat.S_ISREG(facts.st_mode) and facts.st_mtime_ns,
+                   held.get(os.path.relpath(path, directory)))
+            for path, facts in below(directory)
+            if set(path.split(os.sep)).isdisjoint(besides)}
 
 
 class StoredCase(RegistryCase):
@@ -2265,20 +2269,6 @@ THREAT_TARS = [
     tar_bytes([("bin", None), ("bin/sh", noise(5000, 2), {"mode": 0o755})]),
     tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")]),
 ]
-
-
-def threat_files(top):
-    """{relative path: bytes, or where a link leads} of all below a place."""
-    found = {}
-    for folder, names, files in os.walk(top):
-        for path in [os.path.join(folder, name) for name in names + files]:
-            with contextlib.suppress(FileNotFoundError):
-                mode = os.lstat(path).st_mode
-                if not stat.S_ISDIR(mode):
-                    found[os.path.relpath(path, top)] = (
-                        os.readlink(path) if stat.S_ISLNK(mode) else
-                        file_bytes(path) if stat.S_ISREG(mode) else None)
-    return found
 
 
 def threat_rows(path=None, blob=None):
@@ -2385,7 +2375,7 @@ class ThreatCase(RegistryCase):
         """What stands there passes verify, or is the file system of an image."""
         self.assertEqual(faults_of(path), [])
         if os.path.basename(path) in ("root", "root.tar"):
-            rows = threat_files(path).items() if os.path.isdir(path) else (
+            rows = contents(path).items() if os.path.isdir(path) else (
                 threat_rows(path))
             found = {name: sha256(data) for name, data in rows}
             self.assertIn(found, (threat_tree(self.image), {"old": sha256(b"old")}))
@@ -2395,7 +2385,7 @@ class ThreatCase(RegistryCase):
         good = self.good if good is None else good
         if os.path.isfile(path) or os.path.basename(path) == "root":
             return os.path.lexists(path) and self.assert_whole(path)
-        for name, data in threat_files(path).items():
+        for name, data in contents(path).items():
             base = os.path.basename(name)
             if base.endswith(".tar"):
                 self.assertIn(sha256(data), good, name)
@@ -2408,7 +2398,7 @@ class ThreatCase(RegistryCase):
             self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
 
     def assert_no_leftovers(self):
-        self.assertFalse([n for n in threat_files(self.work) if ".partial" in n])
+        self.assertFalse([n for n in contents(self.work) if ".partial" in n])
 
     def assert_nothing_beside(self, *paths):
         """Only these, and what a later run goes on with, are there."""
@@ -2441,8 +2431,7 @@ class ThreatProcessCase(ThreatCase):
         return self.end(self.start(*argv, **options))
 
 
-SERVE_NOISE = b"".join(hashlib.sha512(b"%d" % i).digest() for i in range(400))
-SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", SERVE_NOISE)]))
+SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", noise(25600))]))
 SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
 SERVE_AMD = ("linux", "amd64", None)
 SERVE_ARM = ("linux", "arm64", "v8")
@@ -8314,11 +8303,8 @@ class DownloadTest(DownloadCase):
 def field_files(top):
     """{path: size} of the files below a place, or of the one that stands there."""
     found = {top: os.path.getsize(top)} if os.path.isfile(top) else {}
-    for folder, _, names in os.walk(top):
-        for name in names:
-            with contextlib.suppress(OSError):
-                path = os.path.join(folder, name)
-                found[path] = os.lstat(path).st_size
+    found.update((path, facts.st_size) for path, facts in below(top)
+                 if not stat.S_ISDIR(facts.st_mode))
     return found
 
 
@@ -12485,7 +12471,7 @@ class CommandLineCase(RegistryCase):
 
     def files(self):
         """What stands in the destination, without its directories."""
-        return sorted(threat_files(self.output))
+        return sorted(contents(self.output))
 
     def assert_nothing_final(self):
         """Only verified blobs and unfinished ones may be left by a failed pull."""
@@ -13400,7 +13386,7 @@ class SecretsTest(CommandLineCase):
                           value.__cause__]
                 if not value.__suppress_context__:
                     texts.append(value.__context__)
-        files = threat_files(self.root)
+        files = contents(self.root)
         files.pop("auth.json", None)  # ours
         for value in texts + list(files) + list(files.values()):
             if isinstance(value, str):
@@ -14486,7 +14472,7 @@ class FaultsTest(ThreatCase):
 
     def check(self, format, path, phase, number, error):
         case = os.path.dirname(path)
-        before = threat_files(case)
+        before = contents(case)
         kind, word = error
         jobs, stalls = (1, 4)[number % 2], kind is imagec.Timeout
         for idle in (0.4, 5) if stalls else (5,):
@@ -14502,7 +14488,7 @@ class FaultsTest(ThreatCase):
             self.assertIn("127.0.0.1", str(caught.exception))
         # One more for each kept connection that may just have been stale.
         self.assertLessEqual(self.source.faults[0].used, 2 + jobs)
-        after = threat_files(case)
+        after = contents(case)
         self.assertEqual({n: after.get(n) for n in before}, before)
         good = self.good - {self.names.get(phase.split()[0])}
         for name in set(after) - set(before):
@@ -14535,11 +14521,11 @@ class FaultsTest(ThreatCase):
             case = self.at(name + "-whole")
             shutil.copytree(self.at(name + "-before"), case)
             self.fetch(self.ref, format, os.path.join(case, name))
-            expected[name] = threat_files(case)
+            expected[name] = contents(case)
 
         def check(format, path, _phase, _number):
             self.fetch(self.ref, format, path, jobs=1)
-            self.assertEqual(threat_files(os.path.dirname(path)),
+            self.assertEqual(contents(os.path.dirname(path)),
                              expected[os.path.basename(path)])
             self.check_whole(path)
             self.assertLessEqual(len(self.naps), 1)
@@ -14625,7 +14611,7 @@ class ReplacedTest(ThreatCase):
                 self.clear()
 
     def state(self, path):
-        files = threat_files(path) if os.path.isdir(path) else {"": file_bytes(path)}
+        files = contents(path) if os.path.isdir(path) else {"": file_bytes(path)}
         return {name: data and sha256(data) for name, data in files.items()}
 
     def assert_kept(self, path, before):
@@ -14955,7 +14941,7 @@ class FuzzTest(ThreatCase):
         """A file of what a pull wrote is bent: verify says so, and serve lives."""
         path = dice.choice(self.outputs)
         victim = dice.choice([path] if os.path.isfile(path) else [
-            os.path.join(path, name) for name in sorted(threat_files(path))
+            os.path.join(path, name) for name in sorted(contents(path))
             if not os.path.islink(os.path.join(path, name))])
         bent = self.bend(dice, victim)
         with self.bent(victim, bent):
@@ -15104,7 +15090,7 @@ class KillTest(KillCase, ThreatProcessCase):
         path = self.at(name)
         beside = path if name != "root" else self.at("old")
         self.complete(self.ref[:-1] + "0", format, beside)
-        before = threat_files(self.work)
+        before = contents(self.work)
         run = self.hit_anywhere(format, path, number)
         if sys.version_info >= (3, 8):  # before, Python tells what a finalizer raised
             self.assertLessEqual(run.err.count("\n"), 1)
@@ -15116,7 +15102,7 @@ class KillTest(KillCase, ThreatProcessCase):
             self.assertEqual(run.status, status, run.err)
             self.assertEqual(run.err.count("imagec: "), number != signal.SIGKILL)
         self.assert_only_verified(path)
-        after = threat_files(self.work)
+        after = contents(self.work)
         if name in ("root", "images"):  # the others grow, or are replaced whole
             self.assertEqual({n: after.get(n) for n in before}, before)
         if os.path.isdir(path) and name == "root":
@@ -15185,7 +15171,7 @@ class LocalFaultsTest(ThreatCase):
         calls, _ = self.broken(name, code, 0, format, self.at("dry"))
         at = calls and self.dice.randint(1, calls)
         with self.subTest(call=name, code=errno.errorcode[code], at=at, format=format):
-            before = threat_files(path)
+            before = contents(path)
             _, error = self.broken(name, code, at, format, path)
             self.assert_only_verified(
                 path, self.good.union(map(sha256, before.values())))
@@ -15229,7 +15215,7 @@ class LocalFaultsTest(ThreatCase):
         place = os.path.join(path, "x.tar") if path.endswith(".tar") else path
         write_file(path, b"mine")
         self.assert_one_line(self.pull(format, place), 1, re.escape(path))
-        self.assertEqual(threat_files(self.work), {os.path.basename(path): b"mine"})
+        self.assertEqual(contents(self.work), {os.path.basename(path): b"mine"})
 
     def test_destination_deleted_during_the_pull(self):
         """One clear error or a whole image, and the next run completes."""
@@ -15276,7 +15262,7 @@ class LocalFaultsTest(ThreatCase):
     def check_deep(self, format, path):
         deep = os.path.join(self.work, *["d" * 200] * 25 + [os.path.basename(path)])
         self.assert_one_line(self.pull(format, deep), 1, "longer than")
-        self.assertFalse(threat_files(self.work))
+        self.assertFalse(contents(self.work))
 
 
 @THREAT_POSIX
@@ -15568,7 +15554,7 @@ class BombTest(ThreatCase):
             for format, name in OUTPUTS[::3]:
                 run = self.pull(format, self.at(name), "--max-layer-size", "100000")
                 self.assert_one_line(run, 1 if word == "max-layer-size" else 3, word)
-                self.assertLessEqual(set(map(os.path.basename, threat_files(
+                self.assertLessEqual(set(map(os.path.basename, contents(
                     self.work))), {"lock.partial"})
 
     @rows(MEMBERS_COUNTED)
