@@ -356,7 +356,14 @@ def _descriptor(media_type, data, digest=None, **extra):
 
 
 def _schema2(steps, kind, platform, diff_ids, extra):
-    config = _image_config(steps, platform, diff_ids, extra)
+    history = []
+    for number, blob in enumerate(steps):
+        history.append({"created": CREATED, "created_by": _command(number, blob)})
+        if blob is None:
+            history[-1]["empty_layer"] = True
+    config = json_bytes(dict(dict(
+        _platform(platform), created=CREATED, config=RUN_CONFIG, history=history,
+        rootfs={"type": "layers", "diff_ids": diff_ids}), **extra))
     types = MEDIA_TYPES[kind]
     layers = [blob for blob in steps if blob is not None]
     codings = {b"\x1f\x8b": types["gzip"], b"\x28\xb5": types["zstd"]}
@@ -370,19 +377,6 @@ def _schema2(steps, kind, platform, diff_ids, extra):
     image = BuiltImage(json_bytes(document, 3), types["manifest"], config=config)
     image.blobs[sha256(config)] = config
     return image
-
-
-def _image_config(steps, platform, diff_ids, extra):
-    history = []
-    for number, blob in enumerate(steps):
-        history.append({"created": CREATED, "created_by": _command(number, blob)})
-        if blob is None:
-            history[-1]["empty_layer"] = True
-    document = dict(
-        _platform(platform), created=CREATED, config=RUN_CONFIG,
-        rootfs={"type": "layers", "diff_ids": diff_ids}, history=history)
-    document.update(extra)
-    return json_bytes(document)
 
 
 def _command(number, blob):
@@ -533,8 +527,7 @@ class Reply:
         body = itertools.chain(_split(self.body, BLOCK), self.more)
         if self.chunk:
             body = _chunked(body, self.chunk)
-        if bare:
-            body = iter(())
+        body = iter(()) if bare else body
         # Head and body in one packet: apart they cost a delayed ACK.
         yield self.head() + next(body, b"")
         for block in body:
@@ -1216,6 +1209,8 @@ class RegistryCase(unittest.TestCase):
     try, `said` its warnings.
     """
 
+    named = "lab/app:1"
+
     def setUp(self):
         self.root = tempfile.mkdtemp()
         self.addCleanup(remove, self.root)
@@ -1262,11 +1257,11 @@ class RegistryCase(unittest.TestCase):
         unused = [f.match for f in registry.faults if f.times and not f.used]
         self.assertEqual(unused, [], "faults that were never used")
 
-    def filled(self, image, name="lab/app:1", **options):
-        """A registry that has the image."""
+    def filled(self, image=None, name=None, **options):
+        """A registry that has the image, or self.image."""
         registry = self.registry(**options)
-        repository, _, tag = name.partition(":")
-        registry.add(repository, tag or "1", image)
+        repository, _, tag = (name or self.named).partition(":")
+        registry.add(repository, tag or "1", image or self.image)
         return registry
 
     def session(self, **options):
@@ -1698,77 +1693,33 @@ def skopeo_raw(ref, creds=None):
     return _skopeo("inspect", "--raw", "--tls-verify=false", *(options + (ref,)))
 
 
-def _write_blob(layout, media_type, chunks):
-    """Write what is drawn; its descriptor."""
-    digest, partial, size = hashlib.sha256(), os.path.join(layout, "partial"), 0
-    with open(partial, "wb") as file:
-        for data in chunks:
-            digest.update(data)
-            size += file.write(data)
-    os.rename(partial, os.path.join(layout, "blobs", "sha256", digest.hexdigest()))
-    return {"mediaType": media_type, "digest": "sha256:" + digest.hexdigest(),
-            "size": size}
+@contextlib.contextmanager
+def offered(images):
+    """A double has {name: image}: its host, and how to push one on as it is."""
+    def push(registry, name):
+        skopeo_copy("docker://%s/%s" % (double.host, name), "docker://%s/%s" % (
+            registry.host, name), "--all", "--preserve-digests")
 
-
-def _write_json(layout, kind, value):
-    return _write_blob(layout, MEDIA_TYPES["oci"][kind], [json_bytes(value)])
-
-
-def _write_layer(layout, layer, level):
-    """(descriptor, diffID) of a tar: its bytes, or the path of one of any size."""
-    # Without a time in its header, or equal layers would have different digests.
-    deflate = zlib.compressobj(level, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    digest = hashlib.sha256()
-
-    def packed(file):
-        for data in iter(lambda: file.read(1 << 20), b""):
-            digest.update(data)
-            yield deflate.compress(data)
-        yield deflate.flush()
-
-    with io.BytesIO(layer) if isinstance(layer, bytes) else open(layer, "rb") as file:
-        written = _write_blob(layout, _OCI + "layer.v1.tar+gzip", packed(file))
-    return written, "sha256:" + digest.hexdigest()
-
-
-def oci_layout(path, layers, platform="linux/amd64", level=6):
-    """Write an OCI image layout with tag `latest` to the new directory `path`.
-
-    `layers` are uncompressed tar files (bytes, or paths), packed by gzip at `level`.
-    """
-    os.makedirs(os.path.join(path, "blobs", "sha256"))
-    config = dict(zip(("os", "architecture", "variant"), platform.split("/")))
-    descriptors, diff_ids = zip(*(_write_layer(path, layer, level) for layer in layers))
-    created = "2001-02-03T04:05:06Z"
-    config.update(created=created, config={},
-                  rootfs={"type": "layers", "diff_ids": diff_ids},
-                  # Conversion to schema 1 needs one entry for each layer.
-                  history=[{"created": created, "created_by": "layer %d" % number}
-                           for number in range(len(layers))])
-    manifest = {"schemaVersion": 2, "config": _write_json(path, "config", config),
-                "layers": descriptors}
-    entry = _write_json(path, "manifest", manifest)
-    entry["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
-    with open(os.path.join(path, "index.json"), "w") as file:
-        json.dump({"schemaVersion": 2, "manifests": [entry]}, file)
-    with open(os.path.join(path, "oci-layout"), "w") as file:
-        json.dump({"imageLayoutVersion": "1.0.0"}, file)
-    return path
+    with contextlib.closing(FakeRegistry()) as double:
+        for name, image in images.items():
+            double.add(*name.split(":"), image)
+        yield double.host, push
 
 
 def seed(registry, repository, layers):
-    """Push `layers` (tar bytes) as tags v2s1, v2s2, oci and zstd of `repository`."""
+    """Push `layers` (tars) as tags v2s1, v2s2, oci and zstd of `repository`."""
     creds = ()
     if registry.auth is not None:
         creds = ("--dest-creds", REAL_USER + ":" + REAL_PASSWORD)
     tag_at = "docker://%s/%s:" % (registry.host, repository)
-    with tempfile.TemporaryDirectory() as directory:
-        plain = "oci:%s:latest" % oci_layout(os.path.join(directory, "gzip"), layers)
+    with offered({"x:1": build_image(layers)}) as (host, _), \
+            tempfile.TemporaryDirectory() as directory:
+        plain = "docker://%s/x:1" % host
         for name in ("v2s1", "v2s2", "oci"):
             skopeo_copy(plain, tag_at + name, "--format", name, *creds)
         # On the way to a registry skopeo would rather reuse the gzip blobs it knows to
         # be there than compress anew; a fresh directory offers it nothing to reuse.
-        zstd = "oci:%s:latest" % os.path.join(directory, "zstd")
+        zstd = "oci:%s:latest" % directory
         skopeo_copy(plain, zstd, "--dest-compress-format", "zstd")
         skopeo_copy(zstd, tag_at + "zstd", "--preserve-digests", *creds)
 
@@ -1899,7 +1850,7 @@ NET_OTHER = build_image(NET_TARS[:1])
 class NetworkCase(RegistryCase):
     """Names are resolved by NET_PLACES; `reached` is where connections were to go."""
 
-    image = build_image(NET_TARS)
+    image, named = build_image(NET_TARS), "app:1"
 
     def setUp(self):
         super().setUp()
@@ -1933,10 +1884,6 @@ class NetworkCase(RegistryCase):
         found.url, found.rank = url, rank
         found.challenge = imagec.Challenge("bearer", {"realm": realm})
         return found
-
-    def filled(self, image=None, name="app:1", **options):
-        """A registry that has the image, or self.image."""
-        return super().filled(image or self.image, name, **options)
 
     def server(self, replies, tls=False):
         server = Scripted(replies, tls)
@@ -2038,6 +1985,8 @@ def field_auths(*keys):
 class FieldCase(NetworkCase):
     """A home of its own, no DNS."""
 
+    image, named = build_image(FIELD_SMALL), RegistryCase.named
+
     def setUp(self):
         super().setUp()
         self.work = self.root
@@ -2063,9 +2012,6 @@ class FieldCase(NetworkCase):
         if not os.environ["PATH"].startswith(self.at("bin")):
             os.environ["PATH"] = self.at("bin") + os.pathsep + os.environ["PATH"]
         return path
-
-    def filled(self, image=None, name="lab/app", **options):
-        return super().filled(image or build_image(FIELD_SMALL), name, **options)
 
     def at(self, name="out"):
         return super().at(name)
@@ -16043,30 +15989,6 @@ def source_only(info):
     return None if "__pycache__" in info.name or "/test" in info.name else info
 
 
-def many_layout(path):
-    """An OCI layout whose `latest` is an index over amd64 and arm64."""
-    merged = oci_layout(os.path.join(path, "amd64"), CONTRACT_TARS)
-    other = oci_layout(os.path.join(path, "arm64"), CONTRACT_TARS[:1],
-                       platform="linux/arm64/v8")
-    entries = []
-    for layout, architecture in ((merged, "amd64"), (other, "arm64")):
-        with open(os.path.join(layout, "index.json")) as file:
-            entry, = json.load(file)["manifests"]
-        del entry["annotations"]
-        entry["platform"] = {"os": "linux", "architecture": architecture}
-        entries.append(entry)
-    blobs = os.path.join("blobs", "sha256")
-    for name in os.listdir(os.path.join(other, blobs)):
-        shutil.copy(os.path.join(other, blobs, name), os.path.join(merged, blobs))
-    index = _write_json(merged, "index", {
-        "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
-        "manifests": entries})
-    index["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
-    write_file(os.path.join(merged, "index.json"),
-               json_bytes({"schemaVersion": 2, "manifests": [index]}))
-    return merged
-
-
 class Seeded:
     """What all real registries of this run serve, and what skopeo says of it."""
 
@@ -16076,28 +15998,21 @@ class Seeded:
         self.root = tempfile.mkdtemp()
         FIXTURES.callback(remove, self.root)
         self.source_tars = list(source_tars())
+        app, arm = build_image(CONTRACT_TARS), ("linux", "arm64", "v8")
+        images = {"lab/big:1": build_image(self.source_tars), "private/app:1": app,
+                  "lab/many:1": build_index([(app, ("linux", "amd64", None)), (
+                      build_image(CONTRACT_TARS[:1], platform=arm), arm)])}
         # Each skopeo mostly waits; side by side they take half the time.
-        with DockerRegistry(self.root) as registry, \
+        with DockerRegistry(self.root) as registry, offered(images) as (_, push), \
                 concurrent.futures.ThreadPoolExecutor(4) as executor:
-            pushes = [executor.submit(self.push, registry, *pair) for pair in (
-                ("lab/big:1", oci_layout(self.path("big"), self.source_tars)),
-                ("lab/many:1", many_layout(self.path("many"))),
-                ("private/app:1", oci_layout(self.path("private"), CONTRACT_TARS)))]
+            pushes = [executor.submit(push, registry, name) for name in images]
             seed(registry, "lab/app", CONTRACT_TARS)
-            for push in pushes:
-                push.result()
+            for pushed in pushes:
+                pushed.result()
             asked = {name: executor.submit(self.ask, registry, name)
                      for name in self.TAGS + ("lab/big:1", "private/app:1")}
             self.witnesses = {name: each.result() for name, each in asked.items()}
             self.many = skopeo_raw("docker://%s/lab/many:1" % registry.host)
-
-    @staticmethod
-    def push(registry, name, layout):
-        skopeo_copy("oci:%s:latest" % layout, "docker://%s/%s" % (registry.host, name),
-                    "--all", "--preserve-digests")
-
-    def path(self, name):
-        return os.path.join(self.root, name)
 
     @staticmethod
     def ask(registry, name):
@@ -16344,20 +16259,13 @@ def readers_facts(directory):
     """{path: what a file is}, hard links by the first name of their group."""
     facts, groups = {}, {}
     base = os.fsencode(directory)
-    for folder, names, files in os.walk(base):
-        for name in sorted(names + files):
-            place = os.path.join(folder, name)
-            status = os.lstat(place)
-            content = None
-            if stat.S_ISLNK(status.st_mode):
-                content = os.readlink(place)
-            elif stat.S_ISREG(status.st_mode):
-                content = file_bytes(place)
-            path = os.path.relpath(place, base)
-            if not stat.S_ISDIR(status.st_mode):
-                groups.setdefault(status.st_ino, []).append(path)
-            facts[path] = (stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode),
-                           status.st_uid, status.st_gid, content, status.st_ino)
+    held = contents(base)
+    for place, status in below(base):
+        path = os.path.relpath(place, base)
+        if path in held:
+            groups.setdefault(status.st_ino, []).append(path)
+        facts[path] = (status.st_mode, status.st_uid, status.st_gid, held.get(path),
+                       status.st_ino)
     return {path: fact[:-1] + (min(groups.get(fact[-1], [None])),)
             for path, fact in facts.items()}
 
@@ -16741,16 +16649,12 @@ def field_seed():
     """A registry's storage with lab/app:1 and lab/big:1; {digest: size} of the big."""
     root = tempfile.mkdtemp(prefix="field-")
     FIXTURES.callback(remove, root)
-    big = [tar_bytes([("f%d" % n, noise(REAL_BIG, n))]) for n in range(3)]
-    with DockerRegistry(root) as registry:
-        for name, layers in (("app", FIELD_SMALL), ("big", big)):
-            layout = oci_layout(os.path.join(root, name), layers)
-            skopeo_copy("oci:%s:latest" % layout,
-                        "docker://%s/lab/%s:1" % (registry.host, name))
-        raw = registry.request("/v2/lab/big/manifests/1", {
-            "Accept": "application/vnd.oci.image.manifest.v1+json"})[2]
-    return FieldSeed(root, {layer["digest"]: layer["size"]
-                            for layer in json.loads(raw.decode("ascii"))["layers"]})
+    big = field_noisy_image(REAL_BIG)
+    images = {"lab/app:1": build_image(FIELD_SMALL), "lab/big:1": big}
+    with DockerRegistry(root) as registry, offered(images) as (_, push):
+        for name in images:
+            push(registry, name)
+    return FieldSeed(root, {digest: len(big.blobs[digest]) for digest in big.layers})
 
 
 class ClientCertRegistry(DockerRegistry):
