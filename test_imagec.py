@@ -113,6 +113,12 @@ def tearDownModule():
     FIXTURES.close()
 
 
+def kept(thing):
+    """Something that is closed when all is done: each class runs in its own process."""
+    FIXTURES.callback(thing.close)
+    return thing
+
+
 def remove(path):
     """Removes a file or tree, whatever modes are in it."""
     if os.path.islink(path) or not os.path.isdir(path):
@@ -2360,12 +2366,7 @@ class ThreatProcessCase(ThreatCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.servant = Servant()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.servant.close()
-        super().tearDownClass()
+        cls.servant = kept(Servant())
 
     def start(self, *argv, **options):
         return self.servant.start(*argv, cwd=self.work, **options)
@@ -16042,12 +16043,7 @@ class RealPullCase(CommandLineCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.real = DockerRegistry(seeded().root, cls.auth, cls.tls)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.real.close()
-        super().tearDownClass()
+        cls.real = kept(DockerRegistry(seeded().root, cls.auth, cls.tls))
 
     def start_registry(self):
         return self.real
@@ -16276,6 +16272,23 @@ def readers_blobs(directory):
             for name in os.listdir(directory)}
 
 
+class PodmanCase(RegistryCase):
+    """podman, with a storage of its own."""
+
+    def podman(self, *arguments, **options):
+        options = dict({"stdin": subprocess.DEVNULL}, **options)
+        done = subprocess.run(
+            ("podman", "--root", self.at("podman"), "--runroot", self.at("run"),
+             "--storage-driver", "vfs", "--events-backend", "none") + arguments,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, **options)
+        if done.returncode and arguments == ("images",):
+            lacking("a podman that runs")
+        if b"operation not permitted" in done.stdout.lower():
+            lacking("a podman that unpacks")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout.decode()
+
+
 class ReadersCase(RegistryCase):
     """One image in four kinds in a real registry."""
 
@@ -16285,19 +16298,9 @@ class ReadersCase(RegistryCase):
     def setUpClass(cls):
         super().setUpClass()
         cls.base = tempfile.mkdtemp()
-        try:
-            cls.registry = DockerRegistry(cls.base)
-            seed(cls.registry, "lab/x", READERS_TARS)
-        except BaseException:
-            cls.tearDownClass()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        if getattr(cls, "registry", None) is not None:
-            cls.registry.close()
-        remove(cls.base)
-        super().tearDownClass()
+        FIXTURES.callback(remove, cls.base)
+        cls.registry = kept(DockerRegistry(cls.base))
+        seed(cls.registry, "lab/x", READERS_TARS)
 
     def name(self, tag):
         return "%s/lab/x:%s" % (self.registry.host, tag)
@@ -16310,7 +16313,7 @@ class ReadersCase(RegistryCase):
 
 
 @needs("docker-registry", "skopeo")
-class ReadersTest(ReadersCase):
+class ReadersTest(ReadersCase, PodmanCase):
     """Pulled, and read by programs that come and go."""
 
     def raw(self, tag):
@@ -16413,26 +16416,15 @@ class ReadersTest(ReadersCase):
             self.assertEqual(ours[path], theirs[path], path)
         self.assertGreater(len(ours), 30)
 
-    def podman(self, *arguments, **options):
-        return subprocess.run(
-            ("podman", "--root", self.at("podman"), "--runroot", self.at("run"),
-             "--storage-driver", "vfs", "--events-backend", "none") + arguments,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, **options)
-
     @needs("podman")
     def test_podman_loads_it_by_its_name(self):
-        if self.podman("images").returncode:
-            lacking("a podman that runs")
+        self.podman("images")
         image = imagec.pull(self.name("v2s1"), self.at("one.tar"),
                             platform="linux/amd64", tag="one:1")
         with open(self.at("one.tar"), "rb") as file:
-            done = self.podman("load", stdin=file)
-        if b"operation not permitted" in done.stdout.lower():
-            lacking("a podman that unpacks")
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn(b"docker.io/library/one:1", done.stdout)
-        listed = self.podman("images", "--no-trunc", "--format", "{{.ID}}").stdout
-        self.assertEqual(listed.decode().split(), [image.image_id])
+            self.assertIn("docker.io/library/one:1", self.podman("load", stdin=file))
+        listed = self.podman("images", "--no-trunc", "--format", "{{.ID}}")
+        self.assertEqual(listed.split(), [image.image_id])
 
 
 class Docker:
@@ -16496,16 +16488,9 @@ class DockerTest(ReadersCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.docker = Docker(tempfile.mkdtemp(dir=cls.base))
+        cls.docker = kept(Docker(tempfile.mkdtemp(dir=cls.base)))
         if not cls.docker.starts():
-            cls.tearDownClass()
             lacking("a dockerd that runs")
-
-    @classmethod
-    def tearDownClass(cls):
-        if getattr(cls, "docker", None) is not None:
-            cls.docker.close()
-        super().tearDownClass()
 
     def inspected(self, name):
         """(image ID, diffIDs) of what docker has by a name."""
@@ -16682,12 +16667,7 @@ class RealFieldCase(FieldCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.real = cls.kind(field_seed().root, **cls.options)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.real.close()
-        super().tearDownClass()
+        cls.real = kept(cls.kind(field_seed().root, **cls.options))
 
     def setUp(self):
         super().setUp()
@@ -16843,12 +16823,7 @@ class RealProxyCase(RealFieldCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.plain = DockerRegistry(field_seed().root)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.plain.close()
-        super().tearDownClass()
+        cls.plain = kept(DockerRegistry(field_seed().root))
 
     def both(self, *argv, **options):
         """Pull from each; the runs."""
@@ -17168,29 +17143,18 @@ class ServeCacheTest(ServeRealCase):
 
 
 @needs("podman")
-class ServePodmanTest(ServeRealCase):
+class ServePodmanTest(ServeRealCase, PodmanCase):
     """podman pulls from it."""
 
-    def podman(self, *arguments):
-        return subprocess.run(
-            ("podman", "--root", self.at("podman"), "--runroot", self.at("run"),
-             "--storage-driver", "vfs", "--events-backend", "none") + arguments,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=60)
-
     def test_pull(self):
-        if self.podman("images").returncode:
-            lacking("a podman that runs")
+        self.podman("images")
         for format, name in (("oci", "lab/oci"), ("archive", "lab/docker")):
             with self.subTest(name=name):
                 ref = "%s/%s:1" % (self.serve(self.places[format]), name)
-                done = self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
-                if b"operation not permitted" in done.stdout.lower():
-                    lacking("a podman that unpacks")
-                self.assertEqual(done.returncode, 0, done.stdout)
-                found = self.podman("images", "--digests", "--format",
-                                    "{{.Digest}}", ref).stdout.decode().split()
-                self.assertEqual(found, [self.images[name].digest])
+                self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
+                found = self.podman("images", "--digests", "--format", "{{.Digest}}",
+                                    ref)
+                self.assertEqual(found.split(), [self.images[name].digest])
 
 
 # --------------------------------------------------------------------------------------
