@@ -2286,6 +2286,15 @@ def threat_tree(image):
     return files
 
 
+def everywhere(check):
+    """The decorated method is a test, called with each format and its place."""
+    @functools.wraps(check)
+    def test(self):
+        self.each(functools.partial(check, self))
+    del test.__wrapped__  # whose arguments unittest need not know
+    return test
+
+
 class ThreatCase(RegistryCase):
     """A registry with one image, and a place to pull it to in each format."""
 
@@ -2294,6 +2303,7 @@ class ThreatCase(RegistryCase):
     def setUp(self):
         super().setUp()
         os.environ["HOME"] = self.root
+        self.patch(mock.patch.object(os, "fsync"))  # as slow as the disk is
         self.good = set(self.image.layers)
         self.source = self.filled(self.image)
         self.ref = self.source.host + "/lab/app:1"
@@ -14343,7 +14353,6 @@ class FaultsTest(ThreatCase):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
         index = build_index([(self.image, ("linux", "amd64", None))])
         self.source = self.filled(index, auth="bearer", tls=True)
         self.ref = self.source.host + "/lab/app:1"
@@ -14498,7 +14507,6 @@ class ReplacedTest(ThreatCase):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
         self.old, self.new = (
             build_index([(build_image(
                 THREAT_TARS + THREAT_TARS[:1], config={"User": str(level)},
@@ -14694,7 +14702,6 @@ class FuzzTest(ThreatCase):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
         os.mkdir(os.path.join(self.root, "canary"))
         self.raw = Scripted({})
         self.addCleanup(self.raw.close)
@@ -15066,8 +15073,7 @@ class LocalFaultsTest(ThreatCase):
     def broken(self, name, code, at, format, path):
         """Pull while a function of os fails at one call: (how many, what came out)."""
         fault, error = FailsOnce(name, code, at), None
-        # To put it on disk is as slow as that is.
-        with mock.patch.object(os, "fsync"), mock.patch.object(os, name, fault):
+        with mock.patch.object(os, name, fault):
             try:
                 self.fetch(self.ref, format, path, jobs=1)
             except (imagec.ImagecError, OSError) as caught:
@@ -15080,9 +15086,8 @@ class LocalFaultsTest(ThreatCase):
             self.each(self.check_calls, name, code)
 
     def check_calls(self, format, path, name, code):
-        with mock.patch.object(os, "fsync"):
-            if not path.endswith("root"):
-                self.fetch(self.ref[:-1] + "0", format, path)
+        if not path.endswith("root"):
+            self.fetch(self.ref[:-1] + "0", format, path)
         calls, _ = self.broken(name, code, 0, format, self.at("dry"))
         at = calls and self.dice.randint(1, calls)
         with self.subTest(call=name, code=errno.errorcode[code], at=at, format=format):
@@ -15095,7 +15100,7 @@ class LocalFaultsTest(ThreatCase):
                 self.assertEqual(imagec.exit_status(error), 1)
             if os.path.isdir(path) and path.endswith("root"):
                 return  # the last word came late, or was not needed: it is whole
-            with mock.patch.object(os, "fsync"), threat_alarm(5):
+            with threat_alarm(5):
                 self.fetch(self.ref, format, path)
             self.assert_whole(path)
 
@@ -15108,9 +15113,9 @@ class LocalFaultsTest(ThreatCase):
             if target == self.at("root"):
                 raise KeyboardInterrupt
 
-        with mock.patch.object(os, "rename", ended), mock.patch.object(os, "fsync"):
-            with self.assertRaises(KeyboardInterrupt):
-                self.fetch(self.ref, "rootfs", self.at("root"))
+        with mock.patch.object(os, "rename", ended), \
+                self.assertRaises(KeyboardInterrupt):
+            self.fetch(self.ref, "rootfs", self.at("root"))
         self.assert_whole(self.at("root"))
 
     def test_t133_the_first_error_is_the_one_told(self):
@@ -15121,22 +15126,18 @@ class LocalFaultsTest(ThreatCase):
                 self.assert_one_line(self.pull("rootfs", self.at(name)), 1,
                                      "Permission denied")
 
-    def test_t126_destination_is_a_file(self):
+    @everywhere
+    def test_t126_destination_is_a_file(self, format, path):
         """Told before the network is asked; a tar may be replaced, its parent not."""
-        self.each(self.check_file)
-        self.assertEqual(self.source.requests, [])
-
-    def check_file(self, format, path):
         place = os.path.join(path, "x.tar") if path.endswith(".tar") else path
         write_file(path, b"mine")
         self.assert_one_line(self.pull(format, place), 1, re.escape(path))
         self.assertEqual(contents(self.work), {os.path.basename(path): b"mine"})
+        self.assertEqual(self.source.requests, [])
 
-    def test_destination_deleted_during_the_pull(self):
+    @everywhere
+    def test_destination_deleted_during_the_pull(self, format, path):
         """One clear error or a whole image, and the next run completes."""
-        self.each(self.check_deleted)
-
-    def check_deleted(self, format, path):
         def emptied(reply):
             for name in os.listdir(self.work):
                 remove(self.at(name))
@@ -15158,23 +15159,19 @@ class LocalFaultsTest(ThreatCase):
             self.assertTrue(stat.S_ISCHR(os.stat("/dev/full").st_mode))
         self.assertEqual(os.listdir(self.work), [])
 
-    def test_t135_no_locks_no_hard_links(self):
+    @everywhere
+    def test_t135_no_locks_no_hard_links(self, format, path):
         """NFS, FAT and the like have neither; a directory pull does without."""
         self.image = build_image(THREAT_TARS + THREAT_TARS[:1])
         self.source.add("lab/app", "2", self.image)
-        self.each(self.check_poor)
-
-    def check_poor(self, format, path):
         refused = mock.Mock(side_effect=OSError(errno.ENOTSUP, "not supported"))
-        with mock.patch.object(os, "fsync"), mock.patch.object(os, "link", refused), \
+        with mock.patch.object(os, "link", refused), \
                 mock.patch("fcntl.flock", refused):
             self.fetch(self.ref[:-1] + "2", format, path)
         self.assert_whole(path)
 
-    def test_t136_path_too_long(self):
-        self.each(self.check_deep)
-
-    def check_deep(self, format, path):
+    @everywhere
+    def test_t136_path_too_long(self, format, path):
         deep = os.path.join(self.work, *["d" * 200] * 25 + [os.path.basename(path)])
         self.assert_one_line(self.pull(format, deep), 1, "longer than")
         self.assertFalse(contents(self.work))
@@ -15312,17 +15309,13 @@ class WorkTest(ThreatCase):
 
     image = build_image(THREAT_TARS[1:] + THREAT_TARS[1:2])  # one is there twice
 
-    def setUp(self):
-        super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
-
     def ended(self, place, name, format, path, end):
-        """Pull; when that function begins, `end(transport)`: what came of it all."""
+        """Pull; when that function begins, set `end` of it: what came of it all."""
         done, work = [], getattr(place, name)
         session = self.session(jobs=1)
 
         def late(*args, **options):
-            end(session.transport)
+            setattr(session.transport, *end)
             done.append("begun")
             result = work(*args, **options)
             done.append("done")
@@ -15335,16 +15328,10 @@ class WorkTest(ThreatCase):
                 return error, done
         return None, done
 
-    @rows(THREAT_WORK)
-    def test_when_time_is_up(self, *row):
-        self.check(imagec.Timeout, lambda sender: setattr(sender, "deadline", 0), *row)
-
-    @rows(THREAT_WORK)
-    def test_when_interrupted(self, *row):
-        stop = KeyboardInterrupt()
-        self.check(type(stop), lambda sender: setattr(sender, "stop", stop), *row)
-
-    def check(self, kind, end, name, place, format, output, again):
+    @rows([row + end for row in THREAT_WORK for end in (
+        (imagec.Timeout, "deadline", 0),
+        (KeyboardInterrupt, "stop", KeyboardInterrupt()))])
+    def test_at_its_beginning(self, name, place, format, output, again, kind, *end):
         path = self.at(output)
         if again:
             self.fetch(self.ref, format, path)
@@ -15615,7 +15602,6 @@ class ThreatRowsTest(ThreatCase):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch.object(os, "fsync"))
         self.document = json.loads(self.image.manifest.decode("ascii"))
 
     def everywhere(self, code, words=""):
@@ -16240,6 +16226,10 @@ def readers_blobs(directory):
             for name in os.listdir(directory)}
 
 
+#: Tags of what a real registry holds, a row each; the last in schema1.
+KINDS = (("v2s2",), ("oci",), ("zstd",), ("v2s1",))
+
+
 class PodmanCase(RegistryCase):
     """podman, with a storage of its own."""
 
@@ -16259,8 +16249,6 @@ class PodmanCase(RegistryCase):
 
 class ReadersCase(RegistryCase):
     """One image in four kinds in a real registry."""
-
-    kinds = ("v2s2", "oci", "zstd", "v2s1")
 
     @classmethod
     def setUpClass(cls):
@@ -16300,50 +16288,47 @@ class ReadersTest(ReadersCase, PodmanCase):
             found, wanted = json.loads(found.decode()), json.loads(wanted.decode())
         self.assertEqual(found, wanted)
 
-    def test_skopeo_sees_the_same_manifests(self):
-        for tag in self.kinds:
-            with self.subTest(tag):
-                wanted = self.modern(tag)
-                self.pull(tag, tag, "oci")
-                self.pull(tag, tag + ".tar", "archive")
-                places = ["oci:" + self.at(tag), "oci-archive:" + self.at(tag + ".tar")]
-                if tag in ("oci", "zstd"):  # by name skopeo 1.9 finds these only
-                    places += [place + ":" + tag for place in places]
-                for place in places:
-                    self.same_manifest(tag, skopeo_raw(place), wanted)
-                    layers = skopeo_inspect(place)["Layers"]
-                    self.assertEqual(layers, [layer["digest"] for layer in
-                                              json.loads(wanted.decode())["layers"]])
+    @rows(KINDS)
+    def test_skopeo_sees_the_same_manifests(self, tag):
+        wanted = self.modern(tag)
+        self.pull(tag, tag, "oci")
+        self.pull(tag, tag + ".tar", "archive")
+        places = ["oci:" + self.at(tag), "oci-archive:" + self.at(tag + ".tar")]
+        if tag in ("oci", "zstd"):  # by name skopeo 1.9 finds these only
+            places += [place + ":" + tag for place in places]
+        for place in places:
+            self.same_manifest(tag, skopeo_raw(place), wanted)
+            layers = skopeo_inspect(place)["Layers"]
+            self.assertEqual(layers, [layer["digest"] for layer in
+                                      json.loads(wanted.decode())["layers"]])
 
-    def test_skopeo_copies_every_byte(self):
-        for tag in ("v2s2", "oci", "zstd"):
-            with self.subTest(tag):
-                self.pull(tag, tag, "oci")
-                self.pull(tag, tag + ".tar", "archive")
-                skopeo_copy("docker://" + self.name(tag),
-                            "dir:" + self.at("wanted" + tag))
-                wanted = readers_blobs(self.at("wanted" + tag))
-                for place in ("oci:" + self.at(tag),
-                              "oci-archive:" + self.at(tag + ".tar")):
-                    copy = tempfile.mkdtemp(dir=self.work)
-                    skopeo_copy(place, "dir:" + copy, "--preserve-digests")
-                    self.assertEqual(readers_blobs(copy), wanted)
+    @rows(KINDS[:3])
+    def test_skopeo_copies_every_byte(self, tag):
+        self.pull(tag, tag, "oci")
+        self.pull(tag, tag + ".tar", "archive")
+        skopeo_copy("docker://" + self.name(tag),
+                    "dir:" + self.at("wanted" + tag))
+        wanted = readers_blobs(self.at("wanted" + tag))
+        for place in ("oci:" + self.at(tag),
+                      "oci-archive:" + self.at(tag + ".tar")):
+            copy = tempfile.mkdtemp(dir=self.work)
+            skopeo_copy(place, "dir:" + copy, "--preserve-digests")
+            self.assertEqual(readers_blobs(copy), wanted)
 
-    def test_skopeo_takes_the_docker_archive(self):
-        for tag in self.kinds:
-            with self.subTest(tag):
-                config = json.loads(self.modern(tag).decode())["config"]["digest"]
-                image = self.pull(tag, tag + ".tar", "archive")
-                self.assertEqual(image.image_id, config)
-                copy = self.at("copy" + tag)
-                # By the name that is in it; what it is loaded by must lead to it.
-                skopeo_copy("docker-archive:%s:%s" % (
-                    self.at(tag + ".tar"), self.name(tag)), "dir:" + copy)
-                blobs = readers_blobs(copy)
-                manifest = json.loads(blobs["manifest.json"].decode())
-                self.assertEqual(manifest["config"]["digest"], config)
-                self.assertEqual([layer["digest"] for layer in manifest["layers"]],
-                                 [sha256(tar) for tar in READERS_TARS])
+    @rows(KINDS)
+    def test_skopeo_takes_the_docker_archive(self, tag):
+        config = json.loads(self.modern(tag).decode())["config"]["digest"]
+        image = self.pull(tag, tag + ".tar", "archive")
+        self.assertEqual(image.image_id, config)
+        copy = self.at("copy" + tag)
+        # By the name that is in it; what it is loaded by must lead to it.
+        skopeo_copy("docker-archive:%s:%s" % (
+            self.at(tag + ".tar"), self.name(tag)), "dir:" + copy)
+        blobs = readers_blobs(copy)
+        manifest = json.loads(blobs["manifest.json"].decode())
+        self.assertEqual(manifest["config"]["digest"], config)
+        self.assertEqual([layer["digest"] for layer in manifest["layers"]],
+                         [sha256(tar) for tar in READERS_TARS])
 
     def test_skopeo_lists_several_images(self):
         names = [self.name(tag) for tag in ("v2s2", "zstd")]
@@ -16467,16 +16452,15 @@ class DockerTest(ReadersCase):
 
     diff_ids = [sha256(tar) for tar in READERS_TARS]
 
-    def test_docker_loads(self):
-        for tag in self.kinds:
-            with self.subTest(tag):
-                # A layer in zstd is more than this docker may know.
-                image = self.pull(tag, tag + ".tar", "archive", recompress=(
-                    "gzip" if tag == "zstd" else None))
-                self.assertIn("Loaded image: " + self.name(tag), self.docker(
-                    "load", "--input", self.at(tag + ".tar")))
-                self.assertEqual(self.inspected(self.name(tag)),
-                                 (image.image_id, self.diff_ids))
+    @rows(KINDS)
+    def test_docker_loads(self, tag):
+        # A layer in zstd is more than this docker may know.
+        image = self.pull(tag, tag + ".tar", "archive", recompress=(
+            "gzip" if tag == "zstd" else None))
+        self.assertIn("Loaded image: " + self.name(tag), self.docker(
+            "load", "--input", self.at(tag + ".tar")))
+        self.assertEqual(self.inspected(self.name(tag)),
+                         (image.image_id, self.diff_ids))
 
     def test_docker_loads_from_a_pipe_by_another_name(self):
         puller = subprocess.Popen(
@@ -16540,14 +16524,13 @@ class DockerTest(ReadersCase):
         return {name: (fact, whole[groups.get(name, name)])
                 for name, fact in facts.items()}
 
-    def test_containerd_imports(self):
-        for tag in ("v2s2", "oci", "zstd"):
-            with self.subTest(tag):
-                image = self.pull(tag, tag + ".tar", "archive")
-                self.docker.ctr("images", "import", "--snapshotter", "native",
-                                self.at(tag + ".tar"))
-                listed = self.docker.ctr("images", "ls", "name==" + self.name(tag))
-                self.assertIn(str(image.digest), listed)
+    @rows(KINDS[:3])
+    def test_containerd_imports(self, tag):
+        image = self.pull(tag, tag + ".tar", "archive")
+        self.docker.ctr("images", "import", "--snapshotter", "native",
+                        self.at(tag + ".tar"))
+        listed = self.docker.ctr("images", "ls", "name==" + self.name(tag))
+        self.assertIn(str(image.digest), listed)
 
     def test_they_pull_what_is_served(self):
         for tag in ("v2s2", "oci", "zstd"):
