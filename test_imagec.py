@@ -38,7 +38,6 @@ import os
 import pathlib
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -450,6 +449,10 @@ def _sign(payload):
 def url64(data):
     """Base64url without padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def base64url_decode(text):
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 # -- Wire: Request, Reply and Server, which know HTTP and nothing of registries
@@ -1043,9 +1046,6 @@ class FakeRegistry(Server):
                 return method(self, request, *found.groups())
         return _error(404, "UNSUPPORTED", "no such endpoint")
 
-    def _ping(self, request):
-        return Reply(200, b"{}", {"Content-Type": "application/json"})
-
     def _manifest(self, request, repository, reference):
         entry = self.repositories.get(repository, {}).get(reference)
         if entry is None:
@@ -1187,7 +1187,7 @@ class FakeRegistry(Server):
             for resource, _, actions in resources)
 
     _routes = (
-        ("(?:GET|HEAD) /v2/", _ping),
+        ("(?:GET|HEAD) /v2/", lambda self, request: _json_reply({})),
         ("(?:GET|HEAD) /v2/(.+)/manifests/([^/]+)", _manifest),
         ("(?:GET|HEAD) /v2/(.+)/blobs/([^/]+)", _blob),
         ("(?:GET|HEAD) /v2/(.+)/tags/list", _tags),
@@ -1220,7 +1220,7 @@ class RegistryCase(unittest.TestCase):
     try, `said` its warnings.
     """
 
-    named = "lab/app:1"
+    OFFERED = "lab/app:1"
 
     def setUp(self):
         self.root = tempfile.mkdtemp()
@@ -1271,7 +1271,7 @@ class RegistryCase(unittest.TestCase):
     def filled(self, image=None, name=None, **options):
         """A registry that has the image, or self.image."""
         registry = self.registry(**options)
-        repository, _, tag = (name or self.named).partition(":")
+        repository, _, tag = (name or self.OFFERED).partition(":")
         registry.add(repository, tag or "1", image or self.image)
         return registry
 
@@ -1280,6 +1280,13 @@ class RegistryCase(unittest.TestCase):
         session.transport._sleep = self.naps.append
         self.addCleanup(session.transport.close)
         return session
+
+    @staticmethod
+    def pulled_by(session, path, format, *references):
+        """Pull for linux/amd64: the Images."""
+        return session.pull(list(map(imagec.Reference.parse, references)),
+                            imagec.new_output(path, format),
+                            imagec.Platform.parse("linux/amd64"))
 
     def transport(self, named=(), **options):
         transport = imagec.Transport(
@@ -1835,6 +1842,7 @@ def worded(*groups):
 
 # -- Servers of any kind, names that resolve as they should
 
+HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
 #: Host name -> the address it has here. No test asks the real DNS for anything.
 NET_PLACES = {
     "registry.test": "127.0.0.1",
@@ -1859,7 +1867,7 @@ NET_OTHER = build_image(NET_TARS[:1])
 class NetworkCase(RegistryCase):
     """Names are resolved by NET_PLACES; `reached` is where connections were to go."""
 
-    image, named = build_image(NET_TARS), "app:1"
+    image, OFFERED = build_image(NET_TARS), "app:1"
 
     def setUp(self):
         super().setUp()
@@ -1898,13 +1906,6 @@ class NetworkCase(RegistryCase):
         server = Scripted(replies, tls)
         self.addCleanup(server.close)
         return server
-
-    @contextlib.contextmanager
-    def soon(self):
-        """The block does not wait for what takes half a minute, or for ever."""
-        started = time.monotonic()
-        yield
-        self.assertLess(time.monotonic() - started, 15)
 
     def get(self, transport, url, **options):
         """(status, bytes) of a GET."""
@@ -1994,7 +1995,7 @@ def field_auths(*keys):
 class FieldCase(NetworkCase):
     """A home of its own, no DNS."""
 
-    image, named = build_image(FIELD_SMALL), RegistryCase.named
+    image, OFFERED = build_image(FIELD_SMALL), RegistryCase.OFFERED
 
     def setUp(self):
         super().setUp()
@@ -2027,11 +2028,9 @@ class FieldCase(NetworkCase):
 
     def pull(self, host, name="lab/app:1", to="out", format=None, **options):
         """Pull with a Session; the imagec.Image."""
-        reference = imagec.Reference.parse("%s/%s" % (host, name) if host else name)
-        output = imagec.new_output(self.at(to), format)
-        platform = imagec.Platform.parse("linux/amd64")
         with self.session(**options) as session:
-            return session.pull([reference], output, platform)[0]
+            return self.pulled_by(session, self.at(to), format,
+                                  "%s/%s" % (host, name) if host else name)[0]
 
     def main(self, *argv, **options):
         ended = super().main(*argv, **options)
@@ -2217,7 +2216,6 @@ class StoredCase(RegistryCase):
 
 # -- A pull under threat
 
-THREAT_PLATFORM = "linux/amd64"
 THREAT_POSIX = able(hasattr(os, "fork"), "fork")
 THREAT_TARS = [
     tar_bytes([("etc", None), ("etc/a", b"one"), ("etc/n", noise(9000, 1))]),
@@ -2321,15 +2319,13 @@ class ThreatCase(RegistryCase):
     def fetch(self, ref, format, path, session=None, **options):
         """Pull by the library, so that exceptions come out."""
         with session or self.session(**options) as session:
-            return session.pull([imagec.Reference.parse(ref)],
-                                imagec.new_output(path, format),
-                                imagec.Platform.parse(THREAT_PLATFORM))
+            return self.pulled_by(session, path, format, ref)
 
     def pull(self, format, path, *more, tag="1"):
         return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more))
 
     def pull_argv(self, ref, format, path, *more):
-        return ("pull", "-q", "--platform", THREAT_PLATFORM, "--format", format,
+        return ("pull", "-q", "--platform", "linux/amd64", "--format", format,
                 "-o", path, ref) + more
 
     def assert_whole(self, path):
@@ -4995,7 +4991,7 @@ class CredentialsTest(FieldCase):
         self.docker_config({"credsStore": "h", "auths": {"r.test": field_entry("no")}})
         self.helper("h", script)
         patience = 0.2 if expected == "seconds" else 10
-        with self.soon(), mock.patch.object(imagec, "HELPER_TIMEOUT", patience):
+        with threat_alarm(15), mock.patch.object(imagec, "HELPER_TIMEOUT", patience):
             if isinstance(expected, str):
                 with self.fails(imagec.CredentialsError, expected):
                     self.keyring().lookup("r.test", "a")
@@ -5625,7 +5621,7 @@ class TransportTest(NetworkCase):
         server.fault("" if "handshake" in name else "GET /it", action)
         # 3.14 counts the 100s by itself, and ends them as no HTTP.
         kind = imagec.TransportError if "100" in name else imagec.Timeout
-        with self.soon(), self.fails(kind, server.host) as found:
+        with threat_alarm(15), self.fails(kind, server.host) as found:
             self.get(self.transport(idle_timeout=0.08), server.url + "/it")
         self.assertTrue(found.exception.retryable)
 
@@ -5639,7 +5635,7 @@ class TransportTest(NetworkCase):
         server = self.server({"/it": say(b"x" * 5000)})
         server.fault("GET /it", drip(0.02, 100, "body"), EVER)
         transport = self.transport(timeout=0.15)
-        with self.soon(), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
+        with threat_alarm(15), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
             transport.retrying(lambda: self.get(transport, server.url + "/it"))
 
     def test_deadline_ends_a_wait(self):
@@ -6447,7 +6443,7 @@ class ProxyTest(FieldCase):
            ("drip", lambda request: drip(0.03, 1, "status")(Reply(200)))))
     def test_t89_odd_answers_to_connect(self, _name, action):
         registry = self.registry(tls=True)
-        with mock.patch.object(self.proxy, "answer", action), self.soon():
+        with mock.patch.object(self.proxy, "answer", action), threat_alarm(15):
             with self.fails(imagec.TransportError):
                 self.fetch(registry, proxy=self.proxy.url, idle_timeout=0.08)
         self.assertEqual(registry.requests, [])
@@ -7133,7 +7129,7 @@ class ProbeTest(NetworkCase):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # and never listens
             place = "127.0.0.1:%d" % taken.getsockname()[1]
-            with self.soon(), self.fails(imagec.TransportError, place, "refused"):
+            with threat_alarm(15), self.fails(imagec.TransportError, place, "refused"):
                 self.probe(None, host=place)
         self.assertEqual(self.naps, [])
 
@@ -12874,7 +12870,6 @@ class CommandLineProgressTest(CommandLineCase):
 
 # -- Command line: what goes wrong
 
-HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
 LAYER = "GET .*/blobs/{layer}"
 MANIFEST = "GET .*/manifests/"
 
@@ -13361,9 +13356,7 @@ class SecretsTest(CommandLineCase):
                 self.session(notify=events.append, **options) as session:
             error = None
             try:
-                session.pull([imagec.Reference.parse(ref)],
-                             imagec.new_output(path, format),
-                             imagec.Platform.parse("linux/amd64"))
+                self.pulled_by(session, path, format, ref)
             except (imagec.ImagecError, OSError) as caught:
                 error = caught
         return told.getvalue(), error
@@ -14244,7 +14237,14 @@ THREAT_ALL = tuple(THREAT_PHASES)
 THREAT_TOLD, THREAT_PINNED = THREAT_ALL[1:3], THREAT_ALL[3:]
 THREAT_BODIES = THREAT_ALL[1:]
 THREAT_SOME = ("probe", "token", "manifest", "last layer")  # one of each way to read
-THREAT_PAGE = b"<!DOCTYPE html><html>Sign in</html>"
+
+
+def threat_names(image):
+    """The digests that THREAT_PHASES speak of."""
+    # Largest first: that is the order one worker fetches them in.
+    order = sorted(set(image.layers), key=lambda one: -len(image.blobs[one]))
+    return {"manifest": image.digest, "config": sha256(image.config),
+            "first": order[0], "last": order[-1]}
 
 
 def threat_cut_headers(reply):
@@ -14293,9 +14293,9 @@ THREAT_FAULTS = worded(
      ("to a user", redirect("https://u:p@127.0.0.1/"), 1, THREAT_ALL)),
     ((imagec.UnsafeRedirect, "loop"),
      ("to itself, T56", redirect("?"), EVER, THREAT_ALL)),
-    ((imagec.InvalidDocument, "JSON"), ("page", body(THREAT_PAGE), 1, THREAT_TOLD)),
+    ((imagec.InvalidDocument, "JSON"), ("page", body(HTML), 1, THREAT_TOLD)),
     ((imagec.VerificationError, "expected"),
-     ("page", body(THREAT_PAGE), 1, THREAT_PINNED),
+     ("page", body(HTML), 1, THREAT_PINNED),
      ("nothing", body(b""), 1, THREAT_PINNED),
      ("one byte more, T24", extra(1), 1, THREAT_PINNED)),
     ((imagec.InvalidDocument, ""),
@@ -14351,11 +14351,7 @@ class FaultsTest(ThreatCase):
         old = build_image([tar_bytes([("old", b"old")])])
         self.source.add("lab/app", "0", old)
         self.good |= {self.image.digest} | set(old.layers)
-        # Largest first: that is the order one worker fetches them in.
-        order = sorted(self.image.layers, key=lambda one: -len(self.image.blobs[one]))
-        self.names = {"manifest": self.image.digest,
-                      "config": sha256(self.image.config),
-                      "first": order[0], "last": order[-1]}
+        self.names = threat_names(self.image)
         for format, name in OUTPUTS:
             os.mkdir(self.at(name + "-before"))
             if name != "root":
@@ -14506,10 +14502,7 @@ class ReplacedTest(ThreatCase):
                 ("linux", "amd64", None))]) for level in (9, 1))
         self.source, self.ref = self.another(self.old)
         self.image = self.new.children[0]
-        order = sorted(set(self.image.layers),
-                       key=lambda one: -len(self.image.blobs[one]))
-        self.names = {"manifest": self.image.digest, "first": order[0],
-                      "last": order[-1], "config": sha256(self.image.config)}
+        self.names = threat_names(self.image)
 
     def each(self, check, outputs=OUTPUTS):
         """`check(format, path)` where the old image is, and the new one is offered."""
@@ -14587,9 +14580,7 @@ class ReplacedTest(ThreatCase):
         before = self.state(path)
         self.source.fault(self.second.layers[0], status(404), EVER)
         with self.assertRaises(imagec.NotFound), imagec.Session(jobs=1) as session:
-            session.pull([imagec.Reference.parse(self.ref[:-1] + tag) for tag in "12"],
-                         imagec.new_output(path, format),
-                         imagec.Platform.parse(THREAT_PLATFORM))
+            self.pulled_by(session, path, format, self.ref, self.ref[:-1] + "2")
         self.assert_kept(path, before)
 
     def test_each_local_call(self):
@@ -14801,9 +14792,8 @@ class FuzzTest(ThreatCase):
         raw = self.images[3].manifest
         protected = json.loads(raw.decode())["signatures"][0]["protected"]
         if dice.random() < 0.5:
-            plain = base64.urlsafe_b64decode(protected + "=" * (-len(protected) % 4))
-            bent = base64.urlsafe_b64encode(threat_odd_json(dice, plain)).rstrip(b"=")
-            raw = raw.replace(protected.encode(), bent)
+            bent = url64(threat_odd_json(dice, base64url_decode(protected)))
+            raw = raw.replace(protected.encode(), bent.encode())
         else:
             raw = threat_mutated(dice, raw)
         found = imagec.PrettySignature.parse(raw)
@@ -15746,10 +15736,6 @@ def payload_of(raw):
     return raw[:protected["formatLength"]] + base64url_decode(protected["formatTail"])
 
 
-def base64url_decode(text):
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-
-
 class PullContract:
     """What holds of every registry.
 
@@ -16060,16 +16046,6 @@ class RealRegistryTest(PullContract, RealPullCase):
 
 
 @needs("docker-registry", "skopeo")
-class RealPasswordTest(PullContract, RealPullCase):
-    """The contract with htpasswd."""
-
-    auth, user, password = "htpasswd", REAL_USER, REAL_PASSWORD
-
-    def test_without_password(self):
-        self.assert_one_line(self.pull("-q", self.app + "oci"), 5, "-u USER")
-
-
-@needs("docker-registry", "skopeo")
 class RealTLSTest(PullContract, RealPullCase):
     """The contract over TLS with htpasswd; the root comes from SSL_CERT_FILE."""
 
@@ -16085,6 +16061,9 @@ class RealTLSTest(PullContract, RealPullCase):
         ended = self.main("digest", "-q", "--no-creds", self.app + "oci")
         self.assert_one_line(ended, 1, "not to be trusted")
         self.fetch(self.app + "oci")
+
+    def test_without_password(self):
+        self.assert_one_line(self.pull("-q", self.app + "oci"), 5, "-u USER")
 
     def test_tree_says_https(self):
         self.assertIn(os.path.join("images", "https", self.host),
@@ -16326,9 +16305,7 @@ class ReadersTest(ReadersCase, PodmanCase):
     def test_skopeo_lists_several_images(self):
         names = [self.name(tag) for tag in ("v2s2", "zstd")]
         with self.session() as session:
-            session.pull([imagec.Reference.parse(name) for name in names],
-                         imagec.new_output(self.at("both.tar")),
-                         imagec.Platform.parse("linux/amd64"))
+            self.pulled_by(session, self.at("both.tar"), "archive", *names)
         listed = json.loads(_skopeo(
             "list-tags", "docker-archive:" + self.at("both.tar")).decode())
         self.assertEqual(listed["Tags"], names)
