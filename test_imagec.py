@@ -86,8 +86,7 @@ def setUpModule():
     FIXTURES.callback(remove, place)
     os.chmod(place, 0o755)  # some tests become another user
     roots = os.path.join(place, "roots.pem")
-    with open(roots, "w") as file:
-        file.write(TEST_CERT)  # to read the system's roots takes longer than a pull
+    write_file(roots, TEST_CERT)  # to read the system's takes longer than a pull
     FIXTURES.callback(os.environ.update, dict(os.environ))
     FIXTURES.callback(os.environ.clear)
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT")
@@ -141,11 +140,15 @@ def file_bytes(path):
         return file.read()
 
 
+def file_text(path):
+    return file_bytes(path).decode("utf-8", "replace")
+
+
 def write_file(path, data):
-    """Write a file, and the directories above it; its path."""
+    """Write bytes or a text to a file, and the directories above it; its path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
-        file.write(data)
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
     return path
 
 
@@ -799,12 +802,9 @@ def _tls_context(kind):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # The ssl module takes a key from a file only.
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "pair.pem")
-        with open(path, "w") as file:
-            file.write({True: TEST_CERT + TEST_KEY,
-                        "expired": EXPIRED_CERT + TEST_KEY,
-                        "wrong-host": OTHER_CERT + OTHER_KEY}[kind])
-        context.load_cert_chain(path)
+        context.load_cert_chain(write_file(os.path.join(folder, "pair.pem"), {
+            True: TEST_CERT + TEST_KEY, "expired": EXPIRED_CERT + TEST_KEY,
+            "wrong-host": OTHER_CERT + OTHER_KEY}[kind]))
     return context
 
 
@@ -1253,8 +1253,6 @@ class RegistryCase(unittest.TestCase):
         """Write a file below the root, JSON unless it is text or bytes; its path."""
         if not isinstance(content, (str, bytes)):
             content = json.dumps(content)
-        if isinstance(content, str):
-            content = content.encode("utf-8")
         return write_file(os.path.join(self.root, *name.split("/")), content)
 
     def registry(self, **options):
@@ -1327,6 +1325,12 @@ class RegistryCase(unittest.TestCase):
                                    **options)
         self.addCleanup(self.reap, process)
         return process
+
+    @staticmethod
+    def end_of(process):
+        """The end of what was started."""
+        out, err = process.communicate(timeout=20)
+        return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
 
     @staticmethod
     def reap(process):
@@ -1453,8 +1457,7 @@ class Servant:
         process, path = started
         status, peak = self._ask(process)
         code = status >> 8 if not status & 127 else -(status & 127)
-        with open(path, encoding="utf-8", errors="replace") as file:
-            words = file.read()
+        words = file_text(path)
         os.unlink(path)
         return Measured(code, b"", words, peak)
 
@@ -1625,8 +1628,7 @@ class DockerRegistry:
             if self._answers():
                 return
             stop_guarded(self._process)
-            with open(self._path("log"), encoding="utf-8", errors="replace") as file:
-                said = file.read()
+            said = file_text(self._path("log"))
             # Another program may have taken the free port in the meantime.
             if "address already in use" not in said:
                 break
@@ -1652,10 +1654,7 @@ class DockerRegistry:
     def _path(self, name, text=None):
         """The path of a file of ours, written first if `text` is given."""
         path = os.path.join(self.directory, name)
-        if text is not None:
-            with open(path, "w") as file:
-                file.write(text)
-        return path
+        return path if text is None else write_file(path, text)
 
     def _configure(self):
         http_part = {"addr": self.host, "secret": "not secret"}
@@ -2527,8 +2526,8 @@ class ServeCase(RegistryCase):
 
     def pair(self):
         """The files of a certificate and its key, for a server."""
-        return (write_file(self.at("cert.pem"), TEST_CERT.encode("ascii")),
-                write_file(self.at("key.pem"), TEST_KEY.encode("ascii")))
+        return (write_file(self.at("cert.pem"), TEST_CERT),
+                write_file(self.at("key.pem"), TEST_KEY))
 
     @staticmethod
     def client_context():
@@ -13516,15 +13515,6 @@ class SecretsTest(CommandLineCase):
 
 # -- Command line: processes, signals, streams
 
-class ProcessCase(CommandLineCase):
-    """The command line in processes of its own; rows of a table run side by side."""
-
-    @staticmethod
-    def ended(process):
-        out, err = process.communicate(timeout=20)
-        return Ended(process.returncode, out or b"", err.decode("utf-8", "replace"))
-
-
 #: A pull whose look-up of a name never returns: the lock is its own already.
 STUCK = """
 import ctypes, socket, sys, threading
@@ -13548,7 +13538,7 @@ imagec.main(["pull", "-q", "registry.invalid/x:1"])
 
 
 @able(os.name == "posix", "signal as POSIX has it")
-class SignalTest(ProcessCase):
+class SignalTest(CommandLineCase):
     """Ctrl-C and SIGTERM end a command at once, wherever it waits (T122, T123)."""
 
     #: (where it hangs, match, action, requests that hang)
@@ -13588,7 +13578,7 @@ class SignalTest(ProcessCase):
             time.sleep(0.01)
         for wait, (process, _, _) in zip(waits, rows):
             with self.subTest(wait[0], signals=signals):
-                ended = self.ended(process)
+                ended = self.end_of(process)
                 self.assertIn(ended.status, statuses, ended.err)
                 self.assert_one_line(ended, ended.status)
         self.assertLess(time.monotonic() - begin, 15)
@@ -13645,7 +13635,7 @@ class SignalTest(ProcessCase):
 
 
 @able(os.name == "posix", "run a POSIX shell")
-class StreamTest(ProcessCase):
+class StreamTest(CommandLineCase):
     """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
 
     def test_closed_streams(self):
@@ -13660,7 +13650,7 @@ class StreamTest(ProcessCase):
                     (("digest", missing), "2>&-", (4,)))]
         for argv, closed, statuses, process in rows:
             with self.subTest(argv=argv, closed=closed):
-                ended = self.ended(process)
+                ended = self.end_of(process)
                 self.assertNotRegex(ended.err, "Traceback|Exception")
                 self.assertIn(ended.status, statuses)
                 self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
@@ -13669,13 +13659,13 @@ class StreamTest(ProcessCase):
     def test_closed_stdin(self):
         process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
                              redirections="<&-")
-        self.assert_one_line(self.ended(process), 2, "password")
+        self.assert_one_line(self.end_of(process), 2, "password")
         listed = self.file("list", "\ufeff%s\r\nUPPER\r\n" % self.ref)
         process = self.start("pull", "--from-file", "-",
                              redirections="<" + shlex.quote(listed))
-        self.assert_one_line(self.ended(process), 2, "standard input, line 2: .*UPPER")
+        self.assert_one_line(self.end_of(process), 2, "standard input, line 2: .*UPPER")
         process = self.start("pull", "--from-file", "-", redirections="<&-")
-        self.assert_one_line(self.ended(process), 2, "standard input is closed")
+        self.assert_one_line(self.end_of(process), 2, "standard input is closed")
 
     def test_without_docstrings(self):
         done = subprocess.check_output(
@@ -13688,7 +13678,7 @@ class StreamTest(ProcessCase):
                     ("layers", self.ref), ("inspect", "--raw", self.ref),
                     ("inspect", self.ref))
         started = [self.start(*argv, stdout=stdout) for argv in commands]
-        return zip(commands, map(self.ended, started))
+        return zip(commands, map(self.end_of, started))
 
     def test_reader_that_has_had_enough(self):
         reading, writing = os.pipe()
@@ -13721,7 +13711,7 @@ class StreamTest(ProcessCase):
                     ((b"digest", b"b\xc3\xa9\xff"), 2))]
         for environ, argv, code, process in rows:
             with self.subTest(environ=environ, argv=argv):
-                ended = self.ended(process)
+                ended = self.end_of(process)
                 self.assertEqual(ended.status, code, ended.err)
                 self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
                 self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
@@ -13831,8 +13821,7 @@ class House:
     MAP_ROW = re.compile(r"^ +([0-9]+)  (\S+(?: \S+)*)  +(\S.*)$", re.MULTILINE)
 
     def __init__(self):
-        with open(MODULE_PATH, encoding="utf-8") as file:
-            self.source = file.read()
+        self.source = file_text(MODULE_PATH)
         self.tree = ast.parse(self.source)
         self.rooms, self.starts = [], []
         for match in self.BANNER.finditer(self.source):
@@ -14010,11 +13999,8 @@ class ArchitectureTest(unittest.TestCase):
 
     def test_import_is_quick_and_works_vendored(self):
         with tempfile.TemporaryDirectory() as root:
-            os.mkdir(os.path.join(root, "vendor"))
             for name, text in (("__init__.py", ""), ("imagec.py", house().source)):
-                path = os.path.join(root, "vendor", name)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
+                write_file(os.path.join(root, "vendor", name), text)
 
             def seconds(*modules):
                 out = subprocess.check_output(
@@ -14137,8 +14123,7 @@ class ReadmeTest(RegistryCase):
         self.closed.add("team/app", "1", image)
         self.file("work/images.txt", "# two of them\n%s/alpine\n%s/debian:12\n" % (
             self.open.host, self.open.host))
-        with open(os.path.join(HOME, "README.md"), encoding="utf-8") as file:
-            self.text = file.read()
+        self.text = file_text(os.path.join(HOME, "README.md"))
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.work)
 
@@ -15194,18 +15179,15 @@ class LocalLimitsTest(ThreatProcessCase):
         for count in (2, 8):
             for path, runs in self.side_by_side(count).items():
                 with self.subTest(path=os.path.basename(path), count=count):
-                    self.check_together(path, runs)
+                    good = [run for run in runs if not run.status]
+                    self.assertTrue(good, [run.err for run in runs])
+                    for run in runs:
+                        if path.endswith("root") and run not in good:
+                            self.assert_one_line(run, 1)  # it is there already
+                        else:
+                            self.check_done(path, run)
             self.assert_no_leftovers()
             self.clear()
-
-    def check_together(self, path, runs):
-        self.assertIn(0, [run.status for run in runs], [run.err for run in runs])
-        for run in runs:
-            if path.endswith("root") and run.status:
-                self.assert_one_line(run, 1)  # it is there already
-            else:
-                self.assertEqual((run.status, run.err), (0, ""))
-        self.assert_whole(path)
 
     def check_too_large(self, path, run):
         self.assert_one_line(run, 1, re.escape(os.path.basename(path)))
@@ -15247,11 +15229,9 @@ class LocalLimitsTest(ThreatProcessCase):
             self.check_done(path, run)
             if path.endswith("root"):
                 return  # the image says
-            places = [path] + [os.path.join(folder, name) for folder, names, files in
-                               os.walk(path) for name in names + files]
-            for place in places:
-                wanted = 0o777 if os.path.isdir(place) else 0o666
-                self.assertEqual(stat.S_IMODE(os.stat(place).st_mode), wanted & ~0o27)
+            for _, facts in [(path, os.stat(path))] + list(below(path)):
+                wanted = 0o777 if stat.S_ISDIR(facts.st_mode) else 0o666
+                self.assertEqual(stat.S_IMODE(facts.st_mode), wanted & ~0o27)
 
         self.alone(check, umask=0o27)
 
@@ -16357,9 +16337,7 @@ class Docker:
         self._root = root
         self._env = dict(os.environ, NO_PROXY="*", DOCKER_CONFIG=root,
                          DOCKER_HOST="unix://" + self._at("docker.sock"))
-        config = self._at("daemon.json")  # not this machine's
-        with open(config, "w") as file:
-            file.write("{}")
+        config = write_file(self._at("daemon.json"), "{}")  # not this machine's
         self._process = start_guarded(
             ["dockerd", "--config-file", config, "--data-root", self._at("data"),
              "--exec-root", self._at("exec"), "--pidfile", self._at("pid"),
@@ -16608,8 +16586,7 @@ class FieldProgram:
             time.sleep(0.01)
 
     def log(self):
-        with open(self._log, "rb") as file:
-            return file.read().decode("utf-8", "replace")
+        return file_text(self._log)
 
 
 # -- Certificates and credentials
@@ -16896,8 +16873,7 @@ class RealMirrorTest(RealFieldCase):
         upstream.close()
         again = self.main("pull", "-o", self.at("b.tar"), *argv)
         self.assertEqual(again, run)
-        with open(self.at("a.tar"), "rb") as one, open(self.at("b.tar"), "rb") as two:
-            self.assertEqual(one.read(), two.read())
+        self.assertEqual(*[file_bytes(self.at(name)) for name in ("a.tar", "b.tar")])
 
     def wait_until_stored(self, cache, archive):
         """The cache keeps a blob a moment after it has handed it on."""
