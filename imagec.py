@@ -7471,7 +7471,7 @@ def _argument(parse):
 
 
 _REF = {"type": _argument(Reference.parse), "metavar": "REF",
-              "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
+        "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
 _HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
 _PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
 _JSON = _flag("--json", help="results as JSON")
@@ -7482,8 +7482,8 @@ COMMON_ARGUMENTS = [
     _flag("--password-stdin", help="from standard input"),
     _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
     _flag("--no-creds", help="use no credentials that lie around"),
-    _row("--token-host", **dict(_HOSTS, dest="token_hosts", help="may be sent the "
-                                "password to give tokens")),
+    _row("--token-host", **_HOSTS, dest="token_hosts", help="may be sent the password "
+         "to give tokens"),
     _row("--storage-host", **_HOSTS, dest="storage_hosts", help="may be redirected to, "
          "wherever it is, also over http; repeatable"),
     _row("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
@@ -7531,8 +7531,7 @@ COMMANDS = {
         _row("reference", **_REF),
         _flag("--raw", help="the manifest's exact bytes"),
         _flag("--config", help="the config's exact bytes")]),
-    "digest": (_run_digest, "print the manifest's digest", [
-        _row("reference", **_REF)]),
+    "digest": (_run_digest, "print the manifest's digest", [_row("reference", **_REF)]),
     "auth": (_run_auth, "say which credentials would be used for a registry", [
         _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
     "serve": (_run_serve, "a read-only registry over what was pulled", [
