@@ -7656,7 +7656,7 @@ def main(argv=None):
         return 0
     except (ImagecError, OSError, KeyboardInterrupt, Terminated) as error:
         if isinstance(error, OSError):
-            _forget_output()
+            _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
         if debug:
@@ -7667,6 +7667,7 @@ def main(argv=None):
     finally:
         log.removeHandler(progress)
         log.setLevel(level)
+        _forget(sys.stderr)
 
 
 def _run(args, progress):
@@ -7766,14 +7767,14 @@ def _local_words(error, args):
     return "%s; %schoose another place with -o" % (words, free)
 
 
-def _forget_output():
-    """Python flushes standard output at exit, and would complain of it then."""
+def _forget(stream):
+    """What it does not take is lost: Python flushes it at exit, and would complain."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, no file
         try:
-            sys.stdout.flush()
+            stream.flush()
         except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
+            os.dup2(null, stream.fileno())
             os.close(null)
 
 
