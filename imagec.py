@@ -6510,8 +6510,8 @@ class Audit:
 
 def _run_verify(args, session):
     audit = Audit(session.transport.check).check(args.path)
-    for text in audit.unchecked:
-        log.warning("not checked: %s", text)
+    for text in audit.unchecked:  # with -q, too
+        log.error("warning: not checked: %s", text)
     for text in audit.faults:
         log.error("%s: %s", args.path, text)
     if audit.faults:
@@ -6523,8 +6523,8 @@ def _run_verify(args, session):
     rest = ""
     if audit.ignored:
         rest = "; not looked at: %d" % len(audit.ignored)
-        log.warning("%s: not looked at, for no image needs it: %s", args.path,
-                    _first_of(audit.ignored))
+        log.error("warning: %s: not looked at, for no image needs it: %s", args.path,
+                  _first_of(audit.ignored))
     yield printable("%s: good: images: %d, blobs or files: %d%s" % (
         args.path, audit.images, audit.blobs, rest))
 
@@ -7291,7 +7291,10 @@ def _run_pull(args, session):
     if args.dry_run:
         yield from plan(session, references, output, args.platform, args.json)
         return
-    for image in session.pull(references, output, args.platform):
+    images = session.pull(references, output, args.platform)
+    if stream is not None:
+        stream.flush()
+    for image in images:
         line = pinned(image.reference, image.digest)
         if args.json:
             line = json.dumps(image_json(image))
@@ -7299,8 +7302,6 @@ def _run_pull(args, session):
             yield line
         elif args.json or not args.quiet:
             print_result(line, sys.stderr)
-    if stream is not None:
-        stream.flush()
 
 
 def plan(session, references, output, platform, as_json):
