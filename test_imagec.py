@@ -211,7 +211,7 @@ def der(kind, *parts):
 
 def certificate(*changes, secret=TEST_SECRET):
     """TEST_CERT with changes (old bytes, new bytes), signed again."""
-    signed = ssl.PEM_cert_to_DER_cert(TEST_CERT)[4:301]
+    signed = ssl.PEM_cert_to_DER_cert(TEST_CERT)[4:301]  # all but the signature
     for old, new in changes:
         assert old in signed
         signed = signed.replace(old, new)
@@ -226,7 +226,8 @@ EXPIRED_CERT = certificate((b"21260101", b"20210101"))
 # Of the key 1, whose public half is the base itself.
 OTHER_CERT = certificate(
     (b"localhost", b"elsewhere"), (b"\x87\4\x7f\0\0\1", b"\x87\4\xc0\0\2\1"),
-    (ssl.PEM_cert_to_DER_cert(TEST_CERT)[141:205], P256_BASE), secret=1)
+    (ssl.PEM_cert_to_DER_cert(TEST_CERT)[141:205], P256_BASE),  # the public key
+    secret=1)
 OTHER_KEY = ssl.DER_cert_to_PEM_cert(bytes.fromhex(
     "3041020100301306072a8648ce3d020106082a8648ce3d030107042730250201010420")
     + (1).to_bytes(32, "big")).replace("CERTIFICATE", "PRIVATE KEY")
