@@ -1349,6 +1349,13 @@ class RegistryCase(unittest.TestCase):
         self.assertRegex(ended.err, words)
         self.assertEqual(ended.out, b"")
 
+    def wait_until(self, true):
+        """Wait until `true()`, not for ever."""
+        deadline = time.monotonic() + 60
+        while not true():
+            self.assertLess(time.monotonic(), deadline, "never came")
+            time.sleep(0.002)
+
     @contextlib.contextmanager
     def fails(self, kind, *words):
         """The block raises `kind`, in words that hold no secret and fit one line."""
@@ -1576,6 +1583,17 @@ def start_guarded(command, log, env=None):
                                 stdin=subprocess.PIPE, stdout=file, stderr=file)
 
 
+def comes_up(process, answers, patience=20):
+    """Whether a server program answers before it ends, or we have waited enough."""
+    deadline = time.monotonic() + patience
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if answers():
+                return True
+        time.sleep(0.01)
+    return False
+
+
 def stop_guarded(process, patience=5):
     """Ends what start_guarded started; kills it after `patience` seconds."""
     process.stdin.close()
@@ -1625,7 +1643,7 @@ class DockerRegistry:
     def _start(self, env_extra):
         for _ in range(3):
             self._spawn(env_extra)
-            if self._answers():
+            if comes_up(self._process, lambda: self.request("/v2/")[0] in (200, 401)):
                 return
             stop_guarded(self._process)
             said = file_text(self._path("log"))
@@ -1641,15 +1659,6 @@ class DockerRegistry:
         env = dict(os.environ, OTEL_TRACES_EXPORTER="none", **env_extra)
         self._process = start_guarded(["docker-registry", "serve", self._configure()],
                                       self._path("log"), env)
-
-    def _answers(self):
-        deadline = time.monotonic() + 10
-        while self._process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.request("/v2/")[0] in (200, 401):
-                    return True
-            time.sleep(0.01)
-        return False
 
     def _path(self, name, text=None):
         """The path of a file of ours, written first if `text` is given."""
@@ -13554,16 +13563,10 @@ class SignalTest(CommandLineCase):
                              registry.host + "/lab/app:1")
         return process, fault, count
 
-    def wait_for(self, rows):
-        deadline = time.monotonic() + 30
-        while any(fault.used < count for _, fault, count in rows):
-            self.assertLess(time.monotonic(), deadline, "never got to wait")
-            time.sleep(0.005)
-        time.sleep(0.02)  # from the request sent to the client waiting for its answer
-
     def check(self, waits, signals, statuses):
         rows = [self.hanging(*wait[1:]) for wait in waits]
-        self.wait_for(rows)
+        self.wait_until(lambda: all(fault.used >= count for _, fault, count in rows))
+        time.sleep(0.02)  # from the request sent to the client waiting for its answer
         begin = time.monotonic()
         for number in signals:
             for process, _, _ in rows:
@@ -14886,10 +14889,8 @@ class KillCase(RegistryCase):
 
     def hit(self, servant, argv, is_time, number, late=0):
         """Send the signal to a command line when it is time, or that much later."""
-        started, deadline = servant.start(*argv, small=True), time.monotonic() + 60
-        while not is_time():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.002)
+        started = servant.start(*argv, small=True)
+        self.wait_until(is_time)
         time.sleep(late)
         os.kill(started[0], number)
         return servant.end(started)
@@ -16303,12 +16304,8 @@ class Docker:
 
     def starts(self):
         """Whether it came up."""
-        deadline = time.monotonic() + 30
-        while self._process.poll() is None and time.monotonic() < deadline:
-            if not self._run(["docker", "version"]).returncode:
-                return True
-            time.sleep(0.1)
-        return False
+        return comes_up(self._process, lambda: not self._run(
+            ["docker", "version"]).returncode, 30)
 
     def _run(self, command, **options):
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -16529,14 +16526,8 @@ class FieldProgram:
         self.host, self._log = "127.0.0.1:%d" % port, case.at("%d.log" % port)
         process = start_guarded(command, self._log)
         case.addCleanup(stop_guarded, process)
-        deadline = time.monotonic() + 20
-        while True:
-            with socket.socket() as sock:
-                if not sock.connect_ex(("127.0.0.1", port)):
-                    return
-            case.assertIsNone(process.poll(), self.log())
-            case.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.01)
+        case.assertTrue(comes_up(process, lambda: socket.create_connection(
+            ("127.0.0.1", port)).close() is None), self.log())
 
     def log(self):
         return file_text(self._log)
@@ -16835,10 +16826,7 @@ class RealMirrorTest(RealFieldCase):
         links = [os.path.join(cache.storage, "docker/registry/v2/repositories/lab/app",
                               "_layers/sha256", name.rpartition("/")[2], "link")
                  for name in manifest["Layers"] + [manifest["Config"]]]
-        deadline = time.monotonic() + 20
-        while not all(map(os.path.exists, links)):
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.01)
+        self.wait_until(lambda: all(map(os.path.exists, links)))
 
     def test_mirror_that_lacks_it(self):
         run = self.main("pull", "--progress", "none", "-o", self.at(), "--mirror",
