@@ -5096,7 +5096,6 @@ class ArchiveOutput(Spooled):
     format = "archive"
     layout = True
 
-    _earlier = None  # the finished archive, while what is written is what stands there
     _fetched = {}  # digest -> Fetched of the blobs that are proved
 
     def within(self, images):
@@ -5109,7 +5108,8 @@ class ArchiveOutput(Spooled):
     def open(self, images):
         super().open(images)
         order = _in_order(images)
-        size, blobs = (0, []) if self.stream is not None else self._go_on(order)
+        self._stays = False  # whether nothing is new
+        size, blobs = (0, []) if self.stream is not None else self._go_on(order, images)
         if not size:
             self._write(_prologue())
         self._waiting = collections.deque(order[len(blobs):])  # for their turn
@@ -5121,65 +5121,50 @@ class ArchiveOutput(Spooled):
         return super().place(image, layer)._replace(
             fetched=self._fetched.get(layer.digest))
 
-    def _go_on(self, order):
+    def _go_on(self, order, images):
         """With what an earlier run left unfinished, else with what it finished.
 
         Gives the bytes and the blobs that are good of it; see _recovered.
         """
-        finished = 0, []
         unfinished = self._recovered(self.path + PARTIAL, order, self.check)
-        with contextlib.suppress(FileNotFoundError):
-            self._identity = file_identity(self.path)
-            finished = self._recovered(self.path, order, self.check)
-        if unfinished[0] >= finished[0]:
-            self._target.truncate(unfinished[0])
+        size, blobs = self._recovered(self.path, order,
+                                      self.check if unfinished[1] else None)
+        self._target.truncate(unfinished[0])
+        if unfinished[0] >= size:
             return unfinished
+        if len(blobs) == len(order) and all(image.config for image in images) and (
+                _goes_on(self.path, size, self._tail(images))):
+            found = self._recovered(self.path, order, self.check)
+            self._stays = found == (size, blobs)
+            if self._stays:
+                return found
         self._target.truncate()
-        self._earlier, self._same = open(self.path, "rb"), finished[0]
-        self._earlier.seek(self._same)
-        return finished
+        found = self._recovered(self.path, order, self.check, self._write)
+        self._target.truncate(found[0])
+        return found
 
-    def _recovered(self, path, order, check=None):
+    def _recovered(self, path, order, check=None, write=lambda data: None):
         """What a file has of an archive of these layers: (bytes, blobs' Descriptors).
 
-        The blobs are proved where there is a `check`.
+        Where there is a `check`, the blobs are proved, and what is good goes to
+        `write(data)`, and so may the beginning of what is not.
         """
         good, blobs, prologue = 0, [], _prologue()
         if not os.path.isfile(path):
             return good, blobs
         # Another pull may just be renaming it.
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            good = len(prologue) if file.read(len(prologue)) == prologue else 0
-            for layer in order if good else ():
+            if file.read(len(prologue)) != prologue:
+                return good, blobs
+            write(prologue)
+            good = len(prologue)
+            for layer in order:
                 if layer.diff_id is None or not _holds(file, layer.blob, check,
-                                                       self.recompress):
+                                                       self.recompress, write):
                     break
                 blobs.append(layer.blob)
                 good = file.tell()
         return good, blobs
-
-    def _write(self, data):
-        if self._earlier is not None:
-            if self._earlier.read(len(data)) == data:
-                self._same += len(data)
-                return
-            self._leave_earlier()
-        super()._write(data)
-
-    def _leave_earlier(self):
-        """It goes on otherwise: what it begins with is copied."""
-        with self._earlier as file:
-            self._earlier = None
-            file.seek(0)
-            for data in pieces(file, self._same, self.check):
-                super()._write(data)
-        self._check_earlier()
-
-    def _check_earlier(self):
-        """What was proved when we began is still what is there."""
-        if file_identity(self.path) != self._identity:
-            raise OutputError(self.path, "another program has changed it meanwhile",
-                              "pull again")
 
     def add(self, image, layer, fetched):
         with self._lock:
@@ -5201,22 +5186,14 @@ class ArchiveOutput(Spooled):
             os.unlink(fetched.path)
 
     def close(self, images):
-        self._write(self._tail([(image, self.name_of(image)) for image in images]))
-        if self._earlier is not None and self._earlier.read(1):
-            self._leave_earlier()
-        elif self._earlier is not None:  # nothing is new
-            self._earlier.close()
-            self._check_earlier()
-        self._end(self._earlier is None)
+        if not self._stays:
+            self._write(self._tail(images))
+        self._end(not self._stays)
         return [self.path] * len(images)
 
-    def abandon(self):
-        if self._earlier is not None:
-            self._earlier.close()
-        super().abandon()
-
     def _tail(self, images):
-        """What stands behind the layers of these (Image, its name)."""
+        """What stands behind the layers of these."""
+        images = [(image, self.name_of(image)) for image in images]
         documents = dict(pair for image, _ in images for pair in image.documents)
         members = [(blob_name(digest), raw) for digest, raw in documents.items()]
         manifests, repositories = [], {}
@@ -5269,26 +5246,34 @@ def _in_order(images):
     return list(order.values())
 
 
-def _holds(file, blob, check, recompress=None):
+def _holds(file, blob, check, recompress, write):
     """Whether an archive holds exactly this blob's member at the file's place.
 
-    Where there is a `recompress`, none that is zstd will do.
+    Where there is a `recompress`, none that is zstd will do. For the others see
+    ArchiveOutput._recovered.
     """
     header = _member_header(blob_name(blob.digest), blob.size)
-    if file.read(len(header)) != header:
-        return False
-    if recompress and codec_of(file) == "zstd":
+    padding = bytes(-blob.size % TAR_BLOCK)
+    if file.read(len(header)) != header or recompress and codec_of(file) == "zstd":
         return False
     if check is None:
-        return file.seek(blob.size + -blob.size % TAR_BLOCK, os.SEEK_CUR) <= (
+        return file.seek(blob.size + len(padding), os.SEEK_CUR) <= (
             os.fstat(file.fileno()).st_size)
+    write(header)
     try:
-        for _ in proved(pieces(file, blob.size, check), blob.digest, blob.size):
-            pass
+        for data in proved(pieces(file, blob.size, check), blob.digest, blob.size):
+            write(data)
     except VerificationError:
         return False
-    padding = -blob.size % TAR_BLOCK
-    return file.read(padding) == bytes(padding)
+    write(padding)
+    return file.read(len(padding)) == padding
+
+
+def _goes_on(path, offset, tail):
+    """Whether a file ends with the bytes `tail` from `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(len(tail) + 1) == tail
 
 
 def recompress(fetched, place, check=go_on):
