@@ -4433,6 +4433,18 @@ def _tree_documents(reader, tree, digest):
         raise InvalidDocument("it is an index, not an image")
 
 
+class Fetched(NamedTuple):
+    """A proved blob: its Descriptor, with the size; the file it is in, None where it
+    stands in an archive; what it unpacks to, None where it was not unpacked; whether it
+    was there already.
+    """
+
+    blob: Descriptor
+    path: Optional[str]
+    unpacked: Optional[Unpacked]
+    reused: bool
+
+
 class Place(NamedTuple):
     """Where a blob is, or goes to: the file `path`.
 
@@ -4444,7 +4456,7 @@ class Place(NamedTuple):
     path: str
     aside: Optional[str] = None
     known: Optional[Unpacked] = None
-    fetched: Optional[NamedTuple] = None
+    fetched: Optional[Fetched] = None
 
     def there(self):
         """Bytes of the blob that are there, finished or not; a guess, by its name."""
@@ -4454,18 +4466,6 @@ class Place(NamedTuple):
                 if stat.S_ISREG(status.st_mode):
                     return status.st_size
         return 0
-
-
-class Fetched(NamedTuple):
-    """A proved blob: its Descriptor, with the size; the file it is in, None where it
-    stands in an archive; what it unpacks to, None where it was not unpacked; whether it
-    was there already.
-    """
-
-    blob: Descriptor
-    path: Optional[str]
-    unpacked: Optional[Unpacked]
-    reused: bool
 
 
 class Download:
@@ -5109,7 +5109,9 @@ class ArchiveOutput(Spooled):
         super().open(images)
         order = _in_order(images)
         self._stays = False  # whether nothing is new
-        size, blobs = (0, []) if self.stream is not None else self._go_on(order, images)
+        size, blobs = 0, []
+        if self.stream is None:
+            size, blobs = self._resume(order, images)
         if not size:
             self._write(_prologue())
         self._waiting = collections.deque(order[len(blobs):])  # for their turn
@@ -5121,8 +5123,8 @@ class ArchiveOutput(Spooled):
         return super().place(image, layer)._replace(
             fetched=self._fetched.get(layer.digest))
 
-    def _go_on(self, order, images):
-        """With what an earlier run left unfinished, else with what it finished.
+    def _resume(self, order, images):
+        """Goes on with what an earlier run left unfinished, else with what it finished.
 
         Gives the bytes and the blobs that are good of it; see _recovered.
         """
@@ -6241,21 +6243,19 @@ def _modernised(image, layers):
     A schema1 image gets the config and manifest docker would give it; one whose layers
     were rewritten, a manifest that says so.
     """
+    if isinstance(image.manifest, Schema1Manifest):
+        kept = [fetched for layer, fetched in zip(image.layers, layers)
+                if not layer.throwaway]
+        config = modern_config(image.manifest, [one.unpacked.diff_id for one in kept])
+        manifest = modern_manifest(config, [one.blob._replace(media_type=DOCKER_LAYER)
+                                            for one in kept])
+        return image._replace(manifest=manifest, config=config,
+                              layers=list_layers(manifest, config))
     blobs = [fetched.blob for fetched in layers]
-    if isinstance(image.manifest, Manifest):
-        if [blob.digest for blob in blobs] == [la.blob.digest for la in image.layers]:
-            return image
-        return image._replace(manifest=with_layers(image.manifest, blobs), layers=tuple(
-            layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
-    if not isinstance(image.manifest, Schema1Manifest):
+    if all(blob.digest == layer.digest for blob, layer in zip(blobs, image.layers)):
         return image
-    kept = [fetched for layer, fetched in zip(image.layers, layers)
-            if not layer.throwaway]
-    config = modern_config(image.manifest, [one.unpacked.diff_id for one in kept])
-    manifest = modern_manifest(config, [one.blob._replace(media_type=DOCKER_LAYER)
-                                        for one in kept])
-    return image._replace(manifest=manifest, config=config,
-                          layers=list_layers(manifest, config))
+    return image._replace(manifest=with_layers(image.manifest, blobs), layers=tuple(
+        layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
 
 
 def _pulled(layer, fetched):

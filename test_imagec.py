@@ -15230,7 +15230,7 @@ THREAT_WORK = (
     ("_existing", imagec.Download, "layers", "layers", True),
     ("_existing", imagec.Download, "oci", "oci", True),
     ("prove", imagec, "oci", "oci", False),
-    ("_go_on", imagec.ArchiveOutput, "archive", "image.tar", True),
+    ("_resume", imagec.ArchiveOutput, "archive", "image.tar", True),
     ("_move", imagec.ArchiveOutput, "archive", "image.tar", False),
     ("apply", imagec.Tree, "rootfs", "root", False),
     ("write", imagec.TreeWriter, "rootfs", "root", False),
