@@ -671,13 +671,6 @@ class Server:
         for _, thread in live:
             thread.join(1)
 
-    def settle(self):
-        """Wait a little until no connection is left that could still take a fault."""
-        for _ in range(50):
-            if not self._live:
-                break
-            self._closing.wait(0.002)
-
     def _accept(self):
         while not self._closing.is_set():
             with contextlib.suppress(OSError):
@@ -2387,7 +2380,6 @@ class ThreatProcessCase(ThreatCase):
 
 
 SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", noise(25600))]))
-SERVE_KINDS = ("schema1", "schema1-signed", "docker", "oci")
 SERVE_AMD = ("linux", "amd64", None)
 SERVE_ARM = ("linux", "arm64", "v8")
 SERVE_CANARY = b"canary that nobody may see"
@@ -2399,7 +2391,7 @@ def serve_images():
     """{repository: BuiltImage} of every kind there is."""
     # Images of one configuration are one image to podman.
     images = {"lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
-              for kind in SERVE_KINDS}
+              for kind in ("schema1", "schema1-signed", "docker", "oci")}
     other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
     images["lab/index"] = images["library/alpine"] = build_index(
         [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
@@ -13854,6 +13846,11 @@ class ArchitectureTest(unittest.TestCase):
         self.assertEqual(rooms, sorted(rooms))
         self.assertEqual(len(set(imagec.__all__)), len(rooms))
 
+    def test_a_name_is_defined_once(self):
+        names = [name for one in house().tree.body for name in stored_names(one)]
+        self.assertEqual(len(names), len(set(names)), collections.Counter(
+            names).most_common(1))
+
     def test_public_names_have_docstrings(self):
         for name in imagec.__all__:
             self.assertFalse(name.startswith("_"))
@@ -14336,7 +14333,9 @@ class FaultsTest(ThreatCase):
             next(turns)  # or a phase would always meet the same format
 
     def strike(self, phase, action, times):
-        self.source.settle()
+        for _ in range(50):  # a connection that is left could still take a fault
+            if self.source._live:
+                time.sleep(0.002)
         del self.source.faults[:], self.source.requests[:], self.naps[:]
         match = THREAT_PHASES[phase].format(**self.names)
         return self.source.fault(match, action, times)
