@@ -1431,7 +1431,7 @@ def _sparse_map(numbers, size, stored):
     """
     found, at = [], 0
     for offset, length in [*zip(numbers[::2], numbers[1::2]), (size, 0)]:
-        if offset < at or length < 0 or offset + length > size:
+        if offset < at or length < 0:
             raise ValueError("a sparse map that makes no sense")
         found.append((offset - at, length))
         at = offset + length
@@ -5495,8 +5495,6 @@ class Tree:
         parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
         if b".." in parts:
             raise InvalidDocument("unsafe member name %s" % show(path))
-        if len(parts) > _DEPTH_LIMIT:
-            raise LimitExceeded("a member more than %d directories deep" % _DEPTH_LIMIT)
         return parts
 
     def _white_out(self, parts, own, taken):
@@ -5736,8 +5734,7 @@ def write_tree_tar(tree, write):
         for path, node, first in tree.walk():
             entry = node.entry
             if first is not None:
-                entry = entry._replace(kind="hardlink", size=0, link=first,
-                                       device=(0, 0), xattrs=())
+                entry = entry._replace(kind="hardlink", size=0, link=first, xattrs=())
             write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
             if node.data is not None and first is None:
                 pack, where = node.data

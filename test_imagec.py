@@ -4404,6 +4404,7 @@ class TarTest(TableCase):
             (entry, spread), *_ = [(entry, list(spread))
                                    for entry, spread in imagec.Tar(parts, "layer")]
             self.assertEqual((entry.path, entry.size), (b"f", 75009))
+            self.assertNotIn(0, spread)
             self.assertEqual(b"".join(map(bytes, spread)), SPARSE_CONTENT)
 
     @rows(ENTRIES)
@@ -4609,14 +4610,15 @@ class UnpackTest(TableCase):
                                      lambda: unpacked([blob], limit=length - 1))
                 self.assertIn("%d bytes" % (length - 1), str(error))
 
-    def test_the_limit_stops_at_once(self):
+    @rows([(1000,), (4 << 20,)])  # before and after a thread has taken over
+    def test_the_limit_stops_at_once(self, limit):
         drawn = []
-        tar = tar_header(64 << 20) + bytes(64 << 20)
+        tar = bytes(64 << 20)  # all of it behind its end
         blob = imagec.Descriptor("", imagec.Digest.of(tar), len(tar))
         with self.assertRaises(imagec.LimitExceeded):
             imagec.prove((drawn.append(part) or part
                           for part in pieces(tar, itertools.repeat(1 << 20))), blob,
-                         lambda chunks: unpacked(chunks, limit=1000))
+                         lambda chunks: unpacked(chunks, limit=limit))
         self.assertLess(len(drawn), 32)
 
     def test_a_bomb_takes_no_memory(self):
