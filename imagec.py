@@ -1795,42 +1795,37 @@ class _Gzip:
         return data
 
 
-def _bzip2():
-    import bz2
-    return bz2.BZ2Decompressor()
-
-
-def _xz():
-    import lzma
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=XZ_MEMORY_LIMIT)
-
-
-def _zstd():
+def _decompressor(name):
+    """What unpacks one member or frame; raises ImportError."""
+    if name == "gzip":
+        return _Gzip()
+    if name == "bzip2":
+        import bz2
+        return bz2.BZ2Decompressor()
+    if name == "xz":
+        import lzma
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY_LIMIT)
     from compression import zstd
     return zstd.ZstdDecompressor(
         options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
 
 
 _MAGIC_LENGTH = 6  # bytes; the longest below
-_CODECS = (  # (regex of first bytes, name, decompressor of one member or frame)
-    (rb"\x1f\x8b\x08", "gzip", _Gzip),
-    (rb"BZh", "bzip2", _bzip2),
-    (rb"\xfd7zXZ\x00", "xz", _xz),
-    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd", _zstd),
-    (rb"", "tar", None),
-)
+_CODECS = (  # (regex of first bytes, name)
+    (rb"\x1f\x8b\x08", "gzip"), (rb"BZh", "bzip2"), (rb"\xfd7zXZ\x00", "xz"),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"), (rb"", "tar"))
 
 
 def _codec(head):
-    """(name, decompressor) of a stream that begins with `head`."""
-    return next(row[1:] for row in _CODECS if re.match(row[0], head))
+    """The name of what a stream that begins with `head` is compressed with."""
+    return next(name for magic, name in _CODECS if re.match(magic, head))
 
 
 def codec_of(file):
     """The name of what stands next in a binary file is compressed with, else "tar"."""
     head = file.read(_MAGIC_LENGTH)
     file.seek(-len(head), os.SEEK_CUR)
-    return _codec(head)[0]
+    return _codec(head)
 
 
 def inflated(chunks, what):
@@ -1843,20 +1838,18 @@ def inflated(chunks, what):
         head += data
         if len(head) >= _MAGIC_LENGTH:
             break
-    name, opener = _codec(head)
-    chunks = itertools.chain([head], chunks)
+    name, chunks = _codec(head), itertools.chain([head], chunks)
     try:
-        member = opener and opener()
+        member = None if name == "tar" else _decompressor(name)
     except ImportError:
         if name != "zstd":
             raise Unsupported("%s is compressed with %s, which this Python was built "
                               "without" % (what, name)) from None
         chunks, member = _zstd_program(chunks, what), None
-    yield from chunks if member is None else _streams(chunks, name, opener, member,
-                                                      what)
+    yield from chunks if member is None else _streams(chunks, name, member, what)
 
 
-def _streams(chunks, name, opener, member, what):
+def _streams(chunks, name, member, what):
     """Yields what a stream of compressed members or frames holds, one after the other.
 
     Zeros after a member are padding (gzip and xz allow it); other bytes that begin no
@@ -1870,7 +1863,7 @@ def _streams(chunks, name, opener, member, what):
                     data = data.lstrip(b"\0") if name in ("gzip", "xz") else data
                     if not data:
                         break
-                    member = opener()
+                    member = _decompressor(name)
                 yield from _decompressed(member, data, name, what)
                 data = b""
                 if member.eof:
@@ -7021,9 +7014,9 @@ def describe_host():
     yield "Python", "%d.%d.%d" % sys.version_info[:3], sys.version_info >= (3, 6)
     yield "TLS", ssl.OPENSSL_VERSION, True
     codecs = ["gzip"]
-    for name, opener in (("bzip2", _bzip2), ("xz", _xz), ("zstd", _zstd)):
+    for name in ("bzip2", "xz", "zstd"):
         with contextlib.suppress(ImportError):
-            opener()
+            _decompressor(name)
             codecs.append(name)
     if "zstd" not in codecs and shutil.which("zstd"):
         codecs.append("zstd (by the zstd program)")
