@@ -298,7 +298,8 @@ def naming(source):
     except ImagecError as error:
         # Those of the network name their URL themselves; the user's are of no host.
         if error.source is None and (isinstance(error, NoMatchingPlatform) or not (
-                isinstance(error, (TransportError, RegistryError, UsageError)))):
+                isinstance(error, (TransportError, RegistryError, UsageError,
+                                   OutputError)))):
             error.source = source
         raise
 
@@ -842,8 +843,11 @@ class Descriptor(NamedTuple):
         """The Descriptor a Document holds; raises InvalidDocument."""
         annotations = document.get("annotations", dict)
         annotations = annotations.value if annotations else {}
-        if not all(type(text) is str for text in annotations.values()):
-            raise InvalidDocument("%s: 'annotations' must be strings" % document.where)
+        for name, texts in (("annotations", annotations.values()),
+                            ("urls", document.get("urls", list, []))):
+            if not all(type(text) is str for text in texts):
+                raise InvalidDocument("%s: '%s' must hold strings"
+                                      % (document.where, name))
         platform = document.get("platform", dict)
         return cls(document.get("mediaType", str, ""), document.digest("digest"),
                    document.size("size"), platform and _platform(platform), annotations)
@@ -1898,11 +1902,13 @@ def _zstd_program(chunks, what):
     if program is None or not os.path.isabs(program):
         raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
                           % what, hint="install the zstd program, or use Python 3.14")
-    errors = []
+    errors, given_up = [], False
 
     def feed():
         try:
             for data in chunks:
+                if given_up:
+                    break
                 with contextlib.suppress(OSError):  # it has ended, and says why
                     process.stdin.write(data)
         except BaseException as error:  # carried to who draws from us
@@ -1921,14 +1927,15 @@ def _zstd_program(chunks, what):
             yield from iter(lambda: process.stdout.read1(CHUNK), b"")
             feeder.join()
             words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
-            if errors:
-                raise errors[0]
-            if process.wait():
+            if process.wait() and not errors:
                 raise InvalidDocument("%s: corrupt zstd data: %s"
                                       % (what, words.strip() or "zstd failed"))
         finally:
-            process.kill()  # where we are given up
+            given_up = True
+            process.kill()
             feeder.join()
+            if errors:  # where we are given up, too: a wrong digest explains more
+                raise errors[0]
 
 
 class Unpacked(NamedTuple):
@@ -2196,7 +2203,7 @@ def _config_keys(auths, host, repository):
     wanted = ["/".join([name] + parts[:count]) for count in range(len(parts), -1, -1)
               for name in names]
     return [key for key in wanted if key in auths] + [
-        key for key in sorted(auths)
+        key for key in sorted(auths, key=lambda key: (key != DOCKER_HUB_KEY, key))
         if re.match("https?://", key) and key.split("/")[2] in names]
 
 
@@ -2495,7 +2502,7 @@ class _Kept(http.client.HTTPConnection):
         received = self.in_turns(sock, lambda: sock.recv_into(buffer))
         if not received and self.until is not None:
             # http.client takes headers that end early for whole ones.
-            raise ConnectionResetError("closed the connection before its headers ended")
+            raise ConnectionResetError("closed the connection before it had answered")
         self._count += received
         now = self._transport.clock()
         if now - self._window >= self._transport.idle_timeout:
@@ -2515,7 +2522,7 @@ class _Kept(http.client.HTTPConnection):
         if request.tunnel:
             host, _, port = request.proxy.rpartition(":")
         self._reach(host.strip("[]"), int(port))
-        if request.tunnel and not request.tunnel.startswith("socks"):
+        if request.tunnel and split_proxy(request.tunnel)[0] == "http":
             self._ask_for_tunnel()
         elif request.tunnel:
             socks_connect(self._talk, request.tunnel, self.host, self.port)
@@ -4114,7 +4121,7 @@ def same_file(source, path, check):
     try:
         os.link(source, path)
     except OSError:  # no hard links here
-        with open(source, "rb") as file, open(path, "xb") as copy:
+        with naming_file(path), open(source, "rb") as file, open(path, "xb") as copy:
             for data in pieces(file, check=check):
                 copy.write(data)
             copy.flush()
@@ -4354,8 +4361,9 @@ def stored(reader, noting=naming):
     entries, seen = [], set()
     with noting("index.json"):
         index = Document.parse(reader.read("index.json"), "index.json")
-        entries = [Descriptor.from_document(entry)
-                   for entry in index.children("manifests", INDEX_COUNT_LIMIT)]
+        for entry in index.children("manifests", INDEX_COUNT_LIMIT):
+            with noting("index.json"):
+                entries.append(Descriptor.from_document(entry))
     for entry in entries:
         name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
         yield Stored(reader, None, name, tag, entry.digest,
@@ -4363,20 +4371,24 @@ def stored(reader, noting=naming):
                          fetch, [entry], seen=seen))))
 
 
-def held(path, name=None):
+def held(path, name=None, check=go_on):
     """What is at `path` of an image of that `name`: its documents, configs too, as
-    bytes. What is missing or bad is left out.
+    bytes. What is missing or bad is left out, and what is over DOCUMENT_BYTES_LIMIT.
     """
     def forgiving(_name):
-        return contextlib.suppress(OSError, ImagecError)
+        return contextlib.suppress(OSError, InvalidDocument, VerificationError,
+                                   Unsupported)
 
-    documents = []
-    for found in stored(Reader(path, unlisted=lambda error: None), forgiving):
+    documents, room = [], DOCUMENT_BYTES_LIMIT
+    for found in stored(Reader(path, check, lambda error: None), forgiving):
         for document in found.documents if name in (None, found.name) else ():
             documents.append(document.raw)
             if isinstance(document, Manifest):
                 with forgiving(name):
                     documents.append(found.reader.read(found.file_of(document.config)))
+            room -= sum(map(len, documents[-2:]))
+            if room < 0:
+                return documents
     return documents
 
 
@@ -4808,7 +4820,8 @@ class LayersOutput(Output):
         # The registry may not have been probed yet, and then its scheme is a guess.
         _, *parts = self._parts(reference, registry_url)
         return [raw for scheme in ("https", "http")
-                for raw in held(os.path.join(self.path, scheme, *parts))]
+                for raw in held(os.path.join(self.path, scheme, *parts),
+                                check=self.check)]
 
     def place(self, image, layer):
         folder = self._folder(image)
@@ -4999,7 +5012,8 @@ class OCIOutput(Output):
             write_file(marker, OCI_LAYOUT, self.wait)
 
     def held(self, reference, registry_url):
-        return held(self.path, str(self._tag or reference._replace(digest=None)))
+        return held(self.path, str(self._tag or reference._replace(digest=None)),
+                    self.check)
 
     def place(self, image, layer):
         return Place(self._blob(layer.digest))
@@ -5101,7 +5115,7 @@ class ArchiveOutput(Spooled):
     def open(self, images):
         super().open(images)
         order = _in_order(images)
-        self._stays = False  # whether nothing is new
+        self._stays = None  # os.stat of the finished one, where nothing is new
         size, blobs = 0, []
         if self.stream is None:
             size, blobs = self._resume(order, images)
@@ -5127,11 +5141,12 @@ class ArchiveOutput(Spooled):
         self._target.truncate(unfinished[0])
         if unfinished[0] >= size:
             return unfinished
+        status = os.stat(self.path)
         if len(blobs) == len(order) and all(image.config for image in images) and (
                 _goes_on(self.path, size, self._tail(images))):
             found = self._recovered(self.path, order, self.check)
-            self._stays = found == (size, blobs)
-            if self._stays:
+            if found == (size, blobs):
+                self._stays = status
                 return found
         self._target.truncate()
         found = self._recovered(self.path, order, self.check, self._write)
@@ -5181,9 +5196,12 @@ class ArchiveOutput(Spooled):
             os.unlink(fetched.path)
 
     def close(self, images):
-        if not self._stays:
+        if self._stays is None:
             self._write(self._tail(images))
-        self._end(not self._stays)
+        elif not unchanged(os.path.realpath(self.path), self._stays):
+            raise OutputError(self.path, "another program has changed it meanwhile",
+                              "pull again")
+        self._end(self._stays is None)
         return [self.path] * len(images)
 
     def _tail(self, images):
@@ -6095,9 +6113,10 @@ class Puller:
                              "--recompress goes with --format archive or oci")
         if len(references) > 1 and not output.several:
             raise UsageError("format %s takes one image at a time" % output.format)
-        images = [session.resolve(reference, platform, output.held(
-            reference, session.source(reference).registry_url))
-            for reference in references]
+        images = [session.resolve(reference, platform, () if platform == "all" else
+                                  output.held(reference, session.source(
+                                      reference).registry_url))
+                  for reference in references]
         return images if output.verbatim else [image._replace(layers=tuple(
             layer for layer in image.layers if not layer.throwaway))
             for image in images]
@@ -6532,7 +6551,7 @@ class Shelf:
 
     def __init__(self, path=None, check=go_on):
         self.repositories = {}  # name -> tag -> digest, as text
-        self.documents = {}  # digest, as text -> what decode_manifest makes of them
+        self.documents = {}  # digest, as text -> (bytes, media type)
         self._blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
         if path is None:
@@ -6566,8 +6585,8 @@ class Shelf:
                 self.add((), None, document)
                 if not isinstance(document, Index):
                     self._add_blobs(found, document)
-            self.add(names, tag if re.fullmatch(_TAG, tag or "") else None,
-                     self.documents[str(digest)])
+            self._name(names, tag if re.fullmatch(_TAG, tag or "") else None,
+                       str(digest))
 
     def _add_blobs(self, found, image):
         blobs = image.layers if found.tree is None else found.layers(image)
@@ -6579,11 +6598,15 @@ class Shelf:
 
     def add(self, names, tag, document):
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
-        self.documents[str(document.digest)] = document
+        digest = str(document.digest)
+        self.documents[digest] = document.raw, document.media_type
+        self._name(names, tag, digest)
+
+    def _name(self, names, tag, digest):
         for name in names:
             tags = self.repositories.setdefault(name, {})
             if tag is not None:
-                tags[tag] = str(document.digest)
+                tags[tag] = digest
 
     def add_blob(self, digest, region):
         """Puts a blob on the shelf."""
@@ -6677,7 +6700,7 @@ class _BoundedThreads:
 
     def get_request(self):
         if len(self.since) >= self.places:
-            self.end_waits(SERVE_IDLE)
+            self.end_waits(SERVE_IDLE, 1)
             time.sleep(0.01)
             raise BlockingIOError  # serve_forever asks again, unless it is to end
         request, client_address = super().get_request()
@@ -6698,11 +6721,12 @@ class _BoundedThreads:
         with self.lock:
             self.since[connection] = time.monotonic() if begins else None
 
-    def end_waits(self, patience):
-        """Ends waits of over `patience` seconds."""
+    def end_waits(self, patience, most=None):
+        """Ends waits of over `patience` seconds, the longest first, `most` of them."""
         with self.lock:
-            for connection, since in self.since.items():
-                if since is not None and time.monotonic() - since > patience:
+            waits = [pair for pair in self.since.items() if pair[1] is not None]
+            for connection, since in sorted(waits, key=lambda pair: pair[1])[:most]:
+                if time.monotonic() - since > patience:
                     with contextlib.suppress(OSError):  # TLS wants no farewell here
                         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
@@ -6824,11 +6848,11 @@ class RegistryHandler:
         if kind is None:
             return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
                              {"name": name})
-        found = shelf.documents.get(tags.get(what, what))
-        if found is None:
+        digest = tags.get(what, what)
+        if digest not in shelf.documents:
             return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
-        return self.send(200, found.raw, found.media_type,
-                         [("Docker-Content-Digest", str(found.digest))])
+        return self.send(200, *shelf.documents[digest],
+                         headers=[("Docker-Content-Digest", digest)])
 
     def page(self, key, values, path, query, value):
         """A list, or as much of it as is asked for (distribution-spec, "tags")."""
@@ -7276,7 +7300,8 @@ def _run_pull(args, session):
         if stream is None:
             yield line
         elif args.json or not args.quiet:
-            print_result(line, sys.stderr)
+            with contextlib.suppress(OSError):  # the image is out
+                print_result(line, sys.stderr)
 
 
 def plan(session, references, output, platform, as_json):
@@ -7311,11 +7336,11 @@ def read_list(path):
     if path == "-" and sys.stdin is None:
         raise UsageError("--from-file -, but standard input is closed")
     references = []
-    try:  # in UTF-8, whatever the locale, and with what Windows puts before it
+    try:  # in UTF-8, whatever the locale
         with io.TextIOWrapper(sys.stdin.buffer if path == "-" else open(path, "rb"),
-                              "utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                line = line.partition("#")[0].strip()
+                              "utf-8") as file:
+            for number, line in enumerate(file, 1):  # Windows puts U+FEFF before files
+                line = line.lstrip("\ufeff").partition("#")[0].strip()
                 if line:
                     references.append(Reference.parse(line))
     except InvalidReference as error:
