@@ -6761,7 +6761,8 @@ class RegistryHandler:
     def handle_one_request(self):
         """Answers a request; from then on the next one is waited for."""
         super().handle_one_request()
-        self.server.waits(self.connection)
+        if not self.close_connection:
+            self.server.waits(self.connection)
 
     def parse_request(self):
         """Whether the head that came is one; answers it where not.

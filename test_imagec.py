@@ -11948,16 +11948,17 @@ class ServeTest(ServeCase):
                 found += sock.recv(1)
             self.assertTrue(found.startswith(b"HTTP/1.1 200 "))
 
-        longest, other = socks = [serve_connect(host), serve_connect(host)]
-        for count, sock in enumerate(socks, 1):
-            self.addCleanup(sock.close)
-            ask(sock)
+        socks = []
+        for count in (1, 2):
+            socks.append(serve_connect(host))
+            self.addCleanup(socks[-1].close)
+            ask(socks[-1])
             self.wait_until(lambda: sum(map(bool, list(
                 self.server.since.values()))) >= count)
         with mock.patch.object(imagec, "SERVE_IDLE", 0):
             self.assertEqual(serve_ask(host, "/v2/").status, 200)
-        self.assertEqual(longest.recv(1), b"")
-        ask(other)
+        self.assertEqual(socks[0].recv(1), b"")
+        ask(socks[1])
 
     def crowded(self):
         """A server for two connections, which are taken, and a third that waits."""
