@@ -1561,9 +1561,14 @@ class TokenServer(FakeRegistry):
 
 
 def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port nobody has, of those that a system does not give out by itself: the next
+    server of a test could get one of these before ours does, and answer in its place.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def start_guarded(command, log, env=None):
