@@ -3827,6 +3827,7 @@ class Source:
 PARTIAL = ".partial"  # suffix of what is not yet proved
 NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
+ORIGIN_ANNOTATION = "io.github.imagec."  # and the name of a field of an Origin
 _O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -4297,13 +4298,47 @@ def open_place(path, check=go_on, unlisted=_raise):
     return Reader(path, check, unlisted)
 
 
+class Origin(NamedTuple):
+    """Where an entry of a layout is from, as the pull that made it notes there.
+
+    `digest` is what the reference stood for, `repository` its `HOST/NAME`, `platforms`
+    what was pulled of it: "all", or which, comma-joined. `indexes` are kept, too: those
+    that lead from there to the entry, or to all that an index made here lists, each
+    behind what leads to it. An image made here (recompressed, once schema1) has none.
+    """
+
+    digest: Digest
+    repository: str
+    platforms: str
+    indexes: Tuple[Digest, ...] = ()
+
+    def annotations(self):
+        """The annotations that say so; `of` reads them back."""
+        texts = self._replace(indexes=" ".join(map(str, self.indexes)))
+        return {ORIGIN_ANNOTATION + field: str(text)
+                for field, text in zip(self._fields, texts) if text}
+
+    @classmethod
+    def of(cls, annotations):
+        """The Origin noted in an entry's; None for none. Raises InvalidDocument."""
+        digest, repository, platforms, indexes = [
+            annotations.get(ORIGIN_ANNOTATION + field, "") for field in cls._fields]
+        digests = [Document.as_digest(text, ORIGIN_ANNOTATION + "digest")
+                   for text in (digest + " " + indexes).split()]
+        if digests[1:2] not in ([], digests[:1]):
+            raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
+        return cls(digests[0], repository, platforms,
+                   tuple(digests[1:])) if digests else None
+
+
 class Stored(NamedTuple):
     """What a name in a layout, an archive or a `layers` tree leads to.
 
     `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
-    is that of what it stands for, None in a tree; `documents` yields this and what is
-    below it, decoded: none that was drawn of a name before. `tree` is what the names of
-    its files in the `reader` begin with, None in a layout.
+    is that of its entry, None in a tree, and `origin` the Origin noted there, None for
+    none. `documents` yields, decoded, the indexes that lead to it, then it and what is
+    below it, outermost first: none that was drawn of a name before. `tree` is what the
+    names of its files in the `reader` begin with, None in a layout.
     """
 
     reader: Reader
@@ -4311,7 +4346,14 @@ class Stored(NamedTuple):
     name: Optional[str]
     tag: Optional[str]
     digest: Optional[Digest]
+    origin: Optional[Origin]
     documents: object
+
+    @property
+    def outermost(self):
+        """The digest that its name goes by where it is from; None in a tree."""
+        return self.origin.indexes[0] if self.origin and self.origin.indexes else (
+            self.digest)
 
     def file_of(self, blob):
         """The name of the file that holds a Layer, or a config by its Descriptor."""
@@ -4337,38 +4379,74 @@ def stored(reader, noting=naming):
     What is read is read inside of `noting(name of a file)`. Where that context manager
     keeps an error to itself, what would follow from the file is passed over.
     """
-    def noted(name, documents):
-        with noting(name):
-            yield from documents
-
-    def fetch(descriptor):
-        with noting(blob_name(descriptor.digest)):
-            raw = reader.read(blob_name(descriptor.digest))
-            if len(raw) != descriptor.size:
-                raise SizeMismatch("manifest", descriptor.size, len(raw))
-            return decode_manifest(raw, descriptor.media_type, descriptor.digest)
-
-    if not (isinstance(reader, TarReader)
-            or os.path.lexists(os.path.join(reader.path, "oci-layout"))):
-        for tree in _trees(reader.names()):
-            name, digest = _tree_name(os.path.join(reader.path, tree))
-            yield Stored(reader, tree, name, None, None, noted(
-                tree + "manifest.json", _tree_documents(reader, tree, digest)))
+    if isinstance(reader, TarReader) or os.path.lexists(
+            os.path.join(reader.path, "oci-layout")):
+        yield from _Layout(reader, noting).stored()
         return
-    with noting("oci-layout"):
-        Document.parse(reader.read("oci-layout"), "oci-layout").need(
-            "imageLayoutVersion", str)
-    entries, seen = [], set()
-    with noting("index.json"):
-        index = Document.parse(reader.read("index.json"), "index.json")
-        for entry in index.children("manifests", INDEX_COUNT_LIMIT):
-            with noting("index.json"):
-                entries.append(Descriptor.from_document(entry))
-    for entry in entries:
-        name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
-        yield Stored(reader, None, name, tag, entry.digest,
-                     noted("index.json", (trail[-1] for trail in walk(
-                         fetch, [entry], seen=seen))))
+    for tree in _trees(reader.names()):
+        name, digest = _tree_name(os.path.join(reader.path, tree))
+        yield Stored(reader, tree, name, None, None, None, _noted(
+            noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
+
+
+def _noted(noting, name, documents):
+    with noting(name):
+        yield from documents
+
+
+class _Layout:
+    """What the names in an OCI layout lead to; see `stored`."""
+
+    def __init__(self, reader, noting):
+        self._reader, self._noting = reader, noting
+        self._seen = set()  # what was drawn, see walk
+        self._below = {}  # digest of an index -> those it lists; None: not read
+
+    def stored(self):
+        """Yields a Stored for each entry of its index.json."""
+        with self._noting("oci-layout"):
+            Document.parse(self._reader.read("oci-layout"), "oci-layout").need(
+                "imageLayoutVersion", str)
+        entries = []
+        with self._noting("index.json"):
+            index = Document.parse(self._reader.read("index.json"), "index.json")
+            for entry in index.children("manifests", INDEX_COUNT_LIMIT):
+                with self._noting("index.json"):
+                    entry = Descriptor.from_document(entry)
+                    entries.append((entry, Origin.of(entry.annotations)))
+        for entry, origin in entries:
+            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+            documents = self._documents(entry, origin.indexes if origin else ())
+            yield Stored(self._reader, None, name, tag, entry.digest, origin,
+                         _noted(self._noting, "index.json", documents))
+
+    def _documents(self, entry, way):
+        for digest in way:
+            if digest not in self._below:
+                document = self._fetch(Descriptor("", digest, None))
+                self._below.setdefault(digest, document and set())
+                yield from [document] if document else ()
+        for *_, document in walk(self._fetch, [entry], seen=self._seen):
+            yield document
+        if way and None not in map(self._below.get, way):
+            led = set(way[:1])
+            for digest in way:
+                led |= self._below[digest] if digest in led else set()
+            if entry.digest not in led and not (
+                    led.issuperset(self._below.get(entry.digest) or [None])):
+                raise VerificationError("%s does not lead to %s"
+                                        % (way[0], entry.digest))
+
+    def _fetch(self, descriptor):
+        digest = descriptor.digest
+        with self._noting(blob_name(digest)):
+            raw = self._reader.read(blob_name(digest))
+            if descriptor.size not in (None, len(raw)):
+                raise SizeMismatch("manifest", descriptor.size, len(raw))
+            document = decode_manifest(raw, descriptor.media_type, digest)
+            if isinstance(document, Index):
+                self._below[digest] = {entry.digest for entry in document.manifests}
+            return document
 
 
 def held(path, name=None, check=go_on):
@@ -4675,7 +4753,8 @@ class Image(NamedTuple):
     @property
     def documents(self):
         """The documents a layout holds besides the layers, as (Digest, bytes) pairs."""
-        found = [(one.digest, one.raw) for one in (self.manifest,) + self.below]
+        found = [(one.digest, one.raw)
+                 for one in (*self.indexes, self.manifest, *self.below)]
         if self.config is not None:
             found.append((self.manifest.config.digest, self.config.raw))
         return found
@@ -4929,8 +5008,12 @@ def index_entry(image, name):
             ("architecture", platform.architecture), ("os", platform.os),
             ("variant", platform.variant), ("os.version", platform.os_version))
             if value}
+    entry["annotations"] = Origin(
+        image.digest, image.reference.name, str(platform),
+        tuple(index.digest for index in image.indexes)).annotations()
     if name is not None:
-        entry["annotations"] = {NAME_ANNOTATION: str(name), TAG_ANNOTATION: name.tag}
+        entry["annotations"].update({NAME_ANNOTATION: str(name),
+                                     TAG_ANNOTATION: name.tag})
     return entry
 
 
@@ -6258,12 +6341,15 @@ def _modernised(image, layers):
         config = modern_config(image.manifest, [one.unpacked.diff_id for one in kept])
         manifest = modern_manifest(config, [one.blob._replace(media_type=DOCKER_LAYER)
                                             for one in kept])
-        return image._replace(manifest=manifest, config=config,
+        return image._replace(indexes=(), manifest=manifest, config=config,
                               layers=list_layers(manifest, config))
     blobs = [fetched.blob for fetched in layers]
     if all(blob.digest == layer.digest for blob, layer in zip(blobs, image.layers)):
         return image
-    return image._replace(manifest=with_layers(image.manifest, blobs), layers=tuple(
+    manifest = with_layers(image.manifest, blobs)
+    log.warning("%s was rewritten: its manifest is %s now, %s is only noted, and no "
+                "index leads to it", image.reference, manifest.digest, image.digest)
+    return image._replace(indexes=(), manifest=manifest, layers=tuple(
         layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
 
 

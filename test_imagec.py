@@ -7699,15 +7699,12 @@ class RateLimitTest(FieldCase):
     def test_unchanged_tag_costs_a_head(self):
         image = build_image(FIELD_SMALL)
         index = build_index([(image, ("linux", "amd64", None))])
-        # A layout holds the image that was chosen, not the index that led to it.
-        for format, found, asked in (
-                ("oci", image, ["HEAD"]), ("layers", image, ["HEAD"]),
-                ("layers", index, ["HEAD"]), ("oci", index, ["HEAD", "GET"])):
+        for format, found in itertools.product(("oci", "layers"), (image, index)):
             registry, place = self.filled(found), format + found.digest
             self.pull(registry.host, to=place, format=format)
             self.manifests(registry)
             again = self.pull(registry.host, to=place, format=format)
-            self.assertEqual(self.manifests(registry), asked)
+            self.assertEqual(self.manifests(registry), ["HEAD"])
             self.assertEqual(str(again.digest), found.digest)
 
     def test_digest_that_is_there_costs_nothing(self):
@@ -8325,6 +8322,11 @@ NO_FILES = (lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", p
             lambda path: os.symlink(path + "~", path))
 
 
+def origin_of(**fields):
+    """The annotations that tell where an entry is from."""
+    return {"io.github.imagec." + name: text for name, text in fields.items()}
+
+
 def archive_headers(header):
     """What tarfile makes of header blocks."""
     with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
@@ -8532,7 +8534,9 @@ class ArchiveOutputTest(StoredCase):
                 "mediaType": image.media_type, "digest": image.digest,
                 "size": len(image.manifest),
                 "platform": {"architecture": "amd64", "os": "linux"},
-                "annotations": {OCI_NAME: reference, OCI_TAG: "1"}}]})
+                "annotations": dict(origin_of(
+                    digest=image.digest, repository=reference[:-2],
+                    platforms="linux/amd64"), **{OCI_NAME: reference, OCI_TAG: "1"})}]})
         self.assertEqual(manifest, [{
             "Config": "blobs/sha256/" + sha256(image.config)[7:],
             "RepoTags": [reference],
@@ -9022,11 +9026,20 @@ class OCIOutputTest(StoredCase):
         self.verify(self.out)
 
     def test_one_platform_of_several(self):
-        reference, _, arm, _ = self.multi()
-        self.layout("--platform", "linux/arm64", reference)
+        reference, index, arm, _ = self.multi()
+        way = [index.digest, index.children[1].digest]
+        run = self.layout("--platform", "linux/arm64", reference)
+        self.assertIn(index.digest.encode(), run.out)
         self.assertEqual(self.names(), [(arm.digest, reference, "1")])
-        self.assertEqual(self.blobs(), set(arm.blobs) | {arm.digest})
+        self.assertEqual(self.blobs(), set(arm.blobs).union(way, [arm.digest]))
+        annotations = self.index()["manifests"][0]["annotations"]
+        self.assertEqual(annotations, dict(annotations, **origin_of(
+            digest=way[0], repository=reference[:-2], platforms="linux/arm64",
+            indexes=" ".join(way))))
         self.verify(self.out)
+        shelf = imagec.Shelf(self.out)
+        for name, wanted in (("1", arm), (index.digest, index)):
+            self.assertEqual(serve_raw_of(shelf, "lab/multi", name), wanted.manifest)
         self.layout("--platform", "linux/amd64", reference)
         self.assertEqual([row[1] for row in self.names()], [None, reference])
         self.layout("--platform", "all", reference)
@@ -9098,6 +9111,20 @@ class RecompressTest(StoredCase):
             self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
             self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
         self.assertEqual(len(members), 3 + 3 + 2 + 3)
+
+    def test_no_way_leads_down_to_what_is_rewritten(self):
+        index = build_index([(self.image, ("linux", "amd64", None))])
+        self.origin.add("lab/multi", "1", index)
+        reference = self.origin.host + "/lab/multi:1"
+        run = self.main("pull", "--platform", "linux/amd64", "--recompress", "gzip",
+                        "-o", self.at("out.tar"), reference)
+        self.assertRegex(run.err, "was rewritten.*%s is only noted" % index.digest)
+        self.verify(self.at("out.tar"))
+        members = self.members(self.at("out.tar"))
+        self.assertNotIn("blobs/sha256/" + index.digest[7:], members)
+        entry, = json.loads(members["index.json"].decode())["manifests"]
+        self.assertEqual(imagec.Origin.of(entry["annotations"]), (
+            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", ()))
 
     def test_layout(self):
         for _ in range(2):
@@ -10678,6 +10705,21 @@ def damage_type(path):
 damage_os = damage_json(lambda value: value.update(os="plan9"))
 damage_index = damage_json(lambda value: value["manifests"].clear())
 damage_digest = damage_json(lambda value: value["manifests"][0].update(digest=ZEROS))
+
+
+def damage_origin(**fields):
+    return damage_json(lambda value: value["manifests"][0]["annotations"].update(
+        origin_of(**fields)))
+
+
+def damage_way(path):
+    """The way down is by an index that does not lead to the image."""
+    digest = sha256(b'{"schemaVersion": 2, "manifests": []}')
+    write_file(beside(path, AUDIT_BLOBS + digest[7:]),
+               b'{"schemaVersion": 2, "manifests": []}')
+    damage_origin(digest=digest, indexes=digest)(path)
+
+
 damage_order = damage_json(lambda value: value["layers"].reverse())
 
 
@@ -10742,6 +10784,14 @@ AUDIT_OCI = (
     ("no JSON", damage_write(b"{"), "oci-layout"),
     ("no version", damage_write(b"{}"), "oci-layout"),
     ("a link", damage_link, "blobs"),
+    ("flipped", damage_flip, AUDIT_BLOBS + "{x}"),
+    ("gone", os.unlink, AUDIT_BLOBS + "{x}"),
+    ("lists none", damage_write(b'{"schemaVersion": 2, "manifests": []}'),
+     AUDIT_BLOBS + "{x}"),
+    ("no digest", damage_origin(digest="x"), "index.json"),
+    ("no way down", damage_origin(indexes="x"), "index.json"),
+    ("another way down", damage_origin(digest=ZEROS), "index.json"),
+    ("way down to nowhere", damage_way, "index.json"),
 ) + tuple(("other digest", damage_json(  # T014
     lambda value, digest=digest: value["manifests"][0].update(digest=digest)),
     "index.json") for digest in (
@@ -10781,19 +10831,21 @@ class AuditTest(StoredCase):
         super().setUp()
         self.image = build_image([raw_words("etc/ etc/a=11 empty/ l->etc h=>etc/a"),
                                   raw_words("etc/b=2222 etc/a=33 n=>etc/a")])
-        self.offer(self.image)
+        index = self.offer(self.image)
         self.reference = self.origin.host + "/lab/app:1"
         self.folder = self.at("layers", "http", self.origin.host, "v2", "lab/app/1")
         one, two = self.image.diff_ids
         self.words = dict(
             b0=self.image.layers[0][7:], b1=self.image.layers[1][7:],
             m=self.image.digest[7:], c=sha256(self.image.config)[7:],
+            x=index.digest[7:],
             i0=one[7:], i1=sha256(("%s %s" % (one, two)).encode())[7:])
 
     def offer(self, image, tag="1", kind="oci"):
         """Let an index lead to an image."""
-        self.origin.add("lab/app", tag, build_index(
-            [(image, ("linux", "amd64", None))], kind))
+        index = build_index([(image, ("linux", "amd64", None))], kind)
+        self.origin.add("lab/app", tag, index)
+        return index
 
     def good(self, format, name=None, reference=None):
         """The path of what is pulled in a format, by the name of that: it is good."""
