@@ -642,16 +642,20 @@ class Platform(NamedTuple):
 # Two programs that read one document differently can be played against each other
 # (CVE-2021-41190), so what Go's, Python's and others' parsers disagree on is refused.
 
-def parse_json(raw, what):
+def parse_json(raw, what, repeatable=False):
     """The value of the JSON text in the bytes `raw`; raises InvalidDocument.
 
     Refuses what json.loads lets pass: other encodings, duplicate keys, NaN and
-    Infinity, numbers no other parser holds, and nesting beyond JSON_DEPTH_LIMIT.
+    Infinity, numbers no other parser holds, and nesting beyond JSON_DEPTH_LIMIT. Where
+    keys are `repeatable`, the last of each counts, and a warning tells.
     """
     def pairs(items):
         value = dict(items)
         if len(value) != len(items):
-            raise ValueError("a key stands twice in one object")
+            if not repeatable:
+                raise ValueError("a key stands twice in one object")
+            key, _ = collections.Counter(key for key, _ in items).most_common(1)[0]
+            log.warning("%s: %s stands twice in one object: the last counts", what, key)
         return value
 
     def integer(text):
@@ -2013,7 +2017,11 @@ def prove(chunks, blob, unpack=None, diff_id=None):
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
 _HUB_NAMES = (DOCKER_HUB, "index.docker.io", DOCKER_HUB_API)
 _CONTROL = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # RFC 7617, and what is no UTF-8
+#: Of a password; against the RFC, but a cloud's JSON key is one, of many lines.
+_NO_PASSWORD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _NO_TOKEN = re.compile("[^!-~]")
+#: A key of `auths` that is for all of a host, as docker reads it.
+_WHOLE_HOST = re.compile("(https?://)?([^/]+)(?(1)(/.*)?|/(v[12]/)?)")
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
 _HELPER_EMPTY = ("credentials not found in native keychain",
@@ -2026,7 +2034,8 @@ class Credentials:
 
     `source` says in words where they were found. Not a tuple: its repr must not show
     the secrets. Also the simplest keyring: it gives itself for every host. Raises
-    UsageError for what no header can hold: line breaks, NUL, tokens that are not ASCII.
+    UsageError for what cannot be sent: NUL, tokens that are not ASCII, a user name with
+    line breaks.
     """
 
     __slots__ = ("username", "password", "identity_token", "registry_token", "source")
@@ -2037,12 +2046,12 @@ class Credentials:
         self.identity_token, self.registry_token = identity_token, registry_token
         self.source = source
         for what, value, unfit in (
-                ("user name", username, _CONTROL), ("password", password, _CONTROL),
+                ("user name", username, _CONTROL), ("password", password, _NO_PASSWORD),
                 ("identity token", identity_token, _NO_TOKEN),
                 ("registry token", registry_token, _NO_TOKEN)):
             if value and unfit.search(value):
-                raise UsageError("the %s, from %s, holds a line break or another "
-                                 "character that cannot be sent" % (what, source))
+                raise UsageError("the %s, from %s, holds a character that cannot be "
+                                 "sent, or a line break" % (what, source))
         SECRETS.add(password, identity_token, registry_token)
 
     def basic(self):
@@ -2056,8 +2065,10 @@ class Credentials:
         return self
 
     def __str__(self):
+        lines = (self.password or "").count("\n") + 1  # a stray one is easily missed
         kind = ("a registry token" if self.registry_token else
-                "an identity token" if self.identity_token else "a password")
+                "an identity token" if self.identity_token else
+                "a password" + " of %d lines" % lines * (lines > 1))
         who = "user %s with %s" % (self.username, kind) if self.username else kind
         return "%s, from %s" % (who, self.source)
 
@@ -2160,7 +2171,7 @@ def _read_config(path, named=False, raw=None):
         if raw is None:
             with open(path, "rb") as file:
                 raw = file.read(CONFIG_LIMIT)
-        return Document.parse(raw, path).value
+        return Document(parse_json(raw, path, repeatable=True), path).value
     except (OSError, InvalidDocument) as error:
         text = "%s: %s" % (
             path, error.strerror if isinstance(error, OSError) else error)
@@ -2184,7 +2195,9 @@ def _find_in_config(name, config, host, repository):
     helpers = _object(config, "credHelpers")
     named = [("credHelpers", helpers.get(key)) for key in keys]
     for where, helper in named + [("credsStore", config.get("credsStore"))]:
-        if isinstance(helper, str) and helper:
+        if helper == "":  # for this host none, nor the store: docker's rule
+            break
+        if isinstance(helper, str):
             return _ask_helper(helper, server, "%s (%s)" % (name, where))
     auths = _object(config, "auths")
     found = (_entry_credentials(auths[key], "%s (%s)" % (name, key))
@@ -2195,16 +2208,18 @@ def _find_in_config(name, config, host, repository):
 def _config_keys(auths, host, repository):
     """The keys of `auths` that are for this repository, most to least specific.
 
-    As containers/image does it: host/namespace/.../repository, up to host; then keys
-    that are URLs, by their host, as docker's own for Docker Hub is.
+    As containers/image does it: host/namespace/.../repository, up to host; then what
+    docker takes for the host: its URLs, as the key of Docker Hub is one, and HOST/,
+    HOST/v1/, HOST/v2/.
     """
     names = _HUB_NAMES if host == DOCKER_HUB else (host,)
     parts = repository.split("/") if repository else []
     wanted = ["/".join([name] + parts[:count]) for count in range(len(parts), -1, -1)
               for name in names]
+    hosts = ((key, _WHOLE_HOST.fullmatch(key)) for key in sorted(
+        auths, key=lambda key: (key != DOCKER_HUB_KEY, key)))
     return [key for key in wanted if key in auths] + [
-        key for key in sorted(auths, key=lambda key: (key != DOCKER_HUB_KEY, key))
-        if re.match("https?://", key) and key.split("/")[2] in names]
+        key for key, host in hosts if host and host.group(2) in names]
 
 
 def _entry_credentials(entry, source):
@@ -2217,7 +2232,7 @@ def _entry_credentials(entry, source):
     username, password = values.get("username"), values.get("password")
     if "auth" in values:
         try:
-            text = values["auth"]
+            text = re.sub("[\r\n]", "", values["auth"])  # base64 breaks lines at 76
             name, colon, secret = base64.b64decode(
                 text + "=" * (-len(text) % 4), validate=True).decode(
                     "utf-8").partition(":")
@@ -3415,6 +3430,9 @@ def _oauth_form(url, identity_token):
             {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
 
 
+_WRONG_PASSWORD = "check the user name and password, or where they come from"
+
+
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
@@ -3553,7 +3571,7 @@ class Endpoint:
                                None if named else self.rank)
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
-            error.hint = "check the user name and password, or where they come from"
+            error.hint = credentials and _WRONG_PASSWORD or error.hint
             raise
 
     def _trusts(self, realm):
@@ -3621,8 +3639,11 @@ class Registry(Endpoint):
         with response:
             error = registry_error(response, what)
         if isinstance(error, AccessDenied):
-            error.message += " (%s)" % printable(
-                self.credentials(repository) or "anonymous", 200)
+            who = self.credentials(repository)
+            error.message += " (%s)" % printable(who or "anonymous", 200)
+            if who and response.status == 401 and authorization in (
+                    who.basic(), "Bearer %s" % who.registry_token):
+                error.hint = _WRONG_PASSWORD
         raise error
 
     def learn_auth_url(self, repository, reference):
@@ -7566,8 +7587,9 @@ _JSON = _flag("--json", help="results as JSON")
 COMMON_ARGUMENTS = [
     _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
          help="default: this host's; all: the whole index (pull to oci)"),
-    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or"),
-    _flag("--password-stdin", help="from standard input"),
+    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, "
+         "the terminal, or"),
+    _flag("--password-stdin", help="from standard input, all of it"),
     _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
     _flag("--no-creds", help="use no credentials that lie around"),
     _row("--token-host", **_HOSTS, dest="token_hosts", help="may be sent the password "
@@ -7698,7 +7720,10 @@ def wrong_option(text, known):
 
 
 def read_password(args):
-    """The password that goes with -u; None where there is no -u."""
+    """The password that goes with -u, less one line end; None where there is no -u.
+
+    Where nothing has it, who sits at a terminal is asked, without echo.
+    """
     if args.username is None:
         if args.password_stdin:
             raise UsageError("--password-stdin without -u")
@@ -7706,11 +7731,17 @@ def read_password(args):
     if ":" in args.username:
         raise UsageError("-u wants a user name alone",
                          "the password comes from IMAGEC_PASSWORD or --password-stdin")
-    password = os.environ.get("IMAGEC_PASSWORD")
-    if args.password_stdin:
-        if sys.stdin is None:
-            raise UsageError("--password-stdin, but standard input is closed")
-        password = sys.stdin.readline().rstrip("\r\n")
+    password = not args.password_stdin and os.environ.get("IMAGEC_PASSWORD")
+    if not password and sys.stdin is not None and sys.stdin.isatty():
+        import getpass
+        with contextlib.suppress(EOFError):
+            password = getpass.getpass("Password of %s: " % printable(args.username))
+    elif args.password_stdin:
+        if sys.stdin is None or getattr(args, "from_file", None) == "-":
+            raise UsageError("--password-stdin, but standard input is closed, or is "
+                             "the list of --from-file")
+        password = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    password = re.sub("\r?\n\\Z", "", password or "")
     if not password:
         raise UsageError("no password for user %s, or an empty one" % args.username,
                          "give it in IMAGEC_PASSWORD or with --password-stdin")

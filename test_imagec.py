@@ -1292,7 +1292,8 @@ class RegistryCase(unittest.TestCase):
     def main(self, *argv, stdin="", stderr=None, **environ):
         """Run a command line here; it retries at once, and syncs nothing."""
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
-        given = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8")), encoding="utf-8")
+        given = io.TextIOWrapper(io.BytesIO(
+            stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
         err = io.StringIO() if stderr is None else stderr
         with warnings.catch_warnings(), mock.patch.dict(os.environ, environ), \
                 mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err), \
@@ -1979,6 +1980,7 @@ def paths(server, word=""):
 
 FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
 FIELD_HUB = "https://index.docker.io/v1/"
+FIELD_JSON_KEY = '{\n\t"type": "service_account",\r\n\t"private_key": "S3CR3T"\n}\n'
 
 
 @functools.lru_cache(maxsize=None)
@@ -4767,6 +4769,14 @@ FIELD_KEYS = (
     (("http://r.test/v1/",), "r.test", "a", "http://r.test/v1/"),
     (("https://r.test:5000/v2/",), "r.test:5000", "a", "https://r.test:5000/v2/"),
     (("https://r.test/v2/", "r.test"), "r.test", "a", "r.test"),
+    # what docker takes for a host: ConvertToHostname
+    (("r.test/",), "r.test", "a", "r.test/"),
+    (("r.test:5000/v1/",), "r.test:5000", "a", "r.test:5000/v1/"),
+    (("r.test/v2/", "r.test/a"), "r.test", "b", "r.test/v2/"),
+    (("r.test/v2/", "r.test/a"), "r.test", "a", "r.test/a"),
+    (("docker.io/",), "docker.io", "library/alpine", "docker.io/"),
+    (("r.test/v2",), "r.test", "a", None), (("r.test/v3/",), "r.test", "a", None),
+    (("r.test//",), "r.test", "a", None), (("/", "", "https://"), "r.test", "a", None),
     # Docker Hub and its names
     ((FIELD_HUB,), "docker.io", "library/alpine", FIELD_HUB),
     ((FIELD_HUB,), "index.docker.io", "library/alpine", FIELD_HUB),
@@ -4784,6 +4794,8 @@ FIELD_KEYS = (
     (("https://r.test",), "r.test.evil.test", "a", None),
     (("https://r.test@evil.test",), "r.test", "a", None),
     (("https://r.test@evil.test",), "evil.test", "a", None),
+    (("r.test/",), "r.test.evil.test", "a", None),
+    (("evil.test/r.test/",), "r.test", "a", None),
     (("r.test",), "r.test:5000", "a", None),
     (("r.test:5000",), "r.test", "a", None),
     (("r.test:5000",), "r.test:5001", "a", None),
@@ -4800,6 +4812,9 @@ FIELD_ENTRIES = (
     ({"auth": "YWxpY2U6UzNDUjNUMQ=="}, ("alice", "S3CR3T1", None, None)),
     ({"auth": "YWxpY2U6UzNDUjNUMQ"}, ("alice", "S3CR3T1", None, None)),
     ({"auth": field_base64("alice:a:b")}, ("alice", "a:b", None, None)),
+    ({"auth": "YWxpY2U6\nUzNDUjNU\r\nMQ==\n"}, ("alice", "S3CR3T1", None, None)),
+    ({"auth": field_base64("_json_key:" + FIELD_JSON_KEY)},
+     ("_json_key", FIELD_JSON_KEY, None, None)),
     ({"auth": field_base64("alice:pw\0\0")}, ("alice", "pw", None, None)),
     ({"auth": field_base64("j\xf6rg:\u2713")}, ("j\xf6rg", "\u2713", None, None)),
     ({"username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
@@ -4823,9 +4838,16 @@ FIELD_ENTRIES = (
     ({"registrytoken": "S3CR3T\n"}, None), ({"registrytoken": "S3CR3T\rX: y"}, None),
     ({"registrytoken": "S3CR3T\0"}, None), ({"registrytoken": "S3CR3T\u00e9"}, None),
     ({"identitytoken": "S3CR3T\n"}, None),
-    ({"auth": field_base64("alice:S3CR3T\n")}, None),
+    ({"auth": field_base64("alice:S3CR3T\0S3CR3T")}, None),
     ({"auth": field_base64("al\nice:S3CR3T")}, None),
     ({"username": "bob", "password": "S3CR3T\x7f"}, None),
+)
+
+#: (text of a config, who is found, what stands twice). Go's last counts, too.
+FIELD_TWICE = (
+    ('{"auths": {"r.test": %s, "r.test": %s}}', "two", "r.test"),
+    ('{"auths": {"r.test": %s}, "auths": {"r.test": %s}}', "two", "auths"),
+    ('{"auths": {"s.test": %s, "s.test": %s}}', None, "s.test"),
 )
 
 #: Files that hold nothing we can use, which must not stop a pull. T83
@@ -4852,7 +4874,9 @@ FIELD_HELPERS = (
     ("no URL", "echo 'no credentials server URL'; exit 1", None),
     ("no user", "echo 'no credentials username'; exit 1", None),
     ("empty secret", _FIELD_SAYS % ("bob", ""), None),
-    ("secret of two lines", _FIELD_SAYS % ("bob", r"S3CR3T\u000a"), "password"),
+    ("secret of two lines", _FIELD_SAYS % ("bob", r"S3CR3T\u000aS3"),
+     ("bob", PASSWORD + "\nS3", None)),
+    ("secret with a NUL", _FIELD_SAYS % ("bob", r"S3CR3T\u0000"), "password"),
     ("token of two lines", _FIELD_SAYS % ("<token>", r"S3CR3T\u000a"), "token"),
     ("fails", "echo S3CR3T; exit 1", "status 1"),
     ("is killed", "kill -9 $$", "docker-credential-"),
@@ -4954,6 +4978,15 @@ class CredentialsTest(FieldCase):
         self.assertEqual(self.user(self.keyring(), host, repository),
                          winner and winner.replace(":", "-"), (host, repository))
 
+    @rows(FIELD_TWICE)
+    def test_a_key_that_stands_twice(self, text, winner, key):
+        del self.said[:]
+        path = self.docker_config(text % tuple(
+            json.dumps(field_entry(user)) for user in ("one", "two")))
+        self.assertEqual(self.user(self.keyring()), winner)
+        said, = self.said
+        self.assertTrue(said.startswith("%s: %s stands twice" % (path, key)), said)
+
     @rows(FIELD_ENTRIES)
     def test_entries(self, entry, expected):
         self.docker_config({"auths": {"r.test": entry}})
@@ -4981,15 +5014,17 @@ class CredentialsTest(FieldCase):
         self.assertIn(registry.host, told)
         self.assertIn("registry token", told)
         self.assertNotIn("S3CR3T", told)
-        for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\n"),
-                               ("al\tice", PASSWORD), ("alice", "S3CR3T\udcff")):
+        for user, password in (("alice", "S3CR3T\0"), ("alice", "S3CR3T\udcff"),
+                               ("al\tice", PASSWORD)):
             with self.fails(imagec.UsageError):
                 imagec.Credentials(user, password)
-        run = self.main("digest", "-u", "alice", registry.host + "/lab/app",
-                        IMAGEC_PASSWORD="S3CR3T\n")
-        self.assertEqual(run.status, 2, run.err)
-        self.assertRegex(run.err, r"\Aimagec: the password, [^\n]+\n\Z")
-        self.assertNotIn("S3CR3T", run.err)
+        for options, stdin, variable in (((), "", "S3CR3T\x1b"),
+                                         (("--password-stdin",), "S3CR3T\udcff", "")):
+            run = self.main("digest", "-u", "alice", registry.host + "/lab/app",
+                            *options, stdin=stdin, IMAGEC_PASSWORD=variable)
+            self.assertEqual(run.status, 2, run.err)
+            self.assertRegex(run.err, r"\Aimagec: the password, [^\n]+\n\Z")
+            self.assertNotIn("S3CR3T", run.err)
 
     def test_given_are_for_one_host(self):
         keyring = imagec.Keyring(imagec.Credentials("alice", PASSWORD))
@@ -5037,6 +5072,9 @@ class CredentialsTest(FieldCase):
             self.assertEqual(self.user(self.keyring()), user)
         self.docker_config(everything)
         self.assertEqual(self.user(self.keyring(), "r.test:5000"), "two")
+        everything["credHelpers"]["r.test"] = ""  # not even the store, for this one
+        self.docker_config(everything)
+        self.assertEqual(self.user(self.keyring()), "file")
 
     def test_cred_helpers_of_docker_hub(self):
         self.helper("h", _FIELD_SAYS % ("bob", "pw"))
@@ -12696,16 +12734,47 @@ class CommandLineCredentialsTest(CommandLineCase):
 
     @rows((  # (what, options, stdin, environment)
         ("stdin", ("--password-stdin",), PASSWORD, {}),
-        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\nnext\n", {}),
+        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\n", {}),
+        ("stdin, lines", ("--password-stdin",), FIELD_JSON_KEY, {}, FIELD_JSON_KEY[:-1]),
+        ("stdin, an empty line", ("--password-stdin",), PASSWORD + "\n\n", {},
+         PASSWORD + "\n"),
         ("environment", (), "", {"IMAGEC_PASSWORD": PASSWORD}),
+        ("environment, a line", (), "", {"IMAGEC_PASSWORD": PASSWORD + "\n"}),
         ("stdin before environment", ("--password-stdin",), PASSWORD,
          {"IMAGEC_PASSWORD": "other"}),
     ))
-    def test_password_sources(self, _what, options, stdin, environ):
-        self.origin.auth = "basic"
+    def test_password_sources(self, _what, options, stdin, environ, sent=PASSWORD):
+        self.origin.auth, self.origin.users = "basic", {"alice": sent}
         self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin, **environ)
         self.assertEqual(self.origin.requests[-1].headers["Authorization"],
-                         "Basic " + field_base64("alice:" + PASSWORD))
+                         "Basic " + field_base64("alice:" + sent))
+
+    @rows((  # (what, options, what is typed, or the signal that comes; status, words)
+        ("-u alone", (), PASSWORD + "\n", 0, "sha256:"),
+        ("--password-stdin", ("--password-stdin",), PASSWORD + "\n", 0, "sha256:"),
+        ("nothing", (), "\n", 2, "no password for user alice"),
+        ("end of file", ("--password-stdin",), "\4", 2, "no password for user alice"),
+        ("Ctrl-C", (), signal.SIGINT, 130, "interrupted"),
+    ))
+    @able(hasattr(os, "openpty"), "a pseudo-terminal")
+    def test_a_terminal_is_asked_without_echo(self, _what, options, typed, code, words):
+        self.origin.auth, shown = "basic", b""
+        ours, theirs = os.openpty()
+        with open(ours, "r+b", 0) as terminal, open(theirs, "r+b", 0) as stream:
+            # In a session without a terminal of its own, lest it be that of the tests.
+            process = self.start(
+                "digest", "-u", "alice", self.ref, *options, stdin=stream,
+                stdout=stream, stderr=stream, start_new_session=True)
+            while not shown.endswith(b"Password of alice: "):
+                shown += terminal.read(1)
+            if isinstance(typed, int):
+                process.send_signal(typed)
+            else:
+                terminal.write(typed.encode("ascii"))
+            self.assertEqual(process.wait(20), code)
+            shown = terminal.read(1000).decode("ascii")
+        self.assertIn(words, shown)
+        self.assertNotIn(PASSWORD, shown)
 
     #: (words of the error, argv): what follows is never repeated, nothing is sent
     @rows((
@@ -12720,6 +12789,7 @@ class CommandLineCredentialsTest(CommandLineCase):
             "selftest --password hunter2", "auth -p hunter2 {host}")),
         ("no password", ("digest -u alice {ref}",)),
         ("without -u", ("digest --password-stdin {ref}",)),
+        ("the list of --from-file", ("pull -u me --password-stdin --from-file -",)),
         ("takes no value", ("digest --password-stdin=hunter2 {ref}",
                             "digest --no-creds=hunter2 {ref}")),
         ("no such option: --pwd;", ("digest --pwd hunter2 {ref}",
@@ -13136,9 +13206,11 @@ class CommandLineFailureTest(CommandLineCase):
 
     @rows((  # (what, options, stdin, auth of the registry, words)
         ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
-         "denied"),
+         "user alice with a password, .*; check the .*password"),
         ("wrong password for a token", ("-u", "alice", "--password-stdin"),
-         "S3CR3T-WRONG", "bearer", "user alice"),
+         "S3CR3T-WRONG", "bearer", "user alice with a password, .*; check the .*password"),
+        ("a line too many", ("-u", "alice", "--password-stdin"), PASSWORD + "\n\n",
+         "basic", "a password of 2 lines"),
         ("no password", (), "", "basic", "-u USER"),
         ("no token for all", (), "", "bearer", "anonymous"),
     ))
@@ -13842,10 +13914,10 @@ class StreamTest(CommandLineCase):
 
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
-    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl gc
-    hashlib hmac http io ipaddress itertools json logging lzma os platform queue random
-    re selectors shutil signal socket socketserver ssl stat struct subprocess sys
-    tempfile threading time typing urllib zlib
+    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
+    gc getpass hashlib hmac http io ipaddress itertools json logging lzma os platform
+    queue random re selectors shutil signal socket socketserver ssl stat struct
+    subprocess sys tempfile threading time typing urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
@@ -13855,7 +13927,8 @@ ROOM_OF_USE = {
     "selectors": "Transport", "urllib.request": "Transport",
     "subprocess": "Proof",
     "print": "Command line", "argparse": "Command line", "signal": "Command line",
-    "input": "Command line", "sys.exit": "Command line", "sys.argv": "Command line",
+    "input": "Command line", "getpass": "Command line",
+    "sys.exit": "Command line", "sys.argv": "Command line",
     "sys.stdin": "Command line", "sys.stdout": "Command line",
     "sys.stderr": "Command line", "SystemExit": "Command line",
 }
