@@ -2146,7 +2146,7 @@ class Keyring:
         if text:
             yield "DOCKER_AUTH_CONFIG", _read_config(
                 "DOCKER_AUTH_CONFIG", raw=text.encode("utf-8", "surrogateescape"))
-        home = env("HOME") or os.path.expanduser("~")
+        home = home_directory()
         uid = os.getuid() if hasattr(os, "getuid") else 0
         runtime = env("XDG_RUNTIME_DIR")
         for path in (
@@ -2159,6 +2159,15 @@ class Keyring:
             config = _read_config(path) if os.path.isfile(path) else None
             yield path, {"auths": config} if config and path.endswith(
                 ".dockercfg") else config
+
+
+def home_directory():
+    """This user's; where nobody knows it, a place that holds no files.
+
+    expanduser leaves it at `~` then: a name in whatever directory is the current one.
+    """
+    home = os.path.expanduser("~")
+    return home if os.path.isabs(home) else os.devnull
 
 
 def _read_config(path, named=False, raw=None):
@@ -3134,7 +3143,7 @@ class Transport:
 
 def default_certs_dirs():
     """Where podman, then docker keep certificates by registry, for this user."""
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"),
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home_directory(),
                                                                ".config")
     return (os.path.join(config, "containers", "certs.d"), "/etc/containers/certs.d",
             os.path.join(config, "docker", "certs.d"), "/etc/docker/certs.d")

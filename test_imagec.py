@@ -4970,6 +4970,27 @@ class CredentialsTest(FieldCase):
                    os.path.join(self.home, ".docker", "config.json"))
         self.assertEqual(self.user(self.keyring()), "r.test")
 
+    @able(os.name == "posix", "have no home")
+    def test_without_a_home_there_are_no_files(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.root)
+        auths = field_auths("r.test")
+        for base in ("", "~/", "null/", "dev/null/"):
+            for name in (".docker/config.json", ".config/containers/auth.json"):
+                self.file(base + name, auths)
+            self.file(base + ".dockercfg", auths["auths"])
+            self.file(base + ".config/docker/certs.d/r.test/ca.crt", TEST_CERT)
+        unknown = mock.patch("pwd.getpwuid", side_effect=KeyError("nobody"))
+        for home in (None, "~", ".", "root"):
+            os.environ.pop("HOME", None)
+            os.environ.update({"HOME": home} if home else {})
+            with self.subTest(home), unknown:
+                self.assertIsNone(self.keyring().lookup("r.test", "a"))
+                self.assertEqual(imagec.host_certificates(
+                    "r.test", imagec.default_certs_dirs()), ([], []))
+        os.environ["DOCKER_CONFIG"] = ".docker"  # this one is named
+        self.assertEqual(self.user(self.keyring()), "r.test")
+
     # -- which entry is taken
 
     @rows(FIELD_KEYS)
