@@ -3439,9 +3439,6 @@ def _oauth_form(url, identity_token):
             {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
 
 
-_WRONG_PASSWORD = "check the user name and password, or where they come from"
-
-
 class Endpoint:
     """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
 
@@ -3456,6 +3453,7 @@ class Endpoint:
     url = None  # the base of the API, where it has been learnt
     rank = None  # how near its address is
     challenge = None  # the Challenge in force, where the registry has asked for one
+    withheld = None  # in words, the password that a token server of others' did not get
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3571,17 +3569,23 @@ class Endpoint:
         realm = checked_url(url)
         named = names_host(self._token_hosts, realm)
         if credentials and not (named or self._trusts(realm)):
-            log.warning("no password sent to %s, which is not a token server of %s: "
-                        "fetching an anonymous token; allow it with --token-host",
-                        bare_url(url), checked_url(self.url).netloc)
+            self.withheld = (
+                "no password sent to %s, which is not a token server of %s: allow it "
+                "with --token-host %s" % (bare_url(url), self.host, realm.netloc))
             credentials = None
         try:
             return fetch_token(self.transport, url, credentials,
                                None if named else self.rank)
         except AccessDenied as error:
-            error.message += " (%s)" % printable(credentials or "anonymous", 200)
-            error.hint = credentials and _WRONG_PASSWORD or error.hint
+            self._blame(error, credentials, credentials)
             raise
+
+    def _blame(self, error, credentials, wrong):
+        """An AccessDenied learns who we were, and whether what proves it is `wrong`."""
+        error.message += " (%s)" % printable(credentials or "anonymous", 200)
+        error.hint = self.withheld or (
+            "check the user name and password, or where they come from" if wrong
+            else error.hint)
 
     def _trusts(self, realm):
         """Whether the password may go to this token server.
@@ -3644,15 +3648,17 @@ class Registry(Endpoint):
                 if token and authorization == "Bearer " + token.value:
                     del self._tokens[repository]  # it is not used again
         if response.status in expected:
+            if self.withheld and self.withheld not in self._warned:
+                self._warned.add(self.withheld)
+                log.error("warning: %s", self.withheld)  # with -q, too
             return response
         with response:
             error = registry_error(response, what)
         if isinstance(error, AccessDenied):
-            who = self.credentials(repository)
-            error.message += " (%s)" % printable(who or "anonymous", 200)
-            if who and response.status == 401 and authorization in (
-                    who.basic(), "Bearer %s" % who.registry_token):
-                error.hint = _WRONG_PASSWORD
+            who = None if self.withheld else self.credentials(repository)
+            given = who and (who.basic(), "Bearer %s" % who.registry_token)
+            self._blame(error, who, given and response.status == 401 and (
+                authorization in given))
         raise error
 
     def learn_auth_url(self, repository, reference):
@@ -6006,11 +6012,12 @@ class Session:
     `username` and `password` are for the registry of the first reference asked for, and
     no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
     in seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
-    registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts, for any port
-    where they have none; the insecure options are for one registry, its mirrors and
-    these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
-    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see
-    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
+    registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts, or URLs, for
+    any port where they have none; the insecure options are for one registry, its
+    mirrors and these. `recompress` is None or "gzip", to rewrite zstd layers for old
+    consumers: manifest and digests follow. For `insecure_allow_http` and `token_hosts`
+    see Registry, for `authfile` Keyring, for the others Transport. Close it or use
+    `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=TIMEOUT,
@@ -6029,9 +6036,12 @@ class Session:
                                                               max_files))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts)):
             raise UsageError("mirrors, token hosts and storage hosts come in lists")
-        hosts = tuple(token_hosts) + tuple(storage_hosts)
+        token_hosts, storage_hosts = (
+            [re.sub("(?is)^https?://([^/?#]*).*", r"\1", host) for host in hosts]
+            for hosts in (token_hosts, storage_hosts))
+        hosts = token_hosts + storage_hosts
         if not all(map(_AUTHORITY.fullmatch, hosts)):
-            raise UsageError("a token or storage host is not HOST[:PORT]")
+            raise UsageError("a token or storage host is not HOST[:PORT] or a URL")
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
         #: The Credentials of the command line, None for none.

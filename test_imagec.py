@@ -6932,18 +6932,34 @@ class AuthorizedTest(NetworkCase):
         self.assertLessEqual(len(registry.requests), 6)
         self.assertEqual(self.naps, [])
 
-    @rows([((), 0), (("localhost",), 1)])
+    @rows([("", 0), ("localhost", 1), ("LOCALHOST:{port}", 1), ("localhost:1", 0),
+           ("http://localhost:{port}/token?x#y", 1), ("HTTP://localhost", 1),
+           ("https://localhost:1/token", 0)])
     def test_t72_a_foreign_realm_gets_no_password(self, allowed, seen):
         tokens = self.bearer()
-        realm = "http://%s/token" % by_name("localhost", tokens)
-        registry = self.bearer(realm=realm)
-        with self.assertLogs(imagec.log, "INFO") as logged:
-            imagec.log.info("so that there is a line")
-            self.visit(self.client(registry, "alice", token_hosts=allowed))
+        place = by_name("localhost", tokens)
+        registry = self.bearer(realm="http://%s/token" % place)
+        allowed = allowed and (
+            "--token-host", allowed.format(port=place.rpartition(":")[2]))
+        ended = self.main("layers", "-q", "-u", "alice", *allowed,
+                          registry.host + "/app:1", IMAGEC_PASSWORD=PASSWORD)
+        self.assertEqual(ended.status, 0, ended.err)
         self.assertEqual(len(authorizations(tokens)), seen)
-        warned = "no password sent to " + realm in "".join(logged.output)
-        self.assertEqual(warned, not seen)
-        self.assertNotIn(PASSWORD, "".join(logged.output))
+        self.assertEqual(ended.err, "" if seen else (
+            "imagec: warning: no password sent to http://%s/token, which is not a token "
+            "server of %s: allow it with --token-host %s\n" % (
+                place, registry.host, place)))
+
+    @rows([("by the token server", {"anonymous": False}, {}),
+           ("by the registry", {}, {"tokens": {}})])
+    def test_t72_denied_for_want_of_a_password(self, _name, theirs, ours):
+        tokens = self.bearer(**theirs)
+        place = by_name("localhost", tokens)
+        registry = self.bearer(realm="http://%s/token" % place, **ours)
+        ended = self.main("digest", "-q", "-u", "alice", registry.host + "/app:1",
+                          IMAGEC_PASSWORD=PASSWORD)
+        self.assert_one_line(
+            ended, 5, r"\(anonymous\).*; no password sent .*--token-host %s\n" % place)
 
     def test_t70_a_blob_hosts_401_gets_no_password(self):
         cdn = self.bearer(auth=None)
@@ -12882,11 +12898,13 @@ class CommandLineCredentialsTest(CommandLineCase):
 
     def test_storage_and_token_hosts(self):
         for option in ("--storage-host", "--token-host"):
-            for host in ("", "a/b", "https://a", "u:S3CR3T@a", "a:b", "a b", "a%3a1"):
+            for host in ("", "a/b", "https://", "u:S3CR3T@a", "a:b", "a b", "a%3a1",
+                         "https://u:S3CR3T@a/b", "https://u@a", "ftp://a"):
                 ended = self.main("digest", self.ref, option, host)
                 self.assert_one_line(ended, 2, "HOST")
                 self.assertNotIn("S3CR3T", ended.err)
-            self.done("digest", self.ref, option, "my_store.lan:9000", option, "b")
+            self.done("digest", self.ref, option, "my_store.lan:9000", option, "b",
+                      option, "https://c/d")
         self.assertTrue(self.origin.requests)
 
 
