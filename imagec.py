@@ -24,11 +24,12 @@ An annex, marked *, is what a pull to `layers`, `oci` or `archive` never enters.
     11  Store                    what is on disk: on its way, there, read back
     12  Outputs                  the layouts others load
     13  Trees*                   layers -> one file tree -> a directory or a tar
-    14  Pull                     the steps from a reference to an output
-    15  Verify*                  what a pull wrote, re-checked offline
-    16  Serve*                   a read-only registry over what was pulled
-    17  Self-test*               prove that this host can pull
-    18  Command line             arguments, progress, exit statuses
+    14  Keys*                    public keys, and the signatures they made
+    15  Pull                     the steps from a reference to an output
+    16  Verify*                  what a pull wrote, re-checked offline
+    17  Serve*                   a read-only registry over what was pulled
+    18  Self-test*               prove that this host can pull
+    19  Command line             arguments, progress, exit statuses
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
@@ -119,6 +120,8 @@ TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 PATH_MAX = 4096  # bytes of a path; Linux
+RSA_BITS = 2048, 8192  # least and most of a modulus; crypto/tls takes no more
+SIGNATURE_COUNT_LIMIT = 64  # signatures of one image that are looked at
 PATH_PARTS_LIMIT = 500  # directories of a path; os.makedirs calls itself for each
 
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
@@ -193,6 +196,9 @@ ACCEPT = ", ".join(MANIFEST_SHAPES)
 #: Config types old registries and builders gave to real images (moby's list).
 ODD_CONFIG_TYPES = ("application/octet-stream", "application/json", "text/html", "")
 IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.container")
+SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"  # cosign to 2
+SIGSTORE_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"  # and from 3 on
+SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 
 
 # --------------------------------------------------------------------------------------
@@ -5998,7 +6004,275 @@ class RootfsOutput(Spooled):
 
 
 # --------------------------------------------------------------------------------------
-# 14  Pull: the steps from a reference to an output
+# 14  Keys*: public keys, and the signatures they made
+# --------------------------------------------------------------------------------------
+# Every number here is public: what the time it takes tells of them is no secret.
+
+#: p, b, n, x, y of a curve y^2 = x^3 - 3x + b modulo p, of n points, a prime, too, with
+#: the base (x, y): FIPS 186-4, D.1.2.3 and D.1.2.4.
+_P256 = (2**256 - 2**224 + 2**192 + 2**96 - 1,
+         0x5ac635d8aa3a93e7b3ebbd55769886bc651d06b0cc53b0f63bce3c3e27d2604b,
+         0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551,
+         0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
+         0x4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5)
+_P384 = (2**384 - 2**128 - 2**96 + 2**32 - 1,
+         0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe814112 << 192
+         | 0x0314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef,
+         2**384 - 0x389cb27e0bc8d220a7e5f24db74f58851313e695333ad68d,
+         0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b98 << 192
+         | 0x59f741e082542a385502f25dbf55296c3a545e3872760ab7,
+         0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147c << 192
+         | 0xe9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f)
+#: AlgorithmIdentifier of a key (RFC 5480, 3279, 8410), its DER in hex -> what it is of.
+_KEY_KINDS = {
+    "06072a8648ce3d020106082a8648ce3d030107": _P256,
+    "06072a8648ce3d020106052b81040022": _P384,
+    "06092a864886f70d0101010500": None,  # RSA
+    "06072a8648ce3d020106052b81040023": "P-521", "06032b6570": "Ed25519",
+}
+
+
+class PublicKey(NamedTuple):
+    """A public key: its point on a `curve`, or RSA's modulus and exponent: `numbers`.
+
+    `name` is what messages call it: its file.
+    """
+
+    name: str
+    curve: Optional[tuple]
+    numbers: Tuple[int, int]
+
+    @classmethod
+    def parse(cls, pem, name):
+        """The PublicKey in the bytes `pem`: one SubjectPublicKeyInfo (RFC 7468, 13).
+
+        Raises UsageError, which says what it is instead.
+        """
+        try:
+            blocks = re.findall(
+                "-----BEGIN ([A-Z0-9 ]+)-----\r?\n(.*?)-----END \\1-----",
+                pem.decode("latin-1"), re.DOTALL)
+            if [label for label, _ in blocks] != ["PUBLIC KEY"]:
+                raise ValueError(" and ".join(label for label, _ in blocks) or "no PEM")
+            info, = _der(_base64(re.sub("\r?\n", "", blocks[0][1])), 0x30)
+            algorithm, bits = _der(info, 0x30, 0x03)
+            curve = _KEY_KINDS.get(algorithm.hex(), algorithm.hex())
+            if isinstance(curve, str):
+                raise ValueError("a key of the kind %.40s" % curve)
+            if bits[:1] != b"\0":
+                raise ValueError("a key of odd bits")
+            return cls(name, curve, (_point if curve else _rsa)(curve, bits[1:]))
+        except ValueError as error:
+            raise UsageError(
+                "%s: expected one PEM PUBLIC KEY, ECDSA on P-256 or P-384 or RSA of %d "
+                "to %d bits, got %s" % ((name,) + RSA_BITS + (error,))) from None
+
+    def verifies(self, signature, message, jose=False):
+        """Whether the bytes `signature` are this key's, of the bytes `message`.
+
+        ECDSA's numbers come in DER (RFC 3279, 2.2.3), or, if `jose`, as they are (RFC
+        7518, 3.4). RSA is PKCS #1 v1.5 with SHA-256 (RFC 8017, 8.2.2).
+        """
+        hashed = hashlib.sha256(message).digest()
+        if self.curve:
+            size = self.curve[0].bit_length() // 8
+            try:
+                pair = _halves(signature, size) if jose else _integers(signature)
+            except ValueError:
+                return False
+            # Older cosigns took SHA-256 for P-384, too.
+            return _verify(self.curve, self.numbers, hashed, *pair) or size == 48 and (
+                _verify(self.curve, self.numbers, hashlib.sha384(message).digest(),
+                        *pair))
+        (n, e), size, number = self.numbers, len(signature), int.from_bytes(
+            signature, "big")
+        info = bytes.fromhex("3031300d060960864801650304020105000420") + hashed
+        block = b"\0\1" + b"\xff" * (size - len(info) - 3) + b"\0" + info
+        return size == -(-n.bit_length() // 8) and number < n and (
+            pow(number, e, n) == int.from_bytes(block, "big"))
+
+
+def _verify(curve, point, hashed, r, s):
+    """Whether (r, s) signs a hash, no longer than n: FIPS 186-5, 6.4.2."""
+    p, _, n, x, y = curve
+    if not (0 < r < n and 0 < s < n):
+        return False
+    inverse = pow(s, n - 2, n)
+    u, v = int.from_bytes(hashed, "big") * inverse % n, r * inverse % n
+    base, point, total = (x, y, 1), point + (1,), (0, 1, 0)
+    sums = (None, base, point, _add(curve, base, point))
+    for bit in reversed(range(n.bit_length())):
+        total = _add(curve, total, total)
+        which = (u >> bit & 1) + 2 * (v >> bit & 1)
+        total = _add(curve, total, sums[which]) if which else total
+    # 1 / Z by Fermat; of infinity that is 0, and so no r.
+    return total[0] * pow(total[2], p - 2, p) % p % n == r
+
+
+def _add(curve, one, other):
+    """The sum of any two points (X, Y, Z): x = X / Z, y = Y / Z; infinity is (0, 1, 0).
+
+    Renes, Costello, Batina: Complete addition formulas for prime order curves, (1).
+    """
+    (x1, y1, z1), (x2, y2, z2), (p, b) = one, other, curve[:2]
+    xx, yy, zz = x1 * x2 % p, y1 * y2 % p, z1 * z2 % p
+    xy, xz, yz = x1 * y2 + x2 * y1, (x1 * z2 + x2 * z1) % p, y1 * z2 + y2 * z1
+    t, u, v = 3 * (b * zz - xz) % p, 3 * (b * xz - xx - 3 * zz) % p, 3 * (xx - zz)
+    return ((xy * (yy - t) - yz * u) % p, (v * u + (yy + t) * (yy - t)) % p,
+            (yz * (yy + t) + v * xy) % p)
+
+
+def _base64(text):
+    """The bytes of a base64 text, the only one there is for them; raises ValueError."""
+    with contextlib.suppress(ValueError):
+        data = base64.b64decode(text.encode("ascii"))
+        if base64.b64encode(data).decode("ascii") == text:
+            return data
+    raise ValueError("what is not base64")
+
+
+def _der(data, *tags):
+    """The contents of the values that `data` is in DER (X.690, 10.1), of these tags.
+
+    Raises ValueError.
+    """
+    found = []
+    for tag in tags:
+        size, start = int.from_bytes(data[1:2], "big"), 2
+        short = size < 0x80
+        if not short:
+            start += size & 0x7f
+            size = int.from_bytes(data[2:start], "big")
+        if data[:1] != bytes([tag]) or len(data) < start + size or not (
+                short or size >= 0x80 and data[2]):  # in as few bytes as will do
+            raise ValueError("what is not DER")
+        found.append(data[start:start + size])
+        data = data[start + size:]
+    if data:
+        raise ValueError("more than DER")
+    return found
+
+
+def _integers(data):
+    """The two numbers, not negative, of a SEQUENCE in DER; raises ValueError."""
+    parts = _der(*_der(data, 0x30), 0x02, 0x02)
+    numbers = tuple(int.from_bytes(part, "big") for part in parts)
+    if any(len(part) != number.bit_length() // 8 + 1
+           for part, number in zip(parts, numbers)):
+        raise ValueError("a number that is not DER")
+    return numbers
+
+
+def _halves(data, size):
+    """The two numbers of `size` bytes that `data` is; raises ValueError."""
+    if len(data) != 2 * size:
+        raise ValueError("what is not two numbers of %d bytes" % size)
+    return int.from_bytes(data[:size], "big"), int.from_bytes(data[size:], "big")
+
+
+def _point(curve, data):
+    """(x, y) of a point in its long form (SEC 1, 2.3.4); raises ValueError."""
+    p, b = curve[:2]
+    x, y = _halves(data[1:], p.bit_length() // 8)
+    if data[:1] != b"\4" or max(x, y) >= p or (y * y - x * x * x + 3 * x - b) % p:
+        raise ValueError("a point that is not on the curve")
+    return x, y
+
+
+def _rsa(_curve, data):
+    n, e = _integers(data)
+    least, most = RSA_BITS
+    if not (least <= n.bit_length() <= most and n & e & 1 and 1 < e < 1 << 32):
+        raise ValueError("RSA of %d bits, exponent %d" % (n.bit_length(), e))
+    return n, e
+
+
+def _maker(keys, *made, jose=False):
+    """Which of the keys made one of (signature, message)s; raises VerificationError."""
+    for (signature, message), key in itertools.product(made, keys):
+        if key.verifies(signature, message, jose):
+            return key
+    raise VerificationError("by none of the keys")
+
+
+def _libtrust(keys, _layer, raw):
+    """(key, digests it signed, the name it gave them or None): of a schema1 manifest.
+
+    docker/libtrust, jsonsign.go.
+    """
+    payload = PrettySignature.parse(raw).payload
+    signed = base64.urlsafe_b64encode(payload).decode("ascii").rstrip("=")
+    return _maker(keys, *[
+        (entry.base64url("signature"),
+         ("%s.%s" % (entry.need("protected", str), signed)).encode("utf-8"))
+        for entry in Document.parse(raw, "manifest").children(
+            "signatures", SIGNATURE_COUNT_LIMIT)], jose=True), [
+                str(Digest.of(payload))], None
+
+
+def _simple_signing(keys, layer, raw):
+    """The same of cosign to 2, which signed the blob of a layer.
+
+    containers/image, containers-signature.5.md.
+    """
+    key = _maker(keys, (_base64(layer.annotations.get(SIGNATURE_ANNOTATION, "")), raw))
+    critical = Document.parse(raw, "payload").need("critical", dict)
+    if set(critical.value) != {"identity", "image", "type"} or (
+            critical.need("type", str) != "cosign container image signature"):
+        raise VerificationError("by %s, but of no image" % key.name)
+    return (key, [str(critical.need("image", dict).digest("docker-manifest-digest"))],
+            critical.need("identity", dict).need("docker-reference", str))
+
+
+def _bundle(keys, _layer, raw):
+    """The same of cosign from 3 on: a sigstore bundle around an in-toto statement.
+
+    DSSE, protocol.md; in-toto attestation, spec/v1/statement.md.
+    """
+    envelope = Document.parse(raw, "bundle").need("dsseEnvelope", dict)
+    kind = envelope.need("payloadType", str).encode("utf-8")
+    payload = _base64(envelope.need("payload", str))
+    key = _maker(keys, *[
+        (_base64(entry.need("sig", str)),
+         b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload))
+        for entry in envelope.children("signatures", 1)])  # sigstore_bundle.proto
+    statement = Document.parse(payload, "statement")
+    if (kind, statement.need("_type", str), statement.need("predicateType", str)) != (
+            b"application/vnd.in-toto+json", "https://in-toto.io/Statement/v1",
+            "https://sigstore.dev/cosign/sign/v1"):
+        raise VerificationError("by %s, but of no image" % key.name)
+    return key, ["sha256:%s" % subject.need("digest", dict).get("sha256", str)
+                 for subject in statement.children("subject", INDEX_COUNT_LIMIT)], None
+
+
+#: Media type of a layer (or manifest) -> what reads the signatures that it holds.
+SIGNATURE_FORMS = {DOCKER_SCHEMA1_SIGNED: _libtrust, SIMPLE_SIGNING: _simple_signing,
+                   SIGSTORE_BUNDLE: _bundle}
+
+
+def signer(keys, digest, layer, raw, name=None):
+    """Which of some PublicKeys signed a Digest, by what a layer's blob `raw` holds.
+
+    The `layer` is a Descriptor of a type in SIGNATURE_FORMS; `name` the HOST/REPOSITORY
+    that must be signed, too, None: any. Raises VerificationError and InvalidDocument:
+    why it will not do.
+    """
+    try:
+        key, signed, reference = SIGNATURE_FORMS[layer.media_type](keys, layer, raw)
+        if str(digest) not in signed:
+            raise VerificationError("by %s, but of %s" % (
+                key.name, ", ".join(signed) or "no image"))
+        if name is not None and reference is None:
+            raise VerificationError("by %s, but it names no image" % key.name)
+        if name is not None and Reference.parse(reference).name != name:
+            raise VerificationError("by %s, but as %s" % (key.name, reference))
+    except ValueError as error:
+        raise InvalidDocument("malformed: %s" % error) from None
+    return key
+
+
+# --------------------------------------------------------------------------------------
+# 15  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
 #: Name for --format -> what writes it.
@@ -6455,7 +6729,7 @@ def new_output(path, format=None, tag=None, stream=None):
 
 
 # --------------------------------------------------------------------------------------
-# 15  Verify*: what a pull wrote, re-checked offline
+# 16  Verify*: what a pull wrote, re-checked offline
 # --------------------------------------------------------------------------------------
 
 #: What to say of the rest, an unpacked root file system among it.
@@ -6655,7 +6929,7 @@ def _first_of(names):
 
 
 # --------------------------------------------------------------------------------------
-# 16  Serve*: a read-only registry over what was pulled
+# 17  Serve*: a read-only registry over what was pulled
 # --------------------------------------------------------------------------------------
 # The pull part of the OCI distribution-spec. A request names things in a table made
 # when the server starts; no path is ever made of it.
@@ -7096,7 +7370,7 @@ def _run_serve(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 17  Self-test*: prove that this host can pull
+# 18  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
 # Of the loopback server of the self-test only: everybody has this key.
@@ -7252,7 +7526,7 @@ def _run_selftest(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 18  Command line: arguments, progress, exit statuses
+# 19  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
 class Terminated(BaseException):

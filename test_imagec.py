@@ -204,9 +204,9 @@ def ecdsa(message, secret=TEST_SECRET):
 def der(kind, *parts):
     """A value of ASN.1."""
     data = b"".join(parts)
-    size = bytes([len(data)]) if len(data) < 128 else b"\x82%c%c" % divmod(
-        len(data), 256)
-    return bytes([kind]) + size + data
+    size = len(data).to_bytes(2, "big").lstrip(b"\0") or b"\0"
+    return bytes([kind]) + (
+        bytes([0x80 + len(size)]) + size if len(data) >= 128 else size) + data
 
 
 def certificate(*changes, secret=TEST_SECRET):
@@ -10057,7 +10057,521 @@ class RootlessTest(StoredCase):
 
 
 # --------------------------------------------------------------------------------------
-# 14  Pull
+# 14  Keys
+# --------------------------------------------------------------------------------------
+
+EC_KIND, RSA_KIND = "06072a8648ce3d0201", "06092a864886f70d0101010500"
+P256_KIND, P384_KIND = EC_KIND + "06082a8648ce3d030107", EC_KIND + "06052b81040022"
+P384_BASE = b"".join(number.to_bytes(48, "big") for number in imagec._P384[3:])
+
+
+def pem(label, data):
+    return ssl.DER_cert_to_PEM_cert(data).replace("CERTIFICATE", label).encode("ascii")
+
+
+def pem_text(key):
+    return key.decode("ascii").replace("PUBLIC KEY", "CERTIFICATE")
+
+
+def der_number(number):
+    return der(2, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def der_pair(r, s):
+    return der(0x30, der_number(r), der_number(s))
+
+
+def public_key(kind, *bits):
+    """A SubjectPublicKeyInfo of the AlgorithmIdentifier `kind`, as PEM."""
+    return pem("PUBLIC KEY", der(0x30, der(0x30, bytes.fromhex(kind)),
+                                 der(3, b"\0", *bits)))
+
+
+def point_of(jwk):
+    return b"\4" + base64url_decode(jwk["x"]) + base64url_decode(jwk["y"])
+
+
+TEST_PUBLIC = public_key(P256_KIND, point_of(JWK))
+OTHER_PUBLIC = public_key(P256_KIND, b"\4" + P256_BASE)  # of the secret 1
+
+# What cosign 2 signed (containers/image, signature/fixtures/dir-img-cosign-valid).
+COSIGN_PUBLIC = pem("PUBLIC KEY", base64.b64decode(
+    "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEFNLqFhf4fiN6o/glAuYnq2jYUeL0vRuLu/z39pmbVwS9ff"
+    "5AYnlwaP9sxREajdLY9ynM6G1sy6AAmb7Z63TsLg=="))
+COSIGN_DIGEST = ("sha256:634a8f35b5f16dcf4aaa0822adc0b1964bb786fca12f6831de8ddc45e5986a"
+                 "00")
+COSIGN_PAYLOAD = (
+    '{"critical":{"identity":{"docker-reference":"192.168.64.2:5000/cosign-signed-singl'
+    'e-sample"},"image":{"docker-manifest-digest":"%s"},"type":"cosign container image '
+    'signature"},"optional":null}' % COSIGN_DIGEST).encode("ascii")
+COSIGN_SIGNATURE = base64.b64decode(
+    "MEYCIQDmtamqYPjMg81nqeBhptrPls44aA/r7PwLmspINJY4MwIhANKRpqe2E9UCBtGFdPoz/8jAbaQm4u"
+    "P4h+IpwKTE6ClR")
+# What openssl signed: "hello".
+P384_PUBLIC = pem("PUBLIC KEY", base64.b64decode(
+    "MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEy/qBhJiayt77Bw7Mst/d4ro+dkc68MrjTHfFupJ853m43W6zvf"
+    "VKCqa5lqbgveAFfRebAvKXu51Mo+qG1gVcrX6Ek1/Fi88H/a8TxUzH2H/FaceTfVjWG/c/HOn9s+qd"))
+RSA_PUBLIC = pem("PUBLIC KEY", base64.b64decode("""
+    MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEArqVEn12F+ygVqezF0+7R/Iwp/ymHLasr1vN8+hP5
+    FfbpVDZLMS5CHTEmDfRmg9Bv8+35Uj8DPlkV3tCwwnL/MSfI64P3fwTPwNvYA4eHV4woWqD/r+OiyRQUFtWL
+    9ZXfw2QP0KqqQwJ3i3LpYE8A0oL6xqs0nlNoYn2puwQCvCynKs+uIX3/chnHBLTmE0OIm1SIcUj20t8h9o5Q
+    FEAQx2GNUKwFKGyRz190YjqUfUp2SiG7U6shLURd6RBhxGdOXhSguKc9bkZ9XUjJbhAEzUIp4QBhSJ0xYcG4
+    2tr76yGt9fbpyDURlopud83Ktcbezum4SE/E/fkrD8pMH9Q8iwIDAQAB"""))
+RSA_SIGNATURE = base64.b64decode("""
+    WEf2pe+80ULupnVF36P//v1hDb8VNgVsCAR40OljSkkC+0Z5/mefqwNGoEz6su2iGI6YI7J9JJ6KhvCBwqAN
+    2CH9iGxfMfAFottP/5NZvwhWVFCnS2/vHkP167JNFCFn8agXzDfjAjQXyedKFN0xfdtpdYXrQsIlmDVH4aKW
+    c0rev7Cu/CdEFcxHsrinOxPPNTBP55jRwbObCRSyGw0y1rjpLpmdMtBMV/7916s4OD10o5sW0prahauVSDiT
+    mLQ9yc0DrUPWNZhj2XIettwk4RAE8IEQikIhcEzanBUwwoau8w+apIQkrykhaFlSFtuu3e5Dh66+yRDl7zFu
+    +tYXng==""")
+
+KEYS_READ = (
+    # name, key, message, signature
+    ("P-256, cosign", COSIGN_PUBLIC, COSIGN_PAYLOAD, COSIGN_SIGNATURE),
+    ("P-384, SHA-384", P384_PUBLIC, b"hello", base64.b64decode(
+        "MGYCMQDknutxC1spQZehS6N8vTsGcurKdzd+8zwXcNSnaP9JDGzqIe84yNDKDEx9jQlgYaECMQD3bC"
+        "Ts+e0hMJ9z1t9CSroK0Adp1qFEuQcDWW8iPXfxsgTmZfAUEVq3a8B6TTBWtQE=")),
+    ("P-384, SHA-256, as older cosigns", P384_PUBLIC, b"hello", base64.b64decode(
+        "MGQCMA32Da6J/ba5zBPbp7sBobgW4deui/x2Yt7ViiytaVPoxO72fPs1YGPuRzlKplsTaAIwO0Bl46"
+        "9VPHnZ4yjQU6vttib7DGYsw6CpfFw7/sT7XiejkcWuc4P3Gkdi1odFWvHM")),
+    ("RSA", RSA_PUBLIC, b"hello", RSA_SIGNATURE),
+    ("the base itself", OTHER_PUBLIC, b"x", der_pair(*ecdsa(b"x", 1))),
+    ("and its opposite", public_key(P256_KIND, b"\4", P256_BASE[:32], (
+        imagec._P256[0] - imagec._P256[4]).to_bytes(32, "big")), b"x",
+     der_pair(*ecdsa(b"x", -1))),
+    ("lines of Windows, and words around", b"of 2024:\r\n" + TEST_PUBLIC.replace(
+        b"\n", b"\r\n") + b"and no other\r\n", b"x", der_pair(*ecdsa(b"x"))),
+)
+
+KEYS_REFUSED = worded(
+    ("got no PEM", b"", b"\x30\x59", b"ssh-ed25519 AAAA", TEST_PUBLIC[:-5],
+     TEST_PUBLIC.lower(), TEST_PUBLIC.replace(b"BEGIN PUBLIC", b"BEGIN  PUBLIC")),
+    ("got PRIVATE KEY", TEST_KEY.encode()), ("got CERTIFICATE", TEST_CERT.encode()),
+    ("got ENCRYPTED SIGSTORE PRIVATE KEY",
+     pem("ENCRYPTED SIGSTORE PRIVATE KEY", PASSWORD.encode())),
+    ("got RSA PUBLIC KEY", pem("RSA PUBLIC KEY", b"")),
+    ("got PUBLIC KEY and PUBLIC KEY", TEST_PUBLIC + TEST_PUBLIC),
+    ("got EC PARAMETERS and PUBLIC KEY", pem("EC PARAMETERS", b"") + TEST_PUBLIC),
+    ("of the kind Ed25519", public_key("06032b6570", bytes(32))),
+    ("of the kind P-521", public_key(EC_KIND + "06052b81040023", bytes(133))),
+    ("of the kind 06072a8648ce3d020106052b8104000a",  # secp256k1
+     public_key(EC_KIND + "06052b8104000a", bytes(65))),
+    ("of the kind 06092a864886f70d01010a", public_key("06092a864886f70d01010a")),
+    ("of the kind 06072a8648ce3d0201308", public_key(EC_KIND + "308" + "0" * 999)),
+    ("not base64", TEST_PUBLIC.replace(b"==", b"="),
+     TEST_PUBLIC.replace(b"F", b" F", 1), TEST_PUBLIC.replace(b"A==", b"B=="), TEST_PUBLIC.replace(b"F", b"!F", 1)),
+    ("more than DER", pem("PUBLIC KEY", ssl.PEM_cert_to_DER_cert(pem_text(
+        TEST_PUBLIC)) + b"\0"), pem("PUBLIC KEY", der(0x30, der(0x30), der(3), b"\0"))),
+    ("not DER", pem("PUBLIC KEY", b""), pem("PUBLIC KEY", der(0x31)),
+     pem("PUBLIC KEY", ssl.PEM_cert_to_DER_cert(pem_text(TEST_PUBLIC))[:-1])),
+    ("not on the curve", public_key(P256_KIND, b"\4", P256_BASE[::-1]),
+     public_key(P256_KIND, b"\4", bytes(64)),
+     public_key(P256_KIND, b"\4", b"\xff" * 64), public_key(P256_KIND, b"\4", P256_BASE[:32], bytes(31), b"\5"),
+     public_key(P256_KIND, b"\6", P256_BASE), public_key(P256_KIND, b"\0", P256_BASE)),
+    ("not two numbers of 32 bytes", public_key(P256_KIND, b"\0"),
+     public_key(P256_KIND, b"\2", P256_BASE[:32]), public_key(P256_KIND, b"\4",
+                                                              P384_BASE)),
+    ("not two numbers of 48 bytes", public_key(P384_KIND, b"\4", P256_BASE)),
+    ("odd bits", pem("PUBLIC KEY", der(0x30, der(0x30, bytes.fromhex(P256_KIND)), der(
+        3, b"\7\4", P256_BASE)))),
+    ("RSA of 1024 bits", public_key(RSA_KIND, der_pair(2 ** 1024 - 1, 65537))),
+    ("RSA of 2047 bits", public_key(RSA_KIND, der_pair(2 ** 2047 - 1, 65537))),
+    ("RSA of 8193 bits", public_key(RSA_KIND, der_pair(2 ** 8193 - 1, 65537))),
+    ("RSA of 2048 bits, exponent", *(public_key(RSA_KIND, der_pair(
+        2 ** 2048 - 1, exponent)) for exponent in (0, 1, 2, 65536, 2 ** 32 + 1))),
+    ("RSA of 2048 bits", public_key(RSA_KIND, der_pair(2 ** 2047, 3))),
+)
+
+R, S = ecdsa(b"x")
+
+
+def der_parts(*parts, tag=0x30):
+    return der(tag, *(der(2, part) for part in parts))
+
+
+#: (name, signature): as Wycheproof has it, of what is no DER, or nothing that was made.
+SIGNATURES_BAD = (
+    ("nothing", b""), ("only a tag", b"\x30"), ("an empty sequence", der(0x30)),
+    ("r and s, side by side", R.to_bytes(32, "big") + S.to_bytes(32, "big")),
+    ("a set", der_pair(R, S).replace(b"\x30", b"\x31", 1)),
+    ("a context tag", der_pair(R, S).replace(b"\x30", b"\xa0", 1)),
+    ("other than integers", der_pair(R, S).replace(b"\2", b"\x0a", 1)),
+    ("only r", der(0x30, der_number(R))),
+    ("a third number", der(0x30, der_number(R), der_number(S), der_number(1))),
+    ("a null inside", der(0x30, der_number(R), der_number(S), b"\5\0")),
+    ("a byte behind", der_pair(R, S) + b"\0"), ("cut short", der_pair(R, S)[:-1]),
+    ("twice", der_pair(R, S) * 2),
+    ("a length in two bytes", b"\x30\x81" + der_pair(R, S)[1:]),
+    ("a length in three", b"\x30\x82\0" + der_pair(R, S)[1:]),
+    ("an indefinite length", b"\x30\x80" + der_pair(R, S)[2:] + b"\0\0"),
+    ("a length without end", b"\x30\xff" + b"\xff" * 127),
+    ("a length beyond the end", b"\x30\x84\xff\xff\xff\xff" + der_pair(R, S)[2:]),
+    ("a zero more before r", der_parts(b"\0" + R.to_bytes(32, "big"),
+                                       S.to_bytes(33, "big"))),
+    ("a zero more before s", der_parts(R.to_bytes(32, "big"),
+                                       b"\0\0" + S.to_bytes(32, "big"))),
+    ("a negative r", der_parts((R - 2 ** 256).to_bytes(33, "big", signed=True),
+                               S.to_bytes(33, "big"))),
+    ("-s, which reads as s", der_parts(R.to_bytes(32, "big"), S.to_bytes(32, "big"))),
+    ("numbers of no bytes", der_parts(b"", b"")),
+    ("two zeros", der_pair(0, 0)), ("two ones", der_pair(1, 1)),
+    ("r is 0", der_pair(0, S)), ("s is 0", der_pair(R, 0)),
+    ("r is n", der_pair(P256_ORDER, S)), ("s is n", der_pair(R, P256_ORDER)),
+    ("both are n", der_pair(P256_ORDER, P256_ORDER)),
+    ("r is n + 1", der_pair(P256_ORDER + 1, S)), ("s is n + 1", der_pair(
+        R, P256_ORDER + 1)),
+    ("r + n", der_pair(R + P256_ORDER, S)), ("s + n", der_pair(R, S + P256_ORDER)),
+    ("r - n", der_parts((R - P256_ORDER).to_bytes(33, "big", signed=True),
+                        S.to_bytes(33, "big"))),
+    ("s and r", der_pair(S, R)), ("n - r", der_pair(P256_ORDER - R, S)),
+    ("r is huge", der_pair(2 ** 800, S)),
+)
+
+RSA_PRIMES = 2 ** 107 - 1, 2 ** 521 - 1  # Mersenne's, and small: nothing is secret
+RSA_MODULUS, RSA_SIZE = RSA_PRIMES[0] * RSA_PRIMES[1], 79  # bytes
+
+
+def inverse(number, modulus):
+    """1 / number modulo what it has no divisor in common with."""
+    one, other, x, y = number, modulus, 1, 0
+    while other:
+        one, other, x, y = other, one % other, y, x - one // other * y
+    return x % modulus
+
+
+RSA_SECRET = inverse(65537, (RSA_PRIMES[0] - 1) * (RSA_PRIMES[1] - 1))
+
+
+def rsa(*parts, tail=b""):
+    """The signature whose block is 0, 1, padding, `parts`, and behind them `tail`."""
+    block = b"".join(parts)
+    block = b"\0\1" + b"\xff" * (RSA_SIZE - len(block) - len(tail) - 2) + block + tail
+    assert len(block) == RSA_SIZE
+    number = pow(int.from_bytes(block, "big"), RSA_SECRET, RSA_MODULUS)
+    return number.to_bytes(RSA_SIZE, "big")
+
+
+HASHED = hashlib.sha256(b"x").digest()
+INFO = bytes.fromhex("3031300d060960864801650304020105000420")
+#: (name, signature) that RFC 8017, 8.2.2 refuses.
+RSA_BAD = (
+    ("no padding", rsa(bytes(RSA_SIZE - 53), INFO, HASHED)),
+    ("no zero", rsa(INFO, HASHED)), ("two zeros", rsa(b"\0\0", INFO, HASHED)),
+    ("a hole in the padding", rsa(b"\0\xff\0", INFO, HASHED)),
+    ("another byte in the padding", rsa(b"\xfe\0", INFO, HASHED)),
+    ("bytes behind", rsa(b"\0", INFO, HASHED, tail=bytes(9))),
+    ("little padding, much behind (Bleichenbacher, 2006)",
+     rsa(b"\0", INFO, HASHED, tail=bytes(RSA_SIZE - 64))),
+    ("the hash alone", rsa(b"\0", HASHED)),
+    ("without the null", rsa(b"\0", bytes.fromhex(
+        "302f300b0609608648016503040201 0420".replace(" ", "")), HASHED)),
+    ("a length in two bytes", rsa(b"\0", b"\x30\x81", INFO[1:], HASHED)),
+    ("SHA-1", rsa(b"\0", bytes.fromhex("3021300906052b0e03021a05000414"),
+                  hashlib.sha1(b"x").digest())),
+    ("of another hash", rsa(b"\0", INFO, HASHED[::-1])),
+    ("nothing", b""), ("zeros", bytes(RSA_SIZE)), ("n", RSA_MODULUS.to_bytes(
+        RSA_SIZE, "big")), ("one", (1).to_bytes(RSA_SIZE, "big")),
+    ("too short", rsa(b"\0", INFO, HASHED)[1:]),
+    ("too long", b"\0" + rsa(b"\0", INFO, HASHED)),
+    ("s + n", (int.from_bytes(rsa(b"\0", INFO, HASHED), "big") + RSA_MODULUS).to_bytes(
+        RSA_SIZE, "big")),
+)
+
+
+class PublicKeyTest(TableCase):
+    """A key takes the signatures it made, and nothing else."""
+
+    @rows(KEYS_READ)
+    def test_its_own_signatures(self, _name, key, message, signature):
+        key = imagec.PublicKey.parse(key, "k.pub")
+        with cpu_within(0.2):
+            self.assertTrue(key.verifies(signature, message))
+        for other in (message + b"\0", message[1:], b""):
+            self.assertFalse(key.verifies(signature, other))
+
+    def test_keys_of_others(self):
+        keys = [imagec.PublicKey.parse(key, "k.pub") for key in (
+            TEST_PUBLIC, OTHER_PUBLIC, COSIGN_PUBLIC, P384_PUBLIC, RSA_PUBLIC)]
+        for _, key, message, signature in KEYS_READ:
+            right = imagec.PublicKey.parse(key, "k.pub")
+            for one in keys:
+                self.assertEqual(one.verifies(signature, message), one == right)
+
+    @rows(KEYS_REFUSED)
+    def test_keys_refused(self, key, words):
+        error = self.refused(imagec.UsageError, words, imagec.PublicKey.parse, key,
+                             "k.pub")
+        self.assertIn("k.pub: expected one PEM PUBLIC KEY", str(error))
+        self.assertNotIn(PASSWORD, str(error))
+
+    @rows(SIGNATURES_BAD)
+    def test_signatures_refused(self, _name, signature):
+        key = imagec.PublicKey.parse(TEST_PUBLIC, "k.pub")
+        self.assertFalse(key.verifies(signature, b"x"))
+
+    @rows(RSA_BAD)
+    def test_rsa_refused(self, _name, signature):
+        key = imagec.PublicKey("k.pub", None, (RSA_MODULUS, 65537))
+        self.assertFalse(key.verifies(signature, b"x"))
+
+    def test_a_good_one_of_what_the_tables_spoil(self):
+        key = imagec.PublicKey.parse(TEST_PUBLIC, "k.pub")
+        self.assertTrue(key.verifies(der_pair(R, S), b"x"))
+        self.assertTrue(key.verifies(der_pair(R, P256_ORDER - S), b"x"))  # it is one
+        key = imagec.PublicKey("k.pub", None, (RSA_MODULUS, 65537))
+        self.assertTrue(key.verifies(rsa(b"\0", INFO, HASHED), b"x"))
+
+    def test_any_byte_of_a_signature_counts(self):
+        choices = random.Random(SEED)
+        for _, pem, message, signature in KEYS_READ[:1] + KEYS_READ[3:4]:
+            key = imagec.PublicKey.parse(pem, "k.pub")
+            for at in range(len(signature)):
+                mutant = bytearray(signature)
+                mutant[at] ^= 1 << choices.randrange(8)
+                self.assertFalse(key.verifies(bytes(mutant), message), at)
+
+    def test_any_byte_of_a_key_counts(self):
+        """What is read all the same, an exponent say, has not made the signature."""
+        choices = random.Random(SEED)
+        for _, pem, message, signature in KEYS_READ[:2] + KEYS_READ[3:4]:
+            for at in range(len(pem.rstrip())):
+                mutant = bytearray(pem)
+                mutant[at] ^= 1 << choices.randrange(8)
+                with contextlib.suppress(imagec.UsageError):
+                    key = imagec.PublicKey.parse(bytes(mutant), "k.pub")
+                    self.assertFalse(key.verifies(signature, message), at)
+
+
+def simple(payload, secret=TEST_SECRET, annotations=None):
+    """(layer, blob) of cosign's signature before 3, of a payload: bytes or a dict."""
+    raw = payload if isinstance(payload, bytes) else json_bytes(payload)
+    made = base64.b64encode(der_pair(*ecdsa(raw, secret))).decode("ascii")
+    return imagec.Descriptor(
+        imagec.SIMPLE_SIGNING, imagec.Digest.of(raw), len(raw), None,
+        {imagec.SIGNATURE_ANNOTATION: made}
+        if annotations is None else annotations), raw
+
+
+def simple_payload(digest=SUM_A, name="registry.test/lab/app", critical=(), **extra):
+    """What cosign signed before 3."""
+    return {"critical": dict({
+        "identity": {"docker-reference": name}, "image": {
+            "docker-manifest-digest": digest},
+        "type": "cosign container image signature"}, **dict(critical)), **extra}
+
+
+def dsse(kind, payload, secret=TEST_SECRET, **changes):
+    """A DSSE envelope, as a dict."""
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode("ascii"), len(payload),
+                                       payload)
+    made = base64.b64encode(der_pair(*ecdsa(message, secret))).decode("ascii")
+    return dict({"payload": base64.b64encode(payload).decode("ascii"),
+                 "payloadType": kind, "signatures": [{"sig": made}]}, **changes)
+
+
+def bundle(envelope):
+    """(layer, blob) of a sigstore bundle, as cosign 3 makes it."""
+    raw = json_bytes({
+        "mediaType": imagec.SIGSTORE_BUNDLE, "verificationMaterial": {
+            "publicKey": {"hint": "x"}, "tlogEntries": []}, "dsseEnvelope": envelope})
+    return imagec.Descriptor(imagec.SIGSTORE_BUNDLE, imagec.Digest.of(raw),
+                             len(raw)), raw
+
+
+IN_TOTO = "application/vnd.in-toto+json"
+
+
+def statement(*digests, **changes):
+    """An in-toto statement, as cosign 3 signs it."""
+    return json_bytes(dict({
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"digest": {"sha256": digest[7:]}} for digest in digests],
+        "predicateType": "https://sigstore.dev/cosign/sign/v1", "predicate": {}},
+        **changes))
+
+
+SIGNED = (
+    # name, (layer, blob), the name it must be signed as
+    ("simple", simple(simple_payload(optional=None)), None),
+    ("simple, by name", simple(simple_payload(name="registry.test/lab/app:1")),
+     "registry.test/lab/app"),
+    ("docker's own name", simple(simple_payload(name="index.docker.io/library/app")),
+     "docker.io/library/app"),
+    ("a digest in the name", simple(simple_payload(name="app@" + SUM_B)),
+     "docker.io/library/app"),
+    ("bundle", bundle(dsse(IN_TOTO, statement(SUM_A))), None),
+    ("one of two subjects", bundle(dsse(IN_TOTO, statement(SUM_B, SUM_A))), None),
+    ("a subject of another kind", bundle(dsse(IN_TOTO, statement(subject=[
+        {"digest": {"gitCommit": "1"}}, {"name": "x", "digest": {
+            "sha256": SUM_A[7:], "sha512": "x"}}]))), None),
+)
+
+GOOD_BUNDLE = dsse(IN_TOTO, statement(SUM_A))
+#: (error class, words), then the layer with its blob[, the name it must be signed as]
+SIGNED_REFUSED = worded(
+    ((imagec.VerificationError, "by none of the keys"),
+     (simple(simple_payload(), secret=2),), (simple(simple_payload(), annotations={}),),
+     ((simple(simple_payload())[0], simple(simple_payload())[1] + b" "),),
+     (bundle(dsse(IN_TOTO, statement(SUM_A), secret=2)),),
+     (bundle(dict(GOOD_BUNDLE, payloadType=IN_TOTO + "x")),),
+     (bundle(dict(GOOD_BUNDLE, payload=field_base64("{}"))),),
+     (bundle(dict(GOOD_BUNDLE, signatures=[{"sig": ""}])),),
+     (bundle(dict(GOOD_BUNDLE, signatures=[])),),
+     # the payload as such, not what DSSE signs
+     (bundle(dict(GOOD_BUNDLE, signatures=[{"sig": base64.b64encode(der_pair(
+         *ecdsa(statement(SUM_A)))).decode("ascii")}])),)),
+    ((imagec.VerificationError, "by k.pub, but of " + SUM_B),
+     (simple(simple_payload(SUM_B)),), (bundle(dsse(IN_TOTO, statement(SUM_B))),)),
+    ((imagec.VerificationError, "by k.pub, but of sha256:%s, %s" % (
+        "A" * 64, SUM_B)), (bundle(dsse(IN_TOTO, statement("sha256:" + "A" * 64,
+                                                           SUM_B))),)),
+    ((imagec.VerificationError, "by k.pub, but of no image"),
+     (simple(simple_payload(critical={"type": "atomic container signature"})),),
+     (simple(simple_payload(critical={"new": 1})),),
+     (bundle(dsse(IN_TOTO, statement())),),
+     (bundle(dsse("text/plain", statement(SUM_A))),),
+     (bundle(dsse(IN_TOTO, statement(
+         SUM_A, predicateType="https://slsa.dev/provenance/v1"))),),
+     (bundle(dsse(IN_TOTO, statement(
+         SUM_A, _type="https://in-toto.io/Statement/v0.1"))),)),
+    ((imagec.VerificationError, "by k.pub, but as docker.io/library/app"),
+     (simple(simple_payload(name="docker.io/library/app")), "registry.test/lab/app")),
+    ((imagec.VerificationError, "by k.pub, but as registry.test/lab/app:1"),
+     (simple(simple_payload(name="registry.test/lab/app:1")), "registry.test/lab")),
+    ((imagec.VerificationError, "by k.pub, but it names no image"),
+     (bundle(GOOD_BUNDLE), "registry.test/lab/app")),
+    ((imagec.InvalidDocument, "invalid reference"),
+     (simple(simple_payload(name="")), "registry.test/lab/app")),
+    ((imagec.InvalidDocument, "not base64"),
+     (simple(simple_payload(), annotations={imagec.SIGNATURE_ANNOTATION: "=AAA"}),),
+     (simple(simple_payload(), annotations={imagec.SIGNATURE_ANNOTATION: "\u00e9"}),),
+     (bundle(dict(GOOD_BUNDLE, payload="e30")),),
+     (bundle(dict(GOOD_BUNDLE, signatures=[{"sig": "M"}])),)),
+    ((imagec.InvalidDocument, "payload is not valid JSON"),
+     (simple(b"{]"),), (simple(b'{"critical":{},"critical":{}}'),)),
+    ((imagec.InvalidDocument, "payload has no 'critical'"), (simple({"optional": 1}),)),
+    ((imagec.InvalidDocument, "in another case"),
+     (simple(simple_payload(Critical={})),), (bundle(dict(GOOD_BUNDLE, Payload="")),)),
+    ((imagec.InvalidDocument, "invalid digest"), (simple(simple_payload("sha256:x")),)),
+    ((imagec.InvalidDocument, "has no 'docker-manifest-digest'"),
+     (simple(simple_payload(critical={"image": {}})),)),
+    ((imagec.InvalidDocument, "has no 'docker-reference'"),
+     (simple(simple_payload(critical={"identity": {}})),)),
+    ((imagec.InvalidDocument, "bundle has no 'dsseEnvelope'"), (bundle(None),)),
+    ((imagec.LimitExceeded, "'signatures' has 2 entries"),
+     (bundle(dict(GOOD_BUNDLE, signatures=2 * GOOD_BUNDLE["signatures"])),)),
+    ((imagec.InvalidDocument, "statement is not valid JSON"), (bundle(dsse(IN_TOTO,
+                                                                           b"")),)),
+    ((imagec.InvalidDocument, "has no 'digest'"),
+     (bundle(dsse(IN_TOTO, statement(subject=[{"name": "x"}]))),)),
+)
+
+
+class SignerTest(TableCase):
+    """A signature says who signed what: no other image, not by other keys."""
+
+    KEYS = [imagec.PublicKey.parse(key, name) for key, name in (
+        (P384_PUBLIC, "other.pub"), (TEST_PUBLIC, "k.pub"))]
+
+    @rows(SIGNED)
+    def test_signed(self, _name, signature, name):
+        key = imagec.signer(self.KEYS, imagec.Digest.parse(SUM_A), *signature, name)
+        self.assertEqual(key.name, "k.pub")
+
+    def test_signed_by_cosign_itself(self):
+        layer = imagec.Descriptor(imagec.SIMPLE_SIGNING, None, None, None, {
+            imagec.SIGNATURE_ANNOTATION: base64.b64encode(
+                COSIGN_SIGNATURE).decode("ascii")})
+        digest = imagec.Digest.parse(COSIGN_DIGEST)
+        keys = [imagec.PublicKey.parse(COSIGN_PUBLIC, "cosign.pub")]
+        for name in (None, "192.168.64.2:5000/cosign-signed-single-sample"):
+            self.assertIs(imagec.signer(keys, digest, layer, COSIGN_PAYLOAD, name),
+                          keys[0])
+        self.refused(imagec.VerificationError, "but of " + COSIGN_DIGEST, imagec.signer,
+                     keys, imagec.Digest.parse(SUM_A), layer, COSIGN_PAYLOAD)
+        self.refused(imagec.VerificationError, "by none of", imagec.signer, self.KEYS,
+                     digest, layer, COSIGN_PAYLOAD)
+
+    def test_refused(self):
+        for signature, *name, (kind, words) in SIGNED_REFUSED:
+            with self.subTest(words, blob=signature[1]):
+                self.refused(kind, words, imagec.signer, self.KEYS, imagec.Digest.parse(
+                    SUM_A), *signature, *name)
+
+    def test_any_byte_of_a_signature_counts(self):
+        choices = random.Random(SEED)
+        for _, (layer, raw), _ in (SIGNED[0], SIGNED[4]):
+            begin = max(0, raw.find(b'"dsseEnvelope"'))
+            for at in range(begin, len(raw), 3):
+                mutant = bytearray(raw)
+                mutant[at] ^= 1 << choices.randrange(8)
+                found = outcome(imagec.signer, self.KEYS[1:],
+                                imagec.Digest.parse(SUM_A), layer, bytes(mutant))
+                self.assertIsInstance(found, imagec.ImagecError, mutant)
+
+
+def libtrust(*signatures, payload=PAYLOAD):
+    """A schema1 body with signatures: (bytes of one, or the secret of its key)."""
+    entries = []
+    for made in signatures:
+        entry, = length_and_tail(len(payload) - 2, payload[-2:])
+        message = (entry["protected"] + "." + url64(payload)).encode("ascii")
+        if isinstance(made, int):
+            made = b"".join(half.to_bytes(32, "big") for half in ecdsa(message, made))
+        entries.append(dict(entry, signature=url64(
+            made(message) if callable(made) else made)))
+    return pretty(payload, entries)
+
+
+def es384(message):
+    """The signature of the P-384 key 1, with the nonce 1."""
+    r, n = imagec._P384[3], imagec._P384[2]
+    number = int.from_bytes(hashlib.sha384(message).digest(), "big")
+    return r.to_bytes(48, "big") + ((number + r) % n).to_bytes(48, "big")
+
+
+LIBTRUST_LAYER = imagec.Descriptor(imagec.DOCKER_SCHEMA1_SIGNED, None, None)
+LIBTRUST_READ = (
+    # name, key, body
+    ("moby's", public_key(P256_KIND, point_of(json.loads(SIGNED_MANIFEST.decode(
+        "ascii"))["signatures"][0]["header"]["jwk"])), SIGNED_MANIFEST),
+    ("ours", TEST_PUBLIC, libtrust(TEST_SECRET)),
+    ("the last of two", TEST_PUBLIC, libtrust(2, TEST_SECRET)),
+    ("ES384", public_key(P384_KIND, b"\4", P384_BASE), libtrust(es384)),
+)
+LIBTRUST_REFUSED = (
+    # error class, words, body
+    (imagec.VerificationError, "by none of the keys", SIGNED_MANIFEST),
+    (imagec.VerificationError, "by none of the keys", libtrust(2, bytes(64), b"")),
+    (imagec.VerificationError, "by none of the keys", libtrust(  # no DER
+        lambda message: der_pair(*ecdsa(message)))),
+    (imagec.VerificationError, "by none of the keys", libtrust(  # a byte too many
+        lambda message: b"\0".join(n.to_bytes(32, "big") for n in ecdsa(message)))),
+    (imagec.VerificationError, "by none of the keys", libtrust(TEST_SECRET).replace(
+        b'"a": 1', b'"a": 2')),
+    (imagec.VerificationError, "by k.pub, but of sha256:", libtrust(TEST_SECRET)),
+    (imagec.InvalidDocument, "has no 'signatures'", PAYLOAD),
+    (imagec.LimitExceeded, "65 entries", libtrust(*[b""] * 65)),
+)
+
+
+class LibtrustTest(TableCase):
+    """What docker signed before 1.10: a key that is known proves something."""
+
+    @rows(LIBTRUST_READ)
+    def test_signed(self, _name, pem, body):
+        key = imagec.PublicKey.parse(pem, "k.pub")
+        digest = imagec.Digest.of(imagec.PrettySignature.parse(body).payload)
+        self.assertIs(imagec.signer([key], digest, LIBTRUST_LAYER, body), key)
+
+    @rows(LIBTRUST_REFUSED)
+    def test_refused(self, kind, words, body):
+        key = imagec.PublicKey.parse(TEST_PUBLIC, "k.pub")
+        self.refused(kind, words, imagec.signer, [key],
+                     imagec.Digest.parse(SUM_A), LIBTRUST_LAYER, body)
+
+
+# --------------------------------------------------------------------------------------
+# 15  Pull
 # --------------------------------------------------------------------------------------
 
 NET_PLATFORM = "linux/amd64"
@@ -10714,7 +11228,7 @@ class DryRunTest(FieldCase):
 
 
 # --------------------------------------------------------------------------------------
-# 15  Verify
+# 16  Verify
 # --------------------------------------------------------------------------------------
 
 ZEROS = "sha256:" + "0" * 64
@@ -11368,7 +11882,7 @@ class AuditTest(StoredCase):
 
 
 # --------------------------------------------------------------------------------------
-# 16  Serve
+# 17  Serve
 # --------------------------------------------------------------------------------------
 
 #: (Range header, size, (first, end), None for all or ValueError); RFC 7233, 2.1
@@ -12395,7 +12909,7 @@ class ServeCommandTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 17  Self-test
+# 18  Self-test
 # --------------------------------------------------------------------------------------
 
 SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies", "credentials",
@@ -12566,7 +13080,7 @@ class SelfTestTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 18  Command line
+# 19  Command line
 # --------------------------------------------------------------------------------------
 
 #: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
@@ -14249,6 +14763,7 @@ COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
 #: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
 ANNEXES = {
     "Trees": ((), (", RootfsOutput(?=\\))",)),
+    "Keys": ((), ()),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
     "Serve": (("Self-test",), ("^    \"new_server\",\n",
                                COMMAND_ROW % "serve")),
@@ -17010,6 +17525,40 @@ class RealSOCKSTest(RealProxyCase):
 
 
 # -- Resume and mirrors
+
+@needs("openssl")
+class RealKeysTest(RegistryCase):
+    """openssl makes keys and signatures."""
+
+    def openssl(self, *argv):
+        subprocess.run(("openssl",) + argv, check=True, cwd=self.work,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @rows((
+        # name, options, whether it will do
+        ("P-256", ("EC", "-pkeyopt", "ec_paramgen_curve:P-256"), True),
+        ("P-384", ("EC", "-pkeyopt", "ec_paramgen_curve:P-384"), True),
+        ("RSA", ("RSA", "-pkeyopt", "rsa_keygen_bits:2056"), True),
+        ("RSA, 3", ("RSA", "-pkeyopt", "rsa_keygen_pubexp:3"), True),
+        ("secp256k1", ("EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"), False),
+        ("explicit", ("EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt",
+                      "ec_param_enc:explicit"), False),
+        ("RSA-PSS", ("RSA-PSS",), False), ("Ed25519", ("ED25519",), False),
+    ))
+    def test_what_it_signs(self, name, options, does):
+        self.openssl("genpkey", "-algorithm", *options, "-out", "key")
+        self.openssl("pkey", "-in", "key", "-pubout", "-out", "public")
+        key = outcome(imagec.PublicKey.parse, file_bytes(self.at("public")), name)
+        if not does:
+            return self.assertIsInstance(key, imagec.UsageError)
+        for size in range(8):
+            message = noise(100 * size)
+            write_file(self.at("message"), message)
+            self.openssl("dgst", "-sha256", "-sign", "key", "-out", "made", "message")
+            made = file_bytes(self.at("made"))
+            self.assertTrue(key.verifies(made, message))
+            self.assertFalse(key.verifies(made, message + b"\0"))
+
 
 @needs("docker-registry", "skopeo")
 @able(hasattr(os, "fork"), "fork")
