@@ -115,6 +115,7 @@ INDEX_COUNT_LIMIT = 16384  # entries of one index
 INDEX_DEPTH_LIMIT = 8  # indexes inside indexes; two are seen in the field
 DOCUMENT_COUNT_LIMIT = 1000  # manifests and indexes that one name leads to
 DOCUMENT_BYTES_LIMIT = 64 * MIB  # of all of them
+CONTENTS_LIMIT = 16 * MIB  # bytes of a list of what a layout holds: INDEX_COUNT_LIMIT
 TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 REFERENCE_LENGTH_LIMIT = 1024  # characters
@@ -1892,13 +1893,20 @@ def _decompressed(member, data, name, what):
         try:
             made = member.decompress(data, CHUNK)
         except Exception as error:  # each codec has errors of its own
-            raise InvalidDocument("%s: corrupt %s data: %s"
-                                  % (what, name, error)) from None
+            raise _codec_error(what, name, str(error)) from None
         if made:
             yield made
         if member.eof or member.needs_input:
             return
         data = b""
+
+
+def _codec_error(what, name, words):
+    """The error a decompressor's words mean: `zstd --long` is no corruption."""
+    if name == "zstd" and "memory" in words:
+        return Unsupported("%s takes more memory to unpack than the limit of %d bytes"
+                           % (what, 1 << ZSTD_WINDOW_LOG))
+    return InvalidDocument("%s: corrupt %s data: %s" % (what, name, words))
 
 
 def _zstd_program(chunks, what):
@@ -1938,8 +1946,7 @@ def _zstd_program(chunks, what):
             feeder.join()
             words = process.stderr.read(ERROR_TEXT_LIMIT).decode("utf-8", "replace")
             if process.wait() and not errors:
-                raise InvalidDocument("%s: corrupt zstd data: %s"
-                                      % (what, words.strip() or "zstd failed"))
+                raise _codec_error(what, "zstd", words.strip() or "zstd failed")
         finally:
             given_up = True
             process.kill()
@@ -1959,14 +1966,16 @@ class Unpacked(NamedTuple):
 
 
 def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True,
-           check=go_on):
+           check=go_on, diff_id=None):
     """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
 
-    `visit(Tar)` draws its members. `apart` tells to hash what is unpacked in another
+    `visit(Tar)` draws its members. Its diffID is of the algorithm of `diff_id`, where
+    one is awaited. `apart` tells to hash what is unpacked in another
     thread than the one that unpacks: sooner done, but a burden where cores are few.
     Raises InvalidDocument, LimitExceeded, TooLarge, Unsupported.
     """
-    count, hashing = 0, hashlib.sha256()
+    algorithm = diff_id.algorithm if diff_id else "sha256"
+    count, hashing = 0, hashlib.new(algorithm)
 
     def hashed(chunks):
         nonlocal count
@@ -1985,7 +1994,7 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True
         tar = Tar(plain, what, limit)
         visit(tar)
         drain(plain)  # what is behind its end counts, too
-    return Unpacked(Digest("sha256", hashing.hexdigest()), tar.size, count)
+    return Unpacked(Digest(algorithm, hashing.hexdigest()), tar.size, count)
 
 
 def prove(chunks, blob, unpack=None, diff_id=None):
@@ -4267,13 +4276,13 @@ class Reader:
             raise InvalidDocument("%s is not a regular file" % name)
         return Region(path, 0, status.st_size)
 
-    def read(self, name):
+    def read(self, name, limit=MANIFEST_LIMIT):
         """The bytes of a document; raises as `region`, and LimitExceeded."""
         self.check()
         region = self.region(name)
-        if region.size > MANIFEST_LIMIT:
+        if region.size > limit:
             raise LimitExceeded("%s is larger than the limit of %d bytes"
-                                % (name, MANIFEST_LIMIT))
+                                % (name, limit))
         return b"".join(region.pieces())
 
 
@@ -4451,13 +4460,16 @@ class _Layout:
                 "imageLayoutVersion", str)
         entries = []
         with self._noting("index.json"):
-            index = Document.parse(self._reader.read("index.json"), "index.json")
+            index = Document.parse(self._reader.read("index.json", CONTENTS_LIMIT),
+                                   "index.json")
             for entry in index.children("manifests", INDEX_COUNT_LIMIT):
                 with self._noting("index.json"):
                     entry = Descriptor.from_document(entry)
                     entries.append((entry, Origin.of(entry.annotations)))
         for entry, origin in entries:
             name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+            if name is None and not re.fullmatch(_TAG, tag or "none"):
+                name, tag = tag, None  # podman has the whole name there
             documents = self._documents(entry, origin.indexes if origin else ())
             yield Stored(self._reader, None, name, tag, entry.digest, origin,
                          _noted(self._noting, "index.json", documents))
@@ -4480,12 +4492,16 @@ class _Layout:
                                         % (way[0], entry.digest))
 
     def _fetch(self, descriptor):
-        digest = descriptor.digest
+        digest, kind = descriptor.digest, descriptor.media_type
         with self._noting(blob_name(digest)):
+            if kind and kind not in MANIFEST_SHAPES:
+                drain(proved(self._reader.region(blob_name(digest)).pieces(
+                    self._reader.check), digest, descriptor.size))
+                raise Unsupported("it is of type %s" % printable(kind, 80))
             raw = self._reader.read(blob_name(digest))
             if descriptor.size not in (None, len(raw)):
                 raise SizeMismatch("manifest", descriptor.size, len(raw))
-            document = decode_manifest(raw, descriptor.media_type, digest)
+            document = decode_manifest(raw, kind, digest)
             if isinstance(document, Index):
                 self._below[digest] = {entry.digest for entry in document.manifests}
             return document
@@ -5120,7 +5136,7 @@ class OCIOutput(Output):
 
     def _read_index(self):
         try:
-            raw = self._reader.read("index.json")
+            raw = self._reader.read("index.json", CONTENTS_LIMIT)
         except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
         for entry in Document.parse(raw, "index.json").children("manifests",
@@ -6570,7 +6586,7 @@ class Puller:
         def look(chunks):
             return unpack(chunks, "layer " + str(layer.digest), limit,
                           lambda tar: output.visit(layer, tar), apart,
-                          session.transport.check)
+                          session.transport.check, layer.diff_id)
 
         unpacks = output.unpacks or session.recompress or layer.digest in self._opaque
         fetched = Download(
@@ -6740,24 +6756,24 @@ class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec), `unread` what should have been; `ignored` names the files
-    there that were not looked at, for no image needs them. `check` is called as work
-    goes on, and may raise.
+    looked into (no codec), `unread` what should have been, `missing` what is not there
+    but should be; `ignored` names the files there that were not looked at, for no image
+    needs them. `check` is called as work goes on, and may raise.
     """
 
     def __init__(self, check=go_on):
         self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
+        self.missing = {}  # by its name, once
         self.images = self.blobs = 0
         self._go_on = check
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
         self._names = collections.defaultdict(set)  # digest of an image -> its names
-        self._images = []  # of a layout: (digest, what docker calls each: see _image)
+        self._images = {}  # digest -> what docker calls it: see _image
 
     def check(self, path):
         """Re-checks what stands at `path`.
 
-        Raises OutputError where nothing does, UsageError where there is no image or it
-        cannot be checked.
+        Raises OutputError where nothing does, or no image that can be checked.
         """
         def unlisted(error):
             with self._noting(os.path.relpath(error.filename, path)):
@@ -6768,17 +6784,32 @@ class Audit:
             reader = open_place(path, self._go_on, unlisted)
         if reader is not None:
             if isinstance(reader, TarReader) and "oci-layout" not in reader.names():
-                raise UsageError("%s: no OCI layout is in it" % path, _VERIFIABLE)
+                raise OutputError(path, "no OCI layout is in it", _VERIFIABLE)
             for found in stored(reader, self._noting):
-                self._names[found.digest].add(found.name)
-                for document in found.documents:
-                    self._names[document.digest].add(found.name)
-                    if not isinstance(document, Index):
-                        self._image(found, document)
+                self._check_stored(found)
             self._check_names(reader)
-        if not (self.images or self.faults or self.unread):
-            raise UsageError("%s: no image is in it" % path, _VERIFIABLE)
+        if not (self.images or self.faults or self.unread or self.missing):
+            raise OutputError(path, "no image is in it", _VERIFIABLE)
         return self
+
+    def _check_stored(self, found):
+        """Checks what a name leads to.
+
+        Who has not noted what was pulled may have left out some of an index's images,
+        but not all (image-layout.md: "MAY be missing").
+        """
+        self._names[found.digest].add(found.name)
+        listed, before = set(), set(self.missing)
+        for document in found.documents:
+            self._names[document.digest].add(found.name)
+            if isinstance(document, Index):
+                listed.update(entry.digest for entry in document.manifests)
+            else:
+                self._image(found, document)
+        if found.origin is None and not listed.isdisjoint(self._images):
+            for name in set(map(blob_name, listed)).intersection(self.missing) - before:
+                del self.missing[name]
+                self.unchecked.append(name + ": it is not here")
 
     @contextlib.contextmanager
     def _noting(self, name):
@@ -6790,7 +6821,7 @@ class Audit:
         except Unsupported as error:
             self.unchecked.append("%s: %s" % (name, error))
         except FileNotFoundError:
-            self._fault(name, "missing")
+            self.missing[name] = None
         except PermissionError:
             self.unread.append(name)
         except ImagecError as error:
@@ -6807,7 +6838,7 @@ class Audit:
         """
         archive = isinstance(reader, TarReader)
         names = collections.Counter(reader.names())
-        if self.unread:
+        if self.unread or self.missing:
             return  # what they would lead to is no more "extra" than it is good
         if "oci-layout" in reader.asked:
             self._check_docker(reader, names)
@@ -6835,8 +6866,8 @@ class Audit:
                                "none")
         with self._noting(where):
             layers = found.layers(manifest)
-        self._images.append((manifest.digest, where, list(map(found.file_of, layers)),
-                             layers and layers[-1].id))
+        self._images[manifest.digest] = (where, list(map(found.file_of, layers)),
+                                         layers and layers[-1].id)
         if found.tree is not None:
             with self._noting(found.tree + UNPACKED), contextlib.suppress(
                     FileNotFoundError):
@@ -6844,7 +6875,7 @@ class Audit:
         for layer in layers:
             name = found.file_of(layer)
             tar = found.tree is not None or ".tar" in layer.blob.media_type
-            unpacked = self._blob(found, layer.blob, name, tar)
+            unpacked = self._blob(found, layer.blob, name, tar, layer.diff_id)
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
                 self._fault(name, "unpacks to %s, the config says %s" % (
                     str(unpacked.diff_id), str(layer.diff_id)))
@@ -6857,9 +6888,9 @@ class Audit:
                     if read(name) != layer.v1_json.encode("utf-8"):
                         raise VerificationError("is not the layer's v1 JSON")
 
-    def _blob(self, found, descriptor, name, tar=False):
+    def _blob(self, found, descriptor, name, tar=False, diff_id=None):
         """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
-        question = name, descriptor.size, tar
+        question = name, descriptor.size, tar, diff_id and diff_id.algorithm
         if question in self._seen:
             return self._seen[question]
         self._seen[question] = None
@@ -6871,14 +6902,14 @@ class Audit:
                 raise SizeMismatch("blob", descriptor.size, region.size)
             self._seen[question] = prove(
                 region.pieces(self._go_on), descriptor,
-                (lambda chunks: unpack(chunks, what, check=self._go_on))
-                if tar else None)
+                (lambda chunks: unpack(chunks, what, float("inf"), check=self._go_on,
+                                       diff_id=diff_id)) if tar else None)
         return self._seen[question]
 
     def _check_docker(self, reader, names):
         """What docker reads must say what index.json says; the blobs are checked."""
         images, repositories = set(), {}
-        for digest, config, layers, top in self._images:
+        for digest, (config, layers, top) in self._images.items():
             tags = self._names[digest] - {None}
             images.update(canonical_json([config, layers, tag])
                           for tag in tags or [None])
@@ -6886,7 +6917,8 @@ class Audit:
                 repositories.setdefault(repository, {})[tag] = top
         if "manifest.json" in names:
             with self._noting("manifest.json"):
-                entries = parse_json(reader.read("manifest.json"), "manifest.json")
+                entries = parse_json(reader.read("manifest.json", CONTENTS_LIMIT),
+                                     "manifest.json")
                 said = set()
                 for entry in entries if type(entries) is list else [entries]:
                     entry = Document(entry, "manifest.json")
@@ -6897,8 +6929,8 @@ class Audit:
                     raise InvalidDocument("names other images than index.json")
         if "repositories" in names:  # of docker before 1.10
             with self._noting("repositories"):
-                if parse_json(reader.read("repositories"), "repositories") != (
-                        repositories):
+                if parse_json(reader.read("repositories", CONTENTS_LIMIT),
+                              "repositories") != repositories:
                     raise InvalidDocument("names other images than index.json")
 
 
@@ -6908,9 +6940,14 @@ def _run_verify(args, session):
         log.error("warning: not checked: %s", text)
     for text in audit.faults:
         log.error("%s: %s", args.path, text)
+    for name in audit.missing:
+        log.error("%s: %s: missing", args.path, name)
     if audit.faults:
         raise VerificationError("%s: %d fault%s" % (
             args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
+    if audit.missing:
+        raise OutputError(args.path, "is incomplete: files missing: %d" % len(
+            audit.missing), "pull again")
     if audit.unread:
         raise OutputError(args.path, "cannot be checked: no permission to read %s"
                           % _first_of(audit.unread), "run this as who may read it")
@@ -6956,44 +6993,47 @@ class Shelf:
         self._good = {}  # Region -> the file's identity when its digest was proved
         if path is None:
             return
-        try:
-            with naming(path):
-                self._fill(path, open_place(path, check, lambda error: log.warning(
-                    "passed over: %s: %s", error.filename, error.strerror)))
-        except FileNotFoundError as error:
-            raise OutputError(path, "lacks %s" % error.filename) from None
+        with naming(path):
+            self._fill(path, open_place(path, check, lambda error: log.warning(
+                "passed over: %s: %s", error.filename, error.strerror)))
         if not self.repositories:
             raise OutputError(path, "holds nothing that could be served")
 
     def _fill(self, path, reader):
+        @contextlib.contextmanager
+        def noting(name):
+            try:
+                yield
+            except (OSError, InvalidDocument, VerificationError, Unsupported,
+                    InvalidReference) as error:
+                log.warning("passed over: %s: %s", os.path.join(path, name),
+                            _reason(error))
+
         nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
             os.path.abspath(path)).lower()).strip("-") or "image"
-        for found in stored(reader, lambda name: naming(os.path.join(path, name))):
+        for found in stored(reader, noting):
             names, tag, digest = [nameless], found.tag, found.digest
             if found.name:
-                try:
+                with noting("the name of %s" % (found.digest or found.tree,)):
                     reference = Reference.parse(found.name)
-                except InvalidReference as error:
-                    log.warning("%s: an image is passed over: %s", path, error)
-                    continue
-                names = self.names_of(reference.host, reference.repository)
-                tag = reference.tag
+                    names = self.names_of(reference.host, reference.repository)
+                    tag = reference.tag
             elif found.tree is not None:
                 continue  # not where a pull puts it
             for document in found.documents:
                 digest = digest or document.digest
                 self.add((), None, document)
                 if not isinstance(document, Index):
-                    self._add_blobs(found, document)
-            self._name(names, tag if re.fullmatch(_TAG, tag or "") else None,
-                       str(digest))
+                    self._add_blobs(found, document, noting)
+            if str(digest) in self.documents:
+                self._name(names, tag, str(digest))
 
-    def _add_blobs(self, found, image):
-        blobs = image.layers if found.tree is None else found.layers(image)
-        if isinstance(image, Manifest):
-            blobs = (image.config,) + blobs
+    def _add_blobs(self, found, image, noting):
+        blobs = (image.config,) if isinstance(image, Manifest) else ()
+        with noting("%sconfig.json" % found.tree):
+            blobs += image.layers if found.tree is None else found.layers(image)
         for blob in blobs:
-            with contextlib.suppress(FileNotFoundError):  # it is asked for in vain
+            with noting(found.file_of(blob)):  # else it is asked for in vain
                 self.add_blob(blob.digest, found.reader.region(found.file_of(blob)))
 
     def add(self, names, tag, document):
