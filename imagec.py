@@ -661,8 +661,7 @@ def parse_json(raw, what, repeatable=False):
         if len(value) != len(items):
             if not repeatable:
                 raise ValueError("a key stands twice in one object")
-            key, _ = collections.Counter(key for key, _ in items).most_common(1)[0]
-            log.warning("%s: %s stands twice in one object: the last counts", what, key)
+            log.warning("%s: a key stands twice in one object: the last counts", what)
         return value
 
     def integer(text):
@@ -2035,8 +2034,6 @@ _CONTROL = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # RFC 7617, and what is no 
 #: Of a password; against the RFC, but a cloud's JSON key is one, of many lines.
 _NO_PASSWORD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _NO_TOKEN = re.compile("[^!-~]")
-#: A key of `auths` that is for all of a host, as docker reads it.
-_WHOLE_HOST = re.compile("(https?://)?([^/]+)(?(1)(/.*)?|/(v[12]/)?)")
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
 _HELPER_EMPTY = ("credentials not found in native keychain",
@@ -2049,8 +2046,7 @@ class Credentials:
 
     `source` says in words where they were found. Not a tuple: its repr must not show
     the secrets. Also the simplest keyring: it gives itself for every host. Raises
-    UsageError for what cannot be sent: NUL, tokens that are not ASCII, a user name with
-    line breaks.
+    UsageError for what cannot be sent, as NUL, or a token that is not ASCII.
     """
 
     __slots__ = ("username", "password", "identity_token", "registry_token", "source")
@@ -2080,10 +2076,9 @@ class Credentials:
         return self
 
     def __str__(self):
-        lines = (self.password or "").count("\n") + 1  # a stray one is easily missed
         kind = ("a registry token" if self.registry_token else
-                "an identity token" if self.identity_token else
-                "a password" + " of %d lines" % lines * (lines > 1))
+                "an identity token" if self.identity_token else "a password"
+                + " of several lines" * ("\n" in (self.password or "")))
         who = "user %s with %s" % (self.username, kind) if self.username else kind
         return "%s, from %s" % (who, self.source)
 
@@ -2161,7 +2156,7 @@ class Keyring:
         if text:
             yield "DOCKER_AUTH_CONFIG", _read_config(
                 "DOCKER_AUTH_CONFIG", raw=text.encode("utf-8", "surrogateescape"))
-        home = home_directory()
+        home = os.path.expanduser("~")
         uid = os.getuid() if hasattr(os, "getuid") else 0
         runtime = env("XDG_RUNTIME_DIR")
         for path in (
@@ -2171,18 +2166,11 @@ class Keyring:
                 join(env("XDG_CONFIG_HOME") or join(home, ".config"), "containers",
                      "auth.json"),
                 join(home, ".dockercfg")):
-            config = _read_config(path) if os.path.isfile(path) else None
+            # Where no home is known ~ stays, a directory in the current one.
+            there = path[0] != "~" and os.path.isfile(path)
+            config = _read_config(path) if there else None
             yield path, {"auths": config} if config and path.endswith(
                 ".dockercfg") else config
-
-
-def home_directory():
-    """This user's; where nobody knows it, a place that holds no files.
-
-    expanduser leaves it at `~` then: a name in whatever directory is the current one.
-    """
-    home = os.path.expanduser("~")
-    return home if os.path.isabs(home) else os.devnull
 
 
 def _read_config(path, named=False, raw=None):
@@ -2233,17 +2221,16 @@ def _config_keys(auths, host, repository):
     """The keys of `auths` that are for this repository, most to least specific.
 
     As containers/image does it: host/namespace/.../repository, up to host; then what
-    docker takes for the host: its URLs, as the key of Docker Hub is one, and HOST/,
-    HOST/v1/, HOST/v2/.
+    docker takes for a host: URLs, as for Docker Hub; HOST/, HOST/v1/, HOST/v2/.
     """
     names = _HUB_NAMES if host == DOCKER_HUB else (host,)
     parts = repository.split("/") if repository else []
     wanted = ["/".join([name] + parts[:count]) for count in range(len(parts), -1, -1)
               for name in names]
-    hosts = ((key, _WHOLE_HOST.fullmatch(key)) for key in sorted(
-        auths, key=lambda key: (key != DOCKER_HUB_KEY, key)))
     return [key for key in wanted if key in auths] + [
-        key for key, host in hosts if host and host.group(2) in names]
+        key for key in sorted(auths, key=lambda key: (key != DOCKER_HUB_KEY, key))
+        if key not in wanted
+        and re.sub("^https?://([^/]*).*|/(v[12]/)?$", r"\1", key) in names]
 
 
 def _entry_credentials(entry, source):
@@ -2487,6 +2474,7 @@ class _Wire(io.RawIOBase):
         super().close()
 
 
+NO_ROOTS = "install the package ca-certificates, or name a CA with --cacert FILE"
 _LENIENCE = "if that is right, allow it with %s"
 
 
@@ -2914,6 +2902,16 @@ class TLSSettings:
                 self._contexts[key] = self._new_context(*key)
             return self._contexts[key]
 
+    def rootless(self, host):
+        """Whether no CA certificate that we have could speak for `host`."""
+        import glob
+        paths = ssl.get_default_verify_paths()
+        places = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
+        return not (self._skip_verify or self.context(host).cert_store_stats()["x509"]
+                    # OpenSSL looks into these by need, for what is called by a hash.
+                    or any(glob.glob(glob.escape(place) + "/????????.[0-9]")
+                           for place in places.split(os.pathsep)))
+
     def _new_context(self, verify, roots, pairs):
         # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
         # written anywhere.
@@ -3152,13 +3150,17 @@ class Transport:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.check()
+            if _distrusts(error) and request and self.tls.rootless(request.host):
+                raise CertificateError(
+                    "%s: this host has no CA certificates to check a server's by"
+                    % request.host, NO_ROOTS) from error
             raise _transport_error(error, bare_url(url), self.idle_timeout,
                                    request and request.option) from error
 
 
 def default_certs_dirs():
     """Where podman, then docker keep certificates by registry, for this user."""
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home_directory(),
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"),
                                                                ".config")
     return (os.path.join(config, "containers", "certs.d"), "/etc/containers/certs.d",
             os.path.join(config, "docker", "certs.d"), "/etc/docker/certs.d")
@@ -3175,8 +3177,8 @@ def host_certificates(host, certs_dirs):
     hosts = [host, host[:-len(":443")]] if host.endswith(":443") else [host]
     if host == DOCKER_HUB_API:
         hosts.append(DOCKER_HUB)
-    for directory in (os.path.join(base, name)
-                      for base in certs_dirs for name in hosts):
+    for directory in (os.path.join(base, name) for base in certs_dirs
+                      for name in hosts if base[0] != "~"):  # see Keyring.sources
         try:
             paths = [os.path.join(directory, n) for n in sorted(os.listdir(directory))]
         except OSError:  # not there, or not for us
@@ -3311,6 +3313,7 @@ def rate_limit(headers):
 # 10  Registry: the distribution API of one host, token included
 # --------------------------------------------------------------------------------------
 
+_WRONG_PASSWORD = "check the user name and password, or where they come from"
 _AUTH_PARAM = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
     r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)', re.DOTALL)
@@ -3392,7 +3395,8 @@ def auth_url(challenge, repository, registry_url):
         parts.query, keep_blank_values=True) if pair[0] != "scope"]
     if challenge.parameters.get("service"):
         query.append(("service", challenge.parameters["service"]))
-    query.append(("scope", "repository:%s:pull" % repository))
+    if repository:  # else the token says who we are, and no more
+        query.append(("scope", "repository:%s:pull" % repository))
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
@@ -3592,15 +3596,9 @@ class Endpoint:
             return fetch_token(self.transport, url, credentials,
                                None if named else self.rank)
         except AccessDenied as error:
-            self._blame(error, credentials, credentials)
+            error.message += " (%s)" % printable(credentials or "anonymous", 200)
+            error.hint = self.withheld or credentials and _WRONG_PASSWORD or error.hint
             raise
-
-    def _blame(self, error, credentials, wrong):
-        """An AccessDenied learns who we were, and whether what proves it is `wrong`."""
-        error.message += " (%s)" % printable(credentials or "anonymous", 200)
-        error.hint = self.withheld or (
-            "check the user name and password, or where they come from" if wrong
-            else error.hint)
 
     def _trusts(self, realm):
         """Whether the password may go to this token server.
@@ -3671,9 +3669,9 @@ class Registry(Endpoint):
             error = registry_error(response, what)
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
-            given = who and (who.basic(), "Bearer %s" % who.registry_token)
-            self._blame(error, who, given and response.status == 401 and (
-                authorization in given))
+            error.message += " (%s)" % printable(who or "anonymous", 200)
+            wrong = response.status == 401 and (authorization or "").startswith("Basic")
+            error.hint = self.withheld or wrong and _WRONG_PASSWORD or error.hint
         raise error
 
     def learn_auth_url(self, repository, reference):
@@ -3695,6 +3693,10 @@ class Registry(Endpoint):
             raise AccessDenied("%s wants a user name and password, not a token"
                                % self.host)
         return auth_url(self.challenge, repository, url)
+
+    def log_in(self, repository=""):
+        """Raises AccessDenied where we are not who we say, as `docker login` does."""
+        self._exchange("GET", "", repository, self.host).close()
 
     def _document(self, method, path, repository, what, **headers):
         """(the Response, its whole body) for a document, tried until it comes."""
@@ -6302,12 +6304,11 @@ class Session:
     `username` and `password` are for the registry of the first reference asked for, and
     no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
     in seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
-    registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts, or URLs, for
-    any port where they have none; the insecure options are for one registry, its
-    mirrors and these. `recompress` is None or "gzip", to rewrite zstd layers for old
-    consumers: manifest and digests follow. For `insecure_allow_http` and `token_hosts`
-    see Registry, for `authfile` Keyring, for the others Transport. Close it or use
-    `with`.
+    registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts or URLs, for any
+    port where they have none; the insecure options are for one registry, its mirrors
+    and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
+    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see
+    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=TIMEOUT,
@@ -7473,8 +7474,8 @@ def _proxy_shown(url):
         return error.message
 
 
-def describe_host():
-    """Yields (what, what it is, whether it is good enough) of this host."""
+def describe_host(rootless):
+    """Yields (what, what it is, whether it is good enough) of a `rootless` host."""
     import shutil
     yield "Python", "%d.%d.%d" % sys.version_info[:3], sys.version_info >= (3, 6)
     yield "TLS", ssl.OPENSSL_VERSION, True
@@ -7486,10 +7487,9 @@ def describe_host():
     if "zstd" not in codecs and shutil.which("zstd"):
         codecs.append("zstd (by the zstd program)")
     yield "layers in", ", ".join(codecs), True
-    roots = ssl.create_default_context().cert_store_stats()["x509_ca"]
     paths = ssl.get_default_verify_paths()
-    yield "CA roots", "%d from %s" % (roots, paths.cafile or paths.capath or (
-        "nowhere: https needs --cacert FILE")), True
+    yield "CA roots", "none: " + NO_ROOTS if rootless else (
+        paths.cafile or paths.capath or "the system's"), not rootless
     proxies = {key: value if key == "no" else _proxy_shown(value) for key, value in
                urllib.request.getproxies().items() if key in ("http", "https", "no")}
     yield "proxies", ", ".join("%s: %s" % pair for pair in sorted(proxies.items())) or (
@@ -7542,15 +7542,20 @@ def describe_registry(host, session):
     challenge = registry.challenge
     yield "asks for", "%s %s" % (challenge.scheme, printable(challenge.parameters.get(
         "realm", ""), 200)) if challenge else "nothing", True
+    who = challenge and session.credentials(reference)
     if challenge:
-        yield "we would be", str(session.credentials(reference) or "anonymous"), True
+        yield "we would be", str(who or "anonymous"), True
+    if who:
+        registry.log_in(reference.repository if "/" in host else "")
+        yield "lets us in", registry.withheld or "yes", not registry.withheld
 
 
 def _run_selftest(args, session):
     import tempfile
-    good = True
+    good, server = True, (args.host or DOCKER_HUB_API).partition("/")[0]
+    host = describe_host(session.transport.tls.rootless(server))
     registry = describe_registry(args.host, session) if args.host else ()
-    for what, value, fine in itertools.chain(describe_host(), registry):
+    for what, value, fine in itertools.chain(host, registry):
         yield "%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough")
         good = good and fine
     with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
@@ -7920,9 +7925,8 @@ _JSON = _flag("--json", help="results as JSON")
 COMMON_ARGUMENTS = [
     _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
          help="default: this host's; all: the whole index (pull to oci)"),
-    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, "
-         "the terminal, or"),
-    _flag("--password-stdin", help="from standard input, all of it"),
+    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or"),
+    _flag("--password-stdin", help="from standard input, all of it, or the terminal"),
     _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
     _flag("--no-creds", help="use no credentials that lie around"),
     _row("--token-host", **_HOSTS, dest="token_hosts", help="may be sent the password "
@@ -8053,10 +8057,7 @@ def wrong_option(text, known):
 
 
 def read_password(args):
-    """The password that goes with -u, less one line end; None where there is no -u.
-
-    Where nothing has it, who sits at a terminal is asked, without echo.
-    """
+    """The password for -u, which a terminal is asked for; None where there is no -u."""
     if args.username is None:
         if args.password_stdin:
             raise UsageError("--password-stdin without -u")
