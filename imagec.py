@@ -1474,7 +1474,7 @@ class Tar:
         self.size = self.members = self.offset = 0
         self.sparse = False
         self._view = memoryview(b"")  # of the chunk that is being read
-        self._left = 0  # bytes of the member still to come, padding included
+        self._left = self._padding = 0  # bytes of the member still to come, and behind
         self._pax = {}  # extended header for the next member
         self._long = {}  # GNU long name (L) and link (K) for the next member
 
@@ -1499,6 +1499,8 @@ class Tar:
                     yield self._member(kind, entry, block)
                     for _ in self._draw(self._left):
                         pass
+                    for _ in self._draw(self._padding, whole=False):
+                        pass  # `umoci insert` writes none behind the last
             if self._pax or self._long:
                 self._cut()
         except ValueError as error:
@@ -1519,10 +1521,12 @@ class Tar:
             self._view = memoryview(data)
         return True
 
-    def _draw(self, count):
-        """Yields the next `count` bytes in pieces."""
+    def _draw(self, count, whole=True):
+        """Yields the next `count` bytes in pieces; fewer are an error if `whole`."""
         while count:
             if not self._more():
+                if not whole:
+                    return
                 self._cut()
             piece, self._view = self._view[:count], self._view[count:]
             count -= len(piece)
@@ -1542,6 +1546,8 @@ class Tar:
         data = self._take(size + -size % TAR_BLOCK)[:size]
         if kind in b"LK":
             self._long[kind] = data.partition(b"\0")[0]
+            if not self._long[kind]:
+                raise ValueError("an empty long name, on which readers disagree")
             return
         if data.count(b"\n") > PAX_COUNT_LIMIT:
             raise LimitExceeded("%s: a pax header of more than %d lines"
@@ -1588,7 +1594,7 @@ class Tar:
                            hint="raise it with --max-layer-size")
         if kind == b"S":
             sparse = self._old_sparse(block)
-        self._left = stored + -stored % TAR_BLOCK
+        self._left, self._padding = stored, -stored % TAR_BLOCK
         if sparse == "inline":
             sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None

@@ -4029,6 +4029,9 @@ GOOD_TARS = (
     # Go's archive/tar takes both of these
     ("no end", A_FILE, 650, 1),
     ("half an end", A_FILE + bytes(512), 650, 1),
+    # what `umoci insert` writes; docker, podman, skopeo and umoci read it
+    ("no padding", A_FILE[:512 + 650], 650, 1),
+    ("half the padding", A_FILE[:-1], 650, 1),
     ("padded", A_FILE + bytes(10240 - len(A_FILE)), 650, 1),
     ("an empty file", tar_member() + TAR_END, 0, 1),
     ("old type", tar_member(TAR_TEXT, kind=b"\0") + TAR_END, 650, 1),
@@ -4075,9 +4078,10 @@ GOOD_TARS = (
 ) + tuple((name, data + A_FILE, 75659, 2) for name, data in SPARSE_FILES)
 
 # Rows that tarfile cannot vouch for: it reads no empty file, gives up at an empty pax
-# header, and tells an old directory by its short name.
+# header, tells an old directory by its short name, and wants padding.
 NOT_FOR_TARFILE = ("nothing", "empty pax", "old type, pax name", "old type, long name",
-                   "old directory, pax name", "old directory, long name")
+                   "old directory, pax name", "old directory, long name", "no padding",
+                   "half the padding")
 
 
 def with_flipped_checksum(block):
@@ -4101,7 +4105,7 @@ BAD_TARS = (
     ("half a header", A_FILE + A_FILE[:300], "cut short"),
     ("one byte of zeros", A_FILE + b"\0", "cut short"),
     ("cut in content", A_FILE[:-600], "cut short"),
-    ("cut in padding", A_FILE[:-1], "cut short"),
+    ("a byte less than there are", A_FILE[:512 + 649], "cut short"),
     ("header alone", A_FILE[:512], "cut short"),
     ("cut in a long name", tar_member(b"n" * 600, kind=b"L")[:-1], "cut short"),
     ("cut in a sparse map", old_sparse((), 9, 46)[:-512], "cut short"),
@@ -4138,6 +4142,11 @@ BAD_TARS = (
      "after 0 members"),
     ("two names", tar_member(b"n\0", kind=b"L") + pax((b"path", b"x")) + A_FILE,
      "after 0 members"),
+    ("long name of nothing", tar_member(kind=b"L") + A_FILE, "readers disagree"),
+    ("long name of NULs", tar_member(bytes(9), kind=b"L") + A_FILE, "readers disagree"),
+    ("long link of nothing", tar_member(kind=b"K") + tar_header(kind=b"2"), "disagree"),
+    ("long link that begins with NUL", tar_member(b"\0x\0", kind=b"K")
+     + tar_header(kind=b"2"), "readers disagree"),
     ("two targets", pax((b"linkpath", b"x")) + tar_member(b"n\0", kind=b"K")
      + tar_header(kind=b"2"), "after 0 members"),
     ("empty pax path", pax((b"path", b"")) + A_FILE, "after 0 members"),
