@@ -786,8 +786,11 @@ class Document:
         return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
     def children(self, name, limit):
-        """Member `name`, an array of at most `limit` objects, as Documents."""
-        values = self.need(name, list)
+        """Member `name`, an array of at most `limit` objects, as Documents.
+
+        Where it is null or absent there are none: so Go, which wrote it, reads it.
+        """
+        values = self.get(name, list, [])
         if len(values) > limit:
             raise LimitExceeded("%s: '%s' has %d entries, more than the limit of %d"
                                 % (self.where, name, len(values), limit))
@@ -981,7 +984,7 @@ def _media_type(document, content_type):
     header = (content_type or "").partition(";")[0].strip().lower()
     if header not in MANIFEST_SHAPES:
         header = None  # it does not speak
-    claimed = document.get("mediaType", str)
+    claimed = document.get("mediaType", str) or None
     if claimed is not None and claimed not in MANIFEST_SHAPES:
         raise Unsupported("%s is of type %s: not an image"
                           % (document.where, printable(claimed, 100)))
@@ -1005,7 +1008,8 @@ def _media_type(document, content_type):
 
 def _shape(document):
     present = [key for key in _SHAPES
-               if document.get(key, type(document.value.get(key))) is not None]
+               if document.get(key, type(document.value.get(key))) is not None] or [
+                   key for key in _SHAPES if key in document.value]
     shapes = {_SHAPES[key] for key in present}
     if len(shapes) != 1:
         raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
@@ -5150,7 +5154,9 @@ class OCIOutput(Output):
         for entry in Document.parse(raw, "index.json").children("manifests",
                                                                 INDEX_COUNT_LIMIT):
             entry.get("annotations", dict)
-        return json.loads(raw.decode("utf-8"))
+        index = json.loads(raw.decode("utf-8"))
+        index["manifests"] = index.get("manifests") or []  # null: `umoci init`
+        return index
 
     def open(self, images):
         for algorithm in {"sha256"}.union(layer.digest.algorithm for image in images

@@ -3183,6 +3183,11 @@ TYPES_DECIDED = (
     # members of another kind that are null are not there
     (None, None, dict(IMAGE_DOC, manifests=None), "oci"),
     ("docker list", None, dict(INDEX_DOC, layers=None, config=None), "docker list"),
+    # what Go makes of a list that was never made, and of a text
+    (None, None, dict(IMAGE_DOC, layers=None), "oci"),
+    (None, None, {key: IMAGE_DOC[key] for key in ("schemaVersion", "config")}, "oci"),
+    (None, None, dict(INDEX_DOC, manifests=None), "oci index"),
+    ("docker", None, dict(DOCKER_DOC, mediaType=""), "docker"),
 )
 
 # T34, CVE-2021-41190: all that two clients could read as two things.
@@ -3200,7 +3205,8 @@ AMBIGUOUS = worded(
      ("signed", None, dict(PRETTY_DOC, config={})),
      (None, None, dict(SCHEMA1_DOC, manifests=[])),
      (None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
-     (None, None, {"schemaVersion": 2, "manifests": [], "fsLayers": []})),
+     (None, None, {"schemaVersion": 2, "manifests": [], "fsLayers": []}),
+     (None, None, {"schemaVersion": 2, "manifests": None, "layers": None})),
     ("has the shape of",
      ("oci", "oci", INDEX_DOC), ("oci index", "oci index", IMAGE_DOC),
      ("oci index", None, IMAGE_DOC), ("docker", None, INDEX_DOC),
@@ -3233,7 +3239,6 @@ MEMBER_FAULTS = (
     # document, path, words, values put in place of that member
     ("image", ("config",), "has no 'config'", None),
     ("image", ("config",), "'config' must be a JSON object", []),
-    ("image", ("layers",), "has no 'layers'", None),
     ("image", ("layers",), "'layers' must be a JSON array", {}),
     ("image", ("layers", 0), "manifest.layers[0] is not a JSON object", None),
     ("image", ("config", "digest"), "manifest.config has no 'digest'", None),
@@ -3260,10 +3265,8 @@ MEMBER_FAULTS = (
     ("index", ("manifests", 0, "platform", "os"), "must be a JSON string", 5),
     ("index", ("manifests", 0, "platform", "variant"), "must be a JSON string", []),
     ("schema1", ("name",), "must be a JSON string", 5),
-    ("schema1", ("fsLayers",), "has no 'fsLayers'", None),
-    ("schema1", ("history",), "has no 'history'", None),
-    ("schema1", ("fsLayers",), "must be as many", SCHEMA1_DOC["fsLayers"][:1]),
-    ("schema1", ("history",), "must be as many", SCHEMA1_DOC["history"][:1]),
+    ("schema1", ("fsLayers",), "must be as many", None, SCHEMA1_DOC["fsLayers"][:1]),
+    ("schema1", ("history",), "must be as many", None, SCHEMA1_DOC["history"][:1]),
     ("schema1", ("history", 0), "is not a JSON object", "{}"),
     ("schema1", ("history", 0, "v1Compatibility"), "must be a JSON string", {}),
     ("schema1", ("history", 0, "v1Compatibility"), "is not valid JSON", ""),
@@ -8947,7 +8950,7 @@ class OCIOutputTest(StoredCase):
         (b"", None), (b"[]", None), (b'{"imageLayoutVersion": 1}', None),
         (b'{"imageLayoutVersion": "2.0.0"}', None)) + tuple(
         (LAYOUT, index) for index in (
-            b"", b"[]", b"{}", b"\xff", b'{"manifests": [}',
+            b"", b"[]", b"\xff", b'{"manifests": [}',
             b'{"schemaVersion": 2, "manifests": {}}',
             b'{"schemaVersion": 2, "manifests": [1]}',
             b'{"schemaVersion": 2, "manifests": [{"annotations": 5}]}',
@@ -8960,6 +8963,29 @@ class OCIOutputTest(StoredCase):
         if index is not None:
             write_file(self.at("out", "index.json"), index)
         self.refuse()
+
+    @rows(((b'{"schemaVersion":2,"manifests":null}',), (b"{}",)))
+    def test_layout_of_nothing(self, index):
+        """What `umoci init` makes."""
+        remove(self.out)
+        write_file(self.at("out", "oci-layout"), LAYOUT)
+        write_file(self.at("out", "index.json"), index)
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+
+    def test_entry_of_another_type_than_its_manifest_says(self):
+        """The manifest's own word counts, each time and everywhere."""
+        _, image = self.serve(ARCHIVE_TARS[:1], kind="docker")
+        entry = image.descriptor(platform={"architecture": "amd64", "os": "linux"})
+        index = build_index([], extra_entries=[
+            dict(entry, mediaType=MEDIA_TYPES["oci"]["manifest"])])
+        index.children = [image]
+        self.origin.add("lab/typed", "1", index)
+        for options in ((), (), ("--platform", "all")):
+            self.layout(*options, self.origin.host + "/lab/typed:1")
+            self.verify(self.out)
+        self.assertTrue(imagec.Shelf(self.out).repositories)
 
     def test_T126_refuses_what_is_no_layout(self):
         write_file(self.out, b"mine")
