@@ -4513,7 +4513,7 @@ class _Layout:
             raw = self._reader.read(blob_name(digest))
             if descriptor.size not in (None, len(raw)):
                 raise SizeMismatch("manifest", descriptor.size, len(raw))
-            document = decode_manifest(raw, kind, digest)
+            document = decode_manifest(raw, None, digest)
             if isinstance(document, Index):
                 self._below[digest] = {entry.digest for entry in document.manifests}
             return document
@@ -6475,7 +6475,7 @@ class Session:
                                   % printable(entry.media_type, 80))
             raw = _held(entry, held)
             if raw is not None:
-                return decode_manifest(raw, entry.media_type, entry.digest)
+                return decode_manifest(raw, None, entry.digest)
             return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
         return fetch
 
