@@ -436,6 +436,8 @@ _REFERENCE = re.compile(  # host, its port, repository, tag, digest
     "(%s)/(%s)(?::(%s))?(?:@(.+))?" % (_HOST, _REPOSITORY, _TAG), re.DOTALL)
 _HEX64 = re.compile(r"[a-f0-9]{64}")
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
+_ANY_DIGEST = re.compile(  # the grammar of OCI image-spec, descriptor.md
+    "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+")
 
 
 def shown(text, limit=None):
@@ -454,10 +456,15 @@ class Digest(NamedTuple):
     hex: str
 
     @classmethod
-    def parse(cls, text):
-        """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
+    def parse(cls, text, known=True):
+        """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference.
+
+        Where it need not be `known`, its algorithm may be one that we cannot check.
+        """
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
+        if not (known or length) and _ANY_DIGEST.fullmatch(str(text)):
+            return cls(algorithm, value)
         if not (length and re.fullmatch("[a-f0-9]{%d}" % length, value)):
             raise InvalidReference("invalid digest '%s': expected %s" % (
                 shown(str(text), 150), "%d lowercase hex digits after %s:"
@@ -468,6 +475,14 @@ class Digest(NamedTuple):
     def of(cls, data, algorithm="sha256"):
         """The Digest of the bytes `data`."""
         return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
+
+    def require_known(self):
+        """Itself; raises Unsupported where its algorithm is one that we cannot check.
+        """
+        if self.algorithm not in _DIGEST_LENGTHS:
+            raise Unsupported("digest %.150s is of another algorithm than %s"
+                              % (str(self), ", ".join(_DIGEST_LENGTHS)))
+        return self
 
     def check(self, data, what):
         """Raises DigestMismatch unless `data` has this digest."""
@@ -766,17 +781,21 @@ class Document:
                                   % (self.where, name, value))
         return value
 
-    def digest(self, name):
-        """Member `name` as a Digest."""
-        return self.as_digest(self.need(name, str), "%s.%s" % (self.where, name))
+    def digest(self, name, known=True):
+        """Member `name` as a Digest; see as_digest."""
+        return self.as_digest(self.need(name, str), "%s.%s" % (self.where, name), known)
 
     @staticmethod
-    def as_digest(value, where):
-        """`value` (anything) as a Digest; raises InvalidDocument naming `where`."""
+    def as_digest(value, where, known=True):
+        """`value` (anything) as a Digest; raises InvalidDocument naming `where`.
+
+        Unsupported where its algorithm must be `known` and is not.
+        """
         try:
-            return Digest.parse(value)
+            digest = Digest.parse(value, known=False)
         except InvalidReference as error:
             raise InvalidDocument("%s: %s" % (where, error.message)) from None
+        return digest.require_known() if known else digest
 
     def base64url(self, name):
         """Member `name` as bytes: base64url as libtrust reads it, lines, no padding."""
@@ -842,7 +861,8 @@ class Descriptor(NamedTuple):
     """A pointer to content (OCI image-spec, descriptor.md).
 
     `size` is in bytes, None where the manifest does not say (schema1); `platform` is
-    None where there is none.
+    None where there is none. The `digest` may be of an algorithm that we cannot check
+    in an entry of an index only: others do not suffer by it.
     """
 
     media_type: str
@@ -852,8 +872,8 @@ class Descriptor(NamedTuple):
     annotations: dict = {}
 
     @classmethod
-    def from_document(cls, document):
-        """The Descriptor a Document holds; raises InvalidDocument."""
+    def from_document(cls, document, known=True):
+        """The Descriptor a Document holds; raises as Document.as_digest."""
         annotations = document.get("annotations", dict)
         annotations = annotations.value if annotations else {}
         for name, texts in (("annotations", annotations.values()),
@@ -862,7 +882,7 @@ class Descriptor(NamedTuple):
                 raise InvalidDocument("%s: '%s' must hold strings"
                                       % (document.where, name))
         platform = document.get("platform", dict)
-        return cls(document.get("mediaType", str, ""), document.digest("digest"),
+        return cls(document.get("mediaType", str, ""), document.digest("digest", known),
                    document.size("size"), platform and _platform(platform), annotations)
 
 
@@ -955,7 +975,7 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
     body's `mediaType`, and its shape, and all that speak must agree. Raises
     DigestMismatch, InvalidDocument.
     """
-    algorithm = digest.algorithm if digest else "sha256"
+    algorithm = digest.require_known().algorithm if digest else "sha256"
     signature = None
     if digest is not None and Digest.of(raw, algorithm) != digest:
         # Only a pretty signature may have a digest that is not its body's.
@@ -974,8 +994,9 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
     digest = Digest.of(raw, algorithm)
     if shape == "image":
         return _decode_image(document, raw, media_type, digest)
-    entries = document.children("manifests", INDEX_COUNT_LIMIT)
-    return Index(raw, media_type, digest, tuple(map(Descriptor.from_document, entries)))
+    return Index(raw, media_type, digest, tuple(
+        Descriptor.from_document(entry, known=False)
+        for entry in document.children("manifests", INDEX_COUNT_LIMIT)))
 
 
 def _media_type(document, content_type):
@@ -1158,6 +1179,11 @@ class ImageConfig(NamedTuple):
                          for i, value in enumerate(rootfs.get("diff_ids", list, [])))
         return cls(raw, document.value, _platform(document) or Platform.normal("", ""),
                    diff_ids)
+
+
+def blob_layers(blobs):
+    """Descriptors as Layers of which nothing else is known."""
+    return tuple(Layer("", blob, None, "") for blob in blobs)
 
 
 def list_layers(manifest, config=None):
@@ -4476,7 +4502,7 @@ class _Layout:
                                    "index.json")
             for entry in index.children("manifests", INDEX_COUNT_LIMIT):
                 with self._noting("index.json"):
-                    entry = Descriptor.from_document(entry)
+                    entry = Descriptor.from_document(entry, known=False)
                     entries.append((entry, Origin.of(entry.annotations)))
         for entry, origin in entries:
             name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
@@ -6473,6 +6499,7 @@ class Session:
             if entry.media_type not in MANIFEST_SHAPES:
                 raise Unsupported("an index entry of type %s"
                                   % printable(entry.media_type, 80))
+            entry.digest.require_known()
             raw = _held(entry, held)
             if raw is not None:
                 return decode_manifest(raw, None, entry.digest)

@@ -3109,6 +3109,7 @@ MANIFEST_TYPES = {
 }
 
 SUM_A, SUM_B, SUM_C = ("sha256:" + digit * 64 for digit in "abc")
+OTHER_DIGEST = "sha256+b64u:LCa0a2j_xo_5m0U8HTBBNBNCLXBkg7-g-YpeiGJm564"  # the spec's
 IMAGE_DOC = {
     "schemaVersion": 2,
     "config": {"mediaType": MEDIA_TYPES["oci"]["config"], "digest": SUM_A, "size": 7},
@@ -3245,7 +3246,10 @@ MEMBER_FAULTS = (
     ("image", ("config", "digest"), "must be a JSON string", 5),
     # T01, T02, T14, T40
     ("image", ("layers", 0, "digest"), "layers[0].digest: invalid", "sha256:../../x",
-     "", SUM_A + "\n", SUM_A.upper(), "md5:" + "0" * 32, "sha1:" + "0" * 40),
+     "", SUM_A + "\n", SUM_A.upper(), "md5:../x", "sha256+/x:00", "sha1:", "a..b:0"),
+    ("image", ("layers", 0, "digest"), "another algorithm", OTHER_DIGEST,
+     "md5:" + "0" * 32, "sha1:" + "0" * 40),
+    ("image", ("config", "digest"), "another algorithm", OTHER_DIGEST),
     ("index", ("manifests", 1, "digest"), "manifests[1].digest: invalid", "x"),
     ("schema1", ("fsLayers", 0, "blobSum"), "fsLayers[0].blobSum: invalid", "../x"),
     # T36
@@ -3515,7 +3519,8 @@ class ManifestsTest(TableCase):
         for odd in odds:
             with self.subTest(path=path, odd=odd):
                 raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
-                self.refused(imagec.InvalidDocument, words, decode, raw)
+                self.refused(imagec.Unsupported if words == "another algorithm" else
+                             imagec.InvalidDocument, words, decode, raw)
 
     def test_values(self):
         first, second = map(imagec.Digest.parse, (SUM_A, SUM_B))
@@ -3572,11 +3577,31 @@ class ManifestsTest(TableCase):
     def test_config_types(self, media_type, image):
         raw = json_bytes(planted(IMAGE_DOC, ("config", "mediaType"), media_type))
         found = imagec.decode_manifest(raw)
-        if image:
-            found.require_image()
-        else:
-            self.refused(imagec.Unsupported, "not a container image",
-                         found.require_image)
+        self.assertEqual(found.artifact_type, "" if image else media_type)
+
+    @rows(ARTIFACT_TYPES)
+    def test_artifact_types(self, kind, *layers):
+        image = build_artifact([(layer, b"", None) for layer in layers], None,
+                               config_type=MEDIA_TYPES["oci"]["config"])
+        self.assertEqual(imagec.decode_manifest(image.manifest).artifact_type, kind)
+
+    def test_entries_of_other_algorithms(self):
+        """Nobody else suffers by them: image-spec, descriptor.md."""
+        good = dict(INDEX_DOC["manifests"][0], size=len(json_bytes(IMAGE_DOC)),
+                    digest=sha256(json_bytes(IMAGE_DOC)))
+        index = imagec.decode_manifest(json_bytes(dict(INDEX_DOC, manifests=[
+            dict(good, digest=OTHER_DIGEST, platform={"architecture": "amd64"}),
+            dict(good, digest="md5:" + hashlib.md5(json_bytes(IMAGE_DOC)).hexdigest(),
+                 platform={"architecture": "386"}), good])))
+
+        def fetch(entry):
+            return imagec.decode_manifest(json_bytes(IMAGE_DOC), None, entry.digest)
+
+        for name, digest in (("linux/amd64", OTHER_DIGEST), ("linux/386", "md5:")):
+            self.refused(imagec.Unsupported, digest, imagec.choose, fetch, index,
+                         imagec.Platform.parse(name))
+        *_, found = imagec.choose(fetch, index, imagec.Platform.parse("linux/arm64"))
+        self.assertEqual(str(found.digest), good["digest"])
 
 
 class Schema1Test(TableCase):
