@@ -1325,7 +1325,13 @@ def modern_manifest(config, layers):
 def with_layers(manifest, layers):
     """A Manifest like `manifest`, its layers' Descriptors replaced by `layers`."""
     document = json.loads(manifest.raw.decode("utf-8"))
-    for member, layer in zip(document["layers"], layers):
+    for member, old, layer in zip(document["layers"], manifest.layers, layers):
+        if old.digest != layer.digest:  # what is said of the old bytes goes with them
+            member.pop("data", None)
+            member.pop("urls", None)
+            for key in filter(re.compile(".*(zstd-chunked|stargz)").match,
+                              old.annotations):
+                del member["annotations"][key]
         member.update(mediaType=layer.media_type, size=layer.size,
                       digest=str(layer.digest))
     raw = canonical_json(document, sort_keys=False)

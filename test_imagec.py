@@ -9252,6 +9252,21 @@ class RecompressTest(StoredCase):
         self.assertEqual(imagec.Origin.of(entry["annotations"]), (
             imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", ()))
 
+    def test_what_was_said_of_the_old_bytes_is_gone(self):
+        chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
+        document = json.loads(self.image.manifest.decode())
+        document["layers"][0].update(data="eA==", urls=["https://x/"], annotations={
+            "mine": "x", chunked + "manifest-checksum": SUM_A,
+            chunked + "manifest-position": "1:2:3:1", toc + "stargz/toc.digest": SUM_A})
+        self.origin.add_manifest("lab/app", "2", json_bytes(document),
+                                 self.image.media_type)
+        self.recompressed("noted", self.reference[:-1] + "2")
+        blobs = [data for data in contents(self.at("noted")).values()
+                 if b'"mine"' in data]
+        layer = json.loads(blobs[0].decode())["layers"][0]
+        self.assertEqual(set(layer), {"mediaType", "size", "digest", "annotations"})
+        self.assertEqual(layer["annotations"], {"mine": "x"})
+
     def test_layout(self):
         for _ in range(2):
             self.recompressed("out", self.reference)
