@@ -200,6 +200,8 @@ IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.cont
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"  # cosign to 2
 SIGSTORE_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"  # and from 3 on
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+#: In the types of layers that say something about another image: signatures, SBOMs.
+STATEMENT_TYPES = re.compile("json|xml|text/")
 
 
 # --------------------------------------------------------------------------------------
@@ -398,7 +400,8 @@ class NoMatchingPlatform(NotFound):
         if len(names) > PLATFORMS_SHOWN:
             names[PLATFORMS_SHOWN:] = ["and %d more" % (len(names) - PLATFORMS_SHOWN)]
         super().__init__("no image for platform %s; there is: %s" % (
-            wanted, ", ".join(names) or "none"), hint="choose with --platform")
+            wanted, ", ".join(names) or "none"), hint="choose with --platform" if names
+            else "--format oci --platform all takes what it holds")
         self.wanted, self.available = wanted, tuple(available)
 
 
@@ -871,6 +874,12 @@ class Descriptor(NamedTuple):
     platform: Optional[Platform] = None
     annotations: dict = {}
 
+    @property
+    def is_tar(self):
+        """Whether a layer's type is a tar's, or none at all."""
+        return not self.media_type or "tar" in self.media_type and not (
+            self.media_type.endswith("+encrypted"))
+
     @classmethod
     def from_document(cls, document, known=True):
         """The Descriptor a Document holds; raises as Document.as_digest."""
@@ -894,20 +903,17 @@ def _platform(document):
 
 
 class Manifest(NamedTuple):
-    """A schema2 or OCI image manifest: `raw` bytes as received, and what they say."""
+    """A schema2 or OCI image manifest: `raw` bytes as received, and what they say.
+
+    `artifact_type` says what it is if not an image, "" for an image.
+    """
 
     raw: bytes
     media_type: str
     digest: Digest
     config: Descriptor
     layers: Tuple[Descriptor, ...]
-
-    def require_image(self):
-        """Raises Unsupported where this is an artifact or a plugin, not an image."""
-        kind = self.config.media_type
-        if kind not in ODD_CONFIG_TYPES and not kind.startswith(IMAGE_TYPE_PREFIXES):
-            raise Unsupported("not a container image: its config is of type %s"
-                              % printable(kind, 100))
+    artifact_type: str = ""
 
 
 class Index(NamedTuple):
@@ -937,6 +943,11 @@ class Layer(NamedTuple):
     size: Optional[int] = None
 
     @property
+    def opaque(self):
+        """Whether it is an image's layer of which only unpacking tells the diffID."""
+        return self.diff_id is None and self.id != ""
+
+    @property
     def digest(self):
         """The blob's digest."""
         return self.blob.digest
@@ -960,6 +971,7 @@ class Schema1Manifest(NamedTuple):
     tag: str
     architecture: str
     layers: Tuple[Layer, ...]
+    artifact_type = ""  # see Manifest
 
 
 #: Member of a manifest -> the shape it is of.
@@ -1044,11 +1056,17 @@ def _decode_image(document, raw, media_type, digest):
     layers = tuple(Descriptor.from_document(layer)
                    for layer in document.children("layers", LAYER_COUNT_LIMIT))
     sizes = {}
-    for layer in layers:
-        if sizes.setdefault(layer.digest, layer.size) != layer.size:
+    for blob in (config,) + layers:
+        if sizes.setdefault(blob.digest, blob.size) != blob.size:
             raise InvalidDocument("%s gives two sizes for %s"
-                                  % (document.where, layer.digest))
-    return Manifest(raw, media_type, digest, config, layers)
+                                  % (document.where, blob.digest))
+    kind = config.media_type
+    image = kind in ODD_CONFIG_TYPES or kind.startswith(IMAGE_TYPE_PREFIXES)
+    if image and layers and all(STATEMENT_TYPES.search(layer.media_type)
+                                for layer in layers):
+        image, kind = False, layers[0].media_type
+    return Manifest(raw, media_type, digest, config, layers,
+                    "" if image else document.get("artifactType", str) or kind)
 
 
 def _decode_schema1(raw, signature, algorithm, what):
@@ -1153,7 +1171,11 @@ def choose(fetch, document, platform):
     if not isinstance(document, Index):
         return (document,)
     for trail in walk(fetch, matching(document, platform), (document,), platform):
-        if not isinstance(trail[-1], Index):
+        found = trail[-1]
+        # A signature that happens to stand there, of no platform, is not meant.
+        if not isinstance(found, Index) and (not found.artifact_type or any(
+                entry.platform and entry.digest == found.digest
+                for entry in trail[-2].manifests)):
             return trail
     raise NoMatchingPlatform(platform, [
         entry.platform for entry in document.manifests
@@ -4458,12 +4480,14 @@ class Stored(NamedTuple):
                             if isinstance(blob, Layer) else "config.json")
 
     def layers(self, manifest):
-        """The Layers of an image in it. Raises Unsupported where it is none, and what
-        its config is wrong about.
+        """The Layers of an image in it, less all but their blobs of an artifact.
+
+        Raises what its config is wrong about.
         """
         config = None
         if isinstance(manifest, Manifest):
-            manifest.require_image()
+            if manifest.artifact_type:
+                return blob_layers(manifest.layers)
             config = ImageConfig.parse(self.reader.read(self.file_of(manifest.config)))
         return list_layers(manifest, config)
 
@@ -4538,6 +4562,7 @@ class _Layout:
     def _fetch(self, descriptor):
         digest, kind = descriptor.digest, descriptor.media_type
         with self._noting(blob_name(digest)):
+            digest.require_known()
             if kind and kind not in MANIFEST_SHAPES:
                 drain(proved(self._reader.region(blob_name(digest)).pieces(
                     self._reader.check), digest, descriptor.size))
@@ -4830,8 +4855,9 @@ class Image(NamedTuple):
     its layers are unpacked; `platform` is what the image says it is for. `format` and
     `path` say where it was pulled to, else they are None.
 
-    It may also be a whole index: that is its `manifest` then, `below` are the documents
-    below it, `layers` all blobs of these, configs included, as Layers without id,
+    It may also be an artifact: then `layers` are all its blobs, its config too, as
+    Layers without id, `platform` is None. Or a whole index: that is its `manifest`
+    then, `below` are the documents below it, `layers` all blobs of these in that way,
     `platform` is "all".
     """
 
@@ -4851,6 +4877,17 @@ class Image(NamedTuple):
     def image_id(self):
         """docker's image ID; None for schema1 before its layers are unpacked."""
         return self.config and str(Digest.of(self.config.raw))
+
+    def require_file_system(self):
+        """Raises Unsupported unless it is an image all of whose layers are tars."""
+        if self.manifest.artifact_type:
+            raise Unsupported("%s is no container image, but an artifact of type %s" % (
+                self.reference, printable(self.manifest.artifact_type, 100)))
+        for layer in self.layers:
+            if not layer.blob.is_tar:
+                raise Unsupported("layer %s of %s is of type %s, not a tar" % (
+                    str(layer.digest), self.reference,
+                    printable(layer.blob.media_type, 100)))
 
     @property
     def documents(self):
@@ -4917,6 +4954,11 @@ class Output:
     def held(self, reference, registry_url):
         """The documents it has of an image of that name, as bytes, outermost first."""
         return []
+
+    def accept(self, image):
+        """Raises Unsupported where it cannot hold an Image; touches nothing."""
+        if self.unpacks:
+            image.require_file_system()
 
     def place(self, image, layer):
         """The Place of the blob of an Image's layer; touches nothing."""
@@ -5105,13 +5147,13 @@ def index_entry(image, name):
     document, platform = image.manifest, image.platform
     entry = {"mediaType": document.media_type, "digest": str(document.digest),
              "size": len(document.raw)}
-    if platform != "all":
+    if platform not in (None, "all"):
         entry["platform"] = {key: value for key, value in (
             ("architecture", platform.architecture), ("os", platform.os),
             ("variant", platform.variant), ("os.version", platform.os_version))
             if value}
     entry["annotations"] = Origin(
-        image.digest, image.reference.name, str(platform),
+        image.digest, image.reference.name, str(platform or ""),
         tuple(index.digest for index in image.indexes)).annotations()
     if name is not None:
         entry["annotations"].update({NAME_ANNOTATION: str(name),
@@ -5292,6 +5334,12 @@ class ArchiveOutput(Spooled):
 
     _fetched = {}  # digest -> Fetched of the blobs that are proved
 
+    def accept(self, image):
+        try:
+            image.require_file_system()
+        except Unsupported as error:
+            log.warning("docker cannot load what others can: %s", error)
+
     def within(self, images):
         order = _in_order(images)
         paths = () if self.stream is not None else (self.path + PARTIAL, self.path)
@@ -5329,7 +5377,8 @@ class ArchiveOutput(Spooled):
         if unfinished[0] >= size:
             return unfinished
         status = os.stat(self.path)
-        if len(blobs) == len(order) and all(image.config for image in images) and (
+        if len(blobs) == len(order) and all(
+                image.config or image.platform is None for image in images) and (
                 _goes_on(self.path, size, self._tail(images))):
             found = self._recovered(self.path, order, self.check)
             if found == (size, blobs):
@@ -5356,8 +5405,8 @@ class ArchiveOutput(Spooled):
             write(prologue)
             good = len(prologue)
             for layer in order:
-                if layer.diff_id is None or not _holds(file, layer.blob, check,
-                                                       self.recompress, write):
+                if layer.opaque or not _holds(file, layer.blob, check, self.recompress,
+                                              write):
                     break
                 blobs.append(layer.blob)
                 good = file.tell()
@@ -5399,7 +5448,7 @@ class ArchiveOutput(Spooled):
         manifests, repositories = [], {}
         for image, name in images:
             add_to_index(manifests, index_entry(image, name))
-            if name is not None and image.layers:  # what docker before 1.10 reads
+            if name is not None and image.config and image.layers:  # docker before 1.10
                 repositories.setdefault(name.name, {})[name.tag] = image.layers[-1].id
         members += [("index.json", canonical_json(
             {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})),
@@ -5413,6 +5462,8 @@ def _docker_manifest(images):
     """manifest.json, what `docker load` reads (moby, image/tarexport)."""
     entries = {}
     for image, name in images:
+        if image.config is None:  # an artifact
+            continue
         entry = entries.setdefault(image.manifest.digest, {
             "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
             "Layers": [blob_name(layer.digest) for layer in image.layers]})
@@ -5440,7 +5491,7 @@ def _in_order(images):
     """The layers of these, each blob once, in the order of an archive."""
     order = {}
     for layer in (layer for image in images for layer in image.layers):
-        if layer.digest not in order or layer.diff_id is None:
+        if layer.digest not in order or layer.opaque:
             # The diffID that is asked for does not come with an earlier run's blob.
             order[layer.digest] = layer
     return list(order.values())
@@ -6462,7 +6513,10 @@ class Session:
         manifest, config = found[-1], None
         with naming(source.host):
             if isinstance(manifest, Manifest):
-                manifest.require_image()
+                if manifest.artifact_type:
+                    return Image(reference, source.registry_url, found[0].digest,
+                                 found[:-1], manifest, None, None,
+                                 blob_layers((manifest.config,) + manifest.layers))
                 raw = _held(manifest.config, held)
                 config = (source.ask(Registry.fetch_config, manifest.config)[0]
                           if raw is None else ImageConfig.parse(raw))
@@ -6493,8 +6547,8 @@ class Session:
                 if isinstance(child, Schema1Manifest):
                     raise Unsupported("a schema1 manifest in an index")
                 if isinstance(child, Manifest):
-                    for blob in (child.config,) + child.layers:
-                        blobs.setdefault(blob.digest, Layer("", blob, None, ""))
+                    for layer in blob_layers((child.config,) + child.layers):
+                        blobs.setdefault(layer.digest, layer)
         return Image(reference, source.registry_url, index.digest, (), index,
                              None, "all", tuple(blobs.values()), tuple(below.values()))
 
@@ -6541,7 +6595,7 @@ class Puller:
             check_free(output.path, sum(max(0, (blob.size or 0) - there)
                                         for _, blob, there in self.plan(images)))
         self._opaque = {layer.digest for image in images for layer in image.layers
-                        if isinstance(image.manifest, Schema1Manifest)}
+                        if layer.opaque}
         try:
             # 3. A place for them, and into it their layers, each proved.
             output.open(images)
@@ -6576,6 +6630,8 @@ class Puller:
                                   output.held(reference, session.source(
                                       reference).registry_url))
                   for reference in references]
+        for image in images:
+            output.accept(image)
         return images if output.verbatim else [image._replace(layers=tuple(
             layer for layer in image.layers if not layer.throwaway))
             for image in images]
@@ -6634,17 +6690,18 @@ class Puller:
                           lambda tar: output.visit(layer, tar), apart,
                           session.transport.check, layer.diff_id)
 
-        unpacks = output.unpacks or session.recompress or layer.digest in self._opaque
+        recompress_to = layer.id and session.recompress  # an artifact's blobs have none
+        unpacks = output.unpacks or recompress_to or layer.digest in self._opaque
         fetched = Download(
             session.source(image.reference), layer.blob, place,
             look if unpacks else None, layer.diff_id, session.notify,
             not output.streams).run()
         with open(fetched.path, "rb") as file:
             zstd = codec_of(file) == "zstd"
-        if zstd and session.recompress:
+        if zstd and recompress_to:
             fetched = recompress(fetched, lambda blob: output.place(
                 image, layer._replace(blob=blob)).path, session.transport.check)
-        elif zstd and output.format == "archive":
+        elif zstd and layer.id and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
         output.add(image, layer, fetched)
@@ -6912,15 +6969,15 @@ class Audit:
                                "none")
         with self._noting(where):
             layers = found.layers(manifest)
-        self._images[manifest.digest] = (where, list(map(found.file_of, layers)),
-                                         layers and layers[-1].id)
+        self._images[manifest.digest] = () if manifest.artifact_type else (
+            where, list(map(found.file_of, layers)), layers and layers[-1].id)
         if found.tree is not None:
             with self._noting(found.tree + UNPACKED), contextlib.suppress(
                     FileNotFoundError):
                 said = parse_unpacked(read(found.tree + UNPACKED))
         for layer in layers:
             name = found.file_of(layer)
-            tar = found.tree is not None or ".tar" in layer.blob.media_type
+            tar = layer.blob.is_tar and not manifest.artifact_type
             unpacked = self._blob(found, layer.blob, name, tar, layer.diff_id)
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
                 self._fault(name, "unpacks to %s, the config says %s" % (
@@ -6955,7 +7012,7 @@ class Audit:
     def _check_docker(self, reader, names):
         """What docker reads must say what index.json says; the blobs are checked."""
         images, repositories = set(), {}
-        for digest, (config, layers, top) in self._images.items():
+        for digest, (config, layers, top) in filter(all, self._images.items()):
             tags = self._names[digest] - {None}
             images.update(canonical_json([config, layers, tag])
                           for tag in tags or [None])
@@ -7746,7 +7803,8 @@ def image_json(image):
     """An Image as a JSON-able dict, as `pull --json` prints it."""
     return {
         "reference": str(image.reference), "digest": str(image.digest),
-        "image_id": image.image_id, "platform": SECRETS.hide(str(image.platform)),
+        "image_id": image.image_id, "platform": image.platform and SECRETS.hide(
+            str(image.platform)),
         "format": image.format, "path": image.path,
         "layers": [layer_json(layer, size=layer.size) for layer in image.layers]}
 
@@ -7860,7 +7918,7 @@ def _run_inspect(args, session):
     elif not args.config:
         yield json.dumps(hidden(inspection(image)), indent=2)
     elif image.config is None:
-        raise Unsupported("%s is a schema1 image or an index: it has no config"
+        raise Unsupported("%s is schema1, an artifact or an index: it has no config"
                           % (args.reference,), "see what it has with inspect --raw")
     else:
         yield image.config.raw
@@ -7882,7 +7940,7 @@ def inspection(image):
         "digest": str(image.digest),
         "media_type": (image.indexes + (image.manifest,))[0].media_type,
         "manifest_digest": str(image.manifest.digest),
-        "image_id": image.image_id, "platform": str(image.platform),
+        "image_id": image.image_id, "platform": image.platform and str(image.platform),
         "layers": list(map(layer_json, image.layers))}
     for key in ("created", "author", "config"):
         if image.config is not None and image.config.value.get(key) is not None:
