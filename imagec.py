@@ -183,6 +183,7 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 SCHEMA1_LAYER = "application/vnd.docker.container.image.rootfs.diff+x-gtar"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 #: Media type of a manifest -> its shape.
@@ -568,6 +569,13 @@ class Reference(NamedTuple):
         """Host and repository, without tag and digest."""
         return "%s/%s" % (self.host, self.repository)
 
+    @classmethod
+    def full(cls, text):
+        """The reference `text` spelled in full; `text` where it is none."""
+        with contextlib.suppress(InvalidReference):
+            return str(cls.parse(text))
+        return text
+
     def __str__(self):
         return "%s%s%s" % (self.name, ":" + self.tag if self.tag else "",
                            "@" + str(self.digest) if self.digest else "")
@@ -818,6 +826,7 @@ class Document:
                                 % (self.where, name, len(values), limit))
         return [Document(value, "%s.%s[%d]" % (self.where, name, i))
                 for i, value in enumerate(values)]
+
 
 
 class PrettySignature(NamedTuple):
@@ -1334,14 +1343,14 @@ def modern_config(manifest, diff_ids):
     return ImageConfig.parse(text.encode("utf-8"))
 
 
-def modern_manifest(config, layers):
-    """A schema2 Manifest of an ImageConfig and layers' Descriptors."""
-    pointer = Descriptor(DOCKER_CONFIG, Digest.of(config.raw), len(config.raw))
+def modern_manifest(config, layers, kind=DOCKER_MANIFEST, config_kind=DOCKER_CONFIG):
+    """A Manifest of an ImageConfig and layers' Descriptors, schema2 by default."""
+    pointer = Descriptor(config_kind, Digest.of(config.raw), len(config.raw))
     first, *others = [{"mediaType": one.media_type, "size": one.size,
                        "digest": str(one.digest)} for one in (pointer, *layers)]
-    raw = canonical_json({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST,
-                          "config": first, "layers": others}, sort_keys=False)
-    return Manifest(raw, DOCKER_MANIFEST, Digest.of(raw), pointer, tuple(layers))
+    raw = canonical_json({"schemaVersion": 2, "mediaType": kind, "config": first,
+                          "layers": others}, sort_keys=False)
+    return Manifest(raw, kind, Digest.of(raw), pointer, tuple(layers))
 
 
 def with_layers(manifest, layers):
@@ -4361,13 +4370,15 @@ class TarReader(Reader):
     """The members of a layout that is a tar, by their names as they stand in it.
 
     It is walked as layers are (see Tar): once, without a look at the data. `names` has
-    them as often as they are there; directories end in "/". Raises InvalidDocument
+    them as often as they are there; directories end in "/". Where it is `docker`'s and
+    no layout, a link to a regular member is that member. `regions` has the Region of
+    each that is to be read, the member a link leads to, or None. Raises InvalidDocument
     where it is no tar, or goes on behind its end.
     """
 
     def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
-        self._names, self._regions = [], {}  # None: not to be read
+        self._names, self.regions = [], {}
         with Region(self.path, 0, 0).open() as file:
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
             for entry, _ in tar:
@@ -4378,38 +4389,54 @@ class TarReader(Reader):
                 name = entry.path.decode("utf-8", "backslashreplace")
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
-                readable = (entry.kind == "file" and not tar.sparse
-                            and name not in self._regions)
-                self._regions[name] = Region(self.path, tar.offset,
-                                             entry.size) if readable else None
+                region = entry.link.decode("utf-8", "backslashreplace")
+                if entry.kind == "symlink" and region.startswith("../"):
+                    region = region[3:]  # docker's and podman's are one folder down
+                elif entry.kind == "file" and not tar.sparse:
+                    region = Region(self.path, tar.offset, entry.size)
+                self.regions[name] = None if name in self.regions else region
                 self._names.append(name)
             file.seek(tar.offset)
             if any(data.strip(b"\0") for data in pieces(file, check=check)):
                 raise InvalidDocument("there is more behind the end of the tar")
         if not self._names:
             raise InvalidDocument("no tar, or an empty one")
+        self.docker = "manifest.json" in self.regions and (
+            "oci-layout" not in self.regions)
 
     def region(self, name):
         self.asked.add(name)
-        if name not in self._regions:
+        if name not in self.regions:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
-        if self._regions[name] is None:
+        region = self.regions[name]
+        if self.docker and type(region) is str:
+            self.asked.add(region)
+            region = self.regions.get(region)
+        if type(region) is not Region:
             raise InvalidDocument("%s is not a regular file, or not the only one"
                                   % name)
-        return self._regions[name]
+        return region
+
+
+#: What to say of the rest, an unpacked root file system among it.
+READABLE = "what can be read is a layers tree, an OCI layout or an archive of images"
 
 
 def open_place(path, check=go_on, unlisted=_raise):
     """The Reader of what a pull has written to `path`.
 
-    Raises OutputError where there is nothing, InvalidDocument where a file is no tar.
+    Raises OutputError where there is nothing of an image, InvalidDocument where a file
+    is no tar.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise OutputError(path or "''", "is not there") from None
     if stat.S_ISREG(mode):
-        return TarReader(path, check)
+        reader = TarReader(path, check)
+        if reader.docker or "oci-layout" in reader.names():
+            return reader
+        raise OutputError(path, "no image is in it", READABLE)
     if not stat.S_ISDIR(mode):
         raise OutputError(path, "is neither a file nor a directory")
     return Reader(path, check, unlisted)
@@ -4500,7 +4527,8 @@ def stored(reader, noting=naming):
     """
     if isinstance(reader, TarReader) or os.path.lexists(
             os.path.join(reader.path, "oci-layout")):
-        yield from _Layout(reader, noting).stored()
+        docker = getattr(reader, "docker", False)
+        yield from (_DockerLayout if docker else _Layout)(reader, noting).stored()
         return
     for tree in _trees(reader.names()):
         name, digest = _tree_name(os.path.join(reader.path, tree))
@@ -4520,27 +4548,31 @@ class _Layout:
         self._reader, self._noting = reader, noting
         self._seen = set()  # what was drawn, see walk
         self._below = {}  # digest of an index -> those it lists; None: not read
+        self._made = {}  # digest -> bytes of a manifest made here
 
     def stored(self):
-        """Yields a Stored for each entry of its index.json."""
+        """Yields a Stored for each entry."""
+        for entry, origin in list(self._entries()):
+            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+            if name is None and not re.fullmatch(_TAG, tag or "none"):
+                name, tag = tag, None  # podman has the whole name there
+            name = name and Reference.full(name)
+            documents = self._documents(entry, origin.indexes if origin else ())
+            yield Stored(self._reader, None, name, tag, entry.digest, origin,
+                         _noted(self._noting, "index.json", documents))
+
+    def _entries(self):
+        """Yields (Descriptor, Origin or None) of each entry of its index.json."""
         with self._noting("oci-layout"):
             Document.parse(self._reader.read("oci-layout"), "oci-layout").need(
                 "imageLayoutVersion", str)
-        entries = []
         with self._noting("index.json"):
             index = Document.parse(self._reader.read("index.json", CONTENTS_LIMIT),
                                    "index.json")
             for entry in index.children("manifests", INDEX_COUNT_LIMIT):
                 with self._noting("index.json"):
                     entry = Descriptor.from_document(entry, known=False)
-                    entries.append((entry, Origin.of(entry.annotations)))
-        for entry, origin in entries:
-            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
-            if name is None and not re.fullmatch(_TAG, tag or "none"):
-                name, tag = tag, None  # podman has the whole name there
-            documents = self._documents(entry, origin.indexes if origin else ())
-            yield Stored(self._reader, None, name, tag, entry.digest, origin,
-                         _noted(self._noting, "index.json", documents))
+                    yield entry, Origin.of(entry.annotations)
 
     def _documents(self, entry, way):
         for digest in way:
@@ -4567,13 +4599,62 @@ class _Layout:
                 drain(proved(self._reader.region(blob_name(digest)).pieces(
                     self._reader.check), digest, descriptor.size))
                 raise Unsupported("it is of type %s" % printable(kind, 80))
-            raw = self._reader.read(blob_name(digest))
+            raw = self._made.get(digest) or self._reader.read(blob_name(digest))
             if descriptor.size not in (None, len(raw)):
                 raise SizeMismatch("manifest", descriptor.size, len(raw))
             document = decode_manifest(raw, None, digest)
             if isinstance(document, Index):
                 self._below[digest] = {entry.digest for entry in document.manifests}
             return document
+
+
+class _DockerLayout(_Layout):
+    """What the names in a docker-archive without manifests lead to: `docker save`
+    before 25, podman and skopeo make it. A manifest of each image is made here.
+    """
+
+    def _entries(self):
+        log.warning("%s has no manifests: those of its images, and so their digests, "
+                    "are made here", self._reader.path)
+        with self._noting("manifest.json"):
+            images = {"images": parse_json(self._reader.read(
+                "manifest.json", CONTENTS_LIMIT), "manifest.json")}
+            for image in Document(images, "manifest.json").children(
+                    "images", INDEX_COUNT_LIMIT):
+                name = image.need("Config", str)
+                with self._noting(name):
+                    if name in self._reader.asked:  # docker gives all tags at once
+                        raise InvalidDocument("manifest.json has it twice")
+                    made = self._manifest(name, image.get("Layers", list, []))
+                    for tag in (image.get("RepoTags", list) or [""]) if made else ():
+                        yield Descriptor(
+                            OCI_MANIFEST, made.digest, len(made.raw), None,
+                            {NAME_ANNOTATION: str(tag)} if tag else {}), None
+
+    def _manifest(self, name, layers):
+        """The Manifest made for a config and its layers; None where one is not there.
+        """
+        config = ImageConfig.parse(self._reader.read(name))
+        if len(layers) != len(config.diff_ids):
+            raise VerificationError("it lists %d diffIDs, manifest.json %d layers"
+                                    % (len(config.diff_ids), len(layers)))
+        blobs = []
+        for digest, name in ((Digest.of(config.raw), name),
+                             *zip(config.diff_ids, map(str, layers))):
+            with self._noting(name):
+                region = self._reader.region(name)
+                with region.open() as file:
+                    if codec_of(file) != "tar":
+                        raise Unsupported("compressed, and its digest is nowhere")
+                if self._reader.regions.setdefault(blob_name(digest), region) != region:
+                    raise InvalidDocument("is there by another name, too")
+                blobs.append(Descriptor(OCI_LAYER.replace("+gzip", ""), digest,
+                                        region.size))
+        if len(blobs) <= len(layers):
+            return None
+        made = modern_manifest(config, blobs[1:], OCI_MANIFEST, OCI_CONFIG)
+        self._made[made.digest] = made.raw
+        return made
 
 
 def held(path, name=None, check=go_on):
@@ -6851,10 +6932,6 @@ def new_output(path, format=None, tag=None, stream=None):
 # 16  Verify*: what a pull wrote, re-checked offline
 # --------------------------------------------------------------------------------------
 
-#: What to say of the rest, an unpacked root file system among it.
-_VERIFIABLE = "what verify can check is a layers tree, an OCI layout or an archive"
-
-
 class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
@@ -6886,13 +6963,12 @@ class Audit:
         with self._noting("content"):
             reader = open_place(path, self._go_on, unlisted)
         if reader is not None:
-            if isinstance(reader, TarReader) and "oci-layout" not in reader.names():
-                raise OutputError(path, "no OCI layout is in it", _VERIFIABLE)
             for found in stored(reader, self._noting):
                 self._check_stored(found)
             self._check_names(reader)
         if not (self.images or self.faults or self.unread or self.missing):
-            raise OutputError(path, "no image is in it", _VERIFIABLE)
+            raise OutputError(path, "no image is in it", "; ".join(self.unchecked)
+                              or READABLE)
         return self
 
     def _check_stored(self, found):
@@ -6945,15 +7021,26 @@ class Audit:
             return  # what they would lead to is no more "extra" than it is good
         if "oci-layout" in reader.asked:
             self._check_docker(reader, names)
-        folders = {"blobs/", "blobs/sha256/"}.union(
-            os.path.dirname(name) + "/" for name in reader.asked if "/" in name)
+        known = {"blobs/", "blobs/sha256/"}.union(reader.asked, (
+            os.path.dirname(name) + "/" for name in reader.asked if "/" in name))
+        if archive and reader.docker:  # what is there for docker before 1.10
+            known.update(name for name in names if re.fullmatch(
+                r"repositories|[0-9a-f]{64}/(VERSION|json|layer\.tar)?", name))
         for name, count in names.items():
             if count > 1:
                 self._fault(name, "stands %d times" % count)
-            elif name not in reader.asked and not archive:
+            elif name not in known and (not archive or self._is_blob(reader, name)):
                 self.ignored.append(name)
-            elif name not in reader.asked and name not in folders:
+            elif name not in known:
                 self._fault(name, "extra, nothing points to it")
+
+    def _is_blob(self, reader, name):
+        """Whether a member is the blob it is called: docker leaves v1 configs there."""
+        with contextlib.suppress(InvalidReference, InvalidDocument, VerificationError):
+            digest = Digest.parse(name.replace("blobs/", "", 1).replace("/", ":"))
+            drain(proved(reader.region(name).pieces(self._go_on), digest))
+            return True
+        return False
 
     def _image(self, found, manifest):
         self.images += 1
@@ -6963,14 +7050,16 @@ class Audit:
             where = found.file_of(manifest.config)
             self._blob(found, manifest.config, where)
             if found.tree is None:
-                layers = [Layer("", blob, None, "") for blob in manifest.layers]
+                layers = blob_layers(manifest.layers)
         elif found.tree is None:
             return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
                                "none")
         with self._noting(where):
             layers = found.layers(manifest)
         self._images[manifest.digest] = () if manifest.artifact_type else (
-            where, list(map(found.file_of, layers)), layers and layers[-1].id)
+            where, list(map(found.file_of, layers)), [
+                id for top in layers[-1:] for id in (top.id, top.diff_id and (
+                    top.diff_id.hex))])  # docker takes the latter in its layouts
         if found.tree is not None:
             with self._noting(found.tree + UNPACKED), contextlib.suppress(
                     FileNotFoundError):
@@ -6978,6 +7067,9 @@ class Audit:
         for layer in layers:
             name = found.file_of(layer)
             tar = layer.blob.is_tar and not manifest.artifact_type
+            if not (tar or manifest.artifact_type):
+                self.unchecked.append("%s: what it unpacks to: it is of type %s" % (
+                    name, printable(layer.blob.media_type, 80)))
             unpacked = self._blob(found, layer.blob, name, tar, layer.diff_id)
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
                 self._fault(name, "unpacks to %s, the config says %s" % (
@@ -7011,13 +7103,12 @@ class Audit:
 
     def _check_docker(self, reader, names):
         """What docker reads must say what index.json says; the blobs are checked."""
-        images, repositories = set(), {}
-        for digest, (config, layers, top) in filter(all, self._images.items()):
+        images, named = set(), {}
+        for digest, (config, layers, tops) in filter(all, self._images.items()):
             tags = self._names[digest] - {None}
             images.update(canonical_json([config, layers, tag])
                           for tag in tags or [None])
-            for repository, _, tag in (tag.rpartition(":") for tag in tags if top):
-                repositories.setdefault(repository, {})[tag] = top
+            named.update((tag, tops) for tag in tags if tops)
         if "manifest.json" in names:
             with self._noting("manifest.json"):
                 entries = parse_json(reader.read("manifest.json", CONTENTS_LIMIT),
@@ -7025,15 +7116,20 @@ class Audit:
                 said = set()
                 for entry in entries if type(entries) is list else [entries]:
                     entry = Document(entry, "manifest.json")
-                    image = [entry.need("Config", str), entry.need("Layers", list)]
-                    said.update(canonical_json(image + [tag]) for tag in entry.get(
-                        "RepoTags", list, []) or [None])
+                    image = [entry.need("Config", str), entry.get("Layers", list)]
+                    said.update(canonical_json(image + [tag and Reference.full(
+                        str(tag))]) for tag in entry.get("RepoTags", list) or [None])
                 if said != images:
                     raise InvalidDocument("names other images than index.json")
         if "repositories" in names:  # of docker before 1.10
             with self._noting("repositories"):
-                if parse_json(reader.read("repositories", CONTENTS_LIMIT),
-                              "repositories") != repositories:
+                said = Document.parse(reader.read("repositories", CONTENTS_LIMIT),
+                                      "repositories").value.items()
+                said = {Reference.full("%s:%s" % (name, tag)): top
+                        for name, tags in said if type(tags) is dict
+                        for tag, top in tags.items()}
+                if set(said) != set(named) or any(
+                        said[tag] not in named[tag] for tag in said):
                     raise InvalidDocument("names other images than index.json")
 
 

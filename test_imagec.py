@@ -8461,6 +8461,38 @@ def origin_of(**fields):
     return {ORIGIN + name: text for name, text in fields.items()}
 
 
+def docker_archive(images, style, links):
+    """What `docker save` before 25, or skopeo and podman, make of images lab/app:N."""
+    members, entries = collections.OrderedDict(), []
+    for number, image in enumerate(images):
+        names = []
+        for place, digest in enumerate(image.layers):
+            legacy = "%063d%d/" % (number, place)
+            name = legacy + "layer.tar" if style == "docker" else digest[7:] + ".tar"
+            first = members.get(digest)
+            if first is None:
+                members[digest] = name
+                members[name] = raw_member(name.encode(), image.blobs[digest])
+            if links and style == "docker" and first:
+                members[name] = raw_member(name.encode(), kind=b"2",
+                                           link=b"../" + first.encode())
+            elif first:
+                name = first
+            if links and style != "docker":
+                members[legacy] = raw_member(legacy.encode() + b"layer.tar", kind=b"2",
+                                             link=b"../" + name.encode())
+            members[legacy + "VERSION"] = raw_member(legacy.encode() + b"VERSION",
+                                                     b"1.0")
+            names.append(name)
+        config = sha256(image.config)[7:] + ".json"
+        members[config] = raw_member(config.encode(), image.config)
+        entries.append({"Config": config, "Layers": names,
+                        "RepoTags": ["lab/app:%d" % number]})
+    return b"".join(one for one in members.values() if type(one) is bytes) + raw_member(
+        b"manifest.json", json_bytes(entries)) + raw_member(
+            b"repositories", b"{}") + bytes(1024)
+
+
 def archive_headers(header):
     """What tarfile makes of header blocks."""
     with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
@@ -9256,7 +9288,7 @@ class ArtifactsTest(StoredCase):
             self.assertEqual(run.err.count("\n"), 1)
         self.assertEqual(os.listdir(self.work), [])
 
-    def kept(self, reference, image):
+    def kept(self, reference, image, told=""):
         """It comes whole into a layout and an archive, is good there, and served."""
         for format in ("oci", "archive"):
             for _ in range(2):
@@ -9265,7 +9297,8 @@ class ArtifactsTest(StoredCase):
                 self.assertEqual(run.status, 0, run.err)
                 self.assertEqual("docker cannot load" in run.err, format == "archive")
                 run = self.main("verify", self.at(format))
-                self.assertEqual((run.status, run.err), (0, ""))
+                self.assertEqual(run.status, 0)
+                self.assertRegex(run.err, r"\A%s\Z" % told)
             shelf = imagec.Shelf(self.at(format))
             for digest in image.blobs:
                 self.assertTrue(shelf.blob(imagec.Digest.parse(digest)), digest)
@@ -9306,7 +9339,8 @@ class ArtifactsTest(StoredCase):
         reference = self.offered(image)
         self.refused(reference, "layer %s .*lab/thing:1 is of type %s, not a tar$" % (
             image.layers[1], re.escape(kind)), "layers", "rootfs")
-        self.kept(reference, image)
+        self.kept(reference, image, "imagec: warning: not checked: blobs/.*: what it "
+                  "unpacks to: it is of type %s\n" % re.escape(kind))
 
     def test_an_image_beside_it(self):
         one = self.offered(build_artifact([self.SBOM]))
@@ -11948,6 +11982,75 @@ class AuditTest(StoredCase):
             self.faults(path, name)
             write_file(path, good)
 
+    #: What others have written, in docker's own form. (how, links?)
+    @rows((("docker", False), ("docker", True), ("skopeo", True)))
+    def test_archives_without_manifests(self, style, links):
+        path = self.at("%s%d.tar" % (style, links))
+        tars = [raw_words("a=1"), raw_words("b=2"), raw_words("a=1")]
+        images = [build_image(tars, compress=None), build_image(tars[:2], compress=None)]
+        good = docker_archive(images, style, links)
+        digests = []
+        for _ in range(2):
+            write_file(path, good)
+            told = self.verify(path)
+            self.assertRegex(told, r"\A[^\n]*has no manifests[^\n]*\n\Z")
+            shelf = imagec.Shelf(path)
+            self.assertEqual(shelf.catalog(), ["docker.io/lab/app", "lab/app"])
+            digests.append(shelf.tags("lab/app"))
+        self.assertEqual(*digests)
+        for number, image in enumerate(images):
+            raw, media_type = shelf.documents[digests[0][str(number)]]
+            made = imagec.decode_manifest(raw, media_type)
+            self.assertEqual(str(made.config.digest), sha256(image.config))
+            for layer in made.layers:
+                self.assertEqual(layer.media_type, MEDIA_TYPES["oci"]["layer"])
+                self.assertEqual(b"".join(shelf.blob(layer.digest).pieces()),
+                                 image.blobs[str(layer.digest)])
+
+    def test_what_is_wrong_with_archives_without_manifests(self):
+        image = build_image([raw_words("a=1"), raw_words("b=2")], compress=None)
+        path, other = self.at("x.tar"), build_image([raw_words("a=1")])
+        good = docker_archive([image], "skopeo", True)[:-1024]
+        layer, config = (digest[7:].encode() for digest in (
+            image.layers[1], sha256(image.config)))
+        legacy = b"0" * 64
+
+        def listing(*entries):
+            return raw_member(b"manifest.json", json_bytes([dict({
+                "Config": config.decode() + ".json", "RepoTags": None,
+                "Layers": [one[7:] + ".tar" for one in image.layers]}, **entry)
+                for entry in entries]))
+
+        def made(*members):
+            return b"".join([raw_member(config + b".json", image.config)] + [
+                raw_member(one[7:].encode() + b".tar", image.blobs[one])
+                for one in image.layers] + list(members))
+
+        for data, words in (
+                (good, None),
+                (good + raw_member(legacy + b"/json", b"{}"), None),
+                (good + raw_member(legacy + b"/more", b"{}"), "extra"),
+                (good + raw_member(layer + b".tar"), "stands 2 times"),
+                (good + raw_member(config + b".json", b"{}"), "stands 2 times"),
+                (made(listing({})), None),
+                (made(listing({}, {})), "manifest.json has it twice"),
+                (made(listing({"Layers": []})), "lists 2 diffIDs"),
+                (made(listing({"Layers": [5, []]})), "missing"),
+                (made(listing({"Config": "../x"})), "missing"),
+                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
+                    b"l", kind=b"2", link=b"/etc/passwd")), "not a regular file"),
+                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
+                    b"l", kind=b"2", link=b"m"), raw_member(
+                        b"m", kind=b"1", link=layer + b".tar")), "not a regular file"),
+                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
+                    b"l", image.blobs[image.layers[1]])), "expected digest"),
+                (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
+                (docker_archive([other], "skopeo", False)[:-1024], "compressed")):
+            with self.subTest(words):
+                write_file(path, data + bytes(1024))
+                status = {None: 0, "missing": 1, "compressed": 1}.get(words, 3)
+                self.assertIn(words or "", self.verify(path, status))
+
     @rows((("oci", "docker"), ("layers", "schema1-signed"), ("oci", "schema1-signed"),
            ("archive", "schema1-signed"), ("layers", "schema1"), ("archive", "plain")))
     def test_other_images(self, format, kind):
@@ -11965,11 +12068,11 @@ class AuditTest(StoredCase):
             self.pull("--format", "rootfs", "-o", self.at(name), self.reference)
         for name in ("oci-layout", "index.json"):
             shutil.copy(self.at("emptied", name), self.at("like a layout"))
-        hint = "what verify can check is a layers tree, an OCI layout or an archive"
+        hint = "; what can be read is a layers tree, an OCI layout or an archive"
         for name, status, words in (
                 ("", 1, "''"), ("absent", 1, "not there"), ("text", 3, "content"),
                 ("/dev/null", 1, "neither a file nor a directory"),
-                ("other.tar", 1, "no OCI layout"), ("root.tar", 1, "no OCI layout"),
+                ("other.tar", 1, "no image"), ("root.tar", 1, "no image"),
                 ("root", 1, "no image"), ("empty", 1, "no image"),
                 ("emptied", 1, "no image"), ("like a layout", 1, "no image")):
             with self.subTest(name):
@@ -17217,6 +17320,17 @@ class PodmanCase(RegistryCase):
 class ReadersCase(RegistryCase):
     """One image in four kinds in a real registry."""
 
+    def taken(self, path, image, name="lab/x", tag="1", absent=0):
+        """What another program wrote is good; it is served, with the same config."""
+        audit = imagec.Audit().check(path)
+        self.assertEqual((audit.faults, list(audit.missing), len(audit.unchecked)),
+                         ([], [], absent))
+        shelf = imagec.Shelf(path)
+        document = json.loads(serve_raw_of(shelf, name, tag).decode())
+        for child in document.get("manifests", [])[:1]:
+            document = json.loads(serve_raw_of(shelf, name, child["digest"]).decode())
+        self.assertEqual(document["config"]["digest"], image)
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -17317,6 +17431,29 @@ class ReadersTest(ReadersCase, PodmanCase):
         skopeo_copy("docker-archive:" + self.at("gz.tar"), "dir:" + self.at("copy"))
         copied = json.loads(readers_blobs(self.at("copy"))["manifest.json"].decode())
         self.assertEqual(copied["config"]["digest"], wanted["config"]["digest"])
+
+    @rows((("docker-archive",), ("oci-archive",)))
+    def test_what_skopeo_writes(self, kind):
+        config = json.loads(self.raw("v2s2").decode())["config"]["digest"]
+        skopeo_copy("docker://" + self.name("v2s2"),
+                    "%s:%s:docker.io/lab/x:1" % (kind, self.at(kind)))
+        if kind == "oci-archive":  # whose config skopeo writes anew
+            config = json.loads(skopeo_raw("oci-archive:" + self.at(kind)).decode())[
+                "config"]["digest"]
+        self.taken(self.at(kind), config)
+
+    @needs("podman")
+    def test_what_podman_saves(self):
+        self.podman("images")
+        image = build_image(ARCHIVE_TARS)
+        with offered({"lab/x:1": image}) as (host, _):
+            imagec.pull(host + "/lab/x:1", self.at("one.tar"), tag="lab/x:1",
+                        platform="linux/amd64")
+        with open(self.at("one.tar"), "rb") as file:
+            self.podman("load", stdin=file)
+        for form in ("docker-archive", "oci-archive", "oci-dir"):
+            self.podman("save", "--format", form, "-o", self.at(form), "lab/x:1")
+            self.taken(self.at(form), sha256(image.config))
 
     @needs("umoci")
     def test_umoci_unpacks_the_same_tree(self):
@@ -17490,6 +17627,22 @@ class DockerTest(ReadersCase):
                         self.at(tag + ".tar"))
         listed = self.docker.ctr("images", "ls", "name==" + self.name(tag))
         self.assertIn(str(image.digest), listed)
+
+    def test_what_docker_saves_and_containerd_exports(self):
+        image, other = build_image(ARCHIVE_TARS), build_image(
+            ARCHIVE_TARS[:1], platform=("linux", "arm64", None))
+        with offered({"lab/x:1": build_index([
+                (image, ("linux", "amd64", None)),
+                (other, ("linux", "arm64", None))])}) as (host, _):
+            name = host + "/lab/x:1"
+            self.docker.ctr("images", "pull", "--plain-http", "--snapshotter", "native",
+                            "--platform", "linux/amd64", name)
+            self.docker.ctr("images", "export", "--platform", "linux/amd64",
+                            self.at("part.tar"), name)
+            self.docker("pull", name)
+        self.docker("save", "--output", self.at("saved.tar"), name)
+        for path, absent in (("part.tar", 1), ("saved.tar", 0)):
+            self.taken(self.at(path), sha256(image.config), absent=absent)
 
     def test_they_pull_what_is_served(self):
         for tag in ("v2s2", "oci", "zstd"):
