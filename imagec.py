@@ -155,7 +155,8 @@ PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth i
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where there is none
 REDIRECT_LIMIT = 10  # hops; Go's net/http
-RETRIED_STATUSES = frozenset([408, 429, 500, 502, 503, 504, 522])
+RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
+                              522, 523, 524, 525, 530])  # the last: of CDNs
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
 TOKEN_LIFETIME_LIMIT = 86400  # seconds; a larger claim is not believed
@@ -2426,9 +2427,11 @@ def host_name(host):
 
 
 def loopback(host):
-    """Whether `host[:port]` names this machine by a loopback address or localhost."""
+    """Whether `host[:port]` names this machine: a loopback address, localhost, or a name
+    below that (RFC 6761, 6.3).
+    """
     name = host_name(host)
-    return name == "localhost" or _address_rank(name) == _LOOPBACK
+    return name.rpartition(".")[2] == "localhost" or _address_rank(name) == _LOOPBACK
 
 
 _PUBLIC, _PRIVATE, _LOOPBACK, _LINK_LOCAL = range(4)  # how near an address is
@@ -2482,8 +2485,10 @@ def checked_url(url, base=None):
     Without the fragment, which is not sent: some parsers seek its # from the end.
     """
     shown = bare_url(url)
+    # Some servers write UTF-8, which http.client reads as latin-1.
+    url = re.sub("[\x80-\xff]", lambda match: "%%%02X" % ord(match.group()), url)
     # Looked at before urljoin, which drops tabs and newlines without a word.
-    if len(url) > 8 * KIB or re.search(r"[^!-\[\]-~]", url):
+    if len(url) > HEADER_LIMIT or re.search(r"[^!-\[\]-~]", url):
         raise UnsafeRedirect("a URL with characters that are not allowed: " + shown)
     try:
         parts = urllib.parse.urlsplit(url if base is None
@@ -2545,6 +2550,16 @@ class _Wire(io.RawIOBase):
     def close(self):
         self._file.close()
         super().close()
+
+
+class _Reply(http.client.HTTPResponse):
+    def _read_status(self):
+        """The final status line: http.client knows of 100 only (RFC 9110, 15.2)."""
+        while True:
+            found = super()._read_status()
+            if found[1] not in (102, 103):
+                return found
+            http.client.parse_headers(self.fp)
 
 
 NO_ROOTS = "install the package ca-certificates, or name a CA with --cacert FILE"
@@ -2613,7 +2628,7 @@ class _Kept(http.client.HTTPConnection):
 
     def response_class(self, sock, *args, **kwargs):
         """What http.client reads a response with."""
-        return http.client.HTTPResponse(_Wire(sock, self), *args, **kwargs)
+        return _Reply(_Wire(sock, self), *args, **kwargs)
 
     def connect(self):
         """TCP, the proxy's tunnel if any, TLS."""
@@ -2629,7 +2644,20 @@ class _Kept(http.client.HTTPConnection):
         if tls:
             self.sock = tls.wrap_socket(self.sock, server_hostname=self.host,
                                         do_handshake_on_connect=False)
-            self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
+            try:
+                self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
+            except ssl.SSLError as error:
+                raise self._plain_answer(error) or error
+
+    def _plain_answer(self, error):
+        """The SSLError that says what HTTP came where TLS should; None for none."""
+        rest = b""
+        if "WRONG_VERSION_NUMBER" in str(error):  # of "HTTP/", as a record's head
+            with contextlib.suppress(OSError):
+                rest = socket.socket.recv(self.sock, KIB)
+        line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
+        return line and ssl.SSLError(error.errno, "it answers in plain HTTP/%s" % (
+            printable(line.group().decode("latin-1"), 100)))
 
     def _reach(self, host, port):
         """Tries every address of a host that is no nearer than allowed."""
@@ -2695,12 +2723,24 @@ class _Kept(http.client.HTTPConnection):
                                                     method="CONNECT")) as reply:
             reply.begin()
         if reply.status == 407:
-            raise AccessDenied("%s: the proxy wants a user name and password "
-                               "(HTTP 407)" % place, 407, hint="put them in its URL")
+            raise proxy_denial("%s: the proxy" % place, reply.headers)
         if reply.status != 200:
             raise TransportError("%s: the proxy does not connect: HTTP %d %s" % (
                 place, reply.status, printable(reply.reason, 100)),
                 retryable=500 <= reply.status < 510)
+
+
+def proxy_denial(proxy, headers):
+    """The AccessDenied for a proxy's 407, which names the schemes it takes."""
+    kinds = {value.split(" ")[0].strip(",") for value in headers.get_all(
+        "Proxy-Authenticate", [])}
+    if kinds and "basic" not in map(str.lower, kinds):
+        return AccessDenied(
+            "%s wants authentication by %s, not a plain user name and password "
+            "(HTTP 407)" % (proxy, printable(" or ".join(sorted(kinds)), 60)), 407,
+            hint="a helper such as cntlm can stand between")
+    return AccessDenied("%s wants a user name and password (HTTP 407)" % proxy, 407,
+                        hint="put them in its URL")
 
 
 def ready(sock, event, seconds):
@@ -2712,6 +2752,8 @@ def ready(sock, event, seconds):
 
 def resolved(host, port):
     """What socket.getaddrinfo gives for a host by TCP; raises TransportError."""
+    if host.lower().endswith(".localhost"):  # few resolvers know, and another's word is no good
+        host = "localhost"
     try:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -2765,6 +2807,10 @@ def split_proxy(url):
     except (ValueError, KeyError):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
+    if url.lower().startswith("https:"):
+        raise UsageError("TLS to the proxy itself (https://) is not supported",
+                         "most proxies take http://[USER:PASSWORD@]HOST:PORT, too; what "
+                         "goes through to https is encrypted all the same")
     raise UsageError("the proxy's URL is not one we can use",
                      "expected http://, socks5:// or socks5h://, and then "
                      "[USER:PASSWORD@]HOST:PORT")
@@ -2780,10 +2826,11 @@ def socks_connect(talk, proxy, host, port):
     """Asks a SOCKS5 server to connect (RFC 1928, 1929).
 
     `talk(data, count)` sends it data and gives the `count` bytes that come back;
-    `proxy` is its URL; with socks5 the name is resolved here, with socks5h there.
-    Raises TransportError, AccessDenied.
+    `proxy` is its URL. It is sent the name, and so can try all addresses, with socks5
+    and socks5h alike (as golang.org/x/net/proxy does). Raises TransportError,
+    AccessDenied.
     """
-    scheme, place, user, password = split_proxy(proxy)
+    _, place, user, password = split_proxy(proxy)
     place = "SOCKS proxy " + place
     login = b"".join(bytes([len(word)]) + word for word in (
         user.encode("utf-8"), password.encode("utf-8")))
@@ -2796,12 +2843,11 @@ def socks_connect(talk, proxy, host, port):
     elif method:
         raise AccessDenied("%s wants a user name and password" % place,
                            hint="put them in its URL")
-    address = resolved(host, port)[0][4][0] if scheme == "socks5" else host
     try:
-        ip = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(host)
         target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
     except ValueError:
-        name = address.encode("idna")
+        name = host.encode("idna")
         target = b"\3" + bytes([len(name)]) + name
     _, status, _, kind = talk(b"\5\1\0" + target + struct.pack(">H", port), 4)
     if status:
@@ -2852,7 +2898,9 @@ class Response:
         self._transport, self._connection = transport, connection
         self._reply, self.url = reply, request.full_url
         self.place = bare_url(self.url)
-        self.status, self.headers = reply.status, reply.headers
+        self.status, self.headers = reply.status, http.client.HTTPMessage()
+        for name, value in reply.headers.items():  # RFC 7230, 3.2.4: folded ones
+            self.headers[name] = re.sub(r"\s*[\r\n]\s*", " ", value).strip()
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
         self.rank = self.first_rank = connection.rank
@@ -2862,8 +2910,7 @@ class Response:
         lengths = set(self.headers.get_all("Content-Length", []))
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
         encoding = self.headers.get("Content-Encoding", "identity").lower()
-        if (len(lengths) > 1 or lengths and coding or coding not in ([], ["chunked"])
-                or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
+        if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place)
         if encoding not in ("identity", ""):
@@ -2873,6 +2920,9 @@ class Response:
                 "a proxy on the way may be changing what passes")
         if method == "HEAD":
             return 0
+        if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after them
+            self._reply.will_close = True
+            return None
         return int(lengths.pop()) if lengths else None
 
     def chunks(self, size=CHUNK):
@@ -2990,8 +3040,9 @@ class TLSSettings:
         # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if sys.version_info >= (3, 13):
-            context.verify_flags |= (ssl.VERIFY_X509_PARTIAL_CHAIN
-                                     | ssl.VERIFY_X509_STRICT)
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            if not roots:  # many a private CA is not to the letter of RFC 5280
+                context.verify_flags |= ssl.VERIFY_X509_STRICT
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:  # 3.6, whose default takes TLS 1.0
@@ -3156,8 +3207,7 @@ class Transport:
             raise
         if response.status == 407:
             response.close()
-            raise AccessDenied("the proxy %s wants a user name and password (HTTP 407)"
-                               % request.proxy, 407, hint="put them in its URL")
+            raise proxy_denial("the proxy %s" % request.proxy, response.headers)
         log.debug("%d from %s", response.status, response.place)
         return response
 
@@ -3890,10 +3940,13 @@ class Registry(Endpoint):
         """The next page's path as the server gives it, None at the end (RFC 8288)."""
         link = re.match(r"\s*<([^<>]*)>([^<>,]*)",
                         response.headers.get("Link", "")[:HEADER_LIMIT])
-        if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2)):
+        if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2),
+                                     re.IGNORECASE):
             return None
         url = checked_url(link.group(1), response.url)
-        if (origin(url) != origin(checked_url(self.url))
+        # Behind a proxy a registry may not know by what scheme and port it is asked:
+        # it is asked as before.
+        if (url.hostname != checked_url(self.url).hostname
                 or not url.path.startswith("/v2/")):
             raise UnsafeRedirect("%s: the tag list goes on at another host, %s"
                                  % (self.host, url.hostname))
