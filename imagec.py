@@ -139,14 +139,16 @@ MEMBER_NAMES_LIMIT = 256 * MIB  # bytes of their names, links and extended attri
 PAX_COUNT_LIMIT = 4096  # records of one pax header
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
 
-TIMEOUT = 3600  # seconds for a whole command
-IDLE_TIMEOUT = 60  # seconds without a byte; also the window of the stall rule
-STALL_BYTES = 1 * KIB  # a window that brought fewer is a stall
+IDLE_TIMEOUT = 60  # seconds without a byte
+PATIENCE = 5  # times as long: until a blob begins, as a cache may fetch all of it first;
+#: for a whole document; and for STALL_BYTES of a blob
+STALL_BYTES = 256 * KIB
 LOCK_TOLD = 5  # seconds until it is told that another process is waited for
 LOCK_PATIENCE = 600  # seconds in which what it writes must grow
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CLEARING_UP = 1.0  # seconds after a first signal that a second leaves
-CONNECT_TIMEOUT = 30  # seconds; docker's dialler
+CONNECT_TIMEOUT = 10  # seconds until a connection, and for TLS on it; docker's for TLS
+CONNECT_DELAY = 0.25  # seconds until the next address is tried, too (RFC 8305, 5)
 IDLE_CONNECTIONS_LIMIT = 32  # kept for later; each is a descriptor, of often 1,024
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
@@ -2579,19 +2581,19 @@ class _Kept(http.client.HTTPConnection):
         self._transport, self._request = transport, request
         self.key = request.type, request.host, request.proxy
 
-    def start(self):
-        """A new exchange begins: its headers may take as long as one silence."""
+    def start(self, seconds):
+        """A new exchange begins, whose headers may take so many seconds."""
         self._window, self._count = self._transport.clock(), 0
-        self.until = self._window + self._transport.idle_timeout
+        self.until, self._allowed = self._window + seconds, seconds
 
     def patience(self):
         """Seconds the next step may take; raises Timeout where there are none left."""
         self._transport.check()
-        now = self._transport.clock()
-        left = min(self._transport.deadline, self.until or float("inf")) - now
+        now, idle = self._transport.clock(), self._transport.idle_timeout
+        left = min(self._transport.deadline, self.until or now + idle) - now
         if left <= 0:
-            raise socket.timeout("too slow")
-        return min(left, self._transport.idle_timeout)
+            raise socket.timeout("next to nothing came for %g seconds" % self._allowed)
+        return left
 
     def in_turns(self, sock, step, most=float("inf")):
         """`step()` on a socket, of at most so many seconds.
@@ -2605,9 +2607,10 @@ class _Kept(http.client.HTTPConnection):
             try:
                 return step()
             except socket.timeout:
-                if left <= CANCEL_NOTICED:
-                    raise
                 self.patience()  # raises where nothing is waited for
+                if left <= CANCEL_NOTICED:
+                    raise socket.timeout("next to nothing came for %g seconds"
+                                         % min(most, self._transport.idle_timeout))
 
     def receive(self, sock, buffer):
         """How many bytes have come into `buffer`.
@@ -2620,9 +2623,10 @@ class _Kept(http.client.HTTPConnection):
             raise ConnectionResetError("closed the connection before it had answered")
         self._count += received
         now = self._transport.clock()
-        if now - self._window >= self._transport.idle_timeout:
+        seconds = PATIENCE * self._transport.idle_timeout
+        if now - self._window >= seconds:
             if self._count < STALL_BYTES:
-                raise socket.timeout("stalled")
+                raise socket.timeout("next to nothing came for %g seconds" % seconds)
             self._window, self._count = now, 0
         return received
 
@@ -2660,43 +2664,63 @@ class _Kept(http.client.HTTPConnection):
             printable(line.group().decode("latin-1"), 100)))
 
     def _reach(self, host, port):
-        """Tries every address of a host that is no nearer than allowed."""
+        """Connects to an address of a host that is no nearer than allowed."""
         error, allowed, option = None, self._request.allowed, self._request.option
-        for family, kind, protocol, _, target in resolved(host, port):
-            rank = _address_rank(target[0])
-            if allowed is not None and rank > allowed:
-                error = error or UnsafeRedirect(
-                    "%s resolves to %s, which is nearer than %s" % (
-                        host, target[0], "the server that sent us there"
-                        if option else "it was before"),
-                    option and _LENIENCE % option)
+        targets, worked = [], self._transport.worked
+        for target in in_turn(resolved(host, port)):
+            address = target[4][0]
+            if allowed is None or _address_rank(address) <= allowed:
+                targets.append(target)
                 continue
-            self.sock = socket.socket(family, kind, protocol)
-            try:
-                self._dial(target)
-            except OSError as reason:
-                error = reason
-                self.sock.close()
-            else:
-                # Who is behind a proxy is no neighbour of ours.
-                self.rank = _PUBLIC if self._request.proxy else rank
-                return
-        raise error or OSError("no address for %s" % host)
-
-    def _dial(self, target):
-        self.sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            self.sock.connect(target)
-
-        def connected():
-            if not ready(self.sock, selectors.EVENT_WRITE, self.sock.gettimeout()):
-                raise socket.timeout("timed out")
-
-        self.in_turns(self.sock, connected, CONNECT_TIMEOUT)
-        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            raise OSError(number, os.strerror(number))
+            error = UnsafeRedirect("%s resolves to %s, which is nearer than %s" % (
+                host, address, "the server that sent us there" if option else
+                "it was before"), option and _LENIENCE % option)
+        if not targets:
+            raise error or OSError("no address for %s" % host)
+        targets.sort(key=lambda target: target[4] != worked.get((host, port)))
+        self.sock, target = self._race(targets)
+        worked[host, port] = target
+        # Who is behind a proxy is no neighbour of ours.
+        self.rank = _PUBLIC if self._request.proxy else _address_rank(target[0])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _race(self, targets):
+        """(socket, address) of the first of getaddrinfo's `targets` that is connected.
+
+        Each is begun CONNECT_DELAY after the one before, or as soon as that has failed.
+        """
+        error, begun = None, {}
+        end = time.monotonic() + min(self.patience(), CONNECT_TIMEOUT)
+        with selectors.DefaultSelector() as selector:
+            try:
+                while targets or begun:
+                    if targets:
+                        *_, address = target = targets.pop(0)
+                        try:
+                            sock = dialled(*target)
+                            begun[sock] = address
+                            selector.register(sock, selectors.EVENT_WRITE)
+                        except OSError as reason:
+                            error = reason
+                    turn = CONNECT_DELAY if targets else CANCEL_NOTICED
+                    left = end - time.monotonic()
+                    for key, _ in selector.select(min(turn, left)) if begun else ():
+                        sock = key.fileobj
+                        selector.unregister(sock)
+                        address = begun.pop(sock)
+                        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                        if not number:
+                            return sock, address
+                        error = OSError(number, os.strerror(number))
+                        sock.close()
+                    self.patience()  # raises where nothing is waited for
+                    if begun and left <= 0:
+                        raise socket.timeout("no connection within %g seconds"
+                                             % CONNECT_TIMEOUT)
+                raise error
+            finally:
+                for sock in begun:
+                    sock.close()
 
     def send(self, data):
         """Sends all of `data`, which is bytes."""
@@ -2741,6 +2765,26 @@ def proxy_denial(proxy, headers):
             hint="a helper such as cntlm can stand between")
     return AccessDenied("%s wants a user name and password (HTTP 407)" % proxy, 407,
                         hint="put them in its URL")
+
+
+def dialled(family, kind, protocol, _name, address):
+    """A socket that begins to connect to what getaddrinfo gave; raises OSError."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def in_turn(found):
+    """What getaddrinfo gave, the families in turn (RFC 8305, 4)."""
+    ways = [[one for one in found if (one[0] == found[0][0]) is first]
+            for first in (True, False)]
+    return filter(None, itertools.chain(*itertools.zip_longest(*ways)))
 
 
 def ready(sock, event, seconds):
@@ -2948,12 +2992,16 @@ class Response:
         if self.length is not None and self.length > limit:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
                                 % (what, self.length, limit))
-        body = bytearray()
+        body, seconds = bytearray(), PATIENCE * self._transport.idle_timeout
+        end = self._transport.clock() + seconds
         for chunk in self.chunks(16 * KIB):
             body += chunk
             if len(body) > limit:
                 raise LimitExceeded("%s is more than the limit of %d bytes"
                                     % (what, limit))
+            if self._transport.clock() > end:
+                raise Timeout("%s: not there within %g seconds" % (self.place, seconds),
+                              retryable=True)
         return bytes(body)
 
     def discard(self):
@@ -3062,7 +3110,8 @@ class TLSSettings:
 class Transport:
     """Safe HTTP exchanges over kept connections; may be used by many threads.
 
-    `timeout` bounds everything done with it, `idle_timeout` each silence, in seconds.
+    `timeout` bounds everything done with it (None: nothing does), `idle_timeout` each
+    silence, in seconds.
     `skip_verify` takes any certificate of the hosts that `tls.name` is told of;
     `cacert` is a PEM file of roots added to the system's (which honour SSL_CERT_FILE
     and SSL_CERT_DIR); `client_pair` is a certificate and a key file shown to the
@@ -3070,16 +3119,17 @@ class Transport:
     send us to `storage_hosts` (see names_host) wherever these are, and over http.
     """
 
-    def __init__(self, timeout=TIMEOUT, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
+    def __init__(self, timeout=None, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
                  cacert=None, client_pair=None, proxy=None, storage_hosts=(),
                  clock=time.monotonic, sleep=None):
         self.clock, self._sleep = clock, sleep
         self.timeout, self.idle_timeout = timeout, idle_timeout
-        self.deadline = clock() + timeout
+        self.deadline = float("inf") if timeout is None else clock() + timeout
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair)
         self._storage_hosts = storage_hosts
+        self.worked = {}  # (host, port) -> the address that has answered last
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -3112,22 +3162,22 @@ class Transport:
             while self._idle:
                 self._idle.pop().close()
 
-    def retrying(self, action):
+    def retrying(self, action, attempts=None):
         """`action()`, tried again while it raises errors that may pass."""
         for failures in itertools.count(1):
             try:
                 return action()
             except ImagecError as error:
-                self.back_off(error, failures)
+                self.back_off(error, failures, attempts)
 
-    def back_off(self, error, failures):
+    def back_off(self, error, failures, attempts=None):
         """Waits for the next try after so many `failures`, the last of them `error`.
 
         Raises it where there is none left.
         """
         if not error.retryable:
             raise error
-        if failures >= ATTEMPTS:
+        if failures >= (attempts or ATTEMPTS):
             error.retryable = False  # for whoever has tries of its own around this
             raise error
         seconds = min(BACKOFF * 2 ** (failures - 1), BACKOFF_LIMIT)
@@ -3148,14 +3198,15 @@ class Transport:
     # -- one exchange
 
     def open(self, method, url, headers=None, data=None, trusting=None,
-             stay=False, option=None):
+             stay=False, option=None, seconds=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         None where the user chose it. No redirect leads nearer than any server on the
         way is. Authorization stays with the origin it was meant for, and with `stay`
         the redirects do. `option` of the command line would allow this URL's host;
-        None: --storage-host, but the first.
+        None: --storage-host, but the first. Its headers may take so many `seconds`,
+        None: one silence.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
@@ -3168,7 +3219,7 @@ class Transport:
             request = urllib.request.Request(url, data, headers, method=method)
             request.allowed = trusting  # how near its address may be, None: anywhere
             request.option = option and "%s %s" % (option, parts.netloc)
-            response = self._once(request)
+            response = self._once(request, seconds or self.idle_timeout)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or location is None or data is not None:
                 response.first_rank = (ranks + [response.rank])[0]
@@ -3193,13 +3244,13 @@ class Transport:
         raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
                                                              REDIRECT_LIMIT))
 
-    def _once(self, request):
+    def _once(self, request, seconds):
         request.proxy = request.tunnel = request.login = None  # see _ProxyHandler
         url = request.full_url
         log.debug("%s %s", request.get_method(), bare_url(url))
         try:
             with self.translating(url, request):
-                response = self._opener.open(request, timeout=self.idle_timeout)
+                response = self._opener.open(request, timeout=seconds)
         except (TransportError, AccessDenied) as error:
             if request.proxy and not isinstance(error, Cancelled):
                 error.message += " (through the proxy %s)" % request.proxy
@@ -3240,7 +3291,7 @@ class Transport:
         return _Kept(self, request)
 
     def _send(self, connection, request):
-        connection.start()
+        connection.start(request.timeout)
         if connection.sock is None:
             connection.connect()
         try:
@@ -3277,7 +3328,7 @@ class Transport:
                 raise CertificateError(
                     "%s: this host has no CA certificates to check a server's by"
                     % request.host, NO_ROOTS) from error
-            raise _transport_error(error, bare_url(url), self.idle_timeout,
+            raise _transport_error(error, bare_url(url),
                                    request and request.option) from error
 
 
@@ -3343,7 +3394,7 @@ def _distrusts(error):
         isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY" in str(error))
 
 
-def _transport_error(error, url, idle_timeout, option=None):
+def _transport_error(error, url, option=None):
     """The TransportError for what a library raised while talking to `url`.
 
     `option` is what makes its host one that --insecure-skip-verify is for, or None.
@@ -3363,8 +3414,7 @@ def _transport_error(error, url, idle_timeout, option=None):
             or "unexpected eof" in str(error).lower()):  # 3.6 with a newer OpenSSL
         return TransportError("%s closed the TLS connection" % host, retryable=True)
     if isinstance(error, socket.timeout) or str(error).endswith("timed out"):
-        return Timeout("%s: next to nothing came for %g seconds" % (url, idle_timeout),
-                       retryable=True)
+        return Timeout("%s: %s" % (url, _reason(error)), retryable=True)
     if isinstance(error, ssl.SSLError):
         return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
                               "it may speak plain http: --insecure-allow-http")
@@ -3616,7 +3666,9 @@ class Endpoint:
         """
         with self._probing:
             if self.url is None:
-                self.url = self.transport.retrying(self._probe)
+                # Of a mirror there is another place to ask, and sooner.
+                self.url = self.transport.retrying(
+                    self._probe, 1 if self._namespace else None)
             return self.url
 
     def _probe(self):
@@ -3752,7 +3804,10 @@ class Registry(Endpoint):
         if authorization:
             headers = dict(headers, Authorization=authorization)
         # The name may lead elsewhere by now, but not nearer than when it was learnt.
-        response = self.transport.open(method, url, headers, trusting=self.rank)
+        # A cache may fetch all of a blob before it sends the first byte.
+        seconds = PATIENCE * self.transport.idle_timeout if "/blobs/" in path else None
+        response = self.transport.open(method, url, headers, trusting=self.rank,
+                                       seconds=seconds)
         for value in response.headers.get_all("Warning", []):
             # RFC 7234, 5.5. Each is shown once.
             warning = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
@@ -3790,6 +3845,8 @@ class Registry(Endpoint):
             return response
         with response:
             error = registry_error(response, what)
+        if self._namespace and isinstance(error, RateLimited):
+            error.retryable = False  # a mirror: the next one is asked at once
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
             error.message += " (%s)" % printable(who or "anonymous", 200)
@@ -6540,7 +6597,7 @@ class Session:
     Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
     """
 
-    def __init__(self, username=None, password=None, timeout=TIMEOUT,
+    def __init__(self, username=None, password=None, timeout=None,
                  idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
                  insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
@@ -6550,7 +6607,8 @@ class Session:
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
-        if not (timeout > 0 and max_layer_size > 0 and max_files > 0):  # nor NaN
+        if not all(limit > 0 for limit in (  # nor NaN
+                1 if timeout is None else timeout, max_layer_size, max_files)):
             raise UsageError("a timeout of %s seconds, layers of %s bytes, %s files: "
                              "these limits must be over 0" % (timeout, max_layer_size,
                                                               max_files))
@@ -8185,8 +8243,8 @@ COMMON_ARGUMENTS = [
          "to give tokens"),
     _row("--storage-host", **_HOSTS, dest="storage_hosts", help="may be redirected to, "
          "wherever it is, also over http; repeatable"),
-    _row("--timeout", type=_argument(parse_seconds), default=TIMEOUT, metavar="SECONDS",
-         help="for the whole command; default %(default)s"),
+    _row("--timeout", type=_argument(parse_seconds), metavar="SECONDS",
+         help="for the whole command; default: as long as bytes come"),
     _row("--cacert", metavar="FILE", help="PEM roots to trust besides the system's"),
     _row("--cert", metavar="FILE", help="PEM client certificate, with"),
     _row("--key", metavar="FILE", help="its PEM key"),

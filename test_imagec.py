@@ -5762,11 +5762,42 @@ class TransportTest(NetworkCase):
             self.get(self.transport(idle_timeout=0.08), server.url + "/it")
         self.assertTrue(found.exception.retryable)
 
-    def test_slow_but_steady_is_no_stall(self):
-        server = self.server({"/it": say(b"x" * 12000)})
-        server.fault("GET /it", drip(0.15, 1500, "body"))
-        transport = self.transport(idle_timeout=1)
-        self.assertEqual(len(self.get(transport, server.url + "/it")[1]), 12000)
+    def in_slow_time(self, seconds, size):
+        """A clock by which each receiving takes so long, and gives so much at most."""
+        now, receive = [0], imagec._Kept.receive
+
+        def slowly(kept, sock, buffer):
+            now[0] += seconds
+            return receive(kept, sock, memoryview(buffer)[:size])
+
+        self.patch(mock.patch.object(imagec._Kept, "receive", slowly))
+        return lambda: now[0]
+
+    @rows([("document", 1, None), ("blob", 7000, 9000), ("blob", 8000, None)])
+    def test_what_may_come_slowly(self, kind, least, size):
+        server = self.server({"/it": say(b"x" * 9000)})
+        transport = self.transport(idle_timeout=60, clock=self.in_slow_time(20, 500))
+        with mock.patch("imagec.STALL_BYTES", least), transport.open(
+                "GET", server.url + "/it") as response:
+            self.gives(size, lambda: len(
+                response.read(9999, "it") if kind == "document" else
+                b"".join(response.chunks())), imagec.Timeout, "within 300 seconds"
+                if kind == "document" else "for 300 seconds")
+
+    @rows([(59, True, True), (61, False, True), (299, False, True),
+           (301, False, False)])
+    def test_how_long_an_answer_may_take(self, seconds, document, blob):
+        registry = self.filled()
+        client = self.client(registry, transport=self.transport(
+            idle_timeout=60, clock=lambda: clock()))
+        clock = time.monotonic
+        client.learn_registry_url()
+        clock = self.in_slow_time(seconds, 16 << 10)
+        config = imagec.decode_manifest(self.image.manifest).config
+        for good, ask in ((document, lambda: client.fetch_manifest("app", "1").raw),
+                          (blob, lambda: client.fetch_config("app", config).raw)):
+            self.gives(len(ask()) if good else None, lambda: len(ask()),
+                       imagec.Timeout, "next to nothing")
 
     def test_deadline_bounds_everything(self):
         server = self.server({"/it": say(b"x" * 5000)})
@@ -5792,18 +5823,66 @@ class TransportTest(NetworkCase):
         self.cancelled(server.url + "/it")
 
     def test_cancel_wakes_whoever_connects_or_sends(self):
-        with socket.socket() as full, contextlib.ExitStack() as stack:
+        with socket.socket() as full:
             full.bind(("127.0.0.1", 0))
             full.listen(0)
-            url = "http://127.0.0.1:%d/it" % full.getsockname()[1]
             # Nobody reads what is sent.
-            self.cancelled(url, data=bytes(16 << 20))
-            for _ in range(3):  # nobody takes the last of these
-                waiting = stack.enter_context(socket.socket())
-                waiting.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    waiting.connect(full.getsockname())
-            self.cancelled(url)
+            self.cancelled("http://127.0.0.1:%d/it" % full.getsockname()[1],
+                           data=bytes(16 << 20))
+        self.cancelled("http://127.0.0.1:%d/it" % self.dead_port())
+
+    def dead_port(self):
+        """A port where connections are neither taken nor refused."""
+        full = socket.socket()
+        self.addCleanup(full.close)
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):  # nobody takes the last of these
+            waiting = socket.socket()
+            self.addCleanup(waiting.close)
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(full.getsockname())
+        return full.getsockname()[1]
+
+    #: Addresses of a host: dead, refusing, alive; how many are tried, how many the
+    #: next time, None where there is none.
+    @rows((("L D", 1, 1), ("D L", 2, 1), ("D D L D", 3, 1), ("R L", 2, 1),
+           ("D R L", 3, 1), ("R R", 2, None), ("R D", 2, None), ("D D D", 3, None)))
+    def test_dead_addresses(self, addresses, tried, again):
+        server = self.server({"/it": lambda request: Reply(200, b"hello")})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports = {"D": self.dead_port(), "R": free.getsockname()[1],
+                     "L": server.port}
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (
+            "192.0.2.%d" % (number + 1), ports[kind]))
+            for number, kind in enumerate(addresses.split())]
+        transport, url = self.transport(), "http://registry.test:%d/it" % server.port
+        del self.reached[:]
+        with mock.patch("imagec.resolved", lambda host, port: list(found)), \
+                mock.patch("imagec.CONNECT_DELAY", 0.05), threat_alarm(15), \
+                mock.patch("imagec.CONNECT_TIMEOUT", 0.5 if again is None else 10):
+            if again is None:
+                with self.fails(imagec.TransportError, "registry.test", "refused"
+                                if addresses == "R R" else "no connection within"):
+                    self.get(transport, url)
+            else:
+                for _ in range(2):
+                    with transport.open("GET", url) as response:  # and is not kept
+                        self.assertEqual(next(response.chunks(1)), b"h")
+        self.assertEqual(self.reached, [target[4][0] for target in found[:tried]]
+                         + [found[tried - 1][4][0]] * bool(again))
+
+    @rows((("4", "4"), ("664", "646"), ("446", "464"), ("6", "6"), ("66644", "64646"),
+           ("", "")))
+    def test_families_in_turn(self, families, expected):
+        found = [(int(family), number) for number, family in enumerate(families)]
+        turns = list(imagec.in_turn(found))
+        self.assertEqual("".join(str(family) for family, _ in turns), expected)
+        for family in (4, 6):  # in the order of the system's preference
+            self.assertEqual(*([one for one in ones if one[0] == family]
+                               for ones in (found, turns)))
 
     def cancelled(self, url, **options):
         transport, started = self.transport(idle_timeout=20), time.monotonic()
@@ -5872,7 +5951,8 @@ class TransportTest(NetworkCase):
         del self.naps[:]
         return transport.retrying(attempt)
 
-    @rows([(code, imagec.ATTEMPTS) for code in sorted(imagec.RETRIED_STATUSES)],
+    @rows([(code, 5) for code in (408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
+                                  522, 523, 524, 525, 530)],
           [(code, 1) for code in (400, 401, 402, 403, 404, 405, 406, 409, 410, 415, 416,
                                   418, 451, 501, 505)])
     def test_t105_t106_what_is_tried_five_times(self, code, tries):
@@ -6044,6 +6124,17 @@ class TLSFilesTest(FieldCase):
         other = self.file("other.pem", OTHER_CERT)
         self.certs_d(registry.host, ca_crt=OTHER_CERT)
         self.pull(registry.host, cacert=other)
+
+    @rows(((False, None, True), (False, "other.test", True), (False, "r.test", False),
+           (True, None, False)))
+    def test_own_roots_need_not_be_to_the_letter(self, option, owned, strict):
+        if owned:
+            self.certs_d(owned, ca_crt=TEST_CERT)
+        transport = self.transport(
+            cacert=self.file("ca.pem", TEST_CERT) if option else None)
+        flag = getattr(ssl, "VERIFY_X509_STRICT", 0)
+        found = transport.tls.context("r.test").verify_flags & flag
+        self.assertEqual(bool(found), strict and sys.version_info >= (3, 13))
 
     def test_client_pair_from_certs_d(self):
         registry = self.client_registry()
@@ -6464,10 +6555,11 @@ class ProxyTest(FieldCase):
         registry = self.registry()
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy"):
             os.environ[name] = self.proxy.url
-        for host in ("[::1]:5000", "127.9.9.9", "localhost:5000"):
+        for host in ("[::1]:5000", "127.9.9.9", "localhost:5000", "a.b.localhost:1"):
             self.assertTrue(imagec.loopback(host))
-        self.assertFalse(imagec.loopback("localhost.r.test"))
-        for host in ("127.0.0.1", "localhost"):
+        for host in ("localhost.r.test", "notlocalhost"):
+            self.assertFalse(imagec.loopback(host))
+        for host in ("127.0.0.1", "localhost", "r.LocalHost"):
             self.fetch(registry, host)
             self.assertEqual(self.taken(), [])
             self.fetch(registry, host, proxy=self.proxy.url)
@@ -15483,12 +15575,12 @@ THREAT_FAULTS = worded(
 THREAT_STALLS = worded(
     ((imagec.Timeout, "next to nothing"),
      ("a byte at a time, T57", drip(0.02, 1), EVER, THREAT_BODIES),
+     ("stops in the body, T109", drip(60, 20), EVER, THREAT_BODIES),
      ("a byte of the status at a time, T57", drip(0.02, 1, "status"), EVER, THREAT_ALL),
      ("a byte of the headers at a time, T57", drip(0.02, 1, "headers"), EVER,
       THREAT_ALL),
      ("headers for ever, T58", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
                                 drip(0.02, 17, "status")], EVER, THREAT_ALL),
-     ("stops in the body, T109", drip(60, 20), EVER, THREAT_BODIES),
      ("no answer, T109", hang(30), EVER, THREAT_ALL)),
 )
 
@@ -15549,7 +15641,8 @@ class FaultsCase(ThreatCase):
         jobs, stalls = (1, 4)[number % 2], kind is imagec.Timeout
         for idle in (0.4, 5) if stalls else (5,):
             # DownloadTest counts all five tries.
-            with mock.patch("imagec.ATTEMPTS", 1 if stalls else 2):
+            with mock.patch("imagec.ATTEMPTS", 1 if stalls else 2), mock.patch(
+                    "imagec.PATIENCE", 1 if stalls else imagec.PATIENCE):
                 with threat_alarm(20), self.fails(kind, word) as caught:
                     self.fetch(self.ref, format, path, jobs=jobs, username="alice",
                                password=PASSWORD, idle_timeout=idle)
