@@ -3198,13 +3198,14 @@ class Transport:
     # -- one exchange
 
     def open(self, method, url, headers=None, data=None, trusting=None,
-             stay=False, option=None, seconds=None):
+             stay=None, option=None, seconds=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         None where the user chose it. No redirect leads nearer than any server on the
-        way is. Authorization stays with the origin it was meant for, and with `stay`
-        the redirects do. `option` of the command line would allow this URL's host;
+        way is. Authorization stays with the origin it was meant for. Where `stay` is
+        not None, the redirects stay with its host, and Authorization also goes to https
+        there and to those of these hosts (see names_host). `option` of the command line would allow this URL's host;
         None: --storage-host, but the first. Its headers may take so many `seconds`,
         None: one silence.
         """
@@ -3226,18 +3227,25 @@ class Transport:
                 return response
             response.discard()
             parts = checked_url(location, url)
-            elsewhere = origin(parts) != origin(first)
-            if stay and elsewhere:
+            if stay is not None and parts.hostname != first.hostname:
                 raise UnsafeRedirect("%s redirects to another host, %s" % (
                     response.place, parts._replace(path="", query="").geturl()))
+            if stay is not None and (names_host(stay, parts) or (
+                    first.scheme, parts.scheme) == ("http", "https")):
+                first = parts
+            elsewhere = origin(parts) != origin(first)
             lent = names_host(self._storage_hosts, parts)
             if parts.scheme != "https" and not lent and any(
                     one.startswith("https:") for one in seen):
                 raise UnsafeRedirect(
                     "%s redirects from https to http" % response.place,
+                    None if stay is not None else
                     _LENIENCE % "--storage-host " + parts.netloc)
-            if lent or elsewhere:
-                headers.pop("Authorization", None)
+            if (lent or elsewhere) and headers.pop("Authorization", None) and (
+                    stay is not None):
+                log.error("warning: no password sent to %s, where %s redirects: allow "
+                          "it with --token-host %s", bare_url(parts.geturl()),
+                          response.place, parts.netloc)  # with -q, too
             ranks.append(response.rank)
             trusting = None if lent else min(ranks)
             option = option or "--storage-host"
@@ -3552,33 +3560,42 @@ class Token:
 def auth_url(challenge, repository, registry_url):
     """The URL to GET a token from that reads a repository, by a Bearer `challenge`.
 
-    The scope (distribution, token scope) is ours, whatever challenge and realm say: a
-    registry must not widen what a token is good for. Raises InvalidDocument,
-    UnsafeRedirect.
+    The scope (distribution, token scope) is ours, whatever the realm says: a registry
+    must not widen what a token is good for. Where the challenge has others to read from,
+    as behind a proxy that changes names, they are asked for, too. Raises
+    InvalidDocument, UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
         raise InvalidDocument("%s asks for a token but names no realm to get it from"
                               % bare_url(registry_url))
-    parts = checked_url(realm, registry_url)
-    if registry_url.startswith("https:") and parts.scheme != "https":
+    parts, home = checked_url(realm, registry_url), checked_url(registry_url)
+    if (home.scheme, parts.scheme, parts.hostname) == ("https", "http", home.hostname):
+        # It does not know of the proxy before it that speaks TLS.
+        parts = parts._replace(scheme="https", netloc=re.sub(":80$", "", parts.netloc))
+    if home.scheme == "https" != parts.scheme:
         raise UnsafeRedirect("%s asks to fetch a token without TLS, from %s"
                              % (bare_url(registry_url), bare_url(realm)))
     query = [pair for pair in urllib.parse.parse_qsl(
         parts.query, keep_blank_values=True) if pair[0] != "scope"]
     if challenge.parameters.get("service"):
         query.append(("service", challenge.parameters["service"]))
+    scopes = re.findall(r"(?<!\S)repository:[^\s:]+:pull(?!\S)",
+                        challenge.parameters.get("scope", ""))
     if repository:  # else the token says who we are, and no more
-        query.append(("scope", "repository:%s:pull" % repository))
+        scopes.insert(0, "repository:%s:pull" % repository)
+    query += [("scope", scope) for scope in dict.fromkeys(scopes)]
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
-def fetch_token(transport, url, credentials=None, trusting=None):
+def fetch_token(transport, url, credentials=None, trusting=None, token_hosts=()):
     """The Token that the token server at `url` (see auth_url) gives.
 
     Anonymous where `credentials` is None. With an identity token it is asked by POST,
     as OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
-    Transport.open. Raises AccessDenied, TransportError, InvalidDocument. Source:
+    Transport.open. On its host the server may redirect to https, and, without the
+    password unless it is one of the `token_hosts` (see names_host), to another port.
+    Raises AccessDenied, TransportError, InvalidDocument. Source:
     distribution, token spec and OAuth2 token spec.
     """
     basic = credentials.basic() if credentials else None
@@ -3588,7 +3605,7 @@ def fetch_token(transport, url, credentials=None, trusting=None):
         if credentials and credentials.identity_token:
             ways.insert(0, ("POST",) + _oauth_form(url, credentials.identity_token))
         for method, *request in ways:
-            with transport.open(method, *request, trusting, True,
+            with transport.open(method, *request, trusting, token_hosts,
                                 "--token-host") as response:
                 if response.status == 200:
                     return response.read(TOKEN_LIMIT, "token reply")
@@ -3622,11 +3639,11 @@ def _oauth_form(url, identity_token):
     """(url, headers, body) of a POST that says what the GET of `url` would."""
     SECRETS.add(identity_token)  # as all that is sent, lest others crowd it out
     parts = urllib.parse.urlsplit(url)
-    query = dict(urllib.parse.parse_qsl(parts.query))
+    query = urllib.parse.parse_qs(parts.query)
     form = urllib.parse.urlencode([
         ("grant_type", "refresh_token"), ("refresh_token", identity_token),
-        ("service", query.get("service", "")), ("scope", query.get("scope", "")),
-        ("client_id", "imagec")])
+        ("service", "".join(query.get("service", []))),
+        ("scope", " ".join(query.get("scope", []))), ("client_id", "imagec")])
     return (parts._replace(query="").geturl(),
             {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
 
@@ -3646,6 +3663,7 @@ class Endpoint:
     rank = None  # how near its address is
     challenge = None  # the Challenge in force, where the registry has asked for one
     withheld = None  # in words, the password that a token server of others' did not get
+    _doubt = None  # a hint, where it may be no registry
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3694,13 +3712,15 @@ class Endpoint:
         raise first
 
     def _probe_url(self, url):
-        with self.transport.open("HEAD", url) as response:
-            if response.status not in (200, 401):
-                if response.status >= 500:
-                    raise registry_error(response, self.host + " is out of order")
-                error = registry_error(
-                    response, self.host + " is no registry",
-                    RegistryError if response.status == 404 else None)
+        with self.transport.open("GET", url) as response:  # HEAD is not known everywhere
+            if response.status in (403, 404):
+                # Static files may have no more than manifests: those decide.
+                self._doubt = ("check the host name: its /v2/ answers HTTP %d, that of "
+                               "a registry 200 or 401" % response.status)
+            elif response.status >= 500:
+                raise registry_error(response, self.host + " is out of order")
+            elif response.status not in (200, 401):
+                error = registry_error(response, self.host + " is no registry")
                 error.hint = "check the host name; its /v2/ should answer 200 or 401"
                 raise error
             final, self.rank = checked_url(response.url), response.first_rank
@@ -3724,6 +3744,7 @@ class Endpoint:
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
         if challenge is None:
+            response.close()
             raise AccessDenied("%s wants authentication of a kind we do not know"
                                % self.host, status=401)
         self.challenge = challenge
@@ -3746,12 +3767,8 @@ class Endpoint:
             if credentials and credentials.registry_token:
                 return "Bearer " + credentials.registry_token
             if challenge.scheme == "basic":
-                basic = credentials and credentials.basic()
-                if not basic:
-                    raise AccessDenied("%s wants a user name and password"
-                                       % bare_url(self.url), status=401,
-                                       hint="give them with -u USER --password-stdin")
-                return basic
+                # Without one nothing is sent: /v2/ may ask where reading is free.
+                return credentials and credentials.basic()
             token = self._tokens.get(repository)
             if token is None or token.expires <= self.transport.clock():
                 token = self._fetch_token(challenge, repository, credentials)
@@ -3769,7 +3786,7 @@ class Endpoint:
             credentials = None
         try:
             return fetch_token(self.transport, url, credentials,
-                               None if named else self.rank)
+                               None if named else self.rank, self._token_hosts)
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
             error.hint = self.withheld or credentials and _WRONG_PASSWORD or error.hint
@@ -3825,34 +3842,58 @@ class Registry(Endpoint):
         A 401 is answered once: with the token it asks for, or a fresh one.
         """
         home = origin(checked_url(self.learn_registry_url()))
-        for attempt in (1, 2):
-            authorization = self.authorization(repository)
-            response = self._request(method, path, authorization, headers or {})
-            if (response.status != 401 or attempt == 2
-                    or origin(checked_url(response.url)) != home
-                    or (authorization or "").startswith("Basic")):
-                break
-            response.discard()
+        sent, headers = self.authorization(repository), headers or {}
+        response = self._request(method, path, sent, headers)
+        if response.status == 401 and origin(checked_url(response.url)) != home:
+            response = self._elsewhere(method, response, headers)
+        elif response.status == 401:
             self._learn_challenge(response)
             with self._lock:
                 token = self._tokens.get(repository)
-                if token and authorization == "Bearer " + token.value:
+                if token and sent == "Bearer " + token.value:
                     del self._tokens[repository]  # it is not used again
+            answer = self.authorization(repository)
+            if answer != sent:
+                response.discard()
+                sent, response = answer, self._request(method, path, answer, headers)
         if response.status in expected:
             if self.withheld and self.withheld not in self._warned:
                 self._warned.add(self.withheld)
                 log.error("warning: %s", self.withheld)  # with -q, too
             return response
         with response:
-            error = registry_error(response, what)
+            raise self._refusal(response, what, repository, sent)
+
+    def _elsewhere(self, method, response, headers):
+        """The Response where a redirect has led to a registry that wants a token of its
+        own: an anonymous one, for who we are is no matter of that one's.
+        """
+        challenge = Challenge.choose(Challenge.parse(
+            response.headers.get_all("WWW-Authenticate", [])))
+        place = re.search("/v2/(.+)/(?:manifests|blobs|tags|referrers)/", response.url)
+        if not (place and challenge and challenge.scheme == "bearer"):
+            return response
+        response.discard()
+        token = fetch_token(self.transport, auth_url(
+            challenge, place.group(1), response.url), None, response.rank)
+        return self.transport.open(method, response.url, dict(
+            headers, Authorization="Bearer " + token.value), trusting=response.rank)
+
+    def _refusal(self, response, what, repository, sent):
+        """The RegistryError for a response to what was `sent` as Authorization."""
+        error = registry_error(response, what)
+        error.hint = self._doubt or error.hint
         if self._namespace and isinstance(error, RateLimited):
             error.retryable = False  # a mirror: the next one is asked at once
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
             error.message += " (%s)" % printable(who or "anonymous", 200)
-            wrong = response.status == 401 and (authorization or "").startswith("Basic")
-            error.hint = self.withheld or wrong and _WRONG_PASSWORD or error.hint
-        raise error
+            basic = self.challenge and self.challenge.scheme == "basic"
+            wrong = response.status == 401 and (sent or "").startswith("Basic")
+            error.hint = self.withheld or wrong and _WRONG_PASSWORD or (
+                basic and not who and "give a user name and password with -u USER"
+                or error.hint)
+        return error
 
     def learn_auth_url(self, repository, reference):
         """The URL that gives a token to pull `reference` (a tag or digest), or None.
@@ -3861,7 +3902,7 @@ class Registry(Endpoint):
         AccessDenied where access is by other means than a token.
         """
         url = self.learn_registry_url()
-        if self.challenge is None:
+        if self.challenge is None or self.challenge.scheme != "bearer":
             with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
                                None, {"Accept": ACCEPT}) as response:
                 if response.status == 200:
@@ -3894,14 +3935,14 @@ class Registry(Endpoint):
         what = "manifest %s:%s" % (repository, tag)
         response, _ = self._document("HEAD", "%s/manifests/%s" % (repository, tag),
                                      repository, what, Accept=ACCEPT)
-        return self._claimed(response, what)
+        return self._claimed(response)
 
     @staticmethod
-    def _claimed(response, what):
-        """The Digest that a response's header claims, None where it has none."""
-        claimed = response.headers.get("Docker-Content-Digest")
-        return None if claimed is None else Document.as_digest(
-            claimed, what + ": Docker-Content-Digest")
+    def _claimed(response):
+        """The Digest that a response's header claims, None where that is none."""
+        with contextlib.suppress(InvalidReference):  # bare hex, say, or empty
+            return Digest.parse(response.headers.get("Docker-Content-Digest", ""))
+        return None
 
     def fetch_manifest(self, repository, reference, size=None):
         """The manifest `reference` (a tag, or a Digest) names, decoded.
@@ -3921,7 +3962,7 @@ class Registry(Endpoint):
             manifest = decode_manifest(raw, response.headers.get("Content-Type"),
                                        digest, what)
             # The header is no proof, but one that lies is a sign of tampering.
-            claimed = self._claimed(response, what)
+            claimed = self._claimed(response)
             if claimed is not None:
                 actual = Digest.of(PrettySignature.parse(raw).payload if isinstance(
                     manifest, Schema1Manifest) else raw, claimed.algorithm)

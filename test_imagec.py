@@ -6822,6 +6822,13 @@ NET_REALMS = (
     (None, "s", None),
     ("", "s", None),
     ("http://t.test/token", "s", None),  # T77
+    # It does not know of the TLS before it.
+    ("http://registry.test/token", "s",
+     "https://registry.test/token?service=s&scope={scope}"),
+    ("http://registry.test:80/token", "s",
+     "https://registry.test/token?service=s&scope={scope}"),
+    ("http://Registry.test:5001/token", None,
+     "https://Registry.test:5001/token?scope={scope}"),
     ("file:///etc/passwd", "s", None),  # T79
     ("ftp://t.test/token", "s", None),
     ("data:application/json,{}", "s", None),
@@ -6921,6 +6928,21 @@ class AuthorizationTest(NetworkCase):
                    lambda: imagec.auth_url(challenge, "a/b", "https://registry.test/v2/"),
                    imagec.ImagecError)
 
+    @rows([("repository:x/y:pull", "x/y"), ("repository:a/b:pull", ""), ("", ""),
+           ("repository:x:pull,push", ""), ("repository:x:*", ""),
+           ("registry:catalog:*", ""), ("repository:x:y:pull", ""),
+           ("repository:x:pull repository:y:push repository:x:pull,push "
+            "repository:z:pull", "x z")])
+    def test_other_scopes_that_only_read(self, scope, more):
+        challenge = imagec.Challenge("bearer", {"realm": "/token", "scope": scope})
+        url = imagec.auth_url(challenge, "a/b", "https://registry.test/v2/")
+        asked = ["repository:%s:pull" % one for one in ["a/b"] + more.split()]
+        query = urllib.parse.urlsplit(url).query
+        self.assertEqual(urllib.parse.parse_qs(query), {"scope": asked})
+        _, _, form = imagec._oauth_form(url, IDENTITY_TOKEN)
+        self.assertEqual(urllib.parse.parse_qs(form.decode("ascii"))["scope"],
+                         [" ".join(asked)])
+
     @rows(NET_TRUST)
     def test_t72_whom_the_password_is_trusted_to(self, home, realm, allowed, trusted):
         secret = imagec.Credentials("alice", PASSWORD)
@@ -6947,16 +6969,37 @@ class AuthorizationTest(NetworkCase):
                                    server.url + "/token")
         self.assertEqual(token.expires, 1000.0 + seconds)
 
-    def test_t73_token_requests_stay_at_their_origin(self):
-        elsewhere = self.server({"/token": say(b'{"token": "t"}')})
-        server = self.server({"/here": to("/token"), "/token": say(b'{"token": "t"}'),
-                              "/there": to(elsewhere.url + "/token")})
-        secret, transport = imagec.Credentials("alice", PASSWORD), self.transport()
-        found = imagec.fetch_token(transport, server.url + "/here", secret)
-        self.assertEqual(found.value, "t")
-        with self.fails(imagec.UnsafeRedirect, "another host"):
-            imagec.fetch_token(transport, server.url + "/there", secret)
-        self.assertEqual(elsewhere.requests, [])
+    #: (whether TLS is spoken at first, then; other name; token hosts; whether the
+    #: password goes along, None where the redirect is refused)
+    @rows([(False, False, "", (), False), (False, True, "", (), True),
+           (True, True, "", (), False), (True, False, "", (), None),
+           (False, False, "", ("127.0.0.1",), True),
+           (True, True, "", ("127.0.0.1:{port}",), True),
+           (False, False, "", ("127.0.0.1:1",), False),
+           (False, False, "localhost", (), None),
+           (False, True, "localhost", ("localhost",), None)])
+    def test_t73_token_requests_stay_at_their_host(self, first, then, name, named, lent):
+        other = self.server({"/token": say(b'{"token": "t"}')}, then)
+        server = self.server({"/there": to("%s://%s/token" % (
+            "https" if then else "http", by_name(name, other) if name else
+            other.host))}, first)
+        del self.said[:]
+        self.gives(None if lent is None else "t", lambda: imagec.fetch_token(
+            self.transport(), server.url + "/there",
+            imagec.Credentials("alice", PASSWORD), None,
+            [one.format(port=other.port) for one in named]).value,
+            imagec.UnsafeRedirect, "another host" if name else "https to http")
+        self.assertEqual(len(other.requests), lent is not None)
+        self.assertEqual(len(authorizations(other)), bool(lent))
+        self.assertEqual(len(authorizations(server)), 1)
+        self.assertEqual(["--token-host " + other.host in said for said in self.said],
+                         [True] * (lent is False))
+
+    def test_t73_token_requests_may_be_led_on(self):
+        server = self.server({"/here": to("/token"), "/token": say(b'{"token": "t"}')})
+        imagec.fetch_token(self.transport(), server.url + "/here",
+                           imagec.Credentials("alice", PASSWORD))
+        self.assertEqual(len(authorizations(server)), 2)
 
     @rows(NET_NEARNESS)
     def test_t74_realms_lead_no_nearer(self, home, target, allowed):
@@ -7034,6 +7077,30 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(imagec.exit_status(caught.exception), 5)
         self.assertLessEqual(len(registry.requests), 3)
         self.assertEqual(self.naps, [])
+
+    def test_basic_asked_where_reading_is_free(self):
+        registry = self.bearer(auth=None)
+        registry.fault("GET /v2/$", status(401, {"WWW-Authenticate": "Basic x=y"}), EVER)
+        client = self.client(registry)
+        self.visit(client)
+        self.assertEqual(authorizations(registry), [])
+        self.assertIsNone(client.learn_auth_url("app", "1"))
+        self.visit(self.client(registry, "alice"))
+        self.assertTrue(authorizations(registry))
+
+    def test_redirected_to_a_registry_with_tokens_of_its_own(self):
+        other, registry = self.bearer(), self.bearer(anonymous=False)
+        for word in ("manifests", "blobs"):
+            registry.fault("GET .*/%s/" % word, lambda reply: redirect(
+                other.url + registry.requests[-1].path)(reply), EVER)
+        self.visit(self.client(registry, "alice"))
+        self.assertTrue(authorizations(other))
+        self.assertFalse(set(authorizations(other)) & set(authorizations(registry)))
+        self.assertEqual({value.split()[0] for value in authorizations(other)},
+                         {"Bearer"})
+        other.anonymous = False  # and then nobody else's will do
+        with self.fails(imagec.AccessDenied, other.host):
+            self.visit(self.client(registry, "alice"))
 
     def test_bearer_beside_basic(self):
         registry = self.bearer()
@@ -7200,8 +7267,9 @@ NET_MANIFEST_REPLIES = (
      imagec.DigestMismatch, ("disagree", sha256(b"other"))),
     ("lying header, sha512", headers(docker_content_digest="sha512:" + "0" * 128),
      imagec.DigestMismatch, ("sha512:000",)),
-    ("senseless header", headers(docker_content_digest="sha256:../../x"),
-     imagec.InvalidDocument, ("Docker-Content-Digest",)),
+    ("senseless header", headers(docker_content_digest="sha256:../../x"), None, ()),
+    ("bare header", headers(docker_content_digest=sha256(b"")[7:]), None, ()),
+    ("empty header", headers(docker_content_digest=""), None, ()),
     ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
      imagec.InvalidDocument, ()),  # T34
     ("page, T112", body(b"<!DOCTYPE html><html>", content_type="text/html"),
@@ -7280,7 +7348,7 @@ class ProbeTest(NetworkCase):
                    imagec.CertificateError, registry.host, "--insecure-skip-verify")
         self.assertEqual(authorizations(registry), [])
         self.assertEqual({r.method for r in registry.requests},
-                         {"HEAD"} if scheme else set())
+                         {"GET"} if scheme else set())
         self.assertEqual(self.naps, [])
 
     @rows([(False, imagec.TransportError), (True, imagec.CertificateError)])
@@ -7307,7 +7375,7 @@ class ProbeTest(NetworkCase):
     @rows([(False,), (True,)])
     def test_t76_an_answer_over_tls_is_the_answer(self, http):
         registry = self.registry(tls=True)
-        registry.fault("HEAD /v2/", status(404))
+        registry.fault("GET /v2/$", status(410))
         with self.fails(imagec.RegistryError, "no registry"):
             self.probe(registry, TEST_CERT, http=http)
         self.assertEqual(registry.connections, 1)
@@ -7320,8 +7388,8 @@ class ProbeTest(NetworkCase):
             self.probe(registry, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
-    @rows([("404", status(404), 1, imagec.RegistryError, "no registry"),
-           ("403", status(403), 1, imagec.AccessDenied, "no registry"),
+    @rows([("404", status(404), 1, None, ""), ("403", status(403), 1, None, ""),
+           ("405", status(405), 1, imagec.RegistryError, "no registry"),
            ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
            ("no content", status(204), 1, imagec.RegistryError, "204"),
            ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
@@ -7329,10 +7397,19 @@ class ProbeTest(NetworkCase):
            ("reset once", reset(0.5, "headers"), 1, None, "")])
     def test_answers(self, _name, action, times, kind, words):
         registry = self.registry(tls=True)
-        registry.fault("HEAD /v2/", action, times)
+        registry.fault("GET /v2/$", action, times)
         self.gives(None if kind else registry.url + "/v2/",
                    lambda: self.probe(registry), kind, registry.host, words)
         self.assertTrue(kind is None or len(registry.requests) == times)
+
+    @rows([(404,), (403,)])
+    def test_static_files_have_no_more_than_manifests(self, code):
+        registry = self.filled(tls=True)
+        registry.fault("GET /v2/$", status(code), EVER)
+        client = self.client(registry)
+        self.assertEqual(client.fetch_manifest("app", "1").raw, self.image.manifest)
+        with self.fails(imagec.NotFound, "its /v2/ answers HTTP %d" % code):
+            client.fetch_manifest("app", "2")
 
     def test_t112_the_version_header_is_a_hint(self):
         registry = self.registry()
@@ -7345,13 +7422,13 @@ class ProbeTest(NetworkCase):
                 ("its own path", "/v2/?x=y", registry.url),
                 ("another port", other.url + "/v2/", other.url)):
             with self.subTest(name):
-                registry.fault("HEAD /v2/$", redirect(location, 301))
+                registry.fault("GET /v2/$", redirect(location, 301))
                 self.assertEqual(self.probe(registry), expected + "/v2/")
-        registry.fault("HEAD /v2/$", redirect("http://%s/v2/" % other.host))
+        registry.fault("GET /v2/$", redirect("http://%s/v2/" % other.host))
         with self.fails(imagec.UnsafeRedirect, "https to http"):
             self.probe(registry)
         plain = self.registry()
-        plain.fault("HEAD /v2/$", redirect(other.url + "/v2/"))
+        plain.fault("GET /v2/$", redirect(other.url + "/v2/"))
         self.assertEqual(self.probe(plain), other.url + "/v2/")
 
     @rows([("93.184.216.34", "127.0.0.1", False), ("93.184.216.34", "10.1.2.3", False),
@@ -7359,7 +7436,7 @@ class ProbeTest(NetworkCase):
            ("127.0.0.1", "10.1.2.3", True), ("93.184.216.34", "93.184.216.35", True)])
     def test_t74_a_registry_comes_no_nearer(self, first, then, allowed):
         registry = self.filled()
-        registry.fault("HEAD /v2/$", truncate(1.0))
+        registry.fault("GET /v2/$", truncate(1.0))
         place = by_name("public.test", registry)
         client = self.client(registry, "alice", place, allow_http=True)
         del self.reached[:]
@@ -7375,7 +7452,7 @@ class ProbeTest(NetworkCase):
     @rows([("private.test",), ("localhost",)])
     def test_t74_a_registry_may_send_its_probe_elsewhere(self, home):
         registry, other = self.filled(), self.registry()
-        registry.fault("HEAD /v2/$", [truncate(1.0), redirect(
+        registry.fault("GET /v2/$", [truncate(1.0), redirect(
             "http://%s/v2/" % by_name("public.test", other))])
         client = self.client(registry, host=by_name(home, registry), allow_http=True)
         client.fetch_manifest("app", "1")
@@ -7402,7 +7479,7 @@ class ProbeTest(NetworkCase):
         for worker in workers:
             worker.join()
         client.fetch_manifest("app", "1")
-        self.assertEqual(len(paths(registry, "HEAD")), 1)
+        self.assertEqual(len([r for r in registry.requests if r.route == "/v2/"]), 1)
 
 
 class RegistryTest(NetworkCase):
@@ -7675,7 +7752,8 @@ _FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
 
 #: (name, what strikes, on which requests): a mirror to be left for the next place
 FIELD_MIRROR_FAULTS = (
-    ("no registry", status(404), "HEAD /v2/"),
+    ("no registry", status(404), "GET "),
+    ("busy", status(503), "GET /v2/$"),
     ("page", body(b"<html>"), _FIELD_MANIFEST),
     ("no such image", status(404), _FIELD_MANIFEST),
     ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
@@ -7757,12 +7835,14 @@ class MirrorTest(FieldCase):
     def test_faults(self, name, action, match):
         mirror = self.filled(self.image)
         mirror.fault(match, action, EVER)
-        del self.said[:]
+        del self.said[:], self.naps[:]
         image = self.pull(self.origin.host, to=name, mirrors=[mirror.host],
                           idle_timeout=0.1 if name == "no answer" else 5)
         self.assertEqual(str(image.digest), self.image.digest)
         self.assertEqual(len(self.said), 1, self.said)
         self.assertIn("leaving the mirror %s: " % mirror.host, self.said[0])
+        if name in ("busy", "too many"):
+            self.assertEqual(self.naps, [])  # another place can be asked
         self.assertTrue(imagec.Audit().check(self.at(name)).images)
 
     def test_layer_that_is_spoiled(self):
@@ -14152,10 +14232,10 @@ FAILURES = (
      "cannot resolve host r.invalid: .*; check the name"),
     ("host of https that is not there", "pull registry.invalid/lab/app", 1,
      "cannot resolve host registry.invalid"),
-    ("neither TLS nor HTTP", "digest {ref}", 1, "TLS[^;]*$", "HEAD /v2/",
+    ("neither TLS nor HTTP", "digest {ref}", 1, "TLS[^;]*$", "GET /v2/$",
      garbage(b"SSH-2.0-x\r\n"), EVER),
     ("registry out of order", "digest {ref}", 1, "is out of order: .*HTTP 500",
-     "HEAD /v2/", status(500), EVER),
+     "GET /v2/$", status(500), EVER),
     ("compressed archive", "pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
     ("compressed, short", "pull -o {root}/x.tgz {ref}", 2, "FILE.tar"),
     ("name for a tree", "pull --tag a:1 {ref}", 2, "--tag goes with"),
@@ -14172,7 +14252,9 @@ FAILURES = (
     ("bad platform", "layers --platform a/b/c/d {ref}", 2, "a/b/c/d"),
     ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
     ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
-    ("no registry", "digest {ref}", 1, "no registry", "HEAD /v2/",
+    ("no registry", "digest {ref}", 1, "no registry", "GET /v2/$",
+     status(405, body=HTML), EVER),
+    ("no such image", "digest {ref}", 4, "not found.*its /v2/ answers HTTP 404", "GET",
      status(404, body=HTML), EVER),
     ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
      "expected digest", MANIFEST, flip(3)),
@@ -14332,8 +14414,7 @@ class CommandLineFailureTest(CommandLineCase):
         self.assertLess(len(ended.err), 2000)
         long = "x" * 300000
         for action in (body(spoiled_manifest(self.image, mediaType=long)),
-                       body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),))),
-                       headers(docker_content_digest=long[:60000])):
+                       body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),)))):
             fault = self.origin.fault(MANIFEST, action, EVER)
             for more in ((), ("--debug",)):
                 ended = self.main("digest", self.ref, *more)
@@ -14534,7 +14615,7 @@ SECRET_PULLS = (
         "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
     ("token refused for a blob", "/blobs/", status(401, {
         "WWW-Authenticate": 'Bearer realm="/token"'}), 5),
-    ("realm with a password", "HEAD /v2/", status(401, {
+    ("realm with a password", "GET /v2/$", status(401, {
         "WWW-Authenticate": 'Bearer realm="http://u:S3CR3T@127.0.0.1/t"'}), 1),
     ("redirect with a password", "/blobs/", redirect(
         "http://u:S3CR3T@127.0.0.1/x?sig=S3CR3T-SIG"), 1),
@@ -14806,7 +14887,7 @@ class SignalTest(CommandLineCase):
 
     #: (where it hangs, match, action, requests that hang)
     WAITS = (
-        ("probe", "HEAD /v2/", hang(), 1),
+        ("probe", "GET /v2/$", hang(), 1),
         ("manifest", MANIFEST, hang(), 1),
         ("layers", "blobs/(?!{config})", hang(), 4),
         ("bodies", "blobs/(?!{config})", drip(60, 20), 4),
@@ -15477,7 +15558,7 @@ class ReadmeTest(RegistryCase):
 THREAT_PRODUCT = bool(os.environ.get("IMAGEC_TEST_ALL"))
 #: Phase -> what its request looks like; {names} are filled in by the test.
 THREAT_PHASES = collections.OrderedDict([
-    ("probe", "HEAD /v2/$"),
+    ("probe", "GET /v2/$"),
     ("token", "/token"),
     ("index", "/manifests/1$"),
     ("manifest", "/manifests/{manifest}$"),
@@ -15507,9 +15588,9 @@ def threat_cut_headers(reply):
 
 #: (error class, word) of its message, then name, action, times, phases
 THREAT_FAULTS = worded(
-    ((imagec.RegistryError, "404"), ("no registry", status(404), 1, ("probe",))),
+    ((imagec.RegistryError, "405"), ("no registry", status(405), 1, ("probe",))),
     ((imagec.NotFound, "404"), ("not there", status(404), 1, THREAT_BODIES)),
-    ((imagec.AccessDenied, "access denied"), ("forbidden", status(403), 1, THREAT_ALL)),
+    ((imagec.AccessDenied, "access denied"), ("forbidden", status(403), 1, THREAT_ALL[1:])),
     ((imagec.RegistryError, "410"), ("gone", status(410), 1, ("index", "last layer"))),
     ((imagec.RegistryError, "418"), ("teapot", status(418), 1, THREAT_ALL)),
     ((imagec.RegistryError, "500"), ("broken", status(500), EVER, THREAT_SOME)),
@@ -15540,9 +15621,9 @@ THREAT_FAULTS = worded(
     ((imagec.UnsafeRedirect, "ftp://127.0.0.1/x"),
      ("to ftp, T79", redirect("ftp://127.0.0.1/x"), 1, ("index", "first layer"))),
     ((imagec.UnsafeRedirect, "from https to http"),
-     ("to http, T77", redirect("http://127.0.0.1/x"), 1, THREAT_SOME[::2])),
-    ((imagec.UnsafeRedirect, "to another host, http://127.0.0.1"),
-     ("a token to http, T77", redirect("http://127.0.0.1/x"), 1, ("token",))),
+     ("to http, T77", redirect("http://127.0.0.1/x"), 1, THREAT_SOME[:3])),
+    ((imagec.UnsafeRedirect, "to another host, https://localhost"),
+     ("a token elsewhere", redirect("https://localhost/x"), 1, ("token",))),
     ((imagec.UnsafeRedirect, "127.0.0.1"),
      ("to a user", redirect("https://u:p@127.0.0.1/"), 1, THREAT_ALL)),
     ((imagec.UnsafeRedirect, "loop"),
