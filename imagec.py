@@ -2934,8 +2934,10 @@ class Response:
     """An HTTP response whose body is still to be read.
 
     `status`; `headers` (email.message.Message); `url` it finally came from, `place`
-    the same for messages; `rank` is how near its server is, `first_rank` how near the
-    one that was asked first.
+    the same for messages; `length` of the body in bytes as it is sent, None if that is
+    not told; `coded` is whether it claims a Content-Encoding, which nobody asked for;
+    `rank` is how near its server is, `first_rank` how near the one that was asked
+    first.
     """
 
     def __init__(self, transport, connection, reply, request):
@@ -2945,6 +2947,8 @@ class Response:
         self.status, self.headers = reply.status, http.client.HTTPMessage()
         for name, value in reply.headers.items():  # RFC 7230, 3.2.4: folded ones
             self.headers[name] = re.sub(r"\s*[\r\n]\s*", " ", value).strip()
+        self.coded = self.headers.get("Content-Encoding", "").lower() not in (
+            "", "identity")
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
         self.rank = self.first_rank = connection.rank
@@ -2953,15 +2957,9 @@ class Response:
         """The body's length or None; raises TransportError if framing is ambiguous."""
         lengths = set(self.headers.get_all("Content-Length", []))
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
-        encoding = self.headers.get("Content-Encoding", "identity").lower()
         if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place)
-        if encoding not in ("identity", ""):
-            raise TransportError(
-                "%s sent a response with Content-Encoding %s, which was not asked for"
-                % (self.place, printable(encoding, 40)),
-                "a proxy on the way may be changing what passes")
         if method == "HEAD":
             return 0
         if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after them
@@ -2988,13 +2986,22 @@ class Response:
         self.close(keep=True)
 
     def read(self, limit, what):
-        """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError."""
+        """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError.
+
+        One that claims to be compressed, and is no JSON, is decompressed.
+        """
         if self.length is not None and self.length > limit:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
                                 % (what, self.length, limit))
+        body = self._whole(self.chunks(16 * KIB), limit, what)
+        if self.coded and body.startswith(b"\x1f\x8b"):  # RFC 1952, 2.3.1
+            body = self._whole(inflated([body], what), limit, what)
+        return body
+
+    def _whole(self, chunks, limit, what):
         body, seconds = bytearray(), PATIENCE * self._transport.idle_timeout
         end = self._transport.clock() + seconds
-        for chunk in self.chunks(16 * KIB):
+        for chunk in chunks:
             body += chunk
             if len(body) > limit:
                 raise LimitExceeded("%s is more than the limit of %d bytes"
@@ -3980,8 +3987,9 @@ class Registry(Endpoint):
 
         def fetch():
             with self.open_blob(repository, descriptor) as response:
-                return b"".join(proved(response.chunks(16 * KIB), descriptor.digest,
-                                       descriptor.size, what))
+                chunks = [response.read(CONFIG_LIMIT, what)] if response.coded else (
+                    response.chunks(16 * KIB))
+                return b"".join(proved(chunks, descriptor.digest, descriptor.size, what))
 
         with naming(self.host):
             return ImageConfig.parse(self.transport.retrying(fetch), what)
@@ -4926,6 +4934,8 @@ class Download:
         self._check = source.transport.check
         self._origin = None  # of the source's places, the one it is fetched from
         self._resumed = False  # whether what an earlier try left is part of it
+        self._coded = False  # whether the response claimed to be compressed besides
+        self._otherwise = False  # whether that is taken the other way than at first
 
     def run(self):
         """The Fetched. Raises ImagecError and OSError, and leaves then no file there
@@ -4990,11 +5000,14 @@ class Download:
                 return prove(self._chunks(partial), self._blob, self._unpack,
                              self._diff_id)
             except (VerificationError, InvalidDocument) as error:
-                # What an earlier try left may be to blame, once, or a mirror.
+                # What an earlier try left may be to blame, once, or how a body that
+                # claims a Content-Encoding was read, or a mirror.
                 if self._resumed and not again:
                     again = True
+                elif self._coded and not self._otherwise:
+                    self._otherwise = True
                 elif self._leave(error):
-                    again = False
+                    again = self._otherwise = False
                 else:
                     raise
                 log.info("%s; starting over", error)
@@ -5030,6 +5043,8 @@ class Download:
                     yield data
                 return
             except ImagecError as error:
+                if self._coded and isinstance(error, InvalidDocument):
+                    raise  # it is no such stream; see _receive
                 failures = 1 if received - before >= PROGRESS_BYTES else failures + 1
                 try:
                     self._source.transport.back_off(error, failures)
@@ -5050,16 +5065,21 @@ class Download:
                      printable(response.headers.get("Content-Range"), 60))
             response.discard()
             response, self._origin = self._source.ask(Registry.open_blob, self._blob)
+        chunks, size = response.chunks(), self._blob.size
+        self._coded = response.coded
+        # Many servers claim what they do not do; the digest has the last word.
+        if self._coded and (size not in (None, response.length)) != self._otherwise:
+            chunks = inflated(chunks, response.place)
         with response:
-            for chunk in response.chunks():
+            for chunk in chunks:
                 known = max(0, offset - at)  # bytes of it that are here already
                 at += len(chunk)
                 if known < len(chunk):
                     yield chunk[known:]
             # Where there is no length, only the size tells that it was cut.
-            if response.length is None and at < (self._blob.size or 0):
+            if response.length is None and at < (size or 0):
                 raise TransportError("%s ended at byte %d of %d" % (
-                    response.place, at, self._blob.size), retryable=True)
+                    response.place, at, size), retryable=True)
 
     def _continues(self, response, offset):
         """Whether a 206 holds exactly the bytes from `offset` on (RFC 7233, 4.2)."""
@@ -5070,7 +5090,9 @@ class Download:
             return False
         end, total = int(match.group(2)) + 1, match.group(3)
         size = self._blob.size or (end if total == "*" else int(total))
-        return end == size and total in ("*", str(size))
+        # What is compressed besides has no such size.
+        return end == size and (total == str(size)
+                                or total == "*" and not response.coded)
 
 
 # --------------------------------------------------------------------------------------
