@@ -140,9 +140,8 @@ PAX_COUNT_LIMIT = 4096  # records of one pax header
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
 
 IDLE_TIMEOUT = 60  # seconds without a byte
-PATIENCE = 5  # times as long: until a blob begins, as a cache may fetch all of it first;
-#: for a whole document; and for STALL_BYTES of a blob
-STALL_BYTES = 256 * KIB
+PATIENCE = 5  # silences: until a blob begins, which a cache may fetch first, at most
+STALL_BYTES = 256 * KIB  # that a blob must bring in as long; a document must be there
 LOCK_TOLD = 5  # seconds until it is told that another process is waited for
 LOCK_PATIENCE = 600  # seconds in which what it writes must grow
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
@@ -2429,7 +2428,7 @@ def host_name(host):
 
 
 def loopback(host):
-    """Whether `host[:port]` names this machine: a loopback address, localhost, or a name
+    """Whether `host[:port]` is this machine: a loopback address, localhost, or a name
     below that (RFC 6761, 6.3).
     """
     name = host_name(host)
@@ -2796,7 +2795,7 @@ def ready(sock, event, seconds):
 
 def resolved(host, port):
     """What socket.getaddrinfo gives for a host by TCP; raises TransportError."""
-    if host.lower().endswith(".localhost"):  # few resolvers know, and another's word is no good
+    if host.lower().endswith(".localhost"):  # not every resolver knows
         host = "localhost"
     try:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
@@ -2853,8 +2852,8 @@ def split_proxy(url):
     # Not shown: where a URL is malformed, who can tell which part is the password?
     if url.lower().startswith("https:"):
         raise UsageError("TLS to the proxy itself (https://) is not supported",
-                         "most proxies take http://[USER:PASSWORD@]HOST:PORT, too; what "
-                         "goes through to https is encrypted all the same")
+                         "most proxies take http://[USER:PASSWORD@]HOST:PORT, too; "
+                         "https goes through it encrypted all the same")
     raise UsageError("the proxy's URL is not one we can use",
                      "expected http://, socks5:// or socks5h://, and then "
                      "[USER:PASSWORD@]HOST:PORT")
@@ -2957,12 +2956,13 @@ class Response:
         """The body's length or None; raises TransportError if framing is ambiguous."""
         lengths = set(self.headers.get_all("Content-Length", []))
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
-        if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
+        if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(
+                re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place)
         if method == "HEAD":
             return 0
-        if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after them
+        if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after
             self._reply.will_close = True
             return None
         return int(lengths.pop()) if lengths else None
@@ -3212,9 +3212,9 @@ class Transport:
         None where the user chose it. No redirect leads nearer than any server on the
         way is. Authorization stays with the origin it was meant for. Where `stay` is
         not None, the redirects stay with its host, and Authorization also goes to https
-        there and to those of these hosts (see names_host). `option` of the command line would allow this URL's host;
-        None: --storage-host, but the first. Its headers may take so many `seconds`,
-        None: one silence.
+        there and to those of these hosts (see names_host). `option` of the command line
+        would allow this URL's host; None: --storage-host, but the first. The headers
+        may take so many `seconds`, None: one silence.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
@@ -3234,20 +3234,13 @@ class Transport:
                 return response
             response.discard()
             parts = checked_url(location, url)
-            if stay is not None and parts.hostname != first.hostname:
-                raise UnsafeRedirect("%s redirects to another host, %s" % (
-                    response.place, parts._replace(path="", query="").geturl()))
+            lent = names_host(self._storage_hosts, parts)
+            if stay is not None or not lent:
+                _check_redirect(response, parts, seen, stay is not None)
             if stay is not None and (names_host(stay, parts) or (
                     first.scheme, parts.scheme) == ("http", "https")):
                 first = parts
             elsewhere = origin(parts) != origin(first)
-            lent = names_host(self._storage_hosts, parts)
-            if parts.scheme != "https" and not lent and any(
-                    one.startswith("https:") for one in seen):
-                raise UnsafeRedirect(
-                    "%s redirects from https to http" % response.place,
-                    None if stay is not None else
-                    _LENIENCE % "--storage-host " + parts.netloc)
             if (lent or elsewhere) and headers.pop("Authorization", None) and (
                     stay is not None):
                 log.error("warning: no password sent to %s, where %s redirects: allow "
@@ -3345,6 +3338,20 @@ class Transport:
                     % request.host, NO_ROOTS) from error
             raise _transport_error(error, bare_url(url),
                                    request and request.option) from error
+
+
+def _check_redirect(response, parts, seen, stay):
+    """Raises UnsafeRedirect where a response must not lead to a URL taken apart.
+
+    `seen` are the URLs on the way to it; `stay` tells that these share a host.
+    """
+    if stay and parts.hostname != checked_url(response.url).hostname:
+        raise UnsafeRedirect("%s redirects to another host, %s" % (
+            response.place, parts._replace(path="", query="").geturl()))
+    if parts.scheme != "https" and any(one.startswith("https:") for one in seen):
+        raise UnsafeRedirect(
+            "%s redirects from https to http" % response.place,
+            None if stay else _LENIENCE % "--storage-host " + parts.netloc)
 
 
 def default_certs_dirs():
@@ -3568,9 +3575,9 @@ def auth_url(challenge, repository, registry_url):
     """The URL to GET a token from that reads a repository, by a Bearer `challenge`.
 
     The scope (distribution, token scope) is ours, whatever the realm says: a registry
-    must not widen what a token is good for. Where the challenge has others to read from,
-    as behind a proxy that changes names, they are asked for, too. Raises
-    InvalidDocument, UnsafeRedirect.
+    must not widen what a token is good for. Those of the challenge that only read are
+    asked for, too: there may be a proxy that changes names. Raises InvalidDocument,
+    UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
@@ -3719,7 +3726,7 @@ class Endpoint:
         raise first
 
     def _probe_url(self, url):
-        with self.transport.open("GET", url) as response:  # HEAD is not known everywhere
+        with self.transport.open("GET", url) as response:  # not all know HEAD there
             if response.status in (403, 404):
                 # Static files may have no more than manifests: those decide.
                 self._doubt = ("check the host name: its /v2/ answers HTTP %d, that of "
@@ -3989,7 +3996,8 @@ class Registry(Endpoint):
             with self.open_blob(repository, descriptor) as response:
                 chunks = [response.read(CONFIG_LIMIT, what)] if response.coded else (
                     response.chunks(16 * KIB))
-                return b"".join(proved(chunks, descriptor.digest, descriptor.size, what))
+                return b"".join(proved(chunks, descriptor.digest, descriptor.size,
+                                       what))
 
         with naming(self.host):
             return ImageConfig.parse(self.transport.retrying(fetch), what)
@@ -5068,15 +5076,16 @@ class Download:
         chunks, size = response.chunks(), self._blob.size
         self._coded = response.coded
         # Many servers claim what they do not do; the digest has the last word.
-        if self._coded and (size not in (None, response.length)) != self._otherwise:
-            chunks = inflated(chunks, response.place)
+        raw = size in (None, at + (response.length or 0))
+        if self._coded and raw == self._otherwise:
+            chunks, size = inflated(chunks, response.place), None
         with response:
             for chunk in chunks:
                 known = max(0, offset - at)  # bytes of it that are here already
                 at += len(chunk)
                 if known < len(chunk):
                     yield chunk[known:]
-            # Where there is no length, only the size tells that it was cut.
+            # Where there is no length, only the blob's size tells that it was cut.
             if response.length is None and at < (size or 0):
                 raise TransportError("%s ended at byte %d of %d" % (
                     response.place, at, size), retryable=True)

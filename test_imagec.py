@@ -8168,6 +8168,8 @@ NET_PARTIALS = (
     ("multipart, T102", NET_BLOB[:NET_HALF],
      [partial(None, 0), headers(content_type="multipart/byteranges; boundary=x")],
      [NET_HALF, 0]),
+    ("said to be compressed", NET_BLOB[:NET_HALF], headers(content_encoding="gzip"),
+     [NET_HALF]),
     ("cut again", NET_BLOB[:NET_HALF], truncate(1000), [NET_HALF, NET_HALF + 1000]),
     ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]),
 )
