@@ -3677,7 +3677,7 @@ class Endpoint:
     rank = None  # how near its address is
     challenge = None  # the Challenge in force, where the registry has asked for one
     withheld = None  # in words, the password that a token server of others' did not get
-    _doubt = None  # a hint, where it may be no registry
+    doubt = None  # why it may be no registry, in words
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3729,8 +3729,8 @@ class Endpoint:
         with self.transport.open("GET", url) as response:  # not all know HEAD there
             if response.status in (403, 404):
                 # Static files may have no more than manifests: those decide.
-                self._doubt = ("check the host name: its /v2/ answers HTTP %d, that of "
-                               "a registry 200 or 401" % response.status)
+                self.doubt = ("its /v2/ answers HTTP %d, that of a registry 200 or 401"
+                              % response.status)
             elif response.status >= 500:
                 raise registry_error(response, self.host + " is out of order")
             elif response.status not in (200, 401):
@@ -3896,7 +3896,8 @@ class Registry(Endpoint):
     def _refusal(self, response, what, repository, sent):
         """The RegistryError for a response to what was `sent` as Authorization."""
         error = registry_error(response, what)
-        error.hint = self._doubt or error.hint
+        if self.doubt:
+            error.hint = "check the host name: " + self.doubt
         if self._namespace and isinstance(error, RateLimited):
             error.retryable = False  # a mirror: the next one is asked at once
         if isinstance(error, AccessDenied):
@@ -7920,6 +7921,9 @@ def describe_registry(host, session):
     reference = Reference.parse(host + "/any/thing" if "/" not in host else host)
     registry = session.registry(reference.api_host)
     yield "registry", registry.learn_registry_url(), True
+    if registry.doubt:
+        raise Unsupported("%s may be no registry: %s" % (registry.host, registry.doubt),
+                          "check the host name")
     challenge = registry.challenge
     yield "asks for", "%s %s" % (challenge.scheme, printable(challenge.parameters.get(
         "realm", ""), 200)) if challenge else "nothing", True

@@ -6548,7 +6548,7 @@ class ProxyTest(FieldCase):
     def test_option(self):
         os.environ.update(http_proxy="http://127.0.0.1:1",
                           https_proxy="http://127.0.0.1:1")
-        for tls, methods in ((False, {"HEAD", "GET", "CONNECT"}), (True, {"CONNECT"})):
+        for tls, methods in ((False, {"GET", "CONNECT"}), (True, {"CONNECT"})):
             registry = self.filled(tls=tls)
             self.pull(registry.host, to=str(tls), proxy=self.proxy.url)
             asked = [method for method, _ in self.taken()]
@@ -15658,10 +15658,6 @@ THREAT_FAULTS = worded(
      ("junk, T114", garbage(b"SSH-2.0-x\r\n"), EVER, THREAT_ALL)),
     ((imagec.TransportError, "ambiguous"),
      ("two lengths, T113", headers(content_length=["7", "8"]), 1, THREAT_ALL)),
-    ((imagec.TransportError, "Content-Encoding br"),
-     ("brotli, T47", headers(content_encoding="br"), 1, THREAT_ALL)),
-    ((imagec.TransportError, "Content-Encoding gzip"),
-     ("gzip'd, T47", headers(content_encoding="gzip"), 1, THREAT_SOME)),
     ((imagec.UnsafeRedirect, "file:///etc/passwd"),
      ("to a file, T79", redirect("file:///etc/passwd"), 1, THREAT_ALL)),
     ((imagec.UnsafeRedirect, "ftp://127.0.0.1/x"),
@@ -16681,7 +16677,7 @@ class WorkTest(ThreatCase):
     def ended(self, place, name, format, path, end):
         """Pull; when that function begins, set `end` of it: what came of it all."""
         done, work = [], getattr(place, name)
-        session = self.session(jobs=1)
+        session = self.session(jobs=1, timeout=99)
 
         def late(*args, **options):
             setattr(session.transport, *end)
