@@ -18196,9 +18196,9 @@ class RealSOCKSTest(RealProxyCase):
         self.places.pop("localhost")
         port = self.plain.host.partition(":")[2]
         ref = "localhost:%s/lab/app:1" % port
-        self.take("--proxy", "socks5h://" + proxy.host, ref=ref)
-        self.assertIn("localhost:" + port, proxy.log())
-        self.take("--proxy", "socks5://" + proxy.host, ref=ref, expect=1)
+        for number, scheme in enumerate(("socks5", "socks5h")):
+            self.take("--proxy", "%s://%s" % (scheme, proxy.host), ref=ref)
+            self.assertGreater(proxy.log().count("localhost:" + port), number)
 
     def test_password(self):
         proxy = self.start("-u", "bob", "-P", "S3CR3T")
