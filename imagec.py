@@ -7094,6 +7094,14 @@ def new_output(path, format=None, tag=None, stream=None):
     if len(os.fsencode(path)) > PATH_MAX or path.count(os.sep) > PATH_PARTS_LIMIT:
         raise OutputError(path[:60] + "...", "is longer than %d bytes or deeper than "
                           "%d directories" % (PATH_MAX, PATH_PARTS_LIMIT))
+    gone = os.path.islink(path) and not os.path.exists(path) and (
+        "is a link to what is not there")
+    try:
+        os.path.abspath(path)
+    except FileNotFoundError:
+        gone = "the current directory is not there any more"
+    if gone and stream is None:
+        raise OutputError(path, gone, "choose another place with -o")
     if format is None and re.search(r"\.(tgz|tar\.\w+)\Z", path):
         raise UsageError("%s: archives are not compressed" % path,
                          "name it FILE.tar, or say which --format it is")

@@ -16545,6 +16545,53 @@ class LocalFaultsTest(ThreatCase):
             self.fetch(self.ref[:-1] + "2", format, path)
         self.assert_whole(path)
 
+    @staticmethod
+    def threads(count):
+        """A context in which imagec gets so many threads (the registry gets its own).
+        """
+        left = [None] * count
+
+        def start(thread, true=threading.Thread.start):
+            if thread._target.__module__ in ("imagec", "concurrent.futures.thread"):
+                if not left:
+                    raise RuntimeError("can't start new thread")
+                left.pop()
+            true(thread)
+
+        return mock.patch.object(threading.Thread, "start", start)
+
+    @everywhere
+    def test_t130_no_threads(self, format, path):
+        """A container's limit of processes: one layer after the other."""
+        for count in (0, 1, 2):
+            with self.threads(count), mock.patch.object(imagec, "STAGE_DIRECT", 100):
+                run = self.pull(format, path)
+            self.assertEqual((run.status, run.err), (0, ""))
+            self.assert_whole(path)
+            self.clear()
+
+    @needs_zstd
+    def test_t130_no_thread_for_a_program(self):
+        self.source.add("lab/app", "1", build_image(THREAT_TARS, compress=zstd_bytes))
+        with self.threads(0), mock.patch.dict(sys.modules, compression=None):
+            self.assert_one_line(self.pull("rootfs", self.at("root")), 1,
+                                 "no thread is to be had: raise the limit")
+
+    @everywhere
+    def test_t126_places_that_are_gone(self, format, path):
+        os.symlink(self.at("nowhere"), path)
+        self.assert_one_line(self.pull(format, path), 1, "%s: is a link to what is not "
+                             "there; choose another" % re.escape(path))
+        os.mkdir(self.at("gone"))
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.at("gone"))
+        os.rmdir(self.at("gone"))
+        name = os.path.basename(path)
+        self.assert_one_line(self.pull(format, name), 1, "%s: the current directory is "
+                             "not there any more; choose another" % re.escape(name))
+        os.chdir(self.root)
+        self.assertEqual((os.listdir(self.work), self.source.requests), ([name], []))
+
     @everywhere
     def test_t136_path_too_long(self, format, path):
         deep = os.path.join(self.work, *["d" * 200] * 25 + [os.path.basename(path)])
