@@ -1790,6 +1790,17 @@ def go_on():
     """The `check` of who has no limit: one raises where work should not go on."""
 
 
+def begin(target):
+    """A thread that calls `target()`; raises OSError where none is to be had."""
+    thread = threading.Thread(target=target, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, "no thread is to be had: raise the limit of "
+                      "processes (ulimit -u, pids.max)") from None
+    return thread
+
+
 def drain(chunks):
     """Draws all there is, for what the drawing of it does."""
     for _ in chunks:
@@ -1858,8 +1869,11 @@ def ahead(chunks):
             error = caught
         ready.put(None)
 
-    drawn, thread = iter(ready.get, None), threading.Thread(target=draw, daemon=True)
-    thread.start()
+    try:
+        drawn, thread = iter(ready.get, None), begin(draw)
+    except OSError:  # then here
+        yield from chunks
+        return
     try:
         yield from drawn
     finally:
@@ -2013,8 +2027,7 @@ def _zstd_program(chunks, what):
             [program, "-dcq", "--memory=%dMB" % (1 << ZSTD_WINDOW_LOG - 20)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE) as process:
-        feeder = threading.Thread(target=feed, daemon=True)
-        feeder.start()
+        feeder = begin(feed)
         try:
             yield from iter(lambda: process.stdout.read1(CHUNK), b"")
             feeder.join()
@@ -2400,8 +2413,7 @@ def _run_helper(command, text, program):
                 process.kill()
 
     # A thread: what the helper started may hold the pipe open after it is killed.
-    reader = threading.Thread(target=talk, daemon=True)
-    reader.start()
+    reader = begin(talk)
     reader.join(HELPER_TIMEOUT)
     if reader.is_alive():
         process.kill()
@@ -6978,11 +6990,26 @@ class Puller:
         transport = self._session.transport
         executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
         futures, good = [], False
+        todo, results = collections.deque(enumerate(actions)), {}
+
+        def work():
+            while todo:
+                try:
+                    number, action = todo.popleft()
+                except IndexError:  # another was quicker
+                    return
+                results[number] = action()
+
         # What a signal raised inside of threading could leave its locks held for ever.
         transport.watched = True
         try:
-            for action in actions:
-                futures.append(executor.submit(action))
+            for _ in actions[:self._session.jobs]:
+                try:
+                    futures.append(executor.submit(work))
+                except RuntimeError:  # no more threads are to be had
+                    break
+            if not futures:
+                work()
             pending = futures
             while pending:  # in short waits: a signal may come to another thread
                 done, pending = concurrent.futures.wait(
@@ -6995,17 +7022,16 @@ class Puller:
         finally:
             if not good:
                 transport.cancel()
-            for future in futures:
-                future.cancel()
+                todo.clear()
             executor.shutdown()
             transport.watched = False
         if transport.stop is not None:  # it came after the last look
             raise transport.stop
-        errors = [future.exception() for future in futures if not future.cancelled()]
+        errors = [future.exception() for future in futures]
         if any(errors):
             raise min(filter(None, errors),
                       key=lambda error: isinstance(error, Cancelled))
-        return [future.result() for future in futures]
+        return [results[number] for number in range(len(actions))]
 
 
 def _split_mirror(text):
@@ -7766,8 +7792,7 @@ class RegistryHandler:
 @contextlib.contextmanager
 def serving(server):
     """Runs a server in a thread meanwhile."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+    thread = begin(lambda: server.serve_forever(0.05))
     try:
         yield server
     finally:
@@ -8592,13 +8617,15 @@ def _second_signal(numbers):
     thread = threading.Thread(target=listen, daemon=True)
     before = signal.set_wakeup_fd(wakeup)
     try:
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # none to be had: then just the first
+            thread.start()
         yield
     finally:
         signal.set_wakeup_fd(before)
         done.set()
         os.close(wakeup)
-        thread.join()
+        with contextlib.suppress(RuntimeError):
+            thread.join()
         os.close(ours)
 
 
