@@ -5903,15 +5903,18 @@ class LayerStore:
     def visit(self, tar):
         """Keeps the members of a Tar."""
         for entry, data in tar:
-            if b"\0" in entry.path + entry.link:
-                raise InvalidDocument("%s: a name with a NUL byte" % self._what)
+            if b"\0" in entry.path + entry.link or not entry.link and (
+                    entry.kind == "symlink"):
+                raise InvalidDocument("%s: %s: a NUL byte in its name, or a link to "
+                                      "nothing" % (self._what, show(entry.path)))
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
             self._members += 1
             self._names += names
             self._census.add(1, names, self._what)
             kept = entry.kind == "file" and entry.size
-            self.entries.append((entry, (self, self._keep(data)) if kept else None))
+            self.entries.append((entry, (self, self._keep(
+                data, "%s of %s" % (show(entry.path), self._what))) if kept else None))
 
     def forget(self):
         """Another store takes its place."""
@@ -5921,12 +5924,12 @@ class LayerStore:
         """The file that holds the data of member `number`, and nothing else."""
         return os.path.join(self._directory, str(number // 1000), str(number))
 
-    def _keep(self, data):
-        """Keeps a file's data: where in the store it is."""
+    def _keep(self, data, name):
+        """Keeps a file's data: where in the store it is. Errors tell its `name`."""
         number = len(self.entries)
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with naming_file(path), open(path, "xb") as file:
+        with naming_file(name), open(path, "xb") as file:
             self._write(file, data)
         return number
 
@@ -5951,7 +5954,7 @@ class LayerPack(LayerStore):
         """The file that holds the data, each member's where its entry says."""
         return os.path.join(self._directory, "data")
 
-    def _keep(self, data):
+    def _keep(self, data, _name):
         where = self._pack.tell()
         self._write(self._pack, data)
         return where
@@ -6017,10 +6020,13 @@ class Tree:
 
     def _parts(self, path):
         self.check()  # here: every member's name comes by, each time it is looked at
-        parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
-        if b".." in parts:
-            raise InvalidDocument("unsafe member name %s" % show(path))
-        return parts
+        parts = []
+        for part in path.split(b"/"):
+            if part == b"..":  # as umoci, docker and containerd: the root has no parent
+                del parts[-1:]
+            elif part not in (b"", b"."):
+                parts.append(part)
+        return tuple(parts)
 
     def _white_out(self, parts, own, taken):
         self.check()
@@ -6115,6 +6121,9 @@ class Tree:
                 raise InvalidDocument("a hard link to the directory %s"
                                       % show(entry.link))
             target.linked = True
+            target.entry = target.entry._replace(  # docker and podman: for the inode
+                mode=entry.mode, uid=entry.uid, gid=entry.gid, mtime=entry.mtime,
+                xattrs=tuple(dict(target.entry.xattrs + entry.xattrs).items()))
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.entry = entry
@@ -6162,35 +6171,45 @@ class TreeWriter:
         self._tree = tree
         self._root = hasattr(os, "geteuid") and os.geteuid() == 0
         self.undone = collections.Counter()
+        self.at = b""  # the path of what is being made
 
     def write(self, directory):
         """Makes `directory` (which must not exist) the root of the tree, ours alone."""
         base = os.fsencode(directory)
         os.mkdir(base, 0o700)
         directories = []
-        for path, node, first in self._tree.walk():
-            place = os.path.join(base, path)
+        for self.at, node, first in self._tree.walk():
+            path, place = self.at, os.path.join(base, self.at)
             if os.path.lexists(place):
                 raise Unsupported("%s: two names of the image are one on this file "
                                   "system" % show(path))
             if node.children is not None:
                 os.mkdir(place, 0o700)
-                directories.append((place, node.entry))
+                directories.append((path, node.entry))
             elif first and os.path.lexists(os.path.join(base, first)):
-                os.link(os.path.join(base, first), place, follow_symlinks=False)
+                self._link(os.path.join(base, first), place, node.entry)
             elif self._make(node, place):
                 self._dress(place, node.entry)
             else:
                 self.undone["device nodes not made"] += 1
-        for place, entry in reversed(directories):  # last, or they refuse children
+        for self.at, entry in reversed(directories):  # last, or they refuse children
             self._tree.check()
-            self._dress(place, entry)
+            self._dress(os.path.join(base, self.at), entry)
 
     def finish(self, directory):
         """All is in its place: the root's own attributes open it to others."""
         self._dress(os.fsencode(directory), self._tree.root.entry)
         if self._tree.unknown:
             self.undone["members of unknown types left out"] = self._tree.unknown
+
+    def _link(self, first, place, entry):
+        if entry.kind != "symlink":
+            return os.link(first, place)
+        try:
+            os.link(first, place, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # PyPy; a second one does as well
+            os.symlink(entry.link, place)
+            self._dress(place, entry)
 
     def _make(self, node, place):
         """A file, link or device, still without its attributes; whether it was made."""
@@ -6321,6 +6340,10 @@ class RootfsOutput(Spooled):
                 and not os.listdir(path)):
             raise OutputError(path, "is there already, and not an empty directory",
                               "choose another place with -o")
+        elif os.path.ismount(path) or os.path.lexists(path) and (
+                os.path.samefile(path, os.curdir)):
+            raise OutputError(path, "is a mount point or where you are: nothing can "
+                              "take its place", "choose a new directory in it with -o")
 
     def open(self, images):
         image, = images
@@ -6359,7 +6382,12 @@ class RootfsOutput(Spooled):
     def _write_directory(self, tree):
         writer = TreeWriter(tree)
         root = os.path.join(self._spool, "root")
-        writer.write(root)
+        try:
+            writer.write(root)
+        except OSError as error:  # it is told where it would have come to be
+            error.filename = os.path.join(self.path, os.fsdecode(writer.at))
+            error.filename2 = None
+            raise
         os.rename(root, self.path)  # an empty directory may be there
         writer.finish(self.path)
         sync_directory(os.path.dirname(os.path.abspath(self.path)))
