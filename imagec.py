@@ -4204,7 +4204,7 @@ class Partial:
                 if _try_lock(self._fd) and (
                         os.path.samestat(status, os.lstat(self.path))):
                     taken = new or stat.S_ISREG(status.st_mode) and (
-                        status.st_nlink == 1 and ours_alone(status))
+                        status.st_nlink == 1 and ours_alone(self.path, status))
                     if not taken:
                         self._remove()
         finally:
@@ -4236,9 +4236,22 @@ class Partial:
             raise OutputError(self.path, "is in the way: not a file of ours alone",
                               "choose another place with -o") from None
 
+    def check_size(self, size):
+        """Raises OutputError where its file system has no files of `size` bytes.
+
+        Linux lets none seek to where nothing can be; others tell when it is written.
+        """
+        try:
+            os.lseek(self._fd, size, os.SEEK_SET)
+        except OSError:
+            raise OutputError(self.final, "no file can have %d bytes there" % size,
+                              "--format oci keeps files smaller; or choose another "
+                              "place with -o") from None
+
     def size(self):
         """Bytes it holds."""
-        return os.fstat(self._fd).st_size
+        with naming_file(self.path):
+            return os.fstat(self._fd).st_size
 
     def chunks(self):
         """The bytes it holds, in pieces, from the start."""
@@ -4247,8 +4260,10 @@ class Partial:
 
     def truncate(self, size=0):
         """Keeps the first `size` bytes and goes on behind them."""
-        os.lseek(self._fd, size, os.SEEK_SET)
-        os.ftruncate(self._fd, size)
+        with naming_file(self.path):
+            os.lseek(self._fd, size, os.SEEK_SET)
+            if self.size() != size:  # not all file systems can
+                os.ftruncate(self._fd, size)
         self._begun = size
 
     def write(self, data):
@@ -4294,8 +4309,9 @@ class Partial:
     def close(self):
         """Leaves it as it is, for another run to go on with."""
         fd, self._fd = self._fd, None  # a signal must not have it closed twice
-        if fd is not None:
-            os.close(fd)
+        with naming_file(self.path):
+            if fd is not None:
+                os.close(fd)
 
     def __enter__(self):
         return self
@@ -4304,14 +4320,22 @@ class Partial:
         self.close()
 
 
-def ours_alone(status):
+def ours_alone(path, status):
     """Whether what os.stat tells of is ours, and not for everybody to write to.
 
     A group's bit is not looked at: under a umask of 002 our own files have it, and then
-    new ones would be no better.
+    new ones would be no better. Nor are they where all belongs to whom the mount says,
+    as on FAT.
     """
-    return not hasattr(os, "geteuid") or (
-        status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH)
+    def told(status):
+        return status.st_uid, status.st_mode & stat.S_IWOTH
+
+    if not hasattr(os, "geteuid") or told(status) == (os.geteuid(), 0):
+        return True
+    import tempfile
+    with tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as fresh:
+        fresh = told(os.fstat(fresh.fileno()))
+    return told(status) == fresh
 
 
 def _try_lock(fd):
@@ -4353,7 +4377,8 @@ def remove_tree(path):
     within = [path] if os.path.lexists(path) else []
     while within:  # shutil calls itself for each level: an image may have too many
         deeper = None
-        os.chmod(within[-1], 0o700)
+        with contextlib.suppress(OSError):  # FAT has no modes
+            os.chmod(within[-1], 0o700)
         with os.scandir(within[-1]) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -4388,10 +4413,11 @@ def check_writable(path):
 def check_free(path, needed):
     """Raises OutputError where the disk of `path` cannot hold `needed` bytes more."""
     import shutil
-    free = shutil.disk_usage(existing_parent(path)).free
-    if needed > free:
-        raise OutputError(path, "%d bytes are needed, %d are free" % (needed, free),
-                          "free some space or choose another place with -o")
+    with contextlib.suppress(OSError):  # not all file systems tell
+        disk = shutil.disk_usage(existing_parent(path))
+        if disk.total and needed > disk.free:
+            raise OutputError(path, "%d bytes are needed, %d are free" % (
+                needed, disk.free), "free some space or choose another place with -o")
 
 
 def make_directory(base, *parts):
@@ -4417,7 +4443,7 @@ def private_directory(path):
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     status = os.lstat(path)
-    if not (stat.S_ISDIR(status.st_mode) and ours_alone(status)):
+    if not (stat.S_ISDIR(status.st_mode) and ours_alone(path, status)):
         raise OutputError(path, "is in the way: not a directory of ours alone")
 
 
@@ -4970,6 +4996,7 @@ class Download:
             if found:
                 partial.discard()
                 return found
+            partial.check_size(self._blob.size or 0)
             try:
                 unpacked = self._receive(partial)
             except (VerificationError, InvalidDocument):
@@ -5456,9 +5483,11 @@ def add_to_index(manifests, entry):
                 annotations.get(TAG_ANNOTATION)
                 == entry["annotations"][TAG_ANNOTATION]):
             entry["annotations"][TAG_ANNOTATION] = name
-        if old.get("digest") == entry["digest"] and not (
-                old.get("annotations") or {}).get(TAG_ANNOTATION):
-            manifests.remove(old)
+        if old.get("digest") == entry["digest"]:
+            if name is None and (old.get("annotations") or {}).get(TAG_ANNOTATION):
+                return
+            if not (old.get("annotations") or {}).get(TAG_ANNOTATION):
+                manifests.remove(old)
     manifests.append(entry)
 
 
@@ -5629,6 +5658,7 @@ class ArchiveOutput(Spooled):
         self._stays = None  # os.stat of the finished one, where nothing is new
         size, blobs = 0, []
         if self.stream is None:
+            self._target.check_size(sum(layer.blob.size or 0 for layer in order))
             size, blobs = self._resume(order, images)
         if not size:
             self._write(_prologue())
@@ -6937,6 +6967,10 @@ class Puller:
                   for reference in references]
         for image in images:
             output.accept(image)
+            name = output.layout and output.name_of(image)
+            if name and name.host.startswith("["):
+                log.warning("docker, podman and skopeo may not take the name %s, for "
+                            "its IPv6 address: --tag gives another", str(name))
         return images if output.verbatim else [image._replace(layers=tuple(
             layer for layer in image.layers if not layer.throwaway))
             for image in images]
@@ -8662,9 +8696,10 @@ def _local_words(error, args):
     name = error.filename2 or error.filename  # of a rename, where it was to lead
     words = "%s%s" % (printable(name) + ": " if name else "", _reason(error))
     free = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or ",
-            errno.EACCES: "", errno.EROFS: ""}.get(error.errno)
-    if free is None or getattr(args, "output", None) is None or (
-            args.from_file is not None and error.filename == args.from_file):
+            errno.EFBIG: "--format oci keeps files smaller; or "}.get(error.errno, "")
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) or (
+            getattr(args, "output", None) is None
+            or args.from_file is not None and error.filename == args.from_file):
         return words
     return "%s; %schoose another place with -o" % (words, free)
 

@@ -8967,6 +8967,11 @@ class ArchiveOutputTest(StoredCase):
                 self.assertEqual(annotations.get(OCI_NAME), wanted)
                 self.assertEqual("repositories" in members, wanted is not None)
 
+    def test_name_that_few_can_read_is_warned_of(self):
+        run = self.main("pull", "--tag", "[::1]:5000/x:1", "-o", self.at("out.tar"),
+                        self.serve(ARCHIVE_TARS[:1])[0])
+        self.assertIn("may not take the name [::1]:5000/x:1", run.err)
+
     def test_tag_is_for_one_image(self):
         reference, image = self.serve(ARCHIVE_TARS[:1])
         for options in (("--tag", "a", reference, reference),
@@ -9170,6 +9175,64 @@ class ArchiveOutputTest(StoredCase):
         self.verify(self.at("out.tar"))
 
 
+class StickTest(StoredCase):
+    """What crosses an air gap travels on FAT and exFAT."""
+
+    @able(hasattr(os, "geteuid"), "tell users apart")
+    @rows(itertools.product((errno.EPERM, errno.ENOSYS), (
+        OSError(errno.ENOSYS, "Function not implemented"), mock.Mock(total=0, free=0))))
+    def test_no_modes_no_owners_no_statfs(self, code, usage):
+        remove(self.at("out.tar"))
+        reference, image = self.serve(ARCHIVE_TARS)
+        fault, nobody = OSError(code, "chmod"), os.geteuid() + 1
+        with mock.patch.object(os, "chmod", side_effect=fault), mock.patch.object(
+                os, "geteuid", return_value=nobody), mock.patch.object(
+                    shutil, "disk_usage", side_effect=[usage] * 2):
+            self.origin.fault(image.layers[-1], flip(), times=None)
+            self.pull("-o", self.at("out.tar"), reference, "-j", "1", expect=3)
+            self.origin.faults.clear()
+            self.pull("-o", self.at("out.tar"), reference)  # and what is there is kept
+        self.assertEqual([self.blob_gets(digest) for digest in image.layers], [1, 1, 2])
+        self.assertEqual(os.listdir(self.work), ["out.tar"])
+        self.verify(self.at("out.tar"))
+        del self.origin.requests[:]
+
+    @rows((("archive", "out.tar"), ("oci", "out")))
+    def test_file_that_may_not_grow_that_large(self, format, name):
+        def seek(fd, offset, whence):  # as Linux does beyond what a file system holds
+            if offset > 4000:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return lseek(fd, offset, whence)
+
+        lseek, (reference, image) = os.lseek, self.serve(
+            [tar_bytes([("x", noise(size, 1))]) for size in (1000, 5000)])
+        with mock.patch.object(os, "lseek", seek):
+            run = self.pull("--format", format, "-o", self.at(name), reference, "-j",
+                            "1", expect=1)
+        self.assertRegex(run.err, "no file can have [5-7][0-9]{3} bytes there; "
+                                  "--format oci keeps files smaller")
+        self.assertEqual(self.blob_gets(image.layers[1]), 0)
+
+    @needs("mkfs.fat", "fusefat", "fusermount")
+    @able(os.access("/dev/fuse", os.R_OK | os.W_OK), "mount by FUSE")
+    def test_FAT(self):
+        with open(self.at("fat"), "wb") as file:
+            file.truncate(48 << 20)
+        os.mkdir(self.at("stick"))
+        for command in (("mkfs.fat", "-F", "32", self.at("fat")),
+                        ("fusefat", "-o", "rw+", self.at("fat"), self.at("stick"))):
+            done = subprocess.run(command, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
+            if done.returncode:
+                self.skipTest(CANNOT + "mount by FUSE")
+        self.addCleanup(subprocess.check_call, ("fusermount", "-u", self.at("stick")))
+        for options, name in (((), "x.tar"), (("--format", "oci"), "layout")) * 2:
+            self.pull(*options, "-o", self.at("stick", name),
+                      self.serve(ARCHIVE_TARS)[0])
+            self.verify(self.at("stick", name))
+        self.assertEqual(sorted(os.listdir(self.at("stick"))), ["layout", "x.tar"])
+
+
 class OCIOutputTest(StoredCase):
     """A layout directory, which collects images."""
 
@@ -9338,6 +9401,14 @@ class OCIOutputTest(StoredCase):
         self.layout(reference)
         self.assertIn("index.json", os.listdir(self.at("real")))
         self.verify(self.out)
+
+    def test_tag_then_the_same_by_digest(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        pinned = reference.rpartition(":")[0] + "@" + image.digest
+        for one in (pinned, reference, pinned):
+            self.layout(one)
+            self.assertEqual(len(self.names()), 1)
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
 
     def test_T012_planted_links(self):
         reference, image = self.serve(ARCHIVE_TARS)
