@@ -2574,6 +2574,10 @@ class _Reply(http.client.HTTPResponse):
                 return found
             http.client.parse_headers(self.fp)
 
+    def _read_and_discard_trailer(self):
+        """The end of a chunked body: http.client takes trailers without end."""
+        http.client.parse_headers(self.fp)
+
 
 NO_ROOTS = "install the package ca-certificates, or name a CA with --cacert FILE"
 _LENIENCE = "if that is right, allow it with %s"
@@ -2593,9 +2597,11 @@ class _Kept(http.client.HTTPConnection):
         self.key = request.type, request.host, request.proxy
 
     def start(self, seconds):
-        """A new exchange begins, whose headers may take so many seconds."""
+        """A new exchange begins, whose headers may take so many `seconds`; None: its
+        body does.
+        """
         self._window, self._count = self._transport.clock(), 0
-        self.until, self._allowed = self._window + seconds, seconds
+        self.until, self._allowed = seconds and self._window + seconds, seconds
 
     def patience(self):
         """Seconds the next step may take; raises Timeout where there are none left."""
@@ -2665,14 +2671,15 @@ class _Kept(http.client.HTTPConnection):
                 raise self._plain_answer(error) or error
 
     def _plain_answer(self, error):
-        """The SSLError that says what HTTP came where TLS should; None for none."""
+        """The error that says what HTTP came where TLS should; None for none."""
         rest = b""
         if "WRONG_VERSION_NUMBER" in str(error):  # of "HTTP/", as a record's head
             with contextlib.suppress(OSError):
                 rest = socket.socket.recv(self.sock, KIB)
         line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
-        return line and ssl.SSLError(error.errno, "it answers in plain HTTP/%s" % (
-            printable(line.group().decode("latin-1"), 100)))
+        return line and TransportError("%s: TLS failed: it answers in plain HTTP/%s" % (
+            self._request.host, printable(line.group().decode("latin-1"), 100)),
+            _LENIENCE % "--insecure-allow-http")
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
@@ -3276,7 +3283,7 @@ class Transport:
                 error.message += " (through the proxy %s)" % request.proxy
                 error.proxied = True
             raise
-        if response.status == 407:
+        if response.status == 407 and request.proxy and not request.tunnel:
             response.close()
             raise proxy_denial("the proxy %s" % request.proxy, response.headers)
         log.debug("%d from %s", response.status, response.place)
@@ -3322,7 +3329,7 @@ class Transport:
                 raise
             # It hung up on us, but maybe with a word of why: an alert, or an answer.
         reply = connection.getresponse()
-        connection.until = None
+        connection.start(None)
         response = Response(self, connection, reply, request)
         connection.used = True
         return response
@@ -3441,6 +3448,10 @@ def _transport_error(error, url, option=None):
             "check this host's clock, add its CA with --cacert FILE, or take any "
             "certificate with --insecure-skip-verify" + (
                 " and %s" % option if option else ""))
+    if isinstance(error, http.client.HTTPException) and not isinstance(
+            error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
+        return TransportError("%s did not answer in HTTP: %s: %s" % (
+            url, type(error).__name__, printable(error, 100)), retryable=True)
     if "alert" in str(error) and "CERTIFICATE" in str(error).upper():
         return CertificateError("%s wants a client certificate, or another one: %s" % (
             host, _reason(error)), "give it with --cert FILE --key FILE, or in certs.d")
@@ -3452,10 +3463,6 @@ def _transport_error(error, url, option=None):
     if isinstance(error, ssl.SSLError):
         return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
                               "it may speak plain http: --insecure-allow-http")
-    if isinstance(error, http.client.HTTPException) and not isinstance(
-            error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
-        return TransportError("%s did not answer in HTTP: %s: %s" % (
-            url, type(error).__name__, printable(error, 100)), retryable=True)
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
 
 

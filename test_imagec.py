@@ -5546,6 +5546,9 @@ NET_STALLS = (
      lambda reply: _net_continues(garbage(b"HTTP/1.1 100 Continue\r\n\r\n")(reply))),
     ("100 Continue, slowly, T58",
      [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
+    ("100 and more trailers, T58", lambda reply: _set(
+        reply, raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        more=itertools.repeat(b"X: y\r\n" * 9999, 1000000))),
 )
 
 
@@ -5770,23 +5773,27 @@ class TransportTest(NetworkCase):
             self.get(self.transport(idle_timeout=0.08), server.url + "/it")
         self.assertTrue(found.exception.retryable)
 
-    def in_slow_time(self, seconds, size):
-        """A clock by which each receiving takes so long, and gives so much at most."""
-        now, receive = [0], imagec._Kept.receive
+    def in_slow_time(self, seconds, size, first=None):
+        """A clock by which each receiving takes so long, and gives so much at most;
+        the `first` takes longer.
+        """
+        now, firsts, receive = [0], [first or seconds], imagec._Kept.receive
 
         def slowly(kept, sock, buffer):
-            now[0] += seconds
+            now[0] += firsts.pop() if firsts else seconds
             return receive(kept, sock, memoryview(buffer)[:size])
 
         self.patch(mock.patch.object(imagec._Kept, "receive", slowly))
         return lambda: now[0]
 
-    @rows([("document", 1, None), ("blob", 7000, 9000), ("blob", 8000, None)])
-    def test_what_may_come_slowly(self, kind, least, size):
+    @rows([("document", 1, 20, None), ("blob", 7000, 20, 9000),
+           ("blob", 8000, 20, None), ("blob", 7000, 299, 9000)])
+    def test_what_may_come_slowly(self, kind, least, first, size):
         server = self.server({"/it": say(b"x" * 9000)})
-        transport = self.transport(idle_timeout=60, clock=self.in_slow_time(20, 500))
+        transport = self.transport(idle_timeout=60,
+                                   clock=self.in_slow_time(20, 500, first))
         with mock.patch("imagec.STALL_BYTES", least), transport.open(
-                "GET", server.url + "/it") as response:
+                "GET", server.url + "/it", seconds=300) as response:
             self.gives(size, lambda: len(
                 response.read(9999, "it") if kind == "document" else
                 b"".join(response.chunks())), imagec.Timeout, "within 300 seconds"
@@ -7282,6 +7289,9 @@ NET_MANIFEST_REPLIES = (
         reply.body), content_encoding="gzip")(reply), None, ()),
     ("said to be compressed", headers(content_encoding="br"), None, ()),
     ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
+    # What else such words mean, they do not from outside of TLS.
+    (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "400 CERTIFICATE_VERIFY_FAILED;"),
+    (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "400 an alert: no certificate;"),
      imagec.InvalidDocument, ()),  # T34
     ("page, T112", body(b"<!DOCTYPE html><html>", content_type="text/html"),
      imagec.InvalidDocument, ()),
@@ -7391,12 +7401,12 @@ class ProbeTest(NetworkCase):
             self.probe(registry, TEST_CERT, http=http)
         self.assertEqual(registry.connections, 1)
 
-    @rows(NET_NO_TLS)
-    def test_t114_no_tls_spoken(self, junk, words):
+    @rows([row + (skip,) for row in NET_NO_TLS for skip in (False, True)])
+    def test_t114_no_tls_spoken(self, junk, words, skip):
         registry = self.registry(tls=True)
         registry.fault("", garbage(junk, "accept"))
         with self.fails(imagec.TransportError, words, "--insecure-allow-http"):
-            self.probe(registry, host=by_name("registry.test", registry))
+            self.probe(registry, skip=skip, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
     @rows([("404", status(404), 1, None, ""), ("403", status(403), 1, None, ""),
