@@ -3750,7 +3750,7 @@ class Endpoint:
                 # Static files may have no more than manifests: those decide.
                 self.doubt = ("its /v2/ answers HTTP %d, that of a registry 200 or 401"
                               % response.status)
-            elif response.status >= 500:
+            elif response.status >= 500 or response.status in RETRIED_STATUSES:
                 raise registry_error(response, self.host + " is out of order")
             elif response.status not in (200, 401):
                 error = registry_error(response, self.host + " is no registry")
@@ -3878,17 +3878,19 @@ class Registry(Endpoint):
         sent, headers = self.authorization(repository), headers or {}
         response = self._request(method, path, sent, headers)
         if response.status == 401 and origin(checked_url(response.url)) != home:
-            response = self._elsewhere(method, response, headers)
+            response, sent = self._elsewhere(method, response, headers), None
         elif response.status == 401:
             self._learn_challenge(response)
+            with response:  # whose connection may serve for the token
+                refusal = self._refusal(response, what, repository, sent)
             with self._lock:
                 token = self._tokens.get(repository)
                 if token and sent == "Bearer " + token.value:
                     del self._tokens[repository]  # it is not used again
             answer = self.authorization(repository)
-            if answer != sent:
-                response.discard()
-                sent, response = answer, self._request(method, path, answer, headers)
+            if answer == sent:
+                raise refusal
+            sent, response = answer, self._request(method, path, answer, headers)
         if response.status in expected:
             if self.withheld and self.withheld not in self._warned:
                 self._warned.add(self.withheld)
@@ -3921,7 +3923,7 @@ class Registry(Endpoint):
             error.retryable = False  # a mirror: the next one is asked at once
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
-            error.message += " (%s)" % printable(who or "anonymous", 200)
+            error.message += " (%s)" % printable(sent and who or "anonymous", 200)
             basic = self.challenge and self.challenge.scheme == "basic"
             wrong = response.status == 401 and (sent or "").startswith("Basic")
             error.hint = self.withheld or wrong and _WRONG_PASSWORD or (
@@ -4014,10 +4016,8 @@ class Registry(Endpoint):
 
         def fetch():
             with self.open_blob(repository, descriptor) as response:
-                chunks = [response.read(CONFIG_LIMIT, what)] if response.coded else (
-                    response.chunks(16 * KIB))
-                return b"".join(proved(chunks, descriptor.digest, descriptor.size,
-                                       what))
+                raw = response.read(CONFIG_LIMIT, what)
+            return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
 
         with naming(self.host):
             return ImageConfig.parse(self.transport.retrying(fetch), what)

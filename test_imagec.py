@@ -5814,6 +5814,19 @@ class TransportTest(NetworkCase):
             self.gives(len(ask()) if good else None, lambda: len(ask()),
                        imagec.Timeout, "next to nothing")
 
+    def test_a_config_is_a_document(self):
+        registry, config = self.filled(), imagec.decode_manifest(
+            self.image.manifest).config
+        client = self.client(registry, transport=self.transport(
+            idle_timeout=60, clock=lambda: clock()))
+        clock = time.monotonic
+        client.learn_registry_url()
+        registry.fault("/blobs/", chunked(1))
+        clock = self.in_slow_time(20, 30, 299)
+        with mock.patch("imagec.STALL_BYTES", 1), self.fails(
+                imagec.Timeout, "within 300 seconds"):
+            client.fetch_config("app", config)
+
     def test_deadline_bounds_everything(self):
         server = self.server({"/it": say(b"x" * 5000)})
         server.fault("GET /it", drip(0.02, 100, "body"), EVER)
@@ -7113,6 +7126,9 @@ class AuthorizedTest(NetworkCase):
         self.assertFalse(set(authorizations(other)) & set(authorizations(registry)))
         self.assertEqual({value.split()[0] for value in authorizations(other)},
                          {"Bearer"})
+        other.fault("/manifests/", status(403))  # who we are at home is not to blame
+        with self.fails(imagec.AccessDenied, other.host, "(anonymous)"):
+            self.visit(self.client(registry, "alice"))
         other.anonymous = False  # and then nobody else's will do
         with self.fails(imagec.AccessDenied, other.host):
             self.visit(self.client(registry, "alice"))
@@ -7239,6 +7255,14 @@ class AuthorizedTest(NetworkCase):
             self.client(registry, "alice").fetch_manifest("app", "1")
         self.assertEqual(len(paths(registry, "/token")), times)
 
+    def test_a_401_gives_its_connection_back(self):
+        registry = self.bearer()
+        registry.fault("GET /v2/$", status(200))
+        registry.fault("/token", status(403))
+        with self.fails(imagec.AccessDenied, "token"):
+            self.client(registry).fetch_manifest("app", "1")
+        self.assertEqual(registry.connections, 2)  # TLS was tried first
+
 
 # -- Registry
 
@@ -7265,6 +7289,9 @@ NET_NO_TLS = (
      "it answers in plain HTTP/1.1 400 Bad Request;"),
     (b"HTTP/1.0 403 No\x1b[2J\r\n\r\nclient sent TLS to plain port",
      "it answers in plain HTTP/1.0 403 No\\x1b[2J;"),
+    # What else such words mean, they do not from outside of TLS.
+    (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "400 CERTIFICATE_VERIFY_FAILED;"),
+    (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "400 an alert: no certificate;"),
     (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
     (b"220 mail.test ESMTP ready\r\n", "TLS failed"),
 )
@@ -7289,9 +7316,6 @@ NET_MANIFEST_REPLIES = (
         reply.body), content_encoding="gzip")(reply), None, ()),
     ("said to be compressed", headers(content_encoding="br"), None, ()),
     ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
-    # What else such words mean, they do not from outside of TLS.
-    (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "400 CERTIFICATE_VERIFY_FAILED;"),
-    (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "400 an alert: no certificate;"),
      imagec.InvalidDocument, ()),  # T34
     ("page, T112", body(b"<!DOCTYPE html><html>", content_type="text/html"),
      imagec.InvalidDocument, ()),
@@ -7413,6 +7437,10 @@ class ProbeTest(NetworkCase):
            ("405", status(405), 1, imagec.RegistryError, "no registry"),
            ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
            ("no content", status(204), 1, imagec.RegistryError, "204"),
+           ("a proxy's word, of none", status(407), 1, imagec.RegistryError,
+            "no registry"),
+           ("too many for ever", status(429), 5, imagec.RateLimited,
+            "is out of order: too many requests"),
            ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
            ("busy once", status(503), 1, None, ""),
            ("reset once", reset(0.5, "headers"), 1, None, "")])
@@ -7663,7 +7691,7 @@ class RegistryTest(NetworkCase):
            ("flipped", flip(), imagec.DigestMismatch),
            ("short", [truncate(), close_delimited()], imagec.SizeMismatch),
            ("long, T24", extra(1), imagec.SizeMismatch),
-           ("endless, T52", endless(), imagec.SizeMismatch),
+           ("endless, T52", endless(), imagec.LimitExceeded),
            ("other", body(b"{}"), imagec.SizeMismatch)])
     def test_configs(self, _name, action, kind):
         registry = self.filled()
