@@ -2706,6 +2706,7 @@ class _Kept(http.client.HTTPConnection):
         """(socket, address) of the first of getaddrinfo's `targets` that is connected.
 
         Each is begun CONNECT_DELAY after the one before, or as soon as that has failed.
+        The first error is the one to tell: what cannot be reached at all comes last.
         """
         error, begun = None, {}
         end = time.monotonic() + min(self.patience(), CONNECT_TIMEOUT)
@@ -2719,7 +2720,7 @@ class _Kept(http.client.HTTPConnection):
                             begun[sock] = address
                             selector.register(sock, selectors.EVENT_WRITE)
                         except OSError as reason:
-                            error = reason
+                            error = error or reason
                     turn = CONNECT_DELAY if targets else CANCEL_NOTICED
                     left = end - time.monotonic()
                     for key, _ in selector.select(min(turn, left)) if begun else ():
@@ -2729,7 +2730,7 @@ class _Kept(http.client.HTTPConnection):
                         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                         if not number:
                             return sock, address
-                        error = OSError(number, os.strerror(number))
+                        error = error or OSError(number, os.strerror(number))
                         sock.close()
                     self.patience()  # raises where nothing is waited for
                     if begun and left <= 0:

@@ -5873,17 +5873,18 @@ class TransportTest(NetworkCase):
                 waiting.connect(full.getsockname())
         return full.getsockname()[1]
 
-    #: Addresses of a host: dead, refusing, alive; how many are tried, how many the
-    #: next time, None where there is none.
+    #: Addresses of a host: dead, refusing, alive, or of an unknown kind; how many are
+    #: tried, how many the next time, None where there is none.
     @rows((("L D", 1, 1), ("D L", 2, 1), ("D D L D", 3, 1), ("R L", 2, 1),
-           ("D R L", 3, 1), ("R R", 2, None), ("R D", 2, None), ("D D D", 3, None)))
+           ("D R L", 3, 1), ("R R", 2, None), ("R D", 2, None), ("D D D", 3, None),
+           ("R U", 1, None)))
     def test_dead_addresses(self, addresses, tried, again):
         server = self.server({"/it": lambda request: Reply(200, b"hello")})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            ports = {"D": self.dead_port(), "R": free.getsockname()[1],
+            ports = {"D": self.dead_port(), "R": free.getsockname()[1], "U": 1,
                      "L": server.port}
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (
+        found = [(99 if kind == "U" else socket.AF_INET, socket.SOCK_STREAM, 6, "", (
             "192.0.2.%d" % (number + 1), ports[kind]))
             for number, kind in enumerate(addresses.split())]
         transport, url = self.transport(), "http://registry.test:%d/it" % server.port
@@ -5892,8 +5893,8 @@ class TransportTest(NetworkCase):
                 mock.patch("imagec.CONNECT_DELAY", 0.05), threat_alarm(15), \
                 mock.patch("imagec.CONNECT_TIMEOUT", 0.5 if again is None else 10):
             if again is None:
-                with self.fails(imagec.TransportError, "registry.test", "refused"
-                                if addresses == "R R" else "no connection within"):
+                with self.fails(imagec.TransportError, "registry.test", "no connection "
+                                "within" if "D" in addresses else "refused"):
                     self.get(transport, url)
             else:
                 for _ in range(2):
