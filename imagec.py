@@ -2965,7 +2965,7 @@ class Response:
         self.place = bare_url(self.url)
         self.status, self.headers = reply.status, http.client.HTTPMessage()
         for name, value in reply.headers.items():  # RFC 7230, 3.2.4: folded ones
-            self.headers[name] = re.sub(r"\s*[\r\n]\s*", " ", value).strip()
+            self.headers[name] = re.sub(r"[\r\n]\s*", " ", value).strip()
         self.coded = self.headers.get("Content-Encoding", "").lower() not in (
             "", "identity")
         self.proxy = request.proxy
@@ -3254,8 +3254,8 @@ class Transport:
                 return response
             response.discard()
             parts = checked_url(location, url)
-            lent = names_host(self._storage_hosts, parts)
-            if stay is not None or not lent:
+            lent = stay is None and names_host(self._storage_hosts, parts)
+            if not lent:
                 _check_redirect(response, parts, seen, stay is not None)
             if stay is not None and (names_host(stay, parts) or (
                     first.scheme, parts.scheme) == ("http", "https")):
@@ -3906,7 +3906,8 @@ class Registry(Endpoint):
         """
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
-        place = re.search("/v2/(.+)/(?:manifests|blobs|tags|referrers)/", response.url)
+        place = re.match("(.+)/(?:manifests|blobs|tags|referrers)/",
+                         response.url.partition("/v2/")[2])
         if not (place and challenge and challenge.scheme == "bearer"):
             return response
         response.discard()

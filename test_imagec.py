@@ -5727,6 +5727,11 @@ class TransportTest(NetworkCase):
                    imagec.InvalidDocument if b"\x1f\x8b" in data else
                    imagec.TransportError)
 
+    def test_t63_headers_take_linear_time(self):
+        server = self.server({"/it": say(b"hello", x="a" + " " * 30000 + "b")})
+        with cpu_within(5):
+            self.get(self.transport(), server.url + "/it")
+
     def test_t59_odd_chunks_are_read_or_refused(self):
         # Pythons differ on these; what may not happen is a traceback or a wrong body.
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -7026,8 +7031,8 @@ class AuthorizationTest(NetworkCase):
 
     def test_t73_token_requests_may_be_led_on(self):
         server = self.server({"/here": to("/token"), "/token": say(b'{"token": "t"}')})
-        imagec.fetch_token(self.transport(), server.url + "/here",
-                           imagec.Credentials("alice", PASSWORD))
+        imagec.fetch_token(self.transport(storage_hosts=[server.host]),
+                           server.url + "/here", imagec.Credentials("alice", PASSWORD))
         self.assertEqual(len(authorizations(server)), 2)
 
     @rows(NET_NEARNESS)
@@ -7133,6 +7138,14 @@ class AuthorizedTest(NetworkCase):
         other.anonymous = False  # and then nobody else's will do
         with self.fails(imagec.AccessDenied, other.host):
             self.visit(self.client(registry, "alice"))
+
+    def test_t63_where_a_redirect_leads_is_read_in_linear_time(self):
+        registry = self.bearer()
+        registry.fault("/manifests/", redirect(
+            "http://%s/%s" % (by_name("localhost", registry), "v2/" * 18000)))
+        registry.fault("/v2/v2/", status(401))
+        with cpu_within(5), self.fails(imagec.AccessDenied, "localhost"):
+            self.client(registry).fetch_manifest("app", "1")
 
     def test_bearer_beside_basic(self):
         registry = self.bearer()
