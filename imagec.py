@@ -2766,14 +2766,14 @@ class _Kept(http.client.HTTPConnection):
                                                     method="CONNECT")) as reply:
             reply.begin()
         if reply.status == 407:
-            raise proxy_denial("%s: the proxy" % place, reply.headers)
+            raise proxy_denial("%s: the proxy" % place, reply.headers, login)
         if reply.status != 200:
             raise TransportError("%s: the proxy does not connect: HTTP %d %s" % (
                 place, reply.status, printable(reply.reason, 100)),
                 retryable=500 <= reply.status < 510)
 
 
-def proxy_denial(proxy, headers):
+def proxy_denial(proxy, headers, login):
     """The AccessDenied for a proxy's 407, which names the schemes it takes."""
     kinds = {value.split(" ")[0].strip(",") for value in headers.get_all(
         "Proxy-Authenticate", [])}
@@ -2782,8 +2782,9 @@ def proxy_denial(proxy, headers):
             "%s wants authentication by %s, not a plain user name and password "
             "(HTTP 407)" % (proxy, printable(" or ".join(sorted(kinds)), 60)), 407,
             hint="a helper such as cntlm can stand between")
-    return AccessDenied("%s wants a user name and password (HTTP 407)" % proxy, 407,
-                        hint="put them in its URL")
+    return AccessDenied("%s %s user name and password (HTTP 407)" % (
+        proxy, "does not take our" if login else "wants a"), 407,
+        hint="they go into its URL")
 
 
 def dialled(family, kind, protocol, _name, address):
@@ -3286,7 +3287,8 @@ class Transport:
             raise
         if response.status == 407 and request.proxy and not request.tunnel:
             response.close()
-            raise proxy_denial("the proxy %s" % request.proxy, response.headers)
+            raise proxy_denial("the proxy %s" % request.proxy, response.headers,
+                               request.login)
         log.debug("%d from %s", response.status, response.place)
         return response
 
