@@ -2597,9 +2597,7 @@ class _Kept(http.client.HTTPConnection):
         self.key = request.type, request.host, request.proxy
 
     def start(self, seconds):
-        """A new exchange begins, whose headers may take so many `seconds`; None: its
-        body does.
-        """
+        """An exchange begins, or (None) its body; its headers may take so long."""
         self._window, self._count = self._transport.clock(), 0
         self.until, self._allowed = seconds and self._window + seconds, seconds
 
@@ -2683,18 +2681,14 @@ class _Kept(http.client.HTTPConnection):
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
-        error, allowed, option = None, self._request.allowed, self._request.option
-        targets, worked = [], self._transport.worked
-        for target in in_turn(resolved(host, port)):
-            address = target[4][0]
-            if allowed is None or _address_rank(address) <= allowed:
-                targets.append(target)
-                continue
-            error = UnsafeRedirect("%s resolves to %s, which is nearer than %s" % (
-                host, address, "the server that sent us there" if option else
+        allowed, option = self._request.allowed, self._request.option
+        found, worked = list(in_turn(resolved(host, port))), self._transport.worked
+        targets = [target for target in found
+                   if allowed is None or _address_rank(target[4][0]) <= allowed]
+        if found and not targets:
+            raise UnsafeRedirect("%s resolves to %s, which is nearer than %s" % (
+                host, found[-1][4][0], "the server that sent us there" if option else
                 "it was before"), option and _LENIENCE % option)
-        if not targets:
-            raise error or OSError("no address for %s" % host)
         targets.sort(key=lambda target: target[4] != worked.get((host, port)))
         self.sock, target = self._race(targets)
         worked[host, port] = target
@@ -2736,7 +2730,7 @@ class _Kept(http.client.HTTPConnection):
                     if begun and left <= 0:
                         raise socket.timeout("no connection within %g seconds"
                                              % CONNECT_TIMEOUT)
-                raise error
+                raise error or OSError("the name has no address")
             finally:
                 for sock in begun:
                     sock.close()
@@ -2805,13 +2799,6 @@ def in_turn(found):
     ways = [[one for one in found if (one[0] == found[0][0]) is first]
             for first in (True, False)]
     return filter(None, itertools.chain(*itertools.zip_longest(*ways)))
-
-
-def ready(sock, event, seconds):
-    """Whether `event` (see selectors) comes to a socket within so many seconds."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, event)
-        return bool(selector.select(seconds))
 
 
 def resolved(host, port):
@@ -2985,8 +2972,7 @@ class Response:
             return 0
         if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after
             self._reply.will_close = True
-            return None
-        return int(lengths.pop()) if lengths else None
+        return None if coding or not lengths else int(*lengths)
 
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
@@ -3314,8 +3300,10 @@ class Transport:
             for connection in [one for one in self._idle[::-1] if one.key == key]:
                 self._idle.remove(connection)
                 # One that can be read has been closed, or has sent what nobody asked.
-                if connection.rank <= allowed and not ready(
-                        connection.sock, selectors.EVENT_READ, 0):
+                with selectors.DefaultSelector() as selector:
+                    selector.register(connection.sock, selectors.EVENT_READ)
+                    spoilt = selector.select(0)
+                if connection.rank <= allowed and not spoilt:
                     return connection
                 connection.close()
         return _Kept(self, request)
