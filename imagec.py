@@ -5476,17 +5476,15 @@ def add_to_index(manifests, entry):
         if name is not None and annotations.get(NAME_ANNOTATION) == name:
             for key in (NAME_ANNOTATION, TAG_ANNOTATION):
                 annotations.pop(key, None)
-            if not annotations:
-                old.pop("annotations", None)
         elif name is not None and (
                 annotations.get(TAG_ANNOTATION)
                 == entry["annotations"][TAG_ANNOTATION]):
             entry["annotations"][TAG_ANNOTATION] = name
         if old.get("digest") == entry["digest"]:
-            if name is None and (old.get("annotations") or {}).get(TAG_ANNOTATION):
-                return
-            if not (old.get("annotations") or {}).get(TAG_ANNOTATION):
+            if not annotations.get(TAG_ANNOTATION):
                 manifests.remove(old)
+            elif name is None:
+                return
     manifests.append(entry)
 
 
@@ -7215,14 +7213,13 @@ class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec), `unread` what should have been, `missing` what is not there
-    but should be; `ignored` names the files there that were not looked at, for no image
-    needs them. `check` is called as work goes on, and may raise.
+    looked into (no codec), `absent` what should have been, by its name, and why;
+    `ignored` names the files there that were not looked at, for no image needs them.
+    `check` is called as work goes on, and may raise.
     """
 
     def __init__(self, check=go_on):
-        self.faults, self.unchecked, self.unread, self.ignored = [], [], [], []
-        self.missing = {}  # by its name, once
+        self.faults, self.unchecked, self.absent, self.ignored = [], [], {}, []
         self.images = self.blobs = 0
         self._go_on = check
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
@@ -7245,7 +7242,7 @@ class Audit:
             for found in stored(reader, self._noting):
                 self._check_stored(found)
             self._check_names(reader)
-        if not (self.images or self.faults or self.unread or self.missing):
+        if not (self.images or self.faults or self.absent):
             raise OutputError(path, "no image is in it", "; ".join(self.unchecked)
                               or READABLE)
         return self
@@ -7257,7 +7254,7 @@ class Audit:
         but not all (image-layout.md: "MAY be missing").
         """
         self._names[found.digest].add(found.name)
-        listed, before = set(), set(self.missing)
+        listed, before = set(), set(self.absent)
         for document in found.documents:
             self._names[document.digest].add(found.name)
             if isinstance(document, Index):
@@ -7265,9 +7262,8 @@ class Audit:
             else:
                 self._image(found, document)
         if found.origin is None and not listed.isdisjoint(self._images):
-            for name in set(map(blob_name, listed)).intersection(self.missing) - before:
-                del self.missing[name]
-                self.unchecked.append(name + ": it is not here")
+            for name in set(map(blob_name, listed)).intersection(self.absent) - before:
+                self.unchecked.append("%s: %s" % (name, self.absent.pop(name)))
 
     @contextlib.contextmanager
     def _noting(self, name):
@@ -7278,10 +7274,9 @@ class Audit:
             raise  # of `check`; of no place at all
         except Unsupported as error:
             self.unchecked.append("%s: %s" % (name, error))
-        except FileNotFoundError:
-            self.missing[name] = None
-        except PermissionError:
-            self.unread.append(name)
+        except (FileNotFoundError, PermissionError) as error:
+            self.absent[name] = "missing" if isinstance(error, FileNotFoundError) else (
+                "no permission to read it")
         except ImagecError as error:
             self._fault(name, error)
 
@@ -7296,7 +7291,7 @@ class Audit:
         """
         archive = isinstance(reader, TarReader)
         names = collections.Counter(reader.names())
-        if self.unread or self.missing:
+        if self.absent:
             return  # what they would lead to is no more "extra" than it is good
         if "oci-layout" in reader.asked:
             self._check_docker(reader, names)
@@ -7336,9 +7331,7 @@ class Audit:
         with self._noting(where):
             layers = found.layers(manifest)
         self._images[manifest.digest] = () if manifest.artifact_type else (
-            where, list(map(found.file_of, layers)), [
-                id for top in layers[-1:] for id in (top.id, top.diff_id and (
-                    top.diff_id.hex))])  # docker takes the latter in its layouts
+            where, list(map(found.file_of, layers)))
         if found.tree is not None:
             with self._noting(found.tree + UNPACKED), contextlib.suppress(
                     FileNotFoundError):
@@ -7382,12 +7375,12 @@ class Audit:
 
     def _check_docker(self, reader, names):
         """What docker reads must say what index.json says; the blobs are checked."""
-        images, named = set(), {}
-        for digest, (config, layers, tops) in filter(all, self._images.items()):
+        images, named = set(), set()
+        for digest, (config, layers) in filter(all, self._images.items()):
             tags = self._names[digest] - {None}
             images.update(canonical_json([config, layers, tag])
                           for tag in tags or [None])
-            named.update((tag, tops) for tag in tags if tops)
+            named.update(tags if layers else ())
         if "manifest.json" in names:
             with self._noting("manifest.json"):
                 entries = parse_json(reader.read("manifest.json", CONTENTS_LIMIT),
@@ -7400,15 +7393,13 @@ class Audit:
                         str(tag))]) for tag in entry.get("RepoTags", list) or [None])
                 if said != images:
                     raise InvalidDocument("names other images than index.json")
-        if "repositories" in names:  # of docker before 1.10
+        if "repositories" in names:  # of docker before 1.10, with ids of its own
             with self._noting("repositories"):
                 said = Document.parse(reader.read("repositories", CONTENTS_LIMIT),
                                       "repositories").value.items()
-                said = {Reference.full("%s:%s" % (name, tag)): top
-                        for name, tags in said if type(tags) is dict
-                        for tag, top in tags.items()}
-                if set(said) != set(named) or any(
-                        said[tag] not in named[tag] for tag in said):
+                if named != {Reference.full("%s:%s" % (name, tag))
+                             for name, tags in said if type(tags) is dict
+                             for tag in tags}:
                     raise InvalidDocument("names other images than index.json")
 
 
@@ -7418,29 +7409,23 @@ def _run_verify(args, session):
         log.error("warning: not checked: %s", text)
     for text in audit.faults:
         log.error("%s: %s", args.path, text)
-    for name in audit.missing:
-        log.error("%s: %s: missing", args.path, name)
+    for absent in audit.absent.items():
+        log.error("%s: %s: %s", args.path, *absent)
     if audit.faults:
         raise VerificationError("%s: %d fault%s" % (
             args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
-    if audit.missing:
-        raise OutputError(args.path, "is incomplete: files missing: %d" % len(
-            audit.missing), "pull again")
-    if audit.unread:
-        raise OutputError(args.path, "cannot be checked: no permission to read %s"
-                          % _first_of(audit.unread), "run this as who may read it")
+    if audit.absent:
+        raise OutputError(args.path, "is incomplete: files missing, or not to be read: "
+                          "%d" % len(audit.absent),
+                          "pull again, or run this as who may read them")
     rest = ""
     if audit.ignored:
         rest = "; not looked at: %d" % len(audit.ignored)
-        log.error("warning: %s: not looked at, for no image needs it: %s", args.path,
-                  _first_of(audit.ignored))
+        log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
+                  audit.ignored[0], " and %d more" % (len(audit.ignored) - 1)
+                  if audit.ignored[1:] else "")
     yield printable("%s: good: images: %d, blobs or files: %d%s" % (
         args.path, audit.images, audit.blobs, rest))
-
-
-def _first_of(names):
-    more = " and %d more" % (len(names) - 1) if len(names) > 1 else ""
-    return names[0] + more
 
 
 # --------------------------------------------------------------------------------------

@@ -12048,8 +12048,6 @@ AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] not in (
     ("no names", damage_write(b"[]"), "repositories"),
     ("another name", damage_json(lambda value: value.update(x={"1": "0" * 64})),
      "repositories"),
-    ("another layer", damage_json(lambda value: [tags.update(
-        (tag, "0" * 64) for tag in tags) for tags in value.values()]), "repositories"),
     ("a layer less", damage_json(lambda value: value[0]["Layers"].pop()),
      "manifest.json"),
     ("layers swapped", damage_json(lambda value: value[0]["Layers"].reverse()),
@@ -12117,7 +12115,7 @@ class AuditTest(StoredCase):
         self.assertNotIn("Traceback", run.err)
         self.assertEqual(run.out, b"")
         *lines, last = run.err.splitlines()
-        self.assertRegex(last, "incomplete: files missing: [1-3]; pull again$" if gone
+        self.assertRegex(last, "incomplete: files missing.*: [1-3]; pull again" if gone
                          else r"\d+ faults?$")
         self.assertIn(word, "\n".join(lines))
 
@@ -12213,7 +12211,9 @@ class AuditTest(StoredCase):
 
         with mock.patch.object(imagec, "open", refusing(open), create=True), \
                 mock.patch.object(os, "scandir", refusing(os.scandir)):
-            self.one_line(path, "no permission.*" + word.format(**self.words))
+            told = self.verify(path, 1)
+        self.assertRegex(told, "%s: no permission to read it\n" % re.sub(
+            "[;]$", "", word.format(**self.words)))
 
     def test_directory_that_goes_away_meanwhile(self):
         path = self.good("oci")
@@ -12389,13 +12389,10 @@ class AuditTest(StoredCase):
         self.pull("--platform", "linux/amd64", "--format", "archive", "-o", path,
                   *[self.reference[:-1] + tag for tag in ("one", "two")])
         self.verify(path)
-        good = file_bytes(path)
-        for name in ("manifest.json", "repositories"):
-            data = re.sub(b"one|two", lambda tag: {b"one": b"two"}.get(
-                tag.group(), b"one"), self.members(path)[name])
-            self.rewritten(path, name, raw_member(name.encode(), data))
-            self.faults(path, name)
-            write_file(path, good)
+        data = re.sub(b"one|two", lambda tag: {b"one": b"two"}.get(
+            tag.group(), b"one"), self.members(path)["manifest.json"])
+        self.rewritten(path, "manifest.json", raw_member(b"manifest.json", data))
+        self.faults(path, "manifest.json")
 
     #: What others have written, in docker's own form. (how, links?)
     @rows((("docker", False), ("docker", True), ("skopeo", True)))
@@ -12421,6 +12418,24 @@ class AuditTest(StoredCase):
                 self.assertEqual(layer.media_type, MEDIA_TYPES["oci"]["layer"])
                 self.assertEqual(b"".join(shelf.blob(layer.digest).pieces()),
                                  image.blobs[str(layer.digest)])
+
+    def test_archive_as_docker_has_saved_it_since_25(self):
+        # One of ours in the shape of moby's: names are short, v1 configs lie about.
+        path, image = self.at("x.tar"), build_image([raw_words("a=1")], compress=None)
+        self.offer(image)
+        self.pull("--platform", "linux/amd64", "-o", path, self.reference, "--tag",
+                  "docker.io/library/app:1")
+        members, v1 = self.members(path), b'{"created": "1970-01-01T00:00:00Z"}'
+        for name, data in members.items():
+            if name in ("manifest.json", "repositories"):
+                data = data.replace(b"docker.io/library/", b"")
+            if name == "repositories":
+                data = json_bytes({"app": {"1": image.layers[0][7:]}})
+            members[name] = raw_member(name.encode(), data) if data else raw_member(
+                name.encode() + b"/", kind=b"5")
+        write_file(path, b"".join(members.values()) + raw_member(
+            b"blobs/sha256/" + sha256(v1)[7:].encode(), v1) + bytes(1024))
+        self.told(path, 1, sha256(v1)[7:])
 
     def test_what_is_wrong_with_archives_without_manifests(self):
         image = build_image([raw_words("a=1"), raw_words("b=2")], compress=None)
@@ -12618,7 +12633,7 @@ class AuditTest(StoredCase):
         told = self.verify(root, status)
         self.assertEqual("is incomplete" in told, status == 1)
         for n in {0, 1}.difference(here):
-            self.assertRegex(told, images[n].digest[7:] + ": (it is not here|missing)")
+            self.assertIn(images[n].digest[7:] + ": missing", told)
 
     @rows((("layers",), ("oci",), ("archive",)))
     def test_diff_ids_in_another_algorithm(self, format):
@@ -17788,7 +17803,7 @@ class ReadersCase(RegistryCase):
     def taken(self, path, image, name="lab/x", tag="1", absent=0):
         """What another program wrote is good; it is served, with the same config."""
         audit = imagec.Audit().check(path)
-        self.assertEqual((audit.faults, list(audit.missing), len(audit.unchecked)),
+        self.assertEqual((audit.faults, list(audit.absent), len(audit.unchecked)),
                          ([], [], absent))
         shelf = imagec.Shelf(path)
         document = json.loads(serve_raw_of(shelf, name, tag).decode())
