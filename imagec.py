@@ -5184,7 +5184,8 @@ class Image(NamedTuple):
         """Raises Unsupported unless it is an image all of whose layers are tars."""
         if self.manifest.artifact_type:
             raise Unsupported("%s is no container image, but an artifact of type %s" % (
-                self.reference, printable(self.manifest.artifact_type, 100)))
+                self.reference, printable(self.manifest.artifact_type, 100)),
+                "--format files has its files, oci and archive all of it")
         for layer in self.layers:
             if not layer.blob.is_tar:
                 raise Unsupported("layer %s of %s is of type %s, not a tar" % (
@@ -5240,9 +5241,11 @@ class Output:
     several = True  # whether it holds more than one image
     layout = False  # whether it has names to load by, and may have rewritten layers
     streams = False  # whether it is written in one go, and so maybe to a pipe
+    images = True  # whether images go into it
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
     check = staticmethod(go_on)  # raises where work should not go on
     max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
+    max_layer_size = LAYER_SIZE_LIMIT  # of what it unpacks
     recompress = None  # what zstd layers are rewritten to
 
     def __init__(self, path, tag=None, stream=None):
@@ -5640,7 +5643,7 @@ class ArchiveOutput(Spooled):
         try:
             image.require_file_system()
         except Unsupported as error:
-            log.warning("docker cannot load what others can: %s", error)
+            log.warning("docker cannot load what others can: %s", error.message)
 
     def within(self, images):
         order = _in_order(images)
@@ -6372,11 +6375,13 @@ class RootfsOutput(Spooled):
             raise OutputError(path, "is a mount point or where you are: nothing can "
                               "take its place", "choose a new directory in it with -o")
 
-    def open(self, images):
-        image, = images
+    def accept(self, image):
+        super().accept(image)
         if image.platform.os == "windows":
             raise Unsupported("%s is a windows image: its layers make no file system "
                               "here" % (image.reference,))
+
+    def open(self, images):
         self._stores, self._census = {}, Census(self.max_files)
         super().open(images)
         if self.stream is None:
@@ -6397,14 +6402,16 @@ class RootfsOutput(Spooled):
         store.visit(tar)
 
     def close(self, images):
-        image, = images
+        (self._write_tar if self._tar else self._write_directory)(self._tree(*images))
+        self._end(self._tar)
+        return [self.path]
+
+    def _tree(self, image):
         tree = Tree(self.check, self._census)
         for layer in image.layers:
             with naming("layer %s" % str(layer.digest)):
                 tree.apply(self._stores[layer.digest].entries)
-        (self._write_tar if self._tar else self._write_directory)(tree)
-        self._end(self._tar)
-        return [self.path]
+        return tree
 
     def _write_directory(self, tree):
         writer = TreeWriter(tree)
@@ -6445,6 +6452,118 @@ class RootfsOutput(Spooled):
                 self._clear()
             self._target.discard()
         super().abandon()
+
+
+_TITLE = "org.opencontainers.image.title"  # OCI image-spec, annotations.md
+_NOTHING = "application/vnd.oci.empty.v1+json"  # OCI image-spec, manifest.md
+_UNPACK = "io.deis.oras.content.unpack"  # ORAS: the blob is a directory, packed
+_CHART_ENDINGS = {  # helm.sh/helm, pkg/registry
+    "application/vnd.cncf.helm.chart.content.v1.tar+gzip": ".tgz",
+    "application/vnd.cncf.helm.chart.provenance.v1.prov": ".tgz.prov"}
+_ENDINGS = (("tar.gzip", ".tar.gz"), ("tar.zstd", ".tar.zst"), ("tar", ".tar"),
+            ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("wasm", ".wasm"),
+            ("text/", ".txt"), ("", ""))  # in media types
+
+
+class _Blob(NamedTuple):
+    """A file that is one member's data, in the shape of a LayerStore."""
+
+    where: str
+
+    def path(self, _number):
+        return self.where
+
+
+class FilesOutput(RootfsOutput):
+    """The files of an artifact by their titles, in a directory or as one tar.
+
+    A directory that ORAS has packed is unpacked by the rules of layers; a Helm chart
+    goes by its config. All is ours, without setuid bits and extended attributes.
+    """
+
+    format = "files"
+    unpacks = images = False
+
+    def accept(self, image):
+        if image.platform is not None:
+            raise Unsupported("%s is a container image" % (image.reference,),
+                              "its files come with --format rootfs")
+        # What cannot be is told before anything is fetched.
+        for name, blob in self._names(image, "chart"):
+            if not (blob.annotations.get(_TITLE) or blob.media_type in _CHART_ENDINGS):
+                log.warning("%s: a file without name is %s", image.reference, name)
+
+    def _names(self, image, chart):
+        """[(path, Descriptor)] of the files; raises InvalidDocument."""
+        found = []
+        for blob in image.manifest.layers or (image.manifest.config,):
+            name = blob.annotations.get(_TITLE)
+            if not name and blob.media_type in _CHART_ENDINGS:
+                name = chart + _CHART_ENDINGS[blob.media_type]
+            elif not name and blob.media_type == _NOTHING:
+                continue
+            elif not name:
+                name = "%s-%.12s" % blob.digest + next(
+                    ending for kind, ending in _ENDINGS
+                    if re.search(kind, blob.media_type))
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            if not parts or name[0] == "/" or ".." in parts or len(name) > PATH_MAX or (
+                    re.search("[\0\ud800-\udfff]", name)):
+                raise InvalidDocument("%s: unsafe name of a file: %s" % (
+                    image.reference, printable(name, 100)))
+            found.append(("/".join(parts), blob))
+        order = sorted(path + "/" for path, _ in found)
+        for path, following in zip(order, order[1:]):
+            if following.startswith(path):
+                raise InvalidDocument("%s: two files of one name, or one in the other: "
+                                      "%s" % (image.reference, printable(path, 100)))
+        return found
+
+    def _chart(self, image):
+        """NAME-VERSION of a Helm chart, by its config."""
+        if not any(blob.media_type in _CHART_ENDINGS for blob in image.manifest.layers):
+            return ""
+        value = Document.parse(Reader(self._spool).read(
+            "blobs/" + image.manifest.config.digest.hex, CONFIG_LIMIT), "config")
+        return "%s-%s" % (value.need("name", str), value.need("version", str))
+
+    def _tree(self, image):
+        tree = Tree(self.check, self._census)
+        names = self._names(image, self._chart(image))
+        times = collections.Counter(blob.digest for _, blob in names)
+        for name, blob in names:
+            *above, last = name = tuple(name.encode("utf-8").split(b"/"))
+            layer, = blob_layers([blob])
+            path = self.place(image, layer).path
+            node = Node(Entry(b"", "file", blob.size, 0o644, 0, 0, 0),
+                        (_Blob(path), 0) if blob.size else None)
+            data = [node.data]
+            if blob.annotations.get(_UNPACK, "").lower() == "true":
+                node, data = self._directory(name, layer, path)
+            if times[blob.digest] > 1:
+                tree.shared.update(data)
+            tree._directory(above, make=True).children[last] = node
+        own = (os.geteuid(), os.getegid()) if hasattr(os, "geteuid") else (0, 0)
+        for _, node, _ in itertools.chain([(b"", tree.root, None)], tree.walk()):
+            node.entry = node.entry._replace(
+                mode=node.entry.mode & 0o777, uid=own[0], gid=own[1], xattrs=())
+        return tree
+
+    def _directory(self, name, layer, path):
+        """(the Node of a directory in a blob, all data that is in it).
+
+        Its members are called by its whole name, by the last part of it, or by none.
+        """
+        if layer.digest not in self._stores:
+            unpack(Region(path, 0, layer.blob_size).pieces(), show(b"/".join(name)),
+                   self.max_layer_size, lambda tar: self.visit(layer, tar),
+                   check=self.check)
+        entries = self._stores[layer.digest].entries
+        tree = Tree(self.check, self._census)
+        tree.apply(entries)
+        found = tree._node(name), tree._node(name[-1:]), tree.root
+        return next(node for node in found if node and node.children is not None), [
+            data for _, data in entries]
 
 
 # --------------------------------------------------------------------------------------
@@ -6721,7 +6840,7 @@ def signer(keys, digest, layer, raw, name=None):
 
 #: Name for --format -> what writes it.
 OUTPUTS = {output.format: output for output in (
-    LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput)}
+    LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput, FilesOutput)}
 
 
 class Session:
@@ -6915,6 +7034,7 @@ class Puller:
         # No longer than the command may take.
         output.wait, output.check = session.transport.wait, session.transport.check
         output.max_files, output.recompress = session.max_files, session.recompress
+        output.max_layer_size = session.max_layer_size
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
 
     def pull(self, references, platform):
@@ -7978,7 +8098,7 @@ def pull_test_image(directory):
     with serving(server):
         name = "127.0.0.1:%d/selftest/image" % server.server_address[1]
         for format in OUTPUTS:
-            if format == "rootfs" and os.name != "posix":
+            if not OUTPUTS[format].images or format == "rootfs" and os.name != "posix":
                 continue
             path = os.path.join(directory, format) + ".tar" * (format == "archive")
             image = pull(name, path, format, **options)

@@ -1773,6 +1773,7 @@ def seed(registry, repository, layers):
 # -- Tables, rows
 
 #: (format, where it goes): everything a pull can write.
+IMAGE_FORMATS = [name for name, output in imagec.OUTPUTS.items() if output.images]
 OUTPUTS = (
     ("layers", "images"), ("oci", "layout"), ("archive", "image.tar"),
     ("rootfs", "root"), ("rootfs", "root.tar"),
@@ -10695,6 +10696,172 @@ class RootlessTest(StoredCase):
         self.assertFalse(os.path.exists(self.at("out.partial.d", "root")))
 
 
+# -- The files of artifacts
+
+PACKED = {"io.deis.oras.content.unpack": "true"}
+CHART = "application/vnd.cncf.helm."
+FILE = "application/vnd.oci.image.layer.v1.tar"  # what ORAS says of any file
+DIRECTORY = FILE + "+gzip"
+
+
+def packed(words, title, compress=gzip_bytes):
+    """A layer that ORAS unpacks, of files in words."""
+    return DIRECTORY, compress(raw_words(words)), dict(PACKED, **{TITLE: title})
+
+
+FILES = (
+    # what, layers, other members of the artifact, what is there in words
+    ("ORAS: files", [(FILE, b"1", "a.txt"), ("text/x", b"2", "deep/er/b.txt")], {},
+     "a.txt=1 deep/ deep/er/ deep/er/b.txt=2"),
+    ("oras-py: no artifactType, a config of its own", [(FILE, b"1", "a.txt")], dict(
+        kind=None, config=b"", config_type="application/vnd.unknown.config.v1+json"),
+     "a.txt=1"),
+    ("an empty file", [(FILE, b"", "a")], {}, "a="),
+    ("one blob, two names", [(FILE, b"1", "a"), (FILE, b"1", "b/c")], {}, "a=1 b/ b/c=1"),
+    ("odd names", [(FILE, b"1", ".wh.a"), (FILE, b"2", "./b//c/./d"),
+                   (FILE, b"3", "caf\xe9"), (FILE, b"4", "C:\\..\\x")], {},
+     ".wh.a=1 b/ b/c/ b/c/d=2 caf\xe9=3 C:\\..\\x=4"),
+    ("ORAS: a directory", [packed("d/ d/x=1 d/y/ d/l->x d/h=>d/x", "d"),
+                           (FILE, b"2", "z")], {},
+     "d/ d/h=1 d/x=>d/h d/y/ d/l->x z=2"),
+    ("ORAS: a directory deep down", [packed("a/b/ a/b/x=1", "a/b")], {},
+     "a/ a/b/ a/b/x=1"),
+    ("by its last part", [packed("b/ b/x=1", "a/b", bz2.compress)], {}, "a/ a/b/ a/b/x=1"),
+    ("by no name", [packed("x=1 y/z=2", "a")], {}, "a/ a/x=1 a/y/ a/y/z=2"),
+    ("the same twice", [packed("x=1", "a"), packed("x=1", "b")], {},
+     "a/ a/x=1 b/ b/x=1"),
+    ("out of it", [packed("../../x=1 l->../z l/y=2", "a"), (FILE, b"3", "z")], {},
+     "a/ a/x=1 a/l->../z a/z/ a/z/y=2 z=3"),
+    ("oras-py packs a directory and does not say so",
+     [(DIRECTORY, b"any", "d")], {}, "d=any"),
+    ("Helm", [(CHART + "chart.content.v1.tar+gzip", b"tgz", None),
+              (CHART + "chart.provenance.v1.prov", b"prov", None)],
+     dict(kind=None, config_type=CHART + "config.v1+json", config=json_bytes(
+         {"name": "app", "version": "1.0.0+x", "apiVersion": "v2"})),
+     "app-1.0.0+x.tgz=tgz app-1.0.0+x.tgz.prov=prov"),
+    ("without a name", [
+        ("application/spdx+json", b"{1}", None), (DIRECTORY, b"x", None),
+        ("application/vnd.oci.empty.v1+json", b"{}", None), ("a/b", b"y", {"k": "v"})],
+     {}, "%s.json={1} %s.tar.gz=x %s=y" % tuple(
+         sha256(data).replace(":", "-")[:19] for data in (b"{1}", b"x", b"y"))),
+    ("nothing", [], {}, ""),
+    ("a config alone", [], dict(config=b"{2}", config_type="application/x+json"),
+     sha256(b"{2}").replace(":", "-")[:19] + ".json={2}"),
+    ("cosign's attestation", [("application/vnd.dsse.envelope.v1+json", b"{3}", None)],
+     dict(kind=None, config_type=MEDIA_TYPES["oci"]["config"]),
+     sha256(b"{3}").replace(":", "-")[:19] + ".json={3}"),
+)
+UNSAFE_FILES = worded(
+    ("unsafe name", *[([(FILE, b"1", name)],) for name in (
+        "../x", "a/../../x", "a/..", "/x", "//x", ".", "/", "./", "a\0b", "\ud800",
+        "a" * 4097)]),
+    ("two files of one name", *[([(FILE, b"%d" % number, name) for number, name
+                                  in enumerate(names)],) for names in (
+        ("a", "a"), ("a", "./a"), ("a/b", "a"), ("a", "a-b", "a/b/c"), ("a/", "a"))]))
+
+
+@able(os.name == "posix", "hold a root file system")
+class FilesTest(StoredCase):
+    """The files of an artifact, by their names."""
+
+    def offered(self, layers, members):
+        self.clear()
+        image = build_artifact(layers, **members)
+        self.origin.add("lab/thing", "1", image)
+        return self.origin.host + "/lab/thing:1", image
+
+    @rows(FILES)
+    def test_files(self, what, layers, members, wanted):
+        reference, image = self.offered(layers, members)
+        for out in ("out", "out.tar"):
+            run = self.main("pull", "--progress", "none", "--format", "files", "-o",
+                            self.at(out), reference)
+            self.assertEqual(run.status, 0, run.err)
+            self.assertEqual(run.out.decode(), "%s@%s\n" % (reference, image.digest))
+            unnamed = re.findall("sha256-[^ =]*", wanted)
+            self.assertEqual(re.findall("without name is (.*)\n", run.err), unnamed)
+        found = flat_directory_words(os.fsencode(self.at("out")).decode("utf-8"))
+        self.assertEqual([os.fsencode(word) for word in found], [
+            word.encode("utf-8") for word in sorted(wanted.split())])
+        with tarfile.open(self.at("out.tar"), encoding="utf-8") as tar:
+            self.assertEqual(flat_tar_words(tar), sorted(wanted.split()))
+        self.assertEqual(sorted(os.listdir(self.work)), ["out", "out.tar"])
+
+    def test_all_is_ours(self):
+        """What an artifact has packed gives nobody a right on this host."""
+        layer = raw_layer(
+            raw_member(b"d", kind=b"5", mode=0o7777, uid=7),
+            raw_member(b"d/f", b"1", mode=0o6755, uid=7, gid=8, pax=[
+                (b"SCHILY.xattr.user.a", b"1")]),
+            raw_member(b"d/null", kind=b"3", major=1, minor=3, mode=0o666))
+        reference, _ = self.offered([(DIRECTORY, layer, dict(PACKED, **{TITLE: "d"})),
+                                     (FILE, b"2", "e/g")], {})
+        statuses, err = [0], ""
+        argv = ["pull", "--progress", "none", "--format", "files", reference, "-o"]
+        if ROOT:
+            os.chmod(self.work, 0o777)
+            statuses, err = self.as_nobody(argv + [self.at("nobody")])
+        run = self.main(*argv + [self.at("out")])
+        self.assertEqual(statuses + [run.status], [0, 0], err + run.err)
+        self.assertNotIn("not set", err + run.err)
+        for path, mode in ((".", 0o755), ("d", 0o777), ("d/f", 0o755), ("e", 0o755),
+                           ("e/g", 0o644)):
+            facts = os.stat(self.at("out", path))
+            self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_uid, facts.st_gid),
+                             (mode, os.geteuid(), os.getegid()), path)
+
+    @rows(UNSAFE_FILES)
+    def test_unsafe_names(self, layers, words):
+        reference, image = self.offered(layers, {})
+        del self.origin.requests[:]
+        for out in ("out", "out.tar"):
+            run = self.pull("--format", "files", "-o", self.at(out), reference, expect=3)
+            self.assertIn(words, run.err)
+            self.assertEqual(run.err.count("\n"), 1)
+        self.assertEqual((os.listdir(self.work), self.blob_gets()), ([], 0))
+
+    @rows((("../x", "1"), ("/x", "1"), ("x", "1/../../../y"), (None, "1"), ("x", 5)))
+    def test_unsafe_charts(self, name, version):
+        reference, _ = self.offered([(CHART + "chart.content.v1.tar+gzip", b"1", None)],
+                                    dict(config_type=CHART + "config.v1+json",
+                                         config=json_bytes({"name": name,
+                                                            "version": version})))
+        self.pull("--format", "files", "-o", self.at("out"), reference, expect=3)
+        self.assertNotIn("out", os.listdir(self.work))
+
+    def test_images_are_no_artifacts(self):
+        index = build_index([(build_image(ARCHIVE_TARS), ("linux", "amd64", None))])
+        self.origin.add("lab/multi", "1", index)
+        for kind, tars in (("oci", ARCHIVE_TARS), ("schema1", ARCHIVE_TARS), ("oci", [])):
+            reference, _ = self.serve(tars, kind=kind)
+            run = self.pull("--format", "files", "-o", self.at("out"), reference,
+                            "--platform", "linux/amd64", expect=1)
+            self.assertRegex(run.err, "lab/app:1 is a container image; its files come "
+                                      "with --format rootfs\n")
+        self.pull("--format", "files", "-o", self.at("out"), "--platform", "linux/amd64",
+                  self.origin.host + "/lab/multi:1", expect=1)
+        self.assertEqual(os.listdir(self.work), [])
+
+    def test_an_attestation_of_an_index_by_its_digest(self):
+        proof = build_artifact([("application/vnd.in-toto+json", b"{4}", None)], None,
+                               config_type=MEDIA_TYPES["oci"]["config"])
+        index = build_index([(build_image(ARCHIVE_TARS), ("linux", "amd64", None)),
+                             (proof, ("unknown", "unknown", None))])
+        self.origin.add("lab/multi", "1", index)
+        self.pull("-o", self.at("out"), "--format", "files", "%s/lab/multi@%s" % (
+            self.origin.host, proof.digest))
+        self.assertEqual(list(contents(self.at("out")).values()), [b"{4}"])
+
+    def test_a_directory_that_is_none(self):
+        reference, _ = self.offered([packed("h=>no", "a"), (FILE, b"1", "b")], {})
+        run = self.pull("--format", "files", "-o", self.at("out"), reference, expect=3)
+        self.assertIn("hard link 'h' to 'no'", run.err)
+        self.assertNotIn("out", os.listdir(self.work))
+        run = self.pull("--format", "files", "-o", self.at("out"), reference,
+                        "--max-layer-size", "1", expect=1)
+        self.assertIn("--max-layer-size", run.err)
+
+
 # --------------------------------------------------------------------------------------
 # 14  Keys
 # --------------------------------------------------------------------------------------
@@ -12162,7 +12329,7 @@ class AuditTest(StoredCase):
         self.good("layers")
         self.assertNotIn("index.json", os.listdir(self.folder))
 
-    @rows(itertools.product(("oci", "docker"), imagec.OUTPUTS))
+    @rows(itertools.product(("oci", "docker"), IMAGE_FORMATS))
     def test_image_without_layers(self, kind, format):
         self.offer(build_image([], kind), kind=kind)
         name = "%s-%s" % (kind, format)
@@ -13164,7 +13331,7 @@ class ServeTest(ServeCase):
                         pulled = self.pulled(host, reference, format, platform)
                         self.assertEqual(str(pulled.digest), image.digest)
 
-    @rows((format,) for format in imagec.OUTPUTS)
+    @rows((format,) for format in IMAGE_FORMATS)
     def test_pull_from_an_archive(self, format):
         image = self.pulled(self.serve(self.archive), "lab/docker:1", format)
         self.assertEqual(str(image.digest), self.images["lab/docker"].digest)
@@ -13741,7 +13908,7 @@ class SelfTestTest(ServeCase):
         self.assertEqual(run.status, 0, run.out + run.err)
         for row in SERVE_ROWS + ("proved",):
             self.assertRegex(run.out, "(?m)^%s +[^ ]" % re.escape(row))
-        for format in imagec.OUTPUTS:
+        for format in IMAGE_FORMATS:
             self.assertRegex(run.out, "(?m)^proved +%s$" % format)
         self.assertRegex(run.out, "(?m)^proved .*tampered.* refused$")
         self.assertEqual(run.out.splitlines()[-1], "this host can pull images")
@@ -14583,7 +14750,7 @@ class CommandLineFailureTest(CommandLineCase):
 
         self.origin.fault("/blobs/(?!%s)" % sha256(self.image.config), hang(), EVER)
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            for format in imagec.OUTPUTS:
+            for format in IMAGE_FORMATS:
                 with self.subTest(format=format, signal=number), \
                         mock.patch.object(threading.Thread, "start", struck):
                     del begun[:]
@@ -15608,7 +15775,7 @@ class ArchitectureTest(unittest.TestCase):
 COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
 #: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
 ANNEXES = {
-    "Trees": ((), (", RootfsOutput(?=\\))",)),
+    "Trees": ((), (", RootfsOutput, FilesOutput(?=\\))",)),
     "Keys": ((), ()),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
     "Serve": (("Self-test",), ("^    \"new_server\",\n",
