@@ -3586,8 +3586,8 @@ def auth_url(challenge, repository, registry_url):
 
     The scope (distribution, token scope) is ours, whatever the realm says: a registry
     must not widen what a token is good for. Those of the challenge that only read are
-    asked for, too: there may be a proxy that changes names. Raises InvalidDocument,
-    UnsafeRedirect.
+    asked for, too: there may be a proxy that changes names, and Azure's registry lists
+    no tags by "pull". Raises InvalidDocument, UnsafeRedirect.
     """
     realm = challenge.parameters.get("realm")
     if not realm:
@@ -3604,7 +3604,7 @@ def auth_url(challenge, repository, registry_url):
         parts.query, keep_blank_values=True) if pair[0] != "scope"]
     if challenge.parameters.get("service"):
         query.append(("service", challenge.parameters["service"]))
-    scopes = re.findall(r"(?<!\S)repository:[^\s:]+:pull(?!\S)",
+    scopes = re.findall(r"(?<!\S)repository:[^\s:]+:(?:pull|metadata_read)(?!\S)",
                         challenge.parameters.get("scope", ""))
     if repository:  # else the token says who we are, and no more
         scopes.insert(0, "repository:%s:pull" % repository)
@@ -3695,7 +3695,7 @@ class Endpoint:
         self._keyring, self._allow_http = credentials, allow_http
         self._token_hosts, self._namespace = token_hosts, namespace
         transport.tls.name(host, allow_http)
-        self._tokens = {}  # by repository
+        self._tokens, self._scopes = {}, {}  # by repository
         self._warned = set()
         self._probing, self._lock = threading.Lock(), threading.Lock()
 
@@ -3763,15 +3763,20 @@ class Endpoint:
 
     # -- who we are there
 
-    def _learn_challenge(self, response):
-        """Takes that of a 401; raises AccessDenied where we can answer none."""
+    def _learn_challenge(self, response, repository=None):
+        """Takes that of a 401; raises AccessDenied where we can answer none.
+
+        Its scope is for that `repository`: at /v2/ ghcr.io names one that is made up,
+        and a token server may deny all where one is denied.
+        """
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
         if challenge is None:
             response.close()
             raise AccessDenied("%s wants authentication of a kind we do not know"
                                % self.host, status=401)
-        self.challenge = challenge
+        scope = challenge.parameters.pop("scope", "")
+        self.challenge, self._scopes[repository] = challenge, repository and scope
 
     def credentials(self, repository):
         """The Credentials for a repository there, None for none."""
@@ -3799,8 +3804,12 @@ class Endpoint:
                 self._tokens[repository] = token
         return "Bearer " + token.value
 
+    def _auth_url(self, challenge, repository):
+        named = dict(challenge.parameters, scope=self._scopes.get(repository) or "")
+        return auth_url(challenge._replace(parameters=named), repository, self.url)
+
     def _fetch_token(self, challenge, repository, credentials):
-        url = auth_url(challenge, repository, self.url)
+        url = self._auth_url(challenge, repository)
         realm = checked_url(url)
         named = names_host(self._token_hosts, realm)
         if credentials and not (named or self._trusts(realm)):
@@ -3871,7 +3880,7 @@ class Registry(Endpoint):
         if response.status == 401 and origin(checked_url(response.url)) != home:
             response, sent = self._elsewhere(method, response, headers), None
         elif response.status == 401:
-            self._learn_challenge(response)
+            self._learn_challenge(response, repository)
             with response:  # whose connection may serve for the token
                 refusal = self._refusal(response, what, repository, sent)
             with self._lock:
@@ -3929,7 +3938,7 @@ class Registry(Endpoint):
         None where no token is needed. Raises NotFound where there is no such image, and
         AccessDenied where access is by other means than a token.
         """
-        url = self.learn_registry_url()
+        self.learn_registry_url()
         if self.challenge is None or self.challenge.scheme != "bearer":
             with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
                                None, {"Accept": ACCEPT}) as response:
@@ -3937,11 +3946,11 @@ class Registry(Endpoint):
                     return None
                 if response.status != 401:
                     raise registry_error(response, "%s:%s" % (repository, reference))
-                self._learn_challenge(response)
+                self._learn_challenge(response, repository)
         if self.challenge.scheme != "bearer":
             raise AccessDenied("%s wants a user name and password, not a token"
                                % self.host)
-        return auth_url(self.challenge, repository, url)
+        return self._auth_url(self.challenge, repository)
 
     def log_in(self, repository=""):
         """Raises AccessDenied where we are not who we say, as `docker login` does."""

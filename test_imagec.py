@@ -6979,6 +6979,25 @@ class AuthorizationTest(NetworkCase):
         self.assertEqual(urllib.parse.parse_qs(form.decode("ascii"))["scope"],
                          [" ".join(asked)])
 
+    def test_a_scope_is_for_the_repository_it_was_named_for(self):
+        # ghcr.io names a made-up one at /v2/, and denies what names one that is denied.
+        registry = self.filled(auth="bearer")
+        registry.add("other", "1", self.image)
+        named = 'Bearer realm="%s/token",service="fixture",scope="repository:%s:%s"'
+        registry.fault("/v2/$", headers(www_authenticate=named % (
+            registry.url, "user/image", "pull")), None, challenged=True)
+        registry.challenge = named % (registry.url, "app", "metadata_read")
+        with mock.patch.object(FakeRegistry, "_grants",
+                               side_effect=[False, False, True, True]):
+            client = self.client(registry, "alice")
+            list(client.tags("app"))
+            client.fetch_manifest("other", "1")
+        app, other = ("repository:%s:pull" % name for name in ("app", "other"))
+        self.assertEqual(
+            [request.query["scope"] for request in registry.requests
+             if request.route == "/token"],
+            [[app], [app, "repository:app:metadata_read"], [other]])
+
     @rows(NET_TRUST)
     def test_t72_whom_the_password_is_trusted_to(self, home, realm, allowed, trusted):
         secret = imagec.Credentials("alice", PASSWORD)
