@@ -2860,8 +2860,8 @@ def split_proxy(url):
     # Not shown: where a URL is malformed, who can tell which part is the password?
     if url.lower().startswith("https:"):
         raise UsageError("TLS to the proxy itself (https://) is not supported",
-                         "most proxies take http://[USER:PASSWORD@]HOST:PORT, too; "
-                         "https goes through it encrypted all the same")
+                         "most proxies take http:// and [USER:PASSWORD@]HOST:PORT, "
+                         "too; https goes through it encrypted all the same")
     raise UsageError("the proxy's URL is not one we can use",
                      "expected http://, socks5:// or socks5h://, and then "
                      "[USER:PASSWORD@]HOST:PORT")

@@ -6708,7 +6708,9 @@ class ProxyTest(FieldCase):
                 (((), {"https_proxy": url}),) if "p.test" in url else ()):
             run = self.main("digest", "r.test/a", *argv, **environ)
             self.assertEqual((run.status, run.out), (2, ""))
-            self.assertRegex(run.err, r"\Aimagec: .*proxy.*\n\Z")
+            # What to write must not be taken for somebody's password.
+            self.assertRegex(run.err,
+                             r"\Aimagec: .*proxy.*\[USER:PASSWORD@\]HOST.*\n\Z")
             self.assertNotIn(PASSWORD, run.err)
 
     @rows((("page", say(b"<html>", content_type="text/html")),
