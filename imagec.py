@@ -156,6 +156,8 @@ PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth i
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where there is none
 REDIRECT_LIMIT = 10  # hops; Go's net/http
+#: What registries without a referrers API answer there (go-containerregistry).
+NO_REFERRERS_API = frozenset([400, 404, 405, 406, 501])
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
@@ -194,6 +196,7 @@ MANIFEST_SHAPES = {
     OCI_MANIFEST: "image", DOCKER_MANIFEST: "image",
     DOCKER_SCHEMA1_SIGNED: "schema1", DOCKER_SCHEMA1: "schema1",
 }
+COSIGN_SUFFIXES = ("sig", "att", "sbom")  # of tags; cosign, SIGNATURE_SPEC.md
 #: One header, comma-joined: where several are sent, proxies keep one, and a registry
 #: that sees too few types answers schema1 without a word.
 ACCEPT = ", ".join(MANIFEST_SHAPES)
@@ -481,6 +484,11 @@ class Digest(NamedTuple):
     def of(cls, data, algorithm="sha256"):
         """The Digest of the bytes `data`."""
         return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
+
+    @property
+    def tag(self):
+        """The tag of what refers to it (distribution-spec, "Referrers Tag Schema")."""
+        return "%.32s-%.64s" % self
 
     def require_known(self):
         """Itself; raises Unsupported where its algorithm is one that we cannot check.
@@ -884,12 +892,18 @@ class Descriptor(NamedTuple):
     size: Optional[int]
     platform: Optional[Platform] = None
     annotations: dict = {}
+    artifact_type: str = ""
 
     @property
     def is_tar(self):
         """Whether a layer's type is a tar's, or none at all."""
         return not self.media_type or "tar" in self.media_type and not (
             self.media_type.endswith("+encrypted"))
+
+    @classmethod
+    def of(cls, document, **more):
+        """The Descriptor of a Manifest or Index; `more` are other fields."""
+        return cls(document.media_type, document.digest, len(document.raw), **more)
 
     @classmethod
     def from_document(cls, document, known=True):
@@ -903,7 +917,17 @@ class Descriptor(NamedTuple):
                                       % (document.where, name))
         platform = document.get("platform", dict)
         return cls(document.get("mediaType", str, ""), document.digest("digest", known),
-                   document.size("size"), platform and _platform(platform), annotations)
+                   document.size("size"), platform and _platform(platform), annotations,
+                   document.get("artifactType", str, ""))
+
+    def as_json(self):
+        """It as an index has it, without what is empty."""
+        platform = self.platform and {name: part for name, part in zip(
+            ("os", "architecture", "variant", "os.version"), self.platform) if part}
+        members = {"mediaType": self.media_type, "digest": str(self.digest),
+                   "size": self.size, "platform": platform,
+                   "annotations": self.annotations, "artifactType": self.artifact_type}
+        return {name: member for name, member in members.items() if member}
 
 
 def _platform(document):
@@ -916,7 +940,8 @@ def _platform(document):
 class Manifest(NamedTuple):
     """A schema2 or OCI image manifest: `raw` bytes as received, and what they say.
 
-    `artifact_type` says what it is if not an image, "" for an image.
+    `artifact_type` says what it is if not an image, "" for an image; `subject` is what
+    it refers to, None for nothing.
     """
 
     raw: bytes
@@ -925,15 +950,20 @@ class Manifest(NamedTuple):
     config: Descriptor
     layers: Tuple[Descriptor, ...]
     artifact_type: str = ""
+    subject: Optional[Digest] = None
+    annotations: dict = {}
 
 
 class Index(NamedTuple):
-    """A docker manifest list or OCI image index."""
+    """A docker manifest list or OCI image index; for `subject` see Manifest."""
 
     raw: bytes
     media_type: str
     digest: Digest
     manifests: Tuple[Descriptor, ...]
+    subject: Optional[Digest] = None
+    annotations: dict = {}
+    artifact_type = ""  # see Manifest
 
 
 class Layer(NamedTuple):
@@ -982,7 +1012,7 @@ class Schema1Manifest(NamedTuple):
     tag: str
     architecture: str
     layers: Tuple[Layer, ...]
-    artifact_type = ""  # see Manifest
+    artifact_type, subject, annotations = "", None, {}  # see Manifest
 
 
 #: Member of a manifest -> the shape it is of.
@@ -1019,7 +1049,8 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
         return _decode_image(document, raw, media_type, digest)
     return Index(raw, media_type, digest, tuple(
         Descriptor.from_document(entry, known=False)
-        for entry in document.children("manifests", INDEX_COUNT_LIMIT)))
+        for entry in document.children("manifests", INDEX_COUNT_LIMIT)),
+        *_about(document))
 
 
 def _media_type(document, content_type):
@@ -1077,7 +1108,17 @@ def _decode_image(document, raw, media_type, digest):
                                 for layer in layers):
         image, kind = False, layers[0].media_type
     return Manifest(raw, media_type, digest, config, layers,
-                    "" if image else document.get("artifactType", str) or kind)
+                    "" if image else document.get("artifactType", str) or kind,
+                    *_about(document))
+
+
+def _about(document):
+    """(Digest of the subject or None, annotations that are texts) of a manifest."""
+    subject, annotations = (document.get(name, dict) for name in (
+        "subject", "annotations"))
+    return subject and subject.digest("digest", known=False), {
+        name: text for name, text in (annotations.value if annotations else {}).items()
+        if type(text) is str}
 
 
 def _decode_schema1(raw, signature, algorithm, what):
@@ -1156,7 +1197,8 @@ def walk(fetch, entries, above=(), platform=None, seen=None):
         if entry[:3] in seen:
             continue
         seen.add(entry[:3])
-        count, size = count + 1, size + entry.size
+        count, size = count + 1, size + (
+            entry.media_type in MANIFEST_SHAPES and entry.size)
         if count > DOCUMENT_COUNT_LIMIT or size > DOCUMENT_BYTES_LIMIT:
             raise LimitExceeded("one name leads to more than %d manifests and indexes, "
                                 "or to more than %d bytes of them"
@@ -4048,18 +4090,10 @@ class Registry(Endpoint):
 
         What is no tag by the grammar is passed over with a warning.
         """
-        path = "%s/tags/list?n=%d" % (repository, TAG_PAGE)
-        seen, count = set(), 0
-        while path is not None:
-            if path in seen:
-                raise InvalidDocument("%s: the tag list leads back to itself"
-                                      % self.host)
-            seen.add(path)
+        path, count = "%s/tags/list?n=%d" % (repository, TAG_PAGE), 0
+        for _, body in self.pages(path, repository, "tag list"):
             with naming(self.host):
-                response, body = self._document("GET", path, repository,
-                                                "tag list of " + repository)
                 tags = Document.parse(body, "tag list").get("tags", list, [])
-                path = self._next_page(response)
             for tag in tags:
                 count += 1
                 if count > TAG_COUNT_LIMIT:
@@ -4070,6 +4104,20 @@ class Registry(Endpoint):
                 else:
                     log.warning("%s: not a tag, passed over: %s", self.host,
                                 printable(tag, 80))
+
+    def pages(self, path, repository, what, **headers):
+        """Yields (Response, body) of each page of a list of a repository's."""
+        seen = set()
+        while path is not None:
+            if path in seen:
+                raise InvalidDocument("%s: the %s leads back to itself"
+                                      % (self.host, what))
+            seen.add(path)
+            with naming(self.host):
+                response, body = self._document("GET", path, repository, "%s of %s"
+                                                % (what, repository), **headers)
+                path = self._next_page(response)
+            yield response, body
 
     def _next_page(self, response):
         """The next page's path as the server gives it, None at the end (RFC 8288)."""
@@ -4086,6 +4134,32 @@ class Registry(Endpoint):
             raise UnsafeRedirect("%s: the tag list goes on at another host, %s"
                                  % (self.host, url.hostname))
         return url.path[len("/v2/"):] + ("?" + url.query if url.query else "")
+
+
+def list_referrers(registry, repository, digest):
+    """The Descriptors of what has a manifest, by its Digest, for its subject.
+
+    As a Registry lists them (distribution-spec, "Listing Referrers"): none where it has
+    no such list. Raises as Registry.fetch_manifest.
+    """
+    found, size = [], 0
+    try:
+        for response, body in registry.pages(
+                "%s/referrers/%s" % (repository, digest), repository,
+                "list of referrers", Accept=OCI_INDEX):
+            page = decode_manifest(body, response.headers.get("Content-Type"))
+            found += getattr(page, "manifests", ())
+            size += len(body)
+            if size > DOCUMENT_BYTES_LIMIT:
+                raise LimitExceeded("more than %d bytes" % DOCUMENT_BYTES_LIMIT)
+    except (RegistryError, InvalidDocument, Unsupported) as error:
+        if found:
+            raise InvalidDocument("%s: the list of referrers breaks off: %s" % (
+                registry.host, error.message)) from None
+        # Some without such a list say 200 to everything.
+        if getattr(error, "status", 404) not in NO_REFERRERS_API:
+            raise
+    return found
 
 
 class Source:
@@ -4119,6 +4193,29 @@ class Source:
                 log.warning("leaving the mirror %s: %s", place[0].host, error)
                 self._places.remove(place)
         return place != (self.home, self.repository)
+
+    def referrers(self, digest):
+        """{tag: Descriptors} of what refers to a manifest, by its Digest.
+
+        What registries list goes by the tag that clients keep for those that do not.
+        """
+        found = {digest.tag: self.seek(list_referrers, digest) or getattr(
+            self.seek(Registry.fetch_manifest, digest.tag), "manifests", ())}
+        for suffix in COSIGN_SUFFIXES:
+            tag = "%s.%s" % (digest.tag, suffix)
+            one = self.seek(Registry.fetch_manifest, tag)
+            found[tag] = one and [Descriptor.of(one, artifact_type=one.artifact_type)]
+        return {tag: entries for tag, entries in found.items() if entries}
+
+    def seek(self, method, *arguments):
+        """What the first place gives that has any; no mirror is left for lacking it."""
+        for registry, repository in list(self._places):
+            with contextlib.suppress(
+                    NotFound if registry is self.home else ImagecError):
+                found = method(registry, repository, *arguments)
+                if found:
+                    return found
+        return None
 
     def ask(self, method, *arguments):
         """(what that method of Registry gives, the place that gave it).

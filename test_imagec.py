@@ -1008,7 +1008,8 @@ class FakeRegistry(Server):
     challenge = None  # WWW-Authenticate: a str, or a list for several headers
     version_header = True
     redirect_blobs_to = None  # base URL of the FakeRegistry that serves /cdn/
-    page_size = None  # most tags in one reply
+    page_size = None  # most tags, or referrers, in one reply
+    lists_referrers = True
 
     # {token: scopes}, of all registries: one may trust the tokens of another.
     tokens = {}
@@ -1120,6 +1121,27 @@ class FakeRegistry(Server):
                       '</v2/%s/tags/list?%s>; rel="next"' % (repository, more))
         return reply
 
+    def _referrers(self, request, repository, subject):
+        if repository not in self.repositories or not self.lists_referrers:
+            return _error(404, "UNSUPPORTED", "no such endpoint")
+        entries = {}
+        for data, media_type, digest in self.repositories[repository].values():
+            said = json.loads(data.decode("utf-8")) if b'"subject"' in data else {}
+            if said.get("subject", {}).get("digest") == subject:
+                entries[digest] = _descriptor(
+                    media_type, data, artifactType=said.get("artifactType", ""),
+                    annotations=said.get("annotations", {}))
+        first = int(request.query.get("first", ["0"])[0])
+        end = first + (self.page_size or len(entries))
+        reply = Reply(200, json_bytes({
+            "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
+            "manifests": [entries[digest] for digest in sorted(entries)][first:end]}),
+            {"Content-Type": MEDIA_TYPES["oci"]["index"]})
+        if end < len(entries):
+            reply.put("Link", '</v2/%s/referrers/%s?first=%d>; rel="next"' % (
+                repository, subject, end))
+        return reply
+
     def _token(self, request):
         if self.auth != "bearer" or self.realm:
             return _error(404, "UNSUPPORTED", "not a token server")
@@ -1159,7 +1181,7 @@ class FakeRegistry(Server):
         """The 401 due to a request, None if it is welcome."""
         if not self.auth or not request.route.startswith("/v2/"):
             return None
-        found = re.match("/v2/(.+)/(?:manifests|blobs|tags)/", request.route)
+        found = re.match("/v2/(.+)/(?:manifests|blobs|tags|referrers)/", request.route)
         repository = found.group(1) if found else None
         scheme, secret = _credentials(request)
         if self.auth == "basic" and self._knows(scheme, secret):
@@ -1202,6 +1224,7 @@ class FakeRegistry(Server):
         ("(?:GET|HEAD) /v2/(.+)/manifests/([^/]+)", _manifest),
         ("(?:GET|HEAD) /v2/(.+)/blobs/([^/]+)", _blob),
         ("(?:GET|HEAD) /v2/(.+)/tags/list", _tags),
+        ("(?:GET|HEAD) /v2/(.+)/referrers/([^/]+)", _referrers),
         ("(?:GET|HEAD) /cdn/([^/]+)", _cdn),
         ("(?:GET|POST) /token", _token),
     )
@@ -3560,11 +3583,11 @@ class ManifestsTest(TableCase):
             found = imagec.decode_manifest(json_bytes(IMAGE_DOC), None, digest)
             self.assertEqual(found.digest, digest)
         self.assertEqual(found.config[:3], (MEDIA_TYPES["oci"]["config"], first, 7))
-        self.assertEqual(found.layers, (("", second, 8, None, {"k": "v"}),))
+        self.assertEqual(found.layers, (("", second, 8, None, {"k": "v"}, ""),))
         found = imagec.decode_manifest(json_bytes(INDEX_DOC))
         self.assertEqual(found.manifests, (
-            (MANIFEST_TYPES["oci"], first, 7, ("linux", "arm64", "", ""), {}),
-            (MANIFEST_TYPES["oci index"], second, 8, None, {})))
+            (MANIFEST_TYPES["oci"], first, 7, ("linux", "arm64", "", ""), {}, ""),
+            (MANIFEST_TYPES["oci index"], second, 8, None, {}, "")))
 
     @rows([["oci"], ["docker"], ["schema1"], ["schema1-signed"]])
     def test_built_images(self, kind):
@@ -7830,6 +7853,133 @@ class RegistryTest(NetworkCase):
     def test_no_such_repository(self):
         with self.fails(imagec.NotFound, "app"):
             self.tags(self.registry())
+
+
+#: The type of an SBOM, and of what cosign signs.
+SPDX, SIMPLE_SIGNING = ("application/spdx+json",
+                        "application/vnd.dev.cosign.simplesigning.v1+json")
+#: (name, what is done to each reply to a request for the list): none is there
+NO_REFERRERS_LISTS = tuple(
+    (str(code), status(code)) for code in sorted(imagec.NO_REFERRERS_API)) + (
+        ("page", body(HTML)), ("200 to all", body(b"{}")),
+        ("another's", body(b'{"schemaVersion": 2, "mediaType": "a/b", "layers": []}')))
+
+
+def referring(image, kind=SPDX, data=b"{}1", **members):
+    """An artifact that refers to a BuiltImage."""
+    return build_artifact([(kind, data, "x.json")], kind, subject=image.descriptor(),
+                          **members)
+
+
+def tag_of(image, suffix=""):
+    """The tag of what refers to an image."""
+    return image.digest.replace(":", "-") + suffix
+
+
+def signature(text=b"{}"):
+    """What cosign tags, all but a signature."""
+    return build_artifact(
+        [(SIMPLE_SIGNING, text, {"dev.cosignproject.cosign/signature": "MEUC"})], None,
+        config_type=MEDIA_TYPES["oci"]["config"])
+
+
+class ReferrersTest(NetworkCase):
+    """What refers to a manifest: listed, or by tags."""
+
+    def setUp(self):
+        super().setUp()
+        self.sboms = [referring(self.image, data=data) for data in (b"1", b"2", b"3")]
+        self.offer()
+
+    def offer(self, *sboms, **options):
+        """Begin with a new registry, that has these."""
+        self.origin = self.filled(**options)
+        for sbom in sboms:
+            self.origin.add("app", None, sbom)
+
+    def referring(self, digest=None, **options):
+        """{tag: digests} of what refers to app:1."""
+        with self.session(**options) as session:
+            found = session.source(imagec.Reference.parse(
+                self.origin.host + "/app:1")).referrers(
+                    imagec.Digest.parse(digest or self.image.digest))
+        return {tag: sorted(str(entry.digest) for entry in entries)
+                for tag, entries in found.items()}
+
+    def listed(self, *sboms):
+        return {tag_of(self.image): sorted(sbom.digest for sbom in sboms)}
+
+    def test_nothing(self):
+        self.assertEqual(self.referring(), {})
+
+    @rows([(None, 1), (2, 2), (1, 3)])
+    def test_listed_page_by_page(self, size, pages):
+        self.offer(*self.sboms, page_size=size)
+        self.assertEqual(self.referring(), self.listed(*self.sboms))
+        self.assertEqual(len(paths(self.origin, "/referrers/")), pages)
+
+    @rows(NO_REFERRERS_LISTS)
+    def test_no_list_but_a_tag(self, _name, action):
+        self.offer(self.sboms[2])
+        self.origin.add("app", tag_of(self.image), build_index(
+            [(sbom, None) for sbom in self.sboms[:2]]))
+        self.origin.fault("/referrers/", action)
+        self.assertEqual(self.referring(), self.listed(*self.sboms[:2]))
+
+    def test_a_tag_of_another_use(self):
+        self.origin.add("app", tag_of(self.image), self.image)
+        self.assertEqual(self.referring(), {})
+
+    @rows([("denied", status(403), imagec.AccessDenied),
+           ("out of order", status(500), imagec.RegistryError),
+           ("broken off", truncate(), imagec.TransportError)])
+    def test_a_list_that_may_be_there(self, _name, action, kind):
+        self.offer(self.sboms[0])
+        self.origin.fault("/referrers/", action, EVER)
+        with self.fails(kind):
+            self.referring()
+
+    def test_a_list_that_breaks_off_on_its_second_page(self):
+        self.offer(*self.sboms, page_size=1)
+        self.origin.fault("first=1", status(404))
+        with self.fails(imagec.InvalidDocument, "breaks off"):
+            self.referring()
+
+    def test_t15_an_endless_list(self):
+        page = json_bytes({"schemaVersion": 2, "manifests": [
+            self.sboms[0].descriptor()] * 1000})
+        count = itertools.count()
+        self.origin.fault("/referrers/", lambda reply: body(
+            page, link='<?%d>; rel="next"' % next(count))(reply), EVER)
+        with mock.patch.object(imagec, "DOCUMENT_BYTES_LIMIT", 20 * len(page)), \
+                self.fails(imagec.InvalidDocument, "more than %d bytes" % (
+                    20 * len(page))):
+            self.referring()
+        self.assertLess(len(self.origin.requests), 30)
+
+    @rows((suffix,) for suffix in ("sig", "att", "sbom"))
+    def test_cosign(self, suffix):
+        tag, signed = tag_of(self.image, "." + suffix), signature()
+        self.offer(self.sboms[0])
+        self.origin.add("app", tag, signed)
+        self.assertEqual(self.referring(), dict(self.listed(self.sboms[0]),
+                                                **{tag: [signed.digest]}))
+
+    def test_sha512(self):
+        digest = "sha512:" + "0123" * 32
+        self.assertEqual(self.referring(digest=digest), {})
+        self.assertEqual({name.rpartition("/")[2].partition(".")[0] for name in paths(
+            self.origin, "/manifests/")}, {digest[:71].replace(":", "-")})
+
+    def test_what_a_mirror_lacks_is_looked_for_at_home(self):
+        mirror = self.filled(lists_referrers=False)
+        self.offer(self.sboms[0])
+        self.origin.add("app", tag_of(self.image, ".sig"), signature())
+        mirror.add("app", tag_of(self.image, ".att"), signature(b"1"))
+        found = self.referring(mirrors=[mirror.host])
+        self.assertEqual(len(found), 3)
+        self.assertEqual(paths(self.origin, ".att"), [])
+        self.assertEqual(self.said, [])  # it is not left
 
 
 # -- Mirrors
