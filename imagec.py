@@ -4239,6 +4239,9 @@ PARTIAL = ".partial"  # suffix of what is not yet proved
 NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
 ORIGIN_ANNOTATION = "io.github.imagec."  # and the name of a field of an Origin
+#: In an archive beside index.json, and like it: what refers to the images. ctr wants to
+#: unpack all that index.json names, skopeo without a name wants it to be one.
+REFERRERS = "referrers.json"
 _O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -4760,12 +4763,14 @@ class Origin(NamedTuple):
     what was pulled of it: "all", or which, comma-joined. `indexes` are kept, too: those
     that lead from there to the entry, or to all that an index made here lists, each
     behind what leads to it. An image made here (recompressed, once schema1) has none.
+    `subject` is the digest of what it came along with, "" for what was asked for.
     """
 
     digest: Digest
     repository: str
     platforms: str
     indexes: Tuple[Digest, ...] = ()
+    subject: str = ""
 
     def annotations(self):
         """The annotations that say so; `of` reads them back."""
@@ -4776,14 +4781,14 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, annotations):
         """The Origin noted in an entry's; None for none. Raises InvalidDocument."""
-        digest, repository, platforms, indexes = [
+        digest, repository, platforms, indexes, subject = [
             annotations.get(ORIGIN_ANNOTATION + field, "") for field in cls._fields]
         digests = [Document.as_digest(text, ORIGIN_ANNOTATION + "digest")
                    for text in (digest + " " + indexes).split()]
         if digests[1:2] not in ([], digests[:1]):
             raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
         return cls(digests[0], repository, platforms,
-                   tuple(digests[1:])) if digests else None
+                   tuple(digests[1:]), subject) if digests else None
 
 
 class Stored(NamedTuple):
@@ -4803,6 +4808,16 @@ class Stored(NamedTuple):
     digest: Optional[Digest]
     origin: Optional[Origin]
     documents: object
+
+    @property
+    def along(self):
+        """Whether it is here for what it refers to, and goes by such a tag or none.
+
+        By any other it could pass for an image, to those who know no such notes.
+        """
+        subject = self.origin and self.origin.subject
+        return bool(subject) and (self.name is None or self.name.rpartition(":")[2]
+                                  .startswith(subject.replace(":", "-")[:71]))
 
     @property
     def outermost(self):
@@ -4830,6 +4845,11 @@ class Stored(NamedTuple):
         return list_layers(manifest, config)
 
 
+def lenient(_name):
+    """For `stored`: what is not there, or of no use, is passed over."""
+    return contextlib.suppress(FileNotFoundError, Unsupported)
+
+
 def stored(reader, noting=naming):
     """Yields a Stored for each name of an image in what a pull has written.
 
@@ -4845,6 +4865,22 @@ def stored(reader, noting=naming):
         name, digest = _tree_name(os.path.join(reader.path, tree))
         yield Stored(reader, tree, name, None, None, None, _noted(
             noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
+
+
+def stored_referrers(names, digest):
+    """{tag: Descriptors} of what refers to a manifest, of what `stored` gives.
+
+    See Source.referrers.
+    """
+    found = {}
+    for one in names:
+        tag = str(one.name or one.tag).rpartition(":")[2]
+        for document in one.documents:
+            cosign = document.digest == one.digest and tag.startswith(digest.tag + ".")
+            if cosign or document.subject == digest:
+                found.setdefault(tag if cosign else digest.tag, []).append(
+                    Descriptor.of(document, artifact_type=document.artifact_type))
+    return found
 
 
 def _noted(noting, name, documents):
@@ -4877,13 +4913,13 @@ class _Layout:
         with self._noting("oci-layout"):
             Document.parse(self._reader.read("oci-layout"), "oci-layout").need(
                 "imageLayoutVersion", str)
-        with self._noting("index.json"):
-            index = Document.parse(self._reader.read("index.json", CONTENTS_LIMIT),
-                                   "index.json")
-            for entry in index.children("manifests", INDEX_COUNT_LIMIT):
-                with self._noting("index.json"):
-                    entry = Descriptor.from_document(entry, known=False)
-                    yield entry, Origin.of(entry.annotations)
+        for where, absent in (("index.json", ()), (REFERRERS, (FileNotFoundError,))):
+            with self._noting(where), contextlib.suppress(*absent):
+                index = Document.parse(self._reader.read(where, CONTENTS_LIMIT), where)
+                for entry in index.children("manifests", INDEX_COUNT_LIMIT):
+                    with self._noting(where):
+                        entry = Descriptor.from_document(entry, known=False)
+                        yield entry, Origin.of(entry.annotations)
 
     def _documents(self, entry, way):
         for digest in way:
@@ -5266,7 +5302,10 @@ class Image(NamedTuple):
     It may also be an artifact: then `layers` are all its blobs, its config too, as
     Layers without id, `platform` is None. Or a whole index: that is its `manifest`
     then, `below` are the documents below it, `layers` all blobs of these in that way,
-    `platform` is "all".
+    `platform` is "all", or which they are, comma-joined.
+
+    `subject` is the Digest of what it came along with, for it refers to that; None for
+    what was asked for. Where it is not `named`, another of that name is.
     """
 
     reference: Reference
@@ -5280,6 +5319,8 @@ class Image(NamedTuple):
     below: tuple = ()
     format: Optional[str] = None
     path: Optional[str] = None
+    subject: Optional[Digest] = None
+    named: bool = True
 
     @property
     def image_id(self):
@@ -5399,7 +5440,9 @@ class Output:
     def name_of(self, image):
         """The Reference an image is to be loaded by, None for one without a tag."""
         name = self._tag or image.reference
-        return name._replace(digest=None) if name.tag else None
+        if image.subject is not None:
+            name = name._replace(tag=image.reference.tag)
+        return name._replace(digest=None) if name.tag and image.named else None
 
 
 UNPACKED = "unpacked.json"  # of a layers tree
@@ -5556,20 +5599,26 @@ OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.
 def index_entry(image, name):
     """An image's descriptor in an OCI layout's index.json; `name` may be None."""
     document, platform = image.manifest, image.platform
-    entry = {"mediaType": document.media_type, "digest": str(document.digest),
-             "size": len(document.raw)}
-    if platform not in (None, "all"):
-        entry["platform"] = {key: value for key, value in (
-            ("architecture", platform.architecture), ("os", platform.os),
-            ("variant", platform.variant), ("os.version", platform.os_version))
-            if value}
-    entry["annotations"] = Origin(
+    annotations = Origin(
         image.digest, image.reference.name, str(platform or ""),
-        tuple(index.digest for index in image.indexes)).annotations()
+        tuple(index.digest for index in image.indexes),
+        str(image.subject or "")).annotations()
     if name is not None:
-        entry["annotations"].update({NAME_ANNOTATION: str(name),
-                                     TAG_ANNOTATION: name.tag})
-    return entry
+        annotations.update({NAME_ANNOTATION: str(name), TAG_ANNOTATION: name.tag})
+    return Descriptor.of(
+        document, annotations=annotations,
+        platform=platform if isinstance(platform, Platform) else None).as_json()
+
+
+def made_index(entries, origin=None):
+    """An Index made here, of entries as JSON-able dicts; `origin` is noted in it."""
+    raw = canonical_json({
+        "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries,
+        "annotations": {ORIGIN_ANNOTATION + "digest": str(origin)} if origin else {}})
+    if len(raw) > MANIFEST_LIMIT:
+        raise LimitExceeded("an index of %d manifests is over %d bytes" % (
+            len(entries), MANIFEST_LIMIT))
+    return decode_manifest(raw)
 
 
 def add_to_index(manifests, entry):
@@ -5789,9 +5838,7 @@ class ArchiveOutput(Spooled):
         if unfinished[0] >= size:
             return unfinished
         status = os.stat(self.path)
-        if len(blobs) == len(order) and all(
-                image.config or image.platform is None for image in images) and (
-                _goes_on(self.path, size, self._tail(images))):
+        if len(blobs) == len(order) and _goes_on(self.path, size, self._tail(images)):
             found = self._recovered(self.path, order, self.check)
             if found == (size, blobs):
                 self._stays = status
@@ -5857,14 +5904,18 @@ class ArchiveOutput(Spooled):
         images = [(image, self.name_of(image)) for image in images]
         documents = dict(pair for image, _ in images for pair in image.documents)
         members = [(blob_name(digest), raw) for digest, raw in documents.items()]
-        manifests, repositories = [], {}
+        lists, repositories = {"index.json": [], REFERRERS: []}, {}
         for image, name in images:
-            add_to_index(manifests, index_entry(image, name))
-            if name is not None and image.config and image.layers:  # docker before 1.10
+            add_to_index(lists["index.json" if image.subject is None else REFERRERS],
+                         index_entry(image, name))
+        images = [pair for pair in images if pair[0].subject is None and pair[0].config]
+        for image, name in images:
+            if name is not None and image.layers:  # what docker before 1.10 reads
                 repositories.setdefault(name.name, {})[name.tag] = image.layers[-1].id
-        members += [("index.json", canonical_json(
-            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests})),
-            ("manifest.json", _docker_manifest(images))]
+        members += [(name, canonical_json(
+            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}))
+            for name, entries in lists.items() if entries or name == "index.json"]
+        members.append(("manifest.json", _docker_manifest(images)))
         if repositories:
             members.append(("repositories", canonical_json(repositories)))
         return b"".join(_member(*member) for member in members) + bytes(2 * TAR_BLOCK)
@@ -5874,8 +5925,6 @@ def _docker_manifest(images):
     """manifest.json, what `docker load` reads (moby, image/tarexport)."""
     entries = {}
     for image, name in images:
-        if image.config is None:  # an artifact
-            continue
         entry = entries.setdefault(image.manifest.digest, {
             "Config": blob_name(image.manifest.config.digest), "RepoTags": None,
             "Layers": [blob_name(layer.digest) for layer in image.layers]})
@@ -6958,8 +7007,9 @@ class Session:
     registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts or URLs, for any
     port where they have none; the insecure options are for one registry, its mirrors
     and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
-    manifest and digests follow. For `insecure_allow_http` and `token_hosts` see
-    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
+    manifest and digests follow; with `referrers` what refers to an image comes along.
+    For `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring,
+    for the others Transport. Close it or use `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=None,
@@ -6967,7 +7017,7 @@ class Session:
                  insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
                  max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
-                 recompress=None, notify=None, storage_hosts=()):
+                 recompress=None, notify=None, storage_hosts=(), referrers=False):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -7001,7 +7051,7 @@ class Session:
         for host in hosts:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
-        self.jobs, self.recompress = jobs, recompress
+        self.jobs, self.recompress, self.referrers = jobs, recompress, referrers
         self.max_layer_size, self.max_files = max_layer_size, max_files
         self.notify = lambda event: notify and notify(event._replace(
             status=SECRETS.hide(event.status), id=SECRETS.hide(event.id)))
@@ -7054,79 +7104,97 @@ class Session:
         return source.ask(Registry.fetch_manifest,
                           reference.digest or reference.tag)[0]
 
-    def resolve(self, reference, platform=None, held=()):
+    def resolve(self, reference, platform=None, held=(), top=None):
         """The Image of `reference` for `platform` (None: this host's; "all").
 
-        For `held` see manifest. Raises NoMatchingPlatform, Unsupported, and what
+        "all" takes what is no index as it is. For `held` see manifest; `top` is what
+        that gave, if it is known. Raises NoMatchingPlatform, Unsupported, and what
         Registry.fetch_manifest raises.
         """
-        if platform == "all":
-            return self._resolve_index(reference)
+        def config_of(pointer):
+            raw = _held(pointer, held)
+            return (source.ask(Registry.fetch_config, pointer)[0] if raw is None else
+                    ImageConfig.parse(raw))
+
+        source, others = self.source(reference), []
+        top = top or self.manifest(reference, held)
+        with naming("%s/%s" % (source.host, source.repository)):
+            image = image_of(reference, source.registry_url, top, platform,
+                             self._fetcher(source, held, others), config_of)
         wanted = platform or Platform.host()
-        source = self.source(reference)
-        top = self.manifest(reference, held)
-        with naming("%s/%s" % (source.host, source.repository)):
-            found = choose(self._fetcher(source, held), top, wanted)
-        manifest, config = found[-1], None
-        with naming(source.host):
-            if isinstance(manifest, Manifest):
-                if manifest.artifact_type:
-                    return Image(reference, source.registry_url, found[0].digest,
-                                 found[:-1], manifest, None, None,
-                                 blob_layers((manifest.config,) + manifest.layers))
-                raw = _held(manifest.config, held)
-                config = (source.ask(Registry.fetch_config, manifest.config)[0]
-                          if raw is None else ImageConfig.parse(raw))
-            layers = list_layers(manifest, config)
-            actual = config.platform if config else (
-                Platform.normal("linux", manifest.architecture or ""))
-        if not actual.architecture:
-            actual = wanted
-        elif actual not in wanted.candidates():
-            log.warning("%s is for %s, not for %s", reference, actual, wanted)
-        return Image(reference, source.registry_url, found[0].digest, found[:-1],
-                     manifest, config, actual, layers)
-
-    def _resolve_index(self, reference):
-        """The Image of `reference` with all its platforms.
-
-        Raises Unsupported where it is no index.
-        """
-        index = self.manifest(reference)
-        if not isinstance(index, Index):
-            raise Unsupported("%s is for one platform only" % (reference,),
-                              "pull it without --platform all")
-        source = self.source(reference)
-        below, blobs = {}, {}
-        with naming("%s/%s" % (source.host, source.repository)):
-            for *_, child in walk(self._fetcher(source), index.manifests, (index,)):
-                below[child.digest] = child
-                if isinstance(child, Schema1Manifest):
-                    raise Unsupported("a schema1 manifest in an index")
-                if isinstance(child, Manifest):
-                    for layer in blob_layers((child.config,) + child.layers):
-                        blobs.setdefault(layer.digest, layer)
-        return Image(reference, source.registry_url, index.digest, (), index,
-                             None, "all", tuple(blobs.values()), tuple(below.values()))
+        if image.platform and wanted != "all" and (
+                image.platform not in wanted.candidates()):
+            log.warning("%s is for %s, not for %s", reference, image.platform, wanted)
+        return image._replace(layers=image.layers + blob_layers(others))
 
     @staticmethod
-    def _fetcher(source, held=()):
-        """What gets documents of a Source for `walk`, less those `held`."""
+    def _fetcher(source, held, others):
+        """What gets documents of a Source for `walk`, less those `held`.
+
+        To `others` go Descriptors of what is no manifest, where the source has it.
+        """
         def fetch(entry):
-            if entry.media_type not in MANIFEST_SHAPES:
-                raise Unsupported("an index entry of type %s"
-                                  % printable(entry.media_type, 80))
-            entry.digest.require_known()
-            raw = _held(entry, held)
-            if raw is not None:
-                return decode_manifest(raw, None, entry.digest)
-            return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
+            if entry.media_type in MANIFEST_SHAPES:
+                entry.digest.require_known()
+                raw = _held(entry, held)
+                if raw is not None:
+                    return decode_manifest(raw, None, entry.digest)
+                return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
+            blob = entry.digest.algorithm in _DIGEST_LENGTHS and source.seek(
+                Registry.open_blob, entry)
+            if blob:
+                blob.discard()
+                others.append(entry)
+            return None
         return fetch
+
+    def referring(self, images):
+        """The Images of what refers to these, and to that again, each by its tag.
+
+        What goes by the tag of a digest is an index made here; see Source.referrers.
+        Raises LimitExceeded, and what Registry.fetch_manifest raises.
+        """
+        found, seen, size = list(images), set(), 0
+        for above, one in ((above, one) for above in found  # it grows
+                           for one in (*above.indexes, above.manifest, *above.below)):
+            if (above.reference.name, one.digest) in seen:
+                continue
+            seen.add((above.reference.name, one.digest))
+            for image in self._referring(above, one.digest):
+                found.append(image)
+                size += sum(len(raw) for _, raw in image.documents)
+                if len(seen) > DOCUMENT_COUNT_LIMIT or size > DOCUMENT_BYTES_LIMIT:
+                    raise LimitExceeded("too much refers to %s" % (above.reference,))
+        return found[len(images):]
+
+    def _referring(self, above, digest):
+        """Yields the Images of what refers to a document of the Image `above`."""
+        def fetch(entry):
+            one = entry.media_type in MANIFEST_SHAPES and source.seek(
+                Registry.fetch_manifest, entry.digest, entry.size)
+            if not one:
+                log.warning("left out, for %s lacks it: %s, of type %s", source.host,
+                            str(entry.digest), printable(entry.media_type, 80))
+            return one or None
+
+        source = self.source(above.reference)
+        for tag, entries in source.referrers(digest).items():
+            found = {one.digest: one for *_, one in walk(fetch, entries)}
+            listed = [entry for entry in entries if entry.digest in found]
+            if listed:
+                top = found[listed[0].digest] if tag != digest.tag else made_index(
+                    [entry.as_json() for entry in listed])
+                yield image_of(
+                    above.reference._replace(tag=tag, digest=None), above.registry_url,
+                    top, "all", lambda entry: found.get(entry.digest),
+                    lambda pointer: source.ask(Registry.fetch_config, pointer)[0]
+                )._replace(subject=digest)
 
     def pull(self, references, output, platform=None):
         """Pulls `references` into `output` (of the Outputs room): their Images.
 
-        `platform` is a Platform, None for this host's, or "all" for whole indexes.
+        `platform` is a Platform, None for this host's, "all" for whole indexes, or a
+        list of Platforms.
         Every byte is checked before anything has its final name.
         """
         return Puller(self, output).pull(references, platform)
@@ -7167,8 +7235,8 @@ class Puller:
             raise
         return [after._replace(
             layers=tuple(map(_pulled, image.layers, layers)), format=output.format,
-            path=path) for image, layers, after, path in zip(images, fetched, modern,
-                                                             paths)]
+            path=path) for image, layers, after, path in zip(
+                images, fetched, modern, paths) if image.subject is None]
 
     def resolve(self, references, platform):
         """What they are: images as the output will hold them.
@@ -7176,27 +7244,58 @@ class Puller:
         Raises UsageError where it cannot be what is asked for.
         """
         session, output = self._session, self._output
-        if platform == "all" and (not output.platforms or session.recompress):
-            raise UsageError("format %s holds one platform" % output.format,
-                             "--platform all goes with --format oci, as it came")
-        if session.recompress and not output.layout:
-            raise UsageError("format %s takes layers as they are" % output.format,
-                             "--recompress goes with --format archive or oci")
+        several = isinstance(platform, list)
+        for option, given, taken, formats in (
+                ("--platform all", platform == "all", output.platforms, "oci"),
+                ("more than one --platform", several, output.layout, "oci or archive"),
+                ("--referrers", session.referrers, output.layout, "oci or archive"),
+                ("--recompress", session.recompress, output.layout, "oci or archive")):
+            if given and not taken:
+                raise UsageError("%s does not go with --format %s"
+                                 % (option, output.format), "add --format " + formats)
+        if session.recompress and (session.referrers or output.platforms and (
+                several or platform == "all")):
+            raise UsageError("--recompress makes another image: no index leads to it, "
+                             "and nothing refers to it")
         if len(references) > 1 and not output.several:
             raise UsageError("format %s takes one image at a time" % output.format)
-        images = [session.resolve(reference, platform, () if platform == "all" else
-                                  output.held(reference, session.source(
-                                      reference).registry_url))
-                  for reference in references]
+        images = [image for reference in references
+                  for image in self._resolve(reference, platform)]
         for image in images:
             output.accept(image)
             name = output.layout and output.name_of(image)
             if name and name.host.startswith("["):
                 log.warning("docker, podman and skopeo may not take the name %s, for "
                             "its IPv6 address: --tag gives another", str(name))
+        if session.referrers:
+            along = session.referring(images)
+            log.info("along comes what refers to that: %d manifests",
+                     sum(len(image.below) or 1 for image in along))
+            images += along
         return images if output.verbatim else [image._replace(layers=tuple(
             layer for layer in image.layers if not layer.throwaway))
             for image in images]
+
+    def _resolve(self, reference, platform):
+        """The Images of a reference."""
+        session, output = self._session, self._output
+        held = () if platform == "all" else output.held(
+            reference, session.source(reference).registry_url)
+        if not isinstance(platform, list):
+            return [session.resolve(reference, platform, held)]
+        top = session.manifest(reference, held)
+        images = [session.resolve(reference, one, held, top) for one in (
+            platform if isinstance(top, Index) else ["all"])]
+        images = list({image.manifest.digest: image for image in images}.values())
+        if len(images) > 1 and output.platforms:
+            return [joined(images)]
+        host = Platform.host().candidates()
+        named = next((one for one in images if one.platform in host), images[0])
+        for image in images:
+            if image is not named:
+                log.info("%s is the one for %s; the one for %s has its ID only, %s",
+                         reference, named.platform, image.platform, image.image_id)
+        return [image._replace(named=image is named) for image in images]
 
     def plan(self, images):
         """Yields (image, Descriptor, bytes that are there) of each blob, each once."""
@@ -7329,6 +7428,85 @@ def _split_mirror(text):
     return host, prefix + "/" if prefix else ""
 
 
+def stored_image(path, name=None, platform=None, check=go_on):
+    """The Image at `path` for a Platform, or "all"; see image_of.
+
+    `name` says which of several: its full name, or the end of it. The `reference` is
+    None where it has no name. Raises UsageError, OutputError.
+    """
+    def config_of(pointer):
+        raw = reader.read(found.file_of(pointer))
+        pointer.digest.check(raw, "config")
+        return ImageConfig.parse(raw)
+
+    reader, reference = open_place(path, check), None
+    names = [(str(one.name or one.tag or one.digest or one.tree), one)
+             for one in stored(reader, lenient) if not one.along]
+    picked = [one for full, one in names
+              if name is None or re.search(r"(?:\A|[/:])%s\Z" % re.escape(name), full)]
+    if len(picked) != 1:
+        raise UsageError("%s holds %s" % (
+            path, ", ".join(full for full, _ in names) or "no image"),
+            "choose one with --image NAME" if names else None)
+    found, = picked
+    documents = list(found.documents)
+    if not documents:
+        raise OutputError(path, "lacks " + blob_name(found.digest))
+    digests = [one.digest for one in documents]
+    at = digests.index(found.digest) if found.digest in digests else -1
+    with contextlib.suppress(InvalidReference):
+        reference = Reference.parse(found.name or found.origin and "%s@%s" % (
+            found.origin.repository, found.origin.digest) or "")
+    with naming(path):
+        image = image_of(
+            reference, None, documents[at], platform,
+            lambda entry: dict(zip(digests, documents)).get(entry.digest), config_of)
+    return image._replace(digest=digests[0], path=path,
+                          indexes=tuple(documents[:at]) + image.indexes)
+
+
+def image_of(reference, registry_url, top, platform, fetch, config_of):
+    """The Image that a document `top` leads to for a Platform, None for this host's.
+
+    For "all" that is an index as a whole, if it is one. For `fetch` see walk;
+    `config_of(Descriptor)` gives an ImageConfig.
+    """
+    if platform == "all" and isinstance(top, Index):
+        below = tuple(one for *_, one in walk(fetch, top.manifests, (top,)))
+        if any(isinstance(one, Schema1Manifest) for one in below):
+            raise Unsupported("a schema1 manifest in an index")
+        blobs = {blob.digest: blob for one in below if isinstance(one, Manifest)
+                 for blob in (one.config,) + one.layers}
+        return Image(reference, registry_url, top.digest, (), top, None, "all",
+                     blob_layers(blobs.values()), below)
+    wanted = platform if isinstance(platform, Platform) else Platform.host()
+    *indexes, manifest = choose(fetch, top, wanted)
+    about = reference, registry_url, top.digest, tuple(indexes), manifest
+    if manifest.artifact_type:
+        return Image(*about, None, None, blob_layers(
+            (manifest.config,) + manifest.layers))
+    config = config_of(manifest.config) if isinstance(manifest, Manifest) else None
+    actual = config.platform if config else Platform.normal(
+        "linux", manifest.architecture or "")
+    return Image(*about, config, actual if actual.architecture else wanted,
+                 list_layers(manifest, config))
+
+
+def joined(images):
+    """Images of one index as one, that is an index made here and lists just these."""
+    manifests = {image.manifest.digest: image.manifest for image in images}
+    entries = [next(entry for entry in json.loads(image.indexes[-1].raw.decode("utf-8"))
+                    ["manifests"] if entry["digest"] == str(image.manifest.digest))
+               for image in images]
+    index = made_index(entries, images[0].digest)
+    indexes = {one.digest: one for image in images for one in image.indexes}
+    return image_of(
+        images[0].reference, images[0].registry_url, index, "all",
+        lambda entry: manifests[entry.digest], None)._replace(
+            digest=images[0].digest, indexes=tuple(indexes.values()),
+            platform=",".join(str(image.platform) for image in images))
+
+
 def _held(descriptor, held):
     """The bytes a Descriptor points to, if they are among the documents `held`."""
     for raw in held:
@@ -7375,8 +7553,8 @@ def pull(reference, output="images", format=None, platform=None, tag=None,
     `reference` is a Reference, or a text such as "alpine:3.20"; `output` a path;
     `format` a name in OUTPUTS, None for "archive" where `output` ends in .tar and else
     "layers"; `platform` a Platform, a text such as "linux/arm64", None for this host's,
-    or "all"; `tag` a name for the image to be loaded by, None for its own;
-    `progress(Event)` is told what happens, from several threads; `options` are
+    "all", or a list of several; `tag` a name for the image to be loaded by, None for
+    its own; `progress(Event)` is told what happens, from several threads; `options` are
     Session's. Raises ImagecError, and OSError of the local disk.
     """
     reference = Reference.parse(str(reference))
@@ -7388,7 +7566,12 @@ def pull(reference, output="images", format=None, platform=None, tag=None,
 
 
 def parse_platform(text):
-    """A Platform, or "all" for all of an index. Raises InvalidReference."""
+    """A Platform or "all", of a list of several a list. Raises InvalidReference."""
+    if isinstance(text, list) and len(text) > 1:
+        if "all" in text:
+            raise UsageError("--platform all goes alone")
+        return list(map(parse_platform, text))
+    text = text[0] if isinstance(text, list) else text
     if text == "all" or isinstance(text, Platform):
         return text
     return Platform.parse(text)
@@ -7556,7 +7739,8 @@ class Audit:
                                "none")
         with self._noting(where):
             layers = found.layers(manifest)
-        self._images[manifest.digest] = () if manifest.artifact_type else (
+        other = manifest.artifact_type or found.along
+        self._images[manifest.digest] = () if other else (
             where, list(map(found.file_of, layers)))
         if found.tree is not None:
             with self._noting(found.tree + UNPACKED), contextlib.suppress(
@@ -7660,8 +7844,8 @@ def _run_verify(args, session):
 # The pull part of the OCI distribution-spec. A request names things in a table made
 # when the server starts; no path is ever made of it.
 
-_ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs)/"
-                    r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
+_ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs|"
+                    r"referrers)/(?P<what>[^/]+)|tags/list)|_catalog|)".format(
                         r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")  # RFC 7230, 3.2
 
@@ -7678,6 +7862,7 @@ class Shelf:
     def __init__(self, path=None, check=go_on):
         self.repositories = {}  # name -> tag -> digest, as text
         self.documents = {}  # digest, as text -> (bytes, media type)
+        self.referrers = {}  # the same of a subject -> digest -> what an index says
         self._blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
         if path is None:
@@ -7729,6 +7914,12 @@ class Shelf:
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
         digest = str(document.digest)
         self.documents[digest] = document.raw, document.media_type
+        if document.subject is not None:
+            kind = document.artifact_type or isinstance(document, Manifest) and (
+                document.config.media_type)
+            entry = Descriptor.of(document, annotations=document.annotations,
+                                  artifact_type=kind).as_json()
+            self.referrers.setdefault(str(document.subject), {})[digest] = entry
         self._name(names, tag, digest)
 
     def _name(self, names, tag, digest):
@@ -7975,6 +8166,8 @@ class RegistryHandler:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
         if kind == "blobs":
             return self.blob(what)
+        if kind == "referrers":
+            return self.list_referrers(what, query.get("artifactType"))
         if kind is None:
             return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
                              {"name": name})
@@ -7983,6 +8176,14 @@ class RegistryHandler:
             return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
         return self.send(200, *shelf.documents[digest],
                          headers=[("Docker-Content-Digest", digest)])
+
+    def list_referrers(self, digest, kind):
+        """What has a subject (distribution-spec, "Listing Referrers")."""
+        found = self.server.shelf.referrers.get(digest, {})
+        entries = [entry for entry in found.values()
+                   if kind in (None, entry.get("artifactType"))]
+        return self.send(200, made_index(entries).raw, OCI_INDEX, [
+            ("OCI-Filters-Applied", "artifactType")] if kind else [])
 
     def page(self, key, values, path, query, value):
         """A list, or as much of it as is asked for (distribution-spec, "tags")."""
@@ -8615,7 +8816,8 @@ _PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
 _JSON = _flag("--json", help="results as JSON")
 COMMON_ARGUMENTS = [
     _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
-         help="default: this host's; all: the whole index (pull to oci)"),
+         action="append", help="default: this host's; all: the whole index (pull to "
+         "oci); repeatable (pull to oci or archive)"),
     _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or"),
     _flag("--password-stdin", help="from standard input, all of it, or the terminal"),
     _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
@@ -8653,6 +8855,8 @@ COMMANDS = {
         _flag("--dry-run", help="say what would be fetched, and stop"),
         _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
              "before 23.0; digests change"),
+        _flag("--referrers", help="take along what refers to it: signatures, SBOMs (to "
+              "oci or archive)"),
         _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
              help="the name to load the image by; default: its own"),
         _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
@@ -8777,6 +8981,7 @@ def read_password(args):
 SESSION_OPTIONS = frozenset("""
     username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
     storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
+    referrers
 """.split())
 
 
@@ -8822,6 +9027,9 @@ def _run(args, progress):
         raise UsageError("--cert and --key go together")
     options = {name: value for name, value in vars(args).items()
                if name in SESSION_OPTIONS}
+    args.platform = args.platform and parse_platform(args.platform)
+    if isinstance(args.platform, list) and args.command != "pull":
+        raise UsageError("%s takes one --platform" % args.command)
     with Session(password=read_password(args), notify=progress,
                  client_pair=args.cert and (args.cert, args.key),
                  **options) as session, _ending(session.transport):

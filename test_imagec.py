@@ -1668,7 +1668,19 @@ class DockerRegistry:
         if self.token_server is not None:
             self.token_server.close()
 
-    def request(self, path, headers=None, method="GET"):
+    def put(self, repository, tag, image):
+        """Store an artifact, or an index of what is there, as oras would."""
+        for digest, data in image.blobs.items():
+            _, found, _ = self.request("/v2/%s/blobs/uploads/" % repository, {}, "POST")
+            place = urllib.parse.urlsplit(found["Location"])
+            done = self.request("%s?%s&digest=%s" % (place.path, place.query, digest), {
+                "Content-Type": "application/octet-stream"}, "PUT", data)
+            assert done[0] == 201, done
+        done = self.request("/v2/%s/manifests/%s" % (repository, tag), {
+            "Content-Type": image.media_type}, "PUT", image.manifest)
+        assert done[0] == 201, done
+
+    def request(self, path, headers=None, method="GET", body=None):
         """Return (status, headers, body) of one request, without any proxy."""
         connection = http.client.HTTPConnection(self.host, timeout=10)
         if self.tls:
@@ -1677,7 +1689,7 @@ class DockerRegistry:
             connection = http.client.HTTPSConnection(
                 self.host, timeout=10, context=context)
         with contextlib.closing(connection):
-            connection.request(method, path, headers=headers or {})
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 
@@ -7722,12 +7734,23 @@ class RegistryTest(NetworkCase):
         self.assertEqual([str(index.digest) for index in found.indexes][1:],
                          [amd.digest])
 
-    @rows([("schema1", [(build_image(NET_TARS, "schema1"), None)], []),
-           ("text", [], [_descriptor("text/plain", b"x")])])
-    def test_all_of_an_index_with_others_in_it(self, _name, others, entries):
-        index = build_index([(self.image, None)] + others, extra_entries=entries)
+    def test_all_of_an_index_with_schema1_in_it(self):
+        index = build_index([(self.image, None),
+                             (build_image(NET_TARS, "schema1"), None)])
         with self.fails(imagec.Unsupported):
             self.resolve(self.filled(index), "all")
+
+    def test_all_of_an_index_with_others_in_it(self):
+        """image-index.md: "MUST NOT generate an error"."""
+        huge = dict(_descriptor("application/x", b"y"), size=1 << 40)  # not there
+        index = build_index([(self.image, None)], extra_entries=[
+            _descriptor("text/plain", b"x"), huge])
+        registry = self.filled(index)
+        registry.add_blob("app", b"x")
+        found = self.resolve(registry, "all")
+        self.assertEqual(found.manifest.raw, index.manifest)
+        self.assertEqual({str(layer.digest) for layer in found.layers},
+                         set(self.image.blobs) | {sha256(b"x")})
 
     @rows(NET_REFUSALS)
     def test_t106_refusals(self, code, errors, kind, words):
@@ -9777,10 +9800,6 @@ class OCIOutputTest(StoredCase):
                       expect=2)
         self.assertEqual(os.listdir(self.work), [])
 
-    def test_all_platforms_of_one(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout("--platform", "all", reference, expect=1)
-
     def test_schema1(self):
         reference, image = self.serve(ARCHIVE_TARS[:1] + [None], kind="schema1-signed")
         self.layout(reference)
@@ -9941,7 +9960,7 @@ class RecompressTest(StoredCase):
         self.assertNotIn("blobs/sha256/" + index.digest[7:], members)
         entry, = json.loads(members["index.json"].decode())["manifests"]
         self.assertEqual(imagec.Origin.of(entry["annotations"]), (
-            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", ()))
+            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), ""))
 
     def test_what_was_said_of_the_old_bytes_is_gone(self):
         chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
@@ -12088,6 +12107,246 @@ def imagec_threads():
     return sum("ThreadPoolExecutor" in one.name for one in threading.enumerate())
 
 
+class AlongTest(StoredCase):
+    """What refers to an image comes along, into a layout or an archive."""
+
+    def setUp(self):
+        super().setUp()
+        self.amd = build_image(FIELD_SMALL)
+        self.arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
+        self.index = build_index([(self.amd, ("linux", "amd64", None)),
+                                  (self.arm, ("linux", "arm64", None))])
+        self.ref = self.offer()
+
+    def offer(self, name="lab/app:1", **options):
+        """Offer an index that is signed, an SBOM of one image, signed too."""
+        self.origin = self.registry(**options)
+        self.sbom = referring(self.amd, annotations={"k": "v"})
+        self.signed, self.seal = signature(), signature(b"{}2")
+        self.proof = referring(self.sbom, "application/x", b"proof")
+        for tag, image in (("1", self.index), (None, self.sbom), (None, self.proof),
+                           (tag_of(self.index, ".sig"), self.signed),
+                           (tag_of(self.sbom, ".sig"), self.seal)):
+            self.origin.add("lab/app", tag, image)
+        if not self.origin.lists_referrers:
+            for one, other in ((self.amd, self.sbom), (self.sbom, self.proof)):
+                self.origin.add("lab/app", tag_of(one), build_index([(other, None)]))
+        return self.origin.host + "/" + name
+
+    def along(self, out, format="archive", *more):
+        """Pull with what refers to it; {tag: entry} of what came along."""
+        run = self.main("pull", "--format", format, "-o", self.at(out), "--referrers",
+                        "--platform", "linux/amd64", self.ref, *more)
+        self.assertEqual(run.status, 0, run.err)
+        self.assertEqual(run.out.decode(), self.ref + "@" + self.index.digest + "\n")
+        self.assertEqual(self.verify(self.at(out)), "")
+        if format == "oci":
+            documents = [json.loads(file_text(self.at(out, "index.json")))]
+        else:
+            documents = [json.loads(data.decode()) for name, data in self.members(
+                self.at(out)).items() if name in ("index.json", "referrers.json")]
+            self.assertEqual([len(one["manifests"]) for one in documents][:1], [1])
+        return run, {entry["annotations"][imagec.TAG_ANNOTATION]: entry
+                     for document in documents for entry in document["manifests"]}
+
+    @rows([("oci", True), ("archive", True), ("oci", False), ("archive", False)])
+    def test_all_of_it(self, format, listed):
+        self.clear()
+        self.ref = self.offer(lists_referrers=listed)
+        run, entries = self.along("out", format)
+        self.assertIn("what refers to that: 4 manifests", run.err)
+        self.assertEqual(set(entries), {
+            "1", tag_of(self.amd), tag_of(self.sbom), tag_of(self.index, ".sig"),
+            tag_of(self.sbom, ".sig")})
+        self.assertEqual(entries[tag_of(self.index, ".sig")]["digest"],
+                         self.signed.digest)
+        shelf = imagec.Shelf(self.at("out"))
+        for one in (self.sbom, self.proof, self.signed, self.seal, self.index):
+            self.assertEqual(shelf.documents[one.digest][0], one.manifest)
+            for digest in one.blobs:
+                self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
+        self.along("out", format)  # again
+        self.assertEqual({self.blob_gets(digest) for digest in self.amd.layers}, {1})
+
+    def test_an_archive_that_is_what_it_would_be_stays(self):
+        self.along("out")
+        before = os.stat(self.at("out"))
+        self.along("out")
+        self.assertEqual(os.stat(self.at("out")).st_ino, before.st_ino)
+
+    @rows([("oci",), ("archive",)])
+    def test_what_is_served_is_pulled_with_it(self, format):
+        self.clear()
+        self.along("first", format)
+        for listed in (True, False):  # by its list, then by its tags
+            shelf = imagec.Shelf(self.at("first"))
+            if not listed:
+                shelf.referrers.clear()
+            with imagec.serving(imagec.new_server(shelf, ("127.0.0.1", 0))) as server:
+                self.main("pull", "-q", "--referrers", "-o", self.at("second.tar"),
+                          "127.0.0.1:%d/lab/app:1" % server.server_address[1])
+            self.assertEqual(self.verify(self.at("second.tar")), "")
+            again = imagec.Shelf(self.at("second.tar"))
+            for one in (self.sbom, self.proof, self.seal):
+                self.assertIn(one.digest, again.documents)
+            os.unlink(self.at("second.tar"))
+
+    def test_nothing_passes_for_an_image(self):
+        """Who knows no such notes takes what has a name: it must be docker's, too."""
+        self.along("x.tar")
+        members = self.members(self.at("x.tar"))
+        beside = json.loads(members["referrers.json"].decode())
+        image, entry = build_image(FIELD_SMALL[:1]), beside["manifests"][-1]
+        for data in [image.manifest] + list(image.blobs.values()):
+            members["blobs/sha256/" + sha256(data)[7:]] = data
+        entry.update(image.descriptor())
+        own = entry["annotations"].pop(imagec.NAME_ANNOTATION)
+        for name, faults in ((self.ref, True), (self.ref + "0", True), (own, False)):
+            entry["annotations"][imagec.NAME_ANNOTATION] = name
+            members["referrers.json"] = json_bytes(beside)
+            write_file(self.at("y.tar"), tar_bytes(
+                [(path.rstrip("/"), data) for path, data in members.items()]))
+            self.assertEqual("names other images" in self.verify(
+                self.at("y.tar"), 3 * faults), faults)
+
+    def test_another_name(self):
+        run = self.main("pull", "-q", "--referrers", "--tag", "b/c:2", "-o",
+                        self.at("x.tar"), self.ref)
+        self.assertEqual(run.status, 0, run.err)
+        tags = imagec.Shelf(self.at("x.tar")).tags("b/c")
+        self.assertLessEqual({"2", tag_of(self.index, ".sig")}, set(tags))
+
+    def test_what_is_listed_but_not_there_is_told(self):
+        self.ref = self.offer(lists_referrers=False)
+        gone, other = [referring(self.amd, data=data) for data in (b"gone", b"odd")]
+        other.media_type = "application/vnd.cncf.oras.artifact.manifest.v1+json"
+        self.origin.add("lab/app", tag_of(self.amd), build_index(
+            [(self.sbom, None), (other, None), (gone, None)]))
+        del self.origin.repositories["lab/app"][gone.digest]
+        run, entries = self.along("x.tar")
+        for one in (gone, other):
+            self.assertRegex(run.err, "left out, for %s lacks it: %s, of type %s" % (
+                self.origin.host, one.digest, re.escape(one.media_type)))
+        self.assertEqual(len(entries), 5)
+
+    def test_no_end_of_it(self):
+        one = self.amd
+        for number in range(12):
+            one = referring(one, data=b"%d" % number)
+            self.origin.add("lab/app", None, one)
+        for name, limit in (("DOCUMENT_COUNT_LIMIT", 9),
+                            ("DOCUMENT_BYTES_LIMIT", 9000)):
+            with mock.patch.object(imagec, name, limit):
+                run = self.main("pull", "-q", "--referrers", "-o", self.at("x.tar"),
+                                "--platform", "amd64", self.ref)
+            self.assert_one_line(run, 3, "too much refers to|one name leads to more")
+        self.assertEqual(os.listdir(self.work), [])
+
+    @rows([("of another size",), ("no manifest",)])
+    def test_a_registry_that_lies(self, name):
+        entry = self.sbom.descriptor()
+        if name == "of another size":
+            entry["size"] += 1
+        else:
+            self.origin.add_manifest("lab/app", None, b"[]", self.sbom.media_type,
+                                     self.sbom.digest)
+        self.origin.fault("/referrers/", body(json_bytes(
+            {"schemaVersion": 2, "manifests": [entry]})), EVER)
+        run = self.main("pull", "-q", "--referrers", "-o", self.at("x.tar"), self.ref)
+        self.assert_one_line(run, 3, "expected")
+
+
+class PlatformsTest(StoredCase):
+    """Several platforms of an image, and none else."""
+
+    PLATFORMS = ("linux/amd64", "linux/arm/v7", "linux/arm64")
+
+    def setUp(self):
+        super().setUp()
+        self.images = [build_image([FIELD_SMALL[0], tar_bytes([("a", b"%d" % n)])],
+                                   platform=tuple(name.split("/") + [None])[:3])
+                       for n, name in enumerate(self.PLATFORMS)]
+        inner = build_index([(self.images[0], ("linux", "amd64", None))])
+        self.index = build_index([(inner, None),
+                                  (self.images[1], ("linux", "arm", "v7")),
+                                  (self.images[2], ("linux", "arm64", "v8"))])
+        self.origin.add("lab/app", "1", self.index)
+        self.ref = self.origin.host + "/lab/app:1"
+
+    def of(self, path, *platforms, format=None, also=()):
+        """Pull for some platforms, and verify that; what is told."""
+        words = [word for name in platforms for word in ("--platform", name)]
+        run = self.main("pull", self.ref, *also, "--progress", "none", "-o",
+                        self.at(path), "--format", format or "archive", *words)
+        self.assertEqual(run.status, 0, run.err)
+        self.assertEqual(self.verify(self.at(path)), "")
+        return run
+
+    def test_a_layout_of_two(self):
+        run = self.of("out", *self.PLATFORMS[::2], format="oci")
+        self.assertEqual(run.out.decode(), self.ref + "@" + self.index.digest + "\n")
+        entry, = json.loads(file_text(self.at("out", "index.json")))["manifests"]
+        made = json.loads(file_text(self.at(
+            "out", "blobs", *entry["digest"].split(":"))))
+        self.assertEqual([(one["digest"], one["platform"].get("variant"))
+                          for one in made["manifests"]],
+                         [(self.images[0].digest, None), (self.images[2].digest, "v8")])
+        self.assertEqual(made["annotations"],
+                         {imagec.ORIGIN_ANNOTATION + "digest": self.index.digest})
+        shelf = imagec.Shelf(self.at("out"))
+        self.assertIn(self.index.digest, shelf.documents)
+        self.assertNotIn(self.images[1].digest, shelf.documents)
+        again = self.of("out", *self.PLATFORMS[::2], format="oci")
+        self.assertEqual(again.out, run.out)
+        self.assertEqual({self.blob_gets(name) for name in self.images[0].layers}, {1})
+
+    @rows([((1, 2), 1), ((2, 0), 0), ((0, 1), 0)])
+    def test_an_archive_of_two(self, wanted, named):
+        self.clear()
+        with mock.patch.object(imagec.Platform, "host", return_value=(
+                imagec.Platform.parse("linux/amd64"))):
+            run = self.of("x.tar", *[self.PLATFORMS[number] for number in wanted])
+        images = json.loads(self.members(self.at("x.tar"))["manifest.json"].decode())
+        self.assertEqual({image["Config"].rpartition("/")[2]: image["RepoTags"]
+                          for image in images},
+                         {sha256(self.images[number].config)[7:]:
+                          [self.ref] if number == named else None for number in wanted})
+        self.assertRegex(run.err, "is the one for %s; the one for .* sha256:" % (
+            self.PLATFORMS[named]))
+        self.assertEqual(run.out.decode().count(self.ref + "@" + self.index.digest), 2)
+
+    def test_one_by_two_words(self):
+        for path in ("out", "x.tar"):
+            self.of(path, "arm64", "linux/arm64/v8", format="oci" if path == "out" else
+                    "archive")
+            entry, = imagec.stored(imagec.open_place(self.at(path)))
+            self.assertEqual(str(entry.digest), self.images[2].digest)
+            self.assertEqual(entry.name, self.ref)
+
+    @rows([("all", "oci"), ("linux/arm64 amd64", "oci"), ("arm64 amd64", "archive")])
+    def test_one_platform_is_taken_as_it_is(self, platforms, format):
+        self.clear()
+        reference, image = self.serve(FIELD_SMALL, "lab/one:1")
+        run = self.of("out", *platforms.split(), format=format, also=[reference])
+        self.assertIn(reference + "@" + image.digest, run.out.decode())
+        self.assertNotIn("warning", run.err)
+        self.assertTrue([one for one in imagec.stored(imagec.open_place(self.at("out")))
+                         if str(one.digest) == image.digest])
+
+    def test_one_that_is_not_there(self):
+        for out in ("x.tar", "out"):
+            run = self.main("pull", "-q", "-o", self.at(out), "--format",
+                            "oci" if out == "out" else "archive", "--platform", "amd64",
+                            "--platform", "s390x", self.ref)
+            self.assert_one_line(run, 4, "linux/s390x; there is: linux/arm/v7, ")
+
+    def test_by_the_library(self):
+        image = imagec.pull(self.ref, self.at("out"), "oci",
+                            ["linux/amd64", imagec.Platform.parse("arm64")])
+        self.assertEqual(image.platform, "linux/amd64,linux/arm64")
+        self.assertEqual(str(image.digest), self.index.digest)
+
+
 class DryRunTest(FieldCase):
     """pull --dry-run, and the look at the disk before a pull."""
 
@@ -13217,7 +13476,7 @@ SERVE_CONFORMANCE = (
     ("{name}/tags/list", 200, None, SERVE_JSON),
     ("{name}/tags/list?n=1", 200, None, SERVE_JSON),
     ("no/such/tags/list", 404, "NAME_UNKNOWN", {}),
-    ("{name}/referrers/{digest}", 404, None, {}),
+    ("{name}/referrers/{digest}", 200, MEDIA_TYPES["oci"]["index"], {}),
     ("{name}/tags", 404, None, {}),
     ("{name}", 404, None, {}),
     ("_catalog", 200, None, SERVE_JSON),
@@ -13332,6 +13591,33 @@ class ServeListsTest(ServeCase):
         shelf.add(["c.test:5000/lab/app", "C.test/lab/app", "[::1]/lab/app"], None,
                   serve_document(b""))
         self.host = self.serve(shelf)
+
+    def test_what_refers_to_a_manifest(self):
+        image, config = build_image(FIELD_SMALL), MEDIA_TYPES["oci"]["config"]
+        entries, subject = {}, {"subject": image.descriptor()}
+        for kind, other, said in (
+                (SPDX, referring(image, annotations={"k": "v"}),
+                 {"artifactType": SPDX, "annotations": {"k": "v"}}),
+                (config, build_image(FIELD_SMALL[:1]), {"artifactType": config}),
+                (None, build_index([]), {})):
+            raw = json_bytes(dict(json.loads(other.manifest.decode()), **subject))
+            one = BuiltImage(raw, other.media_type)
+            entries[kind] = one.descriptor(**said)
+            for _ in range(2):  # it may be in two places
+                self.server.shelf.add((), None, imagec.decode_manifest(raw))
+        path = "/v2/a.test/lab/app/referrers/"
+        for query, digest, wanted, filtered in (
+                ("", image.digest, list(entries.values()), None),
+                ("?artifactType=" + urllib.parse.quote(SPDX, ""), image.digest,
+                 [entries[SPDX]], "artifactType"),
+                ("?artifactType=a/b", image.digest, [], "artifactType"),
+                ("", sha256(b"none"), [], None), ("", "x", [], None)):
+            answer = serve_ask(self.host, path + digest + query)
+            self.assertEqual((answer.status, answer.headers["Content-Type"],
+                              answer.headers["OCI-Filters-Applied"]),
+                             (200, MEDIA_TYPES["oci"]["index"], filtered))
+            self.assertEqual(json.loads(answer.body.decode())["manifests"], wanted)
+        self.assertEqual(serve_ask(self.host, "/v2/lab/none/referrers/x").status, 404)
 
     def listed(self, path, key="tags"):
         """The list at a path, and where its Link leads."""
@@ -14800,8 +15086,20 @@ FAILURES = (
      "is a directory"),
     ("layers of no bytes", "pull --max-layer-size 0 {ref}", 2, "over 0"),
     ("no files", "pull --max-files 0 {ref}", 2, "over 0"),
-    ("all platforms of one", "inspect --platform all {ref}", 1, "one platform"),
-    ("layers of all of one", "layers --platform all {ref}", 1, "one platform"),
+    ("several platforms to see", "inspect --platform all --platform arm64 {ref}", 2,
+     "all goes alone"),
+    ("layers of several", "layers --platform amd64 --platform arm64 {ref}", 2,
+     "layers takes one --platform"),
+    ("several where one fits", "pull --platform amd64 --platform arm64 {ref}", 2,
+     "more than one --platform .* --format layers; add --format oci or archive"),
+    ("all in an archive", "pull --platform all -o {root}/x.tar {ref}", 2,
+     "--platform all .* --format archive; add --format oci$"),
+    ("what refers to layers", "pull --referrers {ref}", 2,
+     "--referrers .* --format layers; add --format oci or archive"),
+    ("layers made small", "pull --recompress gzip {ref}", 2,
+     "--recompress .* --format layers; add --format oci or archive"),
+    ("what refers to what was made here",
+     "pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
     ("no path", "pull -o '' {ref}", 2, "empty"),
     ("deep path", "pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
     ("nothing to serve", "serve {root}/none", 1, "none: is not there$"),
@@ -18166,6 +18464,21 @@ class ReadersCase(RegistryCase):
         self.assertEqual(faults_of(self.at(out)), [])
         return image
 
+    def pull_signed(self):
+        """Pull an SBOM and a signature along: the Image."""
+        raw = skopeo_raw("docker://" + self.name("oci"))
+        signed = BuiltImage(raw, MEDIA_TYPES["oci"]["manifest"])
+        sbom = referring(signed)
+        self.registry.put("lab/x", sbom.digest, sbom)
+        for tag, one in ((tag_of(signed), build_index([(sbom, None)])),
+                         (tag_of(signed, ".sig"), signature())):
+            self.registry.put("lab/x", tag, one)
+        image = self.pull("oci", "signed.tar", "archive", referrers=True)
+        shelf = imagec.Shelf(self.at("signed.tar"))
+        self.assertIn(sbom.digest, shelf.documents)
+        self.assertIn(tag_of(signed, ".sig"), shelf.tags("lab/x"))
+        return image
+
 
 @needs("docker-registry", "skopeo")
 class ReadersTest(ReadersCase, PodmanCase):
@@ -18272,6 +18585,19 @@ class ReadersTest(ReadersCase, PodmanCase):
         for form in ("docker-archive", "oci-archive", "oci-dir"):
             self.podman("save", "--format", form, "-o", self.at(form), "lab/x:1")
             self.taken(self.at(form), sha256(image.config))
+
+    @needs("podman")
+    def test_what_came_along_is_in_nobodys_way(self):
+        image = self.pull_signed()
+        for place in ("oci-archive:", "docker-archive:"):
+            copy = tempfile.mkdtemp(dir=self.work)
+            skopeo_copy(place + self.at("signed.tar"), "dir:" + copy)
+            self.assertIn(image.image_id[7:], os.listdir(copy))
+        self.podman("images")
+        self.assertIn(self.name("oci"), self.podman(
+            "load", "-i", self.at("signed.tar")))
+        self.assertIn(image.image_id, self.podman(
+            "images", "--no-trunc", "--format", "{{.ID}}"))
 
     @needs("umoci")
     def test_umoci_unpacks_the_same_tree(self):
@@ -18437,6 +18763,39 @@ class DockerTest(ReadersCase):
             whole.setdefault(groups.get(name, name), set()).add(name)
         return {name: (fact, whole[groups.get(name, name)])
                 for name, fact in facts.items()}
+
+    def test_what_came_along_is_in_nobodys_way(self):
+        image = self.pull_signed()
+        self.assertIn("Loaded image: " + self.name("oci"), self.docker(
+            "load", "--input", self.at("signed.tar")))
+        self.assertEqual(self.inspected(self.name("oci"))[0], image.image_id)
+        self.docker.ctr("images", "import", "--snapshotter", "native",
+                        self.at("signed.tar"))
+        self.assertIn(str(image.digest), self.docker.ctr(
+            "images", "ls", "name==" + self.name("oci")))
+
+    def test_two_platforms(self):
+        images = [build_image(READERS_TARS[:1], platform=("linux", name, None))
+                  for name in ("amd64", "arm64")]
+        index = build_index([(one, ("linux", name, None)) for one, name in zip(
+            images, ("amd64", "arm64"))])
+        with offered({"lab/two:1": index}) as (host, _):
+            imagec.pull(host + "/lab/two:1", self.at("x.tar"), platform=[
+                "linux/arm64", "linux/amd64"])
+            imagec.pull(host + "/lab/two:1", self.at("out"), "oci", platform=[
+                "linux/arm64", "linux/amd64"])
+            name = host + "/lab/two:1"
+        self.docker("load", "--input", self.at("x.tar"))
+        named = images["amd64" != imagec.Platform.host().architecture]
+        self.assertEqual(self.inspected(name)[0], sha256(named.config))
+        for one in images:
+            self.assertEqual(self.inspected(sha256(one.config))[1], one.diff_ids)
+        self.docker.ctr("images", "import", "--snapshotter", "native", self.at("x.tar"))
+        self.assertIn(named.digest, self.docker.ctr("images", "ls", "name==" + name))
+        for one, architecture in zip(images, ("amd64", "arm64")):
+            found = skopeo_inspect("oci:%s:1" % self.at("out"), "--override-arch",
+                                   architecture)
+            self.assertEqual(found["Layers"], one.layers)
 
     @rows(KINDS[:3])
     def test_containerd_imports(self, tag):
