@@ -1243,6 +1243,13 @@ class ImageConfig(NamedTuple):
     platform: Platform
     diff_ids: Tuple[Digest, ...]
 
+    @property
+    def history(self):
+        """Its history's entries, as dicts."""
+        history = self.value.get("history")
+        return [entry for entry in (history if isinstance(history, list) else [])
+                if isinstance(entry, dict)]
+
     @classmethod
     def parse(cls, raw, what="config"):
         """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
@@ -1289,9 +1296,8 @@ def list_layers(manifest, config=None):
 
 def _layer_history(config):
     """The history entries of the layers, or empty ones where they do not line up."""
-    history = config.value.get("history")
-    entries = [entry for entry in (history if isinstance(history, list) else [])
-               if isinstance(entry, dict) and entry.get("empty_layer") is not True]
+    entries = [entry for entry in config.history
+               if entry.get("empty_layer") is not True]
     count = len(config.diff_ids)
     return entries if len(entries) == count else [{}] * count
 
@@ -8690,8 +8696,31 @@ def read_list(path):
     return references
 
 
+_PATH = re.compile(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]")
+
+
+def asked(args, session, outermost=False):
+    """The Image `args` name, in a registry or at a path; or the document it stands for.
+
+    A bare word is no directory: who may write to this one must not choose an image.
+    """
+    text = args.reference
+    if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
+        log.info("reading what is at the path %s", text)
+        image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
+                             else args.platform, session.transport.check)
+        return (image.indexes + (image.manifest,))[0] if outermost else image
+    if args.image is not None:
+        raise UsageError("--image goes with a path", "for one here write ./PATH")
+    if os.path.exists(os.path.join(text, "oci-layout")):
+        log.info("for the layout here write ./%s", text)
+    reference = Reference.parse(text)
+    return session.manifest(reference) if outermost else (
+        session.resolve(reference, args.platform))
+
+
 def _run_layers(args, session):
-    for layer in session.resolve(args.reference, args.platform).layers:
+    for layer in asked(args, session).layers:
         size = "-" if layer.blob.size is None else layer.blob.size
         yield json.dumps(layer_json(layer)) if args.json else (
             "%s %s %s" % (layer.id, layer.digest, size))
@@ -8699,16 +8728,17 @@ def _run_layers(args, session):
 
 def _run_inspect(args, session):
     if args.raw and args.platform is None:
-        yield session.manifest(args.reference).raw
+        yield asked(args, session, outermost=True).raw
         return
-    image = session.resolve(args.reference, args.platform)
+    image = asked(args, session)
     if args.raw:
         yield image.manifest.raw
     elif not args.config:
-        yield json.dumps(hidden(inspection(image)), indent=2)
+        yield json.dumps(hidden(dict(
+            inspection(image), referrers=referrers_json(image, session))), indent=2)
     elif image.config is None:
         raise Unsupported("%s is schema1, an artifact or an index: it has no config"
-                          % (args.reference,), "see what it has with inspect --raw")
+                          % args.reference, "see what it has with inspect --raw")
     else:
         yield image.config.raw
 
@@ -8723,29 +8753,75 @@ def hidden(value):
 
 
 def inspection(image):
-    """A Image as a JSON-able dict, as `inspect` prints it."""
+    """An Image as a JSON-able dict, as `inspect` prints it; sizes are in bytes."""
+    documents = {one.digest: one for one in (
+        image.indexes + (image.manifest,) + image.below)}
     value = {
-        "reference": pinned(image.reference, image.digest),
-        "digest": str(image.digest),
-        "media_type": (image.indexes + (image.manifest,))[0].media_type,
+        "reference": image.reference and pinned(image.reference, image.digest),
+        "digest": str(image.digest), "media_type": documents[image.digest].media_type,
         "manifest_digest": str(image.manifest.digest),
         "image_id": image.image_id, "platform": image.platform and str(image.platform),
+        "total_size": total_size(documents.values()),
         "layers": list(map(layer_json, image.layers))}
     for key in ("created", "author", "config"):
         if image.config is not None and image.config.value.get(key) is not None:
             value[key] = image.config.value[key]
-    if image.indexes:
-        value["platforms"] = [str(entry.platform) for index in image.indexes
-                              for entry in index.manifests
-                              if entry.platform and entry.platform.os != "unknown"]
+    if image.config is not None:
+        value["history"] = list(history_json(image))
+    value["platforms"] = [
+        {"platform": str(entry.platform), "digest": str(entry.digest),
+         "size": entry.size, "total_size": total_size([documents.get(entry.digest)])}
+        for index in documents.values() if isinstance(index, Index)
+        for entry in index.manifests
+        if entry.platform and entry.platform.os != "unknown"]
     return value
+
+
+def referrers_json(image, session):
+    """What refers to an image and to its indexes, None where that cannot be told."""
+    def found(digest):
+        if image.path is None:
+            return session.source(image.reference).referrers(digest)
+        return stored_referrers(names, digest)
+
+    names = () if image.path is None else [
+        one._replace(documents=list(one.documents))
+        for one in stored(open_place(image.path), lenient)]
+    try:
+        return [{"subject": str(one.digest), "tag": tag, "type": entry.artifact_type,
+                 "digest": str(entry.digest), "size": entry.size}
+                for one in image.indexes + (image.manifest,)
+                for tag, entries in found(one.digest).items() for entry in entries]
+    except ImagecError as error:
+        log.warning("what refers to it cannot be told: %s", error)
+        return None
+
+
+def total_size(documents):
+    """Bytes of what the Manifests among these lead to, None where there is none."""
+    sizes = {blob.digest: blob.size for one in documents if isinstance(one, Manifest)
+             for blob in (one.config,) + one.layers}
+    return sum(sizes.values()) if sizes else None
+
+
+def history_json(image):
+    """Yields the steps of an image's history, each with the layer it made, if any.
+
+    `digest` and `size` are None where history and layers do not line up.
+    """
+    full = [step.get("empty_layer") is not True for step in image.config.history]
+    layers = iter(image.layers if sum(full) == len(image.layers) else ())
+    for step, made in zip(image.config.history, full):
+        layer = next(layers, None) if made else None
+        yield dict(step, digest=layer and str(layer.digest),
+                   size=layer and layer.blob_size if made else 0)
 
 
 def _run_digest(args, session):
     if args.platform in (None, "all"):
-        yield str(session.manifest(args.reference).digest)
+        yield str(asked(args, session, outermost=True).digest)
     else:
-        yield str(session.resolve(args.reference, args.platform).manifest.digest)
+        yield str(asked(args, session).manifest.digest)
 
 
 def _run_auth(args, session):
@@ -8811,6 +8887,9 @@ def _argument(parse):
 
 _REF = {"type": _argument(Reference.parse), "metavar": "REF",
         "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
+_IMAGE = [_row("reference", metavar="REF", help=_REF["help"] + ", or a path: ./PATH, "
+               "/PATH or FILE.tar"),
+          _row("--image", metavar="NAME", help="which of several at a path")]
 _HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
 _PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
 _JSON = _flag("--json", help="results as JSON")
@@ -8868,12 +8947,11 @@ COMMANDS = {
         _row("--progress", choices=("auto", "plain", "none"), default="auto"),
         _JSON]),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
-               [_row("reference", **_REF), _JSON]),
-    "inspect": (_run_inspect, "say what an image is", [
-        _row("reference", **_REF),
+               _IMAGE + [_JSON]),
+    "inspect": (_run_inspect, "say what an image is", _IMAGE + [
         _flag("--raw", help="the manifest's exact bytes"),
         _flag("--config", help="the config's exact bytes")]),
-    "digest": (_run_digest, "print the manifest's digest", [_row("reference", **_REF)]),
+    "digest": (_run_digest, "print the manifest's digest", _IMAGE),
     "auth": (_run_auth, "say which credentials would be used for a registry", [
         _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
     "serve": (_run_serve, "a read-only registry over what was pulled", [

@@ -14672,12 +14672,29 @@ class CommandLineTest(CommandLineCase):
         value = ordered("\n".join(self.done("inspect", self.ref)))
         self.assertEqual(list(value), [
             "reference", "digest", "media_type", "manifest_digest", "image_id",
-            "platform", "layers", "created", "config"])
+            "platform", "total_size", "layers", "created", "config", "history",
+            "platforms", "referrers"])
         self.assertEqual(value["reference"], self.ref + "@" + self.digest)
         self.assertEqual(value["media_type"], self.image.media_type)
         self.assertEqual([layer["digest"] for layer in value["layers"]],
                          self.image.layers)
+        self.assertEqual(value["total_size"], sum(map(len, self.image.blobs.values())))
         self.assertEqual(self.files(), [])
+
+    @rows([({}, True), ({"history": [{"empty_layer": True, "size": 5}]}, False),
+           ({"history": [{"created_by": "x"}] * 3}, False),
+           ({"history": {"a": 1}}, False), ({"history": [5, {}]}, False)])
+    def test_history_with_the_layers_lined_up(self, changed, lined_up):
+        image = build_image([FIELD_SMALL[0], None, FIELD_SMALL[1]], **changed)
+        self.origin.add("lab/app", "2", image)
+        value = ordered("\n".join(self.done("inspect", self.ref[:-1] + "2")))
+        found = [(step["digest"], step["size"]) for step in value["history"]]
+        if lined_up:
+            first, last = [(one, len(image.blobs[one])) for one in image.layers]
+            self.assertEqual(found, [first, (None, 0), last])
+            self.assertEqual(value["history"][2]["created_by"], _command(2, b""))
+        else:
+            self.assertEqual({digest for digest, _ in found} - {None}, set())
 
     def test_index(self):
         arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", "v8"))
@@ -14695,7 +14712,31 @@ class CommandLineTest(CommandLineCase):
         value = ordered("\n".join(self.done("inspect", *choose)))
         self.assertEqual((value["digest"], value["manifest_digest"]),
                          (digest, arm.digest))
-        self.assertEqual(value["platforms"], ["linux/amd64", "linux/arm64"])
+        sizes = [sum(map(len, one.blobs.values())) for one in (self.image, arm)]
+        rows = [{"platform": name, "digest": one.digest, "size": len(one.manifest),
+                 "total_size": size} for name, one, size in zip(
+                     ("linux/amd64", "linux/arm64"), (self.image, arm), sizes)]
+        whole = json.loads(self.main("inspect", "--platform", "all", ref).out.decode())
+        self.assertEqual(whole["platforms"], rows)
+        self.assertEqual(whole["total_size"], sum(sizes) - sum(
+            len(self.image.blobs[one]) for one in arm.layers))  # it is in both
+        rows[0]["total_size"] = None  # it was not looked at
+        self.assertEqual(value["platforms"], list(map(ordered, map(json.dumps, rows))))
+
+    def test_what_refers_to_it(self):
+        found = (("sbom", referring(self.image), None, SPDX),
+                 ("signature", signature(), tag_of(self.image, ".sig"), SIMPLE_SIGNING))
+        for name, one, tag, kind in found:
+            self.origin.add("lab/app", tag, one)
+        value = json.loads("\n".join(self.done("inspect", self.ref)))
+        self.assertEqual(value["referrers"], [
+            {"subject": self.digest, "tag": tag or tag_of(self.image), "type": kind,
+             "digest": one.digest, "size": len(one.manifest)}
+            for name, one, tag, kind in found])
+        self.origin.fault("/referrers/", status(403), EVER)
+        ended = self.main("inspect", self.ref)
+        self.assertIsNone(json.loads(ended.out.decode())["referrers"])
+        self.assertRegex(ended.err, "warning: what refers to it cannot be told: .*403")
 
     def test_version_and_help(self):
         for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
@@ -14744,6 +14785,147 @@ class CommandLineTest(CommandLineCase):
             self.assertEqual(imagec.exit_status(kind.__new__(kind)),
                              expected.get(kind.__name__, 1), kind)
         self.assertIsNone(imagec.exit_status(ZeroDivisionError()))
+
+
+class OnDiskTest(CommandLineCase):
+    """What is at a path is looked at as what is in a registry."""
+
+    def setUp(self):
+        super().setUp()
+        self.arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
+        self.index = build_index([(self.image, ("linux", "amd64", None)),
+                                  (self.arm, ("linux", "arm64", None))])
+        self.origin.add("lab/app", "many", self.index)
+        self.many = self.ref[:-1] + "many"
+
+    def put(self, path, *argv):
+        """Pull; the path."""
+        self.done("pull", "-q", "-o", self.at(path), *argv)
+        return self.at(path)
+
+    def asked(self, *argv):
+        """What a command prints that reads from disk, and asks no registry."""
+        before = len(self.origin.requests)
+        ended = self.main(*argv)
+        self.assertEqual((ended.status, len(self.origin.requests)), (0, before),
+                         ended.err)
+        self.assertRegex(ended.err, r"\Aimagec: reading what is at the path [^\n]*\n\Z")
+        return ended.out.decode()
+
+    @rows([("layers", "docker"), ("oci", "oci"), ("archive", "docker"),
+           ("oci", "schema1"), ("layers", "schema1")])
+    def test_what_is_told_is_what_the_registry_tells(self, format, kind):
+        self.clear()
+        self.origin.add("lab/app", "2", build_image(FIELD_SMALL, kind))
+        ref = self.ref[:-1] + "2"
+        path = self.put("out", "--format", format, ref)
+        commands = [line.split() for line in (
+            "inspect", "inspect --raw", "inspect --config", "layers", "digest",
+            "digest --platform all", "layers --json")]
+        for command in commands if kind != "schema1" else [] if format == "oci" else (
+                commands[1:2] + commands[3:]):
+            wanted = self.main(*command, ref)
+            self.assertEqual(self.asked(*command, path), wanted.out.decode())
+        if kind == "schema1":
+            self.assertIn(self.ref[:-1], json.loads(self.asked("inspect", path))[
+                "reference"])
+
+    def test_one_platform_of_an_index(self):
+        for format in imagec.OUTPUTS:
+            if format in ("rootfs", "files"):
+                continue
+            path = self.put(format, "--format", format, "--platform", "linux/arm64",
+                            self.many)
+            self.assertEqual(self.asked("digest", path), self.index.digest + "\n")
+            self.assertEqual(self.asked("inspect", "--raw", path).encode(),
+                             self.index.manifest)
+            value = json.loads(self.asked("inspect", path))
+            self.assertEqual((value["reference"], value["digest"]), (
+                self.many + "@" + self.index.digest, self.index.digest))
+            self.assertEqual([one["total_size"] for one in value["platforms"]], [
+                None, sum(map(len, self.arm.blobs.values()))])
+
+    def test_all_of_an_index(self):
+        path = self.put("out", "--format", "oci", "--platform", "all", self.many)
+        for platform, image in (("linux/amd64", self.image), ("arm64", self.arm)):
+            self.assertEqual(self.asked("digest", "--platform", platform, path),
+                             image.digest + "\n")
+        value = json.loads(self.asked("inspect", "--platform", "all", path))
+        self.assertNotIn(None, [one["total_size"] for one in value["platforms"]])
+        os.unlink(os.path.join(path, "blobs", *self.image.digest.split(":")))
+        self.asked("inspect", "--platform", "arm64", path)  # the rest need not be there
+
+    def test_what_refers_to_it(self):
+        self.origin.add("lab/app", None, referring(self.image))
+        self.origin.add("lab/app", tag_of(self.index, ".sig"), signature())
+        wanted = json.loads(self.main("inspect", self.many).out.decode())["referrers"]
+        self.assertEqual(len(wanted), 2)
+        for format in ("oci", "archive"):
+            path = self.put(format, "--format", format, "--referrers", self.many)
+            name = ("--image", "many") if format == "oci" else ()
+            value = json.loads(self.asked("inspect", path, *name))
+            self.assertEqual(value["referrers"], wanted)
+
+    def test_one_of_several(self):
+        path = self.put("x.tar", self.ref, self.many)
+        for command in ("inspect", "layers", "digest"):
+            self.assert_one_line(
+                self.main(command, "-q", path), 2, "x.tar holds %s, %s; "
+                "choose one with --image" % (self.ref, self.many))
+        for name in (self.many, "app:many", "lab/app:many", "many"):
+            self.assertEqual(self.asked("digest", path, "--image", name),
+                             self.index.digest + "\n")
+        for name in ("any", "lab/app", ".*", "app:man", ""):
+            self.assert_one_line(self.main("digest", "-q", path, "--image", name), 2,
+                                 "choose one")
+
+    def test_what_has_no_name(self):
+        by_digest = self.ref[:-2] + "@" + self.digest
+        path = self.put("x.tar", by_digest)
+        value = json.loads(self.asked("inspect", path))
+        self.assertEqual(value["reference"], by_digest)
+        self.assertEqual(self.asked("digest", path, "--image", self.digest),
+                         self.digest + "\n")
+
+    def test_what_is_a_path(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.work)
+        self.put("a/x.tar", self.ref)
+        self.put("a/lab", "--format", "oci", self.ref)
+        self.put("X.TAR", "--format", "archive", self.ref)
+        os.environ["HOME"] = self.at("a")
+        for path in ("a/x.tar", "./a/lab", self.at("a", "lab"), "~/lab", "X.TAR",
+                     "../work/a/lab", "./X.TAR"):
+            self.assertEqual(self.asked("digest", path), self.digest + "\n")
+        os.chdir("a/lab")
+        for path in (".", "../lab"):
+            self.asked("digest", path)
+        os.chdir("..")
+        for word, words in (
+                ("lab", r"for the layout here write \./lab\n"), ("y.tar", r"\A"),
+                (".\\lab", "path"), ("C:\\x.tar", "path"), ("/none", "path")):
+            ended = self.main("digest", "--mirror", "127.0.0.1:1", "--proxy",
+                              "http://127.0.0.1:1", word)
+            self.assertNotEqual(ended.status, 0)
+            self.assertRegex(ended.err, words)
+            self.assertEqual("reading what" in ended.err, words == "path")
+
+    @rows([("config", "config: expected digest", 3), ("manifest", "expected digest", 3),
+           ("no config", "No such file", 1), ("no manifest", "lacks blobs/sha256/", 1),
+           ("no index", "holds no image", 2), ("nothing", "holds no image", 2)])
+    def test_what_is_not_as_it_was(self, what, words, code):
+        self.clear()
+        path = self.put("out", "--format", "oci", self.ref)
+        blob = sha256(self.image.config) if "config" in what else self.digest
+        blob = os.path.join(path, "blobs", *blob.split(":"))
+        if what == "nothing":
+            self.clear()
+            os.mkdir(path)
+        elif what.startswith("no "):
+            os.unlink(os.path.join(path, "index.json") if what == "no index" else blob)
+        else:
+            write_file(blob, file_bytes(blob)[:-1] + b" ")
+        self.assert_one_line(self.main("inspect", "-q", path), code, words)
 
 
 class CommandLineCredentialsTest(CommandLineCase):
@@ -15100,6 +15282,7 @@ FAILURES = (
      "--recompress .* --format layers; add --format oci or archive"),
     ("what refers to what was made here",
      "pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
+    ("one of several in a registry", "digest --image a {ref}", 2, "--image goes with"),
     ("no path", "pull -o '' {ref}", 2, "empty"),
     ("deep path", "pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
     ("nothing to serve", "serve {root}/none", 1, "none: is not there$"),
