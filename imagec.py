@@ -7192,8 +7192,7 @@ class Session:
                     [entry.as_json() for entry in listed])
                 yield image_of(
                     above.reference._replace(tag=tag, digest=None), above.registry_url,
-                    top, "all", lambda entry: found.get(entry.digest),
-                    lambda pointer: source.ask(Registry.fetch_config, pointer)[0]
+                    top, "all", lambda entry: found.get(entry.digest)
                 )._replace(subject=digest)
 
     def pull(self, references, output, platform=None):
@@ -7471,11 +7470,11 @@ def stored_image(path, name=None, platform=None, check=go_on):
                           indexes=tuple(documents[:at]) + image.indexes)
 
 
-def image_of(reference, registry_url, top, platform, fetch, config_of):
+def image_of(reference, registry_url, top, platform, fetch, config_of=None):
     """The Image that a document `top` leads to for a Platform, None for this host's.
 
     For "all" that is an index as a whole, if it is one. For `fetch` see walk;
-    `config_of(Descriptor)` gives an ImageConfig.
+    `config_of(Descriptor)` gives an ImageConfig, None: an artifact will do.
     """
     if platform == "all" and isinstance(top, Index):
         below = tuple(one for *_, one in walk(fetch, top.manifests, (top,)))
@@ -7488,7 +7487,7 @@ def image_of(reference, registry_url, top, platform, fetch, config_of):
     wanted = platform if isinstance(platform, Platform) else Platform.host()
     *indexes, manifest = choose(fetch, top, wanted)
     about = reference, registry_url, top.digest, tuple(indexes), manifest
-    if manifest.artifact_type:
+    if manifest.artifact_type or config_of is None:
         return Image(*about, None, None, blob_layers(
             (manifest.config,) + manifest.layers))
     config = config_of(manifest.config) if isinstance(manifest, Manifest) else None
@@ -7508,7 +7507,7 @@ def joined(images):
     indexes = {one.digest: one for image in images for one in image.indexes}
     return image_of(
         images[0].reference, images[0].registry_url, index, "all",
-        lambda entry: manifests[entry.digest], None)._replace(
+        lambda entry: manifests[entry.digest])._replace(
             digest=images[0].digest, indexes=tuple(indexes.values()),
             platform=",".join(str(image.platform) for image in images))
 
@@ -8761,6 +8760,7 @@ def inspection(image):
         "digest": str(image.digest), "media_type": documents[image.digest].media_type,
         "manifest_digest": str(image.manifest.digest),
         "image_id": image.image_id, "platform": image.platform and str(image.platform),
+        "artifact_type": image.manifest.artifact_type or None,
         "total_size": total_size(documents.values()),
         "layers": list(map(layer_json, image.layers))}
     for key in ("created", "author", "config"):
@@ -8787,11 +8787,18 @@ def referrers_json(image, session):
     names = () if image.path is None else [
         one._replace(documents=list(one.documents))
         for one in stored(open_place(image.path), lenient)]
+    documents = image.indexes + (image.manifest,)
+    notes = "vnd.docker.reference.digest", "vnd.docker.reference.type"
+    rows = [(*map(entry.annotations.get, notes), None, entry)  # by buildkit
+            for one in documents if isinstance(one, Index)
+            for entry in one.manifests if notes[0] in entry.annotations]
     try:
-        return [{"subject": str(one.digest), "tag": tag, "type": entry.artifact_type,
+        rows += [(str(one.digest), entry.artifact_type, tag, entry)
+                 for one in documents for tag, entries in found(one.digest).items()
+                 for entry in entries]
+        return [{"subject": subject, "type": kind, "tag": tag,
                  "digest": str(entry.digest), "size": entry.size}
-                for one in image.indexes + (image.manifest,)
-                for tag, entries in found(one.digest).items() for entry in entries]
+                for subject, kind, tag, entry in rows]
     except ImagecError as error:
         log.warning("what refers to it cannot be told: %s", error)
         return None

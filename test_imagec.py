@@ -14672,7 +14672,8 @@ class CommandLineTest(CommandLineCase):
         value = ordered("\n".join(self.done("inspect", self.ref)))
         self.assertEqual(list(value), [
             "reference", "digest", "media_type", "manifest_digest", "image_id",
-            "platform", "total_size", "layers", "created", "config", "history",
+            "platform", "artifact_type", "total_size", "layers", "created", "config",
+            "history",
             "platforms", "referrers"])
         self.assertEqual(value["reference"], self.ref + "@" + self.digest)
         self.assertEqual(value["media_type"], self.image.media_type)
@@ -14722,6 +14723,25 @@ class CommandLineTest(CommandLineCase):
             len(self.image.blobs[one]) for one in arm.layers))  # it is in both
         rows[0]["total_size"] = None  # it was not looked at
         self.assertEqual(value["platforms"], list(map(ordered, map(json.dumps, rows))))
+
+    def test_an_artifact_and_what_buildkit_writes_of_an_image(self):
+        proof = build_artifact([("application/vnd.in-toto+json", b"{}", None)])
+        index = build_index([(self.image, ("linux", "amd64", None))], extra_entries=[
+            proof.descriptor(platform={"os": "unknown", "architecture": "unknown"},
+                             annotations={
+                                 "vnd.docker.reference.digest": self.digest,
+                                 "vnd.docker.reference.type": "attestation-manifest"})])
+        index.children.append(proof)
+        ref = self.ref[:-1] + "2"
+        self.origin.add("lab/app", "2", index)
+        value = json.loads("\n".join(self.done("inspect", "--platform", "amd64", ref)))
+        self.assertEqual(value["referrers"], [
+            {"subject": self.digest, "type": "attestation-manifest", "tag": None,
+             "digest": proof.digest, "size": len(proof.manifest)}])
+        value = json.loads("\n".join(self.done(
+            "inspect", ref[:-2] + "@" + proof.digest)))
+        self.assertEqual((value["artifact_type"], value["platform"]),
+                         ("application/vnd.example", None))
 
     def test_what_refers_to_it(self):
         found = (("sbom", referring(self.image), None, SPDX),
