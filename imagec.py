@@ -6377,8 +6377,9 @@ class TreeWriter:
             if node.children is not None:
                 os.mkdir(place, 0o700)
                 directories.append((path, node.entry))
-            elif first and os.path.lexists(os.path.join(base, first)):
-                self._link(os.path.join(base, first), place, node.entry)
+            elif first and node.entry.kind != "symlink" and (  # Pythons differ on those
+                    os.path.lexists(os.path.join(base, first))):
+                os.link(os.path.join(base, first), place)
             elif self._make(node, place):
                 self._dress(place, node.entry)
             else:
@@ -6392,15 +6393,6 @@ class TreeWriter:
         self._dress(os.fsencode(directory), self._tree.root.entry)
         if self._tree.unknown:
             self.undone["members of unknown types left out"] = self._tree.unknown
-
-    def _link(self, first, place, entry):
-        if entry.kind != "symlink":
-            return os.link(first, place)
-        try:
-            os.link(first, place, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # PyPy; a second one does as well
-            os.symlink(entry.link, place)
-            self._dress(place, entry)
 
     def _make(self, node, place):
         """A file, link or device, still without its attributes; whether it was made."""
@@ -6616,14 +6608,13 @@ class RootfsOutput(Spooled):
 
 
 _TITLE = "org.opencontainers.image.title"  # OCI image-spec, annotations.md
-_NOTHING = "application/vnd.oci.empty.v1+json"  # OCI image-spec, manifest.md
 _UNPACK = "io.deis.oras.content.unpack"  # ORAS: the blob is a directory, packed
 _CHART_ENDINGS = {  # helm.sh/helm, pkg/registry
     "application/vnd.cncf.helm.chart.content.v1.tar+gzip": ".tgz",
     "application/vnd.cncf.helm.chart.provenance.v1.prov": ".tgz.prov"}
-_ENDINGS = (("tar.gzip", ".tar.gz"), ("tar.zstd", ".tar.zst"), ("tar", ".tar"),
-            ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("wasm", ".wasm"),
-            ("text/", ".txt"), ("", ""))  # in media types
+_ENDINGS = (  # by what is in a media type
+    ("tar.gzip", ".tar.gz"), ("tar.zstd", ".tar.zst"), ("tar", ".tar"),
+    ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("text/", ".txt"), ("", ""))
 
 
 class _Blob(NamedTuple):
@@ -6649,24 +6640,21 @@ class FilesOutput(RootfsOutput):
         if image.platform is not None:
             raise Unsupported("%s is a container image" % (image.reference,),
                               "its files come with --format rootfs")
-        # What cannot be is told before anything is fetched.
-        for name, blob in self._names(image, "chart"):
-            if not (blob.annotations.get(_TITLE) or blob.media_type in _CHART_ENDINGS):
-                log.warning("%s: a file without name is %s", image.reference, name)
+        self._names(image, fetched=False)  # what cannot be is told before the fetching
 
-    def _names(self, image, chart):
+    def _names(self, image, fetched=True):
         """[(path, Descriptor)] of the files; raises InvalidDocument."""
         found = []
         for blob in image.manifest.layers or (image.manifest.config,):
-            name = blob.annotations.get(_TITLE)
-            if not name and blob.media_type in _CHART_ENDINGS:
-                name = chart + _CHART_ENDINGS[blob.media_type]
-            elif not name and blob.media_type == _NOTHING:
-                continue
+            kind, name = blob.media_type, blob.annotations.get(_TITLE)
+            if not name and kind in _CHART_ENDINGS:
+                name = (self._chart(image) if fetched else "chart"
+                        ) + _CHART_ENDINGS[kind]
             elif not name:
                 name = "%s-%.12s" % blob.digest + next(
-                    ending for kind, ending in _ENDINGS
-                    if re.search(kind, blob.media_type))
+                    ending for word, ending in _ENDINGS if re.search(word, kind))
+                if not fetched:
+                    log.warning("%s: a file without name is %s", image.reference, name)
             parts = [part for part in name.split("/") if part not in ("", ".")]
             if not parts or name[0] == "/" or ".." in parts or len(name) > PATH_MAX or (
                     re.search("[\0\ud800-\udfff]", name)):
@@ -6682,15 +6670,12 @@ class FilesOutput(RootfsOutput):
 
     def _chart(self, image):
         """NAME-VERSION of a Helm chart, by its config."""
-        if not any(blob.media_type in _CHART_ENDINGS for blob in image.manifest.layers):
-            return ""
         value = Document.parse(Reader(self._spool).read(
             "blobs/" + image.manifest.config.digest.hex, CONFIG_LIMIT), "config")
         return "%s-%s" % (value.need("name", str), value.need("version", str))
 
     def _tree(self, image):
-        tree = Tree(self.check, self._census)
-        names = self._names(image, self._chart(image))
+        tree, names = Tree(self.check, self._census), self._names(image)
         times = collections.Counter(blob.digest for _, blob in names)
         for name, blob in names:
             *above, last = name = tuple(name.encode("utf-8").split(b"/"))
@@ -7379,14 +7364,11 @@ class Puller:
         transport = self._session.transport
         executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
         futures, good = [], False
-        todo, results = collections.deque(enumerate(actions)), {}
+        ends, results = [None] * self._session.jobs, {}  # an end for each thread
+        todo = collections.deque([*enumerate(actions), *ends])
 
         def work():
-            while todo:
-                try:
-                    number, action = todo.popleft()
-                except IndexError:  # another was quicker
-                    return
+            for number, action in iter(todo.popleft, None):
                 results[number] = action()
 
         # What a signal raised inside of threading could leave its locks held for ever.
@@ -7411,7 +7393,7 @@ class Puller:
         finally:
             if not good:
                 transport.cancel()
-                todo.clear()
+                todo.extendleft(ends)
             executor.shutdown()
             transport.watched = False
         if transport.stop is not None:  # it came after the last look
