@@ -3014,6 +3014,7 @@ class Response:
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
         if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(
                 re.fullmatch("[0-9]{1,18}", text) for text in lengths)):
+            self._reply.close()
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place)
         if method == "HEAD":

@@ -5757,11 +5757,19 @@ class TransportTest(NetworkCase):
         if lines is not None:
             head = "HTTP/1.1 200 OK\r\n%s\r\n\r\n" % lines.replace("\n", "\r\n")
             data = head.encode("ascii") + data
-        server = self.server({"/it": spoken(data)})
-        self.gives(expected and (200, expected),
-                   lambda: self.get(self.transport(), server.url + "/it"),
-                   imagec.InvalidDocument if b"\x1f\x8b" in data else
-                   imagec.TransportError)
+        server, made = self.server({"/it": spoken(data)}), []
+
+        class Noted(imagec._Reply):
+            def begin(self, *args, **options):
+                made.append(self)
+                super().begin(*args, **options)
+
+        with mock.patch("imagec._Reply", Noted):
+            self.gives(expected and (200, expected),
+                       lambda: self.get(self.transport(), server.url + "/it"),
+                       imagec.InvalidDocument if b"\x1f\x8b" in data else
+                       imagec.TransportError)
+        self.assertTrue(all(reply.isclosed() for reply in made))  # and lets go
 
     def test_t63_headers_take_linear_time(self):
         server = self.server({"/it": say(b"hello", x="a" + " " * 30000 + "b")})
