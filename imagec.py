@@ -4101,11 +4101,11 @@ class Registry(Endpoint):
         for _, body in self.pages(path, repository, "tag list"):
             with naming(self.host):
                 tags = Document.parse(body, "tag list").get("tags", list, [])
+            count += max(len(tags), TAG_PAGE // 10)  # nor pages of nothing without end
+            if count > TAG_COUNT_LIMIT:
+                raise LimitExceeded("%s: more than %d tags"
+                                    % (repository, TAG_COUNT_LIMIT))
             for tag in tags:
-                count += 1
-                if count > TAG_COUNT_LIMIT:
-                    raise LimitExceeded("%s: more than %d tags"
-                                        % (repository, TAG_COUNT_LIMIT))
                 if type(tag) is str and re.fullmatch(_TAG, tag):
                     yield tag
                 else:

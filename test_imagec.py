@@ -7841,15 +7841,17 @@ class RegistryTest(NetworkCase):
                    imagec.ImagecError)
         self.assertTrue(expected or len(paths(registry, "/tags/")) == 1)
 
-    @rows([("loop", "/v2/app/tags/list?n=1"), ("endless", "/v2/app/tags/list?last={}")])
-    def test_t15_loops_and_endless_chains(self, _name, location):
+    @rows([("loop", "/v2/app/tags/list?n=1", 2000),
+           ("endless", "/v2/app/tags/list?last={}", 2000),
+           ("endless, of nothing", "/v2/app/tags/list?last={}", 0)])
+    def test_t15_loops_and_endless_chains(self, _name, location, tags):
         registry, count = self.tagged("a"), itertools.count()
-        page = json.dumps({"tags": ["a"] * 2000}).encode("ascii")
+        page = json.dumps({"tags": ["a"] * tags}).encode("ascii")
         registry.fault("/tags/list", lambda reply: body(
             page, link='<%s>; rel="next"' % location.format(next(count)))(reply),
             EVER)
-        with mock.patch("imagec.TAG_COUNT_LIMIT", 20000):
-            with self.fails(imagec.InvalidDocument):
+        with mock.patch("imagec.TAG_COUNT_LIMIT", 10 * tags or 1000):
+            with threat_alarm(15), self.fails(imagec.InvalidDocument):
                 self.tags(registry)
         self.assertLess(len(registry.requests), 20)
 
