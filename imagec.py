@@ -2647,7 +2647,8 @@ class _Kept(http.client.HTTPConnection):
     def start(self, seconds):
         """An exchange begins, or (None) its body; its headers may take so long."""
         self._window, self._count = self._transport.clock(), 0
-        self.until, self._allowed = seconds and self._window + seconds, seconds
+        self.until = seconds and self._window + seconds
+        self._allowed = seconds or self._transport.idle_timeout
 
     def patience(self):
         """Seconds the next step may take; raises Timeout where there are none left."""

@@ -5883,6 +5883,14 @@ class TransportTest(NetworkCase):
         with threat_alarm(15), self.fails(imagec.Timeout, "0.15 seconds", "--timeout"):
             transport.retrying(lambda: self.get(transport, server.url + "/it"))
 
+    def test_deadline_between_two_looks_at_the_clock(self):
+        times = iter([0, 1, 4, 6])
+        kept = imagec._Kept(self.transport(timeout=5, clock=lambda: next(times)),
+                            mock.Mock(type="http", host="registry.test"))
+        kept.start(None)
+        with self.assertRaises(socket.timeout):
+            kept.patience()
+
     def test_deadline_ends_a_wait(self):
         now = [100.0]
         transport = self.transport(timeout=5, clock=lambda: now[0])
