@@ -4688,14 +4688,18 @@ def blob_name(digest):
     return "blobs/%s/%s" % digest
 
 
+_FOLDER_LINK = re.compile(rb"\.\./((?:[0-9a-f]{64}/)?[0-9A-Za-z_][0-9A-Za-z_.-]*)")
+
+
 class TarReader(Reader):
     """The members of a layout that is a tar, by their names as they stand in it.
 
     It is walked as layers are (see Tar): once, without a look at the data. `names` has
     them as often as they are there; directories end in "/". Where it is `docker`'s and
-    no layout, a link to a regular member is that member. `regions` has the Region of
-    each that is to be read, the member a link leads to, or None. Raises InvalidDocument
-    where it is no tar, or goes on behind its end.
+    no layout, a symlink to a regular member is that member, in the one form in which
+    docker and podman write them. `regions` has the Region of each that is to be read,
+    the member a link leads to, or None. Raises InvalidDocument where it is no tar, or
+    goes on behind its end.
     """
 
     def __init__(self, path, check=go_on):
@@ -4704,17 +4708,16 @@ class TarReader(Reader):
         with Region(self.path, 0, 0).open() as file:
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
             for entry, _ in tar:
-                size += len(entry.path)
+                size += len(entry.path) + len(entry.link)
                 if tar.members > MEMBER_COUNT_LIMIT or size > MEMBER_NAMES_LIMIT:
                     raise LimitExceeded("more than %d members, or %d bytes of names" % (
                         MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
                 name = entry.path.decode("utf-8", "backslashreplace")
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
-                region = entry.link.decode("utf-8", "backslashreplace")
-                if entry.kind == "symlink" and region.startswith("../"):
-                    region = region[3:]  # docker's and podman's are one folder down
-                elif entry.kind == "file" and not tar.sparse:
+                link = name.count("/") == 1 and _FOLDER_LINK.fullmatch(entry.link)
+                region = link.group(1).decode("ascii") if link else None
+                if entry.kind == "file" and not tar.sparse:
                     region = Region(self.path, tar.offset, entry.size)
                 self.regions[name] = None if name in self.regions else region
                 self._names.append(name)

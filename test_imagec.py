@@ -13086,9 +13086,14 @@ class AuditTest(StoredCase):
                 (made(listing({"Config": "../x"})), "missing"),
                 (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
                     b"l", kind=b"2", link=b"/etc/passwd")), "not a regular file"),
-                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
-                    b"l", kind=b"2", link=b"m"), raw_member(
-                        b"m", kind=b"1", link=layer + b".tar")), "not a regular file"),
+                (made(listing({"Config": "c/l"}), raw_member(
+                    b"c/l", kind=b"2", link=b"../c/m"), raw_member(
+                        b"c/m", kind=b"2", link=b"../" + config + b".json")),
+                 "not a regular file"),
+                # Others follow it to "c/x", whatever that is.
+                (made(listing({"Config": "c/l"}), raw_member(
+                    b"c/l", kind=b"2", link=b"x"), raw_member(b"x", image.config)),
+                 "not a regular file"),
                 (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
                     b"l", image.blobs[image.layers[1]])), "expected digest"),
                 (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
