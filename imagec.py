@@ -8828,9 +8828,33 @@ def _run_auth(args, session):
                                 or "anonymous, no source has credentials for it"))
 
 
+#: A number in a tag, a mark of what comes before a release (PEP 440, semver.org), else.
+_VERSION_PART = re.compile("([0-9]+)|((?:alpha|beta|rc|pre|preview|dev|snapshot|nightly"
+                           "|canary)(?![a-z])|[ab](?=[0-9]))|([a-z]+)")
+
+
+def version_key(tag):
+    """What sorts tags by version: numbers as such, a pre-release before its release."""
+    parts = [(2, int(number)) if number else (0, mark) if mark else (1, word)
+             for number, mark, word in _VERSION_PART.findall(
+                 re.sub("^v(?=[0-9])", "", tag.lower()))]
+    return parts + [(1, "")], tag
+
+
 def _run_tags(args, session):
-    registry = session.registry(args.reference.api_host)
-    return map(SECRETS.hide, registry.tags(args.reference.repository))
+    import fnmatch
+    if args.newest is not None and args.newest < 1:
+        raise UsageError("--newest %d: at least one" % args.newest)
+    name = args.reference._replace(digest=None)
+    tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
+            if fnmatch.fnmatchcase(tag, args.match))
+    if args.newest is not None:
+        tags = sorted((tag for tag in tags if re.search("[0-9]", tag)),
+                      key=version_key, reverse=True)[:args.newest]
+    for tag in tags:
+        full = str(name._replace(tag=tag))
+        yield SECRETS.hide(json.dumps({"tag": tag, "reference": full}) if args.json
+                           else full if args.full else tag)
 
 
 def print_result(result, stream):
@@ -8961,7 +8985,12 @@ COMMANDS = {
         _row("path", **_PLACE)]),
     "tags": (_run_tags, "list a repository's tags", [
         _row("reference", **dict(_REF, metavar="REPO",
-                                 help="[HOST[:PORT]/]REPOSITORY"))]),
+                                 help="[HOST[:PORT]/]REPOSITORY")),
+        _row("--match", default="*", metavar="GLOB", help="only these: * ? [] in it"),
+        _row("--newest", type=int, metavar="N", help="the N newest versions, newest "
+             "first; tags without a digit are left out"),
+        _flag("--full", help="as REPOSITORY:TAG, which pull --from-file - takes"),
+        _JSON]),
 }
 
 

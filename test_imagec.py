@@ -14783,6 +14783,39 @@ class CommandLineTest(CommandLineCase):
         self.assertIsNone(json.loads(ended.out.decode())["referrers"])
         self.assertRegex(ended.err, "warning: what refers to it cannot be told: .*403")
 
+    #: Newest first.
+    VERSIONS = ("20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2",
+                "3.20-RC.1", "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9",
+                "3.9", "v3", "dev-1", "alpha1")
+
+    @rows((((), "no-digit 3.9 v3 latest"), (("--match", "*[0-9]"), "3.9 v3"),
+           (("--newest", "9", "--match", "?*"), "3.9 v3"),
+           (("--newest", "1", "--full"), "NAME:3.9"), (("--match", "3"), ""),
+           (("--match", "v*", "--full", "--json"),
+            '{"tag":"v3","reference":"NAME:v3"}')))
+    def test_tags(self, options, wanted):
+        for tag in ("no-digit", "3.9", "v3", "latest"):
+            self.origin.add("lab/tags", tag, self.image)
+        name = self.origin.host + "/lab/tags"
+        found = " ".join(line.replace(" ", "").replace(name, "NAME") for line in
+                         self.done("tags", *options, name))
+        self.assertEqual(sorted(found.split()), sorted(wanted.split()))
+
+    def test_tags_by_version(self):
+        self.assertEqual(sorted(self.VERSIONS[::-1], key=imagec.version_key,
+                                reverse=True), list(self.VERSIONS))
+        for wrong in ("0", "-1", "x"):
+            self.assert_one_line(self.main("tags", "--newest=" + wrong, self.ref), 2,
+                                 "--newest")
+
+    def test_tags_are_a_list_for_pull(self):
+        for tag in ("1.10", "1.9", "1.8"):
+            self.origin.add("lab/tags", tag, self.image)
+        listed = self.main("tags", "--newest", "2", "--full",
+                           self.origin.host + "/lab/tags").out.decode()
+        pulled = self.pull("-q", "--from-file", "-", stdin=listed).out.decode()
+        self.assertEqual(re.findall(":([0-9.]+)@", pulled), ["1.10", "1.9"])
+
     def test_version_and_help(self):
         for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
                               ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
@@ -16178,7 +16211,7 @@ class StreamTest(CommandLineCase):
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
-    gc getpass glob hashlib hmac http io ipaddress itertools json logging lzma os
+    fnmatch gc getpass glob hashlib hmac http io ipaddress itertools json logging lzma os
     platform queue random re selectors shutil signal socket socketserver ssl stat struct
     subprocess sys tempfile threading time typing urllib zlib
 """.split())
