@@ -8767,9 +8767,13 @@ def inspection(image):
 def referrers_json(image, session):
     """What refers to an image and to its indexes, None where that cannot be told."""
     def found(digest):
-        if image.path is None:
-            return session.source(image.reference).referrers(digest)
-        return stored_referrers(names, digest)
+        if image.path is not None:
+            return stored_referrers(names, digest)
+        source = session.source(image.reference)
+        if source.home.url is None:  # it may be out of reach, and take its time
+            raise Unsupported("only a mirror was asked, not %s itself"
+                              % source.home.host)
+        return source.referrers(digest)
 
     names = () if image.path is None else [
         one._replace(documents=list(one.documents))

@@ -14779,9 +14779,12 @@ class CommandLineTest(CommandLineCase):
              "digest": one.digest, "size": len(one.manifest)}
             for name, one, tag, kind in found])
         self.origin.fault("/referrers/", status(403), EVER)
-        ended = self.main("inspect", self.ref)
-        self.assertIsNone(json.loads(ended.out.decode())["referrers"])
-        self.assertRegex(ended.err, "warning: what refers to it cannot be told: .*403")
+        for argv, words in (([self.ref], "403"), ([
+                "lab.invalid/lab/app:1", "--mirror", self.origin.host], "only a mirror")):
+            ended = self.main("inspect", *argv)
+            self.assertIsNone(json.loads(ended.out.decode())["referrers"])
+            self.assertRegex(ended.err, r"\Aimagec: warning: what refers to it cannot be "
+                             "told: .*" + words)
 
     #: Newest first.
     VERSIONS = ("20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2",
