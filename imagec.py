@@ -122,6 +122,7 @@ REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 PATH_MAX = 4096  # bytes of a path; Linux
 RSA_BITS = 2048, 8192  # least and most of a modulus; crypto/tls takes no more
+KEY_LIMIT = 64 * KIB  # bytes of a file with a public key; RSA of 8,192 bits has 1,400
 SIGNATURE_COUNT_LIMIT = 64  # signatures of one image that are looked at
 PATH_PARTS_LIMIT = 500  # directories of a path; os.makedirs calls itself for each
 
@@ -4061,17 +4062,9 @@ class Registry(Endpoint):
     def fetch_config(self, repository, descriptor):
         """The ImageConfig a manifest's config Descriptor points to, checked."""
         what = "config " + str(descriptor.digest)
-        if descriptor.size > CONFIG_LIMIT:
-            raise LimitExceeded("%s is %d bytes, more than the limit of %d"
-                                % (what, descriptor.size, CONFIG_LIMIT))
-
-        def fetch():
-            with self.open_blob(repository, descriptor) as response:
-                raw = response.read(CONFIG_LIMIT, what)
-            return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
-
+        raw = fetch_blob(self, repository, descriptor, what)
         with naming(self.host):
-            return ImageConfig.parse(self.transport.retrying(fetch), what)
+            return ImageConfig.parse(raw, what)
 
     def open_blob(self, repository, descriptor, offset=0):
         """A Response with the bytes of a Descriptor's blob from `offset` on.
@@ -4170,6 +4163,21 @@ def list_referrers(registry, repository, digest):
     return found
 
 
+def fetch_blob(registry, repository, descriptor, what="blob"):
+    """The bytes a Descriptor points to in a Registry, checked; CONFIG_LIMIT at most."""
+    if descriptor.size > CONFIG_LIMIT:
+        raise LimitExceeded("%s is %d bytes, more than the limit of %d"
+                            % (what, descriptor.size, CONFIG_LIMIT))
+
+    def fetch():
+        with registry.open_blob(repository, descriptor) as response:
+            raw = response.read(CONFIG_LIMIT, what)
+        return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
+
+    with naming(registry.host):
+        return registry.transport.retrying(fetch)
+
+
 class Source:
     """One repository: where it is at home, and mirrors of it that are tried first.
 
@@ -4214,6 +4222,14 @@ class Source:
             one = self.seek(Registry.fetch_manifest, tag)
             found[tag] = one and [Descriptor.of(one, artifact_type=one.artifact_type)]
         return {tag: entries for tag, entries in found.items() if entries}
+
+    def document(self, entry):
+        """What a Descriptor leads to, decoded; None where it is not there."""
+        return self.seek(Registry.fetch_manifest, entry.digest, entry.size)
+
+    def blob(self, descriptor):
+        """The bytes a Descriptor points to, see fetch_blob; None as above."""
+        return self.seek(fetch_blob, descriptor)
 
     def seek(self, method, *arguments):
         """What the first place gives that has any; no mirror is left for lacking it."""
@@ -5316,7 +5332,8 @@ class Image(NamedTuple):
     `platform` is "all", or which they are, comma-joined.
 
     `subject` is the Digest of what it came along with, for it refers to that; None for
-    what was asked for. Where it is not `named`, another of that name is.
+    what was asked for. Where it is not `named`, another of that name is. `signed` is
+    what proves that it is signed as the Session wants; see SignedBy.
     """
 
     reference: Reference
@@ -5332,6 +5349,7 @@ class Image(NamedTuple):
     path: Optional[str] = None
     subject: Optional[Digest] = None
     named: bool = True
+    signed: tuple = ()
 
     @property
     def image_id(self):
@@ -6967,9 +6985,8 @@ SIGNATURE_FORMS = {DOCKER_SCHEMA1_SIGNED: _libtrust, SIMPLE_SIGNING: _simple_sig
 def signer(keys, digest, layer, raw, name=None):
     """Which of some PublicKeys signed a Digest, by what a layer's blob `raw` holds.
 
-    The `layer` is a Descriptor of a type in SIGNATURE_FORMS; `name` the HOST/REPOSITORY
-    that must be signed, too, None: any. Raises VerificationError and InvalidDocument:
-    why it will not do.
+    The `layer` is a Descriptor of a type in SIGNATURE_FORMS; for `name` see SignedBy.
+    Raises VerificationError and InvalidDocument: why it will not do.
     """
     try:
         key, signed, reference = SIGNATURE_FORMS[layer.media_type](keys, layer, raw)
@@ -6985,10 +7002,74 @@ def signer(keys, digest, layer, raw, name=None):
     return key
 
 
+class SignedBy:
+    """The rule that an image is taken only if one of some keys has signed it.
+
+    `paths` are files with public keys, any of which will do; `name` is the
+    HOST/REPOSITORY that must be signed, too, None: any. Raises UsageError.
+    """
+
+    def __init__(self, paths, name=None):
+        self._keys, self._name = [], name and Reference.parse(str(name)).name
+        for path in paths:
+            try:
+                with open(path, "rb") as file:
+                    self._keys.append(PublicKey.parse(file.read(KEY_LIMIT), path))
+            except OSError as error:
+                raise UsageError("the public key '%s' cannot be read: %s" % (
+                    path, error.strerror)) from None
+
+    def prove(self, what, documents, place):
+        """(name of the key, Digest, Descriptor of the signature) of each that will do.
+
+        `documents` are what a name stands for and what leads from there down to an
+        image. One of them must be signed: in what refers to it in `place`, a Source or
+        what is like one, or of schema1, in itself: then there is no Descriptor. Raises
+        VerificationError: none is.
+        """
+        good, bad = [], collections.Counter()
+        for document, entry, layer in itertools.islice(
+                self._signatures(documents, place), SIGNATURE_COUNT_LIMIT):
+            try:
+                raw = place.blob(layer) if entry else document.raw
+                if raw is None:
+                    raise VerificationError("of which the registry has no bytes")
+                key = signer(self._keys, document.digest, layer, raw, self._name)
+                good.append((key.name, document.digest, entry))
+                log.info("%s: signed by %s: %s", what, key.name, str(document.digest))
+            except (VerificationError, InvalidDocument) as error:
+                bad[str(error)] += 1
+        if not good:
+            raise VerificationError("%s: expected a signature by %s, found %s" % (
+                what, " or ".join(key.name for key in self._keys), "; ".join(
+                    "%d %s" % (count, why) for why, count in bad.items()) or "none"))
+        return tuple(good)
+
+    @staticmethod
+    def _signatures(documents, place):
+        """Yields (document, Descriptor of a signature's manifest, its layer)."""
+        leading = set()
+        for one in reversed(documents):
+            if leading and not (isinstance(one, Index) and not leading.isdisjoint(
+                    entry.digest for entry in one.manifests)):
+                continue  # who signed this did not sign what leads to the image
+            leading.add(one.digest)
+            if isinstance(one, Schema1Manifest) and one.media_type in SIGNATURE_FORMS:
+                yield one, None, one
+            for tag, entries in place.referrers(one.digest).items():
+                for entry in entries:
+                    if tag != one.digest.tag or entry.artifact_type == SIGSTORE_BUNDLE:
+                        for layer in getattr(place.document(entry), "layers", ()):
+                            if layer.media_type in SIGNATURE_FORMS:
+                                yield one, entry, layer
+
+
 # --------------------------------------------------------------------------------------
 # 15  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
+#: Parameter of a Session -> the rule that an image must keep before it is fetched.
+CHECKS = {"verify_keys": SignedBy}
 #: Name for --format -> what writes it.
 OUTPUTS = {output.format: output for output in (
     LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput, FilesOutput)}
@@ -7004,8 +7085,10 @@ class Session:
     port where they have none; the insecure options are for one registry, its mirrors
     and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
     manifest and digests follow; with `referrers` what refers to an image comes along.
-    For `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring,
-    for the others Transport. Close it or use `with`.
+    Only what a key in the files `verify_keys` signed is taken (None: in those that
+    IMAGEC_VERIFY_KEY names; (): anything), as `verify_name` if that is not None. For
+    `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring, for
+    the others Transport. Close it or use `with`.
     """
 
     def __init__(self, username=None, password=None, timeout=None,
@@ -7013,7 +7096,8 @@ class Session:
                  insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
                  max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
-                 recompress=None, notify=None, storage_hosts=(), referrers=False):
+                 recompress=None, notify=None, storage_hosts=(), referrers=False,
+                 verify_keys=None, verify_name=None):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -7052,6 +7136,8 @@ class Session:
         self.notify = lambda event: notify and notify(event._replace(
             status=SECRETS.hide(event.status), id=SECRETS.hide(event.id)))
         self._registries, self._sources = {}, {}
+        #: What each image must be, see SignedBy; None: anything.
+        self.rule = _rule(verify_keys, verify_name)
 
     def __enter__(self):
         return self
@@ -7121,7 +7207,25 @@ class Session:
         if image.platform and wanted != "all" and (
                 image.platform not in wanted.candidates()):
             log.warning("%s is for %s, not for %s", reference, image.platform, wanted)
-        return image._replace(layers=image.layers + blob_layers(others))
+        return image._replace(
+            layers=image.layers + blob_layers(others),
+            signed=self.prove(reference, image.indexes + (image.manifest,)))
+
+    def prove(self, reference, documents):
+        """What proves that these are signed, as SignedBy.prove; () if nothing has to.
+
+        A mirror may have other signatures than the home.
+        """
+        if self.rule is None:
+            return ()
+        source = self.source(reference)
+        try:
+            return self.rule.prove(reference, documents, source)
+        except VerificationError:
+            if source.host == source.home.host:
+                raise
+            return self.rule.prove(reference, documents, Source(
+                [(source.home, source.repository)]))
 
     @staticmethod
     def _fetcher(source, held, others):
@@ -7151,23 +7255,24 @@ class Session:
         Raises LimitExceeded, and what Registry.fetch_manifest raises.
         """
         found, seen, size = list(images), set(), 0
+        only = None if self.referrers else [
+            entry.digest for image in images for *_, entry in image.signed if entry]
         for above, one in ((above, one) for above in found  # it grows
                            for one in (*above.indexes, above.manifest, *above.below)):
             if (above.reference.name, one.digest) in seen:
                 continue
             seen.add((above.reference.name, one.digest))
-            for image in self._referring(above, one.digest):
+            for image in self._referring(above, one.digest, only):
                 found.append(image)
                 size += sum(len(raw) for _, raw in image.documents)
                 if len(seen) > DOCUMENT_COUNT_LIMIT or size > DOCUMENT_BYTES_LIMIT:
                     raise LimitExceeded("too much refers to %s" % (above.reference,))
         return found[len(images):]
 
-    def _referring(self, above, digest):
+    def _referring(self, above, digest, only):
         """Yields the Images of what refers to a document of the Image `above`."""
         def fetch(entry):
-            one = entry.media_type in MANIFEST_SHAPES and source.seek(
-                Registry.fetch_manifest, entry.digest, entry.size)
+            one = entry.media_type in MANIFEST_SHAPES and source.document(entry)
             if not one:
                 log.warning("left out, for %s lacks it: %s, of type %s", source.host,
                             str(entry.digest), printable(entry.media_type, 80))
@@ -7175,6 +7280,7 @@ class Session:
 
         source = self.source(above.reference)
         for tag, entries in source.referrers(digest).items():
+            entries = [one for one in entries if only is None or one.digest in only]
             found = {one.digest: one for *_, one in walk(fetch, entries)}
             listed = [entry for entry in entries if entry.digest in found]
             if listed:
@@ -7262,7 +7368,8 @@ class Puller:
             if name and name.host.startswith("["):
                 log.warning("docker, podman and skopeo may not take the name %s, for "
                             "its IPv6 address: --tag gives another", str(name))
-        if session.referrers:
+        if session.referrers or output.layout and not session.recompress and any(
+                image.signed for image in images):
             along = session.referring(images)
             log.info("along comes what refers to that: %d manifests",
                      sum(len(image.below) or 1 for image in along))
@@ -7410,6 +7517,14 @@ class Puller:
         return [results[number] for number in range(len(actions))]
 
 
+def _rule(keys, name):
+    if keys is None and "IMAGEC_VERIFY_KEY" in os.environ:
+        keys = os.environ["IMAGEC_VERIFY_KEY"].split(os.pathsep)
+    if name and not keys:
+        raise UsageError("a name to verify, but no key", "add --verify-key")
+    return CHECKS["verify_keys"](keys, name) if keys else None
+
+
 def _split_mirror(text):
     """(host, path prefix) of `HOST[:PORT][/PREFIX]`; raises UsageError."""
     host, _, prefix = re.sub("^https?://", "", text).rstrip("/").partition("/")
@@ -7496,6 +7611,7 @@ def joined(images):
         images[0].reference, images[0].registry_url, index, "all",
         lambda entry: manifests[entry.digest])._replace(
             digest=images[0].digest, indexes=tuple(indexes.values()),
+            signed=tuple(one for image in images for one in image.signed),
             platform=",".join(str(image.platform) for image in images))
 
 
@@ -8393,7 +8509,8 @@ def pull_test_image(directory):
     server = new_server(test_shelf(directory), ("127.0.0.1", 0),
                         Credentials("selftest", "of no worth"), (pem, pem), _Tamperer)
     server.tampered = None
-    options = {"cacert": pem, "username": "selftest", "password": "of no worth"}
+    options = {"cacert": pem, "username": "selftest", "password": "of no worth",
+               "verify_keys": ()}
     with serving(server):
         name = "127.0.0.1:%d/selftest/image" % server.server_address[1]
         for format in OUTPUTS:
@@ -8693,6 +8810,8 @@ def asked(args, session, outermost=False):
     text = args.reference
     if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
         log.info("reading what is at the path %s", text)
+        if args.verify_keys:
+            raise UsageError("--verify-key is for what comes from a registry")
         image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
                              else args.platform, session.transport.check)
         return (image.indexes + (image.manifest,))[0] if outermost else image
@@ -8701,8 +8820,11 @@ def asked(args, session, outermost=False):
     if os.path.exists(os.path.join(text, "oci-layout")):
         log.info("for the layout here write ./%s", text)
     reference = Reference.parse(text)
-    return session.manifest(reference) if outermost else (
-        session.resolve(reference, args.platform))
+    if not outermost:
+        return session.resolve(reference, args.platform)
+    document = session.manifest(reference)
+    session.prove(reference, (document,))
+    return document
 
 
 def _run_layers(args, session):
@@ -8753,6 +8875,9 @@ def inspection(image):
     for key in ("created", "author", "config"):
         if image.config is not None and image.config.value.get(key) is not None:
             value[key] = image.config.value[key]
+    if image.signed:
+        value["signed_by"] = [{"key": key, "digest": str(digest)}
+                              for key, digest, _ in image.signed]
     if image.config is not None:
         value["history"] = list(history_json(image))
     value["platforms"] = [
@@ -8909,9 +9034,15 @@ def _argument(parse):
 
 _REF = {"type": _argument(Reference.parse), "metavar": "REF",
         "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
+_SIGNED = [
+    _row("--verify-key", action="append", dest="verify_keys", metavar="FILE",
+         help="one of these public keys must have signed it; repeatable"),
+    _row("--verify-name", type=_argument(Reference.parse), metavar="HOST/REPOSITORY",
+         help="and under this name"),
+    _flag("--no-verify-key", help="take it, whoever signed it")]
 _IMAGE = [_row("reference", metavar="REF", help=_REF["help"] + ", or a path: ./PATH, "
                "/PATH or FILE.tar"),
-          _row("--image", metavar="NAME", help="which of several at a path")]
+          _row("--image", metavar="NAME", help="which of several at a path"), *_SIGNED]
 _HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
 _PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
 _JSON = _flag("--json", help="results as JSON")
@@ -8967,7 +9098,7 @@ COMMANDS = {
         _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
              help="refuse to unpack more files than this; default %(default)s"),
         _row("--progress", choices=("auto", "plain", "none"), default="auto"),
-        _JSON]),
+        _JSON] + _SIGNED),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
                _IMAGE + [_JSON]),
     "inspect": (_run_inspect, "say what an image is", _IMAGE + [
@@ -9086,7 +9217,7 @@ def read_password(args):
 SESSION_OPTIONS = frozenset("""
     username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
     storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
-    referrers
+    referrers verify_keys verify_name
 """.split())
 
 
@@ -9132,6 +9263,11 @@ def _run(args, progress):
         raise UsageError("--cert and --key go together")
     options = {name: value for name, value in vars(args).items()
                if name in SESSION_OPTIONS}
+    if not hasattr(args, "no_verify_key"):  # no name means an image there
+        options["verify_keys"] = options.get("verify_keys") or ()
+    elif args.no_verify_key:
+        options["verify_keys"] = ()
+        log.warning("--no-verify-key: what comes is taken, whoever signed it")
     args.platform = args.platform and parse_platform(args.platform)
     if isinstance(args.platform, list) and args.command != "pull":
         raise UsageError("%s takes one --platform" % args.command)

@@ -11158,6 +11158,17 @@ KEYS_READ = (
         b"\n", b"\r\n") + b"and no other\r\n", b"x", der_pair(*ecdsa(b"x"))),
 )
 
+def small_point():
+    """(x, y) of a point on P-256 whose x + p has 32 bytes, too."""
+    p, b = imagec._P256[:2]
+    for x in itertools.count():
+        square = (x ** 3 - 3 * x + b) % p
+        y = pow(square, (p + 1) // 4, p)
+        if y * y % p == square:
+            return x, y
+
+
+SMALL_X, SMALL_Y = small_point()
 KEYS_REFUSED = worded(
     ("got no PEM", b"", b"\x30\x59", b"ssh-ed25519 AAAA", TEST_PUBLIC[:-5],
      TEST_PUBLIC.lower(), TEST_PUBLIC.replace(b"BEGIN PUBLIC", b"BEGIN  PUBLIC")),
@@ -11178,10 +11189,14 @@ KEYS_REFUSED = worded(
     ("more than DER", pem("PUBLIC KEY", ssl.PEM_cert_to_DER_cert(pem_text(
         TEST_PUBLIC)) + b"\0"), pem("PUBLIC KEY", der(0x30, der(0x30), der(3), b"\0"))),
     ("not DER", pem("PUBLIC KEY", b""), pem("PUBLIC KEY", der(0x31)),
-     pem("PUBLIC KEY", ssl.PEM_cert_to_DER_cert(pem_text(TEST_PUBLIC))[:-1])),
+     pem("PUBLIC KEY", ssl.PEM_cert_to_DER_cert(pem_text(TEST_PUBLIC))[:-1]),
+     pem("PUBLIC KEY", b"\x30\x83\0" + ssl.PEM_cert_to_DER_cert(  # a length with a 0
+         pem_text(RSA_PUBLIC))[2:])),
     ("not on the curve", public_key(P256_KIND, b"\4", P256_BASE[::-1]),
      public_key(P256_KIND, b"\4", bytes(64)),
      public_key(P256_KIND, b"\4", b"\xff" * 64), public_key(P256_KIND, b"\4", P256_BASE[:32], bytes(31), b"\5"),
+     public_key(P256_KIND, b"\4", (SMALL_X + imagec._P256[0]).to_bytes(32, "big"),
+                SMALL_Y.to_bytes(32, "big")),
      public_key(P256_KIND, b"\6", P256_BASE), public_key(P256_KIND, b"\0", P256_BASE)),
     ("not two numbers of 32 bytes", public_key(P256_KIND, b"\0"),
      public_key(P256_KIND, b"\2", P256_BASE[:32]), public_key(P256_KIND, b"\4",
@@ -11506,6 +11521,17 @@ class SignerTest(TableCase):
                      keys, imagec.Digest.parse(SUM_A), layer, COSIGN_PAYLOAD)
         self.refused(imagec.VerificationError, "by none of", imagec.signer, self.KEYS,
                      digest, layer, COSIGN_PAYLOAD)
+
+    def test_signed_by_the_library_of_sigstore(self):
+        """@sigstore/sign 5.1.0."""
+        key = imagec.PublicKey.parse(pem("PUBLIC KEY", base64.b64decode(
+            "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEP+beAwze6TfYpJO90C3AFkggk/RADy+oOsfd8l"
+            "CsPUG4bjsiisoxtFTMf0IFjpjA0MKJbhnD/tqU93pPn2PLmw==")), "k.pub")
+        made = ("MEUCIAKcaA90Om/x+qU9Dq2vFGkVFVBq0DLF4Do0HTn4GAk5AiEAhoEiuo7RMVld47Jpmp"
+                "8UwE6VqNSX+EeGi4QyPpvuc7w=")
+        signature = bundle(dsse(IN_TOTO, statement(SUM_A), signatures=[
+            {"sig": made, "keyid": "h"}]))
+        self.assertIs(imagec.signer([key], imagec.Digest.parse(SUM_A), *signature), key)
 
     def test_refused(self):
         for signature, *name, (kind, words) in SIGNED_REFUSED:
@@ -12495,6 +12521,262 @@ class DryRunTest(FieldCase):
         with self.disk(1 << 40) as asked:
             self.pull(self.origin.host, to="new/er/out")
         self.assertEqual({call[0] for call in asked.call_args_list}, {(self.root,)})
+
+
+class SignedCase(StoredCase):
+    """A registry with an index of two platforms, and signatures beside it."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = build_image(FIELD_SMALL)
+        self.index = build_index([
+            (self.image, ("linux", "amd64", None)),
+            (build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
+             ("linux", "arm64", None))])
+        self.origin.add("lab/app", "1", self.index)
+        self.reference = self.origin.host + "/lab/app:1"
+        self.key = self.file("k.pub", TEST_PUBLIC)
+        self.other = self.file("other.pub", OTHER_PUBLIC)
+
+    def sign(self, image, digest=None, registry=None, **options):
+        """Puts what cosign 2 would put beside an image: its manifest's digest."""
+        return self.put(image, registry, *(simple(simple_payload(
+            digest or image.digest, **options.pop("payload", {})), **options),))
+
+    def put(self, image, registry, *signatures):
+        made = signature_image(*signatures)
+        (registry or self.origin).add("lab/app", image.digest.replace(
+            ":", "-") + ".sig", made)
+        return made
+
+    def unsign(self, image):
+        self.origin.repositories["lab/app"].pop(
+            image.digest.replace(":", "-") + ".sig", None)
+
+    def sign_by_bundle(self, image, **options):
+        """Puts what cosign 3 would, where a registry has no referrers API."""
+        layer, raw = bundle(dsse(IN_TOTO, statement(image.digest), **options))
+        made = build_artifact([(layer.media_type, raw, None)], layer.media_type,
+                              subject=image.descriptor())
+        index = build_index([], extra_entries=[dict(  # which is not asked for
+            made.descriptor(artifactType="application/spdx+json"), digest=SUM_C)] + [
+                made.descriptor(artifactType=layer.media_type)])
+        index.children = [made]
+        self.origin.add("lab/app", image.digest.replace(":", "-"), index)
+        return made
+
+    def run_it(self, command, *argv, expect=0, **environ):
+        self.origin.requests.clear()
+        run = self.main(command, *argv, "--platform", "linux/amd64", **environ)
+        self.assertEqual(run.status, expect, run.err)
+        return run
+
+
+def signature_image(*signatures):
+    """cosign's manifest of (layer, blob)s, as a BuiltImage."""
+    config = json_bytes({"architecture": "", "os": "", "config": {}, "rootfs": {
+        "type": "layers", "diff_ids": [str(layer.digest) for layer, _ in signatures]}})
+    return build_artifact([(layer.media_type, raw, layer.annotations)
+                           for layer, raw in signatures], None, config,
+                          MEDIA_TYPES["oci"]["config"])
+
+
+class SignedPullTest(SignedCase):
+    """What nobody of the right keys has signed is not taken."""
+
+    #: (what is signed, how)
+    GOOD = (
+        ("index", lambda case: case.sign(case.index)),
+        ("image", lambda case: case.sign(case.image)),
+        ("index", lambda case: case.sign_by_bundle(case.index)),
+        ("image", lambda case: case.sign_by_bundle(case.image)),
+        ("image", lambda case: case.put(case.image, None, *[  # the last of many
+            simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 9)],
+            simple(simple_payload(case.image.digest)))),
+        ("image", lambda case: [case.sign(case.index, secret=2), case.sign(case.image)]),
+    )
+
+    @rows(GOOD)
+    def test_taken(self, what, sign):
+        self.origin.repositories.clear()
+        self.origin.add("lab/app", "1", self.index)
+        sign(self)
+        for format, path in OUTPUTS:
+            remove(self.at(path))
+            run = self.run_it("pull", "--verify-key", self.other, "--verify-key",
+                              self.key, "--format", format, "-o", self.at(path),
+                              self.reference)
+            self.assertIn("%s: signed by %s: %s\n" % (
+                self.reference, self.key, getattr(self, what).digest), run.err)
+            self.assertEqual([one for one in self.origin.requests if SUM_C in one.path],
+                             [])
+
+    #: (words, how it is signed)
+    BAD = (
+        ("found none", lambda case: None),
+        ("found 1 by none of the keys", lambda case: case.sign(case.index, secret=2)),
+        ("found 1 by none of the keys", lambda case: case.sign_by_bundle(
+            case.index, secret=2)),
+        ("but of " + SUM_B, lambda case: case.sign(case.index, SUM_B)),
+        ("found 2 by none of the keys; 1 by ", lambda case: case.put(
+            case.index, None, *[simple(simple_payload(SUM_A), secret=secret)
+                                for secret in (2, 3, TEST_SECRET)])),
+        ("blob: expected 2", lambda case: case.origin.blobs.update({
+            case.sign(case.index).layers[0]: b"{}"})),
+        ("found 1 of which the registry has no bytes", lambda case: case.origin.blobs.pop(
+            case.sign(case.index).layers[0])),
+        # what another image is signed by, under this one's tag
+        ("but of " + SUM_C, lambda case: case.put(
+            case.index, None, simple(simple_payload(SUM_C)))),
+        # no more are looked at than that
+        ("found 64 by none", lambda case: case.put(case.image, None, *[
+            simple(simple_payload(SUM_B, "x/" + "a" * count), secret=2)
+            for count in range(1, 65)], simple(simple_payload(case.image.digest)))),
+    )
+
+    @rows(BAD)
+    def test_refused(self, words, sign):
+        self.origin.repositories.clear()
+        self.origin.blobs.clear()
+        self.origin.add("lab/app", "1", self.index)
+        sign(self)
+        for format, path in OUTPUTS:
+            run = self.run_it("pull", "--verify-key", self.key, "--format", format, "-o",
+                              self.at(path), self.reference, expect=3)
+            self.assert_one_line(run, 3, re.escape(
+                "%s: expected a signature by %s, found " % (self.reference, self.key)))
+            self.assertIn(words, run.err)
+        self.assertEqual(os.listdir(self.work), [])
+        for digest in self.image.layers:
+            self.assertEqual(self.blob_gets(digest), 0)
+
+    def test_every_command_asks(self):
+        """The rule of the host, what gets around it, and who is not bound."""
+        rule = {"IMAGEC_VERIFY_KEY": os.pathsep.join([self.other, self.key])}
+        for command, *options in (
+                ("pull", "-o", self.at("x.tar")), ("pull", "--dry-run"), ("inspect",),
+                ("inspect", "--raw"), ("inspect", "--config"), ("layers",), ("digest",)):
+            with self.subTest(command, options=options):
+                argv = options + [self.reference]
+                self.unsign(self.index)
+                for given in ((), ("--verify-key", self.key)):
+                    run = self.run_it(command, *given, *argv, expect=3, **rule)
+                    self.assert_one_line(run, 3, "found none")
+                run = self.run_it(command, "--no-verify-key", *argv, **rule)
+                self.assertIn("warning: --no-verify-key", run.err)
+                self.sign(self.index)
+                self.run_it(command, *argv, **rule)
+                self.run_it(command, "--verify-key", self.other, *argv, expect=3, **rule)
+        for argv in (("tags", self.origin.host + "/lab/app"), ("selftest",)):
+            run = self.main(*argv, **rule)
+            self.assertEqual(run.status, 0, run.err)
+        with mock.patch.dict(os.environ, rule), self.fails(
+                imagec.VerificationError, "by none of the keys"):
+            imagec.pull(self.reference, self.at("b.tar"), platform="linux/amd64",
+                        verify_keys=[self.other])
+        with mock.patch.dict(os.environ, rule):
+            for keys in ((), None, [self.key]):
+                imagec.pull(self.reference, self.at("a.tar"), platform="linux/amd64",
+                            verify_keys=keys)
+
+    def test_a_rule_that_cannot_be_read_is_none_at_all(self):
+        bad = self.file("bad.pub", TEST_KEY)
+        for value, words in (
+                ("", "'' cannot be read: No such file"),
+                (self.key + os.pathsep, "'' cannot be read"),
+                (self.at("none"), "none' cannot be read: No such file"),
+                (self.work, "Is a directory"), (bad, "got PRIVATE KEY")):
+            for argv in ((), ("--verify-key", self.key, "--verify-key", value.rpartition(
+                    os.pathsep)[2])):
+                run = self.main("digest", *argv, self.reference, IMAGEC_VERIFY_KEY=value)
+                self.assert_one_line(run, 2, re.escape(words))
+        self.assert_one_line(self.main("digest", "--verify-name", "x/y", self.reference),
+                             2, "but no key; add --verify-key")
+        self.assertEqual(self.origin.requests, [])
+
+    def test_by_name(self):
+        name = self.origin.host + "/lab/app"
+        argv = ("--verify-key", self.key, "--verify-name", name, self.reference)
+        self.sign(self.index, payload={"name": name + ":1"})
+        self.run_it("digest", *argv)
+        self.sign(self.index, payload={"name": name + "le"})
+        self.assert_one_line(self.run_it("digest", *argv, expect=3), 3,
+                             "but as %sle$" % name)
+        self.put(self.index, None)
+        self.sign_by_bundle(self.index)
+        self.assert_one_line(self.run_it("digest", *argv, expect=3), 3,
+                             "but it names no image$")
+
+    def test_what_is_asked_is_what_is_signed(self):
+        """`digest` and `inspect --raw` tell of the index: the image's is not its."""
+        self.sign(self.image)
+        for command in (["digest"], ["inspect", "--raw"]):
+            run = self.main(*command, "--verify-key", self.key, self.reference)
+            self.assert_one_line(run, 3, "found none")
+        told = self.run_it("inspect", "--verify-key", self.key, self.reference)
+        self.assertEqual(json.loads(told.out.decode("ascii"))["signed_by"], [
+            {"key": self.key, "digest": self.image.digest}])
+
+    def test_mirrors(self):
+        """The home is asked, too, where a mirror has no signature that will do."""
+        mirror = self.registry()
+        mirror.add("lab/app", "1", self.index)
+        argv = ("pull", "-o", self.at("out.tar"), "--mirror", mirror.host,
+                "--verify-key", self.key, self.reference)
+        self.run_it(*argv, expect=3)
+        self.sign(self.index)
+        for sign in (lambda: None, lambda: self.sign(self.index, SUM_B, mirror),
+                     lambda: self.sign(self.index, registry=mirror, secret=2)):
+            sign()
+            self.run_it(*argv)
+            self.assertEqual(self.blob_gets(self.image.layers[0]), 0)  # not left
+        self.sign(self.index, registry=mirror)
+        self.run_it(*argv)
+        self.assertEqual(self.blob_gets(), 0)
+
+    def test_schema1(self):
+        """Its own signatures count, if the key is known."""
+        for kind, words in (("schema1", "found none"), ("schema1-signed", "found 1 by "
+                                                        "none of the keys")):
+            image = build_image(FIELD_SMALL, kind)
+            self.origin.add("lab/old", "1", image)
+            run = self.run_it("digest", "--verify-key", self.key,
+                              self.origin.host + "/lab/old:1", expect=3)
+            self.assertIn(words, run.err)
+        body = libtrust(TEST_SECRET, payload=json_bytes(json.loads(
+            build_image(FIELD_SMALL, "schema1").manifest.decode("ascii")), 3))
+        self.origin.add("lab/old", "1", image)
+        self.origin.add_manifest("lab/old", "1", body, image.media_type, image.digest)
+        run = self.run_it("pull", "--verify-key", self.key, "-o", self.at("out.tar"),
+                          self.origin.host + "/lab/old:1")
+        self.assertIn("signed by " + self.key, run.err)
+
+    def test_kept(self):
+        """Signatures that did come along to oci and archive, and no others."""
+        self.put(self.index, None, simple(simple_payload(self.index.digest)),
+                 simple(simple_payload(SUM_B), secret=2))
+        made = self.sign_by_bundle(self.image)
+        self.put(self.image, None, simple(simple_payload(SUM_C)))
+        for name, platform in itertools.product(("out", "out.tar"), (
+                ["linux/amd64"], ["linux/amd64", "linux/arm64"], ["all"])):
+            with self.subTest(name, platform=platform):
+                remove(self.at(name))
+                if name == "out.tar" and platform == ["all"]:
+                    continue
+                argv = [part for one in platform for part in ("--platform", one)]
+                run = self.main("pull", "-q", "--verify-key", self.key, *argv, "-o",
+                                self.at(name), *["--format", "oci"] * (name == "out"),
+                                self.reference)
+                self.assertEqual(run.status, 0, run.err)
+                self.verify(self.at(name))
+                held = contents(self.at(name)) if name == "out" else self.members(
+                    self.at(name))
+                kept = simple(simple_payload(self.index.digest))[1]
+                self.assertIn("blobs/sha256/" + sha256(kept)[7:], held)
+                self.assertEqual(made.layers[0][7:] in "".join(held),
+                                 platform != ["all"])
+                self.assertNotIn("blobs/sha256/" + sha256(simple(simple_payload(
+                    SUM_C))[1])[7:], held)
 
 
 # --------------------------------------------------------------------------------------
@@ -16509,7 +16791,7 @@ COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
 #: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
 ANNEXES = {
     "Trees": ((), (", RootfsOutput, FilesOutput(?=\\))",)),
-    "Keys": ((), ()),
+    "Keys": ((), ("\"verify_keys\": SignedBy",)),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
     "Serve": (("Self-test",), ("^    \"new_server\",\n",
                                COMMAND_ROW % "serve")),
@@ -16610,6 +16892,9 @@ class ReadmeTest(RegistryCase):
         self.open.add("debian", "12", build_image([tar_bytes([("etc/", None)])]))
         self.closed = self.filled(image, "team/app", auth="basic",
                                   users={"USER": PASSWORD})
+        self.file("work/cosign.pub", TEST_PUBLIC)
+        self.open.add("alpine", self.index.digest.replace(":", "-") + ".sig",
+                      signature_image(simple(simple_payload(self.index.digest))))
         self.file("work/images.txt", "# two of them\n%s/alpine\n%s/debian:12\n" % (
             self.open.host, self.open.host))
         self.text = file_text(os.path.join(HOME, "README.md"))
@@ -19457,6 +19742,25 @@ class RealKeysTest(RegistryCase):
             made = file_bytes(self.at("made"))
             self.assertTrue(key.verifies(made, message))
             self.assertFalse(key.verifies(made, message + b"\0"))
+
+
+@needs("docker-registry", "skopeo")
+class RealSignedTest(RegistryCase):
+    """cosign's signature in a real registry."""
+
+    def test_by_key(self):
+        image = build_image(FIELD_SMALL)
+        images = {"lab/app:1": image, "lab/app:%s.sig" % image.digest.replace(":", "-"):
+                  signature_image(simple(simple_payload(image.digest)))}
+        registry = DockerRegistry(self.root)
+        self.addCleanup(registry.close)
+        with offered(images) as (_, push):
+            for name in images:
+                push(registry, name)
+        for key, status in ((TEST_PUBLIC, 0), (OTHER_PUBLIC, 3)):
+            run = self.main("pull", "-o", self.at("out.tar"), "--verify-key",
+                            self.file("k.pub", key), registry.host + "/lab/app:1")
+            self.assertEqual(run.status, status, run.err)
 
 
 @needs("docker-registry", "skopeo")
