@@ -7921,6 +7921,72 @@ class Audit:
                     raise InvalidDocument("names other images than index.json")
 
 
+class _Stock:
+    """What stands at a place, asked for signatures as a Source is."""
+
+    def __init__(self, reader):
+        self._reader = reader
+        self._names = [found._replace(documents=list(found.documents))
+                       for found in stored(reader, lenient)]
+        self._documents = {one.digest: one for found in self._names
+                           for one in found.documents}
+
+    def referrers(self, digest):
+        return stored_referrers(self._names, digest)
+
+    def document(self, entry):
+        return self._documents.get(entry.digest)
+
+    def blob(self, descriptor):
+        raw = self._reader.read(blob_name(descriptor.digest))
+        descriptor.digest.check(raw, "blob")
+        return raw
+
+    def prove(self, rule, name=None):
+        """Has a SignedBy prove each image, or that of a name.
+
+        Raises VerificationError, and Unsupported for what was made here.
+        """
+        tags = {digest.tag for digest in self._documents}
+        images = [found for found in self._names if not self._refers(found, tags)]
+        if len(images) < len(self._names):
+            log.info("not asked who signed what refers to others here: %d",
+                     len(self._names) - len(images))
+        asked = [found for found in images if name is None or re.search(
+            "(?:^|[/:])%s\\Z" % re.escape(name), str(found.name or found.tag))]
+        if not asked:
+            raise VerificationError("there is no image %s" % (name or "to prove"))
+        for found in asked:
+            self._prove(rule, found)
+
+    def _refers(self, found, tags):
+        """Whether this only says something of what is here, too, by all its names.
+
+        An image never does: readers would run it.
+        """
+        names = [name.rpartition(":")[2].partition(".")[0]
+                 for name in (found.name, found.tag) if name]
+        one = self._documents.get(found.digest)
+        listed = [one] if not isinstance(one, Index) else [
+            self._documents.get(entry.digest) for entry in one.manifests]
+        return all(getattr(each, "artifact_type", "") for each in listed) and (
+            tags.issuperset(names) if names else one.subject in self._documents)
+
+    def _prove(self, rule, found):
+        name = found.name or found.tag or found.digest or found.tree + "manifest.json"
+        one = self._documents.get(found.digest)
+        if found.tree is not None and found.documents:
+            one = found.documents[-1]
+        if one is None:
+            raise VerificationError("%s: there is no manifest" % (name,))
+        if found.origin and found.origin.digest != found.outermost:
+            raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
+        # Nobody signed an index that was made here: but what it lists.
+        made = ORIGIN_ANNOTATION + "digest" in one.annotations
+        for each in made and getattr(one, "manifests", ()) or [one]:
+            rule.prove(name, [*self._documents.values(), each], self)
+
+
 def _run_verify(args, session):
     audit = Audit(session.transport.check).check(args.path)
     for text in audit.unchecked:  # with -q, too
@@ -7936,6 +8002,9 @@ def _run_verify(args, session):
         raise OutputError(args.path, "is incomplete: files missing, or not to be read: "
                           "%d" % len(audit.absent),
                           "pull again, or run this as who may read them")
+    if session.rule is not None:
+        _Stock(open_place(args.path, session.transport.check)).prove(
+            session.rule, args.image)
     rest = ""
     if audit.ignored:
         rest = "; not looked at: %d" % len(audit.ignored)
@@ -8811,7 +8880,8 @@ def asked(args, session, outermost=False):
     if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
         log.info("reading what is at the path %s", text)
         if args.verify_keys:
-            raise UsageError("--verify-key is for what comes from a registry")
+            raise UsageError("--verify-key is for what comes from a registry",
+                             "verify PATH --verify-key proves who signed what is here")
         image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
                              else args.platform, session.transport.check)
         return (image.indexes + (image.manifest,))[0] if outermost else image
@@ -9117,7 +9187,8 @@ COMMANDS = {
         _row("host", nargs="?", metavar="HOST[:PORT]",
              help="a registry to look at too")]),
     "verify": (_run_verify, "re-check, offline, what a pull wrote", [
-        _row("path", **_PLACE)]),
+        _row("path", **_PLACE), *_SIGNED[:2],
+        _row("--image", metavar="NAME", help="only this one must be signed")]),
     "tags": (_run_tags, "list a repository's tags", [
         _row("reference", **dict(_REF, metavar="REPO",
                                  help="[HOST[:PORT]/]REPOSITORY")),

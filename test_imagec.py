@@ -12769,6 +12769,9 @@ class SignedPullTest(SignedCase):
                                 self.reference)
                 self.assertEqual(run.status, 0, run.err)
                 self.verify(self.at(name))
+                for key, status in ((self.key, 0), (self.other, 3)):
+                    run = self.main("verify", "--verify-key", key, self.at(name))
+                    self.assertEqual(run.status, status, run.err)
                 held = contents(self.at(name)) if name == "out" else self.members(
                     self.at(name))
                 kept = simple(simple_payload(self.index.digest))[1]
@@ -13569,6 +13572,165 @@ class AuditTest(StoredCase):
         with mock.patch.dict(sys.modules, compression=None), \
                 mock.patch.dict(os.environ, PATH=""):
             self.assertIn("not checked", self.verify(path))
+
+
+class SignedVerifyTest(SignedCase):
+    """verify --verify-key: what was carried is proved again, offline."""
+
+    def setUp(self):
+        super().setUp()
+        self.sign(self.index)
+
+    def pull_signed(self, name="out", platform="linux/amd64"):
+        return self.pull("--verify-key", self.key, "--platform", platform, "-o",
+                         self.at(name), *["--format", "oci"] * (name == "out"),
+                         self.reference)
+
+    def proved(self, name="out", expect=0, words="", *argv):
+        run = self.main("verify", "--verify-key", self.key, *argv, self.at(name))
+        self.assertEqual(run.status, expect, run.err)
+        self.assertIn(words, run.err)
+        return run
+
+    def changed(self, change):
+        """Has change(index.json as a dict) done to a layout that was pulled."""
+        path = self.at("out", "index.json")
+        index = json.loads(file_text(path))
+        write_file(path, json.dumps(change(index) or index))
+
+    def add_blobs(self, image):
+        for data in [image.manifest, *image.blobs.values()]:
+            write_file(self.at("out", "blobs", "sha256", sha256(data)[7:]), data)
+        return image
+
+    def evil(self, **members):
+        """An image that nobody has signed, in the layout; its entry in index.json."""
+        image = build_image([tar_bytes([("evil", b"")])])
+        image.manifest = json_bytes(dict(json.loads(
+            image.manifest.decode("ascii")), **members))
+        image.digest = sha256(image.manifest)
+        return self.add_blobs(image).descriptor()
+
+    def test_good(self):
+        for name in ("out", "out.tar"):
+            self.pull_signed(name)
+            run = self.proved(name, 0, "%s: signed by %s: %s\n" % (
+                self.reference, self.key, self.index.digest))
+            self.assertIn("not asked who signed what refers to others here: 1", run.err)
+            self.assertIn("by none of the keys", self.main(
+                "verify", "--verify-key", self.other, self.at(name)).err)
+
+    def test_not_kept(self):
+        self.pull("--platform", "linux/amd64", "-o", self.at("out.tar"), self.reference)
+        self.proved("out.tar", 3, "found none")
+        self.pull("--verify-key", self.key, "--platform", "linux/amd64", "-o",
+                  self.at("images"), self.reference)
+        self.proved("images", 3, "found none")
+
+    @needs_zstd
+    def test_rewritten(self):
+        reference, image = self.serve(FIELD_SMALL, "lab/app:z", compress=zstd_bytes)
+        self.sign(image)
+        self.pull("--verify-key", self.key, "--platform", "linux/amd64", "--recompress",
+                  "gzip", "-o", self.at("out.tar"), reference)
+        self.proved("out.tar", 1, "was rewritten: it cannot be proved")
+
+    def test_another_in_its_place(self):
+        for change in (
+                # in its name
+                lambda index, entry: index["manifests"][0].update(entry, annotations={
+                    name: text for name, text in index["manifests"][0][
+                        "annotations"].items() if "imagec" not in name}),
+                # beside it: named, by its tag only, not at all
+                *(lambda index, entry, notes=notes: index["manifests"].append(dict(
+                    entry, annotations=notes)) for notes in (
+                        {imagec.NAME_ANNOTATION: self.reference + "x"},
+                        {imagec.TAG_ANNOTATION: "1"}, {},
+                        {imagec.NAME_ANNOTATION: "x/y:" + self.index.digest.replace(
+                            ":", "-") + ".sig", imagec.TAG_ANNOTATION: "1"},
+                        {imagec.TAG_ANNOTATION: self.index.digest.replace(
+                            ":", "-") + ".sig"}))):
+            for members in ({}, {"subject": self.index.descriptor()},
+                            {"artifactType": "x/y", "subject": self.index.descriptor()}):
+                remove(self.at("out"))
+                self.pull_signed()
+                entry = self.evil(**members)
+                self.changed(lambda index: change(index, entry))
+                self.assertEqual(faults_of(self.at("out")), [])
+                self.proved("out", 3, "found none")
+
+    def test_an_index_that_does_not_lead_to_it(self):
+        self.pull_signed()
+        entry = self.evil()
+        self.changed(lambda index: index["manifests"][0].update(entry))
+        self.proved("out", 3, "does not lead to")
+
+    def test_an_index_that_claims_to_be_made_here(self):
+        """That is asked who signed what it lists: nothing, or what nobody did."""
+        self.unsign(self.index)
+        self.sign(self.image)
+        for entries in ([], [self.image.descriptor()], [{}]):
+            remove(self.at("out"))
+            self.pull_signed()
+            entries = [entry or self.evil() for entry in entries]
+            index = build_index([], extra_entries=entries)
+            index.manifest = json_bytes(dict(json.loads(index.manifest.decode(
+                "ascii")), annotations={imagec.ORIGIN_ANNOTATION + "digest": SUM_A}))
+            index.digest = sha256(index.manifest)
+            self.add_blobs(index)
+            self.changed(lambda told: told["manifests"][0].update(
+                index.descriptor(), annotations={imagec.TAG_ANNOTATION: "1"}))
+            self.proved("out", 0 if self.image.descriptor() in entries else 3)
+
+    def test_an_index_that_is_not_read(self):
+        """What is signed, but cannot be read as an index, leads nowhere."""
+        self.pull_signed()
+        odd = json_bytes({"schemaVersion": 2, "mediaType": "application/x",
+                          "manifests": []})
+        image = BuiltImage(odd, "application/x")
+        self.add_blobs(image)
+        layer, raw = simple(simple_payload(image.digest))
+        made = self.add_blobs(signature_image((layer, raw)))
+        entry = self.evil()
+        self.changed(lambda index: index.update(manifests=[
+            dict(entry, annotations=dict(
+                index["manifests"][0]["annotations"],
+                **{imagec.ORIGIN_ANNOTATION + "digest": image.digest,
+                   imagec.ORIGIN_ANNOTATION + "indexes": image.digest})),
+            dict(made.descriptor(), annotations={imagec.TAG_ANNOTATION: image.digest
+                                                 .replace(":", "-") + ".sig"})]))
+        self.proved("out", 3, "found none")
+
+    def test_an_entry_that_is_not_read(self):
+        self.pull_signed()
+        odd = self.add_blobs(BuiltImage(b'{"mediaType": "application/x"}', "x/y"))
+        self.changed(lambda index: index["manifests"].append(odd.descriptor(
+            annotations={imagec.TAG_ANNOTATION: "odd"})))
+        self.proved("out", 3, "odd: there is no manifest")
+
+    def test_one_of_several(self):
+        self.pull_signed()
+        entry = self.evil()
+        self.changed(lambda index: index["manifests"].append(dict(entry, annotations={
+            imagec.NAME_ANNOTATION: self.origin.host + "/lab/evil:1",
+            imagec.TAG_ANNOTATION: "1"})))
+        self.proved("out", 3, "found none")
+        self.proved("out", 0, "signed by", "--image", "lab/app:1")
+        self.proved("out", 3, "found none", "--image", "evil:1")
+        self.proved("out", 3, "there is no image vil:1", "--image", "vil:1")
+
+    def test_served_again(self):
+        """What was pulled by key is pulled by key from a server of it, too."""
+        self.sign(self.image)
+        self.pull_signed("out.tar")
+        self.pull_signed("out", "all")
+        for name, platform in (("out.tar", "linux/amd64"), ("out", "all")):
+            server = imagec.new_server(imagec.Shelf(self.at(name)), ("127.0.0.1", 0))
+            with imagec.serving(server):
+                run = self.main("digest", "--platform", platform, "--verify-key",
+                                self.key, "127.0.0.1:%d/lab/app:1"
+                                % server.server_address[1])
+            self.assertEqual(run.status, 0, run.err)
 
 
 # --------------------------------------------------------------------------------------
@@ -19761,6 +19923,9 @@ class RealSignedTest(RegistryCase):
             run = self.main("pull", "-o", self.at("out.tar"), "--verify-key",
                             self.file("k.pub", key), registry.host + "/lab/app:1")
             self.assertEqual(run.status, status, run.err)
+        run = self.main("verify", "--verify-key", self.file("k.pub", TEST_PUBLIC),
+                        self.at("out.tar"))
+        self.assertIn("lab/app:1: signed by ", run.err)
 
 
 @needs("docker-registry", "skopeo")
