@@ -118,6 +118,7 @@ DOCUMENT_BYTES_LIMIT = 64 * MIB  # of all of them
 CONTENTS_LIMIT = 16 * MIB  # bytes of a list of what a layout holds: INDEX_COUNT_LIMIT
 TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
+PAGE_COUNT_LIMIT = 10000  # pages of one list; some registries give 100 entries a page
 REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 PATH_MAX = 4096  # bytes of a path; Linux
@@ -4095,7 +4096,7 @@ class Registry(Endpoint):
         for _, body in self.pages(path, repository, "tag list"):
             with naming(self.host):
                 tags = Document.parse(body, "tag list").get("tags", list, [])
-            count += max(len(tags), TAG_PAGE // 10)  # nor pages of nothing without end
+            count += len(tags)
             if count > TAG_COUNT_LIMIT:
                 raise LimitExceeded("%s: more than %d tags"
                                     % (repository, TAG_COUNT_LIMIT))
@@ -4110,9 +4111,8 @@ class Registry(Endpoint):
         """Yields (Response, body) of each page of a list of a repository's."""
         seen = set()
         while path is not None:
-            if path in seen:
-                raise InvalidDocument("%s: the %s leads back to itself"
-                                      % (self.host, what))
+            if path in seen or len(seen) == PAGE_COUNT_LIMIT:
+                raise InvalidDocument("%s: the %s does not end" % (self.host, what))
             seen.add(path)
             with naming(self.host):
                 response, body = self._document("GET", path, repository, "%s of %s"

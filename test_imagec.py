@@ -7858,7 +7858,7 @@ class RegistryTest(NetworkCase):
         registry.fault("/tags/list", lambda reply: body(
             page, link='<%s>; rel="next"' % location.format(next(count)))(reply),
             EVER)
-        with mock.patch("imagec.TAG_COUNT_LIMIT", 10 * tags or 1000):
+        with mock.patch.multiple(imagec, TAG_COUNT_LIMIT=20000, PAGE_COUNT_LIMIT=15):
             with threat_alarm(15), self.fails(imagec.InvalidDocument):
                 self.tags(registry)
         self.assertLess(len(registry.requests), 20)
