@@ -19898,7 +19898,7 @@ class RealKeysTest(RegistryCase):
         if not does:
             return self.assertIsInstance(key, imagec.UsageError)
         for size in range(8):
-            message = noise(100 * size)
+            message = noise(100 * size + 1)
             write_file(self.at("message"), message)
             self.openssl("dgst", "-sha256", "-sign", "key", "-out", "made", "message")
             made = file_bytes(self.at("made"))
