@@ -27,9 +27,10 @@ An annex, marked *, is what a pull to `layers`, `oci` or `archive` never enters.
     14  Keys*                    public keys, and the signatures they made
     15  Pull                     the steps from a reference to an output
     16  Verify*                  what a pull wrote, re-checked offline
-    17  Serve*                   a read-only registry over what was pulled
-    18  Self-test*               prove that this host can pull
-    19  Command line             arguments, progress, exit statuses
+    17  Look*                    the files of an image, of no more layers than it takes
+    18  Serve*                   a read-only registry over what was pulled
+    19  Self-test*               prove that this host can pull
+    20  Command line             arguments, progress, exit statuses
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
@@ -6144,11 +6145,12 @@ class LayerStore:
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with naming_file(name), open(path, "xb") as file:
-            self._write(file, data)
+            self.write(file, data)
         return number
 
     @staticmethod
-    def _write(file, data):
+    def write(file, data):
+        """Writes a member's data, holes as such."""
         for piece in data:
             if type(piece) is int:  # a hole
                 file.truncate(file.seek(piece, os.SEEK_CUR))
@@ -6170,7 +6172,7 @@ class LayerPack(LayerStore):
 
     def _keep(self, data, _name):
         where = self._pack.tell()
-        self._write(self._pack, data)
+        self.write(self._pack, data)
         return where
 
 
@@ -6212,7 +6214,7 @@ class Tree:
             self.shared.update(data for _, data in entries if data is not None)
         self._applied.append(entries)
         hidden = [parts for parts in (self._parts(entry.path) for entry, _ in entries)
-                  if _is_whiteout(parts)]
+                  if is_whiteout(parts)]
         own = {self._parts(entry.path) for entry, _ in entries
                if hidden and entry.kind == "dir"}
         taken = {}  # what whiteouts took away, by path
@@ -6234,13 +6236,7 @@ class Tree:
 
     def _parts(self, path):
         self.check()  # here: every member's name comes by, each time it is looked at
-        parts = []
-        for part in path.split(b"/"):
-            if part == b"..":  # as umoci, docker and containerd: the root has no parent
-                del parts[-1:]
-            elif part not in (b"", b"."):
-                parts.append(part)
-        return tuple(parts)
+        return member_parts(path)
 
     def _white_out(self, parts, own, taken):
         self.check()
@@ -6268,13 +6264,19 @@ class Tree:
         return parent and parent.children.get(parts[-1])
 
     def _directory(self, parts, make=False, own=()):
-        """The directory `parts` names, links followed inside the root as in a chroot.
+        """The directory `parts` names, None where there is none; see `lead`."""
+        directory, _, left = self.lead(parts, make, own)
+        return None if left else directory
 
-        None where there is none, unless it is to be made. A link that the layer
-        replaces by a directory of its `own` leads nowhere.
+    def lead(self, parts, make=False, own=()):
+        """(directory, names of the way there, parts left) to which `parts` lead.
+
+        Links are followed inside the root as in a chroot. Nothing is left where a
+        directory that is missing is to be made. A link that the layer replaces by a
+        directory of its `own` leads nowhere.
         """
         todo = list(reversed(parts))
-        trail, hops = [self.root], 0
+        trail, names, hops = [self.root], [], 0
         while todo:
             part = todo.pop()
             if hops:
@@ -6282,31 +6284,32 @@ class Tree:
                 if self._detours > _DETOUR_LIMIT:
                     raise LimitExceeded("its links lead round and round")
             if part == b"..":
-                del trail[max(1, len(trail) - 1):]
+                del trail[max(1, len(trail) - 1):], names[-1:]
                 continue
             node = trail[-1].children.get(part)
             if node is not None and node.entry.kind == "symlink":
                 if not hops and parts[:len(trail)] in own:
-                    return None
+                    return trail[-1], names, [part] + todo[::-1]
                 hops += 1
                 if hops > _LINK_LIMIT:
                     raise InvalidDocument("links in a loop at %s"
                                           % show(b"/".join(parts)))
                 target = node.entry.link
                 if target.startswith(b"/"):
-                    del trail[1:]
+                    del trail[1:], names[:]
                 todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
                                                                                 b"."))
                 continue
             if node is None or node.children is None:
                 if not make:
-                    return None
+                    return trail[-1], names, [part] + todo[::-1]
                 self._census.add(1, 0, show(b"/".join(parts)))
                 node = trail[-1].children[part] = Node(_IMPLICIT)
             trail.append(node)
+            names.append(part)
             if len(trail) > _DEPTH_LIMIT:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
-        return trail[-1]
+        return trail[-1], names, []
 
     def _add(self, entry, data, lost):
         """Puts a member in place; False for a hard link whose target is not there.
@@ -6314,7 +6317,7 @@ class Tree:
         `lost` are files by path that may be linked to though they are there no more.
         """
         parts = self._parts(entry.path)
-        if _is_whiteout(parts):
+        if is_whiteout(parts):
             return True
         if entry.kind == "unknown":
             self.unknown += 1
@@ -6345,11 +6348,12 @@ class Tree:
             parent.children[parts[-1]] = Node(entry, data)
         return True
 
-    def walk(self):
+    def walk(self, path=b"", node=None):
         """Yields (path, Node, the path by which the Node has come before, or None) of
-        everything below the root: parents first, by name.
+        a `node` at `path` and everything below it, or below the root: parents first, by
+        name.
         """
-        first, stack = {}, [(b"", self.root)]
+        first, stack = {}, [(path, node or self.root)]
         while stack:
             self.check()
             path, node = stack.pop()
@@ -6363,7 +6367,18 @@ class Tree:
                                     key=lambda pair: pair[0], reverse=True))
 
 
-def _is_whiteout(parts):
+def member_parts(path):
+    """The names in a member's path."""
+    parts = []
+    for part in path.split(b"/"):
+        if part == b"..":  # as umoci, docker and containerd: the root has no parent
+            del parts[-1:]
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return tuple(parts)
+
+
+def is_whiteout(parts):
     """Whether these name one, and nothing below a directory AUFS kept for itself."""
     return bool(parts) and parts[-1].startswith(_WHITEOUT) and not (
         len(parts) > 1 and parts[0].startswith(_AUFS))
@@ -7722,6 +7737,35 @@ def new_output(path, format=None, tag=None, stream=None):
     return OUTPUTS[name](path, tag, stream)
 
 
+_PATH = re.compile(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]")
+
+
+def asked(args, session, outermost=False):
+    """The Image `args` name, in a registry or at a path; or the document it stands for.
+
+    A bare word is no directory: who may write to this one must not choose an image.
+    """
+    text = args.reference
+    if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
+        log.info("reading what is at the path %s", text)
+        if args.verify_keys:
+            raise UsageError("--verify-key is for what comes from a registry",
+                             "verify PATH --verify-key proves who signed what is here")
+        image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
+                             else args.platform, session.transport.check)
+        return (image.indexes + (image.manifest,))[0] if outermost else image
+    if args.image is not None:
+        raise UsageError("--image goes with a path", "for one here write ./PATH")
+    if os.path.exists(os.path.join(text, "oci-layout")):
+        log.info("for the layout here write ./%s", text)
+    reference = Reference.parse(text)
+    if not outermost:
+        return session.resolve(reference, args.platform)
+    document = session.manifest(reference)
+    session.prove(reference, (document,))
+    return document
+
+
 # --------------------------------------------------------------------------------------
 # 16  Verify*: what a pull wrote, re-checked offline
 # --------------------------------------------------------------------------------------
@@ -8016,7 +8060,195 @@ def _run_verify(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 17  Serve*: a read-only registry over what was pulled
+# 17  Look*: the files of an image, of no more layers than it takes
+# --------------------------------------------------------------------------------------
+# Layers are drawn newest first. A probe stands for all those below: what hides, deletes
+# or replaces it when the drawn ones are applied, does so to all that could be there.
+
+_PROBE = b"\0"  # the name of a file that no member of a layer has
+
+
+class _Headers(LayerPack):
+    """A LayerPack without data, but for that of member number `wanted`, if any."""
+
+    layer = wanted = None
+
+    def _keep(self, data, name):
+        number = len(self.entries)
+        if number == self.wanted:
+            super()._keep(data, name)
+        return number
+
+
+class Look:
+    """The files of an Image; its layers are drawn into the directory `spool`, and only
+    as far as they must.
+    """
+
+    def __init__(self, session, image, spool):
+        image.require_file_system()
+        self._session, self._image, self._spool = session, image, spool
+        self._census, check = Census(session.max_files), session.transport.check
+        self._found = image.path and next(
+            found for found in stored(open_place(image.path, check), lenient)
+            if any(one.digest == image.manifest.digest for one in found.documents))
+        self._waiting = [layer for layer in image.layers if not layer.throwaway]
+        self._drawn = []  # their _Headers, oldest first
+
+    def find(self, path):
+        """(path, Node, Tree) of what the text `path` leads to; raises NotFound."""
+        parts = member_parts(os.fsencode(path))
+        found, ways = self._known(parts)
+        while found is None:
+            headers = self._draw(self._waiting.pop())
+            self._drawn.insert(0, headers)
+            if not self._waiting or _hides(headers.entries, ways):
+                found, ways = self._known(parts)
+        way, node, tree = found
+        if node is None:
+            raise NotFound("%s: there is no file %s" % (
+                self._image.reference or self._image.path, show(b"/" + way)))
+        return way, node, tree
+
+    def data(self, node):
+        """Yields the data of a file's Node, once all of its layer is proved."""
+        if node.data is not None:
+            headers, number = node.data
+            headers.forget()
+            with open(self._draw(headers.layer, number).path(None), "rb") as file:
+                yield from pieces(file, check=self._session.transport.check)
+
+    def _draw(self, layer, wanted=None):
+        """The _Headers of a layer, which is proved."""
+        session, headers, what = self._session, None, "layer " + str(layer.digest)
+
+        def visit(tar):
+            nonlocal headers
+            if headers is not None:  # of a try that failed
+                headers.forget()
+            headers = _Headers(os.path.join(self._spool, "headers"), self._census, what)
+            headers.layer, headers.wanted = layer, wanted
+            headers.visit(tar)
+
+        def look(chunks):
+            return unpack(chunks, what, session.max_layer_size, visit, True,
+                          session.transport.check, layer.diff_id)
+
+        if self._found is None:
+            Download(session.source(self._image.reference), layer.blob, Place(
+                os.path.join(self._spool, layer.digest.hex)), look, layer.diff_id,
+                session.notify, durable=False).run()
+        else:
+            region = self._found.reader.region(self._found.file_of(layer))
+            prove(region.pieces(session.transport.check), layer.blob, look,
+                  layer.diff_id)
+        return headers
+
+    def _known(self, parts):
+        """(what `find` gives, None where a layer below may decide; on which ways it has
+        to hide something for that, None: any layer may).
+        """
+        ways, way = [], parts
+        while way not in ways and (self._waiting or not ways):
+            ways.append(way)
+            try:
+                tree = self._tree(ways)
+                directory, names, left = tree.lead(parts)
+            except InvalidDocument:  # such as a hard link to what is below
+                if not self._waiting:
+                    raise
+                return None, None
+            way = tuple(names + left)
+        node = None if left[1:] else directory.children.get(left[0]) if left else (
+            directory)
+        if self._waiting:
+            if _PROBE in (node and node.children or ()):
+                return None, ways
+            if b".." in left or self._doubtful(ways):
+                return None, None
+        return (b"/".join(way), node, tree), ways
+
+    def _tree(self, ways):
+        """The Tree of the layers drawn, on probes where these ways lead."""
+        tree = Tree(self._session.transport.check, Census(self._session.max_files))
+        if self._waiting:
+            tree.apply([(_IMPLICIT._replace(path=b"/".join(way + (_PROBE,)),
+                                            kind="file"), None) for way in ways])
+        for headers in self._drawn:
+            tree.apply(headers.entries)
+        return tree
+
+    def _doubtful(self, ways):
+        """Whether a link below could lead members drawn onto these ways, or off them:
+        any whose parents are not all made by a layer drawn.
+        """
+        rows = [(member_parts(entry.path.replace(_WHITEOUT, b"")), entry)
+                for headers in self._drawn for entry, _ in headers.entries]
+        made = {parts for parts, entry in rows if entry.kind == "dir"}
+        stray = [parts for parts, _ in rows if not made.issuperset(
+            parts[:depth] for depth in range(1, len(parts)))]
+        if any(entry.link or entry.path.endswith(_OPAQUE) for _, entry in rows):
+            return bool(stray)
+        return any(set(way).intersection(parts[len(os.path.commonprefix([
+            parts, way])):]) for way in ways for parts in stray)
+
+
+def _hides(entries, ways):
+    """Whether a layer may hide what is at one of these ways in layers below."""
+    paths = (entry.path.replace(_OPAQUE, b"").replace(_WHITEOUT, b"")
+             for entry, _ in entries if entry.kind != "dir")
+    return ways is None or any(parts == way[:len(parts)] for parts in map(
+        member_parts, paths) for way in ways)
+
+
+#: Kind of an Entry -> bits of a mode; a symlink's own mean nothing.
+_FILE_TYPES = {"file": stat.S_IFREG, "dir": stat.S_IFDIR, "char": stat.S_IFCHR,
+               "block": stat.S_IFBLK, "fifo": stat.S_IFIFO,
+               "symlink": stat.S_IFLNK | 0o777}
+
+
+def file_json(path, entry):
+    """A file as a JSON-able dict; `target` is that of a symlink, else None."""
+    path, target = (name.decode("utf-8", "backslashreplace")
+                    for name in (path, entry.link))
+    return {
+        "mode": stat.filemode(_FILE_TYPES[entry.kind] | entry.mode), "uid": entry.uid,
+        "gid": entry.gid, "size": entry.size, "mtime": time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0, entry.mtime // 10 ** 9))),
+        "path": "/" + path, "target": target if entry.kind == "symlink" else None}
+
+
+@contextlib.contextmanager
+def _looking(args, session):
+    import tempfile
+    if args.platform == "all":
+        raise UsageError("%s is for one --platform" % args.command)
+    image = asked(args, session)
+    with tempfile.TemporaryDirectory(prefix="imagec-") as spool:
+        yield Look(session, image, spool)
+
+
+def _run_ls(args, session):
+    with _looking(args, session) as look:
+        path, node, tree = look.find(args.path)
+        for path, node, _ in tree.walk(path, node):
+            file = file_json(path, node.entry)
+            yield json.dumps(file) if args.json else printable(
+                "%(mode)s %(uid)d:%(gid)d %(size)d %(mtime)s %(path)s" % file
+                + (" -> " + file["target"] if file["target"] else ""))
+
+
+def _run_cat(args, session):
+    with _looking(args, session) as look:
+        path, node, _ = look.find(args.path)
+        if node.entry.kind != "file":
+            raise Unsupported("%s is a %s, not a file" % (
+                show(b"/" + path), node.entry.kind), "list it with ls")
+        yield from look.data(node)
+
+
+# --------------------------------------------------------------------------------------
+# 18  Serve*: a read-only registry over what was pulled
 # --------------------------------------------------------------------------------------
 # The pull part of the OCI distribution-spec. A request names things in a table made
 # when the server starts; no path is ever made of it.
@@ -8476,7 +8708,7 @@ def _run_serve(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 18  Self-test*: prove that this host can pull
+# 19  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
 # Of the loopback server of the self-test only: everybody has this key.
@@ -8640,7 +8872,7 @@ def _run_selftest(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 19  Command line: arguments, progress, exit statuses
+# 20  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
 class Terminated(BaseException):
@@ -8868,35 +9100,6 @@ def read_list(path):
     return references
 
 
-_PATH = re.compile(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]")
-
-
-def asked(args, session, outermost=False):
-    """The Image `args` name, in a registry or at a path; or the document it stands for.
-
-    A bare word is no directory: who may write to this one must not choose an image.
-    """
-    text = args.reference
-    if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
-        log.info("reading what is at the path %s", text)
-        if args.verify_keys:
-            raise UsageError("--verify-key is for what comes from a registry",
-                             "verify PATH --verify-key proves who signed what is here")
-        image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
-                             else args.platform, session.transport.check)
-        return (image.indexes + (image.manifest,))[0] if outermost else image
-    if args.image is not None:
-        raise UsageError("--image goes with a path", "for one here write ./PATH")
-    if os.path.exists(os.path.join(text, "oci-layout")):
-        log.info("for the layout here write ./%s", text)
-    reference = Reference.parse(text)
-    if not outermost:
-        return session.resolve(reference, args.platform)
-    document = session.manifest(reference)
-    session.prove(reference, (document,))
-    return document
-
-
 def _run_layers(args, session):
     for layer in asked(args, session).layers:
         size = "-" if layer.blob.size is None else layer.blob.size
@@ -9116,6 +9319,11 @@ _IMAGE = [_row("reference", metavar="REF", help=_REF["help"] + ", or a path: ./P
 _HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
 _PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
 _JSON = _flag("--json", help="results as JSON")
+_LIMITS = [
+    _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
+         help="refuse layers that unpack to more; default %(default)s"),
+    _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
+         help="refuse to unpack more files than this; default %(default)s")]
 COMMON_ARGUMENTS = [
     _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
          action="append", help="default: this host's; all: the whole index (pull to "
@@ -9163,14 +9371,15 @@ COMMANDS = {
              help="the name to load the image by; default: its own"),
         _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
              "%(default)s"),
-        _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
-             help="refuse layers that unpack to more; default %(default)s"),
-        _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
-             help="refuse to unpack more files than this; default %(default)s"),
+        *_LIMITS,
         _row("--progress", choices=("auto", "plain", "none"), default="auto"),
         _JSON] + _SIGNED),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
                _IMAGE + [_JSON]),
+    "ls": (_run_ls, "list the files of an image, those below a path", _IMAGE + [
+        _row("path", nargs="?", default="/", metavar="PATH"), *_LIMITS, _JSON]),
+    "cat": (_run_cat, "one file of an image", _IMAGE + [
+        _row("path", metavar="PATH"), *_LIMITS]),
     "inspect": (_run_inspect, "say what an image is", _IMAGE + [
         _flag("--raw", help="the manifest's exact bytes"),
         _flag("--config", help="the config's exact bytes")]),

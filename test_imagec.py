@@ -12655,7 +12655,8 @@ class SignedPullTest(SignedCase):
         rule = {"IMAGEC_VERIFY_KEY": os.pathsep.join([self.other, self.key])}
         for command, *options in (
                 ("pull", "-o", self.at("x.tar")), ("pull", "--dry-run"), ("inspect",),
-                ("inspect", "--raw"), ("inspect", "--config"), ("layers",), ("digest",)):
+                ("inspect", "--raw"), ("inspect", "--config"), ("layers",), ("digest",),
+                ("ls",)):
             with self.subTest(command, options=options):
                 argv = options + [self.reference]
                 self.unsign(self.index)
@@ -13734,7 +13735,229 @@ class SignedVerifyTest(SignedCase):
 
 
 # --------------------------------------------------------------------------------------
-# 17  Serve
+# 17  Look
+# --------------------------------------------------------------------------------------
+
+LOOK_USR = ["usr/ usr/lib/ usr/lib/a=1 usr/lib/b=1 lib->usr/lib", "lib/a=2"]
+LOOK_CASES = (
+    # where it is from, layers, path, the file's data (None: no file), layers drawn
+    ("on top", ["a=1", "a=2 b=3"], "a", "2", 1),
+    ("below", ["a=1", "b=3"], "./a", "1", 2),
+    ("in no layer", ["a=1", "b=3"], "c", None, 2),
+    ("empty", ["a=1", "a="], "/a", "", 1),
+    ("deleted", ["d/a=1", "d/.wh.a="], "/d/a", None, 1),
+    ("deleted with its directory", ["d/e/a=1", ".wh.d="], "d/e/a", None, 1),
+    ("deleted below, there again", ["a=1", ".wh.a=", "a=2"], "a", "2", 1),
+    ("deleted, and there again below", ["a=1", "a=2", ".wh.a=", "b=3"], "a", None, 2),
+    ("in an opaque directory", ["d/a=1", "d/ d/.wh..wh..opq= d/b=2"], "d/a", None, 1),
+    ("opaque, nobody made it", ["x/a=1 d->x", "d/.wh..wh..opq="], "d/a", "1", 2),
+    ("a file in its way", ["d/a=1", "d=2"], "d/a", None, 1),
+    ("below a file", ["d=1", "e=1"], "d/a", None, 2),
+    ("a link on top", ["d/ d/a=1", "l->d"], "l/a", "1", 2),
+    ("link and target on top", ["b=1", "d/ l->/d/../a a=2"], "l", "2", 1),
+    ("link to a link", ["m->a a=1", "l->m"], "l", "1", 2),
+    ("link to nothing", ["b=1", "a->c .wh.c="], "a", None, 1),
+    ("link through what may be a link", ["x/ x/y/ b->x/y x/a=1", "a=2 l->b/../a"],
+     "l", "1", 2),
+    ("links in a loop", ["c=1", "a->b b->a"], "a", imagec.InvalidDocument, 2),
+    ("hard link", ["c=1", "a=2 b=>a"], "b", "2", 1),
+    ("hard link to a layer below", ["a=1", "b=>a"], "b", "1", 2),
+    ("renamed", ["a=1", "b=>a .wh.a="], "b", "1", 2),
+    ("behind a link below", LOOK_USR, "usr/lib/a", "2", 2),
+    ("behind it, by its own name", LOOK_USR, "lib/a", "2", 1),
+    ("beside it", LOOK_USR, "usr/lib/b", "1", 2),
+    # What is written through a link that the same layer turns away.
+    ("T148: not what it seems", ["x/ y/ y/a=1 d->x", "d/a=2 x->y"], "d/a", "1", 2),
+    ("T148: nor this", LOOK_USR + ["usr/ usr/lib/ usr/lib/c=2 lib/c=3 b=>usr/lib/c"],
+     "b", "3", 3),
+    ("above the root", ["a=1", "b=2"], "../../b", "2", 1),
+    ("a layer twice", ["a=1", "b=2", "a=1"], "b", "2", 2),
+)
+LOOK_TARGETS = ("a", "b", "d", "/e", "d/e", "../e", "..", ".", "b/../d", "d/a", "x")
+
+
+def look_over(layers):
+    """A Look at layers in words."""
+    named = types.SimpleNamespace
+    image = named(layers=[named(throwaway=False, words=words) for words in layers],
+                  require_file_system=lambda: None, reference="lab/app", path=None)
+    look = imagec.Look(named(transport=named(check=imagec.go_on), max_files=10000),
+                       image, None)
+    look._draw = lambda layer: named(
+        entries=[flat_row(word) for word in layer.words.split()])
+    return look
+
+
+def looked_up(find, path):
+    """What stands there and below, as `find` tells; None for nothing."""
+    try:
+        way, node, tree = find(path)
+    except imagec.NotFound:
+        return None
+    return [(node.entry.kind, node.data, node.entry.link)
+            for _, node, _ in tree.walk(way, node)]
+
+
+def linked_layers(dice):
+    """Layers in words, full of links and in no order."""
+    layers = []
+    for number in range(dice.randint(2, 4)):
+        words = []
+        for name in dice.choices(FLAT_NAMES, k=dice.randint(1, 5)):
+            folder, slash, last = name.rpartition("/")
+            words.append(dice.choice((
+                name + "/", "%s=%d" % (name, number), "%s=%d" % (name, number),
+                "%s->%s" % (name, dice.choice(LOOK_TARGETS)),
+                "%s=>%s" % (name, dice.choice(FLAT_NAMES)),
+                "%s%s.wh.%s=" % (folder, slash, last),
+                "%s%s.wh..wh..opq=" % (folder, slash))))
+        if dice.random() < 0.5:  # as most builders have it
+            words = sorted({"/".join(word.split("/")[:depth]) + "/" for word in words
+                            for depth in range(1, len(re.split(
+                                "->|=", word)[0].split("/")))}.union(words))
+        layers.append(" ".join(words))
+    return layers
+
+
+class LookTest(StoredCase):
+    """`ls` and `cat`: what is where, and of no more layers than it takes."""
+
+    def read(self, *argv, expect=0):
+        """(standard output, standard error) of a command."""
+        run = self.main(*argv)
+        self.assertEqual(run.status, expect, run.err)
+        self.assertNotIn("Traceback", run.err)
+        self.assertEqual(os.listdir(tempfile.gettempdir()), [])
+        return run.out, run.err
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.at("spool"))
+        self.patch(mock.patch.object(tempfile, "tempdir", self.at("spool")))
+
+    @rows(LOOK_CASES)
+    def test_no_more_layers_than_it_takes(self, _, layers, path, wanted, drawn):
+        look = look_over(layers)
+        if wanted is imagec.InvalidDocument:
+            self.assertRaises(wanted, look.find, path)
+        elif wanted is None:
+            self.assertRaises(imagec.NotFound, look.find, path)
+        else:
+            self.assertEqual(look.find(path)[1].data, wanted)
+        self.assertEqual(len(look._drawn), drawn)
+
+    @rows((seed,) for seed in range(120))
+    def test_random_layers_read_as_a_whole(self, seed):
+        layers = linked_layers(random.Random(seed))
+        with contextlib.suppress(imagec.InvalidDocument):
+            flat_tree(layers)
+            for path in FLAT_NAMES:
+                whole = look_over(layers)
+                while whole._waiting:
+                    whole._drawn.insert(0, whole._draw(whole._waiting.pop()))
+                wanted = looked_up(whole.find, path)
+                self.assertEqual(looked_up(look_over(layers).find, path), wanted,
+                                 (path, layers))
+
+    @rows((kind, kind) for kind in ("oci", "docker", "schema1"))
+    def test_from_a_registry(self, _, kind):
+        big = noise(imagec.CHUNK + 7)
+        ref, image = self.serve([tar_bytes([("a", kind.encode())]), None, tar_bytes([
+            ("big", big), ("etc/a", b"1"), ("none", b"")])], kind=kind)
+        for path, data in (("/big", big), ("etc/a", b"1"), ("none", b"")):
+            self.assertEqual(self.read("cat", ref, path), (data, ""))
+        self.assertEqual(self.blob_gets(image.layers[0]), 0)
+        self.assertEqual(self.read("cat", ref, "a"), (kind.encode(), ""))
+        self.assertEqual(self.blob_gets(image.layers[0]), 1)
+
+    @rows((SPARSE_FILES[0], SPARSE_FILES[-1]))
+    def test_sparse_files_have_their_holes(self, _, member):
+        ref, _ = self.serve([raw_layer(member)])
+        self.assertEqual(self.read("cat", ref, "f")[0], SPARSE_CONTENT)
+
+    @rows((("a bit", flip()), ("longer", extra(1)),
+           ("another", body(gzip_bytes(raw_words("a=2"))))))
+    def test_nothing_comes_out_of_a_layer_that_is_not_proved(self, _, action):
+        ref, image = self.serve([tar_bytes([("a", noise(2 * imagec.CHUNK))])])
+        self.origin.fault("/blobs/" + image.layers[0], action)
+        out, err = self.read("cat", ref, "a", expect=3)
+        self.assertEqual((out, err.count("\n")), (b"", 1))
+        self.assertIn(image.layers[0], err)
+
+    @rows((("layers", "tree"), ("oci", "lay"), ("archive", "image.tar")))
+    def test_from_disk(self, format, name):
+        """The layers below may be missing, or worse, where they do not matter."""
+        ref, image = self.serve([raw_words("a=below b=1"), raw_words("a=top")])
+        place = self.at(name)
+        self.pull(ref, "-o", place, "--format", format)
+        self.assertEqual(self.read("cat", "-q", place, "a"), (b"top", ""))
+        self.assertEqual(self.read("ls", "-q", place)[0].count(b"\n"), 2)
+        blob = image.blobs[image.layers[0]]
+        for path in [place] if format == "archive" else [
+                path for path, facts in below(place) if stat.S_ISREG(facts.st_mode)]:
+            write_file(path, file_bytes(path).replace(blob, blob[:-1] + b"?"))
+        for path, expect, out in ("a", 0, b"top"), ("b", 3, b""):
+            self.assertEqual(self.read("cat", "-q", place, path, expect=expect)[0], out)
+
+    @needs("skopeo")
+    def test_from_an_archive_without_manifests(self):
+        ref, _ = self.serve([raw_words("a=below b=1"), raw_words("a=top")])
+        self.pull(ref, "-o", self.at("lay"), "--format", "oci")
+        skopeo_copy("oci:" + self.at("lay"), "docker-archive:" + self.at("d.tar"))
+        for path, out in ("a", b"top"), ("b", b"1"):
+            self.assertEqual(self.read("cat", "-q", self.at("d.tar"), path)[0], out)
+
+    @rows(((["d/ s->d"], "d", 1, "'/d' is a dir, not a file; list it with ls"),
+           (["d/ s->d"], "s", 1, "'/d' is a dir"),
+           (["d/"], "d/x", 4, "lab/app:1: there is no file '/d/x'"),
+           (["s->no"], "s", 4, "there is no file '/no'"),
+           (["a=1"], "a\nb", 4, r"there is no file '/a\nb'"),
+           (["h=>no"], "h", 3, "hard link 'h' to 'no'")))
+    def test_what_is_no_file(self, layers, path, expect, words):
+        ref, _ = self.serve(list(map(raw_words, layers)))
+        out, err = self.read("cat", ref, path, expect=expect)
+        self.assertEqual((out, err.count("\n")), (b"", 1))
+        self.assertIn(words, err)
+
+    def test_ls(self):
+        ref, image = self.serve([raw_words("etc/ etc/a=below etc/b=1 c=1"), raw_layer(
+            raw_member(b"etc", kind=b"5", mode=0o1750, uid=3, gid=4, mtime=0),
+            raw_member(b"etc/a", b"top", mode=0o4711, uid=1000, mtime=1700000000),
+            raw_member(b"etc/s", kind=b"2", link=b"\x1b[1m", mode=0o777),
+            raw_member(b"etc/.wh.b"), raw_member(b"\xff\n", kind=b"6", mode=0o600))])
+        listing = [
+            r"prw------- 0:0 0 1970-01-01T00:00:01Z /\xff\n",
+            "-rw-r--r-- 0:0 1 1970-01-01T00:00:01Z /c",
+            "drwxr-x--T 3:4 0 1970-01-01T00:00:00Z /etc",
+            "-rws--x--x 1000:0 3 2023-11-14T22:13:20Z /etc/a",
+            r"lrwxrwxrwx 0:0 0 1970-01-01T00:00:01Z /etc/s -> \x1b[1m"]
+        for path, lines in (((), sorted(listing[1:]) + listing[:1]),
+                            (("/etc",), listing[2:]), (("etc/a",), listing[3:4])):
+            out, err = self.read("ls", ref, *path)
+            self.assertEqual(sorted(out.decode().splitlines()), sorted(lines))
+        line = self.read("ls", "--json", ref, "etc/a")[0].decode()
+        self.assertEqual(json.loads(line), {
+            "mode": "-rws--x--x", "uid": 1000, "gid": 0, "size": 3, "path": "/etc/a",
+            "mtime": "2023-11-14T22:13:20Z", "target": None})
+        self.read("ls", ref, "/no", expect=4)
+        self.assertEqual(self.read("ls", self.serve([], "lab/none:1")[0]), (b"", ""))
+
+    def test_artifacts_and_whole_indexes_have_no_files(self):
+        ref, image = self.serve([tar_bytes([("a", b"1")])])
+        self.origin.add("lab/app", "all", build_index([(image, ("linux", "amd64", None))]))
+        for command in (["ls"], ["cat", "--max-files", "5"]):
+            self.assertIn("--platform", self.read(
+                *command, ref[:-1] + "all", "a", "--platform", "all", expect=2)[1])
+
+    def test_limits(self):
+        ref, _ = self.serve([tar_bytes([("a", b"1" * 2000), ("b", b"")])])
+        for option in ("--max-files", "--max-layer-size"):
+            self.assertIn("raise it with " + option, self.read(
+                "ls", option, "1", ref, expect=1)[1])
+
+
+# --------------------------------------------------------------------------------------
+# 18  Serve
 # --------------------------------------------------------------------------------------
 
 #: (Range header, size, (first, end), None for all or ValueError); RFC 7233, 2.1
@@ -14814,7 +15037,7 @@ class ServeCommandTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 18  Self-test
+# 19  Self-test
 # --------------------------------------------------------------------------------------
 
 SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies", "credentials",
@@ -15015,7 +15238,7 @@ class SelfTestTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 19  Command line
+# 20  Command line
 # --------------------------------------------------------------------------------------
 
 #: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
@@ -16952,9 +17175,10 @@ class ArchitectureTest(unittest.TestCase):
 COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
 #: Annex -> (annexes that cannot be without it, patterns of what else goes with it).
 ANNEXES = {
-    "Trees": ((), (", RootfsOutput, FilesOutput(?=\\))",)),
+    "Trees": (("Look",), (", RootfsOutput, FilesOutput(?=\\))",)),
     "Keys": ((), ("\"verify_keys\": SignedBy",)),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
+    "Look": ((), (COMMAND_ROW % "ls", COMMAND_ROW % "cat")),
     "Serve": (("Self-test",), ("^    \"new_server\",\n",
                                COMMAND_ROW % "serve")),
     "Self-test": ((), (COMMAND_ROW % "selftest",)),
@@ -19325,6 +19549,19 @@ class ReadersTest(ReadersCase, PodmanCase):
         for path in ours:
             self.assertEqual(ours[path], theirs[path], path)
         self.assertGreater(len(ours), 30)
+
+        options = "--platform", "linux/amd64", self.name("oci")
+        listed = self.main("ls", "--json", *options).out.decode().splitlines()
+        self.assertEqual(
+            sorted([file["path"], file["mode"], file["uid"], file["target"]]
+                   for file in map(json.loads, listed)),
+            sorted(["/" + path.decode(), stat.filemode(mode), uid,
+                    held.decode() if stat.S_ISLNK(mode) else None]
+                   for path, (mode, uid, _, held, _) in theirs.items()))
+        for path in ("bin/sh", "opt/b", "var/run/pid", "s/passwd"):
+            self.assertEqual(self.main("cat", *options, path).out, file_bytes(
+                os.path.join(self.at("umoci"), path.replace("s/p", "etc/p").replace(
+                    "var/", ""))))
 
     @needs("podman")
     def test_podman_loads_it_by_its_name(self):
