@@ -3222,6 +3222,10 @@ class Transport:
         """Ends every exchange under way, from any thread."""
         self._cancelled.set()
 
+    def revive(self):
+        """What was cancelled has ended: others may begin."""
+        self._cancelled.clear()
+
     def close(self):
         """Closes every connection."""
         self.cancel()
@@ -7099,7 +7103,8 @@ class Session:
     registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts or URLs, for any
     port where they have none; the insecure options are for one registry, its mirrors
     and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
-    manifest and digests follow; with `referrers` what refers to an image comes along.
+    manifest and digests follow; with `referrers` what refers to an image comes along;
+    with `keep_going` an image that fails does not end a pull: `failures` has it.
     Only what a key in the files `verify_keys` signed is taken (None: in those that
     IMAGEC_VERIFY_KEY names; (): anything), as `verify_name` if that is not None. For
     `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring, for
@@ -7112,7 +7117,7 @@ class Session:
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
                  max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
                  recompress=None, notify=None, storage_hosts=(), referrers=False,
-                 verify_keys=None, verify_name=None):
+                 verify_keys=None, verify_name=None, keep_going=False):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -7147,6 +7152,8 @@ class Session:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.recompress, self.referrers = jobs, recompress, referrers
+        #: (text, ImagecError) pairs of what failed where the rest goes on, else None.
+        self.failures = [] if keep_going else None
         self.max_layer_size, self.max_files = max_layer_size, max_files
         self.notify = lambda event: notify and notify(event._replace(
             status=SECRETS.hide(event.status), id=SECRETS.hide(event.id)))
@@ -7159,6 +7166,17 @@ class Session:
 
     def __exit__(self, *_exc):
         self.transport.close()
+
+    @contextlib.contextmanager
+    def trying(self, what):
+        """An error inside is one of the `failures`, where these are collected."""
+        try:
+            yield
+        except ImagecError as error:
+            if self.failures is None:
+                raise
+            self.failures.append((str(what), error))
+            self.transport.revive()
 
     def registry(self, host, namespace=None):
         """The Registry at the API host `host`; `namespace` where it is a mirror."""
@@ -7332,6 +7350,8 @@ class Puller:
         output = self._output
         # 1. What are they? A name that is wrong is told before anything is fetched.
         images = self.resolve(references, platform)
+        if not images:
+            return []
         # 2. Is there room for what is still to fetch?
         if output.stream is None:
             check_free(output.path, sum(max(0, (blob.size or 0) - there)
@@ -7340,8 +7360,9 @@ class Puller:
                         if layer.opaque}
         try:
             # 3. A place for them, and into it their layers, each proved.
-            output.open(images)
-            fetched = [self._fetch(image) for image in images]
+            images, fetched = self._fetch_all(images)
+            if not images:
+                return []
             # 4. Only now there is a config for what came without.
             modern = [_modernised(*one) for one in zip(images, fetched)]
             # 5. What makes them images to others.
@@ -7375,10 +7396,14 @@ class Puller:
                              "and nothing refers to it")
         if len(references) > 1 and not output.several:
             raise UsageError("format %s takes one image at a time" % output.format)
-        images = [image for reference in references
-                  for image in self._resolve(reference, platform)]
+        images = []
+        for reference in references:
+            with session.trying(reference):
+                found = self._resolve(reference, platform)
+                for image in found:
+                    output.accept(image)
+                images += found
         for image in images:
-            output.accept(image)
             name = output.layout and output.name_of(image)
             if name and name.host.startswith("["):
                 log.warning("docker, podman and skopeo may not take the name %s, for "
@@ -7423,6 +7448,27 @@ class Puller:
                     seen.add(layer.digest)
                     yield image, layer.blob, within.get(layer.digest) or (
                         self._output.place(image, layer).there())
+
+    def _fetch_all(self, images):
+        """(images, the Fetched of each one's layers), but for images that failed.
+
+        They must not fail where they are to be a stream: there is no beginning again.
+        """
+        output, session = self._output, self._session
+        while True:
+            output.open(images)
+            good, fetched = [], []
+            for image in images:
+                with contextlib.suppress() if output.stream is not None else (
+                        session.trying(image.reference)):
+                    fetched.append(self._fetch(image))
+                    good.append(image)
+            if len(good) == len(images):
+                return images, fetched
+            output.abandon()  # it has no place for what did not come
+            images = good
+            if not images:
+                return [], []
 
     def _fetch(self, image):
         """The Fetched of each of its layers."""
@@ -9021,8 +9067,8 @@ def pinned(reference, digest):
 
 
 def _run_pull(args, session):
-    references = args.references + read_list(args.from_file)
-    if not references:
+    references = args.references + read_list(args.from_file, session.trying)
+    if not (references or session.failures):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
     if args.tag is not None and (len(references) > 1 or args.tag.tag is None):
         raise UsageError("--tag names one image, as NAME[:TAG]")
@@ -9077,23 +9123,26 @@ def plan(session, references, output, platform, as_json):
     yield "to fetch: %d bytes; already there: %d" % (wanted, there)
 
 
-def read_list(path):
-    """The References in a file, one a line; "#" begins a comment. None: none."""
+def read_list(path, trying):
+    """The References in a file, one a line; "#" begins a comment. None: none.
+
+    A line is read inside of `trying(where it stands)`.
+    """
     if path is None:
         return []
     if path == "-" and sys.stdin is None:
         raise UsageError("--from-file -, but standard input is closed")
-    references = []
+    references, where = [], "standard input" if path == "-" else path
     try:  # in UTF-8, whatever the locale
         with io.TextIOWrapper(sys.stdin.buffer if path == "-" else open(path, "rb"),
                               "utf-8") as file:
             for number, line in enumerate(file, 1):  # Windows puts U+FEFF before files
                 line = line.lstrip("\ufeff").partition("#")[0].strip()
                 if line:
-                    references.append(Reference.parse(line))
+                    with trying("%s, line %d" % (where, number)):
+                        references.append(Reference.parse(line))
     except InvalidReference as error:
-        error.message = "%s, line %d: %s" % (
-            "standard input" if path == "-" else path, number, error.message)
+        error.message = "%s, line %d: %s" % (where, number, error.message)
         raise
     except UnicodeDecodeError:
         raise UsageError("%s: not a list of references in UTF-8" % path) from None
@@ -9362,6 +9411,7 @@ COMMANDS = {
              help="default: %(default)s; - is standard output"),
         _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends "
              "in .tar or is -, else layers"),
+        _flag("--keep-going", help="where one of several images fails, go on"),
         _flag("--dry-run", help="say what would be fetched, and stop"),
         _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
              "before 23.0; digests change"),
@@ -9497,7 +9547,7 @@ def read_password(args):
 SESSION_OPTIONS = frozenset("""
     username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
     storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
-    referrers verify_keys verify_name
+    referrers verify_keys verify_name keep_going
 """.split())
 
 
@@ -9556,6 +9606,13 @@ def _run(args, progress):
                  **options) as session, _ending(session.transport):
         for result in args.run(args, session):
             print_result(result, sys.stdout)
+        for what, error in session.failures or ():
+            log.error("failed: %s: %s", what, error)
+        if session.failures:
+            error = session.failures[0][1]  # which gives the exit status
+            error.message, error.source, error.hint = "failed: %d" % len(
+                session.failures), None, None
+            raise error
 
 
 @contextlib.contextmanager

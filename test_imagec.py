@@ -15486,6 +15486,53 @@ class CommandLineTest(CommandLineCase):
         pulled = self.pull("-q", "--from-file", "-", stdin=listed).out.decode()
         self.assertEqual(re.findall(":([0-9.]+)@", pulled), ["1.10", "1.9"])
 
+    @rows((("layers",), ("oci",), ("archive",)))
+    def test_keep_going(self, format):
+        bad = [build_image([tar_bytes([(name, noise(3000))])]) for name in "ab"]
+        for name, image in zip("ab", bad):
+            self.origin.add("lab/bad", name, image)
+            self.origin.fault("/blobs/" + image.layers[0], flip())
+        self.origin.add("lab/good", "2", build_image([tar_bytes([(format, b"")])]))
+        host, self.output = self.origin.host, self.at(format)
+        listed = "{0}/lab/no:1\n\n{0}/LAB\n{0}/lab/bad:a\n{0}/lab/good:2\n".format(host)
+        ended = self.pull("--format", format, "--keep-going", self.ref, host + "/lab/bad:b",
+                          "--from-file", "-", stdin=listed)
+        self.assertEqual(ended.status, 2, ended.err)
+        self.assertEqual(re.findall("lab/(.*)@", ended.out.decode()), ["app:1", "good:2"])
+        self.assertEqual(faults_of(self.output), [])
+        *_, invalid, missing, first, second, last = ended.err.splitlines()
+        self.assertEqual(last, "imagec: failed: 4")
+        for line, words in (
+                (invalid, "failed: standard input, line 3: invalid reference"),
+                (missing, "failed: %s/lab/no:1: " % host),
+                (first, "failed: %s/lab/bad:b: " % host),
+                (second, "failed: %s/lab/bad:a: layer" % host)):
+            self.assertIn(words, line)
+
+    def test_keep_going_with_nothing_left(self):
+        place = self.at("x.tar")
+        for names, options in (
+                (("no", "none"), ()), (("no", "none"), ("--dry-run",)),
+                (("no", "app:1"), ("-o", place))):
+            if "app:1" in names:
+                self.origin.fault("/blobs/" + self.image.layers[0], flip())
+            ended = self.pull("--keep-going", *options, *[
+                self.origin.host + "/lab/" + name for name in names])
+            self.assertEqual(ended.status, 4, ended.err)
+            self.assertIn("\nimagec: failed: 2\n", ended.err)
+            self.assertEqual((self.files(), os.path.exists(place)), ([], False))
+
+    def test_a_stream_goes_on_past_what_is_not_there_alone(self):
+        bad = build_image([tar_bytes([("a", noise(3000))])])
+        self.origin.add("lab/bad", "1", bad)
+        host = self.origin.host
+        self.origin.fault("/blobs/" + bad.layers[0], flip())
+        for name, expect in ("bad:1", 3), ("no", 4):
+            ended = self.main("pull", "-o", "-", "--keep-going", self.ref,
+                              host + "/lab/" + name)
+            self.assertEqual(ended.status, expect, ended.err)
+        self.assertEqual(faults_of(self.file("work/out.tar", ended.out)), [])
+
     def test_version_and_help(self):
         for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
                               ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
