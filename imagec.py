@@ -8134,9 +8134,9 @@ class Look:
     def __init__(self, session, image, spool):
         image.require_file_system()
         self._session, self._image, self._spool = session, image, spool
-        self._census, check = Census(session.max_files), session.transport.check
+        self._census, self._check = Census(session.max_files), session.transport.check
         self._found = image.path and next(
-            found for found in stored(open_place(image.path, check), lenient)
+            found for found in stored(open_place(image.path, self._check), lenient)
             if any(one.digest == image.manifest.digest for one in found.documents))
         self._waiting = [layer for layer in image.layers if not layer.throwaway]
         self._drawn = []  # their _Headers, oldest first
@@ -8162,7 +8162,7 @@ class Look:
             headers, number = node.data
             headers.forget()
             with open(self._draw(headers.layer, number).path(None), "rb") as file:
-                yield from pieces(file, check=self._session.transport.check)
+                yield from pieces(file, check=self._check)
 
     def _draw(self, layer, wanted=None):
         """The _Headers of a layer, which is proved."""
@@ -8178,16 +8178,15 @@ class Look:
 
         def look(chunks):
             return unpack(chunks, what, session.max_layer_size, visit, True,
-                          session.transport.check, layer.diff_id)
+                          self._check, layer.diff_id)
 
         if self._found is None:
-            Download(session.source(self._image.reference), layer.blob, Place(
-                os.path.join(self._spool, layer.digest.hex)), look, layer.diff_id,
-                session.notify, durable=False).run()
+            place = Place(os.path.join(self._spool, layer.digest.hex))
+            Download(session.source(self._image.reference), layer.blob, place, look,
+                     layer.diff_id, session.notify, durable=False).run()
         else:
             region = self._found.reader.region(self._found.file_of(layer))
-            prove(region.pieces(session.transport.check), layer.blob, look,
-                  layer.diff_id)
+            prove(region.pieces(self._check), layer.blob, look, layer.diff_id)
         return headers
 
     def _known(self, parts):
@@ -8207,16 +8206,15 @@ class Look:
             way = tuple(names + left)
         node = None if left[1:] else directory.children.get(left[0]) if left else (
             directory)
-        if self._waiting:
-            if _PROBE in (node and node.children or ()):
-                return None, ways
-            if b".." in left or self._doubtful(ways):
-                return None, None
+        if self._waiting and _PROBE in (node and node.children or ()):
+            return None, ways
+        if self._waiting and (b".." in left or self._doubtful(ways)):
+            return None, None
         return (b"/".join(way), node, tree), ways
 
     def _tree(self, ways):
         """The Tree of the layers drawn, on probes where these ways lead."""
-        tree = Tree(self._session.transport.check, Census(self._session.max_files))
+        tree = Tree(self._check, Census(self._session.max_files))
         if self._waiting:
             tree.apply([(_IMPLICIT._replace(path=b"/".join(way + (_PROBE,)),
                                             kind="file"), None) for way in ways])
