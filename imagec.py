@@ -9298,7 +9298,7 @@ def _run_tags(args, session):
     tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
             if fnmatch.fnmatchcase(tag, args.match))
     if args.newest is not None:
-        tags = sorted((tag for tag in tags if re.search("[0-9]", tag)),
+        tags = sorted((tag for tag in tags if re.match("(?!sha[0-9]+-).*[0-9]", tag)),
                       key=version_key, reverse=True)[:args.newest]
     for tag in tags:
         full = str(name._replace(tag=tag))
@@ -9451,7 +9451,7 @@ COMMANDS = {
                                  help="[HOST[:PORT]/]REPOSITORY")),
         _row("--match", default="*", metavar="GLOB", help="only these: * ? [] in it"),
         _row("--newest", type=int, metavar="N", help="the N newest versions, newest "
-             "first; tags without a digit are left out"),
+             "first; without tags that have no digit, or are of signatures"),
         _flag("--full", help="as REPOSITORY:TAG, which pull --from-file - takes"),
         _JSON]),
 }

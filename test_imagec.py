@@ -15458,13 +15458,14 @@ class CommandLineTest(CommandLineCase):
                 "3.20-RC.1", "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9",
                 "3.9", "v3", "dev-1", "alpha1")
 
-    @rows((((), "no-digit 3.9 v3 latest"), (("--match", "*[0-9]"), "3.9 v3"),
+    @rows((((), "no-digit 3.9 v3 latest sha256-%s.sig" % ("a1" * 32)),
+           (("--match", "*[0-9]"), "3.9 v3"),
            (("--newest", "9", "--match", "?*"), "3.9 v3"),
            (("--newest", "1", "--full"), "NAME:3.9"), (("--match", "3"), ""),
            (("--match", "v*", "--full", "--json"),
             '{"tag":"v3","reference":"NAME:v3"}')))
     def test_tags(self, options, wanted):
-        for tag in ("no-digit", "3.9", "v3", "latest"):
+        for tag in ("no-digit", "3.9", "v3", "latest", "sha256-%s.sig" % ("a1" * 32)):
             self.origin.add("lab/tags", tag, self.image)
         name = self.origin.host + "/lab/tags"
         found = " ".join(line.replace(" ", "").replace(name, "NAME") for line in
