@@ -7030,10 +7030,10 @@ class SignedBy:
 
     def __init__(self, paths, name=None):
         self._keys, self._name = [], name and Reference.parse(str(name)).name
-        for path in paths:
+        for path in [paths] if isinstance(paths, str) else paths:
             try:
                 with open(path, "rb") as file:
-                    self._keys.append(PublicKey.parse(file.read(KEY_LIMIT), path))
+                    self._keys.append(PublicKey.parse(file.read(KEY_LIMIT), str(path)))
             except OSError as error:
                 raise UsageError("the public key '%s' cannot be read: %s" % (
                     path, error.strerror)) from None

@@ -12676,7 +12676,7 @@ class SignedPullTest(SignedCase):
             imagec.pull(self.reference, self.at("b.tar"), platform="linux/amd64",
                         verify_keys=[self.other])
         with mock.patch.dict(os.environ, rule):
-            for keys in ((), None, [self.key]):
+            for keys in ((), None, [pathlib.Path(self.key)], self.key):
                 imagec.pull(self.reference, self.at("a.tar"), platform="linux/amd64",
                             verify_keys=keys)
 
@@ -13620,6 +13620,12 @@ class SignedVerifyTest(SignedCase):
             self.assertIn("not asked who signed what refers to others here: 1", run.err)
             self.assertIn("by none of the keys", self.main(
                 "verify", "--verify-key", self.other, self.at(name)).err)
+
+    def test_another_command_leaves_it_to_verify(self):
+        self.pull_signed("out.tar")
+        self.assert_one_line(self.main(
+            "inspect", "-q", "--verify-key", self.key, self.at("out.tar")), 2,
+            "verify PATH --verify-key")
 
     def test_not_kept(self):
         self.pull("--platform", "linux/amd64", "-o", self.at("out.tar"), self.reference)
