@@ -12535,6 +12535,7 @@ class SignedCase(StoredCase):
              ("linux", "arm64", None))])
         self.origin.add("lab/app", "1", self.index)
         self.reference = self.origin.host + "/lab/app:1"
+        self.other_digest = "?"
         self.key = self.file("k.pub", TEST_PUBLIC)
         self.other = self.file("other.pub", OTHER_PUBLIC)
 
@@ -12558,11 +12559,11 @@ class SignedCase(StoredCase):
         layer, raw = bundle(dsse(IN_TOTO, statement(image.digest), **options))
         made = build_artifact([(layer.media_type, raw, None)], layer.media_type,
                               subject=image.descriptor())
-        index = build_index([], extra_entries=[dict(  # which is not asked for
-            made.descriptor(artifactType="application/spdx+json"), digest=SUM_C)] + [
-                made.descriptor(artifactType=layer.media_type)])
-        index.children = [made]
-        self.origin.add("lab/app", image.digest.replace(":", "-"), index)
+        other = build_artifact([("application/spdx+json", b"{}", None)],
+                               "application/spdx+json", subject=image.descriptor())
+        for one in (made, other):
+            self.origin.add("lab/app", None, one)
+        self.other_digest = other.digest  # nobody has to ask for this
         return made
 
     def run_it(self, command, *argv, expect=0, **environ):
@@ -12608,8 +12609,8 @@ class SignedPullTest(SignedCase):
                               self.reference)
             self.assertIn("%s: signed by %s: %s\n" % (
                 self.reference, self.key, getattr(self, what).digest), run.err)
-            self.assertEqual([one for one in self.origin.requests if SUM_C in one.path],
-                             [])
+            self.assertEqual([one for one in self.origin.requests
+                              if self.other_digest in one.path], [])
 
     #: (words, how it is signed)
     BAD = (
@@ -13641,6 +13642,8 @@ class SignedVerifyTest(SignedCase):
         self.pull("--verify-key", self.key, "--platform", "linux/amd64", "--recompress",
                   "gzip", "-o", self.at("out.tar"), reference)
         self.proved("out.tar", 1, "was rewritten: it cannot be proved")
+        self.assertNotIn("blobs/sha256/" + sha256(simple(simple_payload(image.digest))[
+            1])[7:], self.members(self.at("out.tar")))
 
     def test_another_in_its_place(self):
         for change in (
@@ -13665,6 +13668,14 @@ class SignedVerifyTest(SignedCase):
                 self.changed(lambda index: change(index, entry))
                 self.assertEqual(faults_of(self.at("out")), [])
                 self.proved("out", 3, "found none")
+
+    def test_what_refers_to_nothing_here(self):
+        for members in ({}, {"subject": NET_OTHER.descriptor()}):
+            remove(self.at("out"))
+            self.pull_signed()
+            one = self.add_blobs(build_artifact([("text/plain", b"x", None)], **members))
+            self.changed(lambda index: index["manifests"].append(one.descriptor()))
+            self.proved("out", 3, "%s: expected a signature by" % one.digest)
 
     def test_an_index_that_does_not_lead_to_it(self):
         self.pull_signed()
