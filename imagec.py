@@ -6746,7 +6746,11 @@ class FilesOutput(RootfsOutput):
             unpack(Region(path, 0, layer.blob_size).pieces(), show(b"/".join(name)),
                    self.max_layer_size, lambda tar: self.visit(layer, tar),
                    check=self.check)
-        entries = self._stores[layer.digest].entries
+        found = self._stores[layer.digest].entries
+        entries = [row for row in found if row[0].kind not in ("char", "block")]
+        if len(entries) < len(found):  # in a tar they would be others' to make
+            log.warning("%s: device nodes left out: %d", show(b"/".join(name)),
+                        len(found) - len(entries))
         tree = Tree(self.check, self._census)
         tree.apply(entries)
         found = tree._node(name), tree._node(name[-1:]), tree.root

@@ -11003,7 +11003,8 @@ class FilesTest(StoredCase):
             raw_member(b"d", kind=b"5", mode=0o7777, uid=7),
             raw_member(b"d/f", b"1", mode=0o6755, uid=7, gid=8, pax=[
                 (b"SCHILY.xattr.user.a", b"1")]),
-            raw_member(b"d/null", kind=b"3", major=1, minor=3, mode=0o666))
+            raw_member(b"d/null", kind=b"3", major=1, minor=3, mode=0o666),
+            raw_member(b"d/sda", kind=b"4", major=8, mode=0o666))
         reference, _ = self.offered([(DIRECTORY, layer, dict(PACKED, **{TITLE: "d"})),
                                      (FILE, b"2", "e/g")], {})
         statuses, err = [0], ""
@@ -11011,9 +11012,13 @@ class FilesTest(StoredCase):
         if ROOT:
             os.chmod(self.work, 0o777)
             statuses, err = self.as_nobody(argv + [self.at("nobody")])
+        run = self.main(*argv + [self.at("out.tar")])
+        with tarfile.open(self.at("out.tar")) as tar:
+            self.assertEqual([one.name for one in tar if one.isdev()], [])
         run = self.main(*argv + [self.at("out")])
         self.assertEqual(statuses + [run.status], [0, 0], err + run.err)
         self.assertNotIn("not set", err + run.err)
+        self.assertIn("'d': device nodes left out: 2", run.err)
         for path, mode in ((".", 0o755), ("d", 0o777), ("d/f", 0o755), ("e", 0o755),
                            ("e/g", 0o644)):
             facts = os.stat(self.at("out", path))
