@@ -4380,7 +4380,7 @@ class Partial:
         """
         try:
             os.lseek(self._fd, size, os.SEEK_SET)
-        except OSError:
+        except (OSError, OverflowError):
             raise OutputError(self.final, "no file can have %d bytes there" % size,
                               "--format oci keeps files smaller; or choose another "
                               "place with -o") from None
@@ -4736,7 +4736,8 @@ class TarReader(Reader):
                 name = entry.path.decode("utf-8", "backslashreplace")
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
-                link = name.count("/") == 1 and _FOLDER_LINK.fullmatch(entry.link)
+                link = entry.kind == "symlink" and name.count("/") == 1 and (
+                    _FOLDER_LINK.fullmatch(entry.link))
                 region = link.group(1).decode("ascii") if link else None
                 if entry.kind == "file" and not tar.sparse:
                     region = Region(self.path, tar.offset, entry.size)
@@ -4795,14 +4796,14 @@ class Origin(NamedTuple):
     what was pulled of it: "all", or which, comma-joined. `indexes` are kept, too: those
     that lead from there to the entry, or to all that an index made here lists, each
     behind what leads to it. An image made here (recompressed, once schema1) has none.
-    `subject` is the digest of what it came along with, "" for what was asked for.
+    `subject` is the Digest of what it came along with, None for what was asked for.
     """
 
     digest: Digest
     repository: str
     platforms: str
     indexes: Tuple[Digest, ...] = ()
-    subject: str = ""
+    subject: Optional[Digest] = None
 
     def annotations(self):
         """The annotations that say so; `of` reads them back."""
@@ -4819,8 +4820,9 @@ class Origin(NamedTuple):
                    for text in (digest + " " + indexes).split()]
         if digests[1:2] not in ([], digests[:1]):
             raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
-        return cls(digests[0], repository, platforms,
-                   tuple(digests[1:]), subject) if digests else None
+        return cls(digests[0], repository, platforms, tuple(digests[1:]),
+                   subject and Document.as_digest(subject, ORIGIN_ANNOTATION + "subject")
+                   ) if digests else None
 
 
 class Stored(NamedTuple):
@@ -4848,8 +4850,9 @@ class Stored(NamedTuple):
         By any other it could pass for an image, to those who know no such notes.
         """
         subject = self.origin and self.origin.subject
-        return bool(subject) and (self.name is None or self.name.rpartition(":")[2]
-                                  .startswith(subject.replace(":", "-")[:71]))
+        return bool(subject) and all(
+            name.rpartition(":")[2].startswith(subject.tag)
+            for name in (self.name, self.tag) if name is not None)
 
     @property
     def outermost(self):
@@ -4926,6 +4929,7 @@ class _Layout:
     def __init__(self, reader, noting):
         self._reader, self._noting = reader, noting
         self._seen = set()  # what was drawn, see walk
+        self._foreign = set()  # (digest, size) of what was proved and is no manifest
         self._below = {}  # digest of an index -> those it lists; None: not read
         self._made = {}  # digest -> bytes of a manifest made here
 
@@ -4975,8 +4979,10 @@ class _Layout:
         with self._noting(blob_name(digest)):
             digest.require_known()
             if kind and kind not in MANIFEST_SHAPES:
-                drain(proved(self._reader.region(blob_name(digest)).pieces(
-                    self._reader.check), digest, descriptor.size))
+                if descriptor[1:3] not in self._foreign:  # it may be large
+                    self._foreign.add(descriptor[1:3])
+                    drain(proved(self._reader.region(blob_name(digest)).pieces(
+                        self._reader.check), digest, descriptor.size))
                 raise Unsupported("it is of type %s" % printable(kind, 80))
             raw = self._made.get(digest) or self._reader.read(blob_name(digest))
             if descriptor.size not in (None, len(raw)):
@@ -4996,14 +5002,16 @@ class _DockerLayout(_Layout):
         log.warning("%s has no manifests: those of its images, and so their digests, "
                     "are made here", self._reader.path)
         with self._noting("manifest.json"):
-            images = {"images": parse_json(self._reader.read(
-                "manifest.json", CONTENTS_LIMIT), "manifest.json")}
+            images, regions = {"images": parse_json(self._reader.read(
+                "manifest.json", CONTENTS_LIMIT), "manifest.json")}, set()
             for image in Document(images, "manifest.json").children(
                     "images", INDEX_COUNT_LIMIT):
                 name = image.need("Config", str)
                 with self._noting(name):
-                    if name in self._reader.asked:  # docker gives all tags at once
+                    region = self._reader.region(name)
+                    if region in regions:  # docker gives all tags at once
                         raise InvalidDocument("manifest.json has it twice")
+                    regions.add(region)
                     made = self._manifest(name, image.get("Layers", list, []))
                     for tag in (image.get("RepoTags", list) or [""]) if made else ():
                         yield Descriptor(
@@ -5635,8 +5643,7 @@ def index_entry(image, name):
     document, platform = image.manifest, image.platform
     annotations = Origin(
         image.digest, image.reference.name, str(platform or ""),
-        tuple(index.digest for index in image.indexes),
-        str(image.subject or "")).annotations()
+        tuple(index.digest for index in image.indexes), image.subject).annotations()
     if name is not None:
         annotations.update({NAME_ANNOTATION: str(name), TAG_ANNOTATION: name.tag})
     return Descriptor.of(

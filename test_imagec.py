@@ -12251,9 +12251,20 @@ class AlongTest(StoredCase):
         for data in [image.manifest] + list(image.blobs.values()):
             members["blobs/sha256/" + sha256(data)[7:]] = data
         entry.update(image.descriptor())
-        own = entry["annotations"].pop(imagec.NAME_ANNOTATION)
-        for name, faults in ((self.ref, True), (self.ref + "0", True), (own, False)):
-            entry["annotations"][imagec.NAME_ANNOTATION] = name
+        notes, names = entry["annotations"], "names other images"
+        own, tag, subject = map(notes.get, (
+            imagec.NAME_ANNOTATION, imagec.TAG_ANNOTATION,
+            imagec.ORIGIN_ANNOTATION + "subject"))
+        for name, tag, subject, fault in (
+                (self.ref, tag, subject, names), (self.ref + "0", tag, subject, names),
+                (own, "latest", subject, names), (None, "latest", subject, names),
+                (self.ref + "0", "10", "1", "subject: invalid digest"),
+                (own, tag, subject, None), (None, None, subject, None)):
+            for key, text in ((imagec.NAME_ANNOTATION, name),
+                              (imagec.TAG_ANNOTATION, tag),
+                              (imagec.ORIGIN_ANNOTATION + "subject", subject)):
+                notes.pop(key, None)
+                notes.update({key: text} if text else {})
             members["referrers.json"] = json_bytes(beside)
             write_file(self.at("y.tar"), tar_bytes(
                 [(path.rstrip("/"), data) for path, data in members.items()]))
@@ -13427,6 +13438,14 @@ class AuditTest(StoredCase):
                 self.assertIn(words, run.err)
                 self.assertEqual(hint in run.err, words.startswith("no "))
 
+                # One config is parsed once, by whatever names.
+                (made(listing({}, {"Config": "c/l"}), raw_member(
+                    b"c/l", kind=b"2", link=b"../" + config + b".json")),
+                 "manifest.json has it twice"),
+                # Of a hard link the target is no path from where it stands.
+                (made(listing({"Config": "c/l"}), raw_member(
+                    b"c/l", kind=b"1", link=b"../" + config + b".json")),
+                 "not a regular file"),
     def test_nested_indexes_take_no_time(self):
         root = self.good("oci")
         top = os.path.join(root, "index.json")
@@ -13506,6 +13525,16 @@ class AuditTest(StoredCase):
             for count in itertools.count():
                 calls = iter([None] * count + [imagec.Timeout("not done")])
                 try:
+    def test_blob_of_many_types_is_hashed_once(self):
+        root, data = self.good("oci"), b"<xml/>"
+        path = write_file(os.path.join(root, AUDIT_BLOBS, sha256(data)[7:]), data)
+        index = json.loads(file_text(os.path.join(root, "index.json")))
+        index["manifests"] += [_descriptor("a/%d" % n, data) for n in range(9)]
+        write_file(os.path.join(root, "index.json"), json_bytes(index))
+        with mock.patch.object(imagec, "open", wraps=open, create=True) as opened:
+            self.assertEqual(len(imagec.Audit().check(root).unchecked), 9)
+        self.assertEqual(len([c for c in opened.call_args_list if c[0][0] == path]), 1)
+
                     look(mock.Mock(side_effect=calls))
                 except imagec.Timeout:
                     continue
