@@ -5944,7 +5944,9 @@ class ArchiveOutput(Spooled):
         """What stands behind the layers of these."""
         images = [(image, self.name_of(image)) for image in images]
         documents = dict(pair for image, _ in images for pair in image.documents)
-        members = [(blob_name(digest), raw) for digest, raw in documents.items()]
+        blobs = {layer.digest for image, _ in images for layer in image.layers}
+        members = [(blob_name(digest), raw) for digest, raw in documents.items()
+                   if digest not in blobs]  # of an artifact, say
         lists, repositories = {"index.json": [], REFERRERS: []}, {}
         for image, name in images:
             add_to_index(lists["index.json" if image.subject is None else REFERRERS],
