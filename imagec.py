@@ -7100,6 +7100,7 @@ class SignedBy:
 # 15  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
+LEFT_OUT = "left out, for %s lacks it: %s, of type %s"
 #: Parameter of a Session -> the rule that an image must keep before it is fetched.
 CHECKS = {"verify_keys": SignedBy}
 #: Name for --format -> what writes it.
@@ -7291,6 +7292,9 @@ class Session:
             if blob:
                 blob.discard()
                 others.append(entry)
+            else:
+                log.warning(LEFT_OUT, source.host, str(entry.digest),
+                            printable(entry.media_type, 80))
             return None
         return fetch
 
@@ -7300,28 +7304,34 @@ class Session:
         What goes by the tag of a digest is an index made here; see Source.referrers.
         Raises LimitExceeded, and what Registry.fetch_manifest raises.
         """
-        found, seen, size = list(images), set(), 0
+        along, seen = [], set()
         only = None if self.referrers else [
             entry.digest for image in images for *_, entry in image.signed if entry]
-        for above, one in ((above, one) for above in found  # it grows
-                           for one in (*above.indexes, above.manifest, *above.below)):
-            if (above.reference.name, one.digest) in seen:
-                continue
-            seen.add((above.reference.name, one.digest))
-            for image in self._referring(above, one.digest, only):
-                found.append(image)
-                size += sum(len(raw) for _, raw in image.documents)
-                if len(seen) > DOCUMENT_COUNT_LIMIT or size > DOCUMENT_BYTES_LIMIT:
-                    raise LimitExceeded("too much refers to %s" % (above.reference,))
-        return found[len(images):]
+        for image in images:
+            found, raws = [image], []
+            for above, one in ((above, one) for above in found  # it grows
+                               for one in (*above.indexes, above.manifest,
+                                           *above.below)):
+                if (above.reference.name, one.digest) in seen:
+                    continue
+                seen.add((above.reference.name, one.digest))
+                for more in self._referring(above, one.digest, only):
+                    found.append(more)
+                    raws += [raw for _, raw in more.documents]
+                    if len(raws) > DOCUMENT_COUNT_LIMIT or (
+                            sum(map(len, raws)) > DOCUMENT_BYTES_LIMIT):
+                        raise LimitExceeded("too much refers to %s"
+                                            % (image.reference,))
+            along += found[1:]
+        return along
 
     def _referring(self, above, digest, only):
         """Yields the Images of what refers to a document of the Image `above`."""
         def fetch(entry):
             one = entry.media_type in MANIFEST_SHAPES and source.document(entry)
             if not one:
-                log.warning("left out, for %s lacks it: %s, of type %s", source.host,
-                            str(entry.digest), printable(entry.media_type, 80))
+                log.warning(LEFT_OUT, source.host, str(entry.digest),
+                            printable(entry.media_type, 80))
             return one or None
 
         source = self.source(above.reference)
