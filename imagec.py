@@ -7883,10 +7883,11 @@ class Audit:
         Who has not noted what was pulled may have left out some of an index's images,
         but not all (image-layout.md: "MAY be missing").
         """
-        self._names[found.digest].add(found.name)
+        name = None if found.along else found.name
+        self._names[found.digest].add(name)
         listed, before = set(), set(self.absent)
         for document in found.documents:
-            self._names[document.digest].add(found.name)
+            self._names[document.digest].add(name)
             if isinstance(document, Index):
                 listed.update(entry.digest for entry in document.manifests)
             else:
@@ -8019,7 +8020,7 @@ class Audit:
                 said = set()
                 for entry in entries if type(entries) is list else [entries]:
                     entry = Document(entry, "manifest.json")
-                    image = [entry.need("Config", str), entry.get("Layers", list)]
+                    image = [entry.need("Config", str), entry.get("Layers", list, [])]
                     said.update(canonical_json(image + [tag and Reference.full(
                         str(tag))]) for tag in entry.get("RepoTags", list) or [None])
                 if said != images:

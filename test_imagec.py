@@ -13087,7 +13087,12 @@ class AuditTest(StoredCase):
         self.offer(build_image([], kind), kind=kind)
         name = "%s-%s" % (kind, format)
         if format != "rootfs":
-            self.good(format, name)
+            path = self.good(format, name)
+            if format == "archive":  # so docker writes it
+                self.rewritten(path, "manifest.json", raw_member(
+                    b"manifest.json", self.members(path)["manifest.json"].replace(
+                        b'"Layers":[]', b'"Layers":null')))
+                self.assertEqual(self.verify(path), "")
             return
         for path in (self.at(name), self.at(name + ".tar")):
             self.pull("--format", format, "-o", path, self.reference)
