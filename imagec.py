@@ -8374,15 +8374,19 @@ class Shelf:
             for document in found.documents:
                 digest = digest or document.digest
                 self.add((), None, document)
-                if not isinstance(document, Index):
-                    self._add_blobs(found, document, noting)
+                self._add_blobs(found, document, noting)
             if str(digest) in self.documents:
                 self._name(names, tag, str(digest))
 
-    def _add_blobs(self, found, image, noting):
-        blobs = (image.config,) if isinstance(image, Manifest) else ()
+    def _add_blobs(self, found, document, noting):
+        blobs = (document.config,) if isinstance(document, Manifest) else ()
         with noting("%sconfig.json" % found.tree):
-            blobs += image.layers if found.tree is None else found.layers(image)
+            if not isinstance(document, Index):
+                blobs += document.layers if found.tree is None else found.layers(
+                    document)
+            elif found.tree is None:  # in an index may be what is no manifest
+                blobs = [entry for entry in document.manifests
+                         if entry.media_type not in ("", *MANIFEST_SHAPES)]
         for blob in blobs:
             with noting(found.file_of(blob)):  # else it is asked for in vain
                 self.add_blob(blob.digest, found.reader.region(found.file_of(blob)))
@@ -8641,10 +8645,13 @@ class RegistryHandler:
             tags = shelf.tags(name, query.get("ns"))
         except KeyError:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
-        if kind == "blobs":
-            return self.blob(what)
-        if kind == "referrers":
-            return self.list_referrers(what, query.get("artifactType"))
+        if kind in ("blobs", "referrers"):
+            try:
+                digest = Digest.parse(what)
+            except InvalidReference:
+                return self.fail(400, "DIGEST_INVALID", "not a digest")
+            return self.blob(digest) if kind == "blobs" else self.list_referrers(
+                what, query.get("artifactType"))
         if kind is None:
             return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
                              {"name": name})
@@ -8677,15 +8684,12 @@ class RegistryHandler:
         body = json.dumps(dict(value, **{key: values})).encode("ascii")
         return self.send(200, body, "application/json", extra)
 
-    def blob(self, what):
-        try:
-            digest = Digest.parse(what)
-        except InvalidReference:
-            return self.fail(400, "DIGEST_INVALID", "not a digest")
+    def blob(self, digest):
+        """What a digest stands for, or a part of it."""
         region = self.server.shelf.blob(digest)
         if region is None:
             return self.fail(404, "BLOB_UNKNOWN", "blob unknown to registry")
-        headers = [("Docker-Content-Digest", what), ("Accept-Ranges", "bytes"),
+        headers = [("Docker-Content-Digest", str(digest)), ("Accept-Ranges", "bytes"),
                    ("Cache-Control", "max-age=31536000, immutable")]
         try:  # RFC 7233, 3.1: it means nothing to a HEAD
             part = self.command == "GET" and parse_range(self.headers.get("Range"),
