@@ -4820,9 +4820,10 @@ class Origin(NamedTuple):
                    for text in (digest + " " + indexes).split()]
         if digests[1:2] not in ([], digests[:1]):
             raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
-        return cls(digests[0], repository, platforms, tuple(digests[1:]),
-                   subject and Document.as_digest(subject, ORIGIN_ANNOTATION + "subject")
-                   ) if digests else None
+        subject = Document.as_digest(
+            subject, ORIGIN_ANNOTATION + "subject") if subject else None
+        return cls(digests[0], repository, platforms,
+                   tuple(digests[1:]), subject) if digests else None
 
 
 class Stored(NamedTuple):
