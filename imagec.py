@@ -4156,8 +4156,9 @@ def list_referrers(registry, repository, digest):
             page = decode_manifest(body, response.headers.get("Content-Type"))
             found += getattr(page, "manifests", ())
             size += len(body)
-            if size > DOCUMENT_BYTES_LIMIT:
-                raise LimitExceeded("more than %d bytes" % DOCUMENT_BYTES_LIMIT)
+            if size > DOCUMENT_BYTES_LIMIT or len(found) > INDEX_COUNT_LIMIT:
+                raise LimitExceeded("more than %d entries, or %d bytes" % (
+                    INDEX_COUNT_LIMIT, DOCUMENT_BYTES_LIMIT))
     except (RegistryError, InvalidDocument, Unsupported) as error:
         if found:
             raise InvalidDocument("%s: the list of referrers breaks off: %s" % (
@@ -4165,6 +4166,8 @@ def list_referrers(registry, repository, digest):
         # Some without such a list say 200 to everything.
         if getattr(error, "status", 404) not in NO_REFERRERS_API:
             raise
+        if not isinstance(error, RegistryError):
+            log.warning("taken for a registry without lists of referrers: %s", error)
     return found
 
 

@@ -7986,15 +7986,24 @@ class ReferrersTest(NetworkCase):
         with self.fails(imagec.InvalidDocument, "breaks off"):
             self.referring()
 
-    def test_t15_an_endless_list(self):
+    def test_a_list_that_is_none_is_told(self):
+        self.offer(self.sboms[0])
+        self.origin.fault("/referrers/", body(b'{"schemaVersion":2,"manifests":[{}]}'))
+        with self.assertLogs("imagec", "WARNING") as told:
+            self.assertEqual(self.referring(), {})
+        self.assertIn("without lists of referrers: ", told.output[0])
+
+    @rows([("DOCUMENT_BYTES_LIMIT", "%d bytes"), ("INDEX_COUNT_LIMIT", "%d entries")])
+    def test_t15_an_endless_list(self, limit, words):
         page = json_bytes({"schemaVersion": 2, "manifests": [
             self.sboms[0].descriptor()] * 1000})
         count = itertools.count()
         self.origin.fault("/referrers/", lambda reply: body(
             page, link='<?%d>; rel="next"' % next(count))(reply), EVER)
-        with mock.patch.object(imagec, "DOCUMENT_BYTES_LIMIT", 20 * len(page)), \
-                self.fails(imagec.InvalidDocument, "more than %d bytes" % (
-                    20 * len(page))):
+        most = 20 * (len(page) if "BYTES" in limit else 1000)
+        del self.origin.requests[:]
+        with mock.patch.object(imagec, limit, most), \
+                self.fails(imagec.InvalidDocument, words % most):
             self.referring()
         self.assertLess(len(self.origin.requests), 30)
 
