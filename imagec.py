@@ -4819,12 +4819,13 @@ class Origin(NamedTuple):
         """The Origin noted in an entry's; None for none. Raises InvalidDocument."""
         digest, repository, platforms, indexes, subject = [
             annotations.get(ORIGIN_ANNOTATION + field, "") for field in cls._fields]
-        digests = [Document.as_digest(text, ORIGIN_ANNOTATION + "digest")
-                   for text in (digest + " " + indexes).split()]
+        try:  # we write none of an algorithm unknown to us
+            digests = list(map(Digest.parse, (digest + " " + indexes).split()))
+            subject = Digest.parse(subject) if subject else None
+        except InvalidReference as error:
+            raise InvalidDocument(ORIGIN_ANNOTATION + "*: " + error.message) from None
         if digests[1:2] not in ([], digests[:1]):
             raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
-        subject = Document.as_digest(
-            subject, ORIGIN_ANNOTATION + "subject") if subject else None
         return cls(digests[0], repository, platforms,
                    tuple(digests[1:]), subject) if digests else None
 

@@ -12267,7 +12267,8 @@ class AlongTest(StoredCase):
         for name, tag, subject, fault in (
                 (self.ref, tag, subject, names), (self.ref + "0", tag, subject, names),
                 (own, "latest", subject, names), (None, "latest", subject, names),
-                (self.ref + "0", "10", "1", "subject: invalid digest"),
+                (self.ref + "0", "10", "1", "invalid digest"),
+                (self.ref + "0", "10", "sha256+b64u:x", "invalid digest"),
                 (own, tag, subject, None), (None, None, subject, None)):
             for key, text in ((imagec.NAME_ANNOTATION, name),
                               (imagec.TAG_ANNOTATION, tag),
