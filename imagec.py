@@ -8071,8 +8071,9 @@ class _Stock:
         if len(images) < len(self._names):
             log.info("not asked who signed what refers to others here: %d",
                      len(self._names) - len(images))
-        asked = [found for found in images if name is None or re.search(
-            "(?:^|[/:])%s\\Z" % re.escape(name), str(found.name or found.tag))]
+        asked = [found for found in images if name is None or any(re.search(
+            "(?:^|[/:])%s\\Z" % re.escape(name), one or "")
+            for one in (found.name, found.tag))]
         if not asked:
             raise VerificationError("there is no image %s" % (name or "to prove"))
         for found in asked:

@@ -13825,6 +13825,9 @@ class SignedVerifyTest(SignedCase):
         self.proved("out", 0, "signed by", "--image", "lab/app:1")
         self.proved("out", 3, "found none", "--image", "evil:1")
         self.proved("out", 3, "there is no image vil:1", "--image", "vil:1")
+        self.changed(lambda index: index["manifests"][-1]["annotations"].update({
+            imagec.NAME_ANNOTATION: self.origin.host + "/lab/evil:2"}))
+        self.proved("out", 3, "found none", "--image", "1")  # a reader's tag for it
 
     def test_served_again(self):
         """What was pulled by key is pulled by key from a server of it, too."""
