@@ -7048,7 +7048,7 @@ class SignedBy:
 
     def __init__(self, paths, name=None):
         self._keys, self._name = [], name and Reference.parse(str(name)).name
-        for path in [paths] if isinstance(paths, str) else paths:
+        for path in paths:
             try:
                 with open(path, "rb") as file:
                     self._keys.append(PublicKey.parse(file.read(KEY_LIMIT), str(path)))
@@ -7609,6 +7609,7 @@ class Puller:
 def _rule(keys, name):
     if keys is None and "IMAGEC_VERIFY_KEY" in os.environ:
         keys = os.environ["IMAGEC_VERIFY_KEY"].split(os.pathsep)
+    keys = [keys] if isinstance(keys, (str, os.PathLike)) else keys
     if name and not keys:
         raise UsageError("a name to verify, but no key", "add --verify-key")
     return CHECKS["verify_keys"](keys, name) if keys else None

@@ -12743,7 +12743,10 @@ class SignedPullTest(SignedCase):
             imagec.pull(self.reference, self.at("b.tar"), platform="linux/amd64",
                         verify_keys=[self.other])
         with mock.patch.dict(os.environ, rule):
-            for keys in ((), None, [pathlib.Path(self.key)], self.key):
+            with self.fails(imagec.UsageError, "'' cannot be read"):
+                imagec.pull(self.reference, self.at("a.tar"), verify_keys="")
+            for keys in ((), None, [pathlib.Path(self.key)], pathlib.Path(self.key),
+                         self.key):
                 imagec.pull(self.reference, self.at("a.tar"), platform="linux/amd64",
                             verify_keys=keys)
 
