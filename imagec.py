@@ -6956,11 +6956,12 @@ def _rsa(_curve, data):
     return n, e
 
 
-def _maker(keys, *made, jose=False):
+def _maker(keys, made, jose=False):
     """Which of the keys made one of (signature, message)s; raises VerificationError."""
-    for (signature, message), key in itertools.product(made, keys):
-        if key.verifies(signature, message, jose):
-            return key
+    for signature, message in made:
+        for key in keys:
+            if key.verifies(signature, message, jose):
+                return key
     raise VerificationError("by none of the keys")
 
 
@@ -6971,11 +6972,11 @@ def _libtrust(keys, _layer, raw):
     """
     payload = PrettySignature.parse(raw).payload
     signed = base64.urlsafe_b64encode(payload).decode("ascii").rstrip("=")
-    return _maker(keys, *[
+    return _maker(keys, (
         (entry.base64url("signature"),
          ("%s.%s" % (entry.need("protected", str), signed)).encode("utf-8"))
         for entry in Document.parse(raw, "manifest").children(
-            "signatures", SIGNATURE_COUNT_LIMIT)], jose=True), [
+            "signatures", SIGNATURE_COUNT_LIMIT)), jose=True), [
                 str(Digest.of(payload))], None
 
 
@@ -6984,7 +6985,8 @@ def _simple_signing(keys, layer, raw):
 
     containers/image, containers-signature.5.md.
     """
-    key = _maker(keys, (_base64(layer.annotations.get(SIGNATURE_ANNOTATION, "")), raw))
+    signature = _base64(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
+    key = _maker(keys, [(signature, raw)])
     critical = Document.parse(raw, "payload").need("critical", dict)
     if set(critical.value) != {"identity", "image", "type"} or (
             critical.need("type", str) != "cosign container image signature"):
@@ -7001,7 +7003,7 @@ def _bundle(keys, _layer, raw):
     envelope = Document.parse(raw, "bundle").need("dsseEnvelope", dict)
     kind = envelope.need("payloadType", str).encode("utf-8")
     payload = _base64(envelope.need("payload", str))
-    key = _maker(keys, *[
+    key = _maker(keys, [
         (_base64(entry.need("sig", str)),
          b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload))
         for entry in envelope.children("signatures", 1)])  # sigstore_bundle.proto
@@ -7094,11 +7096,14 @@ class SignedBy:
             if isinstance(one, Schema1Manifest) and one.media_type in SIGNATURE_FORMS:
                 yield one, None, one
             for tag, entries in place.referrers(one.digest).items():
-                for entry in entries:
-                    if tag != one.digest.tag or entry.artifact_type == SIGSTORE_BUNDLE:
-                        for layer in getattr(place.document(entry), "layers", ()):
-                            if layer.media_type in SIGNATURE_FORMS:
-                                yield one, entry, layer
+                entries = [entry for entry in entries if tag != one.digest.tag
+                           or entry.artifact_type == SIGSTORE_BUNDLE]
+                for entry in entries[:SIGNATURE_COUNT_LIMIT]:
+                    found = place.document(entry)
+                    # An image that has one among its layers would be kept, unsigned.
+                    for layer in getattr(found, "artifact_type", "") and found.layers:
+                        if layer.media_type in (SIMPLE_SIGNING, SIGSTORE_BUNDLE):
+                            yield one, entry, layer
 
 
 # --------------------------------------------------------------------------------------

@@ -11404,6 +11404,11 @@ def simple_payload(digest=SUM_A, name="registry.test/lab/app", critical=(), **ex
         "type": "cosign container image signature"}, **dict(critical)), **extra}
 
 
+def typed(media_type, raw):
+    """(layer, blob) of any type."""
+    return simple(raw)[0]._replace(media_type=media_type), raw
+
+
 def dsse(kind, payload, secret=TEST_SECRET, **changes):
     """A DSSE envelope, as a dict."""
     message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode("ascii"), len(payload),
@@ -12692,6 +12697,16 @@ class SignedPullTest(SignedCase):
             case.sign(case.index).layers[0]: b"{}"})),
         ("found 1 of which the registry has no bytes", lambda case: case.origin.blobs.pop(
             case.sign(case.index).layers[0])),
+        # what is signed as schema1 is, in a layer of a type; what is schema1
+        ("found none", lambda case: case.put(case.image, None, typed(
+            imagec.DOCKER_SCHEMA1_SIGNED, libtrust(
+                TEST_SECRET, payload=case.image.manifest)))),
+        ("found none", lambda case: case.origin.add("lab/app", tag_of(
+            case.index, ".sig"), build_image(FIELD_SMALL, "schema1-signed"))),
+        # an image besides: it would be kept
+        ("found none", lambda case: case.put(
+            case.index, None, simple(simple_payload(case.index.digest)),
+            typed(imagec.OCI_LAYER, EMPTY_LAYER))),
         # what another image is signed by, under this one's tag
         ("but of " + SUM_C, lambda case: case.put(
             case.index, None, simple(simple_payload(SUM_C)))),
@@ -12716,6 +12731,15 @@ class SignedPullTest(SignedCase):
         self.assertEqual(os.listdir(self.work), [])
         for digest in self.image.layers:
             self.assertEqual(self.blob_gets(digest), 0)
+
+    def test_no_list_of_signatures_is_followed_for_ever(self):
+        entries = [dict(self.image.descriptor(artifactType=imagec.SIGSTORE_BUNDLE),
+                        digest="sha256:%064d" % number) for number in range(100)]
+        self.origin.add("lab/app", tag_of(self.image), build_index(
+            [], extra_entries=entries))
+        self.run_it("digest", "--verify-key", self.key, self.reference, expect=3)
+        asked = [one for one in self.origin.requests if "sha256:000" in one.path]
+        self.assertEqual(len(asked), imagec.SIGNATURE_COUNT_LIMIT)
 
     def test_every_command_asks(self):
         """The rule of the host, what gets around it, and who is not bound."""
