@@ -9987,7 +9987,7 @@ class RecompressTest(StoredCase):
         self.assertNotIn("blobs/sha256/" + index.digest[7:], members)
         entry, = json.loads(members["index.json"].decode())["manifests"]
         self.assertEqual(imagec.Origin.of(entry["annotations"]), (
-            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), ""))
+            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), None))
 
     def test_what_was_said_of_the_old_bytes_is_gone(self):
         chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
