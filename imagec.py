@@ -110,6 +110,7 @@ SECRET_FORMS_LIMIT = 500  # spellings of secrets; each new token adds one or two
 HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
 NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
 JSON_DEPTH_LIMIT = 100  # objects and arrays inside one another; real ones stay under 20
+JSON_COUNT_LIMIT = 1 << 18  # of them all: an empty object may take 240 bytes
 INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 8259, 6)
 LAYER_COUNT_LIMIT = 2048  # layers of an image; docker itself stops at 127
 INDEX_COUNT_LIMIT = 16384  # entries of one index
@@ -715,6 +716,8 @@ def parse_json(raw, what, repeatable=False):
         return value
 
     try:
+        if raw.count(b"{") + raw.count(b"[") > JSON_COUNT_LIMIT:
+            raise ValueError("more than %d objects and arrays" % JSON_COUNT_LIMIT)
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
                            parse_int=integer, parse_float=real, parse_constant=real)
         _check_depth(value)

@@ -18922,6 +18922,8 @@ LIMITS = (
     ("REFERENCE_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("a" * n)),
     ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
     ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(b'{"":' + b"1" * n + b"}", "")),
+    ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
+        b'{"a":[%s]}' % b",".join([b"{}"] * (n - 2)), "x")),
     ("JSON_DEPTH_LIMIT", 9, lambda n: imagec.Document.parse(
         b'{"":' * n + b"1" + b"}" * n, "")),
     ("INTEGER_LIMIT", 9, lambda n: imagec.Document({"size": n - 1}, "").size("size")),
