@@ -11404,7 +11404,7 @@ def simple_payload(digest=SUM_A, name="registry.test/lab/app", critical=(), **ex
         "type": "cosign container image signature"}, **dict(critical)), **extra}
 
 
-def typed(media_type, raw):
+def of_type(media_type, raw):
     """(layer, blob) of any type."""
     return simple(raw)[0]._replace(media_type=media_type), raw
 
@@ -12698,7 +12698,7 @@ class SignedPullTest(SignedCase):
         ("found 1 of which the registry has no bytes", lambda case: case.origin.blobs.pop(
             case.sign(case.index).layers[0])),
         # what is signed as schema1 is, in a layer of a type; what is schema1
-        ("found none", lambda case: case.put(case.image, None, typed(
+        ("found none", lambda case: case.put(case.image, None, of_type(
             imagec.DOCKER_SCHEMA1_SIGNED, libtrust(
                 TEST_SECRET, payload=case.image.manifest)))),
         ("found none", lambda case: case.origin.add("lab/app", tag_of(
@@ -12706,7 +12706,7 @@ class SignedPullTest(SignedCase):
         # an image besides: it would be kept
         ("found none", lambda case: case.put(
             case.index, None, simple(simple_payload(case.index.digest)),
-            typed(imagec.OCI_LAYER, EMPTY_LAYER))),
+            of_type(imagec.OCI_LAYER, EMPTY_LAYER))),
         # what another image is signed by, under this one's tag
         ("but of " + SUM_C, lambda case: case.put(
             case.index, None, simple(simple_payload(SUM_C)))),
