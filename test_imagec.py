@@ -17100,7 +17100,7 @@ MUTABLE_CALLS = frozenset("""
 """.split())
 
 IMPORT_SECONDS = 0.15  # of CPU; the promise is 0.1, the rest is for a busy machine
-IMPORT_RATIO = 2  # of what importing takes, to that of what any client must import
+IMPORT_RATIO = 2.5  # of what importing takes, to that of what any client must import
 IMPORT_FLOOR = ("hashlib", "http.client", "json", "logging", "ssl", "urllib.request")
 IMPORT_SCRIPT = """
 import importlib, sys, time
