@@ -12745,9 +12745,9 @@ class SignedPullTest(SignedCase):
         """The rule of the host, what gets around it, and who is not bound."""
         rule = {"IMAGEC_VERIFY_KEY": os.pathsep.join([self.other, self.key])}
         for command, *options in (
-                ("pull", "-o", self.at("x.tar")), ("pull", "--dry-run"), ("inspect",),
-                ("inspect", "--raw"), ("inspect", "--config"), ("layers",), ("digest",),
-                ("ls",)):
+                ("pull", "-o", self.at("x.tar")), ("pull", "--dry-run", "-o", self.at("y")),
+                ("inspect",), ("inspect", "--raw"), ("inspect", "--config"),
+                ("layers",), ("digest",), ("ls",)):
             with self.subTest(command, options=options):
                 argv = options + [self.reference]
                 self.unsign(self.index)
@@ -17635,10 +17635,10 @@ THREAT_FAULTS = worded(
      ("flipped bit, T21", flip(7), 1, THREAT_PINNED),
      ("last bit flipped, T21", flip(), 1, THREAT_PINNED)),
     ((imagec.LimitExceeded, "limit"),
-     ("endless, T52", endless(), EVER, THREAT_ALL[1:4]),
+     ("endless, T52", endless(), EVER, THREAT_ALL[1:5]),
      ("lying length, T53", headers(content_length="9" * 12), 1, THREAT_ALL[1:4])),
     ((imagec.SizeMismatch, "at least"),
-     ("endless, T52", endless(), EVER, THREAT_ALL[4:])),
+     ("endless, T52", endless(), EVER, THREAT_ALL[5:])),
     ((imagec.DigestMismatch, "disagree"),
      ("lying header", headers(docker_content_digest=sha256(b"")), 1, THREAT_ALL[2:4])),
     ((imagec.TransportError, ""),
