@@ -15827,8 +15827,9 @@ class OnDiskTest(CommandLineCase):
         self.put("a/lab", "--format", "oci", self.ref)
         self.put("X.TAR", "--format", "archive", self.ref)
         os.environ["HOME"] = self.at("a")
+        above = os.path.join(os.pardir, os.path.basename(self.work))
         for path in ("a/x.tar", "./a/lab", self.at("a", "lab"), "~/lab", "X.TAR",
-                     "../work/a/lab", "./X.TAR"):
+                     above + "/a/lab", "./X.TAR"):
             self.assertEqual(self.asked("digest", path), self.digest + "\n")
         os.chdir("a/lab")
         for path in (".", "../lab"):
