@@ -17101,7 +17101,7 @@ MUTABLE_CALLS = frozenset("""
 """.split())
 
 IMPORT_SECONDS = 0.15  # of CPU; the promise is 0.1, the rest is for a busy machine
-IMPORT_RATIO = 2.5  # of what importing takes, to that of what any client must import
+IMPORT_RATIO = 2  # of what importing takes, to that of what any client must import
 IMPORT_FLOOR = ("hashlib", "http.client", "json", "logging", "ssl", "urllib.request")
 IMPORT_SCRIPT = """
 import importlib, sys, time
@@ -17351,9 +17351,12 @@ class ArchitectureTest(unittest.TestCase):
                 return float(out[0])
 
             seconds("vendor.imagec")  # which compiles it
-            pairs = [(seconds("vendor.imagec"), seconds(*IMPORT_FLOOR))
-                     for _ in range(5)]
-        ours, theirs = (min(column) for column in zip(*pairs))
+            pairs = []
+            for _ in range(20):  # the least of some: a busy machine adds to each
+                pairs.append((seconds("vendor.imagec"), seconds(*IMPORT_FLOOR)))
+                ours, theirs = (min(column) for column in zip(*pairs))
+                if len(pairs) > 4 and ours < min(IMPORT_RATIO * theirs, IMPORT_SECONDS):
+                    break
         self.assertLess(ours / theirs, IMPORT_RATIO)
         self.assertLess(ours, IMPORT_SECONDS)
 
