@@ -166,8 +166,6 @@ RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 
                               522, 523, 524, 525, 530])  # the last: of CDNs
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
-TOKEN_LIFETIME_LIMIT = 86400  # seconds; a larger claim is not believed
-TOKEN_MARGIN = 5  # seconds before its end at which a token counts as over; regclient
 
 SERVE_THREADS = 256  # connections served at once
 SERVE_TIMEOUT = 60  # seconds for a request's head; a client may as long take nothing
@@ -3713,9 +3711,6 @@ def fetch_token(transport, url, credentials=None, trusting=None, token_hosts=())
     lifetime = document.value.get("expires_in")
     if type(lifetime) is not int or lifetime <= 0:
         lifetime = TOKEN_LIFETIME
-    lifetime = min(lifetime, TOKEN_LIFETIME_LIMIT)
-    if lifetime > 2 * TOKEN_MARGIN:
-        lifetime -= TOKEN_MARGIN
     return Token(value, started + lifetime)
 
 
@@ -3757,7 +3752,7 @@ class Endpoint:
         transport.tls.name(host, allow_http)
         self._tokens, self._scopes = {}, {}  # by repository
         self._warned = set()
-        self._probing, self._lock = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
 
     # -- where it is
 
@@ -3766,7 +3761,7 @@ class Endpoint:
 
         Raises TransportError where no registry answers.
         """
-        with self._probing:
+        with self._lock:
             if self.url is None:
                 # Of a mirror there is another place to ask, and sooner.
                 self.url = self.transport.retrying(
@@ -3811,14 +3806,11 @@ class Endpoint:
             if final.hostname == checked_url(url).hostname:
                 # http -> https, or another port
                 url = "%s://%s/v2/" % (final.scheme, final.netloc)
-                self.rank = response.rank
                 if response.status == 401:
                     with contextlib.suppress(AccessDenied):
                         # It may not be meant for what we ask next.
                         self._learn_challenge(response)
             response.discard()
-            log.debug("%s is a registry (%s)", url, response.headers.get(
-                API_VERSION_HEADER, "no version header"))
         return url
 
     # -- who we are there
