@@ -2461,8 +2461,6 @@ def _run_helper(command, text, program):
                 process.stdin.write(text.encode("utf-8"))
                 process.stdin.close()
             output.append(process.stdout.read(TOKEN_LIMIT + 1))
-            if len(output[0]) > TOKEN_LIMIT:
-                process.kill()
 
     # A thread: what the helper started may hold the pipe open after it is killed.
     reader = begin(talk)
