@@ -2591,30 +2591,6 @@ def origin(parts):
             parts.port or (443 if parts.scheme == "https" else 80))
 
 
-class _Wire(io.RawIOBase):
-    """What http.client reads a response from: a socket, with a _Kept's patience."""
-
-    def __init__(self, sock, connection):
-        super().__init__()
-        self._sock, self._connection = sock, connection
-        # http.client closes the socket under a response that is the connection's last;
-        # a file made from it keeps it open until the body is read.
-        self._file = sock.makefile("rb", buffering=0)
-
-    def readable(self):
-        return True
-
-    def makefile(self, *_args, **_kwargs):
-        return io.BufferedReader(self, 16 * KIB)
-
-    def readinto(self, buffer):
-        return self._connection.receive(self._sock, buffer)
-
-    def close(self):
-        self._file.close()
-        super().close()
-
-
 class _Reply(http.client.HTTPResponse):
     def _read_status(self):
         """The final status line: http.client knows of 100 only (RFC 9110, 15.2)."""
@@ -2652,31 +2628,31 @@ class _Kept(http.client.HTTPConnection):
         self.until = seconds and self._window + seconds
         self._allowed = seconds or self._transport.idle_timeout
 
-    def patience(self):
-        """Seconds the next step may take; raises Timeout where there are none left."""
-        self._transport.check()
-        now, idle = self._transport.clock(), self._transport.idle_timeout
-        left = min(self._transport.deadline, self.until or now + idle) - now
-        if left <= 0:
-            raise socket.timeout("next to nothing came for %g seconds" % self._allowed)
-        return left
+    def turns(self, most=float("inf"), what="next to nothing came"):
+        """Yields seconds to wait for the next step, which may take `most` together.
+
+        In short turns, so that a cancel is noticed in any case. Raises Timeout where
+        there are none left.
+        """
+        clock, now = self._transport.clock, self._transport.clock()
+        end = min(self.until or now + self._transport.idle_timeout, now + most,
+                  self._transport.deadline)
+        while True:
+            self._transport.check()
+            left = end - clock()
+            if left <= 0:
+                raise socket.timeout("%s for %g seconds"
+                                     % (what, min(most, self._allowed)))
+            yield min(left, CANCEL_NOTICED)
 
     def in_turns(self, sock, step, most=float("inf")):
-        """`step()` on a socket, of at most so many seconds.
-
-        It waits in short turns, so that a cancel is noticed in any case.
-        """
-        end = time.monotonic() + min(self.patience(), most)
-        while True:
-            left = end - time.monotonic()
-            sock.settimeout(max(0.001, min(left, CANCEL_NOTICED)))
+        """`step()` on a socket, of at most so many seconds."""
+        for seconds in self.turns(most):
+            sock.settimeout(seconds)
             try:
                 return step()
             except socket.timeout:
-                self.patience()  # raises where nothing is waited for
-                if left <= CANCEL_NOTICED:
-                    raise socket.timeout("next to nothing came for %g seconds"
-                                         % min(most, self._transport.idle_timeout))
+                pass
 
     def receive(self, sock, buffer):
         """How many bytes have come into `buffer`.
@@ -2697,8 +2673,10 @@ class _Kept(http.client.HTTPConnection):
         return received
 
     def response_class(self, sock, *args, **kwargs):
-        """What http.client reads a response with."""
-        return _Reply(_Wire(sock, self), *args, **kwargs)
+        """What http.client reads a response with, from a socket with our patience."""
+        reply = _Reply(sock, *args, **kwargs)
+        reply.fp.raw.readinto = lambda buffer: self.receive(sock, buffer)
+        return reply
 
     def connect(self):
         """TCP, the proxy's tunnel if any, TLS."""
@@ -2733,7 +2711,7 @@ class _Kept(http.client.HTTPConnection):
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
         allowed, option = self._request.allowed, self._request.option
-        found, worked = list(in_turn(resolved(host, port))), self._transport.worked
+        found, worked = resolved(host, port), self._transport.worked
         targets = [target for target in found
                    if allowed is None or _address_rank(target[4][0]) <= allowed]
         if found and not targets:
@@ -2754,10 +2732,9 @@ class _Kept(http.client.HTTPConnection):
         The first error is the one to tell: what cannot be reached at all comes last.
         """
         error, begun = None, {}
-        end = time.monotonic() + min(self.patience(), CONNECT_TIMEOUT)
         with selectors.DefaultSelector() as selector:
             try:
-                while targets or begun:
+                for turn in self.turns(CONNECT_TIMEOUT, "no connection"):
                     if targets:
                         *_, address = target = targets.pop(0)
                         try:
@@ -2766,9 +2743,10 @@ class _Kept(http.client.HTTPConnection):
                             selector.register(sock, selectors.EVENT_WRITE)
                         except OSError as reason:
                             error = error or reason
-                    turn = CONNECT_DELAY if targets else CANCEL_NOTICED
-                    left = end - time.monotonic()
-                    for key, _ in selector.select(min(turn, left)) if begun else ():
+                    elif not begun:
+                        raise error or OSError("the name has no address")
+                    turn = min(turn, CONNECT_DELAY) if targets else turn
+                    for key, _ in selector.select(turn) if begun else ():
                         sock = key.fileobj
                         selector.unregister(sock)
                         address = begun.pop(sock)
@@ -2777,11 +2755,6 @@ class _Kept(http.client.HTTPConnection):
                             return sock, address
                         error = error or OSError(number, os.strerror(number))
                         sock.close()
-                    self.patience()  # raises where nothing is waited for
-                    if begun and left <= 0:
-                        raise socket.timeout("no connection within %g seconds"
-                                             % CONNECT_TIMEOUT)
-                raise error or OSError("the name has no address")
             finally:
                 for sock in begun:
                     sock.close()
@@ -2795,11 +2768,10 @@ class _Kept(http.client.HTTPConnection):
     def _talk(self, data, count):
         """Sends `data`; the `count` bytes that come back."""
         self.send(data)
-        answer = b""
-        with contextlib.closing(_Wire(self.sock, self)) as wire:
-            while len(answer) < count:
-                answer += wire.read(count - len(answer))  # raises at its end
-        return answer
+        answer, got = memoryview(bytearray(count)), 0
+        while got < count:
+            got += self.receive(self.sock, answer[got:])  # raises at its end
+        return bytes(answer)
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
@@ -2845,24 +2817,22 @@ def dialled(family, kind, protocol, _name, address):
     return sock
 
 
-def in_turn(found):
-    """What getaddrinfo gave, the families in turn (RFC 8305, 4)."""
-    ways = [[one for one in found if (one[0] == found[0][0]) is first]
-            for first in (True, False)]
-    return filter(None, itertools.chain(*itertools.zip_longest(*ways)))
-
-
 def resolved(host, port):
-    """What socket.getaddrinfo gives for a host by TCP; raises TransportError."""
+    """What socket.getaddrinfo gives for a host by TCP, the families in turn (RFC 8305,
+    4); raises TransportError.
+    """
     if host.lower().endswith(".localhost"):  # not every resolver knows
         host = "localhost"
     try:
-        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise TransportError(
             "cannot resolve host %s: %s" % (host, _reason(error)),
             "check the name, the DNS and the proxy settings",
             retryable=error.errno == getattr(socket, "EAI_AGAIN", None)) from error
+    ways = [[one for one in found if (one[0] == found[0][0]) is first]
+            for first in (True, False)]
+    return list(filter(None, itertools.chain(*itertools.zip_longest(*ways))))
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -3009,7 +2979,7 @@ class Response:
             "", "identity")
         self.proxy = request.proxy
         self.length = self._framing(request.get_method())
-        self.rank = self.first_rank = connection.rank
+        self.rank = connection.rank
 
     def _framing(self, method):
         """The body's length or None; raises TransportError if framing is ambiguous."""
@@ -3187,8 +3157,8 @@ class Transport:
 
     def __init__(self, timeout=None, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
                  cacert=None, client_pair=None, proxy=None, storage_hosts=(),
-                 clock=time.monotonic, sleep=None):
-        self.clock, self._sleep = clock, sleep
+                 clock=time.monotonic):
+        self.clock = clock
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.deadline = float("inf") if timeout is None else clock() + timeout
         self.stop = None  # an exception, where all is to end by it
@@ -3259,29 +3229,26 @@ class Transport:
 
     def wait(self, seconds):
         """Sleeps, but not beyond the deadline or a cancel."""
-        if self._sleep is not None:
-            self._sleep(seconds)
-        else:
-            self._cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
+        self._cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
         self.check()
 
     # -- one exchange
 
-    def open(self, method, url, headers=None, data=None, trusting=None,
-             stay=None, option=None, seconds=None):
+    def open(self, method, url, headers=None, data=None, trusting=None, stay=None,
+             seconds=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         None where the user chose it. No redirect leads nearer than any server on the
         way is. Authorization stays with the origin it was meant for. Where `stay` is
         not None, the redirects stay with its host, and Authorization also goes to https
-        there and to those of these hosts (see names_host). `option` of the command line
-        would allow this URL's host; None: --storage-host, but the first. The headers
-        may take so many `seconds`, None: one silence.
+        there and to those of these hosts (see names_host), which --token-host names.
+        The headers may take so many `seconds`, None: one silence.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
         ranks, seen = [] if trusting is None else [trusting], set()
+        option = None if stay is None else "--token-host"  # would allow this URL's host
         for _ in range(REDIRECT_LIMIT + 1):
             url = parts.geturl()
             if url in seen:
@@ -3436,9 +3403,7 @@ def host_certificates(host, certs_dirs):
     """
     if "/" in host or host.startswith("."):
         return [], []
-    hosts = [host, host[:-len(":443")]] if host.endswith(":443") else [host]
-    if host == DOCKER_HUB_API:
-        hosts.append(DOCKER_HUB)
+    hosts = [host, DOCKER_HUB] if host == DOCKER_HUB_API else [host]
     for directory in (os.path.join(base, name) for base in certs_dirs
                       for name in hosts if base[0] != "~"):  # see Keyring.sources
         try:
@@ -3527,11 +3492,9 @@ def retry_after(value):
         return None
 
 
-def registry_error(response, what, kind=None):
+def registry_error(response, what):
     """The RegistryError for a response, in the server's own words where it has some
-    (distribution-spec, "Error Codes").
-
-    Of the class its status and codes mean, or of `kind` where that is not None.
+    (distribution-spec, "Error Codes"), of the class its status and codes mean.
     """
     try:
         body = response.read(ERROR_BODY_LIMIT, "error")
@@ -3543,8 +3506,8 @@ def registry_error(response, what, kind=None):
     words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
     words = "HTTP %d" % response.status + (
         words and ", " + printable(words, ERROR_TEXT_LIMIT))
-    kind = kind or {401: AccessDenied, 403: AccessDenied, 404: NotFound,
-                    429: RateLimited}.get(response.status, RegistryError)
+    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound, 429: RateLimited}.get(
+        response.status, RegistryError)
     if kind is not RegistryError and {"DENIED", "UNAUTHORIZED"} & set(codes):
         kind = AccessDenied
     meaning, hint = {
@@ -3685,8 +3648,7 @@ def fetch_token(transport, url, credentials=None, trusting=None, token_hosts=())
         if credentials and credentials.identity_token:
             ways.insert(0, ("POST",) + _oauth_form(url, credentials.identity_token))
         for method, *request in ways:
-            with transport.open(method, *request, trusting, token_hosts,
-                                "--token-host") as response:
+            with transport.open(method, *request, trusting, token_hosts) as response:
                 if response.status == 200:
                     return response.read(TOKEN_LIMIT, "token reply")
                 if method == "GET" or response.status not in (404, 405):

@@ -1309,7 +1309,7 @@ class RegistryCase(unittest.TestCase):
 
     def session(self, **options):
         session = imagec.Session(**dict({"idle_timeout": 5}, **options))
-        session.transport._sleep = self.naps.append
+        session.transport.wait = self.naps.append
         self.addCleanup(session.transport.close)
         return session
 
@@ -1321,8 +1321,8 @@ class RegistryCase(unittest.TestCase):
                             imagec.Platform.parse("linux/amd64"))
 
     def transport(self, named=(), **options):
-        transport = imagec.Transport(
-            sleep=self.naps.append, **dict({"idle_timeout": 5}, **options))
+        transport = imagec.Transport(**dict({"idle_timeout": 5}, **options))
+        transport.wait = self.naps.append
         for host in named:
             transport.tls.name(host)
         self.addCleanup(transport.close)
@@ -5884,17 +5884,18 @@ class TransportTest(NetworkCase):
             transport.retrying(lambda: self.get(transport, server.url + "/it"))
 
     def test_deadline_between_two_looks_at_the_clock(self):
-        times = iter([0, 1, 4, 6])
+        times = iter([0, 1, 2, 4, 6])
         kept = imagec._Kept(self.transport(timeout=5, clock=lambda: next(times)),
                             mock.Mock(type="http", host="registry.test"))
         kept.start(None)
         with self.assertRaises(socket.timeout):
-            kept.patience()
+            next(kept.turns())
 
     def test_deadline_ends_a_wait(self):
         now = [100.0]
         transport = self.transport(timeout=5, clock=lambda: now[0])
-        transport._sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)
+        transport._cancelled.wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
+        del transport.wait
         with self.fails(imagec.Timeout):
             transport.retrying(mock.Mock(side_effect=imagec.TransportError(
                 "it failed", retryable=True)))
@@ -5951,7 +5952,7 @@ class TransportTest(NetworkCase):
                 mock.patch("imagec.CONNECT_TIMEOUT", 0.5 if again is None else 10):
             if again is None:
                 with self.fails(imagec.TransportError, "registry.test", "no connection "
-                                "within" if "D" in addresses else "refused"):
+                                "for 0.5" if "D" in addresses else "refused"):
                     self.get(transport, url)
             else:
                 for _ in range(2):
@@ -5964,7 +5965,8 @@ class TransportTest(NetworkCase):
            ("", "")))
     def test_families_in_turn(self, families, expected):
         found = [(int(family), number) for number, family in enumerate(families)]
-        turns = list(imagec.in_turn(found))
+        with mock.patch("socket.getaddrinfo", return_value=found):
+            turns = imagec.resolved("registry.test", 80)
         self.assertEqual("".join(str(family) for family, _ in turns), expected)
         for family in (4, 6):  # in the order of the system's preference
             self.assertEqual(*([one for one in ones if one[0] == family]
@@ -6183,11 +6185,11 @@ class TLSFilesTest(FieldCase):
     def test_first_directory_of_the_host_is_the_only_one(self):
         bases = [self.at(name) for name in ("none", "one", "two")]
         for name in ("one/r.test/one.crt", "two/r.test/two.crt", "two/s.test:443/s.crt",
-                     "two/t.test/t.crt"):
+                     "two/t.test/t.crt", "two/docker.io/hub.crt"):
             self.file(name, "")
         for host, expected in (("r.test", "one.crt"), ("s.test:443", "s.crt"),
-                               ("t.test:443", "t.crt"), ("t.test:444", None),
-                               ("r.test:443", "one.crt"), ("../two/t.test", None),
+                               ("t.test:444", None), ("../two/t.test", None),
+                               (imagec.DOCKER_HUB_API, "hub.crt"),
                                ("..", None), (".", None)):
             roots, _ = imagec.host_certificates(host, bases)
             names = [os.path.basename(path) for path in roots]
@@ -8827,7 +8829,7 @@ class DownloadTest(DownloadCase):
         registry.fault("/blobs/", delay(0.1))
         downloads = [self.download(registry) for _ in range(2)]
         for one in downloads:
-            one._source.transport._sleep = None  # they wait for one another
+            del one._source.transport.wait  # they wait for one another
         results = []
         workers = [threading.Thread(target=lambda one=one: results.append(one.run()))
                    for one in downloads]
@@ -16444,7 +16446,7 @@ class CommandLineFailureTest(CommandLineCase):
     def test_cancel_leaves_no_socket_open(self):
         # The moments at which a cancel may come: with a kept connection in hand, and
         # with a new socket that is not connected yet.
-        for kept, place in ((True, "Transport.check"), (False, "_Kept.patience")):
+        for kept, place in ((True, "Transport.check"), (False, "_Kept.turns")):
             transport = imagec.Transport()
             if kept:
                 transport.open("GET", self.origin.url + "/v2/").read(1000, "reply")
