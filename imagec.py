@@ -2498,6 +2498,7 @@ def loopback(host):
 
 
 _PUBLIC, _PRIVATE, _LOOPBACK, _LINK_LOCAL = range(4)  # how near an address is
+ANYWHERE = _LINK_LOCAL  # as near as an address may be
 
 #: (how near, networks): the first that holds an address counts. IANA's special-purpose
 #: address registries; Pythons differ in what they take for global. In the first row the
@@ -2710,10 +2711,10 @@ class _Kept(http.client.HTTPConnection):
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
-        allowed, option = self._request.allowed, self._request.option
-        found, worked = resolved(host, port), self._transport.worked
+        option, worked = self._request.option, self._transport.worked
+        found = resolved(host, port)
         targets = [target for target in found
-                   if allowed is None or _address_rank(target[4][0]) <= allowed]
+                   if _address_rank(target[4][0]) <= self._request.allowed]
         if found and not targets:
             raise UnsafeRedirect("%s resolves to %s, which is nearer than %s" % (
                 host, found[-1][4][0], "the server that sent us there" if option else
@@ -2853,7 +2854,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
                 or bypasses_proxy(urllib.parse.urlsplit(req.full_url), no_proxy)):
             return None
         scheme, req.proxy, user, password = split_proxy(proxy)
-        req.allowed = None  # it is the proxy that knows the address
+        req.allowed = ANYWHERE  # it is the proxy that knows the address
         req.login = basic_header(user, password) if user else None
         if scheme != "http" or req.type == "https":
             req.tunnel = proxy
@@ -3234,20 +3235,20 @@ class Transport:
 
     # -- one exchange
 
-    def open(self, method, url, headers=None, data=None, trusting=None, stay=None,
+    def open(self, method, url, headers=None, data=None, trusting=ANYWHERE, stay=None,
              seconds=None):
         """The Response to one request, redirects followed; raises TransportError.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
-        None where the user chose it. No redirect leads nearer than any server on the
-        way is. Authorization stays with the origin it was meant for. Where `stay` is
+        ANYWHERE: the user chose it. No redirect leads nearer than any server on the way
+        is. Authorization stays with the origin it was meant for. Where `stay` is
         not None, the redirects stay with its host, and Authorization also goes to https
         there and to those of these hosts (see names_host), which --token-host names.
         The headers may take so many `seconds`, None: one silence.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
-        ranks, seen = [] if trusting is None else [trusting], set()
+        ranks, seen = [trusting], set()
         option = None if stay is None else "--token-host"  # would allow this URL's host
         for _ in range(REDIRECT_LIMIT + 1):
             url = parts.geturl()
@@ -3255,12 +3256,12 @@ class Transport:
                 raise UnsafeRedirect("%s redirects in a loop" % bare_url(url))
             seen.add(url)
             request = urllib.request.Request(url, data, headers, method=method)
-            request.allowed = trusting  # how near its address may be, None: anywhere
+            request.allowed = trusting  # how near its address may be
             request.option = option and "%s %s" % (option, parts.netloc)
             response = self._once(request, seconds or self.idle_timeout)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or location is None or data is not None:
-                response.first_rank = (ranks + [response.rank])[0]
+                response.first_rank = (ranks[1:] + [response.rank])[0]
                 return response
             response.discard()
             parts = checked_url(location, url)
@@ -3277,7 +3278,7 @@ class Transport:
                           "it with --token-host %s", bare_url(parts.geturl()),
                           response.place, parts.netloc)  # with -q, too
             ranks.append(response.rank)
-            trusting = None if lent else min(ranks)
+            trusting = ANYWHERE if lent else min(ranks)
             option = option or "--storage-host"
         raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
                                                              REDIRECT_LIMIT))
@@ -3318,7 +3319,6 @@ class Transport:
     def _take(self, request):
         """An idle connection to where the request goes, or a new one."""
         key = request.type, request.host, request.proxy
-        allowed = _LINK_LOCAL if request.allowed is None else request.allowed
         with self._lock:
             for connection in [one for one in self._idle[::-1] if one.key == key]:
                 self._idle.remove(connection)
@@ -3326,7 +3326,7 @@ class Transport:
                 with selectors.DefaultSelector() as selector:
                     selector.register(connection.sock, selectors.EVENT_READ)
                     spoilt = selector.select(0)
-                if connection.rank <= allowed and not spoilt:
+                if connection.rank <= request.allowed and not spoilt:
                     return connection
                 connection.close()
         return _Kept(self, request)
@@ -3467,12 +3467,9 @@ def _transport_error(error, url, option=None):
     if "alert" in str(error) and "CERTIFICATE" in str(error).upper():
         return CertificateError("%s wants a client certificate, or another one: %s" % (
             host, _reason(error)), "give it with --cert FILE --key FILE, or in certs.d")
-    if (isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-            or "unexpected eof" in str(error).lower()):  # 3.6 with a newer OpenSSL
-        return TransportError("%s closed the TLS connection" % host, retryable=True)
     if isinstance(error, socket.timeout) or str(error).endswith("timed out"):
         return Timeout("%s: %s" % (url, _reason(error)), retryable=True)
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) and "eof" not in str(error).lower():
         return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
                               "it may speak plain http: --insecure-allow-http")
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
@@ -3631,7 +3628,7 @@ def auth_url(challenge, repository, registry_url):
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
-def fetch_token(transport, url, credentials=None, trusting=None, token_hosts=()):
+def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts=()):
     """The Token that the token server at `url` (see auth_url) gives.
 
     Anonymous where `credentials` is None. With an identity token it is asked by POST,
@@ -3831,7 +3828,7 @@ class Endpoint:
             credentials = None
         try:
             return fetch_token(self.transport, url, credentials,
-                               None if named else self.rank, self._token_hosts)
+                               ANYWHERE if named else self.rank, self._token_hosts)
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
             error.hint = self.withheld or credentials and _WRONG_PASSWORD or error.hint

@@ -1956,7 +1956,7 @@ class NetworkCase(RegistryCase):
         return imagec.Registry(host or registry.host, transport or self.transport(),
                                credentials, **options)
 
-    def asking(self, url, realm, credentials=None, rank=None, **options):
+    def asking(self, url, realm, credentials=None, rank=imagec.ANYWHERE, **options):
         """An imagec.Registry at a URL that wants a token from that realm."""
         found = imagec.Registry(urllib.parse.urlsplit(url).netloc, self.transport(),
                                 credentials, **options)
@@ -7095,8 +7095,8 @@ class AuthorizationTest(NetworkCase):
         del self.said[:]
         self.gives(None if lent is None else "t", lambda: imagec.fetch_token(
             self.transport(), server.url + "/there",
-            imagec.Credentials("alice", PASSWORD), None,
-            [one.format(port=other.port) for one in named]).value,
+            imagec.Credentials("alice", PASSWORD),
+            token_hosts=[one.format(port=other.port) for one in named]).value,
             imagec.UnsafeRedirect, "another host" if name else "https to http")
         self.assertEqual(len(other.requests), lent is not None)
         self.assertEqual(len(authorizations(other)), bool(lent))
