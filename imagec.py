@@ -2959,7 +2959,7 @@ def bypasses_proxy(parts, no_proxy):
     return False
 
 
-class Response:
+class Response(contextlib.AbstractContextManager):
     """An HTTP response whose body is still to be read.
 
     `status`; `headers` (email.message.Message); `url` it finally came from, `place`
@@ -3055,9 +3055,6 @@ class Response:
                 self._transport.keep(connection)
             else:
                 connection.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_exc):
         self.close()
@@ -3469,18 +3466,18 @@ def _transport_error(error, url, option=None):
             host, _reason(error)), "give it with --cert FILE --key FILE, or in certs.d")
     if isinstance(error, socket.timeout) or str(error).endswith("timed out"):
         return Timeout("%s: %s" % (url, _reason(error)), retryable=True)
-    if isinstance(error, ssl.SSLError) and "eof" not in str(error).lower():
-        return TransportError("%s: TLS failed: %s" % (host, _reason(error)),
-                              "it may speak plain http: --insecure-allow-http")
+    if isinstance(error, ssl.SSLError):
+        ended = "eof" in str(error).lower()
+        return TransportError(
+            "%s: TLS failed: %s" % (host, _reason(error)), None if ended else
+            "it may speak plain http: --insecure-allow-http", retryable=ended)
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
 
 
 def retry_after(value):
     """Seconds a Retry-After header wants (RFC 7231, 7.1.3), None for none or junk."""
     import email.utils
-    if value is None:
-        return None
-    if re.fullmatch("[0-9]{1,9}", value.strip()):
+    if re.fullmatch("[0-9]{1,9}", (value or "").strip()):
         return int(value)
     try:
         when = email.utils.mktime_tz(email.utils.parsedate_tz(value))
@@ -3726,10 +3723,8 @@ class Endpoint:
             return self.url
 
     def _probe(self):
-        schemes = ["https"]
-        if self._allow_http or loopback(self.host):
-            schemes.append("http")
-        first = None
+        first, lenient = None, self._allow_http or loopback(self.host)
+        schemes = ["https", "http"] if lenient else ["https"]
         for scheme in schemes:
             try:
                 return self._probe_url("%s://%s/v2/" % (scheme, self.host))
@@ -3743,7 +3738,7 @@ class Endpoint:
                 first = first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
-        if schemes[-1] == "http" and "allow-http" in str(first.hint):
+        if lenient and "allow-http" in str(first.hint):
             first.hint = None  # it was
         raise first
 
