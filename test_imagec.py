@@ -7289,20 +7289,22 @@ class AuthorizedTest(NetworkCase):
 # -- Registry
 
 #: (name, FakeRegistry's options, root to trust, our options, scheme, None where the
-#: certificate is refused)
+#: certificate is refused, connections)
 NET_PROBES = (
-    ("loopback, plain", {}, None, {}, "http"),
-    ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https"),
-    ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https"),
-    ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https"),
-    ("untrusted", {"tls": True}, None, {}, None),
-    ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None),
-    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None),
-    ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https"),
-    ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https"),
-    ("expired, unverified", {"tls": "expired"}, None, {"skip": True}, "https"),
-    ("untrusted, http allowed", {"tls": True}, None, {"http": True}, "https"),
-    ("plain, http allowed", {}, None, {"http": True}, "http"),
+    ("loopback, plain", {}, None, {}, "http", 2),
+    ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https", 1),
+    ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https", 1),
+    ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https", 1),
+    ("untrusted", {"tls": True}, None, {}, None, 2),
+    ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None, 2),
+    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None, 2),
+    ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https", 1),
+    ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https", 1),
+    ("expired, unverified", {"tls": "expired"}, None, {"skip": True}, "https", 1),
+    # What does not speak TLS does not speak it unverified.
+    ("plain, http allowed", {}, None, {"http": True}, "http", 2),
+    ("TLS, http allowed", {"tls": True}, TEST_CERT, {"http": True}, "https", 1),
+    ("untrusted, http allowed", {"tls": True}, None, {"http": True}, "https", 2),
 )
 
 #: (what answers the first bytes of a connection to the TLS port,). T114
@@ -7399,16 +7401,15 @@ class ProbeTest(NetworkCase):
         return client.learn_registry_url()
 
     @rows(NET_PROBES)
-    def test_schemes_and_certificates(self, _name, kind, root, options, scheme):
+    def test_schemes_and_certificates(self, _name, kind, root, options, scheme, tries):
         os.environ["SSL_CERT_FILE"] = self.file("others.pem", OTHER_CERT)
         registry = self.registry(**kind)
         self.gives(scheme and "%s://%s/v2/" % (scheme, registry.host),
                    lambda: self.probe(registry, root, **options),
                    imagec.CertificateError, registry.host, "--insecure-skip-verify")
         self.assertEqual(authorizations(registry), [])
-        self.assertEqual({r.method for r in registry.requests},
-                         {"GET"} if scheme else set())
-        self.assertEqual(self.naps, [])
+        self.assertEqual([r.method for r in registry.requests], ["GET"] * bool(scheme))
+        self.assertEqual((registry.connections, self.naps), (tries, []))
 
     @rows([(False, imagec.TransportError), (True, imagec.CertificateError)])
     def test_t76_no_fallback_for_other_hosts(self, tls, error):
@@ -7422,14 +7423,6 @@ class ProbeTest(NetworkCase):
         place = by_name("registry.test", self.registry(tls=True))
         found = self.probe(None, host=place, http=True)
         self.assertEqual(found, "https://%s/v2/" % place)  # unverified, and stays so
-
-    # What does not speak TLS does not speak it unverified.
-    @rows([(False, None, 2), (True, None, 1), (True, TEST_CERT, 1)])
-    def test_t76_unverified_where_it_would_help(self, tls, root, expected):
-        registry = self.registry(tls=tls)
-        found = self.probe(registry, root, http=True)
-        self.assertEqual(found.partition(":")[0], "https" if tls else "http")
-        self.assertEqual(registry.connections, expected)
 
     @rows([(False,), (True,)])
     def test_t76_an_answer_over_tls_is_the_answer(self, http):
