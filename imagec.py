@@ -6777,7 +6777,8 @@ class PublicKey(NamedTuple):
                 raise ValueError("a key of the kind %.40s" % curve)
             if bits[:1] != b"\0":
                 raise ValueError("a key of odd bits")
-            return cls(name, curve, (_point if curve else _rsa)(curve, bits[1:]))
+            return cls(name, curve, _point(curve, bits[1:]) if curve else
+                       _rsa(bits[1:]))
         except ValueError as error:
             raise UsageError(
                 "%s: expected one PEM PUBLIC KEY, ECDSA on P-256 or P-384 or RSA of %d "
@@ -6793,15 +6794,14 @@ class PublicKey(NamedTuple):
         if self.curve:
             size = self.curve[0].bit_length() // 8
             try:
-                pair = _halves(signature, size) if jose else _integers(signature)
+                pair = _pair(signature, size if jose else None)
             except ValueError:
                 return False
             # Older cosigns took SHA-256 for P-384, too.
-            return _verify(self.curve, self.numbers, hashed, *pair) or size == 48 and (
-                _verify(self.curve, self.numbers, hashlib.sha384(message).digest(),
-                        *pair))
-        (n, e), size, number = self.numbers, len(signature), int.from_bytes(
-            signature, "big")
+            return _verify(*self[1:], hashed, *pair) or size == 48 and _verify(
+                *self[1:], hashlib.sha384(message).digest(), *pair)
+        (n, e), size = self.numbers, len(signature)
+        number = int.from_bytes(signature, "big")
         info = bytes.fromhex("3031300d060960864801650304020105000420") + hashed
         block = b"\0\1" + b"\xff" * (size - len(info) - 3) + b"\0" + info
         return size == -(-n.bit_length() // 8) and number < n and (
@@ -6869,34 +6869,30 @@ def _der(data, *tags):
     return found
 
 
-def _integers(data):
-    """The two numbers, not negative, of a SEQUENCE in DER; raises ValueError."""
-    parts = _der(*_der(data, 0x30), 0x02, 0x02)
-    numbers = tuple(int.from_bytes(part, "big") for part in parts)
-    if any(len(part) != number.bit_length() // 8 + 1
-           for part, number in zip(parts, numbers)):
-        raise ValueError("a number that is not DER")
-    return numbers
-
-
-def _halves(data, size):
-    """The two numbers of `size` bytes that `data` is; raises ValueError."""
-    if len(data) != 2 * size:
-        raise ValueError("what is not two numbers of %d bytes" % size)
-    return int.from_bytes(data[:size], "big"), int.from_bytes(data[size:], "big")
+def _pair(data, size=None):
+    """The two numbers of `size` bytes that `data` is, or, none negative, of a SEQUENCE
+    in DER; raises ValueError.
+    """
+    one, two = (data[:size], data[size:]) if size else _der(*_der(data, 0x30), 2, 2)
+    x, y = int.from_bytes(one, "big"), int.from_bytes(two, "big")
+    if (len(one), len(two)) != ((size, size) if size else (
+            x.bit_length() // 8 + 1, y.bit_length() // 8 + 1)):
+        raise ValueError("what is not two numbers of %s bytes" % (size or "as few"))
+    return x, y
 
 
 def _point(curve, data):
     """(x, y) of a point in its long form (SEC 1, 2.3.4); raises ValueError."""
     p, b = curve[:2]
-    x, y = _halves(data[1:], p.bit_length() // 8)
+    x, y = _pair(data[1:], p.bit_length() // 8)
     if data[:1] != b"\4" or max(x, y) >= p or (y * y - x * x * x + 3 * x - b) % p:
         raise ValueError("a point that is not on the curve")
     return x, y
 
 
-def _rsa(_curve, data):
-    n, e = _integers(data)
+def _rsa(data):
+    """(modulus, exponent) of an RSAPublicKey (RFC 8017, A.1.1); raises ValueError."""
+    n, e = _pair(data)
     least, most = RSA_BITS
     if not (least <= n.bit_length() <= most and n & e & 1 and 1 < e < 1 << 32):
         raise ValueError("RSA of %d bits, exponent %d" % (n.bit_length(), e))
@@ -6918,13 +6914,12 @@ def _libtrust(keys, _layer, raw):
     docker/libtrust, jsonsign.go.
     """
     payload = PrettySignature.parse(raw).payload
-    signed = base64.urlsafe_b64encode(payload).decode("ascii").rstrip("=")
-    return _maker(keys, (
-        (entry.base64url("signature"),
-         ("%s.%s" % (entry.need("protected", str), signed)).encode("utf-8"))
-        for entry in Document.parse(raw, "manifest").children(
-            "signatures", SIGNATURE_COUNT_LIMIT)), jose=True), [
-                str(Digest.of(payload))], None
+    signed = b"." + base64.urlsafe_b64encode(payload).rstrip(b"=")
+    made = ((entry.base64url("signature"),
+             entry.need("protected", str).encode("utf-8") + signed)
+            for entry in Document.parse(raw, "manifest").children(
+                "signatures", SIGNATURE_COUNT_LIMIT))
+    return _maker(keys, made, jose=True), [str(Digest.of(payload))], None
 
 
 def _simple_signing(keys, layer, raw):
@@ -7036,8 +7031,8 @@ class SignedBy:
         """Yields (document, Descriptor of a signature's manifest, its layer)."""
         leading = set()
         for one in reversed(documents):
-            if leading and not (isinstance(one, Index) and not leading.isdisjoint(
-                    entry.digest for entry in one.manifests)):
+            if leading and leading.isdisjoint(
+                    entry.digest for entry in getattr(one, "manifests", ())):
                 continue  # who signed this did not sign what leads to the image
             leading.add(one.digest)
             if isinstance(one, Schema1Manifest) and one.media_type in SIGNATURE_FORMS:
