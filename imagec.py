@@ -7818,13 +7818,12 @@ class Audit:
             with self._noting(os.path.relpath(error.filename, path)):
                 raise error
 
-        reader = None
         with self._noting("content"):
             reader = open_place(path, self._go_on, unlisted)
-        if reader is not None:
             for found in stored(reader, self._noting):
                 self._check_stored(found)
-            self._check_names(reader)
+            if not self.absent:  # or what it leads to would be "extra"
+                self._check_names(reader, collections.Counter(reader.names()))
         if not (self.images or self.faults or self.absent):
             raise OutputError(path, "no image is in it", "; ".join(self.unchecked)
                               or READABLE)
@@ -7858,29 +7857,27 @@ class Audit:
             raise  # of `check`; of no place at all
         except Unsupported as error:
             self.unchecked.append("%s: %s" % (name, error))
-        except (FileNotFoundError, PermissionError) as error:
-            self.absent[name] = "missing" if isinstance(error, FileNotFoundError) else (
-                "no permission to read it")
+        except FileNotFoundError:
+            self.absent[name] = "missing"
+        except PermissionError:
+            self.absent[name] = "no permission to read it"
         except ImagecError as error:
             self._fault(name, error)
 
     def _fault(self, name, text):
         self.faults.append("%s: %s" % (name, text))
 
-    def _check_names(self, reader):
+    def _check_names(self, reader, names):
         """An archive holds what its images need, once, and nothing else.
 
         Who loads one that holds more may take another image (one reads "./index.json"
         for "index.json"). A directory may hold what a pull has left.
         """
-        archive = isinstance(reader, TarReader)
-        names = collections.Counter(reader.names())
-        if self.absent:
-            return  # what they would lead to is no more "extra" than it is good
         if "oci-layout" in reader.asked:
             self._check_docker(reader, names)
         known = {"blobs/", "blobs/sha256/"}.union(reader.asked, (
             os.path.dirname(name) + "/" for name in reader.asked if "/" in name))
+        archive = isinstance(reader, TarReader)
         if archive and reader.docker:  # what is there for docker before 1.10
             known.update(name for name in names if re.fullmatch(
                 r"repositories|[0-9a-f]{64}/(VERSION|json|layer\.tar)?", name))
@@ -7896,8 +7893,7 @@ class Audit:
         """Whether a member is the blob it is called: docker leaves v1 configs there."""
         with contextlib.suppress(InvalidReference, InvalidDocument, VerificationError):
             digest = Digest.parse(name.replace("blobs/", "", 1).replace("/", ":"))
-            drain(proved(reader.region(name).pieces(self._go_on), digest))
-            return True
+            return not drain(proved(reader.region(name).pieces(self._go_on), digest))
         return False
 
     def _image(self, found, manifest):
@@ -7966,25 +7962,23 @@ class Audit:
             images.update(canonical_json([config, layers, tag])
                           for tag in tags or [None])
             named.update(tags if layers else ())
-        if "manifest.json" in names:
-            with self._noting("manifest.json"):
-                entries = parse_json(reader.read("manifest.json", CONTENTS_LIMIT),
-                                     "manifest.json")
-                said = set()
-                for entry in entries if type(entries) is list else [entries]:
-                    entry = Document(entry, "manifest.json")
-                    image = [entry.need("Config", str), entry.get("Layers", list, [])]
-                    said.update(canonical_json(image + [tag and Reference.full(
-                        str(tag))]) for tag in entry.get("RepoTags", list) or [None])
-                if said != images:
-                    raise InvalidDocument("names other images than index.json")
-        if "repositories" in names:  # of docker before 1.10, with ids of its own
-            with self._noting("repositories"):
-                said = Document.parse(reader.read("repositories", CONTENTS_LIMIT),
-                                      "repositories").value.items()
-                if named != {Reference.full("%s:%s" % (name, tag))
-                             for name, tags in said if type(tags) is dict
-                             for tag in tags}:
+        for name in sorted({"manifest.json", "repositories"}.intersection(names)):
+            with self._noting(name):
+                value = parse_json(reader.read(name, CONTENTS_LIMIT), name)
+                if name == "repositories":  # of docker before 1.10, with ids of its own
+                    good = named == {Reference.full("%s:%s" % (repository, tag))
+                                     for repository, tags in Document(value, name)
+                                     .value.items() if type(tags) is dict
+                                     for tag in tags}
+                else:
+                    good = images == {
+                        canonical_json([one.need("Config", str),
+                                        one.get("Layers", list, []),
+                                        tag and Reference.full(str(tag))])
+                        for one in Document({name: value}, name).children(
+                            name, INDEX_COUNT_LIMIT)
+                        for tag in one.get("RepoTags", list) or [None]}
+                if not good:
                     raise InvalidDocument("names other images than index.json")
 
 
@@ -8025,7 +8019,19 @@ class _Stock:
         if not asked:
             raise VerificationError("there is no image %s" % (name or "to prove"))
         for found in asked:
-            self._prove(rule, found)
+            name = found.name or found.tag or found.digest or (
+                found.tree + "manifest.json")
+            one = self._documents.get(found.digest)
+            if found.tree is not None and found.documents:
+                one = found.documents[-1]
+            if one is None:
+                raise VerificationError("%s: there is no manifest" % (name,))
+            if found.origin and found.origin.digest != found.outermost:
+                raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
+            # Nobody signed an index that was made here: but what it lists.
+            made = ORIGIN_ANNOTATION + "digest" in one.annotations
+            for each in made and getattr(one, "manifests", ()) or [one]:
+                rule.prove(name, [*self._documents.values(), each], self)
 
     def _refers(self, found, tags):
         """Whether this only says something of what is here, too, by all its names.
@@ -8040,20 +8046,6 @@ class _Stock:
         return all(getattr(each, "artifact_type", "") for each in listed) and (
             tags.issuperset(names) if names else one.subject in self._documents)
 
-    def _prove(self, rule, found):
-        name = found.name or found.tag or found.digest or found.tree + "manifest.json"
-        one = self._documents.get(found.digest)
-        if found.tree is not None and found.documents:
-            one = found.documents[-1]
-        if one is None:
-            raise VerificationError("%s: there is no manifest" % (name,))
-        if found.origin and found.origin.digest != found.outermost:
-            raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
-        # Nobody signed an index that was made here: but what it lists.
-        made = ORIGIN_ANNOTATION + "digest" in one.annotations
-        for each in made and getattr(one, "manifests", ()) or [one]:
-            rule.prove(name, [*self._documents.values(), each], self)
-
 
 def _run_verify(args, session):
     audit = Audit(session.transport.check).check(args.path)
@@ -8064,8 +8056,7 @@ def _run_verify(args, session):
     for absent in audit.absent.items():
         log.error("%s: %s: %s", args.path, *absent)
     if audit.faults:
-        raise VerificationError("%s: %d fault%s" % (
-            args.path, len(audit.faults), "s" * (len(audit.faults) > 1)))
+        raise VerificationError("%s: faults: %d" % (args.path, len(audit.faults)))
     if audit.absent:
         raise OutputError(args.path, "is incomplete: files missing, or not to be read: "
                           "%d" % len(audit.absent),
@@ -8073,12 +8064,11 @@ def _run_verify(args, session):
     if session.rule is not None:
         _Stock(open_place(args.path, session.transport.check)).prove(
             session.rule, args.image)
-    rest = ""
-    if audit.ignored:
-        rest = "; not looked at: %d" % len(audit.ignored)
+    ignored, rest = len(audit.ignored), ""
+    if ignored:
+        rest = "; not looked at: %d" % ignored
         log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
-                  audit.ignored[0], " and %d more" % (len(audit.ignored) - 1)
-                  if audit.ignored[1:] else "")
+                  audit.ignored[0], " and %d more" % (ignored - 1) * (ignored > 1))
     yield printable("%s: good: images: %d, blobs or files: %d%s" % (
         args.path, audit.images, audit.blobs, rest))
 
