@@ -6033,24 +6033,20 @@ _IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks 
 #: (major, minor) of the character devices that give nobody a right: null, zero, full,
 #: random, urandom, tty (Linux, admin-guide/devices.txt). Others are not made.
 _HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)])
-_DEVICE_MODE = 0o666
 
 
 class Census:
-    """The members that an image's layers may have together; counts from many threads.
-
-    `limit` is how many, the directories they imply included.
+    """Counts the members of an image's layers, and the directories they imply, up to a
+    limit; from many threads.
     """
 
     def __init__(self, limit=MEMBER_COUNT_LIMIT):
-        self._limit = limit
+        self._limit, self._lock = limit, threading.Lock()
         self._members = self._names = 0
-        self._lock = threading.Lock()
 
     def add(self, members, names, what):
-        """Counts so many `members` with so many bytes of `names`; or uncounts them.
-
-        Raises TooLarge, LimitExceeded; `what` is the layer they are in.
+        """Counts `members` of a layer `what`, their names of so many bytes; or uncounts
+        them. Raises TooLarge, LimitExceeded.
         """
         with self._lock:
             self._members += members
@@ -6067,38 +6063,38 @@ class Census:
 class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
-    `directory` is emptied first; each file's data goes to a file of its own in it.
-    `entries` lists (Entry, its data or None); data is (this store, where in it), small
-    because there may be millions. `census` counts them for the image, `what` is the
-    layer.
+    Each file's data goes to a file of its own in `directory`. `entries` lists (Entry,
+    its data or None); data is (this store, where in it), small because there may be
+    millions. `census` counts them for the image, `what` is the layer. `shared` tells
+    that several inodes may have the same data, for the layer is there twice.
     """
 
+    shared = False
+
     def __init__(self, directory, census=None, what="layer"):
-        remove_tree(directory)
-        os.makedirs(directory)
+        os.makedirs(directory, exist_ok=True)
         self._directory = directory
         self._census, self._what = census or Census(), what
-        self.entries, self._members, self._names = [], 0, 0
+        self.entries, self._names = [], 0
 
     def visit(self, tar):
-        """Keeps the members of a Tar."""
+        """Keeps the members of a Tar, and nothing of a try before, that failed."""
+        self._census.add(-len(self.entries), -self._names, self._what)
+        self.entries, self._names = [], 0
         for entry, data in tar:
             if b"\0" in entry.path + entry.link or not entry.link and (
                     entry.kind == "symlink"):
                 raise InvalidDocument("%s: %s: a NUL byte in its name, or a link to "
                                       "nothing" % (self._what, show(entry.path)))
+            where = None
+            if entry.kind == "file" and entry.size:
+                where = self, self._keep(data, "%s of %s" % (show(entry.path),
+                                                             self._what))
+            self.entries.append((entry, where))
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
-            self._members += 1
             self._names += names
             self._census.add(1, names, self._what)
-            kept = entry.kind == "file" and entry.size
-            self.entries.append((entry, (self, self._keep(
-                data, "%s of %s" % (show(entry.path), self._what))) if kept else None))
-
-    def forget(self):
-        """Another store takes its place."""
-        self._census.add(-self._members, -self._names, self._what)
 
     def path(self, number):
         """The file that holds the data of member `number`, and nothing else."""
@@ -6109,7 +6105,7 @@ class LayerStore:
         number = len(self.entries)
         path = self.path(number)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with naming_file(name), open(path, "xb") as file:
+        with naming_file(name), open(path, "wb") as file:
             self.write(file, data)
         return number
 
@@ -6128,7 +6124,7 @@ class LayerPack(LayerStore):
 
     def visit(self, tar):
         path = self.path(None)
-        with naming_file(path), open(path, "xb", buffering=CHUNK) as self._pack:
+        with naming_file(path), open(path, "wb", buffering=CHUNK) as self._pack:
             super().visit(tar)
 
     def path(self, _number):
@@ -6165,8 +6161,6 @@ class Tree:
         self.check, self._census = check, census or Census()
         self.root = Node(_IMPLICIT)
         self.unknown = 0  # members of no known kind, left out
-        self.shared = set()  # data that several inodes may have
-        self._applied = []
         self._detours = 0  # steps taken behind links
 
     def apply(self, entries):
@@ -6175,23 +6169,17 @@ class Tree:
         Whiteouts first, for they speak of the layers below wherever they stand. Raises
         InvalidDocument, LimitExceeded.
         """
-        if any(entries is earlier for earlier in self._applied):
-            self.shared.update(data for _, data in entries if data is not None)
-        self._applied.append(entries)
         hidden = [parts for parts in (self._parts(entry.path) for entry, _ in entries)
                   if is_whiteout(parts)]
         own = {self._parts(entry.path) for entry, _ in entries
                if hidden and entry.kind == "dir"}
-        taken = {}  # what whiteouts took away, by path
         for parts in hidden:
-            self._white_out(parts, own, taken)
-        todo, passes, lost = entries, 0, {}
+            self._white_out(parts, own)
+        todo, passes = entries, 0
         while todo:  # again, from the end, for links that stand before their targets
-            late = [row for row in todo if not self._add(*row, lost)][::-1]
+            late = [row for row in todo if not self._add(*row)][::-1]
             passes += 1
-            if len(late) == len(todo) and taken and lost is not taken:
-                lost = taken  # a link to a file and its whiteout give it a new name
-            elif len(late) == len(todo) or passes > _LINK_LIMIT:
+            if len(late) == len(todo) or passes > _LINK_LIMIT:
                 entry = late[0][0]
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
@@ -6203,8 +6191,7 @@ class Tree:
         self.check()  # here: every member's name comes by, each time it is looked at
         return member_parts(path)
 
-    def _white_out(self, parts, own, taken):
-        self.check()
+    def _white_out(self, parts, own):
         name = parts[-1]
         if name != _OPAQUE and name.startswith(_AUFS):
             return
@@ -6212,14 +6199,10 @@ class Tree:
         if hidden in (b"", b".", b".."):
             raise InvalidDocument("a whiteout of nothing: %s" % show(b"/".join(parts)))
         parent = self._directory(parts[:-1], own=own)
-        if parent is None:
-            return
-        if name != _OPAQUE:
-            node = parent.children.pop(hidden, None)
-            if node is not None and node.children is None:
-                taken[parts[:-1] + (hidden,)] = node
-        elif self._node(parts[:-1]) is parent:  # where a lower link leads is not meant
-            parent.children.clear()
+        if parent is not None and name != _OPAQUE:
+            parent.children.pop(hidden, None)
+        elif parent is not None and self._node(parts[:-1]) is parent:
+            parent.children.clear()  # where a lower link leads is not meant
 
     def _node(self, parts):
         """The inode that `parts` name, the last of them not followed; None for none."""
@@ -6276,11 +6259,8 @@ class Tree:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
         return trail[-1], names, []
 
-    def _add(self, entry, data, lost):
-        """Puts a member in place; False for a hard link whose target is not there.
-
-        `lost` are files by path that may be linked to though they are there no more.
-        """
+    def _add(self, entry, data):
+        """Puts a member in place; False for a hard link whose target is not there."""
         parts = self._parts(entry.path)
         if is_whiteout(parts):
             return True
@@ -6295,8 +6275,7 @@ class Tree:
         parent = self._directory(parts[:-1], make=True)
         old = parent.children.get(parts[-1])
         if entry.kind == "hardlink":
-            link = self._parts(entry.link)
-            target = self._node(link) or lost.get(link)
+            target = self._node(self._parts(entry.link))
             if target is None:
                 return False
             if target.children is not None:
@@ -6362,8 +6341,7 @@ class TreeWriter:
     """
 
     def __init__(self, tree):
-        self._tree = tree
-        self._root = hasattr(os, "geteuid") and os.geteuid() == 0
+        self._tree, self._root = tree, os.geteuid() == 0
         self.undone = collections.Counter()
         self.at = b""  # the path of what is being made
 
@@ -6419,7 +6397,7 @@ class TreeWriter:
     def _move(self, data, place):
         """A layer that is there twice has its data once: then each file is a copy."""
         store, number = data
-        if data not in self._tree.shared:
+        if not store.shared:
             return os.rename(store.path(number), place)
         with open(store.path(number), "rb") as file, open(place, "xb") as copy:
             for piece in pieces(file, check=self._tree.check):
@@ -6438,7 +6416,7 @@ class TreeWriter:
                 self._try("extended attributes not set", os.setxattr, place, name,
                           value, follow_symlinks=False)
         if entry.kind != "symlink":
-            os.chmod(place, _DEVICE_MODE if entry.kind == "char" else entry.mode)
+            os.chmod(place, 0o666 if entry.kind == "char" else entry.mode)
         self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
                   follow_symlinks=False)
 
@@ -6458,14 +6436,17 @@ def write_tree_tar(tree, write):
 
     Its data must be in LayerPacks.
     """
-    write(_entry_header(tree.root.entry, b"./"))
+    def header(entry, name):
+        write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:]))
+
+    header(tree.root.entry, b"./")
     with contextlib.ExitStack() as stack:
         files = {}
         for path, node, first in tree.walk():
             entry = node.entry
             if first is not None:
                 entry = entry._replace(kind="hardlink", size=0, link=first, xattrs=())
-            write(_entry_header(entry, path + b"/" * (entry.kind == "dir")))
+            header(entry, path + b"/" * (entry.kind == "dir"))
             if node.data is not None and first is None:
                 pack, where = node.data
                 if pack not in files:
@@ -6495,10 +6476,6 @@ def _copy_data(file, where, size, write, check):
     if file.tell() != where + size:
         raise OutputError(file.name, "has been tampered with")
     write(bytes(-size % TAR_BLOCK))
-
-
-def _entry_header(entry, name):
-    return tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:])
 
 
 class RootfsOutput(Spooled):
@@ -6550,12 +6527,11 @@ class RootfsOutput(Spooled):
 
     def visit(self, layer, tar):
         digest = layer.digest
-        if digest in self._stores:  # of a try that failed
-            self._stores.pop(digest).forget()
-        store = self._stores[digest] = (LayerPack if self._tar else LayerStore)(
-            os.path.join(self._spool, "layers", digest.hex), self._census,
-            "layer " + str(digest))
-        store.visit(tar)
+        if digest not in self._stores:
+            self._stores[digest] = (LayerPack if self._tar else LayerStore)(
+                os.path.join(self._spool, "layers", digest.hex), self._census,
+                "layer " + str(digest))
+        self._stores[digest].visit(tar)
 
     def close(self, images):
         (self._write_tar if self._tar else self._write_directory)(self._tree(*images))
@@ -6563,10 +6539,13 @@ class RootfsOutput(Spooled):
         return [self.path]
 
     def _tree(self, image):
-        tree = Tree(self.check, self._census)
+        tree, applied = Tree(self.check, self._census), set()
         for layer in image.layers:
+            store = self._stores[layer.digest]
+            store.shared = store in applied
+            applied.add(store)
             with naming("layer %s" % str(layer.digest)):
-                tree.apply(self._stores[layer.digest].entries)
+                tree.apply(store.entries)
         return tree
 
     def _write_directory(self, tree):
@@ -6585,22 +6564,17 @@ class RootfsOutput(Spooled):
             log.warning("%s: %s: %d", self.path, words, count)
 
     def _write_tar(self, tree):
+        def write(data, least=CHUNK):  # headers are many and small
+            pending.extend(data)
+            if len(pending) >= least:
+                self._write(bytes(pending))
+                del pending[:]
+
         pending = bytearray()
         if self.stream is None:
             check_free(self.path, tree_tar_size(tree))
-
-        def write(data):
-            pending.extend(data)
-            if len(pending) >= CHUNK:  # headers are many and small
-                flush()
-
-        def flush():
-            self._write(bytes(pending))
-            del pending[:]
-
         write_tree_tar(tree, write)
-        write(bytes(2 * TAR_BLOCK))
-        flush()
+        write(bytes(2 * TAR_BLOCK), 0)
 
     def abandon(self):
         if self._target is not None:
@@ -6624,6 +6598,7 @@ class _Blob(NamedTuple):
     """A file that is one member's data, in the shape of a LayerStore."""
 
     where: str
+    shared: bool
 
     def path(self, _number):
         return self.where
@@ -6651,8 +6626,13 @@ class FilesOutput(RootfsOutput):
         for blob in image.manifest.layers or (image.manifest.config,):
             kind, name = blob.media_type, blob.annotations.get(_TITLE)
             if not name and kind in _CHART_ENDINGS:
-                name = (self._chart(image) if fetched else "chart"
-                        ) + _CHART_ENDINGS[kind]
+                name = "chart"
+                if fetched:
+                    config = Document.parse(Reader(self._spool).read(
+                        "blobs/" + image.manifest.config.digest.hex, CONFIG_LIMIT),
+                        "config")
+                    name = config.need("name", str) + "-" + config.need("version", str)
+                name += _CHART_ENDINGS[kind]
             elif not name:
                 name = "%s-%.12s" % blob.digest + next(
                     ending for word, ending in _ENDINGS if re.search(word, kind))
@@ -6671,26 +6651,18 @@ class FilesOutput(RootfsOutput):
                                       "%s" % (image.reference, printable(path, 100)))
         return found
 
-    def _chart(self, image):
-        """NAME-VERSION of a Helm chart, by its config."""
-        value = Document.parse(Reader(self._spool).read(
-            "blobs/" + image.manifest.config.digest.hex, CONFIG_LIMIT), "config")
-        return "%s-%s" % (value.need("name", str), value.need("version", str))
-
     def _tree(self, image):
         tree, names = Tree(self.check, self._census), self._names(image)
         times = collections.Counter(blob.digest for _, blob in names)
         for name, blob in names:
             *above, last = name = tuple(name.encode("utf-8").split(b"/"))
             layer, = blob_layers([blob])
-            path = self.place(image, layer).path
+            path, shared = self.place(image, layer).path, times[blob.digest] > 1
             node = Node(Entry(b"", "file", blob.size, 0o644, 0, 0, 0),
-                        (_Blob(path), 0) if blob.size else None)
-            data = [node.data]
+                        (_Blob(path, shared), 0) if blob.size else None)
             if blob.annotations.get(_UNPACK, "").lower() == "true":
-                node, data = self._directory(name, layer, path)
-            if times[blob.digest] > 1:
-                tree.shared.update(data)
+                node = self._directory(name, layer, path)
+                self._stores[blob.digest].shared = shared
             tree._directory(above, make=True).children[last] = node
         own = (os.geteuid(), os.getegid()) if hasattr(os, "geteuid") else (0, 0)
         for _, node, _ in itertools.chain([(b"", tree.root, None)], tree.walk()):
@@ -6699,9 +6671,8 @@ class FilesOutput(RootfsOutput):
         return tree
 
     def _directory(self, name, layer, path):
-        """(the Node of a directory in a blob, all data that is in it).
-
-        Its members are called by its whole name, by the last part of it, or by none.
+        """The Node of a directory in a blob; its members are called by its whole name,
+        by the last part of it, or by none.
         """
         if layer.digest not in self._stores:
             unpack(Region(path, 0, layer.blob_size).pieces(), show(b"/".join(name)),
@@ -6715,8 +6686,7 @@ class FilesOutput(RootfsOutput):
         tree = Tree(self.check, self._census)
         tree.apply(entries)
         found = tree._node(name), tree._node(name[-1:]), tree.root
-        return next(node for node in found if node and node.children is not None), [
-            data for _, data in entries]
+        return next(node for node in found if node and node.children is not None)
 
 
 # --------------------------------------------------------------------------------------
@@ -8076,11 +8046,9 @@ def _run_verify(args, session):
 # --------------------------------------------------------------------------------------
 # 17  Look*: the files of an image, of no more layers than it takes
 # --------------------------------------------------------------------------------------
-# Layers are drawn newest first. A probe stands for all those below: what hides, deletes
-# or replaces it when the drawn ones are applied, does so to all that could be there.
-
-_PROBE = b"\0"  # the name of a file that no member of a layer has
-
+# Layers are drawn newest first, until one decides what is at a path. That can be told
+# where each member stands behind its directories, as builders have it: else a link in a
+# layer below could lead it anywhere, and all are drawn.
 
 class _Headers(LayerPack):
     """A LayerPack without data, but for that of member number `wanted`, if any."""
@@ -8108,46 +8076,44 @@ class Look:
             if any(one.digest == image.manifest.digest for one in found.documents))
         self._waiting = [layer for layer in image.layers if not layer.throwaway]
         self._drawn = []  # their _Headers, oldest first
+        self._hidden = set()  # what these hide of layers below: the parts of paths
+        self._plain = True  # whether no link below changes where their members are
 
     def find(self, path):
         """(path, Node, Tree) of what the text `path` leads to; raises NotFound."""
-        parts = member_parts(os.fsencode(path))
-        found, ways = self._known(parts)
-        while found is None:
-            headers = self._draw(self._waiting.pop())
-            self._drawn.insert(0, headers)
-            if not self._waiting or _hides(headers.entries, ways):
-                found, ways = self._known(parts)
-        way, node, tree = found
-        if node is None:
+        parts = way = member_parts(os.fsencode(path))
+        tree = None
+        while tree is None or not self._decided(way):
+            while not self._decided(way):
+                self._drawn.insert(0, self._headers(self._waiting.pop()))
+            tree = Tree(self._check, self._census)
+            for headers in self._drawn:
+                tree.apply(headers.entries)
+            directory, names, left = tree.lead(parts)
+            way = tuple(names + left)
+        node = directory.children.get(left[0]) if left else directory
+        path = b"/".join(way)
+        if node is None or left[1:]:
             raise NotFound("%s: there is no file %s" % (
-                self._image.reference or self._image.path, show(b"/" + way)))
-        return way, node, tree
+                self._image.reference or self._image.path, show(b"/" + path)))
+        return path, node, tree
 
     def data(self, node):
         """Yields the data of a file's Node, once all of its layer is proved."""
         if node.data is not None:
             headers, number = node.data
-            headers.forget()
-            with open(self._draw(headers.layer, number).path(None), "rb") as file:
+            headers.wanted = number
+            self._draw(headers)
+            with open(headers.path(None), "rb") as file:
                 yield from pieces(file, check=self._check)
 
-    def _draw(self, layer, wanted=None):
-        """The _Headers of a layer, which is proved."""
-        session, headers, what = self._session, None, "layer " + str(layer.digest)
-
-        def visit(tar):
-            nonlocal headers
-            if headers is not None:  # of a try that failed
-                headers.forget()
-            headers = _Headers(os.path.join(self._spool, "headers"), self._census, what)
-            headers.layer, headers.wanted = layer, wanted
-            headers.visit(tar)
-
+    def _draw(self, headers):
+        """Draws the layer of these _Headers, and proves it."""
         def look(chunks):
-            return unpack(chunks, what, session.max_layer_size, visit, True,
-                          self._check, layer.diff_id)
+            return unpack(chunks, "layer " + str(layer.digest), session.max_layer_size,
+                          headers.visit, True, self._check, layer.diff_id)
 
+        session, layer = self._session, headers.layer
         if self._found is None:
             place = Place(os.path.join(self._spool, layer.digest.hex))
             Download(session.source(self._image.reference), layer.blob, place, look,
@@ -8155,79 +8121,40 @@ class Look:
         else:
             region = self._found.reader.region(self._found.file_of(layer))
             prove(region.pieces(self._check), layer.blob, look, layer.diff_id)
+
+    def _decided(self, way):
+        """Whether no layer below those drawn has a say in what is there."""
+        return not self._waiting or self._plain and any(
+            way[:depth] in self._hidden for depth in range(len(way) + 1))
+
+    def _headers(self, layer):
+        """The _Headers of a layer; notes what that hides, and whether it is plain."""
+        headers = _Headers(self._spool, self._census, "layer " + str(layer.digest))
+        headers.layer = layer
+        self._draw(headers)
+        made, there = {()}, set()  # directories, and what else
+        for entry, _ in headers.entries:
+            self._check()
+            parts = member_parts(entry.path)
+            above = parts[:-1]
+            self._plain &= above in made and (entry.kind != "hardlink"
+                                              or member_parts(entry.link) in there)
+            if is_whiteout(parts):
+                self._hidden.add(above if parts[-1] == _OPAQUE else
+                                 above + (parts[-1][len(_WHITEOUT):],))
+            elif entry.kind == "dir":
+                made.add(parts)
+            elif entry.kind != "unknown":
+                self._plain &= parts not in made
+                there.add(parts)
+        self._hidden |= there
         return headers
-
-    def _known(self, parts):
-        """(what `find` gives, None where a layer below may decide; on which ways it has
-        to hide something for that, None: any layer may).
-        """
-        ways, way = [], parts
-        while way not in ways and (self._waiting or not ways):
-            ways.append(way)
-            try:
-                tree = self._tree(ways)
-                directory, names, left = tree.lead(parts)
-            except InvalidDocument:  # such as a hard link to what is below
-                if not self._waiting:
-                    raise
-                return None, None
-            way = tuple(names + left)
-        node = None if left[1:] else directory.children.get(left[0]) if left else (
-            directory)
-        if self._waiting and _PROBE in (node and node.children or ()):
-            return None, ways
-        if self._waiting and (b".." in left or self._doubtful(ways)):
-            return None, None
-        return (b"/".join(way), node, tree), ways
-
-    def _tree(self, ways):
-        """The Tree of the layers drawn, on probes where these ways lead."""
-        tree = Tree(self._check, Census(self._session.max_files))
-        if self._waiting:
-            tree.apply([(_IMPLICIT._replace(path=b"/".join(way + (_PROBE,)),
-                                            kind="file"), None) for way in ways])
-        for headers in self._drawn:
-            tree.apply(headers.entries)
-        return tree
-
-    def _doubtful(self, ways):
-        """Whether a link below could lead members drawn onto these ways, or off them:
-        any whose parents are not all made by a layer drawn.
-        """
-        rows = [(member_parts(entry.path.replace(_WHITEOUT, b"")), entry)
-                for headers in self._drawn for entry, _ in headers.entries]
-        made = {parts for parts, entry in rows if entry.kind == "dir"}
-        stray = [parts for parts, _ in rows if not made.issuperset(
-            parts[:depth] for depth in range(1, len(parts)))]
-        if any(entry.link or entry.path.endswith(_OPAQUE) for _, entry in rows):
-            return bool(stray)
-        return any(set(way).intersection(parts[len(os.path.commonprefix([
-            parts, way])):]) for way in ways for parts in stray)
-
-
-def _hides(entries, ways):
-    """Whether a layer may hide what is at one of these ways in layers below."""
-    paths = (entry.path.replace(_OPAQUE, b"").replace(_WHITEOUT, b"")
-             for entry, _ in entries if entry.kind != "dir")
-    return ways is None or any(parts == way[:len(parts)] for parts in map(
-        member_parts, paths) for way in ways)
 
 
 #: Kind of an Entry -> bits of a mode; a symlink's own mean nothing.
 _FILE_TYPES = {"file": stat.S_IFREG, "dir": stat.S_IFDIR, "char": stat.S_IFCHR,
                "block": stat.S_IFBLK, "fifo": stat.S_IFIFO,
                "symlink": stat.S_IFLNK | 0o777}
-
-
-def file_json(path, entry):
-    """A file as a JSON-able dict; `target` is that of a symlink, else None."""
-    path, target = (name.decode("utf-8", "backslashreplace")
-                    for name in (path, entry.link))
-    return {
-        "mode": stat.filemode(_FILE_TYPES[entry.kind] | entry.mode), "uid": entry.uid,
-        "gid": entry.gid, "size": entry.size, "mtime": time.strftime(
-            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0, entry.mtime // 10 ** 9))),
-        "path": "/" + path, "target": target if entry.kind == "symlink" else None}
 
 
 @contextlib.contextmanager
@@ -8244,7 +8171,15 @@ def _run_ls(args, session):
     with _looking(args, session) as look:
         path, node, tree = look.find(args.path)
         for path, node, _ in tree.walk(path, node):
-            file = file_json(path, node.entry)
+            entry, seconds = node.entry, max(0, node.entry.mtime // 10 ** 9)
+            path, target = (name.decode("utf-8", "backslashreplace")
+                            for name in (path, entry.link))
+            file = {
+                "mode": stat.filemode(_FILE_TYPES[entry.kind] | entry.mode),
+                "uid": entry.uid, "gid": entry.gid, "size": entry.size,
+                "mtime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
+                "path": "/" + path,
+                "target": target if entry.kind == "symlink" else None}
             yield json.dumps(file) if args.json else printable(
                 "%(mode)s %(uid)d:%(gid)d %(size)d %(mtime)s %(path)s" % file
                 + (" -> " + file["target"] if file["target"] else ""))
