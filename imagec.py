@@ -149,7 +149,7 @@ STALL_BYTES = 256 * KIB  # that a blob must bring in as long; a document must be
 LOCK_TOLD = 5  # seconds until it is told that another process is waited for
 LOCK_PATIENCE = 600  # seconds in which what it writes must grow
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
-CLEARING_UP = 1.0  # seconds after a first signal that a second leaves
+CLEARING_UP = 1.0  # seconds that a second signal leaves
 CONNECT_TIMEOUT = 10  # seconds until a connection, and for TLS on it; docker's for TLS
 CONNECT_DELAY = 0.25  # seconds until the next address is tried, too (RFC 8305, 5)
 IDLE_CONNECTIONS_LIMIT = 32  # kept for later; each is a descriptor, of often 1,024
@@ -6961,7 +6961,8 @@ class SignedBy:
     """
 
     def __init__(self, paths, name=None):
-        self._keys, self._name = [], name and Reference.parse(str(name)).name
+        self._keys = []
+        self._name = None if name is None else Reference.parse(str(name)).name
         for path in paths:
             try:
                 with open(path, "rb") as file:
@@ -7527,7 +7528,7 @@ def _rule(keys, name):
     if keys is None and "IMAGEC_VERIFY_KEY" in os.environ:
         keys = os.environ["IMAGEC_VERIFY_KEY"].split(os.pathsep)
     keys = [keys] if isinstance(keys, (str, os.PathLike)) else keys
-    if name and not keys:
+    if name is not None and not keys:
         raise UsageError("a name to verify, but no key", "add --verify-key")
     return CHECKS["verify_keys"](keys, name) if keys else None
 
@@ -8830,19 +8831,11 @@ class Terminated(BaseException):
     """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
 
 
-#: First row whose class fits gives the status.
-EXIT_STATUSES = (
-    (UsageError, 2),
-    (AccessDenied, 5),
-    (NotFound, 4),
-    (TooLarge, 1),
-    (VerificationError, 3),
-    (InvalidDocument, 3),
-    (ImagecError, 1),
-    (OSError, 1),
-    (KeyboardInterrupt, 130),
-    (Terminated, 143),
-)
+#: Of an error's classes the first that is here, itself before its bases, counts.
+EXIT_STATUSES = {
+    ImagecError: 1, OSError: 1, TooLarge: 1, UsageError: 2, VerificationError: 3,
+    InvalidDocument: 3, NotFound: 4, AccessDenied: 5, KeyboardInterrupt: 130,
+    Terminated: 143}
 
 
 class Progress(logging.Handler):
@@ -8860,29 +8853,25 @@ class Progress(logging.Handler):
         self.kind, self._stream, self._clock = kind, stream, clock
         self._terminal = stream is not None and stream.isatty() and (
             os.environ.get("TERM", "dumb") != "dumb")
-        self._layers = {}  # of this image: id -> its last Event, all bytes filled in
+        self._layers = {}  # of this image: id -> bytes there, in all, whether done
         self._received, self._began, self._due = 0, clock(), 0
         self._shown = ""  # the live line that is on the screen
 
     def emit(self, record):
         """Tells of a log record."""
-        lines = [record.getMessage()]
-        if record.exc_info:
-            lines += logging.Formatter().formatException(record.exc_info).splitlines()
-        for line in lines:
-            self.say(line, "" if record.levelno in (logging.INFO, logging.ERROR)
-                     else record.levelname.lower() + ": ")
+        kind = "" if record.levelno in (logging.INFO, logging.ERROR) else (
+            record.levelname.lower() + ": ")
+        for line in self.format(record).splitlines():
+            self.say(kind + line)
 
-    def say(self, text, kind=""):
+    def say(self, text):
         """One line; the live one comes back with the next Event."""
         text = encodable(printable(text, 2 * MESSAGE_LIMIT), self._stream)
         with self.lock:
-            self._write(["imagec: %s%s" % (kind, text)])
+            self._write(["imagec: " + text])
 
     def __call__(self, event):
         """Tells of an Event of a pull."""
-        if self.kind == "none":
-            return
         with self.lock:
             now, live = self._clock(), self.kind == "auto" and self._terminal
             interval = REDRAW_INTERVAL if live else PROGRESS_INTERVAL
@@ -8897,45 +8886,42 @@ class Progress(logging.Handler):
                 lines.append("%s%s" % (event.id and event.id + ": ", event.status))
             if self._layers and (now >= self._due or live and lines):
                 rest, self._due = self._rest(now), now + interval
-            if rest and not live:
-                lines, rest = lines + [rest], ""
-            if lines or rest:
+            if live:
                 self._write(lines, rest)
+            else:
+                self._write(lines + [rest] * bool(rest))
 
     def _count(self, event):
-        old = self._layers.get(event.id, event)
-        total = old.total if event.total is None else event.total
-        there = (old.current if event.current is None else event.current) or 0
+        before, total, _ = self._layers.get(event.id, (0, None, False))
+        total = event.total if total is None else total
+        done, there = event.status in self.DONE, event.current or 0
         if event.status == "Downloading":
-            self._received += max(0, there - old.current)
-        elif event.status in self.DONE:
-            there = total or there
-        self._layers[event.id] = event._replace(current=there, total=total)
+            self._received += max(0, there - before)
+        self._layers[event.id] = total or before if done else there, total, done
 
     def _rest(self, now):
         """Layers done and all, bytes there and all, rate, time left; ASCII only."""
-        layers = self._layers.values()
-        there = sum(layer.current for layer in layers)
-        sizes = [layer.total for layer in layers]
+        there, totals, done = zip(*self._layers.values())
         rate = self._received / max(now - self._began, 0.001)
-        text = "%d/%d %s" % (sum(layer.status in self.DONE for layer in layers),
-                             len(layers), human_size(there))
-        speed = " %s/s" % human_size(rate) if rate else ""
-        if None in sizes:  # as in schema1
-            return text + speed
-        left = " %d:%02d left" % divmod((sum(sizes) - there) / rate, 60) if rate else ""
-        return text + "/" + human_size(sum(sizes)) + speed + left
+        known = None not in totals  # as they are in schema1
+        text = "%d/%d %s" % (sum(done), len(done), human_size(sum(there)))
+        if known:
+            text += "/" + human_size(sum(totals))
+        if rate:
+            text += " %s/s" % human_size(rate)
+        if rate and known:
+            text += " %d:%02d left" % divmod((sum(totals) - sum(there)) / rate, 60)
+        return text
 
     def _write(self, lines, live=""):
         """Lines in the place of the live one, and that, cut where it would wrap."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full
-            if live:
-                width = 0
-                with contextlib.suppress(OSError, ValueError):  # not all terminals tell
-                    width = os.get_terminal_size(self._stream.fileno()).columns
-                live = live[:(width or 40) - 1]
-            self._stream.write("".join(["\r\x1b[K" if self._shown else ""]
-                                       + [line + "\n" for line in lines] + [live]))
+            width = 0
+            with contextlib.suppress(OSError, ValueError):  # not all terminals tell
+                width = live and os.get_terminal_size(self._stream.fileno()).columns
+            self._stream.write("".join(
+                ["\r\x1b[K" if self._shown else "", *(line + "\n" for line in lines),
+                 live[:(width or 40) - 1]]))
             self._stream.flush()
             self._shown = live
 
@@ -8966,26 +8952,26 @@ def layer_json(layer, **more):
                 blob_size=layer.blob_size)
 
 
-def pinned(reference, digest):
-    """`NAME:TAG@DIGEST`: the reference with what it stood for."""
-    return str(reference._replace(digest=digest))
+def pinned(image):
+    """`NAME:TAG@DIGEST`: an Image's reference with what it stood for, None for none."""
+    return image.reference and str(image.reference._replace(digest=image.digest))
 
 
 def _run_pull(args, session):
-    references = args.references + read_list(args.from_file, session.trying)
+    references = list(map(Reference.parse, args.references)) + read_list(
+        args.from_file, session.trying)
+    tag = None if args.tag is None else Reference.parse(args.tag)
     if not (references or session.failures):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
-    if args.tag is not None and (len(references) > 1 or args.tag.tag is None):
+    if tag is not None and (len(references) > 1 or tag.tag is None):
         raise UsageError("--tag names one image, as NAME[:TAG]")
     stream = None
     if args.output == "-":
-        if sys.stdout is None:
-            raise UsageError("standard output is closed")
+        if sys.stdout is None or sys.stdout.isatty():
+            raise UsageError("standard output is closed or a terminal: no image goes "
+                             "there", "pipe it on, or name a file with -o")
         stream = sys.stdout.buffer
-        if sys.stdout.isatty():
-            raise UsageError("will not write an image to a terminal",
-                             "pipe it on, or name a file with -o")
-    output = new_output(args.output, args.format, args.tag, stream)
+    output = new_output(args.output, args.format, tag, stream)
     if args.dry_run:
         yield from plan(session, references, output, args.platform, args.json)
         return
@@ -8993,9 +8979,7 @@ def _run_pull(args, session):
     if stream is not None:
         stream.flush()
     for image in images:
-        line = pinned(image.reference, image.digest)
-        if args.json:
-            line = json.dumps(image_json(image))
+        line = json.dumps(image_json(image)) if args.json else pinned(image)
         if stream is None:
             yield line
         elif args.json or not args.quiet:
@@ -9013,23 +8997,20 @@ def plan(session, references, output, platform, as_json):
              for image, blob, have in puller.plan(images)]
     there = sum(blob["present"] for blob in blobs)
     wanted = sum(blob["size"] or 0 for blob in blobs) - there
-    names = [pinned(image.reference, image.digest) for image in images]
+    names = list(map(pinned, images))
     if as_json:
         yield json.dumps({"images": names, "blobs": blobs, "to_fetch": wanted,
                           "present": there})
         return
     yield from names
     for blob in blobs:
-        whole = blob["size"] and blob["present"] == blob["size"]
-        yield "%s %s bytes, %s" % (
-            blob["digest"], "?" if blob["size"] is None else blob["size"],
-            "already there" if whole else "%(present)d there, the rest from %(from)s"
-            % blob)
+        yield "%s %s bytes, %d there, the rest from %s" % (
+            blob["digest"], blob["size"] or "?", blob["present"], blob["from"])
     yield "to fetch: %d bytes; already there: %d" % (wanted, there)
 
 
 def read_list(path, trying):
-    """The References in a file, one a line; "#" begins a comment. None: none.
+    """The References in a file in UTF-8, one a line; "#" begins a comment. None: none.
 
     A line is read inside of `trying(where it stands)`.
     """
@@ -9038,17 +9019,16 @@ def read_list(path, trying):
     if path == "-" and sys.stdin is None:
         raise UsageError("--from-file -, but standard input is closed")
     references, where = [], "standard input" if path == "-" else path
-    try:  # in UTF-8, whatever the locale
-        with io.TextIOWrapper(sys.stdin.buffer if path == "-" else open(path, "rb"),
-                              "utf-8") as file:
-            for number, line in enumerate(file, 1):  # Windows puts U+FEFF before files
-                line = line.lstrip("\ufeff").partition("#")[0].strip()
-                if line:
-                    with trying("%s, line %d" % (where, number)):
-                        references.append(Reference.parse(line))
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            text = file.read().decode("utf-8")
+        for number, line in enumerate(text.split("\n"), 1):
+            # Windows puts U+FEFF before files, which some join.
+            line = line.lstrip("\ufeff").partition("#")[0].strip()
+            with trying("%s, line %d" % (where, number)):
+                references += [Reference.parse(line)] if line else []
     except InvalidReference as error:
-        error.message = "%s, line %d: %s" % (where, number, error.message)
-        raise
+        raise UsageError("%s, line %d: %s" % (where, number, error)) from None
     except UnicodeDecodeError:
         raise UsageError("%s: not a list of references in UTF-8" % path) from None
     return references
@@ -9062,12 +9042,10 @@ def _run_layers(args, session):
 
 
 def _run_inspect(args, session):
-    if args.raw and args.platform is None:
-        yield asked(args, session, outermost=True).raw
-        return
-    image = asked(args, session)
+    outermost = args.raw and args.platform is None
+    image = asked(args, session, outermost)
     if args.raw:
-        yield image.manifest.raw
+        yield image.raw if outermost else image.manifest.raw
     elif not args.config:
         yield json.dumps(hidden(dict(
             inspection(image), referrers=referrers_json(image, session))), indent=2)
@@ -9092,21 +9070,20 @@ def inspection(image):
     documents = {one.digest: one for one in (
         image.indexes + (image.manifest,) + image.below)}
     value = {
-        "reference": image.reference and pinned(image.reference, image.digest),
-        "digest": str(image.digest), "media_type": documents[image.digest].media_type,
+        "reference": pinned(image), "digest": str(image.digest),
+        "media_type": documents[image.digest].media_type,
         "manifest_digest": str(image.manifest.digest),
         "image_id": image.image_id, "platform": image.platform and str(image.platform),
         "artifact_type": image.manifest.artifact_type or None,
         "total_size": total_size(documents.values()),
         "layers": list(map(layer_json, image.layers))}
-    for key in ("created", "author", "config"):
-        if image.config is not None and image.config.value.get(key) is not None:
-            value[key] = image.config.value[key]
+    if image.config is not None:
+        value.update((key, image.config.value[key]) for key in (
+            "created", "author", "config") if image.config.value.get(key) is not None)
+        value["history"] = list(history_json(image))
     if image.signed:
         value["signed_by"] = [{"key": key, "digest": str(digest)}
                               for key, digest, _ in image.signed]
-    if image.config is not None:
-        value["history"] = list(history_json(image))
     value["platforms"] = [
         {"platform": str(entry.platform), "digest": str(entry.digest),
          "size": entry.size, "total_size": total_size([documents.get(entry.digest)])}
@@ -9118,27 +9095,25 @@ def inspection(image):
 
 def referrers_json(image, session):
     """What refers to an image and to its indexes, None where that cannot be told."""
-    def found(digest):
-        if image.path is not None:
-            return stored_referrers(names, digest)
-        source = session.source(image.reference)
-        if source.home.url is None:  # it may be out of reach, and take its time
-            raise Unsupported("only a mirror was asked, not %s itself"
-                              % source.home.host)
-        return source.referrers(digest)
-
-    names = () if image.path is None else [
-        one._replace(documents=list(one.documents))
-        for one in stored(open_place(image.path), lenient)]
     documents = image.indexes + (image.manifest,)
     notes = "vnd.docker.reference.digest", "vnd.docker.reference.type"
     rows = [(*map(entry.annotations.get, notes), None, entry)  # by buildkit
             for one in documents if isinstance(one, Index)
             for entry in one.manifests if notes[0] in entry.annotations]
     try:
+        if image.path is None:
+            place = session.source(image.reference)
+            if place.home.url is None:  # it may be out of reach, and take its time
+                raise Unsupported("only a mirror was asked, not %s itself"
+                                  % place.home.host)
+            found = [place.referrers(one.digest) for one in documents]
+        else:
+            names = [one._replace(documents=list(one.documents))
+                     for one in stored(open_place(image.path), lenient)]
+            found = [stored_referrers(names, one.digest) for one in documents]
         rows += [(str(one.digest), entry.artifact_type, tag, entry)
-                 for one in documents for tag, entries in found(one.digest).items()
-                 for entry in entries]
+                 for one, tags in zip(documents, found)
+                 for tag, entries in tags.items() for entry in entries]
         return [{"subject": subject, "type": kind, "tag": tag,
                  "digest": str(entry.digest), "size": entry.size}
                 for subject, kind, tag, entry in rows]
@@ -9168,10 +9143,9 @@ def history_json(image):
 
 
 def _run_digest(args, session):
-    if args.platform in (None, "all"):
-        yield str(asked(args, session, outermost=True).digest)
-    else:
-        yield str(asked(args, session).manifest.digest)
+    outermost = args.platform in (None, "all")
+    found = asked(args, session, outermost)
+    yield str(found.digest if outermost else found.manifest.digest)
 
 
 def _run_auth(args, session):
@@ -9201,7 +9175,7 @@ def _run_tags(args, session):
     import fnmatch
     if args.newest is not None and args.newest < 1:
         raise UsageError("--newest %d: at least one" % args.newest)
-    name = args.reference._replace(digest=None)
+    name = Reference.parse(args.reference)._replace(digest=None)
     tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
             if fnmatch.fnmatchcase(tag, args.match))
     if args.newest is not None:
@@ -9233,134 +9207,99 @@ def encodable(text, stream):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def parse_seconds(text):
-    """A positive number of seconds; raises UsageError."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,6})?", text) or not float(text):
-        raise UsageError("not a number of seconds: %s" % printable(text, 40))
-    return float(text)
+def _row(words, explained=None, **more):
+    """What add_argument takes for `words`: names, and a metavar where it is no flag.
+
+    The metavar tells the type; one that ends in "..." may come more than once.
+    """
+    *names, last = words.split()
+    if last.startswith("-"):
+        return [*names, last], {"action": "store_true", "help": explained}
+    if last.endswith("..."):
+        more.update(action="append", dest=names[-1].strip("-").replace("-", "_") + "s")
+    kind = {"N": int, "BYTES": int, "SECONDS": float}.get(last, str)
+    return names, dict(more, metavar=last, help=explained, type=kind)
 
 
-def _row(*flags, **options):
-    return flags, options
-
-
-def _flag(*flags, **options):
-    return flags, dict(options, action="store_true")
-
-
-def _argument(parse):
-    """`parse` for argparse, which would otherwise hide the words of our errors."""
-    def parsed(text):
-        import argparse
-        try:
-            return parse(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parsed
-
-
-_REF = {"type": _argument(Reference.parse), "metavar": "REF",
-        "help": "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"}
+_REF = "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
 _SIGNED = [
-    _row("--verify-key", action="append", dest="verify_keys", metavar="FILE",
-         help="one of these public keys must have signed it; repeatable"),
-    _row("--verify-name", type=_argument(Reference.parse), metavar="HOST/REPOSITORY",
-         help="and under this name"),
-    _flag("--no-verify-key", help="take it, whoever signed it")]
-_IMAGE = [_row("reference", metavar="REF", help=_REF["help"] + ", or a path: ./PATH, "
-               "/PATH or FILE.tar"),
-          _row("--image", metavar="NAME", help="which of several at a path"), *_SIGNED]
-_HOSTS = {"action": "append", "default": [], "metavar": "HOST[:PORT]"}
-_PLACE = {"metavar": "PATH", "help": "a layers tree, layout or archive"}
-_JSON = _flag("--json", help="results as JSON")
+    _row("--verify-key FILE...", "one of these public keys must have signed it"),
+    _row("--verify-name HOST/REPOSITORY", "and under this name"),
+    _row("--no-verify-key", "take it, whoever signed it")]
+_IMAGE = [
+    _row("reference REF", _REF + ", or a path: ./PATH, /PATH or FILE.tar"),
+    _row("--image NAME", "which of several at a path"), *_SIGNED]
+_PLACE = _row("path PATH", "a layers tree, layout or archive")
+_JSON = _row("--json", "results as JSON")
 _LIMITS = [
-    _row("--max-layer-size", type=int, default=LAYER_SIZE_LIMIT, metavar="BYTES",
-         help="refuse layers that unpack to more; default %(default)s"),
-    _row("--max-files", type=int, default=MEMBER_COUNT_LIMIT, metavar="N",
-         help="refuse to unpack more files than this; default %(default)s")]
+    _row("--max-layer-size BYTES", "refuse layers that unpack to more; default "
+         "%(default)s", default=LAYER_SIZE_LIMIT),
+    _row("--max-files N", "refuse to unpack more files than this; default %(default)s",
+         default=MEMBER_COUNT_LIMIT)]
 COMMON_ARGUMENTS = [
-    _row("--platform", metavar="OS/ARCH[/VARIANT]", type=_argument(parse_platform),
-         action="append", help="default: this host's; all: the whole index (pull to "
-         "oci); repeatable (pull to oci or archive)"),
-    _row("-u", "--username", help="the password comes from IMAGEC_PASSWORD, or"),
-    _flag("--password-stdin", help="from standard input, all of it, or the terminal"),
-    _row("--authfile", metavar="FILE", help="the only file of credentials looked into"),
-    _flag("--no-creds", help="use no credentials that lie around"),
-    _row("--token-host", **_HOSTS, dest="token_hosts", help="may be sent the password "
-         "to give tokens"),
-    _row("--storage-host", **_HOSTS, dest="storage_hosts", help="may be redirected to, "
-         "wherever it is, also over http; repeatable"),
-    _row("--timeout", type=_argument(parse_seconds), metavar="SECONDS",
-         help="for the whole command; default: as long as bytes come"),
-    _row("--cacert", metavar="FILE", help="PEM roots to trust besides the system's"),
-    _row("--cert", metavar="FILE", help="PEM client certificate, with"),
-    _row("--key", metavar="FILE", help="its PEM key"),
-    _row("--proxy", metavar="URL", help="http://, socks5:// or socks5h://; default: "
-         "the environment's"),
-    _row("--mirror", **dict(_HOSTS, metavar="HOST[:PORT][/PREFIX]"), dest="mirrors",
-         help="try there first; repeatable"),
-    _flag("--insecure-skip-verify", help="take any TLS certificate of the registry, "
-          "its mirrors, token and storage hosts"),
-    _flag("--insecure-allow-http", help="fall back to unverified https, then to http"),
-    _flag("-q", "--quiet", help="no progress, no warnings"),
-    _flag("--debug", help="log each step; tracebacks of errors"),
-]
+    _row("--platform OS/ARCH[/VARIANT]...", "default: this host's; several: to oci or "
+         "archive; all: the whole index, to oci"),
+    _row("-u --username USER", "the password comes from IMAGEC_PASSWORD, or"),
+    _row("--password-stdin", "from standard input, all of it, or the terminal"),
+    _row("--authfile FILE", "the only file of credentials looked into"),
+    _row("--no-creds", "use no credentials that lie around"),
+    _row("--token-host HOST[:PORT]...", "may be sent the password to give tokens"),
+    _row("--storage-host HOST[:PORT]...", "may be redirected to, also over http"),
+    _row("--timeout SECONDS", "for the whole command; default: while bytes come"),
+    _row("--cacert FILE", "PEM roots to trust besides the system's"),
+    _row("--cert FILE", "PEM client certificate, with"),
+    _row("--key FILE", "its PEM key"),
+    _row("--proxy URL", "http://, socks5:// or socks5h://; default: the environment's"),
+    _row("--mirror HOST[:PORT][/PREFIX]...", "try there first"),
+    _row("--insecure-skip-verify", "take any TLS certificate of the registry, its "
+         "mirrors, token and storage hosts"),
+    _row("--insecure-allow-http", "fall back to unverified https, then to http"),
+    _row("-q --quiet", "no progress, no warnings"),
+    _row("--debug", "log each step; tracebacks of errors")]
 #: Command -> (function of the arguments and a Session that gives the results, help,
 #: arguments of its own).
 COMMANDS = {
     "pull": (_run_pull, "fetch images, every byte checked", [
-        _row("references", nargs="*", **_REF),
-        _row("--from-file", metavar="LIST", help="references, one a line, # comments; "
-             "- is standard input"),
-        _row("-o", "--output", default="images", metavar="PATH",
-             help="default: %(default)s; - is standard output"),
-        _row("--format", choices=list(OUTPUTS), help="default: archive where PATH ends "
-             "in .tar or is -, else layers"),
-        _flag("--keep-going", help="where one of several images fails, go on"),
-        _flag("--dry-run", help="say what would be fetched, and stop"),
-        _row("--recompress", choices=["gzip"], help="rewrite zstd layers, for Docker "
-             "before 23.0; digests change"),
-        _flag("--referrers", help="take along what refers to it: signatures, SBOMs (to "
-              "oci or archive)"),
-        _row("--tag", type=_argument(Reference.parse), metavar="NAME[:TAG]",
-             help="the name to load the image by; default: its own"),
-        _row("-j", "--jobs", type=int, default=JOBS, help="layers at once; default "
-             "%(default)s"),
+        _row("references REF", _REF, nargs="*"),
+        _row("--from-file LIST", "references, one a line, # comments; - is stdin"),
+        _row("-o --output PATH", "default: %(default)s; - is standard output",
+             default="images"),
+        _row("--format " + "|".join(OUTPUTS), "default: layers, or archive for .tar"),
+        _row("--keep-going", "where one of several images fails, go on"),
+        _row("--dry-run", "say what would be fetched, and stop"),
+        _row("--recompress gzip", "rewrite zstd layers for old Docker; digests change"),
+        _row("--referrers", "take along what refers to it (to oci or archive)"),
+        _row("--tag NAME[:TAG]", "the name to load the image by; default: its own"),
+        _row("-j --jobs N", "layers at once; default %(default)s", default=JOBS),
         *_LIMITS,
-        _row("--progress", choices=("auto", "plain", "none"), default="auto"),
-        _JSON] + _SIGNED),
+        _row("--progress auto|plain|none", choices=("auto", "plain", "none"),
+             default="auto"),
+        _JSON, *_SIGNED]),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
-               _IMAGE + [_JSON]),
-    "ls": (_run_ls, "list the files of an image, those below a path", _IMAGE + [
-        _row("path", nargs="?", default="/", metavar="PATH"), *_LIMITS, _JSON]),
-    "cat": (_run_cat, "one file of an image", _IMAGE + [
-        _row("path", metavar="PATH"), *_LIMITS]),
-    "inspect": (_run_inspect, "say what an image is", _IMAGE + [
-        _flag("--raw", help="the manifest's exact bytes"),
-        _flag("--config", help="the config's exact bytes")]),
+               [*_IMAGE, _JSON]),
+    "ls": (_run_ls, "list the files of an image, those below a path", [
+        *_IMAGE, _row("path PATH", nargs="?", default="/"), *_LIMITS, _JSON]),
+    "cat": (_run_cat, "one file of an image", [*_IMAGE, _row("path PATH"), *_LIMITS]),
+    "inspect": (_run_inspect, "say what an image is", [
+        *_IMAGE, _row("--raw", "the manifest's exact bytes"),
+        _row("--config", "the config's exact bytes")]),
     "digest": (_run_digest, "print the manifest's digest", _IMAGE),
     "auth": (_run_auth, "say which credentials would be used for a registry", [
-        _row("host", metavar="HOST[:PORT][/REPOSITORY]")]),
+        _row("host HOST[:PORT][/REPOSITORY]")]),
     "serve": (_run_serve, "a read-only registry over what was pulled", [
-        _row("path", **_PLACE),
-        _row("--listen", default="127.0.0.1:5000", metavar="HOST:PORT",
-             help="default: %(default)s"),
-        _row("--tls-cert", metavar="FILE", help="PEM certificate, with"),
-        _row("--tls-key", metavar="FILE", help="its PEM key")]),
+        _PLACE,
+        _row("--listen HOST:PORT", "default: %(default)s", default="127.0.0.1:5000"),
+        _row("--tls-cert FILE", "PEM certificate, with"),
+        _row("--tls-key FILE", "its PEM key")]),
     "selftest": (_run_selftest, "prove that this host can pull", [
-        _row("host", nargs="?", metavar="HOST[:PORT]",
-             help="a registry to look at too")]),
+        _row("host HOST[:PORT]", "a registry to look at too", nargs="?")]),
     "verify": (_run_verify, "re-check, offline, what a pull wrote", [
-        _row("path", **_PLACE), *_SIGNED[:2],
-        _row("--image", metavar="NAME", help="only this one must be signed")]),
+        _PLACE, *_SIGNED[:2], _row("--image NAME", "only this one must be signed")]),
     "tags": (_run_tags, "list a repository's tags", [
-        _row("reference", **dict(_REF, metavar="REPO",
-                                 help="[HOST[:PORT]/]REPOSITORY")),
-        _row("--match", default="*", metavar="GLOB", help="only these: * ? [] in it"),
-        _row("--newest", type=int, metavar="N", help="the N newest versions, newest "
-             "first; without tags that have no digit, or are of signatures"),
-        _flag("--full", help="as REPOSITORY:TAG, which pull --from-file - takes"),
-        _JSON]),
+        _row("reference REPO", "[HOST[:PORT]/]REPOSITORY"),
+        _row("--match GLOB", "only these: * ? [] in it", default="*"),
+        _row("--newest N", "the newest versions, newest first; none without a digit"),
+        _row("--full", "as REPOSITORY:TAG, which pull --from-file - takes"), _JSON]),
 }
 
 
@@ -9458,29 +9397,26 @@ SESSION_OPTIONS = frozenset("""
 
 def exit_status(error):
     """The exit status an error means; None for one that is a defect of ours."""
-    return next((status for kind, status in EXIT_STATUSES if isinstance(error, kind)),
-                None)
+    return next(filter(None, map(EXIT_STATUSES.get, type(error).__mro__)), None)
 
 
 def main(argv=None):
     """Runs the command line `argv` (None: sys.argv); the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv
     progress, level, args = Progress(sys.stderr), log.level, None
-    progress.setLevel(logging.DEBUG if debug else logging.INFO)
     log.addHandler(progress)
-    log.setLevel(progress.level)
+    log.setLevel(logging.INFO)
     try:
         args = argument_parser(argv).parse_args(argv)
-        _run(args, progress)
-        return 0
+        if args.debug or args.quiet:
+            log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
+        return _run(args, progress)
     except (ImagecError, OSError, KeyboardInterrupt, Terminated) as error:
         if isinstance(error, OSError):
             _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
-        if debug:
-            log.debug("the error came from here", exc_info=True)
+        log.debug("the error came from here", exc_info=True)
         progress.say(_local_words(error, args) if isinstance(error, OSError)
                      else str(error) or "interrupted")
         return exit_status(error)
@@ -9492,21 +9428,20 @@ def main(argv=None):
 
 def _run(args, progress):
     progress.kind = "none" if args.quiet else getattr(args, "progress", "none")
-    if args.quiet and not args.debug:
-        progress.setLevel(logging.ERROR)
     if (args.cert is None) != (args.key is None):
         raise UsageError("--cert and --key go together")
     options = {name: value for name, value in vars(args).items()
-               if name in SESSION_OPTIONS}
+               if name in SESSION_OPTIONS and value is not None}
     if not hasattr(args, "no_verify_key"):  # no name means an image there
         options["verify_keys"] = options.get("verify_keys") or ()
     elif args.no_verify_key:
         options["verify_keys"] = ()
         log.warning("--no-verify-key: what comes is taken, whoever signed it")
-    args.platform = args.platform and parse_platform(args.platform)
+    args.platform = args.platforms and parse_platform(args.platforms)
     if isinstance(args.platform, list) and args.command != "pull":
         raise UsageError("%s takes one --platform" % args.command)
-    with Session(password=read_password(args), notify=progress,
+    with Session(password=read_password(args),
+                 notify=None if progress.kind == "none" else progress,
                  client_pair=args.cert and (args.cert, args.key),
                  **options) as session, _ending(session.transport):
         for result in args.run(args, session):
@@ -9514,10 +9449,9 @@ def _run(args, progress):
         for what, error in session.failures or ():
             log.error("failed: %s: %s", what, error)
         if session.failures:
-            error = session.failures[0][1]  # which gives the exit status
-            error.message, error.source, error.hint = "failed: %d" % len(
-                session.failures), None, None
-            raise error
+            log.error("failed: %d", len(session.failures))
+            return exit_status(session.failures[0][1])
+    return 0
 
 
 @contextlib.contextmanager
@@ -9555,7 +9489,7 @@ def _ending(transport):
 
 @contextlib.contextmanager
 def _second_signal(numbers):
-    """A second of these signals leaves CLEARING_UP seconds since the first, no more.
+    """A second of these signals leaves CLEARING_UP seconds, no more.
 
     A thread hears of them: Python itself runs a handler only when the system call it is
     in returns, and some do not.
@@ -9569,13 +9503,11 @@ def _second_signal(numbers):
     done = threading.Event()
 
     def listen():
-        end = None
+        heard = 0
         for number, in iter(lambda: os.read(ours, 1), b""):
-            if number in numbers and end and not done.wait(
-                    max(0, end - time.monotonic())):
+            heard += number in numbers
+            if heard > 1 and not done.wait(CLEARING_UP):
                 os._exit(128 + number)
-            if number in numbers:
-                end = end or time.monotonic() + CLEARING_UP
 
     thread = threading.Thread(target=listen, daemon=True)
     before = signal.set_wakeup_fd(wakeup)
@@ -9596,12 +9528,11 @@ def _local_words(error, args):
     """An OSError of this host in words: which file, what is wrong, what to do."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
     words = "%s%s" % (printable(name) + ": " if name else "", _reason(error))
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) or not hasattr(
+            args, "output") or error.filename and error.filename == args.from_file:
+        return words
     free = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or ",
             errno.EFBIG: "--format oci keeps files smaller; or "}.get(error.errno, "")
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) or (
-            getattr(args, "output", None) is None
-            or args.from_file is not None and error.filename == args.from_file):
-        return words
     return "%s; %schoose another place with -o" % (words, free)
 
 

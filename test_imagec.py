@@ -12396,7 +12396,8 @@ class DryRunTest(FieldCase):
     def test_what_is_there(self, format, name):
         self.pull(self.origin.host, to=name, format=format)
         lines = self.plan(format=format, name=name)
-        self.assertEqual(len([li for li in lines if "already there" in li]), 3)
+        self.assertEqual([line.split()[1] for line in lines[1:-1]],
+                         [line.split()[3] for line in lines[1:-1]])
         self.assertEqual(
             lines[-1], "to fetch: 0 bytes; already there: %d" % sum(self.sizes))
 
@@ -16076,8 +16077,7 @@ FAILURES = (
     ("no reference", "pull", 2, "REF"),
     ("unknown format", "pull --format floppy {ref}", 2, "floppy"),
     ("no job", "pull -j 0 {ref}", 2, "at least one"),
-    ("time that is no number", "digest --timeout x {ref}", 2,
-     "not a number of seconds: x"),
+    ("time that is no number", "digest --timeout x {ref}", 2, "float value: 'x'"),
     ("archive in a directory's place", "pull -o {root} --format archive {ref}", 1,
      "is a directory"),
     ("layers of no bytes", "pull --max-layer-size 0 {ref}", 2, "over 0"),
@@ -17373,7 +17373,7 @@ class ReadmeTest(RegistryCase):
 
     def test_exit_statuses(self):
         rows = re.findall(r"^\| ([0-9]+) \|", self.section("Exit statuses"), re.M)
-        statuses = {number for _, number in imagec.EXIT_STATUSES} | {0, 130, 143}
+        statuses = set(imagec.EXIT_STATUSES.values()) | {0}
         self.assertEqual({int(row) for row in rows}, statuses)
 
     def localized(self, command):
