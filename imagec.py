@@ -8220,7 +8220,7 @@ class Shelf:
         self.repositories = {}  # name -> tag -> digest, as text
         self.documents = {}  # digest, as text -> (bytes, media type)
         self.referrers = {}  # the same of a subject -> digest -> what an index says
-        self._blobs = {}  # Digest -> Region
+        self.blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
         if path is None:
             return
@@ -8269,7 +8269,7 @@ class Shelf:
                          if entry.media_type not in ("", *MANIFEST_SHAPES)]
         for blob in blobs:
             with noting(found.file_of(blob)):  # else it is asked for in vain
-                self.add_blob(blob.digest, found.reader.region(found.file_of(blob)))
+                self.blobs[blob.digest] = found.reader.region(found.file_of(blob))
 
     def add(self, names, tag, document):
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
@@ -8288,10 +8288,6 @@ class Shelf:
             tags = self.repositories.setdefault(name, {})
             if tag is not None:
                 tags[tag] = digest
-
-    def add_blob(self, digest, region):
-        """Puts a blob on the shelf."""
-        self._blobs[digest] = region
 
     @staticmethod
     def names_of(host, repository):
@@ -8322,41 +8318,20 @@ class Shelf:
         What is on disk is hashed when it is first asked for, and again when its file
         has changed. Raises VerificationError, OSError.
         """
-        region = self._blobs.get(digest)
-        if region is None:
-            return None
-        identity = file_identity(region.path)
-        if self._good.get(region) != identity:
-            for _ in proved(region.pieces(), digest, region.size):
-                pass
+        region = self.blobs.get(digest)
+        identity = region and file_identity(region.path)
+        if region and self._good.get(region) != identity:
+            drain(proved(region.pieces(), digest, region.size))
             self._good[region] = identity
         return region
 
 
-def parse_range(value, size):
-    """(first, end) of a Range header (RFC 7233, 2.1), None to send all.
-
-    Raises ValueError where nothing of what is asked for is there.
-    """
-    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", value or "")
-    if not match or match.group(1) == match.group(2) == "":
-        return None  # none, several, or of other units: may be ignored
-    first, last = match.groups()
-    if not first:
-        first, last = max(0, size - int(last)), size - 1
-    first = int(first)
-    end = min(size, int(last) + 1) if last != "" else size
-    if first >= end:
-        raise ValueError("not satisfiable")
-    return first, end
-
-
-def new_server(shelf, address, credentials=None, tls=None, handler=None):
+def new_server(shelf, address, credentials=None, tls=None):
     """A threading HTTP server of a Shelf at (host, port); `serve_forever` runs it.
 
     `credentials` ask for Basic authentication; `tls` is a (certificate, key) pair of
-    files; `handler` is a subclass of RegistryHandler, None for that itself. At most
-    SERVE_THREADS connections are served at once, others take the place of idle ones.
+    files. At most SERVE_THREADS connections are served at once, others take the place
+    of idle ones.
     """
     import http.server
     import socketserver
@@ -8369,8 +8344,8 @@ def new_server(shelf, address, credentials=None, tls=None, handler=None):
         "shelf": shelf, "credentials": credentials, "context": context,
         "places": SERVE_THREADS, "lock": threading.Lock(),
         "since": {}})  # connection -> when it began to owe us a request's head, or None
-    return kind(address, type("Handler", (handler or RegistryHandler,
-                                          http.server.BaseHTTPRequestHandler), {}))
+    return kind(address, type(
+        "Handler", (RegistryHandler, http.server.BaseHTTPRequestHandler), {}))
 
 
 class _BoundedThreads:
@@ -8473,15 +8448,13 @@ class RegistryHandler:
                 "Transfer-Encoding" in self.headers):
             self.close_connection = True  # a body is not the next request
         try:
-            url = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            return self.fail(400, "NAME_INVALID", "no URL")
-        try:
             if self.allowed():
-                self.answer(url)
-        except (VerificationError, InvalidDocument, OSError) as error:
+                self.answer(urllib.parse.urlsplit(self.path))
+        except (VerificationError, InvalidDocument, OSError, ValueError) as error:
             if self.answered or isinstance(error, (ConnectionError, socket.timeout)):
                 raise  # what has been sent cannot be taken back: the connection ends
+            if isinstance(error, ValueError):
+                return self.fail(400, "DIGEST_INVALID", "not a digest, or no URL")
             log.error("not served: %s: %s", printable(self.path, 200), error)
             self.fail(500, "UNKNOWN", "what is stored here is damaged")
 
@@ -8499,16 +8472,14 @@ class RegistryHandler:
         """Whether the client may ask; answers it where not."""
         import hmac
         wanted = self.server.credentials
-        if wanted is None:
-            return True
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "basic" and hmac.compare_digest(
-                given.strip().encode("utf-8", "surrogateescape"),
-                wanted.basic().partition(" ")[2].encode("ascii")):
-            return True
-        self.fail(401, "UNAUTHORIZED", "authentication required",
-                  [("WWW-Authenticate", 'Basic realm="imagec"')])
-        return False
+        good = wanted is None or scheme.lower() == "basic" and hmac.compare_digest(
+            given.strip().encode("utf-8", "surrogateescape"),
+            wanted.basic().partition(" ")[2].encode("ascii"))
+        if not good:
+            self.fail(401, "UNAUTHORIZED", "authentication required",
+                      [("WWW-Authenticate", 'Basic realm="imagec"')])
+        return good
 
     def answer(self, url):
         """Finds out what is asked for, and sends it."""
@@ -8525,13 +8496,11 @@ class RegistryHandler:
             tags = shelf.tags(name, query.get("ns"))
         except KeyError:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
-        if kind in ("blobs", "referrers"):
-            try:
-                digest = Digest.parse(what)
-            except InvalidReference:
-                return self.fail(400, "DIGEST_INVALID", "not a digest")
-            return self.blob(digest) if kind == "blobs" else self.list_referrers(
-                what, query.get("artifactType"))
+        if kind == "blobs":
+            return self.blob(Digest.parse(what))
+        if kind == "referrers":  # all of them: to filter by type is optional
+            found = shelf.referrers.get(str(Digest.parse(what)), {})
+            return self.send(200, made_index(list(found.values())).raw, OCI_INDEX)
         if kind is None:
             return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
                              {"name": name})
@@ -8541,19 +8510,9 @@ class RegistryHandler:
         return self.send(200, *shelf.documents[digest],
                          headers=[("Docker-Content-Digest", digest)])
 
-    def list_referrers(self, digest, kind):
-        """What has a subject (distribution-spec, "Listing Referrers")."""
-        found = self.server.shelf.referrers.get(digest, {})
-        entries = [entry for entry in found.values()
-                   if kind in (None, entry.get("artifactType"))]
-        return self.send(200, made_index(entries).raw, OCI_INDEX, [
-            ("OCI-Filters-Applied", "artifactType")] if kind else [])
-
     def page(self, key, values, path, query, value):
         """A list, or as much of it as is asked for (distribution-spec, "tags")."""
-        if "last" in query:
-            values = [v for v in values if v > query["last"]]
-        extra = []
+        values, extra = [v for v in values if v > query.get("last", "")], []
         if re.fullmatch("[0-9]{1,9}", query.get("n", "")):
             count = int(query["n"])
             if count and len(values) > count:
@@ -8571,16 +8530,16 @@ class RegistryHandler:
             return self.fail(404, "BLOB_UNKNOWN", "blob unknown to registry")
         headers = [("Docker-Content-Digest", str(digest)), ("Accept-Ranges", "bytes"),
                    ("Cache-Control", "max-age=31536000, immutable")]
-        try:  # RFC 7233, 3.1: it means nothing to a HEAD
-            part = self.command == "GET" and parse_range(self.headers.get("Range"),
-                                                         region.size)
-        except ValueError:
-            return self.fail(416, "SIZE_INVALID", "nothing of that range is there", [
-                ("Content-Range", "bytes */%d" % region.size)])
-        first, end = part or (0, region.size)
+        first, end, size = 0, region.size, region.size
+        # RFC 7233, 3.1: any other range may be ignored; it means nothing to a HEAD.
+        part = self.command == "GET" and re.fullmatch(
+            "bytes=([0-9]{1,18})-([0-9]{0,18})", self.headers.get("Range", ""))
         if part:
-            headers.append(("Content-Range", "bytes %d-%d/%d" % (
-                first, end - 1, region.size)))
+            first, end = int(part.group(1)), min(int(part.group(2) or size) + 1, size)
+            if first >= end:
+                return self.fail(416, "SIZE_INVALID", "nothing of that range is there",
+                                 [("Content-Range", "bytes */%d" % size)])
+            headers.append(("Content-Range", "bytes %d-%d/%d" % (first, end - 1, size)))
         with region.open() as file:  # if gone, found out before the head
             self.head(206 if part else 200, end - first, "application/octet-stream",
                       headers)
@@ -8684,15 +8643,6 @@ j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
 """
 
 
-class _Tamperer(RegistryHandler):
-    """Sends zeros for the blob whose digest is the server's `tampered`."""
-
-    def send_part(self, file, at, count):
-        if self.path.rpartition("/")[2] == self.server.tampered:
-            return self.wfile.write(bytes(count))
-        return super().send_part(file, at, count)
-
-
 def test_shelf(directory):
     """A Shelf with one small image; its blobs, in `directory`, fit who runs this."""
     shelf, host, text = Shelf(), Platform.host(), b"This came through imagec.\n"
@@ -8708,25 +8658,17 @@ def test_shelf(directory):
     for data in (blob, config.raw):
         path = os.path.join(directory, Digest.of(data).hex)
         write_file(path, data)
-        shelf.add_blob(Digest.of(data), Region(path, 0, len(data)))
+        shelf.blobs[Digest.of(data)] = Region(path, 0, len(data))
     manifest = modern_manifest(
         config, [Descriptor(DOCKER_LAYER, Digest.of(blob), len(blob))])
     shelf.add(["selftest/image"], "latest", manifest)
     return shelf
 
 
-def _proxy_shown(url):
-    """A proxy without its user and password."""
-    try:
-        return "%s://%s" % split_proxy(url)[:2]
-    except UsageError as error:
-        return error.message
-
-
 def describe_host(rootless):
     """Yields (what, what it is, whether it is good enough) of a `rootless` host."""
     import shutil
-    yield "Python", "%d.%d.%d" % sys.version_info[:3], sys.version_info >= (3, 6)
+    yield "Python", "%d.%d.%d" % sys.version_info[:3], True
     yield "TLS", ssl.OPENSSL_VERSION, True
     codecs = ["gzip"]
     for name in ("bzip2", "xz", "zstd"):
@@ -8739,17 +8681,9 @@ def describe_host(rootless):
     paths = ssl.get_default_verify_paths()
     yield "CA roots", "none: " + NO_ROOTS if rootless else (
         paths.cafile or paths.capath or "the system's"), not rootless
-    proxies = {key: value if key == "no" else _proxy_shown(value) for key, value in
-               urllib.request.getproxies().items() if key in ("http", "https", "no")}
-    yield "proxies", ", ".join("%s: %s" % pair for pair in sorted(proxies.items())) or (
-        "none"), True
-    try:
-        sources = ", ".join(name for name, config in Keyring().sources() if config)
-    except CredentialsError as error:  # pulls with --no-creds work all the same
-        sources = str(error)
-    yield "credentials", sources or "no sources", True
-    free = shutil.disk_usage(".").free
-    yield "disk here", "%d MB free" % (free // 10 ** 6), free > MIB
+    # Their URLs may hold passwords.
+    yield "proxies for", ", ".join(sorted(urllib.request.getproxies())) or "none", True
+    yield "disk here", "%d MB free" % (shutil.disk_usage(".").free // 10 ** 6), True
 
 
 def pull_test_image(directory):
@@ -8759,9 +8693,9 @@ def pull_test_image(directory):
     """
     pem = os.path.join(directory, "test.pem")
     write_file(pem, _TEST_PEM.encode("ascii"))
-    server = new_server(test_shelf(directory), ("127.0.0.1", 0),
-                        Credentials("selftest", "of no worth"), (pem, pem), _Tamperer)
-    server.tampered = None
+    shelf = test_shelf(directory)
+    server = new_server(shelf, ("127.0.0.1", 0),
+                        Credentials("selftest", "of no worth"), (pem, pem))
     options = {"cacert": pem, "username": "selftest", "password": "of no worth",
                "verify_keys": ()}
     with serving(server):
@@ -8775,7 +8709,10 @@ def pull_test_image(directory):
             if faults:
                 raise VerificationError("; ".join(faults))
             yield format
-        server.tampered = str(image.layers[0].digest)
+        layer, zeros = image.layers[0], os.path.join(directory, "zeros")
+        write_file(zeros, bytes(layer.blob_size))
+        shelf.blob = dict([*shelf.blobs.items(), (
+            layer.digest, Region(zeros, 0, layer.blob_size))]).get
         try:
             pull(name, os.path.join(directory, "tampered"), **options)
         except VerificationError:

@@ -2512,16 +2512,6 @@ def serve_raw_of(shelf, name, reference, namespace=None):
     return shelf.documents[shelf.tags(name, namespace).get(reference, reference)][0]
 
 
-class ServeRecorder(imagec.RegistryHandler):
-    """Keeps what is asked, in the server's `asked`."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        super().do_GET()
-
-    do_HEAD = do_GET
-
-
 class ServeCase(RegistryCase):
     """Images pulled once into a tree, a layout and an archive; servers of them."""
 
@@ -2556,13 +2546,12 @@ class ServeCase(RegistryCase):
                                 platform="all" if whole else "linux/amd64",
                                 mirrors=[cls.origin] if hub else [])
 
-    def serve(self, shelf, credentials=None, tls=None, handler=None):
+    def serve(self, shelf, credentials=None, tls=None):
         """The host of a server of a Shelf, or of what is at a path, until the end."""
         if not isinstance(shelf, imagec.Shelf):
             shelf = imagec.Shelf(shelf)
         self.server = server = imagec.new_server(
-            shelf, ("127.0.0.1", 0), credentials, tls, handler)
-        server.asked = []
+            shelf, ("127.0.0.1", 0), credentials, tls)
         # As `imagec.serving`, which ends later.
         thread = threading.Thread(target=server.serve_forever, args=(0.005,))
         thread.start()
@@ -2604,7 +2593,7 @@ class ServeCase(RegistryCase):
         """A Shelf with one blob; its digest and path too."""
         shelf, digest = imagec.Shelf(), imagec.Digest.of(data)
         path = write_file(self.at("blob"), data)
-        shelf.add_blob(digest, imagec.Region(path, 0, len(data)))
+        shelf.blobs[digest] = imagec.Region(path, 0, len(data))
         shelf.add([name], None, serve_document(data[:1]))
         return shelf, str(digest), path
 
@@ -13981,13 +13970,13 @@ class LookTest(StoredCase):
 SERVE_RANGES = (
     ("bytes=0-0", 10, (0, 1)), ("bytes=0-9", 10, (0, 10)), ("bytes=0-", 10, (0, 10)),
     ("bytes=3-6", 10, (3, 7)), ("bytes=9-", 10, (9, 10)), ("bytes=5-999", 10, (5, 10)),
-    ("bytes=-3", 10, (7, 10)), ("bytes=-10", 10, (0, 10)), ("bytes=-99", 10, (0, 10)),
     ("bytes=10-", 10, ValueError), ("bytes=10-12", 10, ValueError),
-    ("bytes=-0", 10, ValueError), ("bytes=0-", 0, ValueError),
+    ("bytes=0-", 0, ValueError),
     # RFC 7233 would have it ignored, RFC 9110 lets a server reject it.
     ("bytes=5-2", 10, ValueError),
 ) + tuple((value, 10, None) for value in (
     None, "bytes=0-1,3-4", "bytes=-", "bytes=a-b", "bytes=+1-2", "bytes=\u0661-",
+    "bytes=-3",  # a server may ignore any (RFC 7233, 3.1)
     "bytes=0x1-2", "bytes = 1-2", "", "lines=1-2",
     "bytes=" + "9" * 400 + "-"))
 
@@ -14254,7 +14243,7 @@ class ConformanceTest(ServeCase):
     def test_ranges(self):
         data = b"0123456789"
         shelf, _, path = self.shelf_of(data)
-        shelf.add_blob(imagec.Digest.of(b""), imagec.Region(path, 0, 0))
+        shelf.blobs[imagec.Digest.of(b"")] = imagec.Region(path, 0, 0)
         host = self.serve(shelf)
         for value, size, part in SERVE_RANGES:
             answer, head = (serve_ask(
@@ -14315,16 +14304,13 @@ class ServeListsTest(ServeCase):
             for _ in range(2):  # it may be in two places
                 self.server.shelf.add((), None, imagec.decode_manifest(raw))
         path = "/v2/a.test/lab/app/referrers/"
-        for query, digest, wanted, filtered in (
-                ("", image.digest, list(entries.values()), None),
-                ("?artifactType=" + urllib.parse.quote(SPDX, ""), image.digest,
-                 [entries[SPDX]], "artifactType"),
-                ("?artifactType=a/b", image.digest, [], "artifactType"),
-                ("", sha256(b"none"), [], None)):
-            answer = serve_ask(self.host, path + digest + query)
+        for digest, wanted in (  # a filter is not applied, and does not say it is
+                (image.digest, list(entries.values())), (sha256(b"none"), []),
+                (image.digest + "?artifactType=a/b", list(entries.values()))):
+            answer = serve_ask(self.host, path + digest)
             self.assertEqual((answer.status, answer.headers["Content-Type"],
                               answer.headers["OCI-Filters-Applied"]),
-                             (200, MEDIA_TYPES["oci"]["index"], filtered))
+                             (200, MEDIA_TYPES["oci"]["index"], None))
             self.assertEqual(json.loads(answer.body.decode())["manifests"], wanted)
         self.assertEqual(serve_ask(self.host, "/v2/lab/none/referrers/x").status, 404)
         self.assertEqual(serve_ask(self.host, path + "x").status, 400)
@@ -14527,14 +14513,14 @@ class ServeTest(ServeCase):
     @rows((("alpine:1", "library/alpine", "docker.io"),
            ("{0}/lab/oci:1", "lab/oci", "{0}")))
     def test_as_a_mirror(self, name, repository, namespace):
-        host = self.serve(self.layout, handler=ServeRecorder)
-        image = imagec.pull(
-            name.format(self.origin), self.at(repository), platform="linux/amd64",
-            no_creds=True, mirrors=[host])
+        with mock.patch.object(imagec.RegistryHandler, "log_message") as asked:
+            image = imagec.pull(
+                name.format(self.origin), self.at(repository), platform="linux/amd64",
+                no_creds=True, mirrors=[self.serve(self.layout)])
         self.assertEqual(str(image.digest), self.images[repository].digest)
-        asked = [path for path in self.server.asked if repository in path]
-        self.assertTrue(asked)
-        for path in asked:
+        paths = [call[0][1] for call in asked.call_args_list if repository in call[0][1]]
+        self.assertTrue(paths)
+        for path in paths:
             self.assertIn("ns=" + urllib.parse.quote(
                 namespace.format(self.origin), ""), path)
         self.assertEqual(self.said, [])
@@ -15058,8 +15044,7 @@ class ServeCommandTest(ServeCase):
 # 19  Self-test
 # --------------------------------------------------------------------------------------
 
-SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies", "credentials",
-              "disk here")
+SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies for", "disk here")
 SERVE_DEAD_PROXY = "http://user:%s@127.0.0.1:9" % PASSWORD
 
 
@@ -15115,32 +15100,7 @@ class SelfTestTest(ServeCase):
         self.proved(run)
         codecs = re.search("(?m)^layers in +(.*)$", run.out).group(1)
         self.assertNotRegex(codecs, "bzip2|zstd")
-        self.assertRegex(run.out, "(?m)^proxies .*127.0.0.1:9")
-
-    @rows((("us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
-           ("http://us3r:S3CR3T@127.0.0.1:9", "http://127.0.0.1:9"),
-           ("socks5h://us3r:S3@CR3T@h.test", "socks5h://h.test"),
-           ("http://us3r:S3/CR3T@127.0.0.1:9", "not one we can use"),
-           ("http://us3r:S3?CR3T@127.0.0.1:9", "not one we can use"),
-           ("ftp://us3r:S3CR3T@127.0.0.1:9", "not one we can use")))
-    def test_proxies_are_shown_without_their_users(self, url, words):
-        run = self.hasty(http_proxy=url, no_proxy="h.test,.x")
-        row = re.search("(?m)^proxies .*", run.out).group()
-        self.assertIn("http: " + words, row.replace("the proxy's URL is ", ""))
-        self.assertIn("no: h.test,.x", row)
-        self.assertNotRegex(run.out + run.err, "us3r|S3|CR3T")
-
-    @rows((("DOCKER_CONFIG", "{work}"), ("DOCKER_AUTH_CONFIG", "{{oops" + PASSWORD),
-           ("REGISTRY_AUTH_FILE", "{work}/absent")))
-    def test_broken_credentials(self, name, value):
-        write_file(self.at("config.json"), b"{oops")
-        run = self.hasty(**{name: value.format(work=self.work)})
-        self.assertIn(run.status, (0, 1), run.err)
-        self.assertRegex(run.out, "(?m)^disk here")
-        self.assertRegex(run.out, "(?m)^proved +stub$")
-        self.assertRegex(run.out, "(?m)^credentials +[^ ]")
-        self.assertRegex(run.out + run.err, "config.json|AUTH_CONFIG|absent")
-        self.assertNotIn(PASSWORD, run.out + run.err)
+        self.assertRegex(run.out, "(?m)^proxies for +all, http, https$")
 
     def test_shipped_command(self):
         done = subprocess.run(
@@ -15149,10 +15109,6 @@ class SelfTestTest(ServeCase):
             timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertTrue(done.stdout.endswith(b"this host can pull images\n"))
-
-    def test_old_python(self):
-        with mock.patch.object(imagec.sys, "version_info", (3, 5, 9)):
-            self.failed(self.hasty())
 
     @rows((((), 1), (("--cacert", "{roots}"), 0), (("{host}",), 1),
            (("{host}", "--insecure-skip-verify"), 0)))
@@ -15164,13 +15120,6 @@ class SelfTestTest(ServeCase):
         self.assertEqual("none: install the package ca-certificates" in row, code, row)
         self.assertEqual(run.status, code, run.err)
         self.assertEqual("this host can pull images" in run.out, not code)
-
-    def test_full_disk(self):
-        usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
-        with mock.patch.object(shutil, "disk_usage", return_value=usage):
-            run = self.hasty()
-        self.failed(run)
-        self.assertRegex(run.out, "(?m)^disk here +.*not enough")
 
     @rows(((error,) for error in (
         imagec.TransportError("no way"), imagec.DigestMismatch("blob", "a", "b"),
