@@ -17321,7 +17321,7 @@ class ReadmeTest(RegistryCase):
         self.assertEqual(set(named) | {"--help"}, options)
 
     def test_exit_statuses(self):
-        rows = re.findall(r"^\| ([0-9]+) \|", self.section("Exit statuses"), re.M)
+        rows = re.findall("^\\* ([0-9]+):", self.section("Exit statuses"), re.M)
         statuses = set(imagec.EXIT_STATUSES.values()) | {0}
         self.assertEqual({int(row) for row in rows}, statuses)
 
