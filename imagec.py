@@ -9090,9 +9090,9 @@ def _run_auth(args, session):
     if not re.fullmatch(_HOST, host):
         raise UsageError("not a registry: %s" % shown(args.host, 100),
                          "expected HOST[:PORT][/REPOSITORY]")
-    keyring = Keyring(session.given, args.authfile, args.no_creds)
-    yield printable("%s: %s" % (args.host, keyring.lookup(host, repository)
-                                or "anonymous, no source has credentials for it"))
+    found = session.credentials(Reference(host, repository, None, None))
+    yield printable("%s: %s" % (
+        args.host, found or "anonymous, no source has credentials for it"))
 
 
 #: A number in a tag, a mark of what comes before a release (PEP 440, semver.org), else.
@@ -9300,13 +9300,11 @@ def wrong_option(text, known):
 
 def read_password(args):
     """The password for -u, which a terminal is asked for; None where there is no -u."""
-    if args.username is None:
-        if args.password_stdin:
-            raise UsageError("--password-stdin without -u")
+    if args.username is None and not args.password_stdin:
         return None
-    if ":" in args.username:
-        raise UsageError("-u wants a user name alone",
-                         "the password comes from IMAGEC_PASSWORD or --password-stdin")
+    if args.username is None or ":" in args.username:
+        raise UsageError("a password goes with -u USER, a user name alone",
+                         "it comes from IMAGEC_PASSWORD or --password-stdin")
     password = not args.password_stdin and os.environ.get("IMAGEC_PASSWORD")
     if not password and sys.stdin is not None and sys.stdin.isatty():
         import getpass
