@@ -13982,14 +13982,11 @@ SERVE_RANGES = (
 
 #: (host, repository, names it goes by)
 SERVE_NAMES = (
-    ("docker.io", "library/alpine",
-     ["docker.io/library/alpine", "library/alpine", "alpine"]),
-    ("registry-1.docker.io", "library/alpine",
-     ["docker.io/library/alpine", "library/alpine", "alpine"]),
-    ("docker.io", "grafana/loki", ["docker.io/grafana/loki", "grafana/loki"]),
-    ("quay.io", "library/x", ["quay.io/library/x", "library/x"]),
-    ("127.0.0.1:5000", "a/b/c", ["127.0.0.1:5000/a/b/c", "a/b/c"]),
-    ("[::1]:5000", "a", ["[::1]:5000/a", "a"]),
+    ("docker.io", "library/a", "docker.io/library/a library/a a"),
+    ("registry-1.docker.io", "library/a", "docker.io/library/a library/a a"),
+    ("docker.io", "grafana/loki", "docker.io/grafana/loki grafana/loki"),
+    ("quay.io", "library/x", "quay.io/library/x library/x"),
+    ("[::1]:5000", "a/b/c", "[::1]:5000/a/b/c a/b/c"),
 )
 
 #: Where a layers tree keeps an image, and a name and tag it must be served by: words of
@@ -14024,7 +14021,7 @@ class ShelfTest(ServeCase):
 
     @rows(SERVE_NAMES)
     def test_names_of(self, host, repository, names):
-        self.assertEqual(imagec.Shelf.names_of(host, repository), names)
+        self.assertEqual(imagec.Shelf.names_of(host, repository), names.split())
 
     @rows(SERVE_TREES)
     def test_every_tree_is_found_by_its_name(self, place, name, tag):
@@ -14887,25 +14884,16 @@ class ServeCommandTest(ServeCase):
 
     @rows(SERVE_LISTENS)
     def test_first_line(self, listen, url):
-        if "::1" in listen and not self.has_ipv6():
-            cannot("listen on ::1")
         # Behind an air gap looking names up takes until its time is up.
         with mock.patch.object(socket, "getfqdn", side_effect=AssertionError), \
                 mock.patch.object(socket, "gethostbyaddr", side_effect=AssertionError):
             run = self.run_it("--listen", listen)
+        if "::1" in listen and "cannot listen on" in run.err:
+            cannot("listen on ::1")
         self.assertEqual(run.status, 130, run.err)
         self.assertRegex(run.out, r"\A[^\n]*%s[1-9][0-9]*/v2/: lab/docker\n\Z"
                          % re.escape(url))
         self.assertIn(self.archive, run.out)
-
-    @staticmethod
-    def has_ipv6():
-        try:
-            with socket.socket(socket.AF_INET6) as sock:
-                sock.bind(("::1", 0))
-        except OSError:
-            return False
-        return True
 
     def test_loopback_is_the_default(self):
         args = self.parser().parse_args(["serve", "x"])
@@ -14956,15 +14944,6 @@ class ServeCommandTest(ServeCase):
         for key in (cert, self.at("absent")):
             self.failed(self.run_it("--tls-cert", cert, "--tls-key", key), 2,
                         "cert.pem" if key == cert else "No such file")
-
-    def test_passwords(self):
-        self.failed(self.run_it("--password-stdin"), 2, "-u")
-        self.failed(self.run_it("-u", "alice"), 2, "alice")
-        self.failed(self.run_it("-u", "alice", "--password-stdin", stdin="\n"), 2,
-                    "alice")
-        run = self.run_it("-u", "alice", "--password-stdin", stdin=PASSWORD)
-        self.assertEqual(run.status, 130)
-        self.assertNotIn(PASSWORD, run.out + run.err)
 
     def test_sigterm(self):
         cert, key = self.pair()
