@@ -8831,10 +8831,11 @@ class Progress(logging.Handler):
     def _count(self, event):
         before, total, _ = self._layers.get(event.id, (0, None, False))
         total = event.total if total is None else total
-        done, there = event.status in self.DONE, event.current or 0
+        there = before if event.current is None else event.current
+        done = event.status in self.DONE
         if event.status == "Downloading":
             self._received += max(0, there - before)
-        self._layers[event.id] = total or before if done else there, total, done
+        self._layers[event.id] = total or there if done else there, total, done
 
     def _rest(self, now):
         """Layers done and all, bytes there and all, rate, time left; ASCII only."""

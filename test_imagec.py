@@ -15919,6 +15919,7 @@ class CommandLineProgressTest(CommandLineCase):
             progress(imagec.Event("Pulling fs layer", str(number), None, size))
         self.now = seconds
         self.come(progress, "0", there)
+        self.come(progress, "0", None, "Verifying Checksum")  # it is all still there
         self.assertEqual(stream.getvalue().splitlines()[-1], line)
         self.assertLess(len(line), 40)
 
