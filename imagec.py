@@ -3707,6 +3707,7 @@ class Endpoint:
         self._tokens, self._scopes = {}, {}  # by repository
         self._warned = set()
         self._lock = threading.Lock()
+        self._asking = collections.defaultdict(threading.Lock)  # by repository
 
     # -- where it is
 
@@ -3797,6 +3798,10 @@ class Endpoint:
             return None
         with self._lock:
             credentials = self.credentials(repository)
+            # An identity token may be good for one request, and then be renewed.
+            renewed = credentials and credentials.identity_token
+            asking = self._asking["" if renewed else repository]
+        with asking:
             if credentials and credentials.registry_token:
                 return "Bearer " + credentials.registry_token
             if challenge.scheme == "basic":
