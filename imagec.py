@@ -3189,10 +3189,6 @@ class Transport:
         """Ends every exchange under way, from any thread."""
         self._cancelled.set()
 
-    def revive(self):
-        """What was cancelled has ended: others may begin."""
-        self._cancelled.clear()
-
     def close(self):
         """Closes every connection."""
         self.cancel()
@@ -4335,6 +4331,7 @@ class Partial:
         """
         try:
             os.lseek(self._fd, size, os.SEEK_SET)
+            os.lseek(self._fd, 0, os.SEEK_SET)
         except (OSError, OverflowError):
             raise OutputError(self.final, "no file can have %d bytes there" % size,
                               "--format oci keeps files smaller; or choose another "
@@ -4350,10 +4347,15 @@ class Partial:
         os.lseek(self._fd, 0, os.SEEK_SET)
         return iter(lambda: os.read(self._fd, CHUNK), b"")
 
+    def skip(self, size):
+        """Keeps `size` bytes that it has already."""
+        os.lseek(self._fd, size, os.SEEK_CUR)
+
     def truncate(self, size=0):
-        """Keeps the first `size` bytes and goes on behind them."""
+        """Keeps the first `size` bytes (None: up to here), and goes on behind them."""
         with naming_file(self.path):
-            os.lseek(self._fd, size, os.SEEK_SET)
+            size = os.lseek(self._fd, size or 0,
+                            os.SEEK_CUR if size is None else os.SEEK_SET)
             if self.size() != size:  # not all file systems can
                 os.ftruncate(self._fd, size)
         self._begun = size
@@ -4593,6 +4595,15 @@ class Region(NamedTuple):
         """Yields the bytes, in pieces."""
         with self.open() as file:
             yield from pieces(file, self.size, check)
+
+
+def regular(path):
+    """The Region of the regular file at `path`, None where there is none."""
+    with contextlib.suppress(OSError):  # another pull may just be renaming it
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode):
+            return Region(path, 0, status.st_size)
+    return None
 
 
 def _raise(error):
@@ -5069,38 +5080,34 @@ def _tree_documents(reader, tree, digest):
 
 
 class Fetched(NamedTuple):
-    """A proved blob: its Descriptor, with the size; the file it is in, None where it
-    stands in an archive; what it unpacks to, None where it was not unpacked; whether it
-    was there already.
+    """A proved blob: its Descriptor, with the size; the Region it is in; what it
+    unpacks to, None where it was not unpacked; whether it was there already.
     """
 
     blob: Descriptor
-    path: Optional[str]
+    region: Region
     unpacked: Optional[Unpacked]
     reused: bool
 
 
 class Place(NamedTuple):
-    """Where a blob is, or goes to: the file `path`.
+    """Where a blob goes to, the file `path`, unless it is there or one of `regions`.
 
-    What else has that name stays where there is an `aside`: the blob waits there then.
     `known` is what it unpacks to, as an earlier pull saw it; None: unpack it to tell.
-    `fetched` is the Fetched of what needs no place, for it is proved already.
     """
 
     path: str
-    aside: Optional[str] = None
+    regions: Tuple[Region, ...] = ()
     known: Optional[Unpacked] = None
-    fetched: Optional[Fetched] = None
+
+    def found(self):
+        """The Regions that may be the blob; a guess, by their names."""
+        return list(filter(None, self.regions + (regular(self.path),)))
 
     def there(self):
-        """Bytes of the blob that are there, finished or not; a guess, by its name."""
-        for path in (self.path, self.path + PARTIAL):
-            with contextlib.suppress(OSError):  # another pull may just be renaming it
-                status = os.lstat(path)
-                if stat.S_ISREG(status.st_mode):
-                    return status.st_size
-        return 0
+        """Bytes of the blob that are there, finished or not; a guess as well."""
+        found = self.found() or filter(None, [regular(self.path + PARTIAL)])
+        return next((region.size for region in found), 0)
 
 
 class Download:
@@ -5141,12 +5148,10 @@ class Download:
                 partial.discard()
                 raise
             self._tell("Verifying Checksum")
-            if self._place.aside is not None and os.path.lexists(partial.final):
-                partial.final = self._place.aside
-            size = partial.size()
+            region = Region(partial.final, 0, partial.size())
             partial.commit(self._durable)
         self._tell("Download complete")
-        return Fetched(self._blob._replace(size=size), partial.final, unpacked, False)
+        return Fetched(self._blob._replace(size=region.size), region, unpacked, False)
 
     def _tell(self, status, current=None):
         self._notify(Event(status, self._blob.digest.hex[:12], current,
@@ -5155,13 +5160,10 @@ class Download:
     def _existing(self):
         """The Fetched where a good blob is there already: a name proves nothing."""
         known = self._place.known
-        for path in filter(None, (self._place.path, self._place.aside)):
-            if not os.path.isfile(path) or os.path.islink(path):
-                continue
+        for region in self._place.found():
             self._tell("Verifying")
             try:
-                size = os.path.getsize(path)
-                unpacked = prove(Region(path, 0, size).pieces(self._check), self._blob,
+                unpacked = prove(region.pieces(self._check), self._blob,
                                  None if known else self._unpack, self._diff_id)
             except FileNotFoundError:
                 continue  # it has just been moved on
@@ -5169,11 +5171,11 @@ class Download:
                 raise  # it would be no smaller if it were fetched again
             except (VerificationError, InvalidDocument) as error:
                 log.warning("%s is corrupt, or another blob, and will be fetched "
-                            "again: %s", path, error)
+                            "again: %s", region.path, error)
                 continue
             self._tell("Already exists")
-            return Fetched(self._blob._replace(size=size), path, unpacked or known,
-                           True)
+            return Fetched(self._blob._replace(size=region.size), region,
+                           unpacked or known, True)
         return None
 
     def _receive(self, partial):
@@ -5361,10 +5363,10 @@ class _Stream:
         while len(view):
             view = view[self._file.write(view):]
 
-    def write_behind(self):
+    def write_behind(self, _size=None):
         """Nothing of a pipe has to be put on disk."""
 
-    discard = write_behind
+    discard = truncate = write_behind
 
     def commit(self):
         self._file.flush()
@@ -5414,10 +5416,8 @@ class Output:
     def place(self, image, layer):
         """The Place of the blob of an Image's layer; touches nothing."""
 
-    def within(self, images):
-        """{digest: bytes} of their blobs that seem to need no place; touches nothing.
-        """
-        return {}
+    def find(self, images):
+        """Looks which of their blobs are there already; touches nothing."""
 
     def open(self, images):
         """These are all that will come: makes the place for them."""
@@ -5427,7 +5427,7 @@ class Output:
         for _ in tar:
             pass
 
-    def add(self, image, layer, fetched):
+    def add(self, layer, fetched):
         """A layer's blob is there, proved; from any thread."""
 
     def close(self, images):
@@ -5466,6 +5466,10 @@ def parse_unpacked(raw):
     return found
 
 
+def _layer_path(folder, layer):
+    return os.path.join(folder, layer.id, layer.id + ".tar")
+
+
 class LayersOutput(Output):
     """DEST/SCHEME/HOST/v2/REPOSITORY/TAG/: a directory a layer, and the documents.
 
@@ -5501,12 +5505,13 @@ class LayersOutput(Output):
 
     def place(self, image, layer):
         folder = self._folder(image)
-        path = os.path.join(folder, layer.id, layer.id + ".tar")
-        return Place(path, path + ASIDE, self._known.get((folder, layer.digest)))
+        path = _layer_path(folder, layer)
+        there, known = regular(path), self._known.get((folder, layer.digest))
+        return Place(path + ASIDE, (there,), known) if there else Place(path, (), known)
 
     def open(self, images):
         self._known = {}
-        self._added = {}  # (folder, digest) -> Fetched, os.stat of its file
+        self._added = {}  # digest -> Fetched, os.stat of its file
         for image in images:
             below = self._parts(image.reference, image.registry_url)
             folder = make_directory(self.path, *below)  # there may be no layer
@@ -5517,9 +5522,8 @@ class LayersOutput(Output):
                 self._known.update(((folder, digest), unpacked)
                                    for digest, unpacked in known.items())
 
-    def add(self, image, layer, fetched):
-        self._added[self._folder(image), layer.digest] = (
-            fetched, os.lstat(fetched.path))
+    def add(self, layer, fetched):
+        self._added[layer.digest] = fetched, os.lstat(fetched.region.path)
 
     def close(self, images):
         return [self._close(image, self._folder(image)) for image in images]
@@ -5543,7 +5547,7 @@ class LayersOutput(Output):
                 os.replace(source, path)
             for layer in image.layers:  # of a pull that failed, of another blob
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.place(image, layer).aside)
+                    os.unlink(_layer_path(folder, layer) + ASIDE)
             for name in os.listdir(folder):  # of an image this name had before
                 if re.fullmatch(r"(index(\.[0-9]+)?|config)\.json", name) and (
                         name not in documents):
@@ -5556,26 +5560,21 @@ class LayersOutput(Output):
 
     def _blobs_to_move(self, image, folder):
         """Yields (where it is, its name) of each blob that has not its name yet."""
-        sources = {}
         for layer in image.layers:
-            path, aside, *_ = self.place(image, layer)
-            source = sources.get(layer.digest)
+            path = _layer_path(folder, layer)
+            fetched, status = self._added[layer.digest]
+            there = fetched.region.path  # of another layer or image, it may be
+            # Another pull of the same, or that image, may have moved it.
+            source = next((one for one in (path, path + ASIDE, there,
+                                           there[:-len(ASIDE)])
+                           if unchanged(one, status)), None)
             if source is None:
-                fetched, status = self._added[folder, layer.digest]
-                # Another pull of the same may have moved it.
-                source = next((one for one in (fetched.path, path)
-                               if unchanged(one, status)), None)
-                if source is None:
-                    raise OutputError(path, "another program has changed it meanwhile",
-                                      "pull again")
-                sources[layer.digest] = source
-            elif os.path.lexists(path) and os.path.samefile(source, path):
-                continue
-            else:
-                same_file(source, aside, self.check)
-                source = aside
+                raise OutputError(path, "another program has changed it meanwhile",
+                                  "pull again")
+            if source not in (path, path + ASIDE):
+                same_file(source, path + ASIDE, self.check)
             if source != path:
-                yield source, path
+                yield path + ASIDE, path
 
     def _documents(self, image, folder):
         """{name in the folder: bytes} of all but its manifest."""
@@ -5584,7 +5583,7 @@ class LayersOutput(Output):
         if isinstance(image.manifest, Manifest):
             documents["config.json"] = image.config.raw
         documents[UNPACKED] = unpacked_json({
-            layer.digest: self._added[folder, layer.digest][0].unpacked
+            layer.digest: self._added[layer.digest][0].unpacked
             for layer in image.layers})
         for layer in image.layers:
             documents["%s/%s.json" % (layer.id, layer.id)] = (
@@ -5782,15 +5781,13 @@ class ArchiveOutput(Spooled):
 
     Blobs stand in it as they came, in the order of the layers, so that the same images
     give the same bytes. Each is moved from the spool into it when its turn has come: at
-    no time is more on disk than the archive and the largest layer. An unfinished
-    archive is gone on with by the next run, a finished one that is what would be
-    written stays as it is.
+    no time is more on disk than the archive and the largest layer. What an unfinished
+    archive has stays where it is in it, and what a finished one has is taken from it;
+    one that is what would be written stays as it is.
     """
 
     format = "archive"
     layout = True
-
-    _fetched = {}  # digest -> Fetched of the blobs that are proved
 
     def accept(self, image):
         try:
@@ -5798,104 +5795,103 @@ class ArchiveOutput(Spooled):
         except Unsupported as error:
             log.warning("docker cannot load what others can: %s", error.message)
 
-    def within(self, images):
-        order = _in_order(images)
-        paths = () if self.stream is not None else (self.path + PARTIAL, self.path)
-        _, blobs = max([self._recovered(path, order) for path in paths] + [(0, [])],
-                       key=lambda found: found[0])
-        return {blob.digest: blob.size for blob in blobs}
+    def find(self, images):
+        self._order = {}  # digest -> the first layer that has it
+        for layer in (layer for image in images for layer in image.layers):
+            self._order.setdefault(layer.digest, layer)
+        self._old = os.path.realpath(self.path)  # a finished one
+        self._found = []  # {digest: Region} of the unfinished one, then of the finished
+        for path in (self.path + PARTIAL, self._old) if self.stream is None else ():
+            with contextlib.suppress(OSError, InvalidDocument):
+                self._found.append(dict(self._begun(path)))
+
+    def _begun(self, path):
+        """Yields (digest, Region) of the blobs an archive seems to begin with.
+
+        What is rewritten on its way into it has another place there than it had.
+        """
+        at, end = len(_prologue()), os.path.getsize(path)
+        with Region(path, 0, end).open() as file:
+            for digest, layer in self._order.items():
+                header = _member_header(blob_name(digest), layer.blob.size or 0)
+                file.seek(at)
+                region = Region(path, at + len(header), layer.blob.size or 0)
+                at = _padded(region)
+                if not region.size or at > end or file.read(len(header)) != header or (
+                        self.recompress and codec_of(file) == "zstd"):
+                    break
+                file.seek(region.offset + region.size)
+                if file.read(at - file.tell()).strip(b"\0"):
+                    break
+                yield digest, region
 
     def open(self, images):
         super().open(images)
-        order = _in_order(images)
-        self._stays = None  # os.stat of the finished one, where nothing is new
-        size, blobs = 0, []
+        self.find(images)  # another pull may have been waited for
         if self.stream is None:
-            self._target.check_size(sum(layer.blob.size or 0 for layer in order))
-            size, blobs = self._resume(order, images)
-        if not size:
-            self._write(_prologue())
-        self._waiting = collections.deque(order[len(blobs):])  # for their turn
-        self._done = {blob.digest for blob in blobs}  # what is in it
-        self._fetched = {blob.digest: Fetched(blob, None, None, True) for blob in blobs}
-        self._lock = threading.Lock()
+            self._target.check_size(sum(layer.blob.size or 0
+                                        for layer in self._order.values()))
+        self._fetched, self._lock = {}, threading.Lock()
+        self._waiting = collections.deque(self._order)  # for their turn
+        self._line = []  # the Fetched of those whose turn has come
+        self._done = None  # the digests of what has been written, where any of it has
+        self._status = os.path.exists(self._old) and os.stat(self._old)
 
     def place(self, image, layer):
-        return super().place(image, layer)._replace(
-            fetched=self._fetched.get(layer.digest))
+        return super().place(image, layer)._replace(regions=tuple(
+            found[layer.digest] for found in self._found if layer.digest in found))
 
-    def _resume(self, order, images):
-        """Goes on with what an earlier run left unfinished, else with what it finished.
-
-        Gives the bytes and the blobs that are good of it; see _recovered.
-        """
-        unfinished = self._recovered(self.path + PARTIAL, order, self.check)
-        size, blobs = self._recovered(self.path, order,
-                                      self.check if unfinished[1] else None)
-        self._target.truncate(unfinished[0])
-        if unfinished[0] >= size:
-            return unfinished
-        status = os.stat(self.path)
-        if len(blobs) == len(order) and _goes_on(self.path, size, self._tail(images)):
-            found = self._recovered(self.path, order, self.check)
-            if found == (size, blobs):
-                self._stays = status
-                return found
-        self._target.truncate()
-        found = self._recovered(self.path, order, self.check, self._write)
-        self._target.truncate(found[0])
-        return found
-
-    def _recovered(self, path, order, check=None, write=lambda data: None):
-        """What a file has of an archive of these layers: (bytes, blobs' Descriptors).
-
-        Where there is a `check`, the blobs are proved, and what is good goes to
-        `write(data)`, and so may the beginning of what is not.
-        """
-        good, blobs, prologue = 0, [], _prologue()
-        if not os.path.isfile(path):
-            return good, blobs
-        # Another pull may just be renaming it.
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if file.read(len(prologue)) != prologue:
-                return good, blobs
-            write(prologue)
-            good = len(prologue)
-            for layer in order:
-                if layer.opaque or not _holds(file, layer.blob, check, self.recompress,
-                                              write):
-                    break
-                blobs.append(layer.blob)
-                good = file.tell()
-        return good, blobs
-
-    def add(self, image, layer, fetched):
+    def add(self, layer, fetched):
         with self._lock:
-            self._fetched[layer.digest] = self._fetched[fetched.blob.digest] = fetched
-            while self._waiting and self._waiting[0].digest in self._fetched:
-                self._move(self._fetched[self._waiting[0].digest])
-                self._waiting.popleft()
+            self._fetched[layer.digest] = fetched
+            while self._waiting and self._waiting[0] in self._fetched:
+                self._line.append(self._fetched[self._waiting.popleft()])
+                # Of what the finished one has, nothing is moved before it has to be.
+                if self._line[-1].region.path != self._old:
+                    self._move()
 
-    def _move(self, fetched):
-        blob = fetched.blob
-        if blob.digest not in self._done:  # two layers may have become one
-            self._write(_member_header(blob_name(blob.digest), blob.size))
-            with open(fetched.path, "rb") as file:
-                for data in pieces(file, check=self.check):
-                    self._write(data)
-            self._write(bytes(-blob.size % TAR_BLOCK))
-            self._done.add(blob.digest)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fetched.path)
+    def _move(self):
+        """Writes those in line."""
+        if self._done is None:
+            self._done = set()
+            self._write(_prologue())
+        for blob, region, *_ in self._line:
+            if blob.digest not in self._done:  # two layers may have become one
+                self._done.add(blob.digest)
+                self._write(_member_header(blob_name(blob.digest), blob.size))
+                if region.path == self.path + PARTIAL:
+                    self._target.skip(blob.size)
+                else:
+                    for data in region.pieces(self.check):
+                        self._write(data)
+                self._write(bytes(-blob.size % TAR_BLOCK))
+            if region.path.startswith(self._spool):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(region.path)
+        del self._line[:]
 
     def close(self, images):
-        if self._stays is None:
-            self._write(self._tail(images))
-        elif not unchanged(os.path.realpath(self.path), self._stays):
+        tail = self._tail(images)
+        stays = self._done is None and self._status and self._ends(tail)
+        if not stays:
+            self._move()
+            self._target.truncate(None)
+            self._write(tail)
+        if self._status and not unchanged(self._old, self._status):
             raise OutputError(self.path, "another program has changed it meanwhile",
                               "pull again")
-        self._end(self._stays is None)
+        self._end(not stays)
         return [self.path] * len(images)
+
+    def _ends(self, tail):
+        """Whether the finished one has the bytes `tail` behind those in line."""
+        prologue = _prologue()
+        region = self._line[-1].region if self._line else Region("", 0, len(prologue))
+        with open(self._old, "rb") as file:
+            if file.read(len(prologue)) != prologue:
+                return False
+            file.seek(_padded(region))
+            return file.read(len(tail) + 1) == tail
 
     def _tail(self, images):
         """What stands behind the layers of these."""
@@ -5942,69 +5938,34 @@ def _member(name, data):
     return _member_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
 
 
+def _padded(region):
+    """Where a member ends whose data is a Region."""
+    return region.offset + region.size + -region.size % TAR_BLOCK
+
+
 def _prologue():
     """What an archive begins with."""
     return _member("oci-layout", OCI_LAYOUT) + b"".join(
         tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
 
 
-def _in_order(images):
-    """The layers of these, each blob once, in the order of an archive."""
-    order = {}
-    for layer in (layer for image in images for layer in image.layers):
-        if layer.digest not in order or layer.opaque:
-            # The diffID that is asked for does not come with an earlier run's blob.
-            order[layer.digest] = layer
-    return list(order.values())
-
-
-def _holds(file, blob, check, recompress, write):
-    """Whether an archive holds exactly this blob's member at the file's place.
-
-    Where there is a `recompress`, none that is zstd will do. For the others see
-    ArchiveOutput._recovered.
-    """
-    header = _member_header(blob_name(blob.digest), blob.size)
-    padding = bytes(-blob.size % TAR_BLOCK)
-    if file.read(len(header)) != header or recompress and codec_of(file) == "zstd":
-        return False
-    if check is None:
-        return file.seek(blob.size + len(padding), os.SEEK_CUR) <= (
-            os.fstat(file.fileno()).st_size)
-    write(header)
-    try:
-        for data in proved(pieces(file, blob.size, check), blob.digest, blob.size):
-            write(data)
-    except VerificationError:
-        return False
-    write(padding)
-    return file.read(len(padding)) == padding
-
-
-def _goes_on(path, offset, tail):
-    """Whether a file ends with the bytes `tail` from `offset` on."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(len(tail) + 1) == tail
-
-
 def recompress(fetched, place, check=go_on):
     """Writes a Fetched layer as one gzip member, instead of it: the Fetched of that.
 
-    `place(Descriptor)` is told the new one and says where it goes. The same layer gives
-    the same bytes with the same zlib.
+    `place(Descriptor)` says where that goes. The same layer gives the same bytes with
+    the same zlib.
     """
-    path, blob = fetched.path, fetched.blob
+    blob, region, *_ = fetched
     digest = hashlib.sha256()
 
     def packed():
         deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-        for data in inflated(Region(path, 0, blob.size).pieces(), path):
+        for data in inflated(region.pieces(), region.path):
             check()  # here: few bytes may unpack to many
             yield deflate.compress(data)
         yield deflate.flush()
 
-    with Partial(path + ".gzip") as partial:
+    with Partial(place(blob) + ".gzip") as partial:
         partial.truncate()
         for data in packed():
             digest.update(data)
@@ -6016,8 +5977,8 @@ def recompress(fetched, place, check=go_on):
         partial.final = place(blob)
         partial.commit()
     if not fetched.reused:
-        os.unlink(path)
-    return fetched._replace(blob=blob, path=partial.final)
+        os.unlink(region.path)
+    return fetched._replace(blob=blob, region=Region(partial.final, 0, blob.size))
 
 
 # --------------------------------------------------------------------------------------
@@ -7118,7 +7079,6 @@ class Session:
             if self.failures is None:
                 raise
             self.failures.append((str(what), error))
-            self.transport.revive()
 
     def registry(self, host, namespace=None):
         """The Registry at the API host `host`; `namespace` where it is a mirror."""
@@ -7347,13 +7307,12 @@ class Puller:
                              "and nothing refers to it")
         if len(references) > 1 and not output.several:
             raise UsageError("format %s takes one image at a time" % output.format)
-        images = []
-        for reference in references:
+        for reference in references:  # in their order: the first has the password
             with session.trying(reference):
-                found = self._resolve(reference, platform)
-                for image in found:
-                    output.accept(image)
-                images += found
+                session.source(reference)
+        images = [image for found in self._in_parallel(
+            [(reference, lambda reference=reference: self._resolve(reference, platform))
+             for reference in references]) for image in found or ()]
         for image in images:
             name = output.layout and output.name_of(image)
             if name and name.host.startswith("["):
@@ -7370,7 +7329,13 @@ class Puller:
             for image in images]
 
     def _resolve(self, reference, platform):
-        """The Images of a reference."""
+        """The Images of a reference, which the output takes."""
+        images = self._images_of(reference, platform)
+        for image in images:
+            self._output.accept(image)
+        return images
+
+    def _images_of(self, reference, platform):
         session, output = self._session, self._output
         held = () if platform == "all" else output.held(
             reference, session.source(reference).registry_url)
@@ -7392,13 +7357,13 @@ class Puller:
 
     def plan(self, images):
         """Yields (image, Descriptor, bytes that are there) of each blob, each once."""
-        seen, within = set(), self._output.within(images)
+        seen = set()
+        self._output.find(images)
         for image in images:
             for layer in image.layers:
                 if layer.digest not in seen:
                     seen.add(layer.digest)
-                    yield image, layer.blob, within.get(layer.digest) or (
-                        self._output.place(image, layer).there())
+                    yield image, layer.blob, self._output.place(image, layer).there()
 
     def _fetch_all(self, images):
         """(images, the Fetched of each one's layers), but for images that failed.
@@ -7406,56 +7371,70 @@ class Puller:
         They must not fail where they are to be a stream: there is no beginning again.
         """
         output, session = self._output, self._session
-        while True:
+        while images:
             output.open(images)
-            good, fetched = [], []
-            for image in images:
-                with contextlib.suppress() if output.stream is not None else (
-                        session.trying(image.reference)):
-                    fetched.append(self._fetch(image))
-                    good.append(image)
-            if len(good) == len(images):
+            fetched = self._fetch(images, output.stream is None)
+            if None not in fetched:
                 return images, fetched
             output.abandon()  # it has no place for what did not come
-            images = good
-            if not images:
-                return [], []
+            failed = dict(session.failures)
+            images = [image for image in images if str(image.reference) not in failed]
+        return [], []
 
-    def _fetch(self, image):
-        """The Fetched of each of its layers."""
-        notify = self._session.notify
-        notify(Event("Pulling from " + image.reference.repository,
-                     image.reference.tag_or_digest))
-        # Each blob once, the largest first, for they decide when we are done.
-        wanted = {}
-        for layer in image.layers:
-            wanted.setdefault(layer.digest, layer)
-        order = sorted(wanted.values(), key=lambda layer: -(layer.blob.size or 0))
-        for layer in order:
-            notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
-                         layer.blob_size))
+    def _fetch(self, images, forgiving):
+        """The Fetched of each layer of each of these Images; None for one that failed.
+
+        Each blob comes once, whichever image it is of.
+        """
+        notify, wanted = self._session.notify, {}
+        for image in images:
+            notify(Event("Pulling from " + image.reference.repository,
+                         image.reference.tag_or_digest))
+            # The largest first, for they decide when we are done.
+            for layer in sorted(image.layers,
+                                key=lambda layer: -(layer.blob.size or 0)):
+                if layer.digest not in wanted:
+                    notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
+                                 layer.blob_size))
+                elif wanted[layer.digest][1].diff_id or not layer.diff_id:
+                    continue
+                wanted[layer.digest] = image, layer
         # Cores to spare hash apart what others unpack, that of the largest in any case.
-        spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(order)))
-        fetched = dict(zip((layer.digest for layer in order), self._in_parallel([
-            lambda layer=layer, apart=rank < spare: self._fetch_layer(image, layer,
-                                                                      apart)
-            for rank, layer in enumerate(order)])))
-        notify(Event("Digest: %s" % str(image.digest)))
-        return [fetched[layer.digest] for layer in image.layers]
+        spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(wanted)))
+        done = dict(zip(wanted, self._in_parallel([
+            (image.reference, lambda image=image, layer=layer, apart=rank < spare: (
+                self._fetch_layer(image, layer, apart)))
+            for rank, (image, layer) in enumerate(wanted.values())], forgiving)))
+        return self._in_parallel([
+            (image.reference, lambda image=image: self._gather(image, done))
+            for image in images], forgiving)
+
+    def _gather(self, image, done):
+        """The Fetched of an Image's layers, of what is `done`; None if any is not.
+
+        Raises VerificationError where another image knew a blob by other facts.
+        """
+        fetched = [done[layer.digest] for layer in image.layers]
+        if None in fetched:
+            return None
+        for number, (layer, one) in enumerate(zip(image.layers, fetched)):
+            if one.unpacked and layer.diff_id not in (None, one.unpacked.diff_id):
+                raise DigestMismatch("layer %s" % str(layer.digest), layer.diff_id,
+                                     one.unpacked.diff_id)
+            if one.blob.digest == layer.digest:
+                if layer.blob.size not in (None, one.blob.size):
+                    raise SizeMismatch("layer %s" % str(layer.digest), layer.blob.size,
+                                       one.blob.size)
+                fetched[number] = one._replace(
+                    blob=layer.blob._replace(size=one.blob.size))
+        self._session.notify(Event("Digest: %s" % str(image.digest)))
+        return fetched
 
     def _fetch_layer(self, image, layer, apart):
         """One layer into its place: its Fetched."""
         session, output = self._session, self._output
-        place, size = output.place(image, layer), layer.blob.size
-        if place.fetched is not None:
-            blob = place.fetched.blob
-            if blob.digest == layer.digest:
-                if size not in (None, blob.size):
-                    raise SizeMismatch("layer %s" % str(blob.digest), size, blob.size)
-                blob = layer.blob._replace(size=blob.size)
-            session.notify(Event("Already exists", layer.digest.hex[:12]))
-            return place.fetched._replace(blob=blob)
-        limit, known = session.max_layer_size, place.known
+        place, limit = output.place(image, layer), session.max_layer_size
+        known = place.known
         if known and (known.diff_id != layer.diff_id
                       or max(known.size, known.bytes) > limit):
             place = place._replace(known=None)
@@ -7471,7 +7450,7 @@ class Puller:
             session.source(image.reference), layer.blob, place,
             look if unpacks else None, layer.diff_id, session.notify,
             not output.streams).run()
-        with open(fetched.path, "rb") as file:
+        with fetched.region.open() as file:
             zstd = codec_of(file) == "zstd"
         if zstd and recompress_to:
             fetched = recompress(fetched, lambda blob: output.place(
@@ -7479,54 +7458,75 @@ class Puller:
         elif zstd and layer.id and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
-        output.add(image, layer, fetched)
+        output.add(layer, fetched)
         return fetched
 
-    def _in_parallel(self, actions):
-        """Their results, in order; the first error ends the others and comes out."""
-        import concurrent.futures
-        transport = self._session.transport
-        executor = concurrent.futures.ThreadPoolExecutor(self._session.jobs)
-        futures, good = [], False
-        ends, results = [None] * self._session.jobs, {}  # an end for each thread
-        todo = collections.deque([*enumerate(actions), *ends])
+    def _in_parallel(self, actions, forgiving=True):
+        """The results of (Reference, action) pairs, in order.
+
+        The first error ends the others and comes out; where the rest goes on, and that
+        is `forgiving`, it ends just those of its Reference, whose results are None.
+        """
+        session, results, failed = self._session, [None] * len(actions), {}
+        forgiving = forgiving and session.failures is not None
+        todo = collections.deque(enumerate(actions))
 
         def work():
-            for number, action in iter(todo.popleft, None):
-                results[number] = action()
-
-        # What a signal raised inside of threading could leave its locks held for ever.
-        transport.watched = True
-        try:
-            for _ in actions[:self._session.jobs]:
+            for number, (reference, action) in iter(todo.popleft, None):
                 try:
-                    futures.append(executor.submit(work))
-                except RuntimeError:  # no more threads are to be had
-                    break
-            if not futures:
-                work()
-            pending = futures
-            while pending:  # in short waits: a signal may come to another thread
-                done, pending = concurrent.futures.wait(
-                    futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
-                if any(future.exception() for future in done):
-                    break
-                transport.check()
-            else:
-                good = True
-        finally:
-            if not good:
-                transport.cancel()
-                todo.extendleft(ends)
-            executor.shutdown()
-            transport.watched = False
-        if transport.stop is not None:  # it came after the last look
-            raise transport.stop
-        errors = [future.exception() for future in futures]
-        if any(errors):
-            raise min(filter(None, errors),
-                      key=lambda error: isinstance(error, Cancelled))
-        return [results[number] for number in range(len(actions))]
+                    if reference not in failed:
+                        results[number] = action()
+                except ImagecError as error:
+                    if not forgiving:
+                        raise
+                    failed.setdefault(reference, error)
+
+        _in_threads(work, todo, min(session.jobs, len(actions)), session.transport)
+        for reference, _ in actions if failed else ():
+            if reference in failed:
+                session.failures.append((str(reference), failed.pop(reference)))
+        return results
+
+
+def _in_threads(work, todo, count, transport):
+    """Has `count` threads do `work()`, each until it has a None of `todo`.
+
+    The first error ends the others and comes out.
+    """
+    import concurrent.futures
+    executor = concurrent.futures.ThreadPoolExecutor(max(1, count))
+    futures, good, ends = [], False, [None] * count
+    todo.extend(ends)
+    # What a signal raised inside of threading could leave its locks held for ever.
+    transport.watched = True
+    try:
+        for _ in ends:
+            try:
+                futures.append(executor.submit(work))
+            except RuntimeError:  # no more threads are to be had
+                break
+        if count and not futures:
+            work()
+        pending = futures
+        while pending:  # in short waits: a signal may come to another thread
+            done, pending = concurrent.futures.wait(
+                futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                break
+            transport.check()
+        else:
+            good = True
+    finally:
+        if not good:
+            transport.cancel()
+            todo.extendleft(ends)
+        executor.shutdown()
+        transport.watched = False
+    if transport.stop is not None:  # it came after the last look
+        raise transport.stop
+    errors = list(filter(None, (future.exception() for future in futures)))
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, Cancelled))
 
 
 def _rule(keys, name):
