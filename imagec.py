@@ -4615,8 +4615,11 @@ class Reader:
 
     `path` is the user's choice and may be a link; below it none is followed. `check` is
     called as work goes on, and may raise; `unlisted(OSError)` hears of directories that
-    cannot be listed. `asked` collects the names of files that were wanted.
+    cannot be listed. `asked` collects the names of files that were wanted. The Readers
+    `beside` it are asked for blobs that are not here.
     """
+
+    beside = ()
 
     def __init__(self, path, check=go_on, unlisted=_raise):
         self.path, self.check, self._unlisted = path, check, unlisted
@@ -4649,6 +4652,15 @@ class Reader:
         regular file.
         """
         self.asked.add(name)
+        try:
+            return self._region(name)
+        except FileNotFoundError:
+            for other in self.beside if name.startswith("blobs/") else ():
+                with contextlib.suppress(FileNotFoundError):
+                    return other._region(name)
+            raise
+
+    def _region(self, name):
         path = self.path
         for part in name.split("/"):
             path = os.path.join(path, part)
@@ -4717,8 +4729,7 @@ class TarReader(Reader):
         self.docker = "manifest.json" in self.regions and (
             "oci-layout" not in self.regions)
 
-    def region(self, name):
-        self.asked.add(name)
+    def _region(self, name):
         if name not in self.regions:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
         region = self.regions[name]
@@ -4763,6 +4774,7 @@ class Origin(NamedTuple):
     that lead from there to the entry, or to all that an index made here lists, each
     behind what leads to it. An image made here (recompressed, once schema1) has none.
     `subject` is the Digest of what it came along with, None for what was asked for.
+    `without` are the layers left out, for they are elsewhere.
     """
 
     digest: Digest
@@ -4770,27 +4782,29 @@ class Origin(NamedTuple):
     platforms: str
     indexes: Tuple[Digest, ...] = ()
     subject: Optional[Digest] = None
+    without: Tuple[Digest, ...] = ()
 
     def annotations(self):
         """The annotations that say so; `of` reads them back."""
-        texts = self._replace(indexes=" ".join(map(str, self.indexes)))
+        texts = self._replace(indexes=" ".join(map(str, self.indexes)),
+                              without=" ".join(map(str, self.without)))
         return {ORIGIN_ANNOTATION + field: str(text)
                 for field, text in zip(self._fields, texts) if text}
 
     @classmethod
     def of(cls, annotations):
         """The Origin noted in an entry's; None for none. Raises InvalidDocument."""
-        digest, repository, platforms, indexes, subject = [
+        digest, repository, platforms, *texts = [
             annotations.get(ORIGIN_ANNOTATION + field, "") for field in cls._fields]
         try:  # we write none of an algorithm unknown to us
-            digests = list(map(Digest.parse, (digest + " " + indexes).split()))
-            subject = Digest.parse(subject) if subject else None
+            digest, indexes, subject, without = [
+                tuple(map(Digest.parse, text.split())) for text in (digest, *texts)]
         except InvalidReference as error:
             raise InvalidDocument(ORIGIN_ANNOTATION + "*: " + error.message) from None
-        if digests[1:2] not in ([], digests[:1]):
-            raise InvalidDocument("the indexes do not begin with " + str(digests[0]))
-        return cls(digests[0], repository, platforms,
-                   tuple(digests[1:]), subject) if digests else None
+        if indexes[:1] not in ((), digest):
+            raise InvalidDocument("the indexes do not begin with the digest")
+        return cls(digest[0], repository, platforms, indexes, (*subject, None)[0],
+                   without) if digest else None
 
 
 class Stored(NamedTuple):
@@ -5305,7 +5319,8 @@ class Image(NamedTuple):
 
     `subject` is the Digest of what it came along with, for it refers to that; None for
     what was asked for. Where it is not `named`, another of that name is. `signed` is
-    what proves that it is signed as the Session wants; see SignedBy.
+    what proves that it is signed as the Session wants; see SignedBy. `without` are the
+    Digests of the layers that are left out.
     """
 
     reference: Reference
@@ -5322,6 +5337,12 @@ class Image(NamedTuple):
     subject: Optional[Digest] = None
     named: bool = True
     signed: tuple = ()
+    without: Tuple[Digest, ...] = ()
+
+    @property
+    def wanted(self):
+        """The layers that are not left out."""
+        return [layer for layer in self.layers if layer.digest not in self.without]
 
     @property
     def image_id(self):
@@ -5415,6 +5436,14 @@ class Output:
 
     def place(self, image, layer):
         """The Place of the blob of an Image's layer; touches nothing."""
+
+    def elsewhere(self, image, bases):
+        """Those of its layers, by their Digests, that may be left out.
+
+        For each image there is elsewhere `bases` has the digests of its layers.
+        """
+        known = {digest for base in bases for digest in base}
+        return tuple(layer.digest for layer in image.layers if layer.digest in known)
 
     def find(self, images):
         """Looks which of their blobs are there already; touches nothing."""
@@ -5599,7 +5628,8 @@ def index_entry(image, name):
     document, platform = image.manifest, image.platform
     annotations = Origin(
         image.digest, image.reference.name, str(platform or ""),
-        tuple(index.digest for index in image.indexes), image.subject).annotations()
+        tuple(index.digest for index in image.indexes), image.subject,
+        image.without).annotations()
     if name is not None:
         annotations.update({NAME_ANNOTATION: str(name), TAG_ANNOTATION: name.tag})
     return Descriptor.of(
@@ -5691,7 +5721,7 @@ class OCIOutput(Output):
 
     def open(self, images):
         for algorithm in {"sha256"}.union(layer.digest.algorithm for image in images
-                                          for layer in image.layers):
+                                          for layer in image.wanted):
             make_directory(self.path, "blobs", algorithm)
         marker = os.path.join(self.path, "oci-layout")
         if not os.path.exists(marker):
@@ -5797,13 +5827,22 @@ class ArchiveOutput(Spooled):
 
     def find(self, images):
         self._order = {}  # digest -> the first layer that has it
-        for layer in (layer for image in images for layer in image.layers):
+        for layer in (layer for image in images for layer in image.wanted):
             self._order.setdefault(layer.digest, layer)
         self._old = os.path.realpath(self.path)  # a finished one
         self._found = []  # {digest: Region} of the unfinished one, then of the finished
         for path in (self.path + PARTIAL, self._old) if self.stream is None else ():
             with contextlib.suppress(OSError, InvalidDocument):
                 self._found.append(dict(self._begun(path)))
+
+    def elsewhere(self, image, bases):
+        # docker knows a layer by those below it.
+        def shared(base):
+            return list(itertools.takewhile(
+                lambda pair: pair[0].digest == pair[1], zip(image.layers, base)))
+
+        return tuple(digest for _, digest in max(map(shared, bases), key=len,
+                                                 default=()))
 
     def _begun(self, path):
         """Yields (digest, Region) of the blobs an archive seems to begin with.
@@ -7007,7 +7046,8 @@ class Session:
     port where they have none; the insecure options are for one registry, its mirrors
     and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
     manifest and digests follow; with `referrers` what refers to an image comes along;
-    with `keep_going` an image that fails does not end a pull: `failures` has it.
+    with `keep_going` an image that fails does not end a pull: `failures` has it; what
+    the references or paths `without` have already is left out.
     Only what a key in the files `verify_keys` signed is taken (None: in those that
     IMAGEC_VERIFY_KEY names; (): anything), as `verify_name` if that is not None. For
     `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring, for
@@ -7020,7 +7060,7 @@ class Session:
                  token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
                  max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
                  recompress=None, notify=None, storage_hosts=(), referrers=False,
-                 verify_keys=None, verify_name=None, keep_going=False):
+                 verify_keys=None, verify_name=None, keep_going=False, without=()):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -7030,14 +7070,11 @@ class Session:
             raise UsageError("a timeout of %s seconds, layers of %s bytes, %s files: "
                              "these limits must be over 0" % (timeout, max_layer_size,
                                                               max_files))
-        if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts)):
-            raise UsageError("mirrors, token hosts and storage hosts come in lists")
-        token_hosts, storage_hosts = (
-            [re.sub("(?is)^https?://([^/?#]*).*", r"\1", host) for host in hosts]
-            for hosts in (token_hosts, storage_hosts))
-        hosts = token_hosts + storage_hosts
-        if not all(map(_AUTHORITY.fullmatch, hosts)):
-            raise UsageError("a token or storage host is not HOST[:PORT] or a URL")
+        if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
+                                                without)):
+            raise UsageError("mirrors, token hosts, storage hosts, and what to do "
+                             "without, come in lists")
+        token_hosts, storage_hosts = map(_authorities, (token_hosts, storage_hosts))
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
         #: The Credentials of the command line, None for none.
@@ -7051,10 +7088,11 @@ class Session:
         self._mirrors = [_split_mirror(mirror) for mirror in mirrors]
         self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
                                    client_pair, proxy, storage_hosts=storage_hosts)
-        for host in hosts:
+        for host in token_hosts + storage_hosts:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.recompress, self.referrers = jobs, recompress, referrers
+        self.without = without
         #: (text, ImagecError) pairs of what failed where the rest goes on, else None.
         self.failures = [] if keep_going else None
         self.max_layer_size, self.max_files = max_layer_size, max_files
@@ -7267,7 +7305,7 @@ class Puller:
         if output.stream is None:
             check_free(output.path, sum(max(0, (blob.size or 0) - there)
                                         for _, blob, there in self.plan(images)))
-        self._opaque = {layer.digest for image in images for layer in image.layers
+        self._opaque = {layer.digest for image in images for layer in image.wanted
                         if layer.opaque}
         try:
             # 3. A place for them, and into it their layers, each proved.
@@ -7297,22 +7335,24 @@ class Puller:
                 ("--platform all", platform == "all", output.platforms, "oci"),
                 ("more than one --platform", several, output.layout, "oci or archive"),
                 ("--referrers", session.referrers, output.layout, "oci or archive"),
-                ("--recompress", session.recompress, output.layout, "oci or archive")):
+                ("--recompress", session.recompress, output.layout, "oci or archive"),
+                ("--without", session.without, output.layout, "oci or archive")):
             if given and not taken:
                 raise UsageError("%s does not go with --format %s"
                                  % (option, output.format), "add --format " + formats)
-        if session.recompress and (session.referrers or output.platforms and (
-                several or platform == "all")):
+        if session.recompress and (
+                session.referrers or session.without or output.platforms and (
+                    several or platform == "all")):
             raise UsageError("--recompress makes another image: no index leads to it, "
-                             "and nothing refers to it")
+                             "nothing refers to it, and nothing of it is elsewhere")
         if len(references) > 1 and not output.several:
             raise UsageError("format %s takes one image at a time" % output.format)
         for reference in references:  # in their order: the first has the password
             with session.trying(reference):
                 session.source(reference)
-        images = [image for found in self._in_parallel(
-            [(reference, lambda reference=reference: self._resolve(reference, platform))
-             for reference in references]) for image in found or ()]
+        images = [image for found in in_parallel(session, [
+            (reference, lambda reference=reference: self._resolve(reference, platform))
+            for reference in references]) for image in found or ()]
         for image in images:
             name = output.layout and output.name_of(image)
             if name and name.host.startswith("["):
@@ -7324,9 +7364,35 @@ class Puller:
             log.info("along comes what refers to that: %d manifests",
                      sum(len(image.below) or 1 for image in along))
             images += along
+        if session.without:
+            images = self._lessened(images, platform)
         return images if output.verbatim else [image._replace(layers=tuple(
             layer for layer in image.layers if not layer.throwaway))
             for image in images]
+
+    def _lessened(self, images, platform):
+        """`images` less the layers that are elsewhere: in what `without` names."""
+        session, bases = self._session, []
+        for text in session.without:
+            if is_path(str(text)):
+                documents = [document for found in stored(open_place(
+                    os.path.expanduser(text), session.transport.check), lenient)
+                    for document in found.documents]
+            else:
+                reference = Reference.parse(str(text))
+                documents = [document for one in self._images_of(reference, platform)
+                             for document in (one.manifest, *one.below)]
+            bases += [[layer.digest for layer in document.layers]
+                      for document in documents if isinstance(document, Manifest)]
+        images = [image if isinstance(image.manifest, Schema1Manifest) else
+                  image._replace(without=self._output.elsewhere(image, bases))
+                  for image in images]
+        for image in images:
+            left = {layer.digest: layer.blob.size for layer in image.layers
+                    if layer.digest in image.without}
+            log.info("%s: left out, for it is elsewhere: %d of %d layers, %d bytes",
+                     image.reference, len(left), len(image.layers), sum(left.values()))
+        return images
 
     def _resolve(self, reference, platform):
         """The Images of a reference, which the output takes."""
@@ -7360,7 +7426,7 @@ class Puller:
         seen = set()
         self._output.find(images)
         for image in images:
-            for layer in image.layers:
+            for layer in image.wanted:
                 if layer.digest not in seen:
                     seen.add(layer.digest)
                     yield image, layer.blob, self._output.place(image, layer).there()
@@ -7390,8 +7456,9 @@ class Puller:
         for image in images:
             notify(Event("Pulling from " + image.reference.repository,
                          image.reference.tag_or_digest))
+        for image in images:
             # The largest first, for they decide when we are done.
-            for layer in sorted(image.layers,
+            for layer in sorted(image.wanted,
                                 key=lambda layer: -(layer.blob.size or 0)):
                 if layer.digest not in wanted:
                     notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
@@ -7401,11 +7468,11 @@ class Puller:
                 wanted[layer.digest] = image, layer
         # Cores to spare hash apart what others unpack, that of the largest in any case.
         spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(wanted)))
-        done = dict(zip(wanted, self._in_parallel([
+        done = dict(zip(wanted, in_parallel(self._session, [
             (image.reference, lambda image=image, layer=layer, apart=rank < spare: (
                 self._fetch_layer(image, layer, apart)))
             for rank, (image, layer) in enumerate(wanted.values())], forgiving)))
-        return self._in_parallel([
+        return in_parallel(self._session, [
             (image.reference, lambda image=image: self._gather(image, done))
             for image in images], forgiving)
 
@@ -7414,7 +7481,9 @@ class Puller:
 
         Raises VerificationError where another image knew a blob by other facts.
         """
-        fetched = [done[layer.digest] for layer in image.layers]
+        fetched = [Fetched(layer.blob, None, None, True)
+                   if layer.digest in image.without else done[layer.digest]
+                   for layer in image.layers]
         if None in fetched:
             return None
         for number, (layer, one) in enumerate(zip(image.layers, fetched)):
@@ -7461,31 +7530,32 @@ class Puller:
         output.add(layer, fetched)
         return fetched
 
-    def _in_parallel(self, actions, forgiving=True):
-        """The results of (Reference, action) pairs, in order.
 
-        The first error ends the others and comes out; where the rest goes on, and that
-        is `forgiving`, it ends just those of its Reference, whose results are None.
-        """
-        session, results, failed = self._session, [None] * len(actions), {}
-        forgiving = forgiving and session.failures is not None
-        todo = collections.deque(enumerate(actions))
+def in_parallel(session, actions, forgiving=True):
+    """The results of (what it is for, action) pairs, in order.
 
-        def work():
-            for number, (reference, action) in iter(todo.popleft, None):
-                try:
-                    if reference not in failed:
-                        results[number] = action()
-                except ImagecError as error:
-                    if not forgiving:
-                        raise
-                    failed.setdefault(reference, error)
+    The first error ends the others and comes out; where the rest goes on, and that is
+    `forgiving`, it ends just those for the same, whose results are None.
+    """
+    results, failed = [None] * len(actions), {}
+    forgiving = forgiving and session.failures is not None
+    todo = collections.deque(enumerate(actions))
 
-        _in_threads(work, todo, min(session.jobs, len(actions)), session.transport)
-        for reference, _ in actions if failed else ():
-            if reference in failed:
-                session.failures.append((str(reference), failed.pop(reference)))
-        return results
+    def work():
+        for number, (what, action) in iter(todo.popleft, None):
+            try:
+                if what not in failed:
+                    results[number] = action()
+            except ImagecError as error:
+                if not forgiving:
+                    raise
+                failed.setdefault(what, error)
+
+    _in_threads(work, todo, min(session.jobs, len(actions)), session.transport)
+    for what, _ in actions if failed else ():
+        if what in failed:
+            session.failures.append((str(what), failed.pop(what)))
+    return results
 
 
 def _in_threads(work, todo, count, transport):
@@ -7536,6 +7606,14 @@ def _rule(keys, name):
     if name is not None and not keys:
         raise UsageError("a name to verify, but no key", "add --verify-key")
     return CHECKS["verify_keys"](keys, name) if keys else None
+
+
+def _authorities(hosts):
+    """HOST[:PORT] of each of these texts and URLs; raises UsageError."""
+    hosts = [re.sub("(?is)^https?://([^/?#]*).*", r"\1", host) for host in hosts]
+    if not all(map(_AUTHORITY.fullmatch, hosts)):
+        raise UsageError("a token or storage host is not HOST[:PORT] or a URL")
+    return hosts
 
 
 def _split_mirror(text):
@@ -7735,16 +7813,19 @@ def new_output(path, format=None, tag=None, stream=None):
     return OUTPUTS[name](path, tag, stream)
 
 
-_PATH = re.compile(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]")
-
-
-def asked(args, session, outermost=False):
-    """The Image `args` name, in a registry or at a path; or the document it stands for.
+def is_path(text):
+    """Whether what a user wrote is a path, not a reference.
 
     A bare word is no directory: who may write to this one must not choose an image.
     """
+    return bool(re.match(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]", text)) or (
+        text.lower().endswith(".tar") and os.path.isfile(text))
+
+
+def asked(args, session, outermost=False):
+    """The Image `args` name, in a registry or at a path, or the outermost document."""
     text = args.reference
-    if _PATH.match(text) or text.lower().endswith(".tar") and os.path.isfile(text):
+    if is_path(text):
         log.info("reading what is at the path %s", text)
         if args.verify_keys:
             raise UsageError("--verify-key is for what comes from a registry",
@@ -7773,20 +7854,21 @@ class Audit:
 
     `images` and `blobs` count what was found good or bad; `unchecked` says what was not
     looked into (no codec), `absent` what should have been, by its name, and why;
-    `ignored` names the files there that were not looked at, for no image needs them.
-    `check` is called as work goes on, and may raise.
+    `ignored` names the files there that were not looked at, for no image needs them,
+    `elsewhere` the blobs that a pull was to leave out. `check` is called as work goes
+    on, and may raise.
     """
 
     def __init__(self, check=go_on):
         self.faults, self.unchecked, self.absent, self.ignored = [], [], {}, []
-        self.images = self.blobs = 0
+        self.images, self.blobs, self.elsewhere = 0, 0, set()
         self._go_on = check
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
         self._names = collections.defaultdict(set)  # digest of an image -> its names
         self._images = {}  # digest -> what docker calls it: see _image
 
-    def check(self, path):
-        """Re-checks what stands at `path`.
+    def check(self, path, beside=()):
+        """Re-checks what stands at `path`; blobs not there may be at those `beside` it.
 
         Raises OutputError where nothing does, or no image that can be checked.
         """
@@ -7796,9 +7878,10 @@ class Audit:
 
         with self._noting("content"):
             reader = open_place(path, self._go_on, unlisted)
+            reader.beside = [open_place(other, self._go_on) for other in beside]
             for found in stored(reader, self._noting):
                 self._check_stored(found)
-            if not self.absent:  # or what it leads to would be "extra"
+            if not (self.absent or self.elsewhere):  # what they lead to is no "extra"
                 self._check_names(reader, collections.Counter(reader.names()))
         if not (self.images or self.faults or self.absent):
             raise OutputError(path, "no image is in it", "; ".join(self.unchecked)
@@ -7820,6 +7903,9 @@ class Audit:
                 listed.update(entry.digest for entry in document.manifests)
             else:
                 self._image(found, document)
+        for digest in found.origin.without if found.origin else ():
+            if self.absent.pop(blob_name(digest), None):
+                self.elsewhere.add(digest)
         if found.origin is None and not listed.isdisjoint(self._images):
             for name in set(map(blob_name, listed)).intersection(self.absent) - before:
                 self.unchecked.append("%s: %s" % (name, self.absent.pop(name)))
@@ -8024,7 +8110,7 @@ class _Stock:
 
 
 def _run_verify(args, session):
-    audit = Audit(session.transport.check).check(args.path)
+    audit = Audit(session.transport.check).check(args.path, args.withs or ())
     for text in audit.unchecked:  # with -q, too
         log.error("warning: not checked: %s", text)
     for text in audit.faults:
@@ -8037,6 +8123,9 @@ def _run_verify(args, session):
         raise OutputError(args.path, "is incomplete: files missing, or not to be read: "
                           "%d" % len(audit.absent),
                           "pull again, or run this as who may read them")
+    if audit.elsewhere:
+        raise OutputError(args.path, "incomplete: %d blobs are elsewhere" % len(
+            audit.elsewhere), "name with --with PATH what has them")
     if session.rule is not None:
         _Stock(open_place(args.path, session.transport.check)).prove(
             session.rule, args.image)
@@ -8885,6 +8974,7 @@ def image_json(image):
         "image_id": image.image_id, "platform": image.platform and SECRETS.hide(
             str(image.platform)),
         "format": image.format, "path": image.path,
+        "without": list(map(str, image.without)),
         "layers": [layer_json(layer, size=layer.size) for layer in image.layers]}
 
 
@@ -9159,7 +9249,8 @@ def _row(words, explained=None, **more):
     if last.startswith("-"):
         return [*names, last], {"action": "store_true", "help": explained}
     if last.endswith("..."):
-        more.update(action="append", dest=names[-1].strip("-").replace("-", "_") + "s")
+        more.setdefault("dest", names[-1].strip("-").replace("-", "_") + "s")
+        more["action"] = "append"
     kind = {"N": int, "BYTES": int, "SECONDS": float}.get(last, str)
     return names, dict(more, metavar=last, help=explained, type=kind)
 
@@ -9212,6 +9303,8 @@ COMMANDS = {
         _row("--dry-run", "say what would be fetched, and stop"),
         _row("--recompress gzip", "rewrite zstd layers for old Docker; digests change"),
         _row("--referrers", "take along what refers to it (to oci or archive)"),
+        _row("--without REF|PATH...", "leave out what this has (to oci or archive)",
+             dest="without"),
         _row("--tag NAME[:TAG]", "the name to load the image by; default: its own"),
         _row("-j --jobs N", "layers at once; default %(default)s", default=JOBS),
         *_LIMITS,
@@ -9237,7 +9330,8 @@ COMMANDS = {
     "selftest": (_run_selftest, "prove that this host can pull", [
         _row("host HOST[:PORT]", "a registry to look at too", nargs="?")]),
     "verify": (_run_verify, "re-check, offline, what a pull wrote", [
-        _PLACE, *_SIGNED[:2], _row("--image NAME", "only this one must be signed")]),
+        _PLACE, _row("--with PATH...", "may have blobs that are not there"),
+        *_SIGNED[:2], _row("--image NAME", "only this one must be signed")]),
     "tags": (_run_tags, "list a repository's tags", [
         _row("reference REPO", "[HOST[:PORT]/]REPOSITORY"),
         _row("--match GLOB", "only these: * ? [] in it", default="*"),
@@ -9332,7 +9426,7 @@ def read_password(args):
 SESSION_OPTIONS = frozenset("""
     username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
     storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
-    referrers verify_keys verify_name keep_going
+    referrers verify_keys verify_name keep_going without
 """.split())
 
 

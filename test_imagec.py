@@ -9836,6 +9836,81 @@ class ArtifactsTest(StoredCase):
 
 
 @needs_zstd
+class WithoutTest(StoredCase):
+    """An update is what is new, beside what is there already."""
+
+    def setUp(self):
+        super().setUp()
+        self.old, _ = self.serve(ARCHIVE_TARS[:2])
+        self.new, self.image = self.serve(ARCHIVE_TARS, "lab/app:2")
+        self.other, self.wider = self.serve(
+            [ARCHIVE_TARS[0], raw_words("x=1"), ARCHIVE_TARS[1]], "lab/other:1")
+
+    def bases(self):
+        """Where the older image is: in the registry, an archive, a layout."""
+        self.pull("-o", self.at("old.tar"), self.old)
+        self.pull("-o", self.at("old"), "--format", "oci", self.old)
+        return self.old, self.at("old.tar"), self.at("old")
+
+    def left_out(self, image, name, *bases):
+        """Which layers an update lacks, as --json and the index say and as it is."""
+        run = self.pull("--json", "--format", "archive" if name.endswith(".tar") else
+                        "oci", "-o", self.at(name), "%s/lab/%s" % (
+                            self.origin.host, image), *[
+                                word for base in bases for word in ("--without", base)])
+        said = json.loads(run.out.decode())["without"]
+        there, = imagec.stored(imagec.open_place(self.at(name)))
+        self.assertEqual([str(digest) for digest in there.origin.without], said)
+        layers = list(there.documents)[-1].layers
+        names = there.reader.names()
+        self.assertEqual([str(layer.digest) for layer in layers
+                          if imagec.blob_name(layer.digest) not in names], said)
+        return [[str(layer.digest) for layer in layers].index(one) for one in said]
+
+    def test_what_is_elsewhere_is_not_fetched(self):
+        for number, base in enumerate(self.bases()):
+            for name in ("new.tar", "new"):
+                before = [self.blob_gets(digest) for digest in self.image.layers]
+                self.assertEqual(self.left_out("app:2", str(number) + name, base), [0, 1])
+                gets = [self.blob_gets(digest) for digest in self.image.layers]
+                self.assertEqual([now - then for now, then in zip(gets, before)],
+                                 [0, 0, 1])
+
+    def test_docker_needs_the_layers_below(self):
+        self.assertEqual(self.left_out("other:1", "x.tar", self.old), [0])
+        self.assertEqual(self.left_out("other:1", "x", self.old), [0, 2])
+        self.assertEqual(self.left_out("other:1", "y.tar", self.new, self.other),
+                         [0, 1, 2])
+        self.assertEqual(self.left_out("app:2", "z.tar", self.other), [0])
+
+    def test_it_is_told(self):
+        run = self.main("pull", "--without", self.new, "-o", self.at("o.tar"), self.new)
+        self.assertIn("left out, for it is elsewhere: 3 of 3 layers, %d bytes" % sum(
+            len(self.image.blobs[digest]) for digest in self.image.layers), run.err)
+        run = self.main("pull", "--without", self.old, "-o", self.at("o.tar"), self.new)
+        run = self.main("verify", self.at("o.tar"))
+        self.assertEqual(run.status, 1)
+        self.assertIn("incomplete: 2 blobs are elsewhere", run.err)
+
+    @rows((("layers", ()), ("rootfs", ()), ("oci", ("--recompress", "gzip"))))
+    def test_what_it_does_not_go_with(self, format, options):
+        self.pull("--without", self.old, "--format", format, "-o", self.at("o"),
+                  *options, self.new, expect=2)
+        self.assertEqual(self.blob_gets(), 0)
+
+    def test_the_two_together(self):
+        for base in self.bases()[1:]:
+            for name in ("new.tar", "new"):
+                self.left_out("app:2", name, base)
+                self.pull("-o", self.at("other"), "--format", "oci", self.serve(
+                    ARCHIVE_TARS[:1], "lab/less:1")[0])
+                run = self.main("verify", self.at(name), "--with", self.at("other"))
+                self.assertEqual(run.status, 1, run.err)
+                run = self.main("verify", self.at(name), "--with", base)
+                self.assertEqual(run.status, 0, run.err)
+                remove(self.at(name))
+
+
 class RecompressTest(StoredCase):
     """zstd layers as they are, and as gzip for those who cannot read them."""
 
@@ -9888,7 +9963,8 @@ class RecompressTest(StoredCase):
         self.assertNotIn("blobs/sha256/" + index.digest[7:], members)
         entry, = json.loads(members["index.json"].decode())["manifests"]
         self.assertEqual(imagec.Origin.of(entry["annotations"]), (
-            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), None))
+            imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), None,
+            ()))
 
     def test_what_was_said_of_the_old_bytes_is_gone(self):
         chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
@@ -15252,7 +15328,7 @@ class CommandLineTest(CommandLineCase):
             ("reference", self.ref), ("digest", self.digest),
             ("image_id", sha256(self.image.config)), ("platform", "linux/amd64"),
             ("format", "layers")])
-        self.assertEqual(list(value)[5:], ["path", "layers"])
+        self.assertEqual(list(value)[5:], ["path", "without", "layers"])
         self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
         self.assertEqual([list(layer) for layer in value["layers"]],
                          [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
@@ -16076,14 +16152,14 @@ class CommandLineFailureTest(CommandLineCase):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0)
 
-        fetch = imagec.Puller._in_parallel
+        fetch = imagec.Puller._fetch
 
-        def struck(puller, actions):
+        def struck(*arguments):
             Doomed()
-            return fetch(puller, actions)
+            return fetch(*arguments)
 
         self.origin.fault("blobs/" + self.image.layers[0], hang(), EVER)
-        with mock.patch.object(imagec.Puller, "_in_parallel", struck):
+        with mock.patch.object(imagec.Puller, "_fetch", struck):
             ended = self.pull("-q", "--timeout", "5", self.ref)
         self.assertEqual(ended.status, 143, ended.err)
         said = ended.err.splitlines()[-1 if sys.version_info < (3, 8) else 0:]
