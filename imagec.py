@@ -78,7 +78,7 @@ __all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "LimitExceeded", "TooLarge", "VerificationError", "DigestMismatch", "SizeMismatch",
     "Unsupported", "TransportError", "CertificateError", "UnsafeRedirect", "Timeout",
     "Cancelled", "RegistryError", "NotFound", "NoMatchingPlatform", "AccessDenied",
-    "RateLimited", "CredentialsError", "OutputError",
+    "CredentialsError", "OutputError",
     "Digest", "Reference", "Platform", "Document", "PrettySignature",
     "Descriptor", "Manifest", "Index", "Layer", "Schema1Manifest", "decode_manifest",
     "ImageConfig", "proved", "Credentials", "Challenge", "fetch_token", "Registry",
@@ -99,13 +99,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30  # bytes
 MANIFEST_LIMIT = 4 * MIB  # bytes; distribution-spec: "at least 4 megabytes"
 CONFIG_LIMIT = 4 * MIB  # bytes; what containers/image allows
 TOKEN_LIMIT = 1 * MIB  # bytes of a token server's reply; containers/image
-TOKEN_LENGTH_LIMIT = 64 * KIB  # characters; far over any JWT, under header limits
 ERROR_BODY_LIMIT = 64 * KIB  # bytes; go-containerregistry
 ERROR_TEXT_LIMIT = 300  # characters of a server's own words in a message
 MESSAGE_LIMIT = 2000  # characters of a message, about a screen of a terminal
-PLATFORMS_SHOWN = 20  # of an index that has none that fits
-SECRET_FLOOR = 4  # characters; a shorter secret would blank out every text
-SECRET_WORD = 6  # characters; a shorter one is hidden only where it stands alone
 SECRET_FORMS_LIMIT = 500  # spellings of secrets; each new token adds one or two
 HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
 NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
@@ -121,7 +117,6 @@ CONTENTS_LIMIT = 16 * MIB  # bytes of a list of what a layout holds: INDEX_COUNT
 TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 PAGE_COUNT_LIMIT = 10000  # pages of one list; some registries give 100 entries a page
-REFERENCE_LENGTH_LIMIT = 1024  # characters
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
 PATH_MAX = 4096  # bytes of a path; Linux
 RSA_BITS = 2048, 8192  # least and most of a modulus; crypto/tls takes no more
@@ -132,7 +127,6 @@ PATH_PARTS_LIMIT = 500  # directories of a path; os.makedirs calls itself for ea
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 WRITE_BEHIND = 4 * MIB  # bytes of a file on its way that wait to be put on disk
 STAGE_DIRECT = 256 * KIB  # bytes before a stage gets a thread: most layers are small
-STAGE_DEPTH = 2  # pieces between two stages
 INFLATE_SLICE = 64 * KIB  # bytes given to a decompressor at once: it copies the rest
 XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
@@ -160,11 +154,9 @@ PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth i
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where there is none
 REDIRECT_LIMIT = 10  # hops; Go's net/http
-#: What registries without a referrers API answer there (go-containerregistry).
-NO_REFERRERS_API = frozenset([400, 404, 405, 406, 501])
+NO_REFERRERS_API = 400, 404, 405, 406, 501  # statuses there; go-containerregistry
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
-REDIRECTS = frozenset([301, 302, 303, 307, 308])
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
 
 SERVE_THREADS = 256  # connections served at once
@@ -173,12 +165,9 @@ SERVE_IDLE = 1  # seconds a connection is kept idle while others wait for a plac
 HELPER_TIMEOUT = 30  # seconds for a credential helper; some ask a person or a cloud
 JOBS = 4  # layers at once
 USER_AGENT = "imagec/" + __version__
-API_VERSION_HEADER = "Docker-Distribution-API-Version"  # a hint; many leave it out
 
 DOCKER_HUB = "docker.io"
 DOCKER_HUB_API = "registry-1.docker.io"
-#: A registry and the token server known to be its own, for password safety.
-KNOWN_REALMS = {DOCKER_HUB_API: "auth.docker.io"}
 
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+json"
 DOCKER_SCHEMA1_SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
@@ -187,7 +176,6 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-SCHEMA1_LAYER = "application/vnd.docker.container.image.rootfs.diff+x-gtar"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -198,18 +186,12 @@ MANIFEST_SHAPES = {
     OCI_MANIFEST: "image", DOCKER_MANIFEST: "image",
     DOCKER_SCHEMA1_SIGNED: "schema1", DOCKER_SCHEMA1: "schema1",
 }
-COSIGN_SUFFIXES = ("sig", "att", "sbom")  # of tags; cosign, SIGNATURE_SPEC.md
 #: One header, comma-joined: where several are sent, proxies keep one, and a registry
 #: that sees too few types answers schema1 without a word.
 ACCEPT = ", ".join(MANIFEST_SHAPES)
-#: Config types old registries and builders gave to real images (moby's list).
-ODD_CONFIG_TYPES = ("application/octet-stream", "application/json", "text/html", "")
-IMAGE_TYPE_PREFIXES = ("application/vnd.oci.image", "application/vnd.docker.container")
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"  # cosign to 2
 SIGSTORE_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"  # and from 3 on
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
-#: In the types of layers that say something about another image: signatures, SBOMs.
-STATEMENT_TYPES = re.compile("json|xml|text/")
 
 
 # --------------------------------------------------------------------------------------
@@ -220,8 +202,7 @@ class Secrets:
     """What this process must not say, and how texts get rid of it.
 
     One for all that runs in a process: errors and log lines outlive those who made
-    them. A server can still spell a secret as we would not know it again, backwards
-    say; this is for what servers and libraries repeat.
+    them. It is for what servers and libraries repeat, not for what they twist.
     """
 
     def __init__(self):
@@ -229,15 +210,14 @@ class Secrets:
         self._forms = ()  # newest last; changed as a whole: reading takes no lock
 
     def add(self, *secrets):
-        """Each of the texts `secrets` (None: nothing) is hidden from now on.
-
-        As it is and percent-encoded. Those under SECRET_FLOOR characters are not.
+        """Each of the texts `secrets` (None: nothing) is hidden from now on, as it is
+        and percent-encoded. Under four characters it would blank out every text.
         """
         forms = {form for secret in filter(None, secrets) for form in (
             secret, urllib.parse.quote(secret), urllib.parse.quote_plus(secret))}
         # A URL's host comes in lowercase.
         forms.update([form.lower() for form in forms if len(form) < 256])
-        forms = sorted(form for form in forms if len(form) >= SECRET_FLOOR)
+        forms = sorted(form for form in forms if len(form) > 3)
         with self._lock:
             older = [form for form in self._forms if form not in forms]
             self._forms = tuple(older + forms)[-SECRET_FORMS_LIMIT:]
@@ -246,10 +226,9 @@ class Secrets:
         """`text` with `***` for each of them, and for what a URL has before its @."""
         text = re.sub("(?<=://)[^\\s/:@]*:[^\\s/]*@(?!sha[0-9]+:)", "***@", text)
         for form in sorted(self._forms, key=len, reverse=True):
-            if form in text:
-                alone = "(?<![A-Za-z0-9])%s(?![A-Za-z0-9])"
-                text = re.sub((alone if len(form) < SECRET_WORD else "%s")
-                              % re.escape(form), "***", text)
+            if form in text:  # a short one only where it stands alone
+                alone = "(?<![A-Za-z0-9])%s(?![A-Za-z0-9])" if len(form) < 6 else "%s"
+                text = re.sub(alone % re.escape(form), "***", text)
         return text
 
 
@@ -259,8 +238,8 @@ SECRETS = Secrets()
 def printable(text, limit=None):
     """`text` without SECRETS and with everything a terminal might obey escaped.
 
-    Control, format (bidi among them) and surrogate characters become `\\xNN` or
-    `\\uNNNN`; over `limit` characters the middle becomes `...`. Bytes name a file.
+    That is what is not printable, bidi and surrogates included. Over `limit` characters
+    the middle becomes `...`. Bytes name a file.
     """
     text = SECRETS.hide(os.fsdecode(text) if isinstance(text, bytes) else str(text))
     if limit is not None and len(text) > limit:
@@ -401,24 +380,18 @@ class NotFound(RegistryError):
 
 
 class NoMatchingPlatform(NotFound):
-    """The index has nothing for the platform wanted; `available` is what it has."""
+    """The index has nothing for the Platform `wanted`, but for those `available`."""
 
     def __init__(self, wanted, available):
-        names = sorted(set(map(str, available)))
-        if len(names) > PLATFORMS_SHOWN:
-            names[PLATFORMS_SHOWN:] = ["and %d more" % (len(names) - PLATFORMS_SHOWN)]
-        super().__init__("no image for platform %s; there is: %s" % (
-            wanted, ", ".join(names) or "none"), hint="choose with --platform" if names
+        names = ", ".join(sorted(set(map(str, available))))
+        super().__init__(
+            "no image for platform %s; there is: %s" % (wanted, names or "none"),
+            hint="choose with --platform" if names
             else "--format oci --platform all takes what it holds")
-        self.wanted, self.available = wanted, tuple(available)
 
 
 class AccessDenied(RegistryError):
     """The registry or its token server does not let us."""
-
-
-class RateLimited(RegistryError):
-    """Too many requests, and waiting did not help."""
 
 
 class CredentialsError(AccessDenied):
@@ -441,7 +414,7 @@ class OutputError(ImagecError):
 
 _REPOSITORY = r"{0}(?:/{0})*".format(r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*")
 _HOST_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::([0-9]+))?".format(_HOST_LABEL)
+_HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::([0-9]{{1,5}}))?".format(_HOST_LABEL)
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _REFERENCE = re.compile(  # host, its port, repository, tag, digest
     "(%s)/(%s)(?::(%s))?(?:@(.+))?" % (_HOST, _REPOSITORY, _TAG), re.DOTALL)
@@ -467,15 +440,10 @@ class Digest(NamedTuple):
     hex: str
 
     @classmethod
-    def parse(cls, text, known=True):
-        """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference.
-
-        Where it need not be `known`, its algorithm may be one that we cannot check.
-        """
+    def parse(cls, text):
+        """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
-        if not (known or length) and _ANY_DIGEST.fullmatch(str(text)):
-            return cls(algorithm, value)
         if not (length and re.fullmatch("[a-f0-9]{%d}" % length, value)):
             raise InvalidReference("invalid digest '%s': expected %s" % (
                 shown(str(text), 150), "%d lowercase hex digits after %s:"
@@ -493,8 +461,7 @@ class Digest(NamedTuple):
         return "%.32s-%.64s" % self
 
     def require_known(self):
-        """Itself; raises Unsupported where its algorithm is one that we cannot check.
-        """
+        """Itself; raises Unsupported where we cannot check its algorithm."""
         if self.algorithm not in _DIGEST_LENGTHS:
             raise Unsupported("digest %.150s is of another algorithm than %s"
                               % (str(self), ", ".join(_DIGEST_LENGTHS)))
@@ -532,8 +499,6 @@ class Reference(NamedTuple):
 
         if _HEX64.fullmatch(text):
             refuse("looks like an image ID")
-        if len(text) > REFERENCE_LENGTH_LIMIT:
-            refuse("longer than %d characters" % REFERENCE_LENGTH_LIMIT)
         host, rest = cls._split_host(text)
         name = rest.partition(":")[0]
         if name != name.lower():
@@ -606,9 +571,6 @@ _VARIANTS = {  # of an architecture: spelling -> norm
     "arm": {"": "v7", "5": "v5", "6": "v6", "7": "v7", "8": "v8"},
     "arm64": {"8": "", "v8": "", "v8.0": "", "9": "v9", "9.0": "v9", "v9.0": "v9"},
 }
-_KNOWN_OSES = frozenset([
-    "linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "illumos",
-    "aix", "android", "plan9", "js", "wasip1"])
 
 
 class Platform(NamedTuple):
@@ -640,7 +602,7 @@ class Platform(NamedTuple):
             raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], "
                                    "for example linux/arm64" % printable(text, 80))
         system = _OS_ALIASES.get(text.lower(), text.lower())
-        if system in _KNOWN_OSES:
+        if system in ("linux", "windows", "darwin", "freebsd"):
             return cls.host()._replace(os=system)
         return cls.normal(*text.split("/") if "/" in text else ("linux", text))
 
@@ -806,21 +768,29 @@ class Document:
                                   % (self.where, name, value))
         return value
 
-    def digest(self, name, known=True):
+    def digest(self, name):
         """Member `name` as a Digest; see as_digest."""
-        return self.as_digest(self.need(name, str), "%s.%s" % (self.where, name), known)
+        return self.as_digest(self.need(name, str), "%s.%s" % (self.where, name))
 
     @staticmethod
-    def as_digest(value, where, known=True):
+    def as_digest(value, where):
         """`value` (anything) as a Digest; raises InvalidDocument naming `where`.
 
-        Unsupported where its algorithm must be `known` and is not.
+        It may be of an algorithm that we cannot check: see Digest.require_known.
         """
+        algorithm, _, encoded = str(value).partition(":")
+        if algorithm not in _DIGEST_LENGTHS and _ANY_DIGEST.fullmatch(str(value)):
+            return Digest(algorithm, encoded)
         try:
-            digest = Digest.parse(value, known=False)
+            return Digest.parse(value)
         except InvalidReference as error:
             raise InvalidDocument("%s: %s" % (where, error.message)) from None
-        return digest.require_known() if known else digest
+
+    def texts(self, name):
+        """Those members of the object `name` that are texts, as a dict."""
+        members = self.get(name, dict)
+        return {key: text for key, text in (members.value if members else {}).items()
+                if type(text) is str}
 
     def base64url(self, name):
         """Member `name` as bytes: base64url as libtrust reads it, lines, no padding."""
@@ -840,7 +810,6 @@ class Document:
                                 % (self.where, name, len(values), limit))
         return [Document(value, "%s.%s[%d]" % (self.where, name, i))
                 for i, value in enumerate(values)]
-
 
 
 class PrettySignature(NamedTuple):
@@ -910,19 +879,12 @@ class Descriptor(NamedTuple):
         return cls(document.media_type, document.digest, len(document.raw), **more)
 
     @classmethod
-    def from_document(cls, document, known=True):
-        """The Descriptor a Document holds; raises as Document.as_digest."""
-        annotations = document.get("annotations", dict)
-        annotations = annotations.value if annotations else {}
-        for name, texts in (("annotations", annotations.values()),
-                            ("urls", document.get("urls", list, []))):
-            if not all(type(text) is str for text in texts):
-                raise InvalidDocument("%s: '%s' must hold strings"
-                                      % (document.where, name))
+    def from_document(cls, document):
+        """The Descriptor a Document holds; raises InvalidDocument."""
         platform = document.get("platform", dict)
-        return cls(document.get("mediaType", str, ""), document.digest("digest", known),
-                   document.size("size"), platform and _platform(platform), annotations,
-                   document.get("artifactType", str, ""))
+        return cls(document.get("mediaType", str, ""), document.digest("digest"),
+                   document.size("size"), platform and _platform(platform),
+                   document.texts("annotations"), document.get("artifactType", str, ""))
 
     def as_json(self):
         """It as an index has it, without what is empty."""
@@ -1012,8 +974,6 @@ class Schema1Manifest(NamedTuple):
     raw: bytes
     media_type: str
     digest: Digest
-    name: str
-    tag: str
     architecture: str
     layers: Tuple[Layer, ...]
     artifact_type, subject, annotations = "", None, {}  # see Manifest
@@ -1032,28 +992,25 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
     body's `mediaType`, and its shape, and all that speak must agree. Raises
     DigestMismatch, InvalidDocument.
     """
-    algorithm = digest.require_known().algorithm if digest else "sha256"
-    signature = None
-    if digest is not None and Digest.of(raw, algorithm) != digest:
+    signature, payload = None, raw
+    if digest and Digest.of(raw, digest.require_known().algorithm) != digest:
         # Only a pretty signature may have a digest that is not its body's.
         with contextlib.suppress(InvalidDocument):
             signature = PrettySignature.parse(raw)
-        digest.check(signature.payload if signature else raw, what)
-    document = Document.parse(signature.payload if signature else raw, what)
+            payload = signature.payload
+        digest.check(payload, what)
+    document = Document.parse(payload, what)
     media_type, shape = _media_type(document, content_type)
     if shape == "schema1":
-        signature = signature or PrettySignature.parse(raw, what)
-        if digest is not None:
-            digest.check(signature.payload, what)
-        return _decode_schema1(raw, signature, algorithm, what)
+        return _decode_schema1(raw, signature or PrettySignature.parse(raw, what),
+                               digest, what)
     if signature:
         raise InvalidDocument("%s: signed, but not schema1" % what)
-    digest = Digest.of(raw, algorithm)
+    digest = digest or Digest.of(raw)
     if shape == "image":
         return _decode_image(document, raw, media_type, digest)
-    return Index(raw, media_type, digest, tuple(
-        Descriptor.from_document(entry, known=False)
-        for entry in document.children("manifests", INDEX_COUNT_LIMIT)),
+    return Index(raw, media_type, digest, tuple(map(
+        Descriptor.from_document, document.children("manifests", INDEX_COUNT_LIMIT))),
         *_about(document))
 
 
@@ -1103,29 +1060,30 @@ def _decode_image(document, raw, media_type, digest):
                    for layer in document.children("layers", LAYER_COUNT_LIMIT))
     sizes = {}
     for blob in (config,) + layers:
-        if sizes.setdefault(blob.digest, blob.size) != blob.size:
+        if sizes.setdefault(blob.digest.require_known(), blob.size) != blob.size:
             raise InvalidDocument("%s gives two sizes for %s"
                                   % (document.where, blob.digest))
     kind = config.media_type
-    image = kind in ODD_CONFIG_TYPES or kind.startswith(IMAGE_TYPE_PREFIXES)
-    if image and layers and all(STATEMENT_TYPES.search(layer.media_type)
-                                for layer in layers):
-        image, kind = False, layers[0].media_type
+    image = re.match(  # with what old registries gave to real images: moby's list
+        r"application/(vnd\.oci\.image|vnd\.docker\.container|(octet-stream|json)\Z)"
+        r"|text/html\Z|\Z", kind)
+    if image and layers and all(  # signatures, SBOMs
+            re.search("json|xml|text/", layer.media_type) for layer in layers):
+        image, kind = None, layers[0].media_type
     return Manifest(raw, media_type, digest, config, layers,
                     "" if image else document.get("artifactType", str) or kind,
                     *_about(document))
 
 
 def _about(document):
-    """(Digest of the subject or None, annotations that are texts) of a manifest."""
-    subject, annotations = (document.get(name, dict) for name in (
-        "subject", "annotations"))
-    return subject and subject.digest("digest", known=False), {
-        name: text for name, text in (annotations.value if annotations else {}).items()
-        if type(text) is str}
+    """(Digest of the subject or None, annotations) of a manifest."""
+    subject = document.get("subject", dict)
+    return subject and subject.digest("digest"), document.texts("annotations")
 
 
-def _decode_schema1(raw, signature, algorithm, what):
+def _decode_schema1(raw, signature, digest, what):
+    digest = digest or Digest.of(signature.payload)
+    digest.check(signature.payload, what)
     document = Document.parse(signature.payload, what)
     if _media_type(document, None)[1] != "schema1":
         raise InvalidDocument("%s: its signed payload is no schema1 manifest" % what)
@@ -1135,9 +1093,8 @@ def _decode_schema1(raw, signature, algorithm, what):
         raise InvalidDocument("%s: %d layers and %d history entries; they must be as "
                               "many and not none" % (what, len(blobs), len(history)))
     return Schema1Manifest(
-        raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1,
-        Digest.of(signature.payload, algorithm), document.get("name", str, ""),
-        document.get("tag", str, ""), document.get("architecture", str, ""),
+        raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1, digest,
+        document.get("architecture", str, ""),
         tuple(_schema1_layers(blobs, history, what)))
 
 
@@ -1159,8 +1116,9 @@ def _schema1_layers(blobs, history, what):
                                   % (what, name))
         seen.add(name)
         below = name
-        yield Layer(name, Descriptor(SCHEMA1_LAYER, blob.digest("blobSum"), None), None,
-                    text, v1.get("throwaway", bool, False))
+        digest = blob.digest("blobSum").require_known()
+        yield Layer(name, Descriptor(DOCKER_LAYER, digest, None), None, text,
+                    v1.get("throwaway", bool, False))
 
 
 def matching(index, platform):
@@ -1261,8 +1219,10 @@ class ImageConfig(NamedTuple):
         rootfs = document.need("rootfs", dict)
         if rootfs.get("type", str, "layers") != "layers":
             raise InvalidDocument("%s: rootfs.type must be 'layers'" % what)
-        diff_ids = tuple(Document.as_digest(value, "%s.rootfs.diff_ids[%d]" % (what, i))
-                         for i, value in enumerate(rootfs.get("diff_ids", list, [])))
+        diff_ids = tuple(
+            Document.as_digest(value, "%s.rootfs.diff_ids[%d]" % (what, i))
+            .require_known()
+            for i, value in enumerate(rootfs.get("diff_ids", list, [])))
         return cls(raw, document.value, _platform(document) or Platform.normal("", ""),
                    diff_ids)
 
@@ -1284,8 +1244,7 @@ def list_layers(manifest, config=None):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
     proved, layers, chain = {}, [], None
-    for blob, diff_id, entry in zip(manifest.layers, config.diff_ids,
-                                    _layer_history(config)):
+    for blob, diff_id in zip(manifest.layers, config.diff_ids):
         if proved.setdefault(blob.digest, diff_id) != diff_id:  # it is unpacked once
             raise VerificationError("config gives two diffIDs to one blob, %s"
                                     % str(blob.digest))
@@ -1293,74 +1252,33 @@ def list_layers(manifest, config=None):
         if parent:  # OCI image-spec, config.md, "Layer ChainID"
             chain = Digest.of(("%s %s" % (parent, diff_id)).encode("ascii"))
         top = len(layers) == len(manifest.layers) - 1
-        layers.append(Layer(chain.hex, blob, diff_id,
-                            _v1_json(config, entry, chain, parent, top)))
+        # As `docker save` writes it: the top has the config, the rest next to nothing.
+        v1 = dict(config.value if top else {"created": "1970-01-01T00:00:00Z"},
+                  id=chain.hex, **{"parent": parent.hex} if parent else {})
+        layers.append(Layer(chain.hex, blob, diff_id, canonical_json({
+            key: member for key, member in v1.items()
+            if key not in ("rootfs", "history")}).decode("utf-8")))
     return tuple(layers)
 
 
-def _layer_history(config):
-    """The history entries of the layers, or empty ones where they do not line up."""
-    entries = [entry for entry in config.history
-               if entry.get("empty_layer") is not True]
-    count = len(config.diff_ids)
-    return entries if len(entries) == count else [{}] * count
-
-
-def _v1_json(config, entry, chain, parent, top):
-    """The v1 JSON docker would keep for a layer; the top has the whole config."""
-    value = {key: member for key, member in config.value.items()
-             if top and key not in ("rootfs", "history")}
-    value.update((key, entry[key]) for key in ("created", "author", "comment")
-                 if key in entry)
-    value.setdefault("created", "1970-01-01T00:00:00Z")
-    value.setdefault("os", config.platform.os)
-    if "created_by" in entry:
-        value.setdefault("container_config", {"Cmd": [entry["created_by"]]})
-    value["id"] = chain.hex
-    if parent:
-        value["parent"] = parent.hex
-    return canonical_json(value).decode("utf-8")
-
-
-def _go_json(value):
-    """JSON text of strings, numbers, lists and ordered dicts, as Go writes it."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return _HALF_PAIR.sub("\ufffd", text)
-
-
 def _raw_members(text):
-    """The members of a JSON object as {key: text as it stands}, the last of equal keys.
-
-    But without insignificant white space: what Go makes of a json.RawMessage.
-    """
+    """{key: text as it stands, less white space} of a JSON object: Go's RawMessage."""
     text = re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
     decoder, members, at = json.JSONDecoder(), {}, 1
     while text.startswith('"', at):
         key, colon = decoder.raw_decode(text, at)
         _, end = decoder.raw_decode(text, colon + 1)
-        members[_HALF_PAIR.sub("\ufffd", key)] = text[colon + 1:end]
+        members[key] = text[colon + 1:end]
         at = end + 1
     return members
 
 
-def _go_time(text):
-    """A time as Go's RFC3339Nano writes it; None gives Go's zero time."""
-    if text is None:
-        return "0001-01-01T00:00:00Z"
-    match = re.fullmatch(
-        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:(\.\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)",
-        str(text), re.ASCII)
-    if not match:
-        raise InvalidDocument("'created' is not an RFC 3339 time: "
-                              + printable(text, 60))
-    seconds, fraction, zone = match.groups("")
-    return seconds + fraction.rstrip("0.") + ("Z" if zone[1:] == "00:00" else zone)
-
-
 def _go_history(v1):
-    """One entry of a config's history, from a v1 image."""
+    """One entry of a config's history, from a v1 image, as Go writes it."""
     command = (v1.get("container_config") or {}).get("Cmd") or []
-    fields = (("created", _go_time(v1.get("created"))),
+    created = re.sub(r"(\.[0-9]{0,9})[0-9]*", lambda match: match.group(1).rstrip("0."),
+                     v1.get("created") or "0001-01-01T00:00:00Z")
+    fields = (("created", re.sub("[+-]00:00$", "Z", created)),
               ("author", v1.get("author")),
               ("created_by", command if type(command) is str else " ".join(command)),
               ("comment", v1.get("comment")),
@@ -1382,19 +1300,20 @@ def modern_config(manifest, diff_ids):
     rootfs = {"type": "layers"}
     if diff_ids:
         rootfs["diff_ids"] = list(map(str, diff_ids))
-    members["rootfs"] = _go_json(rootfs)
+    write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    members["rootfs"] = write(rootfs)
     try:
-        members["history"] = _go_json([_go_history(json.loads(layer.v1_json))
-                                       for layer in manifest.layers])
+        members["history"] = write([_go_history(json.loads(layer.v1_json))
+                                    for layer in manifest.layers])
     except (TypeError, AttributeError):
         raise InvalidDocument(
             "a v1Compatibility has members of the wrong type") from None
-    text = "{%s}" % ",".join("%s:%s" % (_go_json(key), members[key])
-                             for key in sorted(members, key=str.encode))
+    text = "{%s}" % ",".join(
+        "%s:%s" % (write(key), members[key]) for key in sorted(members))
     # Go escapes these, too, which stand in strings only.
     text = re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()),
                   text)
-    return ImageConfig.parse(text.encode("utf-8"))
+    return ImageConfig.parse(text.encode("utf-8", "backslashreplace"))
 
 
 def modern_manifest(config, layers, kind=DOCKER_MANIFEST, config_kind=DOCKER_CONFIG):
@@ -1485,7 +1404,10 @@ def _tar_entry(block):
     if kind == b"S" and magic != _GNU_MAGIC:
         raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
     name = name.partition(b"\0")[0]
-    prefix = _name_prefix(block, magic, prefix).partition(b"\0")[0]
+    if magic[:6] != b"ustar\0" and (magic != _GNU_MAGIC or max(prefix) > 127
+                                    or re.match(rb"[0-7 \0]{24}", prefix)):
+        prefix = b""  # two times with GNU's magic; but Go before 1.8 had prefixes there
+    prefix = prefix.partition(b"\0")[0]
     if prefix:
         name = prefix + b"/" + name
     return kind, Entry(
@@ -1493,19 +1415,6 @@ def _tar_entry(block):
         _tar_number(mode) & 0o7777, max(_tar_number(uid), 0), max(_tar_number(gid), 0),
         _tar_number(mtime) * 10 ** 9, link.partition(b"\0")[0],
         (_tar_number(major), _tar_number(minor)) if kind in b"34" else (0, 0))
-
-
-def _name_prefix(block, magic, field):
-    """What of the prefix field is one; with GNU's magic, two times stand there."""
-    if magic[:6] == b"ustar\0":
-        return field[:131] if block[508:] == b"tar\0" else field  # star has times
-    if magic == _GNU_MAGIC:
-        try:
-            for number in field[:12], field[12:24]:
-                _tar_number(number)
-        except ValueError:  # Go before 1.8 wrote prefixes under it
-            return field if max(field) < 128 else b""
-    return b""
 
 
 def _pax_number(text, key):
@@ -1582,12 +1491,11 @@ class Tar:
 
     `data` yields what is stored for the Entry, as bytes-likes, and for each hole of a
     sparse file how many bytes it is long, as an int; it need not be drawn. The tar is
-    read to its end marker; what is behind stays in `chunks`. tarfile is not used: it
-    ends without a word at a broken header, so that whatever follows is lost (seen on
-    3.6 to 3.13), and with small files it was most of the work. So far, `size` is the
-    sum of the logical sizes in the headers, in bytes, `members` counts, `offset` is how
-    many bytes were read; `sparse` tells of the last member. Members may not hold more
-    than `limit` bytes, holes included. Raises InvalidDocument, LimitExceeded, TooLarge.
+    read to its end marker; what is behind stays in `chunks`. tarfile would end without
+    a word at a broken header. So far, `size` is the sum of the logical sizes in the
+    headers, in bytes, `members` counts, `offset` is how many bytes were read; `sparse`
+    tells of the last member. Members may not hold more than `limit` bytes, holes
+    included. Raises InvalidDocument, LimitExceeded, TooLarge.
     """
 
     def __init__(self, chunks, what, limit=LAYER_SIZE_LIMIT):
@@ -1908,7 +1816,7 @@ def ahead(chunks):
     else:
         return
     import queue
-    ready, error, given_up = queue.Queue(STAGE_DEPTH), None, False
+    ready, error, given_up = queue.Queue(2), None, False
 
     def draw():
         nonlocal error
@@ -1966,21 +1874,16 @@ def _decompressor(name):
 
 
 _MAGIC_LENGTH = 6  # bytes; the longest below
-_CODECS = (  # (regex of first bytes, name)
-    (rb"\x1f\x8b\x08", "gzip"), (rb"BZh", "bzip2"), (rb"\xfd7zXZ\x00", "xz"),
-    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"), (rb"", "tar"))
-
-
-def _codec(head):
-    """The name of what a stream that begins with `head` is compressed with."""
-    return next(name for magic, name in _CODECS if re.match(magic, head))
+_MAGIC = (  # what each codec begins with
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh)|(?P<xz>\xfd7zXZ\x00)"
+    rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<tar>)")
 
 
 def codec_of(file):
     """The name of what stands next in a binary file is compressed with, else "tar"."""
     head = file.read(_MAGIC_LENGTH)
     file.seek(-len(head), os.SEEK_CUR)
-    return _codec(head)
+    return re.match(_MAGIC, head).lastgroup
 
 
 def inflated(chunks, what):
@@ -1993,7 +1896,8 @@ def inflated(chunks, what):
         head += data
         if len(head) >= _MAGIC_LENGTH:
             break
-    name, chunks = _codec(head), itertools.chain([head], chunks)
+    name = re.match(_MAGIC, head).lastgroup
+    chunks = itertools.chain([head], chunks)
     try:
         member = None if name == "tar" else _decompressor(name)
     except ImportError:
@@ -2013,32 +1917,23 @@ def _streams(chunks, name, member, what):
     for chunk in chunks:
         for at in range(0, len(chunk), INFLATE_SLICE):
             data = bytes(chunk[at:at + INFLATE_SLICE])
-            while data:
+            while data is not None:
                 if member is None:
                     data = data.lstrip(b"\0") if name in ("gzip", "xz") else data
                     if not data:
                         break
                     member = _decompressor(name)
-                yield from _decompressed(member, data, name, what)
-                data = b""
+                try:
+                    made = member.decompress(data, CHUNK)
+                except Exception as error:  # each codec has errors of its own
+                    raise _codec_error(what, name, str(error)) from None
+                if made:
+                    yield made
+                data = None if member.needs_input else b""
                 if member.eof:
                     data, member = member.unused_data, None
     if member is not None:
         raise InvalidDocument("%s: truncated %s data" % (what, name))
-
-
-def _decompressed(member, data, name, what):
-    """Yields what a decompressor makes of `data`, at most CHUNK bytes at once."""
-    while True:
-        try:
-            made = member.decompress(data, CHUNK)
-        except Exception as error:  # each codec has errors of its own
-            raise _codec_error(what, name, str(error)) from None
-        if made:
-            yield made
-        if member.eof or member.needs_input:
-            return
-        data = b""
 
 
 def _codec_error(what, name, words):
@@ -2108,10 +2003,10 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True
            check=go_on, diff_id=None):
     """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
 
-    `visit(Tar)` draws its members. Its diffID is of the algorithm of `diff_id`, where
-    one is awaited. `apart` tells to hash what is unpacked in another
+    `visit(Tar)` draws its members. `apart` tells to hash what is unpacked in another
     thread than the one that unpacks: sooner done, but a burden where cores are few.
-    Raises InvalidDocument, LimitExceeded, TooLarge, Unsupported.
+    Raises InvalidDocument, TooLarge, Unsupported, and DigestMismatch unless it unpacks
+    to `diff_id`, if that is known.
     """
     algorithm = diff_id.algorithm if diff_id else "sha256"
     count, hashing = 0, hashlib.new(algorithm)
@@ -2133,15 +2028,18 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True
         tar = Tar(plain, what, limit)
         visit(tar)
         drain(plain)  # what is behind its end counts, too
-    return Unpacked(Digest(algorithm, hashing.hexdigest()), tar.size, count)
+    actual = Digest(algorithm, hashing.hexdigest())
+    if diff_id not in (None, actual):
+        raise DigestMismatch(what + " unpacked (diffID)", diff_id, actual,
+                             "the config and the layer disagree")
+    return Unpacked(actual, tar.size, count)
 
 
-def prove(chunks, blob, unpack=None, diff_id=None):
+def prove(chunks, blob, unpack=None):
     """What `unpack(chunks)` makes of a blob, None without it.
 
     `chunks` come from a generator, which is closed in any case; they must be the blob
-    of the Descriptor `blob`, and unpack to `diff_id` where that is not None. A wrong
-    blob digest is told before what it causes.
+    of the Descriptor `blob`. A wrong blob digest is told before what it causes.
     """
     what = "layer " + str(blob.digest)
     with contextlib.closing(chunks):
@@ -2151,15 +2049,11 @@ def prove(chunks, blob, unpack=None, diff_id=None):
             return None
         with contextlib.closing(ahead(chunks)) as chunks:
             try:
-                unpacked = unpack(chunks)
+                return unpack(chunks)
             except ImagecError as error:
                 if not isinstance(error, (LimitExceeded, TransportError)):
                     drain(chunks)  # a wrong digest, at their end, explains more
                 raise
-    if diff_id is not None and unpacked.diff_id != diff_id:
-        raise DigestMismatch(what + " unpacked (diffID)", diff_id, unpacked.diff_id,
-                             "the config and the layer disagree")
-    return unpacked
 
 
 # --------------------------------------------------------------------------------------
@@ -3253,7 +3147,8 @@ class Transport:
             request.option = option and "%s %s" % (option, parts.netloc)
             response = self._once(request, seconds or self.idle_timeout)
             location = response.headers.get("Location")
-            if response.status not in REDIRECTS or location is None or data is not None:
+            if (response.status not in (301, 302, 303, 307, 308) or location is None
+                    or data is not None):
                 response.first_rank = (ranks[1:] + [response.rank])[0]
                 return response
             response.discard()
@@ -3496,22 +3391,22 @@ def registry_error(response, what):
     words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
     words = "HTTP %d" % response.status + (
         words and ", " + printable(words, ERROR_TEXT_LIMIT))
-    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound, 429: RateLimited}.get(
+    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound}.get(
         response.status, RegistryError)
     if kind is not RegistryError and {"DENIED", "UNAUTHORIZED"} & set(codes):
         kind = AccessDenied
     meaning, hint = {
         AccessDenied: ("access denied", "it may not exist, or need other credentials"),
         NotFound: ("not found", None),
-        RateLimited: ("too many requests", "wait, or log in with -u"),
-    }.get(kind, ("unexpected answer", None))
+    }.get(kind, ("too many requests", "wait, or log in with -u")
+          if response.status == 429 else ("unexpected answer", None))
     error = kind("%s: %s: %s" % (what, meaning, words), response.status, codes,
                  response.place, hint)
     error.source = response.place + (
         " (through the proxy %s)" % response.proxy if response.proxy else "")
     error.retry_after = retry_after(response.headers.get("Retry-After"))
     limit = rate_limit(response.headers)
-    if limit and kind is RateLimited:
+    if limit and response.status == 429:
         error.message += " (%s)" % limit
     return error
 
@@ -3650,7 +3545,7 @@ def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts
         value = document.get("token", str) or document.get("access_token", str)
         if not value:
             raise InvalidDocument("token reply holds no token")
-        if not re.fullmatch("[!-~]{1,%d}" % TOKEN_LENGTH_LIMIT, value):
+        if not re.fullmatch("[!-~]{1,%d}" % HEADER_LIMIT, value):
             raise InvalidDocument(
                 "token reply holds a token that is not printable ASCII")
         renewed = document.get("refresh_token", str)
@@ -3838,7 +3733,7 @@ class Endpoint:
         own host, the host known to serve its tokens, one in the same domain over TLS.
         """
         home = checked_url(self.url).hostname
-        if realm.hostname in (home, KNOWN_REALMS.get(home)):
+        if realm.hostname in (home, home == DOCKER_HUB_API and "auth.docker.io"):
             return True
         if realm.scheme != "https" or _address_rank(home) is not None:
             return False
@@ -3925,7 +3820,7 @@ class Registry(Endpoint):
         error = registry_error(response, what)
         if self.doubt:
             error.hint = "check the host name: " + self.doubt
-        if self._namespace and isinstance(error, RateLimited):
+        if self._namespace and response.status == 429:
             error.retryable = False  # a mirror: the next one is asked at once
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
@@ -4173,7 +4068,7 @@ class Source:
         """
         found = {digest.tag: self.seek(list_referrers, digest) or getattr(
             self.seek(Registry.fetch_manifest, digest.tag), "manifests", ())}
-        for suffix in COSIGN_SUFFIXES:
+        for suffix in ("sig", "att", "sbom"):  # cosign, SIGNATURE_SPEC.md
             tag = "%s.%s" % (digest.tag, suffix)
             one = self.seek(Registry.fetch_manifest, tag)
             found[tag] = one and [Descriptor.of(one, artifact_type=one.artifact_type)]
@@ -4936,7 +4831,7 @@ class _Layout:
                 index = Document.parse(self._reader.read(where, CONTENTS_LIMIT), where)
                 for entry in index.children("manifests", INDEX_COUNT_LIMIT):
                     with self._noting(where):
-                        entry = Descriptor.from_document(entry, known=False)
+                        entry = Descriptor.from_document(entry)
                         yield entry, Origin.of(entry.annotations)
 
     def _documents(self, entry, way):
@@ -5127,16 +5022,14 @@ class Place(NamedTuple):
 class Download:
     """Fetches one blob from a Source to its Place; `run` does it.
 
-    `unpack(chunks)` looks into it, None where nobody has to, and it must unpack
-    to `diff_id` where that is not None (see prove). `durable` tells to flush it to disk
-    before it has its name. `notify(Event)` hears of progress.
+    `unpack(chunks)` looks into it, None where nobody has to. `durable` tells to flush
+    it to disk before it has its name. `notify(Event)` hears of progress.
     """
 
-    def __init__(self, source, blob, place, unpack=None, diff_id=None,
-                 notify=lambda event: None, durable=True):
+    def __init__(self, source, blob, place, unpack=None, notify=lambda event: None,
+                 durable=True):
         self._source, self._blob, self._place = source, blob, place
-        self._unpack, self._diff_id = unpack, diff_id
-        self._notify, self._durable = notify, durable
+        self._unpack, self._notify, self._durable = unpack, notify, durable
         self._check = source.transport.check
         self._origin = None  # of the source's places, the one it is fetched from
         self._resumed = False  # whether what an earlier try left is part of it
@@ -5178,7 +5071,7 @@ class Download:
             self._tell("Verifying")
             try:
                 unpacked = prove(region.pieces(self._check), self._blob,
-                                 None if known else self._unpack, self._diff_id)
+                                 None if known else self._unpack)
             except FileNotFoundError:
                 continue  # it has just been moved on
             except TooLarge:
@@ -5199,8 +5092,7 @@ class Download:
             partial.truncate()
         while True:
             try:
-                return prove(self._chunks(partial), self._blob, self._unpack,
-                             self._diff_id)
+                return prove(self._chunks(partial), self._blob, self._unpack)
             except (VerificationError, InvalidDocument) as error:
                 # What an earlier try left may be to blame, once, or how a body that
                 # claims a Content-Encoding was read, or a mirror.
@@ -7517,8 +7409,7 @@ class Puller:
         unpacks = output.unpacks or recompress_to or layer.digest in self._opaque
         fetched = Download(
             session.source(image.reference), layer.blob, place,
-            look if unpacks else None, layer.diff_id, session.notify,
-            not output.streams).run()
+            look if unpacks else None, session.notify, not output.streams).run()
         with fetched.region.open() as file:
             zstd = codec_of(file) == "zstd"
         if zstd and recompress_to:
@@ -7725,8 +7616,7 @@ def _modernised(image, layers):
         kept = [fetched for layer, fetched in zip(image.layers, layers)
                 if not layer.throwaway]
         config = modern_config(image.manifest, [one.unpacked.diff_id for one in kept])
-        manifest = modern_manifest(config, [one.blob._replace(media_type=DOCKER_LAYER)
-                                            for one in kept])
+        manifest = modern_manifest(config, [one.blob for one in kept])
         return image._replace(indexes=(), manifest=manifest, config=config,
                               layers=list_layers(manifest, config))
     blobs = [fetched.blob for fetched in layers]
@@ -8212,10 +8102,10 @@ class Look:
         if self._found is None:
             place = Place(os.path.join(self._spool, layer.digest.hex))
             Download(session.source(self._image.reference), layer.blob, place, look,
-                     layer.diff_id, session.notify, durable=False).run()
+                     session.notify, durable=False).run()
         else:
             region = self._found.reader.region(self._found.file_of(layer))
-            prove(region.pieces(self._check), layer.blob, look, layer.diff_id)
+            prove(region.pieces(self._check), layer.blob, look)
 
     def _decided(self, way):
         """Whether no layer below those drawn has a say in what is there."""
@@ -8657,7 +8547,7 @@ class RegistryHandler:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        self.send_header(API_VERSION_HEADER, "registry/2.0")
+        self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         self.send_header("X-Content-Type-Options", "nosniff")
         if self.close_connection:
             self.send_header("Connection", "close")

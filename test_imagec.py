@@ -2680,6 +2680,7 @@ BAD_REFERENCES = worded(
      # T02: `$` takes a final newline, \d and int() other scripts' digits
      "ubuntu\n", "ubuntu:22.04\n", "h.io:80\n/a", "app:" + ARABIC_DIGITS,
      "h.io:8" + ARABIC_DIGITS + "/a", "h.io:8_0/a", "h.io:+80/a",
+     "h.io:1000443/x", "h.io:" + "9" * 9000 + "/x", "h.io/a:" + "t" * 5000,
      # T05
      "host/../x", "h.io/../x", "h.io/a/./x", "host/a?b#c", "h.io/a%2f..", "h.io/a\\b",
      "user:pw@host/x", "user@h.io/x", "h.io/x y", "h.io\r\n/x", "h.io/x\0",
@@ -2700,10 +2701,8 @@ BAD_REFERENCES = worded(
     ("'***@h.io/x:1'", "u:S3@CR3T@h.io/x:1"),
     ("'***@h.io/x@sha256:", "u:S3CR3T@h.io/x@" + SHA256_A),
     ("'a//b@sha256:", "a//b@" + SHA256_A),
-    ("port", "h.io:0/x", "h.io:99999/x", "h.io:65536/x", "h.io:1000443/x",
-     "h.io:" + "9" * 900 + "/x"),
+    ("port", "h.io:0/x", "h.io:99999/x", "h.io:65536/x"),
     ("longer than 255", "h.io/" + "a" * 256, "a" * 248),
-    ("longer than 1024", "h.io/a:" + "t" * 5000),
 )
 
 REFERENCE_PARTS = (
@@ -3160,7 +3159,7 @@ IMAGE_DOC = {
     "schemaVersion": 2,
     "config": {"mediaType": MEDIA_TYPES["oci"]["config"], "digest": SUM_A, "size": 7},
     "layers": [{"mediaType": "", "digest": SUM_B, "size": 8,
-                "annotations": {"k": "v"}}],
+                "annotations": {"k": "v", "n": 5, "o": None}}],
     "annotations": {"k": "v"},
 }
 DOCKER_DOC = dict(IMAGE_DOC, config=dict(
@@ -3305,16 +3304,13 @@ MEMBER_FAULTS = (
     ("image", ("config", "size"), "not a size", -1),
     ("index", ("manifests", 0, "size"), "not a size", -1),
     ("image", ("layers", 0, "annotations"), "must be a JSON object", []),
-    ("image", ("layers", 0, "annotations"), "must hold strings", {"k": 5}, {"k": None}),
-    ("image", ("layers", 0), "'urls' must", *(
-        dict(IMAGE_DOC["layers"][0], urls=odd) for odd in ("x", [5]))),
     ("image", ("layers", 0, "mediaType"), "must be a JSON string", 5),
     ("image", ("layers", 0, "mediaType"), "not valid Unicode", "\ud800"),  # T13
     ("index", ("manifests",), "must be a JSON array", "x"),
     ("index", ("manifests", 0, "platform"), "must be a JSON object", "linux"),
     ("index", ("manifests", 0, "platform", "os"), "must be a JSON string", 5),
     ("index", ("manifests", 0, "platform", "variant"), "must be a JSON string", []),
-    ("schema1", ("name",), "must be a JSON string", 5),
+    ("schema1", ("architecture",), "must be a JSON string", 5),
     ("schema1", ("fsLayers",), "must be as many", None, SCHEMA1_DOC["fsLayers"][:1]),
     ("schema1", ("history",), "must be as many", None, SCHEMA1_DOC["history"][:1]),
     ("schema1", ("history", 0), "is not a JSON object", "{}"),
@@ -3394,7 +3390,7 @@ SCHEMA1_REFUSED = worded(
 # What stands before the signatures, covered by no digest: words of the refusal without
 # the digest and with it. T31, CVE-2014-8179
 INJECTED = (
-    (b'"name": "evil", "tag": "evil", ', None, None),
+    (b'"architecture": "evil", ', None, None),
     (b'"layers": [], ', "ambiguous", None),
     (b'"fsLayers": [], ', "twice", "expected digest"),
 )
@@ -3670,8 +3666,7 @@ class Schema1Test(TableCase):
         newest = json.loads(SIGNED_MANIFEST.decode("ascii"))["history"][0]
         for wanted in (None, digest):
             found = imagec.decode_manifest(SIGNED_MANIFEST, None, wanted)
-            self.assertEqual(found[1:6], (MANIFEST_TYPES["signed"], digest,
-                                          "library/hello-world", "latest", "amd64"))
+            self.assertEqual(found[1:4], (MANIFEST_TYPES["signed"], digest, "amd64"))
             layers = imagec.list_layers(found)
             self.assertEqual(tuple(layer.id for layer in layers), SIGNED_IDS)
             self.assertEqual(layers[1].v1_json, newest["v1Compatibility"])
@@ -3690,7 +3685,7 @@ class Schema1Test(TableCase):
 
     @rows(INJECTED)
     def test_what_no_digest_covers_is_not_read(self, injected, bare, pinned):
-        document = {k: v for k, v in SCHEMA1_DOC.items() if k not in ("name", "tag")}
+        document = {k: v for k, v in SCHEMA1_DOC.items() if k != "architecture"}
         payload = json.dumps(document, indent=1).encode("ascii")
         raw, digest = pretty(payload, injected=injected), imagec.Digest.of(payload)
         for wanted, words, kind in ((None, bare, imagec.InvalidDocument),
@@ -3699,7 +3694,7 @@ class Schema1Test(TableCase):
                 self.refused(kind, words, imagec.decode_manifest, raw, None, wanted)
                 continue
             found = imagec.decode_manifest(raw, None, wanted)
-            self.assertEqual((found.name, found.tag, len(found.layers)), ("", "", 2))
+            self.assertEqual((found.architecture, len(found.layers)), ("", 2))
             self.assertEqual(found.digest, digest)
 
     def test_only_schema1_is_signed(self):
@@ -3802,23 +3797,13 @@ class LayersTest(TableCase):
                          list(zip(HTTPD_CHAIN_IDS, (None,) + HTTPD_CHAIN_IDS)))
 
     def test_the_newest_has_the_config(self):
-        history = [{"created": "1", "created_by": "a"}, {"empty_layer": True},
-                   {"created": "2", "created_by": "b"},
-                   {"author": "me", "comment": "c"}]
-        images = [json.loads(each.v1_json) for each in self._httpd(history=history)]
-        self.assertEqual([image["created"] for image in images], ["1", "2", CREATED])
-        commands = [image["container_config"]["Cmd"] for image in images]
-        self.assertEqual(commands, [["a"], ["b"], None])
-        self.assertEqual([image.get("config") for image in images],
-                         [None, None, CONFIG_DOC["config"]])
-        self.assertEqual((images[2]["author"], images[2]["comment"]), ("me", "c"))
-        self.assertEqual([image["os"] for image in images], ["linux"] * 3)
-        self.assertFalse({"rootfs", "history"} & set(images[2]))
-
-    @rows([[None], [[]], [[{"created": "1"}]], [[5, None]], [{}], ["abc"], [5], [True]])
-    def test_history_that_does_not_fit(self, history):
-        first = json.loads(self._httpd(history=history)[0].v1_json)
-        self.assertEqual(first["created"], "1970-01-01T00:00:00Z")
+        *older, newest = [json.loads(each.v1_json) for each in self._httpd()]
+        wanted = dict(CONFIG_DOC, id=HTTPD_CHAIN_IDS[2], parent=HTTPD_CHAIN_IDS[1])
+        del wanted["rootfs"], wanted["history"]
+        self.assertEqual(newest, wanted)
+        for image in older:
+            self.assertLessEqual(set(image), {"id", "parent", "created"})
+            self.assertEqual(image["created"], "1970-01-01T00:00:00Z")
 
     @rows([[0], [2], [3]])
     def test_as_many_diff_ids_as_layers(self, count):
@@ -3870,10 +3855,6 @@ V1_TIMES = (
     ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
     ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
 )
-V1_BAD_TIMES = tuple((text,) for text in (
-    '"yesterday"', '""', '"2020-01-02"', "5", "[]", "{}", "true",
-    '"2020-01-02T03:04:05Z\\n"', '"\\u0662020-01-02T03:04:05Z"',
-    '"2020-01-02T03:04:051Z"', '"2020-01-02T03:04:05.Z"'))
 V1_STRINGS = (
     # JSON text in, JSON text out in the history
     (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
@@ -3881,7 +3862,7 @@ V1_STRINGS = (
     (r'"caf\u00e9"', '"caf\xe9"'), (r'"\ud83d\ude00"', '"\U0001f600"'),
     (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
     (r'"\b\f\u0000\u001f"', r'"\b\f\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
-    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', '"\ufffdx"'),
+    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', r'"\ud800x"'),
 )
 V1_COMMANDS = (
     # container_config, created_by in the history or None
@@ -3941,21 +3922,20 @@ class Schema1ConversionTest(StoredCase):
             wanted or given, self.tail))
 
     def test_keys_are_sorted_by_bytes(self):
-        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5,'
-                         r'"\udfff":6')
+        text = v1_config('"os":"linux","\xe9":1,"b":2,"B":3,"\U0001f600":4,"\uffee":5')
         keys = list(json.loads(text, object_pairs_hook=collections.OrderedDict))
         self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
-                                "\ufffd", "\U0001f600"])
+                                "\U0001f600"])
 
     @rows(V1_TIMES)
     def test_times(self, given, wanted):
         text = "" if given is None else '"created":' + given
         self.assertEqual(self.history(text)[0]["created"], wanted)
 
-    @rows(V1_BAD_TIMES)
-    def test_bad_times(self, given):
-        with self.assertRaises(imagec.InvalidDocument):
-            v1_config('"created":' + given)
+    @rows([['"created":5'], ['"created":true'], ['"container_config":5']])
+    def test_members_of_the_wrong_type(self, given):
+        with self.assertRaisesRegex(imagec.InvalidDocument, "of the wrong type"):
+            v1_config(given)
 
     @rows(V1_STRINGS)
     def test_strings(self, given, wanted):
@@ -4287,8 +4267,6 @@ ENTRIES = (
                       uid=b"\x80" + bytes(6) + b"\5"), dict(path=b"a/dir/f", uid=5)),
     ("Go, not ASCII", raw_member(b"f", tail=b"d\xffr", magic=b"ustar  \0"),
      dict(path=b"f")),
-    ("star", raw_member(b"f", tail=b"p" * 131 + b"14000000000\0" * 2 + bytes(8)
-                        + b"tar\0"), dict(path=b"p" * 131 + b"/f")),
     ("long names", tar_member(b"n" * 150 + b"\0", kind=b"L")
      + tar_member(b"l" * 150 + b"\0", kind=b"K") + tar_header(kind=b"2", name=b"n" * 99),
      dict(path=b"n" * 150, link=b"l" * 150)),
@@ -4415,8 +4393,9 @@ class ProvedTest(TableCase):
             parts = list(parts)
             blob = imagec.Descriptor("", imagec.Digest.of(b"".join(parts)), None)
             for diff_id in (imagec.Digest.of(LAYER_TAR), imagec.Digest.of(b"x")):
-                found = outcome(imagec.prove, (part for part in parts), blob, unpacked,
-                                diff_id)
+                found = outcome(
+                    imagec.prove, (part for part in parts), blob,
+                    lambda chunks: unpacked(chunks, diff_id=diff_id))
                 if diff_id == imagec.Digest.of(LAYER_TAR):
                     self.assertEqual(found.diff_id, diff_id)
                 else:
@@ -7435,7 +7414,7 @@ class ProbeTest(NetworkCase):
            ("no content", status(204), 1, imagec.RegistryError, "204"),
            ("a proxy's word, of none", status(407), 1, imagec.RegistryError,
             "no registry"),
-           ("too many for ever", status(429), 5, imagec.RateLimited,
+           ("too many for ever", status(429), 5, imagec.RegistryError,
             "is out of order: too many requests"),
            ("busy for ever", status(503), 5, imagec.RegistryError, "503"),
            ("busy once", status(503), 1, None, ""),
@@ -8181,7 +8160,7 @@ class RateLimitTest(FieldCase):
         fault = registry.fault(_FIELD_MANIFEST, status(429, dict(FIELD_LIMITS, **{
             "Content-Type": "application/json", "Retry-After": "2"}), FIELD_TOO_MANY),
             EVER)
-        with self.fails(imagec.RateLimited, "too many requests", "TOOMANYREQUESTS",
+        with self.fails(imagec.RegistryError, "too many requests", "TOOMANYREQUESTS",
                         "slow \\x1b[1mdown", "ratelimit-remaining: 0;w=21600",
                         "100;w=21600", "192.0.2.1", "log in"):
             self.pull(registry.host)
@@ -8394,7 +8373,8 @@ class DownloadCase(NetworkCase):
         blob = imagec.Descriptor("", digest, len(data) if size else None)
         source = imagec.Source([(client or self.client(registry), "app")])
         if options.pop("unpack", False):
-            options["unpack"] = imagec.unpack
+            options["unpack"] = functools.partial(
+                imagec.unpack, diff_id=options.pop("diff_id", None))
         return imagec.Download(source, blob, imagec.Place(self.path),
                                notify=self.events.append, **options)
 
@@ -13132,8 +13112,8 @@ class AuditTest(StoredCase):
         path = self.at(format)
         self.pull("--platform", "linux/amd64", "--format", format, "-o", path,
                   self.reference)
-        self.faults(path, "%s: unpacks to %s, the config says %s" % (
-            image.layers[1][7:], sha256(two), ZEROS))
+        self.faults(path, "%s: layer %s unpacked (diffID): expected digest %s, got %s" % (
+            image.layers[1][7:], image.layers[1], ZEROS, sha256(two)))
 
     def test_index_of_an_earlier_image_is_gone(self):
         self.good("layers")
@@ -16247,7 +16227,7 @@ class CommandLineFailureTest(CommandLineCase):
                             for number in range(3000)])
         self.origin.add("lab/app", "crowd", many)
         ended = self.pull("-q", self.origin.host + "/lab/app:crowd")
-        self.assert_one_line(ended, 4, "os0/a+, .* and 2980 more.*--platform")
+        self.assert_one_line(ended, 4, "os0/a+, .*[.]{3}.*--platform")
         self.assertLess(len(ended.err), 2000)
         long = "x" * 300000
         for action in (body(spoiled_manifest(self.image, mediaType=long)),
@@ -17440,7 +17420,7 @@ THREAT_FAULTS = worded(
     ((imagec.RegistryError, "418"), ("teapot", status(418), 1, THREAT_ALL)),
     ((imagec.RegistryError, "500"), ("broken", status(500), EVER, THREAT_SOME)),
     ((imagec.RegistryError, "502"), ("bad gateway", status(502), EVER, THREAT_ALL)),
-    ((imagec.RateLimited, "too many requests: HTTP 429"),
+    ((imagec.RegistryError, "too many requests: HTTP 429"),
      ("busy", status(429), EVER, THREAT_ALL)),
     ((imagec.RegistryError, "204"), ("no content", status(204), 1, THREAT_SOME)),
     ((imagec.AccessDenied, "401"),
@@ -18767,7 +18747,6 @@ def counted(document, name):
 
 #: (the limit, what it is set to, what has n of what it counts)
 LIMITS = (
-    ("REFERENCE_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("a" * n)),
     ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
     ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(b'{"":' + b"1" * n + b"}", "")),
     ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
