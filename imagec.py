@@ -96,8 +96,7 @@ log = logging.getLogger("imagec")
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30  # bytes
 
-MANIFEST_LIMIT = 4 * MIB  # bytes; distribution-spec: "at least 4 megabytes"
-CONFIG_LIMIT = 4 * MIB  # bytes; what containers/image allows
+DOCUMENT_LIMIT = 4 * MIB  # bytes; distribution-spec and containers/image
 TOKEN_LIMIT = 1 * MIB  # bytes of a token server's reply; containers/image
 ERROR_BODY_LIMIT = 64 * KIB  # bytes; go-containerregistry
 ERROR_TEXT_LIMIT = 300  # characters of a server's own words in a message
@@ -268,9 +267,7 @@ class ImagecError(Exception):
     asked for, or None.
     """
 
-    source = None
-    proxied = False
-    retry_after = None
+    source = proxied = retry_after = None
 
     def __init__(self, message, hint=None, retryable=False):
         self.message = printable(message, MESSAGE_LIMIT)
@@ -278,12 +275,9 @@ class ImagecError(Exception):
         self.hint, self.retryable = hint, retryable
 
     def __str__(self):
-        text = self.message
-        if self.source:
-            text += ", from %s" % self.source
-        if self.hint:
-            text += "; %s" % self.hint
-        return printable(text, 2 * MESSAGE_LIMIT)
+        return printable("%s%s%s" % (
+            self.message, ", from %s" % self.source if self.source else "",
+            "; %s" % self.hint if self.hint else ""), 2 * MESSAGE_LIMIT)
 
 
 @contextlib.contextmanager
@@ -293,10 +287,9 @@ def naming(source):
         yield
     except ImagecError as error:
         # Those of the network name their URL themselves; the user's are of no host.
-        if error.source is None and (isinstance(error, NoMatchingPlatform) or not (
-                isinstance(error, (TransportError, RegistryError, UsageError,
-                                   OutputError)))):
-            error.source = source
+        if isinstance(error, (InvalidDocument, VerificationError, Unsupported,
+                              NoMatchingPlatform)):
+            error.source = error.source or source
         raise
 
 
@@ -337,9 +330,8 @@ class SizeMismatch(VerificationError):
     """`expected` and `actual` are bytes; `actual` is a floor where reading stopped."""
 
     def __init__(self, what, expected, actual):
-        more = "at least " if actual > expected else ""
-        super().__init__("%s: expected %d bytes, got %s%d"
-                         % (what, expected, more, actual))
+        super().__init__("%s: expected %d bytes, got %s%d" % (
+            what, expected, "at least " if actual > expected else "", actual))
         self.what, self.expected, self.actual = what, expected, actual
 
 
@@ -383,7 +375,7 @@ class NoMatchingPlatform(NotFound):
     """The index has nothing for the Platform `wanted`, but for those `available`."""
 
     def __init__(self, wanted, available):
-        names = ", ".join(sorted(set(map(str, available))))
+        names = printable(", ".join(sorted(set(map(str, available)))), 1000)
         super().__init__(
             "no image for platform %s; there is: %s" % (wanted, names or "none"),
             hint="choose with --platform" if names
@@ -499,7 +491,14 @@ class Reference(NamedTuple):
 
         if _HEX64.fullmatch(text):
             refuse("looks like an image ID")
-        host, rest = cls._split_host(text)
+        host, slash, rest = text.partition("/")
+        if slash and host in (DOCKER_HUB, "index.docker.io"):
+            host = DOCKER_HUB
+        elif not slash or (host == host.lower() and host != "localhost"
+                           and not set(".:") & set(host)):
+            host, rest = DOCKER_HUB, text
+        if host == DOCKER_HUB and "/" not in rest:
+            rest = "library/" + rest
         name = rest.partition(":")[0]
         if name != name.lower():
             refuse("a repository must be lowercase")
@@ -518,18 +517,6 @@ class Reference(NamedTuple):
         elif tag is None:
             tag = "latest"
         return cls(host, repository, tag, digest)
-
-    @staticmethod
-    def _split_host(text):
-        """The text taken apart at its first slash, as far as that is behind a host."""
-        first, slash, rest = text.partition("/")
-        if not slash:
-            return DOCKER_HUB, "library/" + text
-        if first in (DOCKER_HUB, "index.docker.io"):
-            return DOCKER_HUB, rest if "/" in rest else "library/" + rest
-        if first == "localhost" or first != first.lower() or set(".:") & set(first):
-            return first, rest
-        return DOCKER_HUB, text
 
     @property
     def tag_or_digest(self):
@@ -1018,17 +1005,15 @@ def _media_type(document, content_type):
     """(media type, shape) of a manifest; InvalidDocument where the signs disagree."""
     shape = _shape(document)
     header = (content_type or "").partition(";")[0].strip().lower()
-    if header not in MANIFEST_SHAPES:
-        header = None  # it does not speak
-    claimed = document.get("mediaType", str) or None
-    if claimed is not None and claimed not in MANIFEST_SHAPES:
+    claimed = document.get("mediaType", str)
+    if claimed and claimed not in MANIFEST_SHAPES:
         raise Unsupported("%s is of type %s: not an image"
                           % (document.where, printable(claimed, 100)))
-    if header and claimed not in (None, header):
+    if claimed and header in MANIFEST_SHAPES and header != claimed:
         raise InvalidDocument("%s was sent as %s but calls itself %s"
                               % (document.where, header, claimed))
     media_type = claimed or header
-    if media_type is None:
+    if media_type not in MANIFEST_SHAPES:  # neither speaks
         config = document.get("config", dict) if shape == "image" else None
         docker = config and config.get("mediaType", str) == DOCKER_CONFIG
         media_type = {"index": OCI_INDEX, "schema1": DOCKER_SCHEMA1}.get(
@@ -1205,13 +1190,6 @@ class ImageConfig(NamedTuple):
     platform: Platform
     diff_ids: Tuple[Digest, ...]
 
-    @property
-    def history(self):
-        """Its history's entries, as dicts."""
-        history = self.value.get("history")
-        return [entry for entry in (history if isinstance(history, list) else [])
-                if isinstance(entry, dict)]
-
     @classmethod
     def parse(cls, raw, what="config"):
         """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
@@ -1374,7 +1352,6 @@ _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardli
           b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
-_PAX_MAP = b"="  # no record has this key: what GNU's sparse format 0.0 repeats
 _TIME_LIMIT = 10 ** 9 << 40  # nanoseconds; more than any file system can hold
 
 
@@ -1396,8 +1373,7 @@ def _tar_entry(block):
     if checksum[0] & 0x80:
         raise ValueError("a checksum that is not octal")
     counted = block[:148] + b" " * 8 + block[156:]
-    wrong = sum(counted) - _tar_number(checksum)
-    if wrong and wrong != 256 * sum(byte >> 7 for byte in counted):  # signed chars
+    if sum(counted) != _tar_number(checksum):
         raise ValueError("a checksum that is wrong")
     if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
         raise ValueError("a size that is not octal")  # readers differ on the rest
@@ -1451,22 +1427,15 @@ def _pax_time(text):
 
 
 def _pax_sparse(pax):
-    """The numbers of the map in the pax header of a sparse file (GNU's 0.0 and 0.1),
-    "inline" where it is in the data (1.0), None for a file that is not sparse.
+    """Whether it is the header of a sparse file with its map in the data (GNU's 1.0).
 
-    Raises ValueError.
+    Raises ValueError for what GNU tar wrote before 1.16, in 2006, and for other kinds.
     """
-    version = pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")
-    if version == (b"1", b"0"):
-        return "inline"
-    values = pax.get(_PAX_MAP)
-    if b"GNU.sparse.map" in pax:
-        values = pax[b"GNU.sparse.map"].split(b",")
-    if values is not None and version[0] in (None, b"0"):
-        return [_pax_number(value, b"GNU.sparse.map") for value in values]
+    if (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")) == (b"1", b"0"):
+        return True
     if any(key.startswith(b"GNU.sparse.") for key in pax):
-        raise ValueError("a sparse file whose map is not there, or unknown")
-    return None
+        raise ValueError("a sparse file whose map is of an unknown kind")
+    return False
 
 
 def _sparse_map(numbers, size, stored):
@@ -1587,8 +1556,6 @@ class Tar:
             if kind == b"g":
                 if key in (b"path", b"linkpath", b"size"):
                     raise ValueError("a global pax header that renames every member")
-            elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-                self._pax.setdefault(_PAX_MAP, []).append(value)
             else:
                 self._pax[key] = value
 
@@ -1598,21 +1565,18 @@ class Tar:
     def _member(self, kind, entry, block):
         """(Entry, data) of a member proper: its logical size counts."""
         stored = size = entry.size
-        sparse = None  # numbers of its map
+        inline = False  # whether a sparse map is in the data
         if self._pax or self._long:
             stored = size = self._number(b"size", size)
-            size = self._number(b"GNU.sparse.size", size)
             size = self._number(b"GNU.sparse.realsize", size)
-            sparse, entry = _pax_sparse(self._pax), self._extended(entry)
+            inline, entry = _pax_sparse(self._pax), self._extended(entry)
             self._pax, self._long = {}, {}
-        if kind == b"S" and sparse is not None:
-            raise ValueError("two sparse maps")  # readers take one or the other
         if kind == b"\0" and entry.path.endswith(b"/"):
             entry = entry._replace(kind="dir")
         if kind == b"S":
             size = _tar_number(block[483:495])
-            if size < 0:
-                raise ValueError("a negative size")
+            if size < 0 or inline:  # of two maps readers take one or the other
+                raise ValueError("a negative size" if size < 0 else "two sparse maps")
         if entry.kind not in ("file", "unknown"):
             stored = size = 0  # POSIX: no data follows, whatever the header says
         self.members += 1
@@ -1621,10 +1585,9 @@ class Tar:
             raise TooLarge("%s holds files of more than the limit of %d bytes"
                            % (self._what, self._limit),
                            hint="raise it with --max-layer-size")
-        if kind == b"S":
-            sparse = self._old_sparse(block)
+        sparse = self._old_sparse(block) if kind == b"S" else None  # numbers of its map
         self._left, self._padding = stored, -stored % TAR_BLOCK
-        if sparse == "inline":
+        if inline:
             sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None
         return entry._replace(
@@ -2216,7 +2179,7 @@ def _read_config(path, named=False, raw=None):
     try:
         if raw is None:
             with open(path, "rb") as file:
-                raw = file.read(CONFIG_LIMIT)
+                raw = file.read(DOCUMENT_LIMIT)
         return Document(parse_json(raw, path, repeatable=True), path).value
     except (OSError, InvalidDocument) as error:
         text = "%s: %s" % (
@@ -3860,7 +3823,7 @@ class Registry(Endpoint):
         """(the Response, its whole body) for a document, tried until it comes."""
         def fetch():
             with self._exchange(method, path, repository, what, headers) as response:
-                return response, response.read(MANIFEST_LIMIT, what)
+                return response, response.read(DOCUMENT_LIMIT, what)
 
         return self.transport.retrying(fetch)
 
@@ -4015,14 +3978,14 @@ def list_referrers(registry, repository, digest):
 
 
 def fetch_blob(registry, repository, descriptor, what="blob"):
-    """The bytes a Descriptor points to in a Registry, checked; CONFIG_LIMIT at most."""
-    if descriptor.size > CONFIG_LIMIT:
+    """The bytes a Descriptor points to in a Registry, checked: a document."""
+    if descriptor.size > DOCUMENT_LIMIT:
         raise LimitExceeded("%s is %d bytes, more than the limit of %d"
-                            % (what, descriptor.size, CONFIG_LIMIT))
+                            % (what, descriptor.size, DOCUMENT_LIMIT))
 
     def fetch():
         with registry.open_blob(repository, descriptor) as response:
-            raw = response.read(CONFIG_LIMIT, what)
+            raw = response.read(DOCUMENT_LIMIT, what)
         return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
 
     with naming(registry.host):
@@ -4567,7 +4530,7 @@ class Reader:
             raise InvalidDocument("%s is not a regular file" % name)
         return Region(path, 0, status.st_size)
 
-    def read(self, name, limit=MANIFEST_LIMIT):
+    def read(self, name, limit=DOCUMENT_LIMIT):
         """The bytes of a document; raises as `region`, and LimitExceeded."""
         self.check()
         region = self.region(name)
@@ -5534,9 +5497,9 @@ def made_index(entries, origin=None):
     raw = canonical_json({
         "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries,
         "annotations": {ORIGIN_ANNOTATION + "digest": str(origin)} if origin else {}})
-    if len(raw) > MANIFEST_LIMIT:
+    if len(raw) > DOCUMENT_LIMIT:
         raise LimitExceeded("an index of %d manifests is over %d bytes" % (
-            len(entries), MANIFEST_LIMIT))
+            len(entries), DOCUMENT_LIMIT))
     return decode_manifest(raw)
 
 
@@ -9057,9 +9020,11 @@ def history_json(image):
 
     `digest` and `size` are None where history and layers do not line up.
     """
-    full = [step.get("empty_layer") is not True for step in image.config.history]
+    steps = image.config.value.get("history")
+    steps = [one for one in steps if type(one) is dict] if type(steps) is list else []
+    full = [step.get("empty_layer") is not True for step in steps]
     layers = iter(image.layers if sum(full) == len(image.layers) else ())
-    for step, made in zip(image.config.history, full):
+    for step, made in zip(steps, full):
         layer = next(layers, None) if made else None
         yield dict(step, digest=layer and str(layer.digest),
                    size=layer and layer.blob_size if made else 0)
