@@ -774,10 +774,12 @@ class Document:
             raise InvalidDocument("%s: %s" % (where, error.message)) from None
 
     def texts(self, name):
-        """Those members of the object `name` that are texts, as a dict."""
+        """Member `name`, an object of texts, as a dict; empty where it is absent."""
         members = self.get(name, dict)
-        return {key: text for key, text in (members.value if members else {}).items()
-                if type(text) is str}
+        texts = members.value if members else {}
+        if not all(type(text) is str for text in texts.values()):
+            raise InvalidDocument("%s: '%s' must hold strings" % (self.where, name))
+        return texts
 
     def base64url(self, name):
         """Member `name` as bytes: base64url as libtrust reads it, lines, no padding."""

@@ -3159,7 +3159,7 @@ IMAGE_DOC = {
     "schemaVersion": 2,
     "config": {"mediaType": MEDIA_TYPES["oci"]["config"], "digest": SUM_A, "size": 7},
     "layers": [{"mediaType": "", "digest": SUM_B, "size": 8,
-                "annotations": {"k": "v", "n": 5, "o": None}}],
+                "annotations": {"k": "v"}}],
     "annotations": {"k": "v"},
 }
 DOCKER_DOC = dict(IMAGE_DOC, config=dict(
@@ -3304,6 +3304,8 @@ MEMBER_FAULTS = (
     ("image", ("config", "size"), "not a size", -1),
     ("index", ("manifests", 0, "size"), "not a size", -1),
     ("image", ("layers", 0, "annotations"), "must be a JSON object", []),
+    ("image", ("layers", 0, "annotations"), "must hold strings", {"k": 5}, {"k": None}),
+    ("image", ("annotations",), "must hold strings", {"k": 5}),
     ("image", ("layers", 0, "mediaType"), "must be a JSON string", 5),
     ("image", ("layers", 0, "mediaType"), "not valid Unicode", "\ud800"),  # T13
     ("index", ("manifests",), "must be a JSON array", "x"),
@@ -3829,7 +3831,7 @@ class LayersTest(TableCase):
         for odd in ("\ud800", {"Labels": {"\udfff": ""}}):
             self.assertEqual(json.loads(self._httpd(config=odd)[2].v1_json)["config"],
                              odd)
-            raw = json_bytes(dict(IMAGE_DOC, annotations={"k": odd}))
+            raw = json_bytes(dict(IMAGE_DOC, unknown={"k": odd}))
             manifest = imagec.decode_manifest(raw)
             self.assertEqual(json.loads(imagec.with_layers(
                 manifest, manifest.layers).raw.decode()), json.loads(raw.decode()))
