@@ -1889,13 +1889,6 @@ def outcome(call, *args, **options):
         return str(error) and error
 
 
-def mutated(data, choices, cut=False):
-    """Data with a random byte changed, and cut at a random place if wanted."""
-    mutant = bytearray(data)
-    mutant[choices.randrange(len(data))] = choices.randrange(256)
-    return bytes(mutant[:choices.randrange(len(data) + 1)] if cut else mutant)
-
-
 def worded(*groups):
     """Rows that end with the words of the message, of groups that begin with them."""
     return tuple((row if isinstance(row, tuple) else (row,)) + (words,)
@@ -3588,23 +3581,6 @@ class ManifestsTest(TableCase):
             (MANIFEST_TYPES["oci"], first, 7, ("linux", "arm64", "", ""), {}, ""),
             (MANIFEST_TYPES["oci index"], second, 8, None, {}, "")))
 
-    @rows([["oci"], ["docker"], ["schema1"], ["schema1-signed"]])
-    def test_built_images(self, kind):
-        layers = [tar_bytes([("a", b"1")]), None, tar_bytes([("b", b"2")])]
-        image = build_image(layers, kind=kind)
-        digest = imagec.Digest.parse(image.digest)
-        found = imagec.decode_manifest(image.manifest, image.media_type, digest)
-        self.assertEqual(found.media_type, image.media_type)
-        self.assertEqual((found.raw, found.digest), (image.manifest, digest))
-        config = image.config and imagec.ImageConfig.parse(image.config)
-        listed = imagec.list_layers(found, config)
-        blobs = [str(layer.blob.digest) for layer in listed]
-        if kind.startswith("schema1"):
-            blobs.remove(sha256(EMPTY_LAYER))
-        else:
-            self.assertEqual([str(layer.diff_id) for layer in listed], image.diff_ids)
-        self.assertEqual(blobs, image.layers)
-
     def test_wrong_digest(self):
         # T20: another valid manifest, or bytes that are none, are the wrong bytes first
         right = json_bytes(IMAGE_DOC)
@@ -3994,7 +3970,6 @@ class Schema1ConversionTest(StoredCase):
 # Tars are written here field by field: tarfile refuses to make most of these.
 TAR_END = bytes(1024)
 GNU_MAGIC = (257, b"ustar  \0")
-CHECKSUM = slice(148, 156)
 
 
 def tar_header(size=0, kind=b"0", name=b"f", patches=()):
@@ -4006,7 +3981,7 @@ def tar_header(size=0, kind=b"0", name=b"f", patches=()):
     block = block.ljust(512, b"\0")
     for offset, data in patches:
         block[offset:offset + len(data)] = data
-    block[CHECKSUM] = b"%06o\0 " % sum(block)
+    block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
@@ -4406,40 +4381,21 @@ class TarTest(TableCase):
         self.assertEqual(sum(info.size for info in infos if info.isreg()), size)
         self.assertEqual(len(infos), members)
 
-    def test_tars_of_tarfile(self):
-        choices = random.Random(SEED)
-        for number in range(60):
-            data, expected = self._written(choices)
-            with self.subTest(number):
-                chunk = choices.randrange(1, 3000)
-                walker = walked(pieces(data, itertools.repeat(chunk)))
-                self.assertEqual((walker.size, walker.members), expected)
-
-    def _written(self, choices):
-        """A tar of random members, and the sum and number of them by tarfile's word."""
-        out = io.BytesIO()
-        kind = choices.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    @rows(itertools.product((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT), (0, 90, 290),
+                            (0, 1 << 40), (0, 1, 511, 512, 513, 5000)))
+    def test_tars_of_tarfile(self, kind, length, uid, size):
+        out, name = io.BytesIO(), ("a/\u00e9\u96ea\udce9 " * 50)[:length] + "n"
         with tarfile.open(fileobj=out, mode="w", format=kind, encoding="utf-8",
                           errors="surrogateescape") as tar:
-            for _ in range(choices.randrange(9)):
-                self._write(tar, choices)
-            infos = tar.getmembers()
-        size = sum(info.size for info in infos if info.isreg())
-        return out.getvalue(), (size, len(infos))
-
-    def _write(self, tar, choices):
-        alphabet = "a/\u00e9\u96ea\udce9 "
-        letters = "".join(choices.choices(alphabet, k=choices.randrange(300)))
-        info = tarfile.TarInfo("n" + letters)
-        info.linkname = letters
-        info.uid = choices.choice([0, 1 << 40])
-        info.type = choices.choice([tarfile.REGTYPE] * 3 + [
-            tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE])
-        content = bytes(choices.choice([0, 1, 511, 512, 513, 5000]))
-        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            info.name = info.name.rstrip("/")
-            info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+            for number, kind in enumerate((
+                    tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE,
+                    tarfile.SYMTYPE)):
+                info = tarfile.TarInfo(name)
+                info.linkname, info.uid, info.type = name, uid, kind
+                info.size = size * (number < 2)
+                tar.addfile(info, io.BytesIO(bytes(info.size)))
+        walker = walked(pieces(out.getvalue(), itertools.repeat(700)))
+        self.assertEqual((walker.size, walker.members), (2 * size, 5))
 
     @rows(BAD_TARS)
     def test_bad_tars(self, name, data, words):
@@ -4488,28 +4444,6 @@ class TarTest(TableCase):
         data = tar_member(b"6 a=b\n" * 130000, kind=b"x") + A_FILE
         with cpu_within(1):
             self.assertRaises(imagec.LimitExceeded, walked, [data])
-
-    def test_any_mutation(self):
-        choices = random.Random(SEED)
-        data = (pax((b"size", b"650")) + A_FILE + old_sparse([(0, b"x")], 900, 4)
-                + pax_sparse([(9, b"x")], 900) + tar_member(b"n\0", kind=b"L") + A_FILE)
-        mutants = [self._mutant(data, choices) for _ in range(600)]
-        self.none_stray(walked, ((mutant, [mutant]) for mutant in mutants))
-
-    def _mutant(self, data, choices):
-        """A tar with one telling byte changed, its checksum right, and cut."""
-        mutant = bytearray(data)
-        start = choices.randrange(0, len(data), 512)
-        place = start + choices.choice([0, 124, 130, 135, 156, 257, 386, 482, 483, 504])
-        mutant[place] = choices.randrange(256)
-        mutant[start:start + 512] = self._summed(mutant[start:start + 512])
-        return bytes(mutant[:choices.randrange(len(data))])
-
-    def _summed(self, block):
-        """A block with the checksum that makes it a header."""
-        block[CHECKSUM] = b" " * 8
-        block[CHECKSUM] = b"%06o\0 " % sum(block)
-        return block
 
 
 def zstd_frame(data):
@@ -4651,14 +4585,6 @@ class UnpackTest(TableCase):
                 with self.subTest(size, pack=pack.__name__):
                     self.assertEqual(unpacked([pack(tar)]), expected)
 
-    def test_random_content(self):
-        tar = tar_bytes([("a", random.Random(SEED).getrandbits(8 * 300000)
-                          .to_bytes(300000, "big"))])
-        expected = (imagec.Digest.of(tar), 300000, len(tar))
-        for pack in (bytes, gzip_bytes, bz2.compress):
-            for parts in feedings(pack(tar)):
-                self.assertEqual(unpacked(parts), expected)
-
     def test_faults_where_a_thread_has_taken_over(self):
         size = 4 * imagec.STAGE_DIRECT
         data = os.urandom(size)
@@ -4791,12 +4717,6 @@ class UnpackTest(TableCase):
                     lambda *args: note("inflate", inflate(*args))):
                 outcome(unpacked, [blob], apart=apart, visit=lambda tar: note("hash"))
                 self.assertEqual(seen["hash"] is seen["inflate"], not apart)
-
-    def test_any_mutation(self):
-        choices = random.Random(SEED)
-        for name, blob in LAYER_BLOBS:
-            mutants = [mutated(blob, choices, cut=number % 2) for number in range(40)]
-            self.none_stray(unpacked, ((mutant, [mutant]) for mutant in mutants))
 
 
 # --------------------------------------------------------------------------------------
