@@ -1005,7 +1005,14 @@ def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
 
 def _media_type(document, content_type):
     """(media type, shape) of a manifest; InvalidDocument where the signs disagree."""
-    shape = _shape(document)
+    present = [key for key in _SHAPES
+               if document.get(key, type(document.value.get(key))) is not None] or [
+                   key for key in _SHAPES if key in document.value]
+    if len({_SHAPES[key] for key in present}) != 1:
+        raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
+                              % " and ".join(sorted(present)) if present else
+                              "is no manifest: it has neither layers nor manifests"))
+    shape = _SHAPES[present[0]]
     header = (content_type or "").partition(";")[0].strip().lower()
     claimed = document.get("mediaType", str)
     if claimed and claimed not in MANIFEST_SHAPES:
@@ -1027,18 +1034,6 @@ def _media_type(document, content_type):
     if version != (1 if shape == "schema1" else 2):
         raise InvalidDocument("%s: schemaVersion is %d" % (document.where, version))
     return media_type, shape
-
-
-def _shape(document):
-    present = [key for key in _SHAPES
-               if document.get(key, type(document.value.get(key))) is not None] or [
-                   key for key in _SHAPES if key in document.value]
-    shapes = {_SHAPES[key] for key in present}
-    if len(shapes) != 1:
-        raise InvalidDocument("%s %s" % (document.where, "is ambiguous: it has %s"
-                              % " and ".join(sorted(present)) if present else
-                              "is no manifest: it has neither layers nor manifests"))
-    return shapes.pop()
 
 
 def _decode_image(document, raw, media_type, digest):
@@ -1275,13 +1270,9 @@ def modern_config(manifest, diff_ids):
     1.8.3, whose members it re-encodes. Raises InvalidDocument.
     """
     members = _raw_members(manifest.layers[-1].v1_json)
-    for key in ("id", "parent", "Size", "parent_id", "layer_id", "throwaway"):
-        members.pop(key, None)
-    rootfs = {"type": "layers"}
-    if diff_ids:
-        rootfs["diff_ids"] = list(map(str, diff_ids))
     write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    members["rootfs"] = write(rootfs)
+    members["rootfs"] = write(dict({"type": "layers"}, **(
+        {"diff_ids": list(map(str, diff_ids))} if diff_ids else {})))
     try:
         members["history"] = write([_go_history(json.loads(layer.v1_json))
                                     for layer in manifest.layers])
@@ -1289,7 +1280,8 @@ def modern_config(manifest, diff_ids):
         raise InvalidDocument(
             "a v1Compatibility has members of the wrong type") from None
     text = "{%s}" % ",".join(
-        "%s:%s" % (write(key), members[key]) for key in sorted(members))
+        "%s:%s" % (write(key), members[key]) for key in sorted(members) if key not in (
+            "id", "parent", "Size", "parent_id", "layer_id", "throwaway"))
     # Go escapes these, too, which stand in strings only.
     text = re.sub("[<>&\u2028\u2029]", lambda match: "\\u%04x" % ord(match.group()),
                   text)
@@ -1838,15 +1830,14 @@ def _decompressor(name):
         options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
 
 
-_MAGIC_LENGTH = 6  # bytes; the longest below
-_MAGIC = (  # what each codec begins with
+_MAGIC = (  # what each codec begins with, six bytes at most
     rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh)|(?P<xz>\xfd7zXZ\x00)"
     rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<tar>)")
 
 
 def codec_of(file):
     """The name of what stands next in a binary file is compressed with, else "tar"."""
-    head = file.read(_MAGIC_LENGTH)
+    head = file.read(6)
     file.seek(-len(head), os.SEEK_CUR)
     return re.match(_MAGIC, head).lastgroup
 
@@ -1859,7 +1850,7 @@ def inflated(chunks, what):
     chunks, head = iter(chunks), b""
     for data in chunks:
         head += data
-        if len(head) >= _MAGIC_LENGTH:
+        if len(head) > 5:
             break
     name = re.match(_MAGIC, head).lastgroup
     chunks = itertools.chain([head], chunks)
@@ -1920,15 +1911,15 @@ def _zstd_program(chunks, what):
     if program is None or not os.path.isabs(program):
         raise Unsupported("%s is compressed with zstd, which this Python cannot unpack"
                           % what, hint="install the zstd program, or use Python 3.14")
-    errors, given_up = [], False
+    errors = []
 
     def feed():
         try:
             for data in chunks:
-                if given_up:
-                    break
-                with contextlib.suppress(OSError):  # it has ended, and says why
+                try:
                     process.stdin.write(data)
+                except OSError:
+                    break  # it has ended, and says why
         except BaseException as error:  # carried to who draws from us
             errors.append(error)
             process.kill()
@@ -1947,7 +1938,6 @@ def _zstd_program(chunks, what):
             if process.wait() and not errors:
                 raise _codec_error(what, "zstd", words.strip() or "zstd failed")
         finally:
-            given_up = True
             process.kill()
             feeder.join()
             if errors:  # where we are given up, too: a wrong digest explains more
