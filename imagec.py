@@ -1954,14 +1954,12 @@ class Unpacked(NamedTuple):
     bytes: int
 
 
-def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True,
-           check=go_on, diff_id=None):
+def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_on,
+           diff_id=None):
     """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
 
-    `visit(Tar)` draws its members. `apart` tells to hash what is unpacked in another
-    thread than the one that unpacks: sooner done, but a burden where cores are few.
-    Raises InvalidDocument, TooLarge, Unsupported, and DigestMismatch unless it unpacks
-    to `diff_id`, if that is known.
+    `visit(Tar)` draws its members. Raises InvalidDocument, TooLarge, Unsupported, and
+    DigestMismatch unless it unpacks to `diff_id`, if that is known.
     """
     algorithm = diff_id.algorithm if diff_id else "sha256"
     count, hashing = 0, hashlib.new(algorithm)
@@ -1978,7 +1976,7 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, apart=True
             yield data
 
     with contextlib.closing(inflated(chunks, what)) as plain, \
-            contextlib.closing(ahead(plain) if apart else plain) as plain:
+            contextlib.closing(ahead(plain)) as plain:
         plain = hashed(plain)
         tar = Tar(plain, what, limit)
         visit(tar)
@@ -6481,7 +6479,7 @@ class FilesOutput(RootfsOutput):
                 name = "chart"
                 if fetched:
                     config = Document.parse(Reader(self._spool).read(
-                        "blobs/" + image.manifest.config.digest.hex, CONFIG_LIMIT),
+                        "blobs/" + image.manifest.config.digest.hex, DOCUMENT_LIMIT),
                         "config")
                     name = config.need("name", str) + "-" + config.need("version", str)
                 name += _CHART_ENDINGS[kind]
@@ -7313,12 +7311,10 @@ class Puller:
                 elif wanted[layer.digest][1].diff_id or not layer.diff_id:
                     continue
                 wanted[layer.digest] = image, layer
-        # Cores to spare hash apart what others unpack, that of the largest in any case.
-        spare = max(1, (os.cpu_count() or 1) - min(self._session.jobs, len(wanted)))
         done = dict(zip(wanted, in_parallel(self._session, [
-            (image.reference, lambda image=image, layer=layer, apart=rank < spare: (
-                self._fetch_layer(image, layer, apart)))
-            for rank, (image, layer) in enumerate(wanted.values())], forgiving)))
+            (image.reference, lambda image=image, layer=layer: (
+                self._fetch_layer(image, layer)))
+            for image, layer in wanted.values()], forgiving)))
         return in_parallel(self._session, [
             (image.reference, lambda image=image: self._gather(image, done))
             for image in images], forgiving)
@@ -7346,7 +7342,7 @@ class Puller:
         self._session.notify(Event("Digest: %s" % str(image.digest)))
         return fetched
 
-    def _fetch_layer(self, image, layer, apart):
+    def _fetch_layer(self, image, layer):
         """One layer into its place: its Fetched."""
         session, output = self._session, self._output
         place, limit = output.place(image, layer), session.max_layer_size
@@ -7357,7 +7353,7 @@ class Puller:
 
         def look(chunks):
             return unpack(chunks, "layer " + str(layer.digest), limit,
-                          lambda tar: output.visit(layer, tar), apart,
+                          lambda tar: output.visit(layer, tar),
                           session.transport.check, layer.diff_id)
 
         recompress_to = layer.id and session.recompress  # an artifact's blobs have none
@@ -8051,7 +8047,7 @@ class Look:
         """Draws the layer of these _Headers, and proves it."""
         def look(chunks):
             return unpack(chunks, "layer " + str(layer.digest), session.max_layer_size,
-                          headers.visit, True, self._check, layer.diff_id)
+                          headers.visit, self._check, layer.diff_id)
 
         session, layer = self._session, headers.layer
         if self._found is None:

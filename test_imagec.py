@@ -4592,11 +4592,9 @@ class UnpackTest(TableCase):
         cut = gzip_bytes(tar_header(size) + data + bytes(1024))[:-imagec.STAGE_DIRECT]
         for blob, words in ((tar, "not a valid tar"), (gzip_bytes(tar), "not a valid"),
                             (cut, "truncated gzip")):
-            for apart in (True, False):
-                with self.subTest(words=words, apart=apart):
-                    self.refused(imagec.InvalidDocument, words, lambda: unpacked(
-                        [blob[at:at + 65536] for at in range(0, len(blob), 65536)],
-                        apart=apart))
+            with self.subTest(words=words):
+                self.refused(imagec.InvalidDocument, words, unpacked, [
+                    blob[at:at + 65536] for at in range(0, len(blob), 65536)])
 
     def test_limit(self):
         length = len(LAYER_TAR)
@@ -4689,9 +4687,8 @@ class UnpackTest(TableCase):
         tar = tar_header(32 << 20) + bytes(32 << 20)
         blobs = [bz2.compress(tar), lzma.compress(tar), gzip_bytes(tar)]
         ends = (KeyboardInterrupt(), imagec.Timeout("late"), imagec.Cancelled("no"))
-        for blob, (apart, end) in itertools.product(
-                blobs, zip((True, False, True), ends)):
-            with self.subTest(blob[:4], apart=apart, end=type(end)):
+        for blob, end in itertools.product(blobs, ends):
+            with self.subTest(blob[:4], end=type(end)):
                 asked = []
 
                 def check():
@@ -4700,23 +4697,8 @@ class UnpackTest(TableCase):
                         raise end
 
                 with self.assertRaises(type(end)):
-                    unpacked([blob], apart=apart, check=check)
+                    unpacked([blob], check=check)
                 self.assertEqual(len(asked), 4)
-
-    def test_hashing_apart(self):
-        blob, seen = gzip_bytes(os.urandom(2 << 20)), {}
-        inflate = imagec._Gzip.decompress
-
-        def note(what, result=None):
-            seen[what] = threading.current_thread()
-            return result
-
-        for apart in (True, False):
-            with self.subTest(apart=apart), mock.patch.object(
-                    imagec._Gzip, "decompress",
-                    lambda *args: note("inflate", inflate(*args))):
-                outcome(unpacked, [blob], apart=apart, visit=lambda tar: note("hash"))
-                self.assertEqual(seen["hash"] is seen["inflate"], not apart)
 
 
 # --------------------------------------------------------------------------------------
@@ -11748,20 +11730,6 @@ class PullTest(PullCase):
         self.pull(registry, jobs=jobs)
         self.assertLessEqual(registry.connections, jobs + 1)
         self.assertEqual(len(paths(registry, "/token")), 1)
-
-    @rows([(None, 4, 1), (1, 4, 1), (2, 4, 1), (4, 4, 1), (5, 4, 2), (6, 4, 3),
-           (3, 1, 2), (8, 9, 3)])
-    def test_cores_to_spare(self, cores, jobs, expected):
-        self.dest = os.path.join(self.root, "%s-%d" % (cores, jobs))
-        registry = self.filled(build_image(
-            [tar_bytes([("f", b"x" * size)]) for size in (9000, 90000, 900)]))
-        with mock.patch.object(os, "cpu_count", lambda: cores), mock.patch.object(
-                imagec, "unpack", side_effect=imagec.unpack) as unpack:
-            image = self.pull(registry, jobs=jobs)
-        apart = {call[0][1]: call[0][4] for call in unpack.call_args_list}
-        largest = sorted(image.layers, key=lambda layer: -layer.blob_size)
-        self.assertEqual([apart["layer %s" % str(layer.digest)] for layer in largest],
-                         [True] * expected + [False] * (3 - expected))
 
     @rows((("layers",), ("oci",), ("archive",)))
     def test_images_overlap(self, format):
