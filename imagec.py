@@ -8350,10 +8350,9 @@ class RegistryHandler:
             super().handle()
 
     def handle_one_request(self):
-        """Answers a request; from then on the next one is waited for."""
+        """Waits for a request, and answers it."""
+        self.server.waits(self.connection)
         super().handle_one_request()
-        if not self.close_connection:
-            self.server.waits(self.connection)
 
     def parse_request(self):
         """Whether the head that came is one; answers it where not.
@@ -8478,20 +8477,18 @@ class RegistryHandler:
         with region.open() as file:  # if gone, found out before the head
             self.head(206 if part else 200, end - first, "application/octet-stream",
                       headers)
-            if self.command != "HEAD":
-                self.send_part(file, region.offset + first, end - first)
-
-    def send_part(self, file, at, count):
-        """Part of a file to the client, by the kernel where it can."""
-        if count and not isinstance(self.connection, ssl.SSLSocket):
-            count -= self.connection.sendfile(file, at, count) or 0
-        else:
-            file.seek(at)
-            for data in pieces(file, count):
-                self.wfile.write(data)
-                count -= len(data)
-        if count:
-            raise ConnectionAbortedError("the file has shrunk")
+            at, count = region.offset + first, end - first
+            if self.command == "HEAD":
+                count = 0
+            elif isinstance(self.connection, ssl.SSLSocket):
+                file.seek(at)
+                for data in pieces(file, count):
+                    self.wfile.write(data)
+                    count -= len(data)
+            elif count:
+                count -= self.connection.sendfile(file, at, count) or 0
+            if count:
+                raise ConnectionAbortedError("the file has shrunk")
 
     def head(self, status, length, media_type, headers):
         self.answered = True

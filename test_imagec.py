@@ -14178,10 +14178,7 @@ class ConformanceTest(ServeCase):
         # RFC 7231, 6.5.5: it MUST say what is allowed.
         allowed = answer.headers.get("Allow", "").split(",")
         self.assertEqual({word.strip() for word in allowed}, {"GET", "HEAD"})
-
-    @rows((("OPTIONS",), ("TRACE",), ("PROPFIND",)))
-    def test_other_methods_are_refused(self, method):
-        self.assertEqual(self.ask("/v2/", method).status, 501)
+        self.assertEqual(self.ask("/v2/", "TRACE").status, 501)
 
     @rows(itertools.product((("GET", b"200"), ("PUT", b"405")), (
         b"Content-Length: %d", b"Transfer-Encoding: chunked")))
@@ -16084,14 +16081,6 @@ class CommandLineFailureTest(CommandLineCase):
             return self.assert_one_line(ended, 1, refusal)
         self.assertEqual((ended.status, ended.err), (0, ""))
 
-    def test_truncated_layer_is_tried_five_times(self):
-        layer = self.image.layers[1]
-        fault = self.origin.fault("blobs/" + layer, truncate(), EVER)
-        ended = self.pull("--progress", "none", self.ref)
-        self.assertEqual((ended.status, fault.used), (1, imagec.ATTEMPTS))
-        self.assertEqual(ended.err.count("trying again"), imagec.ATTEMPTS - 1)
-        self.assertRegex(ended.err, r"\A(imagec: [^\n]+ and ended[^\n]*\n)+\Z")
-
     def test_messages_have_an_end(self):
         many = build_index([(self.image, ("os%d" % number, "a" * 30, None))
                             for number in range(3000)])
@@ -16122,18 +16111,6 @@ class CommandLineFailureTest(CommandLineCase):
         self.assert_one_line(ended, 1, "imagec: %sNo space left on device; .*-o"
                              % re.escape(shown))
         self.assert_nothing_final()
-
-    def test_destination_that_is_read_only(self):
-        with mock.patch("os.access", return_value=False):  # root may write everywhere
-            self.assert_one_line(self.pull("-q", self.ref), 1, "no permission")
-        self.assertEqual(self.origin.requests, [])
-
-    def test_first_error_ends_the_rest_at_once(self):
-        self.origin.fault("blobs/" + self.image.layers[0], hang(), 1)
-        self.origin.fault("blobs/" + self.image.layers[1], [delay(0.05), flip()], 1)
-        begin = time.monotonic()
-        self.assert_one_line(self.pull("-q", self.ref), 3, "expected digest")
-        self.assertLess(time.monotonic() - begin, 15)
 
     def test_cancel_leaves_no_socket_open(self):
         # The moments at which a cancel may come: with a kept connection in hand, and
@@ -16611,15 +16588,11 @@ class SignalTest(CommandLineCase):
         self.assertFalse([name for name in self.files()
                           if not name.endswith(".partial")])
 
-    def test_interrupted(self):
-        self.check(self.WAITS, [signal.SIGINT], [130])
-
-    def test_terminated(self):
-        self.check(self.WAITS[1:3], [signal.SIGTERM], [143])
-
-    def test_interrupted_twice(self):
-        # The second may come when Python is on its way out and obeys it by itself.
-        self.check(self.WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])
+    @rows(((WAITS, [signal.SIGINT], [130]), (WAITS[1:3], [signal.SIGTERM], [143]),
+           # The second may come when Python is on its way out and obeys it by itself.
+           (WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])))
+    def test_ended(self, waits, signals, statuses):
+        self.check(waits, signals, statuses)
 
     @able(hasattr(signal, "pthread_kill"), "signal a thread")
     def test_a_call_that_does_not_return(self):
@@ -16744,14 +16717,6 @@ class StreamTest(CommandLineCase):
                 self.assertEqual(ended.status, code, ended.err)
                 self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
                 self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
-
-    def test_as_shipped(self):
-        done = subprocess.run(
-            [sys.executable, "-I", MODULE_PATH, "pull", "-o", self.output, self.ref],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.assertEqual((done.returncode, done.stdout.decode("ascii")),
-                         (0, self.ref + "@" + self.digest + "\n"), done.stderr)
-        self.assertIn(b"Download complete", done.stderr)
 
 
 # --------------------------------------------------------------------------------------
