@@ -8145,25 +8145,29 @@ _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")  # RFC 7230, 3.2
 class Shelf:
     """What a server has: documents by repository and tag or digest, blobs by digest.
 
-    Made from what a pull wrote at `path`, or empty where that is None. A repository
-    goes by the name it was pulled by (`docker.io/library/alpine`), by that without the
-    host (`library/alpine`), and Docker Hub's own images by their short name (`alpine`).
-    By its digest each has any document. `check` is called as it is made, and may raise.
+    Made from what pulls wrote at `paths`, whose first has a name that two have. A
+    repository goes by the name it was pulled by (`docker.io/library/alpine`), by that
+    without the host (`library/alpine`), and Docker Hub's own images by their short name
+    (`alpine`). By its digest each has any document. `check` is called as it is made,
+    and may raise.
     """
 
-    def __init__(self, path=None, check=go_on):
+    def __init__(self, *paths, check=go_on):
         self.repositories = {}  # name -> tag -> digest, as text
         self.documents = {}  # digest, as text -> (bytes, media type)
         self.referrers = {}  # the same of a subject -> digest -> what an index says
         self.blobs = {}  # Digest -> Region
         self._good = {}  # Region -> the file's identity when its digest was proved
-        if path is None:
-            return
-        with naming(path):
-            self._fill(path, open_place(path, check, lambda error: log.warning(
-                "passed over: %s: %s", error.filename, error.strerror)))
-        if not self.repositories:
-            raise OutputError(path, "holds nothing that could be served")
+        for path in reversed(paths):
+            before = {name: dict(tags) for name, tags in self.repositories.items()}
+            with naming(path):
+                self._fill(path, open_place(path, check, lambda error: log.warning(
+                    "passed over: %s: %s", error.filename, error.strerror)))
+            for name, tags in before.items():
+                for tag in tags.items() - self.repositories[name].items():
+                    log.warning("%s:%s is that of %s", name, tag[0], path)
+        if paths and not self.repositories:
+            raise OutputError(", ".join(paths), "holds nothing that could be served")
 
     def _fill(self, path, reader):
         @contextlib.contextmanager
@@ -8203,6 +8207,8 @@ class Shelf:
                 blobs = [entry for entry in document.manifests
                          if entry.media_type not in ("", *MANIFEST_SHAPES)]
         for blob in blobs:
+            if found.origin and blob.digest in found.origin.without:
+                continue  # it is at another of the paths, or is not there
             with noting(found.file_of(blob)):  # else it is asked for in vain
                 self.blobs[blob.digest] = found.reader.region(found.file_of(blob))
 
@@ -8533,7 +8539,7 @@ def _run_serve(args, session):
         raise UsageError("--listen wants HOST:PORT, not %s" % shown(args.listen, 100))
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together")
-    shelf = Shelf(args.path, session.transport.check)
+    shelf = Shelf(*args.paths, check=session.transport.check)
     try:
         server = new_server(shelf, (host, int(port)), session.given,
                             args.tls_cert and (args.tls_cert, args.tls_key))
@@ -8542,7 +8548,7 @@ def _run_serve(args, session):
             args.listen, _reason(error))) from None
     with serving(server):
         yield printable("serving %s at %s://%s:%d/v2/: %s" % (
-            args.path, "https" if args.tls_cert else "http",
+            ", ".join(args.paths), "https" if args.tls_cert else "http",
             "[%s]" % host if ":" in host else host, server.server_address[1],
             ", ".join(shelf.catalog())))
         while session.transport.stop is None:
@@ -9160,7 +9166,8 @@ COMMANDS = {
     "auth": (_run_auth, "say which credentials would be used for a registry", [
         _row("host HOST[:PORT][/REPOSITORY]")]),
     "serve": (_run_serve, "a read-only registry over what was pulled", [
-        _PLACE,
+        _row("paths PATH", _PLACE[1]["help"] + "; the first has a name that two have",
+             nargs="+"),
         _row("--listen HOST:PORT", "default: %(default)s", default="127.0.0.1:5000"),
         _row("--tls-cert FILE", "PEM certificate, with"),
         _row("--tls-key FILE", "its PEM key")]),

@@ -9790,6 +9790,23 @@ class WithoutTest(StoredCase):
                 remove(self.at(name))
 
 
+    def test_served_together(self):
+        _, *bases = self.bases()
+        for base in bases:
+            for name in ("new.tar", "new"):
+                self.pull("--without", base, "--tag", self.old, "--format", "archive" if
+                          "." in name else "oci", "-o", self.at(name), self.new)
+                self.pull("-o", self.at("twin.tar"), self.old)
+                with self.assertLogs("imagec", "WARNING") as told:
+                    shelf = imagec.Shelf(self.at(name), self.at("twin.tar"), base)
+                self.assertRegex("".join(told.output), "lab/app:1 is that of .*/new")
+                self.assertNotIn("passed over", "".join(told.output))
+                self.assertEqual(shelf.tags("lab/app")["1"], self.image.digest)
+                for digest in self.image.layers:
+                    self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
+                remove(self.at(name))
+
+
 class RecompressTest(StoredCase):
     """zstd layers as they are, and as gzip for those who cannot read them."""
 
@@ -13439,7 +13456,7 @@ class AuditTest(StoredCase):
     def test_work_goes_on_only_while_it_may(self, format):
         path = self.good(format)
         for look in (lambda check: imagec.Audit(check).check(path),
-                     lambda check: imagec.Shelf(path, check)):
+                     lambda check: imagec.Shelf(path, check=check)):
             for count in itertools.count():
                 calls = iter([None] * count + [imagec.Timeout("not done")])
                 try:
@@ -19488,6 +19505,23 @@ class DockerTest(ReadersCase):
             "load", "--input", self.at(tag + ".tar")))
         self.assertEqual(self.inspected(self.name(tag)),
                          (image.image_id, self.diff_ids))
+
+    def test_an_update_is_taken_where_what_it_builds_on_is(self):
+        images = {"lab/update:%d" % count: build_image(READERS_TARS[:count])
+                  for count in (2, 3)}
+        with offered(images) as (host, push):
+            old, new = ("%s/%s" % (host, name) for name in images)
+            imagec.pull(old, self.at("old.tar"))
+            push(self.registry, "lab/update:2")
+            imagec.pull(new, self.at("new.tar"), without=[old])
+            imagec.pull(new, self.at("new"), "oci", without=[self.at("old.tar")])
+        self.assertEqual(len(self.members(self.at("new.tar"))), 3 + 1 + 2 + 3)
+        for name in ("old.tar", "new.tar"):
+            self.docker("load", "--input", self.at(name))
+        self.assertEqual(self.inspected(new)[1], self.diff_ids)
+        copy = "docker://%s/lab/update:3" % self.registry.host
+        skopeo_copy("oci:" + self.at("new"), copy, "--preserve-digests")
+        self.assertEqual(skopeo_raw(copy), images["lab/update:3"].manifest)
 
     def test_docker_loads_from_a_pipe_by_another_name(self):
         puller = subprocess.Popen(
