@@ -102,6 +102,7 @@ ERROR_BODY_LIMIT = 64 * KIB  # bytes; go-containerregistry
 ERROR_TEXT_LIMIT = 300  # characters of a server's own words in a message
 MESSAGE_LIMIT = 2000  # characters of a message, about a screen of a terminal
 SECRET_FORMS_LIMIT = 500  # spellings of secrets; each new token adds one or two
+TLS_RECORD = 16 * KIB  # bytes at most; RFC 8446, 5.1
 HEADER_LIMIT = 64 * KIB  # bytes of one header value we parse; http.client's line limit
 NUMBER_LIMIT = 32  # digits; 2**63 has 19. int() is quadratic on old Pythons
 JSON_DEPTH_LIMIT = 100  # objects and arrays inside one another; real ones stay under 20
@@ -2463,6 +2464,7 @@ class _Kept(http.client.HTTPConnection):
     used = False  # has carried an exchange: its server may have closed it since
     rank = None  # how near its peer's address is; None before there is a peer
     until = None  # monotonic seconds at which the headers must be in
+    _late = None  # the error to raise next
 
     def __init__(self, transport, request):
         self.default_port = 443 if request.type == "https" else 80
@@ -2507,7 +2509,13 @@ class _Kept(http.client.HTTPConnection):
 
         Raises Timeout where a whole window has brought next to nothing.
         """
+        if self._late:
+            error, self._late = self._late, None
+            raise error
         received = self.in_turns(sock, lambda: sock.recv_into(buffer))
+        if received and len(buffer) > TLS_RECORD and (
+                isinstance(sock, ssl.SSLSocket)):
+            received += self._gather(sock, memoryview(buffer)[received:])
         if not received and self.until is not None:
             # http.client takes headers that end early for whole ones.
             raise ConnectionResetError("closed the connection before it had answered")
@@ -2518,6 +2526,20 @@ class _Kept(http.client.HTTPConnection):
             if self._count < STALL_BYTES:
                 raise socket.timeout("next to nothing came for %g seconds" % seconds)
             self._window, self._count = now, 0
+        return received
+
+    def _gather(self, sock, view):
+        """How many bytes more are there: SSL_read gives one record a call."""
+        received, step = 0, 1
+        sock.settimeout(0)
+        try:
+            while step and received < len(view):
+                step = sock.recv_into(view[received:])
+                received += step
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        except OSError as error:
+            self._late = error  # after what came before it
         return received
 
     def response_class(self, sock, *args, **kwargs):

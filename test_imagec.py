@@ -5434,6 +5434,24 @@ def _net_continues(reply):
 class TransportTest(NetworkCase):
     """One safe HTTP exchange."""
 
+    @rows((("no more", (9, ssl.SSLWantReadError()), 9, 0),
+           ("more records", (9, 8, 7, ssl.SSLWantReadError()), 24, 0),
+           ("the end", (9, 8, 0), 17, 0),
+           ("full", (9, 1 << 20), 9 + (1 << 20), 0),
+           ("an error", (9, 8, ConnectionResetError("after")), 17, None),
+           ("an error at once", (9, ssl.SSLError("after")), 9, None)))
+    def test_TLS_records_that_are_there_come_at_once(self, _name, steps, first, then):
+        sock = mock.Mock(spec=ssl.SSLSocket)
+        sock.recv_into.side_effect = steps + (0,)
+        kept = imagec._Kept(self.transport(), mock.Mock(type="https", host="r.test"))
+        kept.start(None)
+        buffer = bytearray(9 + (1 << 20))
+        self.assertEqual(kept.receive(sock, buffer), first)
+        if then is None:
+            with self.assertRaisesRegex(OSError, "after"):
+                kept.receive(sock, buffer)
+        self.assertEqual(kept.receive(sock, buffer), 0)
+
     def test_requests_say_who_and_what(self):
         server = self.server({"/end": say(b"hello")})
         found = self.get(self.transport(), server.url + "/end")
@@ -15672,7 +15690,7 @@ class CommandLineCredentialsTest(CommandLineCase):
             found = parser.parse_args(["pull", "-ux"] + options.split() + ["a", "b"])
             self.assertEqual((found.jobs, found.quiet, found.username),
                              (jobs, "q" in options, "x"))
-        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).path, "-p")
+        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).paths, ["-p"])
         self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
 
     def test_a_registry_that_asks_for_none_gets_none(self):
