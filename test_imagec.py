@@ -5190,16 +5190,6 @@ class CredentialsTest(FieldCase):
             self.pull(registry.host)
         self.assertEqual([m for m, _, _ in self.asked_for_tokens(registry)], ["POST"])
 
-    def test_identity_token_is_renewed(self):
-        registry = self.registry(auth="bearer")
-        reply = b'{"access_token": "t", "refresh_token": "new"}'
-        registry.fault("POST", body(reply), 2)
-        found = imagec.Credentials(identity_token="old")
-        for _ in range(2):
-            imagec.fetch_token(self.transport(), registry.url + "/token?scope=x", found)
-        sent = [form["refresh_token"] for _, form, _ in self.asked_for_tokens(registry)]
-        self.assertEqual(sent, ["old", "new"])
-
     def test_tokens_that_a_token_server_repeats(self):
         registry = self.registry(auth="bearer")
         say = json.dumps({"errors": [{"code": "DENIED", "message": "%s is not valid"}]})
@@ -5216,6 +5206,8 @@ class CredentialsTest(FieldCase):
                 imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
                                    found)
             self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
+            _, form, _ = self.asked_for_tokens(registry)[-1]
+            self.assertEqual(form["refresh_token"], told)  # the one it gave last
 
     def test_registry_token_is_sent_as_it_is(self):
         registry = self.filled(auth="bearer", anonymous=False)
@@ -5357,13 +5349,6 @@ NET_FRAMINGS = (
      b"Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
      b"hello"),
     ("folded", "X: y\n\tz\nContent-Length:\n 5", b"hello", b"hello"),
-    ("negative length", "Content-Length: -5", b"hello", None),
-    ("signed length", "Content-Length: +5", b"hello", None),
-    ("length in words", "Content-Length: five", b"hello", None),
-    ("empty length", "Content-Length: ", b"hello", None),
-    ("list of lengths", "Content-Length: 5, 5", b"hello", None),
-    ("length with underscore", "Content-Length: 0_5", b"hello", None),
-    ("endless length", "Content-Length: " + "9" * 400, b"hello", None),
     ("gzip, chunked", "Transfer-Encoding: gzip, chunked",
      b"5\r\nhello\r\n0\r\n\r\n", None),
     ("chunked twice", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
@@ -5377,17 +5362,13 @@ NET_FRAMINGS = (
     ("gzip nobody claims", "X: y", gzip_bytes(b"hello"), gzip_bytes(b"hello")),
     ("unknown coding, T47", "Content-Length: 5\nContent-Encoding: X-Rot13", b"h3110",
      b"h3110"),
-    ("short", "Content-Length: 6", b"hello", None),  # T22: http.client is silent
-    ("short chunk", "Transfer-Encoding: chunked", b"6\r\nhello", None),
-    ("no last chunk", "Transfer-Encoding: chunked", b"5\r\nhello\r\n", None),
-    ("cut chunk size", "Transfer-Encoding: chunked", b"5\r\nhello\r\n1", None),
-    ("no chunk size", "Transfer-Encoding: chunked", b"\r\nhello\r\n", None),
-    ("chunk size in words", "Transfer-Encoding: chunked", b"five\r\nhello\r\n", None),
-    ("negative chunk, T59", "Transfer-Encoding: chunked", b"-5\r\nhello\r\n0\r\n\r\n",
-     None),
-    ("huge chunk, T59", "Transfer-Encoding: chunked", b"f" * 16 + b"\r\nhello", None),
-    ("endless chunk size, T59", "Transfer-Encoding: chunked", b"0" * 100000, None),
-)
+) + tuple(("length " + text, "Content-Length: " + text, b"hello", None) for text in (
+    "-5", "+5", "five", "", "5, 5", "0_5", "9" * 400,
+    "6")) + tuple(  # T22: http.client is silent
+        (chunks[:20], "Transfer-Encoding: chunked", chunks, None) for chunks in (
+            b"6\r\nhello", b"5\r\nhello\r\n", b"5\r\nhello\r\n1", b"\r\nhello\r\n",
+            b"five\r\nhello\r\n", b"-5\r\nhello\r\n0\r\n\r\n",  # T59
+            b"f" * 16 + b"\r\nhello", b"0" * 100000))
 
 #: Whole replies that are not HTTP, or nearly (T59, T114); none may end in a traceback.
 NET_JUNK = (
@@ -7497,22 +7478,20 @@ class RegistryTest(NetworkCase):
         found = self.session().manifest(imagec.Reference.parse(text))
         self.assertEqual(found.raw, self.image.manifest)
 
-    @rows([(1,), (2,), (imagec.INDEX_DEPTH_LIMIT,)])
-    def test_t60_nested_indexes(self, depth):
+    @rows(itertools.product((1, 2, imagec.INDEX_DEPTH_LIMIT,
+                             imagec.INDEX_DEPTH_LIMIT + 1), ("linux/amd64", "all")))
+    def test_t60_nested_indexes(self, depth, platform):
         nested = build_index([(self.image, ("linux", "amd64", None))])
         for _ in range(1, depth):
             nested = build_index([(nested, None)])
-        found = self.resolve(self.filled(nested))
-        self.assertEqual(len(found.indexes), depth)
-        self.assertEqual(str(found.digest), nested.digest)
-
-    @rows([("linux/amd64",), ("all",)])
-    def test_t60_indexes_nested_too_deeply(self, platform):
-        nested = build_index([(self.image, ("linux", "amd64", None))])
-        for _ in range(imagec.INDEX_DEPTH_LIMIT):
-            nested = build_index([(nested, None)])
-        with self.fails(imagec.LimitExceeded, "indexes"):
-            self.resolve(self.filled(nested), platform)
+        registry = self.filled(nested)
+        if depth > imagec.INDEX_DEPTH_LIMIT:
+            with self.fails(imagec.LimitExceeded, "indexes"):
+                self.resolve(registry, platform)
+        else:
+            found = self.resolve(registry, platform)
+            self.assertEqual(len(found.indexes), platform != "all" and depth)
+            self.assertEqual(str(found.digest), nested.digest)
 
     def test_documents_are_asked_for_once(self):
         top = build_index([(self.image, ("plan9", "mips", None))])
@@ -8109,15 +8088,10 @@ class RateLimitTest(FieldCase):
             again = self.pull(registry.host, to=place, format=format)
             self.assertEqual(self.manifests(registry), ["HEAD"])
             self.assertEqual(str(again.digest), found.digest)
-
-    def test_digest_that_is_there_costs_nothing(self):
-        registry = self.filled()
-        digest = registry.repositories["lab/app"]["1"][2]
-        name = "lab/app:1@" + digest
-        self.pull(registry.host, name, format="oci")
-        self.manifests(registry)
-        self.pull(registry.host, name, format="oci")
-        self.assertEqual(self.manifests(registry), [])
+            if format == "oci":
+                self.pull(registry.host, "lab/app:1@" + found.digest, to=place,
+                          format=format)
+                self.assertEqual(self.manifests(registry), [])
 
     def test_tag_that_moved(self):
         for format in ("oci", "layers"):
