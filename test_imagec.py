@@ -5384,17 +5384,12 @@ NET_JUNK = (
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
 )
 
-#: (name, action): each leaves us waiting for ever, one way or another
+#: (name, action): each leaves us waiting for ever, in a way that THREAT_STALLS has not
 NET_STALLS = (
     ("silent in the handshake, T109", hang(30, "accept")),
     ("drip in the handshake, T57",
      [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
       drip(0.03, 1, "status")]),
-    ("silent after the request, T109", hang(30)),
-    ("drip in the status line, T57", drip(0.03, 1, "status")),
-    ("drip in the headers, T57", drip(0.03, 1, "headers")),
-    ("drip in the body, T57", drip(0.03, 9, "body")),
-    ("silent in the body, T109", drip(30, 50, "body")),
     ("drip in chunk sizes and trailers, T57",
      [chunked(1), drip(0.03, 5, "body")]),
     ("100 Continue for ever, T58",
@@ -7195,10 +7190,8 @@ NET_MANIFEST_REPLIES = (
     ("no content type", headers(content_type=None), None, ()),
     ("parameter", headers(content_type=MEDIA_TYPES["oci"]["manifest"] + "; a=b"),
      None, ()),
-    ("lying header", headers(docker_content_digest=sha256(b"other")),
-     imagec.DigestMismatch, ("disagree", sha256(b"other"))),
     ("lying header, sha512", headers(docker_content_digest="sha512:" + "0" * 128),
-     imagec.DigestMismatch, ("sha512:000",)),
+     imagec.DigestMismatch, ("disagree", "sha512:000")),
     ("senseless header", headers(docker_content_digest="sha256:../../x"), None, ()),
     ("bare header", headers(docker_content_digest=sha256(b"")[7:]), None, ()),
     ("empty header", headers(docker_content_digest=""), None, ()),
@@ -7210,15 +7203,11 @@ NET_MANIFEST_REPLIES = (
     ("page, T112", body(b"<!DOCTYPE html><html>", content_type="text/html"),
      imagec.InvalidDocument, ()),
     ("empty, T112", body(b""), imagec.InvalidDocument, ()),
-    ("deep, T54", body(b"[" * 100000), imagec.InvalidDocument, ()),
     ("flipped bit", flip(40), imagec.ImagecError, ()),
     ("one byte too many", extra(1), imagec.ImagecError, ()),  # a NUL is no JSON
     ("endless, T52", endless(), imagec.LimitExceeded, ("4194304",)),
     ("endless drip, T52", endless(bytes(BLOCK), 0.001), imagec.LimitExceeded,
      ("4194304",)),
-    ("lying length, T53", headers(content_length="999999999999"),
-     imagec.LimitExceeded, ("999999999999",)),
-    ("no content", status(204), imagec.RegistryError, ("204",)),
     ("not modified", status(304), imagec.RegistryError, ("304",)),
 )
 
@@ -7569,20 +7558,14 @@ class RegistryTest(NetworkCase):
         with self.fails(imagec.NotFound, "404"):
             self.client(registry).fetch_manifest("app", "1")
 
-    @rows([("good", lambda reply: reply, None),
-           ("flipped", flip(), imagec.DigestMismatch),
-           ("short", [truncate(), close_delimited()], imagec.SizeMismatch),
-           ("long, T24", extra(1), imagec.SizeMismatch),
-           ("endless, T52", endless(), imagec.LimitExceeded),
-           ("other", body(b"{}"), imagec.SizeMismatch)])
-    def test_configs(self, _name, action, kind):
+    def test_t23_a_config_that_is_cut_without_a_word(self):
         registry = self.filled()
         client = self.client(registry)
         config = client.fetch_manifest("app", "1").config
-        registry.fault("/blobs/", action)
-        self.gives(None if kind else self.image.config,
-                   lambda: client.fetch_config("app", config).raw,
-                   kind, str(config.digest))
+        registry.fault("/blobs/", [truncate(), close_delimited()])
+        with self.fails(imagec.SizeMismatch, str(config.digest)):
+            client.fetch_config("app", config)
+        self.assertEqual(client.fetch_config("app", config).raw, self.image.config)
 
     def test_t52_a_config_that_says_it_is_huge_is_not_asked_for(self):
         registry = self.filled()
