@@ -2545,7 +2545,9 @@ class _Kept(http.client.HTTPConnection):
     def response_class(self, sock, *args, **kwargs):
         """What http.client reads a response with, from a socket with our patience."""
         reply = _Reply(sock, *args, **kwargs)
-        reply.fp.raw.readinto = lambda buffer: self.receive(sock, buffer)
+        wire = reply.fp.detach()
+        wire.readinto = lambda buffer: self.receive(sock, buffer)
+        reply.fp = io.BufferedReader(wire, 16 * KIB)
         return reply
 
     def connect(self):
