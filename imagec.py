@@ -2173,8 +2173,7 @@ def _read_config(path, named=False, raw=None):
                 raw = file.read(DOCUMENT_LIMIT)
         return Document(parse_json(raw, path, repeatable=True), path).value
     except (OSError, InvalidDocument) as error:
-        text = "%s: %s" % (
-            path, error.strerror if isinstance(error, OSError) else error)
+        text = "%s: %s" % (path, getattr(error, "strerror", error))
         if named:
             raise CredentialsError("credentials not read: " + text) from None
         log.warning("credentials passed over: %s", text)
@@ -2230,16 +2229,11 @@ def _entry_credentials(entry, source):
               if isinstance(value, str) and value}
     username, password = values.get("username"), values.get("password")
     if "auth" in values:
+        text = re.sub("[\r\n]", "", values["auth"])  # base64 breaks lines at 76
         try:
-            text = re.sub("[\r\n]", "", values["auth"])  # base64 breaks lines at 76
-            name, colon, secret = base64.b64decode(
-                text + "=" * (-len(text) % 4), validate=True).decode(
-                    "utf-8").partition(":")
+            pair = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+            username, password = pair.decode("utf-8").rstrip("\0").split(":", 1)
         except ValueError:
-            name = colon = ""
-        if name and colon:
-            username, password = name, secret.rstrip("\0")
-        else:
             log.warning("%s: 'auth' is not base64 of user:password: passed over",
                         source)
     token, ready = values.get("identitytoken"), values.get("registrytoken")
