@@ -3362,15 +3362,14 @@ def registry_error(response, what):
     words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
     words = "HTTP %d" % response.status + (
         words and ", " + printable(words, ERROR_TEXT_LIMIT))
-    kind = {401: AccessDenied, 403: AccessDenied, 404: NotFound}.get(
-        response.status, RegistryError)
+    denied = (AccessDenied, "access denied",
+              "it may not exist, or need other credentials")
+    kind, meaning, hint = {
+        401: denied, 403: denied, 404: (NotFound, "not found", None),
+        429: (RegistryError, "too many requests", "wait, or log in with -u"),
+    }.get(response.status, (RegistryError, "unexpected answer", None))
     if kind is not RegistryError and {"DENIED", "UNAUTHORIZED"} & set(codes):
-        kind = AccessDenied
-    meaning, hint = {
-        AccessDenied: ("access denied", "it may not exist, or need other credentials"),
-        NotFound: ("not found", None),
-    }.get(kind, ("too many requests", "wait, or log in with -u")
-          if response.status == 429 else ("unexpected answer", None))
+        kind, meaning, hint = denied
     error = kind("%s: %s: %s" % (what, meaning, words), response.status, codes,
                  response.place, hint)
     error.source = response.place + (
