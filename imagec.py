@@ -2597,16 +2597,16 @@ class _Kept(http.client.HTTPConnection):
         Each is begun CONNECT_DELAY after the one before, or as soon as that has failed.
         The first error is the one to tell: what cannot be reached at all comes last.
         """
-        error, begun = None, {}
+        error = None
         with selectors.DefaultSelector() as selector:
+            begun = selector.get_map()
             try:
                 for turn in self.turns(CONNECT_TIMEOUT, "no connection"):
                     if targets:
-                        *_, address = target = targets.pop(0)
+                        target = targets.pop(0)
                         try:
-                            sock = dialled(*target)
-                            begun[sock] = address
-                            selector.register(sock, selectors.EVENT_WRITE)
+                            selector.register(dialled(*target), selectors.EVENT_WRITE,
+                                              target[4])
                         except OSError as reason:
                             error = error or reason
                     elif not begun:
@@ -2615,15 +2615,14 @@ class _Kept(http.client.HTTPConnection):
                     for key, _ in selector.select(turn) if begun else ():
                         sock = key.fileobj
                         selector.unregister(sock)
-                        address = begun.pop(sock)
                         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                         if not number:
-                            return sock, address
+                            return sock, key.data
                         error = error or OSError(number, os.strerror(number))
                         sock.close()
             finally:
-                for sock in begun:
-                    sock.close()
+                for key in begun.values():
+                    key.fileobj.close()
 
     def send(self, data):
         """Sends all of `data`, which is bytes."""
