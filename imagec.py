@@ -3699,10 +3699,10 @@ class Endpoint:
 
         A registry chooses the realm; one that is tampered with must not be able to send
         the password elsewhere. Trusted are, besides what the user named, the registry's
-        own host, the host known to serve its tokens, one in the same domain over TLS.
+        own host and, over TLS, one in the same domain, as auth.docker.io is.
         """
         home = checked_url(self.url).hostname
-        if realm.hostname in (home, home == DOCKER_HUB_API and "auth.docker.io"):
+        if realm.hostname == home:
             return True
         if realm.scheme != "https" or _address_rank(home) is not None:
             return False
