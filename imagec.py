@@ -3176,9 +3176,9 @@ class Transport:
 
     def _take(self, request):
         """An idle connection to where the request goes, or a new one."""
-        key = request.type, request.host, request.proxy
+        fresh = _Kept(self, request)
         with self._lock:
-            for connection in [one for one in self._idle[::-1] if one.key == key]:
+            for connection in [one for one in self._idle[::-1] if one.key == fresh.key]:
                 self._idle.remove(connection)
                 # One that can be read has been closed, or has sent what nobody asked.
                 with selectors.DefaultSelector() as selector:
@@ -3187,7 +3187,7 @@ class Transport:
                 if connection.rank <= request.allowed and not spoilt:
                     return connection
                 connection.close()
-        return _Kept(self, request)
+        return fresh
 
     def _send(self, connection, request):
         connection.start(request.timeout)
@@ -3637,7 +3637,6 @@ class Endpoint:
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
         if challenge is None:
-            response.close()
             raise AccessDenied("%s wants authentication of a kind we do not know"
                                % self.host, status=401)
         scope = challenge.parameters.pop("scope", "")
@@ -3749,8 +3748,8 @@ class Registry(Endpoint):
         if response.status == 401 and origin(checked_url(response.url)) != home:
             response, sent = self._elsewhere(method, response, headers), None
         elif response.status == 401:
-            self._learn_challenge(response, repository)
             with response:  # whose connection may serve for the token
+                self._learn_challenge(response, repository)
                 refusal = self._refusal(response, what, repository, sent)
             with self._lock:
                 token = self._tokens.get(repository)
