@@ -49,6 +49,7 @@ import base64
 import collections
 import contextlib
 import errno
+import functools
 import hashlib
 import http.client
 import io
@@ -2934,8 +2935,8 @@ class TLSSettings:
         #: Name of a host -> whether any certificate of it is taken; False: once one has
         #: turned out to be bad.
         self._insecure = {}
-        self._contexts = {}
-        self._lock = threading.Lock()
+        # The roots are hundreds: reading them takes longer than a handshake.
+        self._context = functools.lru_cache(maxsize=None)(self._new_context)
 
     def name(self, host, forgiving=False, registry=True):
         """The user named `host` (`HOST[:PORT]`).
@@ -2965,11 +2966,7 @@ class TLSSettings:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
             pairs.append(self._client_pair)
-        key = verify, tuple(roots), tuple(pairs)
-        with self._lock:
-            if key not in self._contexts:
-                self._contexts[key] = self._new_context(*key)
-            return self._contexts[key]
+        return self._context(verify, tuple(roots), tuple(pairs))
 
     def rootless(self, host):
         """Whether no CA certificate that we have could speak for `host`."""

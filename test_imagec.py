@@ -16685,9 +16685,9 @@ class StreamTest(CommandLineCase):
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
-    fnmatch gc getpass glob hashlib hmac http io ipaddress itertools json logging lzma os
-    platform queue random re selectors shutil signal socket socketserver ssl stat struct
-    subprocess sys tempfile threading time typing urllib zlib
+    fnmatch functools gc getpass glob hashlib hmac http io ipaddress itertools json logging
+    lzma os platform queue random re selectors shutil signal socket socketserver ssl stat
+    struct subprocess sys tempfile threading time typing urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
