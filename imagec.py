@@ -3873,13 +3873,6 @@ class Registry(Endpoint):
                                          "the registry's header and its body disagree")
         return manifest
 
-    def fetch_config(self, repository, descriptor):
-        """The ImageConfig a manifest's config Descriptor points to, checked."""
-        what = "config " + str(descriptor.digest)
-        raw = fetch_blob(self, repository, descriptor, what)
-        with naming(self.host):
-            return ImageConfig.parse(raw, what)
-
     def open_blob(self, repository, descriptor, offset=0):
         """A Response with the bytes of a Descriptor's blob from `offset` on.
 
@@ -7024,9 +7017,10 @@ class Session:
         Registry.fetch_manifest raises.
         """
         def config_of(pointer):
-            raw = _held(pointer, held)
-            return (source.ask(Registry.fetch_config, pointer)[0] if raw is None else
-                    ImageConfig.parse(raw))
+            what, raw = "config " + str(pointer.digest), _held(pointer, held)
+            if raw is None:
+                raw, _ = source.ask(fetch_blob, pointer, what)
+            return ImageConfig.parse(raw, what)
 
         source, others = self.source(reference), []
         top = top or self.manifest(reference, held)

@@ -5691,7 +5691,7 @@ class TransportTest(NetworkCase):
     def test_how_long_an_answer_may_take(self, seconds, document, blob):
         _, config, client = self.slow_registry(seconds, 16 << 10)
         for good, ask in ((document, lambda: client.fetch_manifest("app", "1").raw),
-                          (blob, lambda: client.fetch_config("app", config).raw)):
+                          (blob, lambda: imagec.fetch_blob(client, "app", config))):
             self.gives(len(ask()) if good else None, lambda: len(ask()),
                        imagec.Timeout, "next to nothing")
 
@@ -5700,7 +5700,7 @@ class TransportTest(NetworkCase):
         registry.fault("/blobs/", chunked(1))
         with mock.patch("imagec.STALL_BYTES", 1), self.fails(
                 imagec.Timeout, "within 300 seconds"):
-            client.fetch_config("app", config)
+            imagec.fetch_blob(client, "app", config, str(config.digest))
 
     def test_deadline_between_two_looks_at_the_clock(self):
         times = iter([0, 1, 2, 4, 6])
@@ -6940,7 +6940,7 @@ class AuthorizedTest(NetworkCase):
     def visit(self, client):
         """The manifest, the config and every layer."""
         manifest = client.fetch_manifest("app", "1")
-        client.fetch_config("app", manifest.config)
+        imagec.fetch_blob(client, "app", manifest.config)
         for layer in manifest.layers:
             with client.open_blob("app", layer) as response:
                 response.read(imagec.MIB, "layer")
@@ -7544,15 +7544,16 @@ class RegistryTest(NetworkCase):
         config = client.fetch_manifest("app", "1").config
         registry.fault("/blobs/", [truncate(), close_delimited()])
         with self.fails(imagec.SizeMismatch, str(config.digest)):
-            client.fetch_config("app", config)
-        self.assertEqual(client.fetch_config("app", config).raw, self.image.config)
+            imagec.fetch_blob(client, "app", config, str(config.digest))
+        self.assertEqual(imagec.fetch_blob(client, "app", config), self.image.config)
 
     def test_t52_a_config_that_says_it_is_huge_is_not_asked_for(self):
         registry = self.filled()
         client = self.client(registry)
         config = client.fetch_manifest("app", "1").config
         with self.fails(imagec.LimitExceeded):
-            client.fetch_config("app", config._replace(size=imagec.DOCUMENT_LIMIT + 1))
+            imagec.fetch_blob(client, "app", config._replace(
+                size=imagec.DOCUMENT_LIMIT + 1))
         self.assertEqual(paths(registry, "/blobs/"), [])
 
     def test_learn_auth_url(self):
