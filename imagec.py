@@ -2542,7 +2542,7 @@ class _Kept(http.client.HTTPConnection):
         reply = _Reply(sock, *args, **kwargs)
         wire = reply.fp.detach()
         wire.readinto = lambda buffer: self.receive(sock, buffer)
-        reply.fp = io.BufferedReader(wire, 16 * KIB)
+        reply.fp = io.BufferedReader(wire, TLS_RECORD)
         return reply
 
     def connect(self):
