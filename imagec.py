@@ -127,7 +127,6 @@ PATH_PARTS_LIMIT = 500  # directories of a path; os.makedirs calls itself for ea
 
 CHUNK = 256 * KIB  # bytes read from a socket or file at once
 WRITE_BEHIND = 4 * MIB  # bytes of a file on its way that wait to be put on disk
-STAGE_DIRECT = 256 * KIB  # bytes before a stage gets a thread: most layers are small
 INFLATE_SLICE = 64 * KIB  # bytes given to a decompressor at once: it copies the rest
 XZ_MEMORY_LIMIT = 128 * MIB  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW_LOG = 27  # 128 MiB; the zstd program's own default
@@ -1763,17 +1762,8 @@ def ahead(chunks):
     boundary inside a layer. It must be closed where it is not drawn to its end.
 
     zlib, hashlib and sockets release the interpreter lock, so that stages of one layer
-    really run side by side; the short queue keeps memory flat. What ends within its
-    first chunks needs no thread.
+    really run side by side; the short queue keeps memory flat.
     """
-    chunks, room = iter(chunks), STAGE_DIRECT
-    for data in chunks:
-        room -= len(data)
-        yield data
-        if room <= 0:
-            break
-    else:
-        return
     import queue
     ready, error, given_up = queue.Queue(2), None, False
 
