@@ -699,9 +699,6 @@ def canonical_json(value, sort_keys=True):
                       ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # half a surrogate pair: JSON can spell it
-
-
 class Document:
     """A JSON object whose members are read by name and type, never by luck.
 
@@ -737,7 +734,7 @@ class Document:
                 self.where, name,
                 {dict: "object", list: "array", str: "string", int: "integer",
                  bool: "boolean"}[kind]))
-        if kind is str and _HALF_PAIR.search(value):
+        if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can spell it
             raise InvalidDocument("%s: '%s' is not valid Unicode" % (self.where, name))
         return Document(value, "%s.%s" % (self.where, name)) if kind is dict else value
 
@@ -1347,7 +1344,6 @@ _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardli
           b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
-_TIME_LIMIT = 10 ** 9 << 40  # nanoseconds; more than any file system can hold
 
 
 def _tar_number(field):
@@ -1585,8 +1581,8 @@ class Tar:
         if inline:
             sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None
-        return entry._replace(
-            size=size, mtime=entry.mtime if abs(entry.mtime) < _TIME_LIMIT else 0), (
+        held = abs(entry.mtime) < 10 ** 9 << 40  # more than any file system can hold
+        return entry._replace(size=size, mtime=entry.mtime if held else 0), (
             self._spread(_sparse_map(sparse, size, stored)) if self.sparse else
             self._draw(stored))
 

@@ -1914,14 +1914,16 @@ NET_OTHER = build_image(NET_TARS[:1])
 
 
 class NetworkCase(RegistryCase):
-    """Names are resolved by NET_PLACES; `reached` is where connections were to go."""
+    """Names are resolved by NET_PLACES, or by `places` alone where these are others;
+    `reached` is where connections were to go.
+    """
 
     image, OFFERED = build_image(NET_TARS), "app:1"
 
     def setUp(self):
         super().setUp()
         self.reached = reached = []
-        resolve = socket.getaddrinfo
+        self.places, resolve = NET_PLACES, socket.getaddrinfo
 
         class Routed(socket.socket):
             def connect(self, target):
@@ -1929,9 +1931,10 @@ class NetworkCase(RegistryCase):
                 super().connect(("127.0.0.1", target[1]))
 
         def lookup(host, *rest, **named):
-            if host.endswith(".invalid"):
+            if host.endswith(".invalid") or (
+                    self.places is not NET_PLACES and host not in self.places):
                 raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-            return resolve(NET_PLACES.get(host, host), *rest, **named)
+            return resolve(self.places.get(host, host), *rest, **named)
 
         self.patch(mock.patch("socket.getaddrinfo", lookup))
         self.patch(mock.patch("socket.socket", Routed))
@@ -2053,14 +2056,6 @@ class FieldCase(NetworkCase):
         self.home = os.path.join(self.root, "home")
         os.environ.update(HOME=self.home, XDG_RUNTIME_DIR=self.at("run"))
         self.places = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
-        self.resolve = socket.getaddrinfo
-        self.patch(mock.patch("socket.getaddrinfo", self.look_up))
-
-    def look_up(self, host, *rest, **named):
-        """socket.getaddrinfo of a world that ends at this machine."""
-        if host not in self.places:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return self.resolve(self.places[host], *rest, **named)
 
     def docker_config(self, config):
         return self.file("home/.docker/config.json", config)
