@@ -562,7 +562,10 @@ _VARIANTS = {  # of an architecture: spelling -> norm
 
 
 class Platform(NamedTuple):
-    """What an image runs on (OCI image-spec, image-index.md); "" for an absent part."""
+    """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
+
+    Of `os_version`, a build of Windows, any will do.
+    """
 
     os: str
     architecture: str
@@ -1111,13 +1114,7 @@ def matching(index, platform):
     order = {way[:3]: rank for rank, way in enumerate(platform.candidates())}
 
     def rank(entry):
-        found = entry.platform
-        if found is None:
-            return len(order)
-        if platform.os_version and (  # a build: regclient's rule for Windows
-                platform.os_version.split(".")[:3] != found.os_version.split(".")[:3]):
-            return None
-        return order.get(found[:3])
+        return order.get(entry.platform[:3]) if entry.platform else len(order)
 
     return sorted((entry for entry in index.manifests if entry.media_type
                    in MANIFEST_SHAPES and rank(entry) is not None), key=rank)
@@ -7015,7 +7012,7 @@ class Session:
                              self._fetcher(source, held, others), config_of)
         wanted = platform or Platform.host()
         if image.platform and wanted != "all" and (
-                image.platform not in wanted.candidates()):
+                image.platform[:3] not in [way[:3] for way in wanted.candidates()]):
             log.warning("%s is for %s, not for %s", reference, image.platform, wanted)
         return image._replace(
             layers=image.layers + blob_layers(others),
