@@ -563,7 +563,6 @@ _VARIANTS = {  # of an architecture: spelling -> norm
 
 class Platform(NamedTuple):
     """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
-
     Of `os_version`, a build of Windows, any will do.
     """
 
@@ -777,7 +776,8 @@ class Document:
     def texts(self, name):
         """Member `name`, an object of texts, as a dict; empty where it is absent."""
         members = self.get(name, dict)
-        texts = members.value if members else {}
+        texts = {key: text for key, text in (members.value if members else {}).items()
+                 if text is not None}
         if not all(type(text) is str for text in texts.values()):
             raise InvalidDocument("%s: '%s' must hold strings" % (self.where, name))
         return texts
