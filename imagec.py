@@ -163,7 +163,11 @@ SERVE_THREADS = 256  # connections served at once
 SERVE_TIMEOUT = 60  # seconds for a request's head; a client may as long take nothing
 SERVE_IDLE = 1  # seconds a connection is kept idle while others wait for a place
 HELPER_TIMEOUT = 30  # seconds for a credential helper; some ask a person or a cloud
-JOBS = 4  # layers at once
+JOBS = 4  # connections; as many images and layers at once
+RANGE = 8 * MIB  # bytes; of what SOCI advises for ECR the least
+RANGES_AFTER = 1  # second that a blob must have been coming on one connection
+RANGES_LEFT = 32 * MIB  # bytes that must be out still
+RANGES_PACE = 64 * MIB  # bytes a second that one connection brings: no more would help
 USER_AGENT = "imagec/" + __version__
 
 DOCKER_HUB = "docker.io"
@@ -3537,6 +3541,7 @@ class Endpoint:
     challenge = None  # the Challenge in force, where the registry has asked for one
     withheld = None  # in words, the password that a token server of others' did not get
     doubt = None  # why it may be no registry, in words
+    ranges = True  # whether it may have been asked for parts of blobs, and gave them
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3689,6 +3694,24 @@ class Endpoint:
         # co.uk and the like are a suffix that strangers share.
         return ("." in domain and not re.fullmatch(r"[a-z]{2,3}\.[a-z]{2}", domain)
                 and ("." + realm.hostname).endswith("." + domain))
+
+
+def byte_range(start, end=None):
+    """The Range of the bytes from `start` on, to before `end` (RFC 7233, 2.1)."""
+    return "bytes=%d-%s" % (start, "" if end is None else end - 1)
+
+
+def content_range(response):
+    """(start, end, total or None): what a 206 says it holds, from which byte to before
+    which, of how many; None for none, or no such thing (RFC 7233, 4.2).
+    """
+    ranges = response.headers.get_all("Content-Range", [])
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
+                         ranges[0] if len(ranges) == 1 else "")
+    if response.status != 206 or not match:
+        return None
+    start, last, total = match.groups()
+    return int(start), int(last) + 1, None if total == "*" else int(total)
 
 
 class Registry(Endpoint):
@@ -3856,14 +3879,14 @@ class Registry(Endpoint):
                                          "the registry's header and its body disagree")
         return manifest
 
-    def open_blob(self, repository, descriptor, offset=0):
-        """A Response with the bytes of a Descriptor's blob from `offset` on.
+    def open_blob(self, repository, descriptor, offset=0, end=None):
+        """A Response with the bytes of a Descriptor's blob from `offset` on, to `end`.
 
         Its status is 206 where the server honours the offset, 200 where it sends all,
         416 where it has nothing there. The URLs of a foreign layer are not followed:
         any manifest may name them (CVE-2020-15157), only old Windows images do.
         """
-        headers = {"Range": "bytes=%d-" % offset} if offset else {}
+        headers = {"Range": byte_range(offset, end)} if offset else {}
         expected = (200, 206, 416) if offset else (200,)
         what = "blob " + str(descriptor.digest)
         try:
@@ -4964,13 +4987,15 @@ class Download:
     """Fetches one blob from a Source to its Place; `run` does it.
 
     `unpack(chunks)` looks into it, None where nobody has to. `durable` tells to flush
-    it to disk before it has its name. `notify(Event)` hears of progress.
+    it to disk before it has its name. `notify(Event)` hears of progress. `share()` is
+    how many connections there are for it just now.
     """
 
     def __init__(self, source, blob, place, unpack=None, notify=lambda event: None,
-                 durable=True):
+                 durable=True, share=lambda: 1):
         self._source, self._blob, self._place = source, blob, place
         self._unpack, self._notify, self._durable = unpack, notify, durable
+        self._share = share
         self._check = source.transport.check
         self._origin = None  # of the source's places, the one it is fetched from
         self._resumed = False  # whether what an earlier try left is part of it
@@ -5035,10 +5060,12 @@ class Download:
             try:
                 return prove(self._chunks(partial), self._blob, self._unpack)
             except (VerificationError, InvalidDocument) as error:
-                # What an earlier try left may be to blame, once, or how a body that
-                # claims a Content-Encoding was read, or a mirror.
+                # What an earlier try left may be to blame, once, or ranges, or how a
+                # body that claims a Content-Encoding was read, or a mirror.
                 if self._resumed and not again:
                     again = True
+                    if self._origin:
+                        self._origin[0].ranges = False
                 elif self._coded and not self._otherwise:
                     self._otherwise = True
                 elif self._leave(error):
@@ -5106,29 +5133,133 @@ class Download:
         raw = size in (None, at + (response.length or 0))
         if self._coded and raw == self._otherwise:
             chunks, size = inflated(chunks, response.place), None
+        begun, came = self._source.transport.clock(), 0
         with response:
             for chunk in chunks:
                 known = max(0, offset - at)  # bytes of it that are here already
                 at += len(chunk)
+                came += len(chunk)
                 if known < len(chunk):
                     yield chunk[known:]
+                if size and at > offset and self._slow(response, begun, came, at):
+                    break
             # Where there is no length, only the blob's size tells that it was cut.
-            if response.length is None and at < (size or 0):
-                raise TransportError("%s ended at byte %d of %d" % (
-                    response.place, at, size), retryable=True)
+            else:
+                if response.length is None and at < (size or 0):
+                    raise TransportError("%s ended at byte %d of %d" % (
+                        response.place, at, size), retryable=True)
+                return
+        self._resumed = True
+        yield from Ranges(self._source, self._blob, response, self._origin,
+                          self._share(), os.path.dirname(self._place.path)).chunks(at)
 
     def _continues(self, response, offset):
-        """Whether a 206 holds exactly the bytes from `offset` on (RFC 7233, 4.2)."""
-        ranges = response.headers.get_all("Content-Range", [])
-        match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
-                             ranges[0] if len(ranges) == 1 else "")
-        if response.status != 206 or not match or int(match.group(1)) != offset:
+        """Whether a response holds exactly the bytes from `offset` on."""
+        start, end, total = content_range(response) or (None, None, None)
+        if start != offset:
             return False
-        end, total = int(match.group(2)) + 1, match.group(3)
-        size = self._blob.size or (end if total == "*" else int(total))
+        size = self._blob.size or total or end
         # What is compressed besides has no such size.
-        return end == size and (total == str(size)
-                                or total == "*" and not response.coded)
+        return end == size and (total == size or total is None and not response.coded)
+
+    def _slow(self, response, begun, came, at):
+        """Whether more connections would sooner bring what comes from byte `at` on."""
+        seconds = self._source.transport.clock() - begun
+        return (seconds >= RANGES_AFTER and self._blob.size - at > RANGES_LEFT
+                and came < RANGES_PACE * seconds and not response.coded
+                and self._origin[0].ranges and self._share() > 1)
+
+
+class Ranges:
+    """The rest of a blob, in ranges that several connections fetch ahead.
+
+    Registries and their CDNs pace each connection. `first` is the Response it has come
+    by so far, from `place`, of a Source's; `count` is how many connections may be used.
+    What comes early waits for its turn in a file in `directory`, which has no name.
+    """
+
+    def __init__(self, source, blob, first, place, count, directory):
+        self._source, self._blob, self._place = source, blob, place
+        self._first, self._count, self._directory = first, count, directory
+        self._url = None if first.url.startswith(place[0].url) else first.url
+        self._over, self._lock = False, threading.Lock()
+
+    def chunks(self, at):
+        """Yields the blob from byte `at` on.
+
+        Raises TransportError where a range does not come as asked for; then there will
+        be no others from this place.
+        """
+        import concurrent.futures
+        import tempfile
+        slots, check = 2 * self._count, self._source.transport.check
+        waiting, line = collections.deque(range(at, self._blob.size, RANGE)), []
+        with tempfile.TemporaryFile(dir=self._directory) as self._file, \
+                concurrent.futures.ThreadPoolExecutor(self._count) as executor:
+            try:
+                while waiting or line:
+                    while waiting and len(line) < slots:
+                        start = waiting.popleft()
+                        slot = (start - at) // RANGE % slots * RANGE
+                        end = min(start + RANGE, self._blob.size)
+                        line.append((slot, end - start, executor.submit(
+                            self._fetch, slot, start, end)))
+                    slot, size, future = line.pop(0)
+                    while not concurrent.futures.wait([future], CANCEL_NOTICED).done:
+                        check()
+                    future.result()
+                    for offset in range(slot, slot + size, CHUNK):
+                        yield self._read(offset, min(CHUNK, slot + size - offset))
+            except (ImagecError, OSError, RuntimeError) as error:  # no thread: the last
+                check()
+                self._place[0].ranges = False
+                raise TransportError("no ranges: %s" % error, retryable=True) from None
+            finally:
+                self._over = True
+
+    def _read(self, offset, size):
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(size)
+
+    def _fetch(self, slot, start, end):
+        """Puts the bytes from `start` to before `end` into the file, at `slot`."""
+        if self._over:
+            return
+        with self._open(start, end) as response:
+            tags = {tag for one in (self._first, response)  # RFC 7232, 2.3: strong ones
+                    for tag in one.headers.get_all("ETag", []) if tag[:2] != "W/"}
+            if content_range(response) != (start, end, self._blob.size) or (
+                    response.coded or len(tags) > 1):
+                raise TransportError("%s: asked for bytes %d-%d, got HTTP %d, %s" % (
+                    response.place, start, end - 1, response.status, printable(
+                        response.headers.get("Content-Range"), 60)))
+            for data in response.chunks():
+                if self._over:
+                    return
+                start += len(data)
+                with self._lock:
+                    self._file.seek(slot)
+                    self._file.write(data)
+                slot += len(data)
+            if start != end:
+                raise TransportError("%s sent another length" % response.place)
+
+    def _open(self, start, end):
+        """The Response to a range, from where the first one came from in the end."""
+        url = self._url
+        if url is not None:
+            response = self._source.transport.open(
+                "GET", url, {"Range": byte_range(start, end)},
+                trusting=self._first.first_rank)
+            if response.status == 206:
+                return response
+            response.discard()  # it was good for a time
+        registry, repository = self._place
+        response = registry.open_blob(repository, self._blob, start, end)
+        if url is not None:
+            self._url = response.url
+        return response
 
 
 # --------------------------------------------------------------------------------------
@@ -5821,11 +5952,11 @@ def _prologue():
         tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
 
 
-def recompress(fetched, place, check=go_on):
+def recompress(fetched, path, rename=None, check=go_on):
     """Writes a Fetched layer as one gzip member, instead of it: the Fetched of that.
 
-    `place(Descriptor)` says where that goes. The same layer gives the same bytes with
-    the same zlib.
+    It goes to `path`, or where `rename(Descriptor)` says. The same layer gives the same
+    bytes with the same zlib.
     """
     blob, region, *_ = fetched
     digest = hashlib.sha256()
@@ -5837,7 +5968,7 @@ def recompress(fetched, place, check=go_on):
             yield deflate.compress(data)
         yield deflate.flush()
 
-    with Partial(place(blob) + ".gzip") as partial:
+    with Partial(path) as partial:
         partial.truncate()
         for data in packed():
             digest.update(data)
@@ -5846,7 +5977,7 @@ def recompress(fetched, place, check=go_on):
             DOCKER_LAYER)
         blob = blob._replace(media_type=kind, size=partial.size(),
                              digest=Digest("sha256", digest.hexdigest()))
-        partial.final = place(blob)
+        partial.final = rename(blob) if rename else path
         partial.commit()
     if not fetched.reused:
         os.unlink(region.path)
@@ -7127,6 +7258,7 @@ class Puller:
         output.max_files, output.recompress = session.max_files, session.recompress
         output.max_layer_size = session.max_layer_size
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
+        self._busy = set()  # those of layers that are being fetched
 
     def pull(self, references, platform):
         """The Images; see Session.pull."""
@@ -7347,14 +7479,20 @@ class Puller:
 
         recompress_to = layer.id and session.recompress  # an artifact's blobs have none
         unpacks = output.unpacks or recompress_to or layer.digest in self._opaque
+        self._busy.add(layer.digest)
         fetched = Download(
             session.source(image.reference), layer.blob, place,
-            look if unpacks else None, session.notify, not output.streams).run()
+            look if unpacks else None, session.notify, not output.streams,
+            lambda: session.jobs // len(self._busy)).run()
+        self._busy.discard(layer.digest)
         with fetched.region.open() as file:
             zstd = codec_of(file) == "zstd"
         if zstd and recompress_to:
-            fetched = recompress(fetched, lambda blob: output.place(
-                image, layer._replace(blob=blob)).path, session.transport.check)
+            # By its own name another layer may be there, and be moved on just now.
+            fetched = recompress(
+                fetched, place.path + ".gzip", None if output.streams else (
+                    lambda blob: output.place(image, layer._replace(blob=blob)).path),
+                session.transport.check)
         elif zstd and layer.id and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))

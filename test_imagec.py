@@ -8225,6 +8225,90 @@ class DownloadCase(NetworkCase):
         return [int(text[len("bytes="):-1]) for text in asked]
 
 
+RANGED_BLOB = noise(7 << 20, 7)
+#: (name, what requests for parts of a blob meet from the third on, how often; whether
+#: more of them follow; whether the blob begins anew)
+RANGED = (
+    ("as asked for", (), 0, True, False),
+    ("the whole", no_range(), 1, False, False),
+    ("404", status(404), 1, False, False), ("416", status(416), 1, False, False),
+    ("429", status(429, {"Retry-After": "0"}), 1, False, False),
+    ("a lie about where", partial("bytes 5-9/10", 0), 1, False, False),
+    ("another object", headers(etag='"other"'), 1, False, False),
+    ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
+    ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
+    ("other bytes", flip(), 1, True, True),
+)
+
+
+class RangesTest(DownloadCase):
+    """A large blob that comes slowly comes by several connections."""
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.multiple(
+            imagec, RANGE=1 << 18, RANGES_AFTER=0, RANGES_LEFT=1 << 20,
+            RANGES_PACE=1 << 60, BACKOFF=0))
+
+    def ranged(self, registry, share=3):
+        """What is asked for to have the blob: Range headers."""
+        self.put(None)
+        self.download(registry, RANGED_BLOB, share=lambda: share).run()
+        self.assertEqual(self.holds(), {"blob": RANGED_BLOB})
+        return [request.headers.get("Range") for request in registry.requests
+                if "/blobs/" in request.path]
+
+    @rows(RANGED)
+    def test_answers(self, _name, fault, times, good, anew):
+        registry = self.filled(RANGED_BLOB)
+        registry.fault("/blobs/", headers(etag='"this"'), 3)
+        if fault:
+            registry.fault("/blobs/", fault, times)
+        asked = self.ranged(registry)
+        self.assertEqual(asked[0], None)
+        self.assertEqual(asked.count(None), 1 + anew)
+        parts = [text for text in asked if text and not text.endswith("-")]
+        self.assertGreater(len(parts), 15 if good else 2)
+        self.assertEqual(len(set(parts)), len(parts))
+        # From where it stands, on one connection; no part is asked for again.
+        self.assertEqual(sum(text.endswith("-") for text in filter(None, asked)),
+                         not good)
+
+    def test_a_redirect_serves_until_it_is_refused(self):
+        cdn, registry = self.registry(auth=None), self.filled(RANGED_BLOB, auth="bearer")
+        cdn.blobs, registry.redirect_blobs_to = registry.blobs, cdn.url
+        cdn.fault("/cdn/", headers(etag='"this"'), 5)
+        cdn.fault("/cdn/", status(403))
+        self.assertEqual(len(self.ranged(registry)), 2)
+        self.assertGreater(len(cdn.requests), 15)
+        self.assertEqual(authorizations(cdn), [])
+
+    @rows((("one connection", {}, 1), ("little is left", {"RANGES_LEFT": 1 << 30}, 3),
+           ("it is quick", {"RANGES_PACE": 0}, 3), ("it began now", {"RANGES_AFTER": 60},
+            3)))
+    def test_where_it_is_of_no_use(self, _name, limits, share):
+        with mock.patch.multiple(imagec, **dict({"BACKOFF": 0}, **limits)):
+            self.assertEqual(self.ranged(self.filled(RANGED_BLOB), share), [None])
+
+    @rows((("parts", 3), ("all but one", 1)))
+    def test_it_ends_when_told(self, _name, count):
+        registry = self.filled(RANGED_BLOB)
+        client = self.client(registry)
+        registry.fault("/blobs/", delay(0))
+        registry.fault("/blobs/", hang(60), count)
+
+        def stop():
+            client.transport.stop = KeyboardInterrupt()
+
+        timer = threading.Timer(0.5, stop)
+        self.addCleanup(timer.join)
+        timer.start()
+        with threat_alarm(15), self.assertRaises(KeyboardInterrupt):
+            self.download(registry, RANGED_BLOB, client=client, share=lambda: 3).run()
+        self.assertEqual(list(self.holds()), ["blob.partial"])
+        self.assertTrue(RANGED_BLOB.startswith(self.holds()["blob.partial"]))
+
+
 class DownloadTest(DownloadCase):
     """One verified blob onto disk."""
 
