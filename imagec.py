@@ -3590,7 +3590,7 @@ class Endpoint:
 
     def _probe_url(self, url):
         with self.transport.open("GET", url) as response:  # not all know HEAD there
-            if response.status in (403, 404):
+            if response.status in (403, 404, 405, 501):
                 # Static files may have no more than manifests: those decide.
                 self.doubt = ("its /v2/ answers HTTP %d, that of a registry 200 or 401"
                               % response.status)

@@ -7242,7 +7242,8 @@ class ProbeTest(NetworkCase):
         self.assertEqual(registry.connections, 1)
 
     @rows([("404", status(404), 1, None, ""), ("403", status(403), 1, None, ""),
-           ("405", status(405), 1, imagec.RegistryError, "no registry"),
+           ("405", status(405), 1, None, ""), ("501", status(501), 1, None, ""),
+           ("410", status(410), 1, imagec.RegistryError, "no registry"),
            ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
            ("no content", status(204), 1, imagec.RegistryError, "204"),
            ("a proxy's word, of none", status(407), 1, imagec.RegistryError,
@@ -7259,7 +7260,7 @@ class ProbeTest(NetworkCase):
                    lambda: self.probe(registry), kind, registry.host, words)
         self.assertTrue(kind is None or len(registry.requests) == times)
 
-    @rows([(404,), (403,)])
+    @rows([(404,), (403,), (501,)])
     def test_static_files_have_no_more_than_manifests(self, code):
         registry = self.filled(tls=True)
         registry.fault("GET /v2/$", status(code), EVER)
@@ -9253,15 +9254,15 @@ class StickTest(StoredCase):
         self.verify(self.at("out.tar"))
         del self.origin.requests[:]
 
-    @rows((("archive", "out.tar"), ("oci", "out")))
-    def test_file_that_may_not_grow_that_large(self, format, name):
+    @rows((("archive", "out.tar", 3000, 3500), ("oci", "out", 1000, 5000)))
+    def test_file_that_may_not_grow_that_large(self, format, name, *sizes):
         def seek(fd, offset, whence):  # as Linux does beyond what a file system holds
             if offset > 4000:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return lseek(fd, offset, whence)
 
         lseek, (reference, image) = os.lseek, self.serve(
-            [tar_bytes([("x", noise(size, 1))]) for size in (1000, 5000)])
+            [tar_bytes([("x", noise(size, 1))]) for size in sizes])
         with mock.patch.object(os, "lseek", seek):
             run = self.pull("--format", format, "-o", self.at(name), reference, "-j",
                             "1", expect=1)
