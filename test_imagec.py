@@ -17925,9 +17925,9 @@ class KillCase(RegistryCase):
 
     dice = random.Random(SEED)
 
-    def hit(self, servant, argv, is_time, number, late=0):
+    def hit(self, servant, argv, is_time, number, late=0, patches=None):
         """Send the signal to a command line when it is time, or that much later."""
-        started = servant.start(*argv, small=True)
+        started = servant.start(*argv, small=True, patches=patches)
         self.wait_until(is_time)
         time.sleep(late)
         os.kill(started[0], number)
@@ -17990,6 +17990,10 @@ class KillCase(RegistryCase):
 class KillTest(KillCase, ThreatProcessCase):
     """Signals at any moment of a pull into any format: T121 T122 T123."""
 
+    #: Layers come by several connections.
+    RANGED = {"RANGE": 4096, "RANGES_AFTER": 0, "RANGES_LEFT": 4096,
+              "RANGES_PACE": 1 << 60}
+
     def test_kill_9(self):
         image = field_noisy_image(5 << 18, compress=None)
         self.check_kill_9(self.filled(image).host, "/lab/app:1", image)
@@ -18006,7 +18010,9 @@ class KillTest(KillCase, ThreatProcessCase):
         for kill, (format, name), signalled in zip(
                 range(THREAT_KILLS), itertools.cycle(OUTPUTS),
                 itertools.cycle(THREAT_SIGNALS)):
-            with self.subTest(kill=kill, name=name, signal=signalled):
+            self.patches = self.RANGED if self.dice.random() < 0.5 else {}
+            with self.subTest(kill=kill, name=name, signal=signalled,
+                              ranged=bool(self.patches)):
                 self.check(format, name, *signalled)
             self.clear()
 
@@ -18050,7 +18056,7 @@ class KillTest(KillCase, ThreatProcessCase):
             1, min(1, self.dice.uniform(0, 1.5)) * size * 0.9)
         return self.hit(self.servant, self.pull_argv(self.ref, format, path),
                         lambda: self.source.sent_blob_bytes >= goal, number,
-                        late=self.dice.uniform(0, 0.03))
+                        late=self.dice.uniform(0, 0.03), patches=self.patches)
 
 
 # -- Local faults
