@@ -29,8 +29,9 @@ An annex, marked *, is what a pull to `layers`, `oci` or `archive` never enters.
     16  Verify*                  what a pull wrote, re-checked offline
     17  Look*                    the files of an image, of no more layers than it takes
     18  Serve*                   a read-only registry over what was pulled
-    19  Self-test*               prove that this host can pull
-    20  Command line             arguments, progress, exit statuses
+    19  Push*                    what was pulled, into another registry, digests kept
+    20  Self-test*               prove that this host can pull
+    21  Command line             arguments, progress, exit statuses
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
@@ -85,6 +86,7 @@ __all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "ImageConfig", "proved", "Credentials", "Challenge", "fetch_token", "Registry",
     "Image", "Session", "pull",
     "new_server",
+    "push",
     "main",
 ]
 
@@ -871,6 +873,13 @@ class Descriptor(NamedTuple):
     def of(cls, document, **more):
         """The Descriptor of a Manifest or Index; `more` are other fields."""
         return cls(document.media_type, document.digest, len(document.raw), **more)
+
+    @classmethod
+    def of_referrer(cls, document):
+        """The same as lists have it (distribution-spec, "Listing Referrers")."""
+        kind = document.artifact_type or isinstance(document, Manifest) and (
+            document.config.media_type) or ""
+        return cls.of(document, annotations=document.annotations, artifact_type=kind)
 
     @classmethod
     def from_document(cls, document):
@@ -2613,10 +2622,11 @@ class _Kept(http.client.HTTPConnection):
                     key.fileobj.close()
 
     def send(self, data):
-        """Sends all of `data`, which is bytes."""
+        """Sends all of `data`, which is bytes; what follows has its own time."""
         data = memoryview(data)
         while data:
             data = data[self.in_turns(self.sock, lambda: self.sock.send(data)):]
+        self.start(self.until and self._allowed)
 
     def _talk(self, data, count):
         """Sends `data`; the `count` bytes that come back."""
@@ -3010,7 +3020,7 @@ class Transport:
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair)
-        self._storage_hosts = storage_hosts
+        self.storage_hosts = storage_hosts
         self.worked = {}  # (host, port) -> the address that has answered last
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
@@ -3085,7 +3095,8 @@ class Transport:
         is. Authorization stays with the origin it was meant for. Where `stay` is
         not None, the redirects stay with its host, and Authorization also goes to https
         there and to those of these hosts (see names_host), which --token-host names.
-        The headers may take so many `seconds`, None: one silence.
+        The headers may take so many `seconds`, None: one silence. `data` is bytes, or
+        yields them; with it no redirect is followed.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
@@ -3107,9 +3118,9 @@ class Transport:
                 return response
             response.discard()
             parts = checked_url(location, url)
-            lent = stay is None and names_host(self._storage_hosts, parts)
+            lent = stay is None and names_host(self.storage_hosts, parts)
             if not lent:
-                _check_redirect(response, parts, seen, stay is not None)
+                check_redirect(response, parts, seen, stay is not None)
             if stay is not None and (names_host(stay, parts) or (
                     first.scheme, parts.scheme) == ("http", "https")):
                 first = parts
@@ -3153,8 +3164,9 @@ class Transport:
             except BaseException as error:
                 connection.close()
                 # A kept connection may have been closed by its server meanwhile: that
-                # is no failed try, another connection tells.
+                # is no failed try, another connection tells. But none is sent to twice.
                 if not (isinstance(error, ConnectionError) and connection.used
+                        and request.data is None
                         or _distrusts(error) and self.tls.forgives(request.host)):
                     raise
 
@@ -3181,7 +3193,7 @@ class Transport:
             connection.request(request.get_method(), request.selector, request.data,
                                dict(request.unredirected_hdrs, **request.headers))
         except OSError:
-            if connection.used:
+            if connection.used and request.data is None:
                 raise
             # It hung up on us, but maybe with a word of why: an alert, or an answer.
         reply = connection.getresponse()
@@ -3215,7 +3227,7 @@ class Transport:
                                    request and request.option) from error
 
 
-def _check_redirect(response, parts, seen, stay):
+def check_redirect(response, parts, seen, stay):
     """Raises UnsafeRedirect where a response must not lead to a URL taken apart.
 
     `seen` are the URLs on the way to it; `stay` tells that these share a host.
@@ -3438,8 +3450,8 @@ class Token:
         return "Token(***, expires=%r)" % self.expires
 
 
-def auth_url(challenge, repository, registry_url):
-    """The URL to GET a token from that reads a repository, by a Bearer `challenge`.
+def auth_url(challenge, repository, registry_url, actions="pull"):
+    """The URL to GET a token from for `actions` in a repository, by a Bearer challenge.
 
     The scope (distribution, token scope) is ours, whatever the realm says: a registry
     must not widen what a token is good for. Those of the challenge that only read are
@@ -3464,7 +3476,7 @@ def auth_url(challenge, repository, registry_url):
     scopes = re.findall(r"(?<!\S)repository:[^\s:]+:(?:pull|metadata_read)(?!\S)",
                         challenge.parameters.get("scope", ""))
     if repository:  # else the token says who we are, and no more
-        scopes.insert(0, "repository:%s:pull" % repository)
+        scopes.insert(0, "repository:%s:%s" % (repository, actions))
     query += [("scope", scope) for scope in dict.fromkeys(scopes)]
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
@@ -3542,6 +3554,7 @@ class Endpoint:
     withheld = None  # in words, the password that a token server of others' did not get
     doubt = None  # why it may be no registry, in words
     ranges = True  # whether it may have been asked for parts of blobs, and gave them
+    actions = "pull"  # what its tokens let do
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3659,7 +3672,8 @@ class Endpoint:
 
     def _auth_url(self, challenge, repository):
         named = dict(challenge.parameters, scope=self._scopes.get(repository) or "")
-        return auth_url(challenge._replace(parameters=named), repository, self.url)
+        return auth_url(challenge._replace(parameters=named), repository, self.url,
+                        self.actions)
 
     def _fetch_token(self, challenge, repository, credentials):
         url = self._auth_url(challenge, repository)
@@ -3717,7 +3731,7 @@ def content_range(response):
 class Registry(Endpoint):
     """The pull part of one host's distribution API; see Endpoint for its making."""
 
-    def _request(self, method, path, authorization, headers):
+    def _request(self, method, path, authorization, headers, data=None):
         url = self.url + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
         if self._namespace and "ns=" not in path:
             url += "&?"["?" not in path] + "ns=" + urllib.parse.quote(
@@ -3727,7 +3741,7 @@ class Registry(Endpoint):
         # The name may lead elsewhere by now, but not nearer than when it was learnt.
         # A cache may fetch all of a blob before it sends the first byte.
         seconds = PATIENCE * self.transport.idle_timeout if "/blobs/" in path else None
-        response = self.transport.open(method, url, headers, trusting=self.rank,
+        response = self.transport.open(method, url, headers, data, self.rank,
                                        seconds=seconds)
         for value in response.headers.get_all("Warning", []):
             # RFC 7234, 5.5. Each is shown once.
@@ -3740,14 +3754,15 @@ class Registry(Endpoint):
             log.debug("%s: %s", self.host, limit)
         return response
 
-    def _exchange(self, method, path, repository, what, headers=None, expected=(200,)):
+    def _exchange(self, method, path, repository, what, headers=None, expected=(200,),
+                  data=None):
         """The Response to a request for `repository`, authorized as the registry asks.
 
         A 401 is answered once: with the token it asks for, or a fresh one.
         """
         home = origin(checked_url(self.learn_registry_url()))
         sent, headers = self.authorization(repository), headers or {}
-        response = self._request(method, path, sent, headers)
+        response = self._request(method, path, sent, headers, data)
         if response.status == 401 and origin(checked_url(response.url)) != home:
             response, sent = self._elsewhere(method, response, headers), None
         elif response.status == 401:
@@ -3761,7 +3776,7 @@ class Registry(Endpoint):
             answer = self.authorization(repository)
             if answer == sent:
                 raise refusal
-            sent, response = answer, self._request(method, path, answer, headers)
+            sent, response = answer, self._request(method, path, answer, headers, data)
         if response.status in expected:
             if self.withheld and self.withheld not in self._warned:
                 self._warned.add(self.withheld)
@@ -3774,7 +3789,7 @@ class Registry(Endpoint):
         """The Response where a redirect has led to a registry that wants a token of its
         own: an anonymous one, for who we are is no matter of that one's.
         """
-        challenge = Challenge.choose(Challenge.parse(
+        challenge = method in ("GET", "HEAD") and Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
         place = re.match("(.+)/(?:manifests|blobs|tags|referrers)/",
                          response.url.partition("/v2/")[2])
@@ -3827,11 +3842,11 @@ class Registry(Endpoint):
         """Raises AccessDenied where we are not who we say, as `docker login` does."""
         self._exchange("GET", "", repository, self.host).close()
 
-    def _document(self, method, path, repository, what, **headers):
+    def _document(self, method, path, repository, what, *rest, **headers):
         """(the Response, its whole body) for a document, tried until it comes."""
         def fetch():
-            with self._exchange(method, path, repository, what, headers) as response:
-                return response, response.read(DOCUMENT_LIMIT, what)
+            with self._exchange(method, path, repository, what, headers, *rest) as got:
+                return got, got.read(DOCUMENT_LIMIT, what)
 
         return self.transport.retrying(fetch)
 
@@ -4708,6 +4723,18 @@ class Stored(NamedTuple):
         return self.tree + ("%s/%s.tar" % (blob.id, blob.id)
                             if isinstance(blob, Layer) else "config.json")
 
+    def blobs(self, document):
+        """Yields (Descriptor, name of its file) of each blob of a document in it."""
+        if isinstance(document, Manifest):
+            yield document.config, self.file_of(document.config)
+        if isinstance(document, Index):  # in one may be what is no manifest
+            found = [entry for entry in document.manifests if self.tree is None
+                     and entry.media_type not in ("", *MANIFEST_SHAPES)]
+        else:
+            found = document.layers if self.tree is None else self.layers(document)
+        for one in found:
+            yield getattr(one, "blob", one), self.file_of(one)
+
     def layers(self, manifest):
         """The Layers of an image in it, less all but their blobs of an artifact.
 
@@ -4762,6 +4789,12 @@ def stored_referrers(names, digest):
 def _noted(noting, name, documents):
     with noting(name):
         yield from documents
+
+
+def label(path):
+    """The repository to which what has only a tag belongs: by the name of its place."""
+    return re.sub("[^a-z0-9]+", "-", os.path.basename(
+        os.path.abspath(path)).lower()).strip("-") or "image"
 
 
 class _Layout:
@@ -7049,7 +7082,7 @@ class Session:
             sole="--insecure-skip-verify is for one registry" if insecure_skip_verify
             else insecure_allow_http and "--insecure-allow-http is for one registry")
         self._mirror_keyring = Keyring(None, authfile, no_creds)
-        self._mirrors = [_split_mirror(mirror) for mirror in mirrors]
+        self._mirrors = [split_place(mirror, "mirror") for mirror in mirrors]
         self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
                                    client_pair, proxy, storage_hosts=storage_hosts)
         for host in token_hosts + storage_hosts:
@@ -7082,14 +7115,14 @@ class Session:
                 raise
             self.failures.append((str(what), error))
 
-    def registry(self, host, namespace=None):
+    def registry(self, host, namespace=None, kind=Registry):
         """The Registry at the API host `host`; `namespace` where it is a mirror."""
-        if (host, namespace) not in self._registries:
-            self._registries[host, namespace] = Registry(
+        if (host, namespace, kind) not in self._registries:
+            self._registries[host, namespace, kind] = kind(
                 host, self.transport,
                 self._mirror_keyring if namespace else self._keyring,
                 self._allow_http, self._token_hosts, namespace)
-        return self._registries[host, namespace]
+        return self._registries[host, namespace, kind]
 
     def credentials(self, reference):
         """The Credentials that would be used for a Reference, None for none."""
@@ -7585,12 +7618,12 @@ def _authorities(hosts):
     return hosts
 
 
-def _split_mirror(text):
+def split_place(text, what):
     """(host, path prefix) of `HOST[:PORT][/PREFIX]`; raises UsageError."""
     host, _, prefix = re.sub("^https?://", "", text).rstrip("/").partition("/")
     if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(_REPOSITORY,
                                                                     prefix):
-        raise UsageError("not a mirror: %s" % shown(text, 100),
+        raise UsageError("not a %s: %s" % (what, shown(text, 100)),
                          "expected HOST[:PORT][/PREFIX]")
     return host, prefix + "/" if prefix else ""
 
@@ -8306,10 +8339,8 @@ class Shelf:
                 log.warning("passed over: %s: %s", os.path.join(path, name),
                             _reason(error))
 
-        nameless = re.sub("[^a-z0-9]+", "-", os.path.basename(
-            os.path.abspath(path)).lower()).strip("-") or "image"
         for found in stored(reader, noting):
-            names, tag, digest = [nameless], found.tag, found.digest
+            names, tag, digest = [label(path)], found.tag, found.digest
             if found.name:
                 with noting("the name of %s" % (found.digest or found.tree,)):
                     reference = Reference.parse(found.name)
@@ -8320,34 +8351,21 @@ class Shelf:
             for document in found.documents:
                 digest = digest or document.digest
                 self.add((), None, document)
-                self._add_blobs(found, document, noting)
+                with noting("%sconfig.json" % found.tree):
+                    for blob, name in found.blobs(document):
+                        if found.origin and blob.digest in found.origin.without:
+                            continue  # it is at another of the paths, or is not there
+                        with noting(name):  # else it is asked for in vain
+                            self.blobs[blob.digest] = found.reader.region(name)
             if str(digest) in self.documents:
                 self._name(names, tag, str(digest))
-
-    def _add_blobs(self, found, document, noting):
-        blobs = (document.config,) if isinstance(document, Manifest) else ()
-        with noting("%sconfig.json" % found.tree):
-            if not isinstance(document, Index):
-                blobs += document.layers if found.tree is None else found.layers(
-                    document)
-            elif found.tree is None:  # in an index may be what is no manifest
-                blobs = [entry for entry in document.manifests
-                         if entry.media_type not in ("", *MANIFEST_SHAPES)]
-        for blob in blobs:
-            if found.origin and blob.digest in found.origin.without:
-                continue  # it is at another of the paths, or is not there
-            with noting(found.file_of(blob)):  # else it is asked for in vain
-                self.blobs[blob.digest] = found.reader.region(found.file_of(blob))
 
     def add(self, names, tag, document):
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
         digest = str(document.digest)
         self.documents[digest] = document.raw, document.media_type
         if document.subject is not None:
-            kind = document.artifact_type or isinstance(document, Manifest) and (
-                document.config.media_type)
-            entry = Descriptor.of(document, annotations=document.annotations,
-                                  artifact_type=kind).as_json()
+            entry = Descriptor.of_referrer(document).as_json()
             self.referrers.setdefault(str(document.subject), {})[digest] = entry
         self._name(names, tag, digest)
 
@@ -8684,7 +8702,273 @@ def _run_serve(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 19  Self-test*: prove that this host can pull
+# 19  Push*: what was pulled, into another registry, digests kept
+# --------------------------------------------------------------------------------------
+
+class Target(Registry):
+    """A Registry to push to (distribution-spec, "Push"); see Endpoint for the rest."""
+
+    actions = "pull,push"
+    doubted = False  # whether it has claimed to have a blob, and had none
+
+    def has_blob(self, repository, blob):
+        """Whether it says, and is believed, that it has the blob of a Descriptor."""
+        path = "%s/blobs/%s" % (repository, str(blob.digest))
+        with contextlib.suppress(NotFound):
+            self._document("HEAD", path, repository, path)
+            return not self.doubted
+        return False
+
+    def put_blob(self, repository, blob, region, notify, source=None):
+        """Sends the blob of a Descriptor, which is in a Region, unless it is there.
+
+        In parts where one request is too much; where it breaks off, from where the
+        registry says it got. `source` may lend it: another repository there, or None.
+        """
+        def sending(at, end):
+            part = region._replace(offset=region.offset + at, size=end - at)
+            for data in part.pieces(check):
+                yield data
+                at += len(data)
+                notify(Event("Pushing", name, at, size))
+
+        name, size, check = blob.digest.hex[:12], region.size, self.transport.check
+        mount = "?mount=%s&from=%s" % (str(blob.digest), source) if source else ""
+        place, at, most, best, failures = None, 0, size, 0, 0
+        while place or not self.has_blob(repository, blob):
+            try:
+                if place is None:
+                    at, (place, _) = 0, self._step(
+                        "POST", "%s/blobs/uploads/%s" % (repository, mount), repository)
+                    if place:
+                        drain(proved(region.pieces(check), blob.digest, blob.size,
+                                     region.path))
+                else:
+                    at = 0
+                    with contextlib.suppress(RegistryError):  # it may have lost it
+                        place, at = self._step("GET", place, repository)
+                    if not 0 < at <= size:
+                        place = None
+                        continue
+                    if at - best >= PROGRESS_BYTES:
+                        best, failures = at, 0
+                while place:
+                    end = min(size, at + most)
+                    place, at = self._step("PUT" if end == size else "PATCH", place,
+                                           repository, sending, at, end, blob)[0], end
+                return notify(Event("Pushed", name))
+            except ImagecError as error:
+                status, mount = getattr(error, "status", None), ""
+                if status == 413 and most > MIB:
+                    most = max(MIB, most // 64)  # nginx takes no more by itself
+                    error.retryable, error.retry_after = True, 0
+                elif at and status in (400, 404, 416):  # or be wrong about it
+                    place, error.retryable = None, True
+                failures += 1
+                self.transport.back_off(error, failures)
+        return notify(Event("Already exists", name))
+
+    def _step(self, method, place, repository, draw=None, at=0, end=0, blob=None):
+        """A step of an upload: (URL of the next, None after the last; bytes there)."""
+        headers = {"Content-Type": "application/octet-stream",
+                   "Content-Length": str(end - at)} if method != "GET" else {}
+        if at < end and (at or method == "PATCH"):
+            headers["Content-Range"] = "%d-%d" % (at, end - 1)
+        if method == "PUT":
+            query = "%s&digest=%s" % (place.query, str(blob.digest))
+            place = place._replace(query=query.lstrip("&"))
+        data = b"" if method == "POST" else draw and (lambda: draw(at, end))
+        expected = {"PATCH": (202,), "PUT": (201,)}.get(method, (200, 201, 202, 204))
+        with self._exchange(method, place, repository, "upload to " + repository,
+                            headers, expected, data) as response:
+            response.discard()
+        if response.status == 201:
+            return None, end
+        home, there = checked_url(self.url), checked_url(response.url)
+        place = checked_url(response.headers.get("Location", ""), response.url)
+        if place.hostname == home.hostname == there.hostname:
+            # Behind a proxy it may not know by what scheme and port it is asked.
+            place = place._replace(scheme=home.scheme, netloc=home.netloc)
+        elif not names_host(self.transport.storage_hosts, place):
+            check_redirect(response, place, [self.url], there.hostname != home.hostname)
+        last = re.fullmatch("0-([1-9][0-9]{0,17})", response.headers.get("Range", ""))
+        return place, int(last.group(1)) + 1 if last else 0
+
+    def _request(self, method, path, authorization, headers, data=None):
+        if isinstance(path, str):
+            return super()._request(method, path, authorization, headers, data)
+        own = path.netloc == checked_url(self.url).netloc
+        lent = not own and names_host(self.transport.storage_hosts, path)
+        if authorization and not lent and self._trusts(path):
+            headers = dict(headers, Authorization=authorization)
+        return self.transport.open(
+            method, path.geturl(), headers, data and data(), ANYWHERE if lent else
+            self.rank, seconds=PATIENCE * self.transport.idle_timeout)
+
+    def put_manifest(self, repository, reference, document):
+        """Puts a document there, by a tag or its Digest.
+
+        Clients keep a list of what refers to its subject, by a tag, where the registry
+        has none (distribution-spec, "Pushing Manifests with Subject"): it is added.
+        """
+        path = "%s/manifests/%s" % (repository, reference)
+        response, _ = self._document(
+            "PUT", path, repository, path, (200, 201, 202), document.raw,
+            **{"Content-Type": document.media_type})
+        if self._claimed(response) not in (None, document.digest):
+            raise DigestMismatch(path, document.digest, self._claimed(response))
+        if document.subject is None or "OCI-Subject" in response.headers:
+            return
+        listed, tag = [Descriptor.of_referrer(document)], document.subject.tag
+        with contextlib.suppress(NotFound):
+            listed[:0] = getattr(self.fetch_manifest(repository, tag), "manifests", ())
+        if document.digest not in [entry.digest for entry in listed[:-1]]:
+            self.put_manifest(repository, tag, made_index(
+                [entry.as_json() for entry in listed]))
+
+
+class Pusher:
+    """One push of a Session to `place`; for the other arguments see push."""
+
+    def __init__(self, session, place, tag=None, partial=False):
+        self._session, self._partial = session, partial
+        self._host, self._prefix = split_place(place, "registry")
+        home = Reference.parse("%s/%s" % (self._host, tag or "x"))
+        if home.host != self._host:
+            raise UsageError("no host to docker: " + self._host, "expected HOST:PORT")
+        self._tag = tag and home
+        self._target = session.registry(home.api_host, kind=Target)
+        self._has = {}  # digest of a blob -> a repository there that has it
+
+    def plan(self, path, name):
+        """For each image at `path`, which is called `name`, the arguments of `push`."""
+        names = [found._replace(documents=list(found.documents)) for found in stored(
+            open_place(path, self._session.transport.check), lenient)]
+        self._drawn = {one.digest: (one, found) for found in names
+                       for one in found.documents}
+        if any(found.origin and found.origin.indexes for found in names):
+            log.warning("the index of one image is not pushed: --platform all keeps it")
+        # What refers to another comes last, and goes where that goes.
+        names = [(getattr(self._drawn.get(found.digest, (None,))[0], "subject", None),
+                  found) for found in names]
+        names.sort(key=lambda name: bool(name[0] or name[1].along))
+        named, homes = {}, {}
+        for subject, found in names:
+            digest = found.digest or found.documents and found.documents[-1].digest
+            if not digest:
+                continue
+            own = not self._tag and (found.name or found.origin) and Reference.parse(
+                found.name or "%s@%s" % (found.origin.repository, digest))
+            tag = own and own.tag or found.tag
+            home = own.repository if own else homes.get(subject) or tag and label(name)
+            if self._tag:
+                home, tag = self._tag.repository, tag if named else self._tag.tag
+                if named and not (subject or found.along):
+                    raise UsageError("--tag names one image, %s holds more" % name)
+            if not home:
+                raise UsageError("no name for %s" % str(digest), "--tag names it")
+            homes.update((one.digest, home) for one in found.documents)
+            there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
+                ":" + tag if tag else "@" + str(digest))))
+            if named.setdefault(there, digest) != digest:
+                raise UsageError("two images in %s would both be %s" % (name, there))
+        if not named:
+            raise OutputError(name, "no image is in it", READABLE)
+        return [(there, *self._below(name, there, one)) for there, one in named.items()]
+
+    def _below(self, name, reference, digest):
+        documents = sorted([trail[-1] for trail in walk(
+            lambda entry: self._drawn.get(entry.digest, (None,))[0],
+            [Descriptor("", digest, 0)])][::-1], key=lambda one: isinstance(one, Index))
+        wanted, blobs = {digest}, {}
+        for one in documents:
+            wanted.update(entry.digest for entry in getattr(one, "manifests", ())
+                          if not self._partial)
+            found = self._drawn[one.digest][1]
+            for blob, file in found.blobs(one):
+                try:
+                    blobs[blob.digest] = blob, found.reader.region(file)
+                except FileNotFoundError:
+                    if not self._target.has_blob(reference.repository, blob):
+                        wanted.add(blob.digest)
+        wanted.difference_update(blobs, (one.digest for one in documents))
+        if wanted:
+            raise OutputError(name, "%s: not to be had, here or there: %s" % (
+                reference, ", ".join(sorted(map(str, wanted)))), "pull again, or push "
+                "what is here of an index with --partial")
+        return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
+
+    def push(self, reference, documents, blobs, dry_run=False):
+        """Sends the last of the documents, with those before it, which it lists, and
+        (Descriptor, Region) pairs: its Reference there, or None for no name of its own.
+        """
+        target, notify, top = self._target, self._session.notify, documents[-1]
+        repository, tag = reference.repository, reference.tag
+        if dry_run:
+            log.info("%s: to send: %d bytes", reference, sum(
+                at.size for one, at in blobs if not target.has_blob(repository, one)))
+            return reference._replace(digest=top.digest)
+        notify(Event("Pushing to " + repository, reference.tag_or_digest))
+        for blob, region in blobs:
+            notify(Event("Preparing", blob.digest.hex[:12], None, region.size))
+        in_parallel(self._session, [
+            (None, lambda pair=pair: target.put_blob(
+                repository, *pair, notify, self._has.get(pair[0].digest)))
+            for pair in blobs], False)
+        self._has.update((blob.digest, repository) for blob, _ in blobs)
+        made = isinstance(top, Index) and re.fullmatch("sha256-[0-9a-f]{64}", tag or "")
+        for one in documents[:-1] if made else documents:  # each is put on that list
+            try:
+                target.put_manifest(repository, one is top and tag or one.digest, one)
+            except RegistryError as error:
+                if self._partial and isinstance(one, Index) and (
+                        error.status in (400, 404, 422)):
+                    log.warning("an index that lacks images is not taken: %s", error)
+                    kept = [one for one in documents if not isinstance(one, Index)]
+                    return self.push(reference, kept, blobs) if len(kept) == 1 else None
+                if "MANIFEST_BLOB_UNKNOWN" in error.codes and not target.doubted:
+                    target.doubted = True
+                    return self.push(reference, documents, blobs)
+                if isinstance(one, Schema1Manifest):
+                    error.hint = "push what pull -o FILE.tar makes of the image"
+                raise
+        notify(Event("Digest: %s" % str(top.digest)))
+        return None if made else reference._replace(digest=top.digest)
+
+
+def push(path, place, tag=None, partial=False, progress=None, **options):
+    """Pushes what a pull wrote to `path`: the References there, each with its digest.
+
+    `place` is `HOST[:PORT][/PREFIX]`; `tag` the name there, `NAME[:TAG]`, of the only
+    image, None for its own; if `partial`, indexes may lack images. For `progress`, for
+    `options` and for what it raises see pull.
+    """
+    with Session(notify=progress, **options) as session:
+        pusher, path = Pusher(session, place, tag, partial), os.fspath(path)
+        return list(filter(None, [
+            pusher.push(*image) for image in pusher.plan(path, path)]))
+
+
+def _run_push(args, session):
+    import tempfile
+    pusher, path = Pusher(session, args.place, args.tag, args.partial), args.path
+    with contextlib.suppress() if path != "-" else (
+            tempfile.NamedTemporaryFile()) as spool:
+        if spool is not None:
+            path = spool.name
+            drain(map(spool.write, pieces(open(0, "rb", closefd=False),
+                                          check=session.transport.check)))
+            spool.flush()
+        for image in pusher.plan(path, args.path):
+            with session.trying(image[0]):
+                one = pusher.push(*image, args.dry_run)
+                if one is not None:
+                    told = {"reference": str(one), "digest": str(one.digest)}
+                    yield json.dumps(told) if args.json else str(one)
+
+
+# --------------------------------------------------------------------------------------
+# 20  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
 # Of the loopback server of the self-test only: everybody has this key.
@@ -8823,7 +9107,7 @@ def _run_selftest(args, session):
 
 
 # --------------------------------------------------------------------------------------
-# 20  Command line: arguments, progress, exit statuses
+# 21  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
 class Terminated(BaseException):
@@ -8845,7 +9129,7 @@ class Progress(logging.Handler):
     "plain", it comes from time to time. With "none" nothing is told.
     """
 
-    DONE = ("Download complete", "Already exists")
+    DONE = ("Download complete", "Already exists", "Pushed")
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
         super().__init__()
@@ -8874,7 +9158,7 @@ class Progress(logging.Handler):
         with self.lock:
             now, live = self._clock(), self.kind == "auto" and self._terminal
             interval = REDRAW_INTERVAL if live else PROGRESS_INTERVAL
-            whole = event.status.startswith(("Pulling from ", "Digest: "))
+            whole = re.match("Pulling from |Pushing to |Digest: ", event.status)
             if whole:
                 self._layers, self._received = {}, 0
                 self._began, self._due = now, now + interval
@@ -8895,7 +9179,7 @@ class Progress(logging.Handler):
         total = event.total if total is None else total
         there = before if event.current is None else event.current
         done = event.status in self.DONE
-        if event.status == "Downloading":
+        if event.status in ("Downloading", "Pushing"):
             self._received += max(0, there - before)
         self._layers[event.id] = total or there if done else there, total, done
 
@@ -9235,6 +9519,12 @@ _IMAGE = [
     _row("--image NAME", "which of several at a path"), *_SIGNED]
 _PLACE = _row("path PATH", "a layers tree, layout or archive")
 _JSON = _row("--json", "results as JSON")
+_MOVES = [
+    _row("--keep-going", "where one of several images fails, go on"),
+    _row("--dry-run", "say what would be fetched or sent, and stop"),
+    _row("-j --jobs N", "layers at once; default %(default)s", default=JOBS),
+    _row("--progress auto|plain|none", choices=("auto", "plain", "none"),
+         default="auto"), _JSON]
 _LIMITS = [
     _row("--max-layer-size BYTES", "refuse layers that unpack to more; default "
          "%(default)s", default=LAYER_SIZE_LIMIT),
@@ -9269,18 +9559,12 @@ COMMANDS = {
         _row("-o --output PATH", "default: %(default)s; - is standard output",
              default="images"),
         _row("--format " + "|".join(OUTPUTS), "default: layers, or archive for .tar"),
-        _row("--keep-going", "where one of several images fails, go on"),
-        _row("--dry-run", "say what would be fetched, and stop"),
         _row("--recompress gzip", "rewrite zstd layers for old Docker; digests change"),
         _row("--referrers", "take along what refers to it (to oci or archive)"),
         _row("--without REF|PATH...", "leave out what this has (to oci or archive)",
              dest="without"),
         _row("--tag NAME[:TAG]", "the name to load the image by; default: its own"),
-        _row("-j --jobs N", "layers at once; default %(default)s", default=JOBS),
-        *_LIMITS,
-        _row("--progress auto|plain|none", choices=("auto", "plain", "none"),
-             default="auto"),
-        _JSON, *_SIGNED]),
+        *_LIMITS, *_MOVES, *_SIGNED]),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
                [*_IMAGE, _JSON]),
     "ls": (_run_ls, "list the files of an image, those below a path", [
@@ -9298,6 +9582,12 @@ COMMANDS = {
         _row("--listen HOST:PORT", "default: %(default)s", default="127.0.0.1:5000"),
         _row("--tls-cert FILE", "PEM certificate, with"),
         _row("--tls-key FILE", "its PEM key")]),
+    "push": (_run_push, "what was pulled, into a registry, digests kept", [
+        _row("path PATH", "a layers tree, layout or archive; - is standard input"),
+        _row("place HOST[:PORT][/PREFIX]", "where to"),
+        _row("--tag NAME[:TAG]", "the name there; default: its own"),
+        _row("--partial", "indexes that lack images, too, as far as that goes"),
+        *_MOVES]),
     "selftest": (_run_selftest, "prove that this host can pull", [
         _row("host HOST[:PORT]", "a registry to look at too", nargs="?")]),
     "verify": (_run_verify, "re-check, offline, what a pull wrote", [
@@ -9382,9 +9672,9 @@ def read_password(args):
         with contextlib.suppress(EOFError):
             password = getpass.getpass("Password of %s: " % printable(args.username))
     elif args.password_stdin:
-        if sys.stdin is None or getattr(args, "from_file", None) == "-":
+        if sys.stdin is None or "-" in map(vars(args).get, ("from_file", "path")):
             raise UsageError("--password-stdin, but standard input is closed, or is "
-                             "the list of --from-file")
+                             "the list of --from-file, or what to push")
         password = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     password = re.sub("\r?\n\\Z", "", password or "")
     if not password:

@@ -642,6 +642,7 @@ class Server:
         self.connections = 0
         self.sent_blob_bytes = 0
         self.faults = []
+        self.cuts = []  # ("METHOD path" to find, bytes of a body): then comes a reset
         self._tls = _tls_context(tls) if tls else None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -725,12 +726,14 @@ class Server:
 
     def _exchange(self, sock, stream):
         """Answer one request; tell whether the connection can carry another."""
-        request = _read_request(stream)
+        request = _read_request(stream, self.cuts)
         if request is None:
             return False
         self.requests.append(request)
         reply = self.answer(request)
         reply = self._strike("%s %s" % request[:2], reply) or reply
+        if len(request.body) < int(request.headers.get("Content-Length", 0)):
+            reply = reset(0, "status")(reply)
         wants_close = request.headers.get("Connection", "").lower() == "close"
         if wants_close and reply.ending == "keep":
             reply.put("Connection", "close")
@@ -780,8 +783,8 @@ class Server:
                 sock.unwrap()
 
 
-def _read_request(stream):
-    """Return the next request, None at the end of the connection."""
+def _read_request(stream, cuts=()):
+    """Return the next request, None at the end of the connection; see Server.cuts."""
     # A TLS hello may look like a line of three words, and then wait for its answer.
     if not re.match(b"[A-Z]", stream.peek(1)):
         return None
@@ -789,8 +792,11 @@ def _read_request(stream):
     if len(words) != 3:
         return None
     headers = http.client.parse_headers(stream)
-    body = stream.read(int(headers.get("Content-Length", 0)))
-    return Request(words[0], words[1], headers, body)
+    size = int(headers.get("Content-Length", 0))
+    for cut in [cut for cut in cuts if re.search(cut[0], " ".join(words[:2]))][:1]:
+        cuts.remove(cut)
+        size = min(size, cut[1])
+    return Request(words[0], words[1], headers, stream.read(size))
 
 
 def _is_undelivered(sock):
@@ -1004,6 +1010,10 @@ class FakeRegistry(Server):
     redirect_blobs_to = None  # base URL of the FakeRegistry that serves /cdn/
     page_size = None  # most tags, or referrers, in one reply
     lists_referrers = True
+    linked = False  # whether a repository has only the blobs that were pushed to it
+    lies = {}  # {digest: bytes} that a HEAD claims to have
+    body_limit = None  # bytes of a request, in front of it
+    upload_host = ""  # base URL of the FakeRegistry that uploads are sent on to
 
     # {token: scopes}, of all registries: one may trust the tokens of another.
     tokens = {}
@@ -1012,6 +1022,8 @@ class FakeRegistry(Server):
         self.users = {"alice": PASSWORD}
         self.blobs = {}  # {digest: bytes}
         self.repositories = {}  # {name: {tag or digest: (bytes, media type, digest)}}
+        self.links = set()  # (repository, digest of a blob that was pushed to it)
+        self.uploads = {}  # {name: bytes}
         self._uses = collections.Counter()
         vars(self).update(attributes)
         super().__init__(tls)
@@ -1062,13 +1074,72 @@ class FakeRegistry(Server):
                                  "Docker-Content-Digest": digest})
 
     def _blob(self, request, repository, digest):
-        if repository not in self.repositories or digest not in self.blobs:
+        if request.method == "HEAD" and digest in self.lies:
+            return Reply(200, self.lies[digest])
+        if repository not in self.repositories or digest not in self.blobs or (
+                self.linked and (repository, digest) not in self.links):
             return _error(404, "BLOB_UNKNOWN", "blob unknown to registry")
         if self.redirect_blobs_to:
             place = (self.redirect_blobs_to, digest, SIGNATURE)
             return Reply(307, headers={"Location": "%s/cdn/%s?sig=%s" % place})
         reply = self._content(request, digest)
         reply.put("Docker-Content-Digest", digest)
+        return reply
+
+    def _begin_upload(self, request, repository):
+        blob = request.query.get("mount", [None])[0]
+        if (request.query.get("from", [None])[0], blob) in self.links:
+            self.links.add((repository, blob))
+            return Reply(201)
+        name = "%032x" % random.getrandbits(128)
+        self.uploads[name] = b""
+        return self._progress(repository, name, 202)
+
+    def _progress(self, repository, name, code):
+        # As docker-registry does it: the place says how far it is.
+        size = len(self.uploads[name])
+        return Reply(code, headers={
+            "Range": "0-%d" % max(0, size - 1),
+            "Location": "%s/v2/%s/blobs/uploads/%s?_state=%s-%d" % (
+                self.upload_host, repository, name, SIGNATURE, size)})
+
+    def _upload(self, request, repository, name):
+        """Reply to what asks for, adds to or ends an upload."""
+        data, size = self.uploads.get(name), len(request.body)
+        if data is None:
+            return _error(404, "BLOB_UPLOAD_UNKNOWN", "blob upload unknown")
+        if request.method == "GET":
+            return self._progress(repository, name, 204)
+        if self.body_limit is not None and size > self.body_limit:
+            return Reply(413, b"<h1>413 Request Entity Too Large</h1>")
+        start = request.headers.get("Content-Range", "0").partition("-")[0]
+        if request.query["_state"] != ["%s-%d" % (SIGNATURE, len(data))] or (
+                size and start != str(len(data))):
+            return _error(416, "BLOB_UPLOAD_INVALID", "out of order")
+        self.uploads[name] = data = data + request.body
+        if request.method == "PATCH" or size < int(request.headers["Content-Length"]):
+            return self._progress(repository, name, 202)
+        if [sha256(data)] != request.query["digest"]:
+            return _error(400, "DIGEST_INVALID", "digest did not match")
+        del self.uploads[name]
+        self.links.add((repository, self.add_blob(repository, data)))
+        return Reply(201)
+
+    def _put_manifest(self, request, repository, reference):
+        """Take a manifest, if all that it lists is there."""
+        document = json.loads(request.body.decode("utf-8"))
+        entries = self.repositories.setdefault(repository, {})
+        blobs = [document.get("config")] + document.get("layers", [])
+        if any(one["digest"] not in self.blobs for one in blobs if one) or any(
+                one["digest"] not in entries for one in document.get("manifests", [])):
+            return _error(400, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry")
+        if "fsLayers" in document:
+            return _error(400, "MANIFEST_INVALID", "schema1 is not supported")
+        self.add_manifest(repository, None if ":" in reference else reference,
+                          request.body, request.headers["Content-Type"])
+        reply = Reply(201, headers={"Docker-Content-Digest": sha256(request.body)})
+        if self.lists_referrers and "subject" in document:
+            reply.put("OCI-Subject", document["subject"]["digest"])
         return reply
 
     def _cdn(self, request, digest):
@@ -1180,28 +1251,31 @@ class FakeRegistry(Server):
         scheme, secret = _credentials(request)
         if self.auth == "basic" and self._knows(scheme, secret):
             return None
-        if self.auth == "bearer" and self._grants(scheme, secret, repository):
+        action = "pull" if request.method in ("GET", "HEAD") else "push"
+        if self.auth == "bearer" and self._grants(scheme, secret, repository, action):
             return None
         reply = _error(401, "UNAUTHORIZED", "authentication required")
-        reply.put("WWW-Authenticate", self.challenge or self._challenge(repository))
+        reply.put("WWW-Authenticate", self.challenge or self._challenge(repository, action))
         # At /v2/ the challenge is all the answer there is to spoil.
         reply.is_challenge = repository is not None
         return reply
 
-    def _challenge(self, repository):
+    def _challenge(self, repository, action):
         if self.auth == "basic":
             return 'Basic realm="%s"' % self.service
         realm = self.realm or self.url + "/token"
         text = 'Bearer realm="%s",service="%s"' % (realm, self.service)
-        return text + (',scope="repository:%s:pull"' % repository if repository else "")
+        actions = "pull" if action == "pull" else "pull,push"
+        return text + (',scope="repository:%s:%s"' % (repository, actions)
+                       if repository else "")
 
     def _knows(self, scheme, secret):
         pairs = (("%s:%s" % pair).encode("utf-8") for pair in self.users.items())
         known = [base64.b64encode(pair).decode("ascii") for pair in pairs]
         return scheme == "basic" and secret in known
 
-    def _grants(self, scheme, token, repository):
-        """Does the token let its bearer pull from the repository (None = ping)?"""
+    def _grants(self, scheme, token, repository, action):
+        """Does the token let its bearer do that to the repository (None = ping)?"""
         if scheme != "bearer" or token not in self.tokens:
             return False
         with self._lock:
@@ -1210,12 +1284,15 @@ class FakeRegistry(Server):
                 return False
         resources = [scope.rpartition(":") for scope in self.tokens[token]]
         return repository is None or any(
-            resource == "repository:" + repository and "pull" in actions.split(",")
+            resource == "repository:" + repository and action in actions.split(",")
             for resource, _, actions in resources)
 
     _routes = (
         ("(?:GET|HEAD) /v2/", lambda self, request: _json_reply({})),
         ("(?:GET|HEAD) /v2/(.+)/manifests/([^/]+)", _manifest),
+        ("PUT /v2/(.+)/manifests/([^/]+)", _put_manifest),
+        ("POST /v2/(.+)/blobs/uploads/", _begin_upload),
+        ("(?:GET|PATCH|PUT) /v2/(.+)/blobs/uploads/([^/]+)", _upload),
         ("(?:GET|HEAD) /v2/(.+)/blobs/([^/]+)", _blob),
         ("(?:GET|HEAD) /v2/(.+)/tags/list", _tags),
         ("(?:GET|HEAD) /v2/(.+)/referrers/([^/]+)", _referrers),
@@ -14952,7 +15029,287 @@ class ServeCommandTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 19  Self-test
+# 19  Push
+# --------------------------------------------------------------------------------------
+
+PUSH_BIG = tar_bytes([("big", noise(5 << 18, 20))])
+PUSH_IMAGE = build_image([PUSH_BIG, tar_bytes([("etc/a", b"one")])], compress=None)
+PUSH_OTHER = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
+PUSH_INDEX = build_index([(PUSH_IMAGE, SERVE_AMD), (PUSH_OTHER, SERVE_ARM)])
+PUSH_SIGNATURE = build_artifact([("application/json", b"{}", None)],
+                                subject=PUSH_IMAGE.descriptor())
+PUSH_TAG = PUSH_IMAGE.digest.replace(":", "-")
+PUSH_NAMED = (PUSH_IMAGE, "a.b/app:1")
+PUSH_CUT = ("PUT .*/uploads/", 100000)
+
+#: ((BuiltImage, its name or tag in a layout) pairs, arguments, what goes where below
+#: HOST/pre): names.
+PUSH_NAMES = (
+    ([(PUSH_IMAGE, "docker.io/library/app:1")], (), {"library/app:1": PUSH_IMAGE}),
+    ([(PUSH_IMAGE, "example.com:5000/a/b:1")], (), {"a/b:1": PUSH_IMAGE}),
+    ([(PUSH_IMAGE, "example.com/a@" + PUSH_IMAGE.digest)], (), {"a": PUSH_IMAGE}),
+    ([(PUSH_IMAGE, "1.0")], (), {"lay-out:1.0": PUSH_IMAGE}),
+    ([PUSH_NAMED], ("--tag", "x/y:2"), {"x/y:2": PUSH_IMAGE}),
+    ([(PUSH_IMAGE, "Foo Bar")], ("--tag", "x"), {"x:latest": PUSH_IMAGE}),
+    ([PUSH_NAMED, (PUSH_IMAGE, "a.b/b:1")], (), {"app:1": PUSH_IMAGE, "b:1": PUSH_IMAGE}),
+    # What refers to an image goes where that goes, and is no other image.
+    ([(PUSH_SIGNATURE, None), PUSH_NAMED], (),
+     {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE}),
+    ([(PUSH_SIGNATURE, PUSH_TAG + ".sig"), PUSH_NAMED],
+     ("--tag", "x:2"), {"x:2": PUSH_IMAGE, "x:%s.sig" % PUSH_TAG: PUSH_SIGNATURE}),
+)
+
+#: (such pairs, what is not in the layout, arguments, exit status, words of the error).
+PUSH_BAD = (
+    ([PUSH_NAMED, (PUSH_OTHER, "b.c/app:1")], (), (), 2, "both be [^ ]*/pre/app:1"),
+    ([(PUSH_IMAGE, "a.b/a:1"), (PUSH_OTHER, "a.b/b:1")], (), ("--tag", "c"), 2, "--tag"),
+    ([(PUSH_IMAGE, None)], (), (), 2, "--tag names it"),
+    ([(PUSH_IMAGE, "Foo Bar")], (), (), 2, "invalid reference"),
+    ([], (), (), 1, "no image"),
+    ([(PUSH_INDEX, "a.b/app:1")], [PUSH_OTHER.digest], (), 1,
+     "%s; .*--partial" % PUSH_OTHER.digest),
+    ([PUSH_NAMED], [PUSH_IMAGE.digest], (), 1, PUSH_IMAGE.digest),
+    ([PUSH_NAMED], PUSH_IMAGE.layers[:1], (), 1, PUSH_IMAGE.layers[0]),
+    ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "not to be had"),
+)
+
+#: (what is wrong with a FakeRegistry: its attributes, cuts and faults; how often an
+#: upload is asked then by POST, PUT, GET and PATCH, or the exit status and words).
+PUSH_FAULTS = (
+    ("a proxy before it speaks TLS", {"tls": True}, [], [], (3, 3, 0, 0)),
+    ("a cut", {}, [PUSH_CUT], [], (3, 4, 1, 0)),
+    ("it is lost", {}, [PUSH_CUT], [("GET .*/uploads/", status(404))], (4, 4, 1, 0)),
+    ("too much is told", {}, [PUSH_CUT],
+     [("GET .*/uploads/", headers(Range="0-200000"))], (4, 5, 1, 0)),
+    ("more is told than there is", {}, [PUSH_CUT],
+     [("GET .*/uploads/", headers(Range="0-99999999999"))], (4, 4, 1, 0)),
+    ("unanswered PUT", {}, [], [("PUT .*/uploads/", reset(0, "status"))], (3, 3, 1, 0)),
+    ("no answer to a POST", {}, [], [("POST", reset(0, "status"))], (4, 3, 0, 0)),
+    ("429", {}, [], [("POST", status(429, {"Retry-After": "2"}))], (4, 3, 0, 0)),
+    ("413", {"body_limit": 1 << 20}, [], [], (4, 4, 1, 1)),
+    ("a HEAD that lies", {"lies": PUSH_IMAGE.blobs}, [], [], (3, 3, 0, 0)),
+    ("a spent token", {"auth": "bearer", "token_uses": 4}, [], [], (4, 4, 0, 0)),
+    ("another was taken", {}, [],
+     [("PUT .*/manifests/", headers(docker_content_digest="sha256:" + "0" * 64))],
+     (3, "expected digest %s" % PUSH_IMAGE.digest)),
+    ("always cut", {}, [("PUT .*/uploads/", 0)] * 50, [], (1, "closed|reset")),
+    ("nothing so large is taken", {"body_limit": 10}, [], [], (1, "HTTP 413")),
+    ("sent nearer", {}, [], [("POST", headers(location="http://169.254.1.1"))],
+     (1, "nearer than")),
+    ("sent to http", {"tls": True}, [], [("POST", headers(location="http://[::1]/x"))],
+     (1, "from https to http")),
+)
+
+
+class PushCase(ServeCase):
+    """A registry to push to."""
+
+    def setUp(self):
+        super().setUp()
+        self.target = self.registry(linked=True)
+
+    def layout_of(self, *entries, without=()):
+        """Write a layout of (BuiltImage, full name or tag or None) pairs; its path."""
+        path, manifests = os.path.join(tempfile.mkdtemp(dir=self.work), "Lay Out"), []
+        for image, name in entries:
+            notes = {imagec.NAME_ANNOTATION if re.search("[/ ]", name) else
+                     imagec.TAG_ANNOTATION: name} if name else {}
+            manifests.append(image.descriptor(annotations=notes))
+            for data in [data for one in [image] + image.children
+                         for data in [one.manifest] + list(one.blobs.values())]:
+                if sha256(data) not in without:
+                    write_file(os.path.join(path, "blobs", "sha256", sha256(data)[7:]),
+                               data)
+        write_file(os.path.join(path, "oci-layout"), '{"imageLayoutVersion": "1.0.0"}')
+        write_file(os.path.join(path, "index.json"), json_bytes(
+            {"schemaVersion": 2, "manifests": manifests}))
+        return path
+
+    def push(self, path, *argv, expect=0, place="", **options):
+        run = RegistryCase.main(self, "push", path, "-j1", self.target.host + place,
+                                *argv, **options)
+        self.assertEqual(run.status, expect, run.err)
+        self.assertNotIn(SIGNATURE, run.err)
+        return run
+
+    def has(self, repository, tag, image):
+        """The registry has the image by its tag, and all that it lists."""
+        entries = self.target.repositories[repository]
+        self.assertEqual(entries[tag or image.digest],
+                         (image.manifest, image.media_type, image.digest))
+        for one in [image] + image.children:
+            self.assertEqual(entries[one.digest][0], one.manifest)
+            for digest, data in one.blobs.items():
+                self.assertEqual(self.target.blobs[digest], data)
+
+    def asked(self, registry=None):
+        asked = [request.method for request in (registry or self.target).requests
+                 if "/uploads/" in request.path]
+        return tuple(map(asked.count, ("POST", "PUT", "GET", "PATCH")))
+
+
+class PushTest(PushCase):
+    """What goes where, byte for byte."""
+
+    @rows((("layers",), ("oci",), ("archive",)))
+    def test_what_a_pull_wrote(self, format):
+        self.target, path = self.registry(linked=True), self.places[format]
+        old = [name for name in self.held[format] if "schema1" in name]
+        argv, code = ["--keep-going"] * bool(old), 1 if old else 0
+        run = self.push(path, *argv, expect=code, place="/pre")
+        for name in set(self.held[format]).difference(old):
+            image = self.images[name]
+            image = image if format == "oci" else (image.children or [image])[0]
+            self.has("pre/" + name, "1", image)
+            self.assertIn("%s/pre/%s:1@%s\n" % (self.target.host, name, image.digest),
+                          run.out.decode())
+        if old:
+            self.assertRegex(run.err, "MANIFEST_INVALID.*; push what pull -o FILE.tar")
+        # What is there is not sent again.
+        asked = self.asked()
+        again = self.push(path, *argv, expect=code, place="/pre")
+        self.assertEqual((again.out, self.asked()), (run.out, asked))
+
+    @rows(PUSH_NAMES)
+    def test_names(self, entries, argv, expected):
+        self.target, lines = self.registry(linked=True), []
+        run = self.push(self.layout_of(*entries), *argv, place="/pre")
+        for name, image in expected.items():
+            repository, _, tag = name.partition(":")
+            self.has("pre/" + repository, tag, image)
+            lines.append("%s/pre/%s@%s" % (self.target.host, name, image.digest))
+        self.assertEqual(sorted(run.out.decode().splitlines()), sorted(lines))
+        self.assertEqual(self.asked()[1], len({
+            blob for image in expected.values() for blob in image.blobs}))
+
+    @rows(PUSH_BAD)
+    def test_nothing_is_sent(self, entries, without, argv, code, words):
+        self.assert_one_line(self.push(
+            self.layout_of(*entries, without=without), "-q", *argv, place="/pre",
+            expect=code), code, words)
+        self.assertEqual(self.target.repositories, {})
+
+    @rows((("localhost/UP",), ("host",), ("",), ("http://",), ("127.0.0.1:1/a:1",)))
+    def test_bad_place(self, place):
+        self.assert_one_line(RegistryCase.main(
+            self, "push", "-q", self.layout, place), 2, "expected HOST")
+
+    @rows(((True, "a/b@" + PUSH_IMAGE.digest, None, PUSH_IMAGE),
+           (False, "a/b:1", "1", PUSH_OTHER)))
+    def test_what_was_pulled_of_an_index(self, by_digest, name, tag, image):
+        registry, path = self.filled(PUSH_INDEX, "a/b:1"), self.at(str(tag))
+        imagec.pull(registry.host + "/" + name, path, "oci", no_creds=True,
+                    platform="linux/amd64" if by_digest else "linux/arm64")
+        run = self.push(path)
+        self.assertEqual(run.err.count("--platform all"), 1 - by_digest)
+        self.has("a/b", tag, image)
+        self.assertNotIn(PUSH_INDEX.digest, self.target.repositories["a/b"])
+
+    @rows(((False,), (True,)))
+    def test_what_refers_to_an_image_is_listed(self, referrers):
+        """By a tag where the registry has no list of its own, beside what is there."""
+        self.target = self.registry(linked=True, lists_referrers=referrers)
+        there = build_artifact([], subject=PUSH_IMAGE.descriptor(), a=1)
+        self.target.add("app", PUSH_TAG, build_index([(there, None)]))
+        made = build_index([(PUSH_SIGNATURE, None)])
+        for entry in ((PUSH_SIGNATURE, None), (made, "example.com/app:" + PUSH_TAG)):
+            run = self.push(self.layout_of(PUSH_NAMED, entry))
+            self.has("app", None, PUSH_SIGNATURE)
+            listed = json.loads(self.target.repositories["app"][PUSH_TAG][0].decode())
+            self.assertEqual(
+                [(one["digest"], one["artifactType"]) for one in listed["manifests"][1:]],
+                [(PUSH_SIGNATURE.digest, "application/vnd.example")] * (not referrers))
+        self.assertEqual(run.out.count(b"\n"), 1)
+
+    def test_partial(self):
+        lacks = [PUSH_OTHER.digest] + list(PUSH_OTHER.blobs)
+        path = self.layout_of((PUSH_INDEX, "a.b/app:1"), without=lacks)
+        run = self.push(path, "--partial")
+        self.assertIn("an index that lacks images is not taken", run.err)
+        self.has("app", "1", PUSH_IMAGE)
+        self.target.add("app", None, PUSH_OTHER)
+        self.push(path, "--partial")
+        self.has("app", "1", PUSH_INDEX)
+        self.assertEqual(paths(self.target, "/manifests/")[-2:], [
+            "PUT /v2/app/manifests/" + name for name in (PUSH_IMAGE.digest, "1")])
+
+    def test_blobs_that_only_the_registry_has(self):
+        path = self.layout_of(PUSH_NAMED, without=PUSH_IMAGE.layers[:1])
+        self.target.links.add(("app", self.target.add_blob("app", PUSH_BIG)))
+        self.push(path)
+        self.has("app", "1", PUSH_IMAGE)
+
+    def test_a_corrupt_blob_is_never_sent(self):
+        path = self.layout_of(PUSH_NAMED)
+        write_file(os.path.join(path, "blobs", *PUSH_IMAGE.layers[0].split(":")),
+                   PUSH_BIG[:-1] + b"?")
+        run = self.push(path, "-q", expect=3)
+        self.assert_one_line(run, 3, "expected digest " + PUSH_IMAGE.layers[0])
+        self.assertLess(max(len(request.body) for request in self.target.requests), 5000)
+        self.assertEqual(paths(self.target, "/manifests/"), [])
+
+    def test_from_standard_input(self):
+        with open(self.archive, "rb") as file:
+            ended = self.end_of(self.start("push", "-q", "-", self.target.host,
+                                           stdin=file))
+        self.assertEqual(ended.status, 0, ended.err)
+        self.has("lab/docker", "1", self.images["lab/docker"])
+
+    def test_dry_run_and_library(self):
+        path, events = self.layout_of(PUSH_NAMED), []
+        run = self.push(path, "--dry-run")
+        self.assertEqual(self.asked(), (0, 0, 0, 0))
+        self.assertIn("to send: %d bytes" % sum(map(len, PUSH_IMAGE.blobs.values())),
+                      run.err)
+        one, = imagec.push(path, self.target.host, progress=events.append, no_creds=True)
+        self.assertEqual(str(one) + "\n", run.out.decode())
+        self.assertEqual([event.status for event in events[:1] + events[-1:]],
+                         ["Pushing to app", "Digest: " + PUSH_IMAGE.digest])
+        run = self.push(path, "--dry-run", "--json")
+        self.assertIn("to send: 0 bytes", run.err)
+        self.assertEqual(json.loads(run.out.decode())["reference"], str(one))
+
+
+class PushFaultsTest(PushCase):
+    """Registries that break off, refuse, lie or lead astray."""
+
+    @rows(PUSH_FAULTS)
+    def test_upload(self, _, attributes, cuts, faults, expected):
+        self.target = self.registry(linked=True, **attributes)
+        self.target.upload_host = self.target.url.replace("https:", "http:")
+        self.target.cuts.extend(cuts)
+        for fault in faults:
+            self.target.fault(*fault)
+        code = expected[0] if expected[2:] == () else 0
+        run = self.push(self.layout_of(PUSH_NAMED), "-q", "--cacert",
+                        self.file("ca.pem", TEST_CERT), expect=code)
+        if code:
+            self.assert_one_line(run, *expected)
+        else:
+            self.has("app", "1", PUSH_IMAGE)
+            self.assertEqual((self.target.cuts, self.asked()), ([], expected))
+
+    @rows((("127.0.0.1", None), ("localhost", None), ("localhost", "basic")))
+    def test_moved(self, host, auth):
+        """Asked on at another place, which gets no credential unless it is our own."""
+        other = self.registry(linked=True, auth=auth)
+        self.target = self.registry(linked=True, auth="basic",
+                                    upload_host="http://" + by_name(host, other))
+        for name in ("uploads", "blobs", "links", "repositories"):
+            setattr(other, name, getattr(self.target, name))
+        run = self.push(self.layout_of(PUSH_NAMED), "-q", "-u", "alice",
+                        IMAGEC_PASSWORD=PASSWORD, expect=5 if auth else 0)
+        if auth:
+            self.assert_one_line(run, 5, "access denied")
+        else:
+            self.has("app", "1", PUSH_IMAGE)
+            # Of its own host it may not know by what port it is asked.
+            self.assertEqual(self.asked(other)[1], 3 if host == "localhost" else 0)
+        self.assertEqual(authorizations(other), [])
+
+
+# --------------------------------------------------------------------------------------
+# 20  Self-test
 # --------------------------------------------------------------------------------------
 
 SERVE_ROWS = ("Python", "TLS", "layers in", "CA roots", "proxies for", "disk here")
@@ -15100,7 +15457,7 @@ class SelfTestTest(ServeCase):
 
 
 # --------------------------------------------------------------------------------------
-# 20  Command line
+# 21  Command line
 # --------------------------------------------------------------------------------------
 
 #: What no terminal may get from a server: C0, DEL, C1, marks that turn text around.
@@ -15633,7 +15990,8 @@ class CommandLineCredentialsTest(CommandLineCase):
             "selftest --password hunter2", "auth -p hunter2 {host}")),
         ("no password", ("digest -u alice {ref}",)),
         ("goes with -u", ("digest --password-stdin {ref}",)),
-        ("the list of --from-file", ("pull -u me --password-stdin --from-file -",)),
+        ("the list of --from-file", ("pull -u me --password-stdin --from-file -",
+                                     "push -u me --password-stdin - localhost:5000")),
         ("takes no value", ("digest --password-stdin=hunter2 {ref}",
                             "digest --no-creds=hunter2 {ref}")),
         ("no such option: --pwd;", ("digest --pwd hunter2 {ref}",
@@ -17045,6 +17403,7 @@ ANNEXES = {
     "Look": ((), (COMMAND_ROW % "ls", COMMAND_ROW % "cat")),
     "Serve": (("Self-test",), ("^    \"new_server\",\n",
                                COMMAND_ROW % "serve")),
+    "Push": ((), ("^    \"push\",\n", COMMAND_ROW % "push")),
     "Self-test": ((), (COMMAND_ROW % "selftest",)),
 }
 
@@ -19546,6 +19905,14 @@ class DockerTest(ReadersCase):
         self.assertEqual(puller.wait(), 0)
         self.assertEqual(self.inspected("lab/piped:1")[1], self.diff_ids)
 
+    def test_docker_pulls_what_was_pushed(self):
+        registry = DockerRegistry(self.work)
+        self.addCleanup(registry.close)
+        image = self.pull("v2s2", "whole.tar", "archive")
+        found, = imagec.push(self.at("whole.tar"), registry.host, no_creds=True)
+        self.docker("pull", str(found))
+        self.assertEqual(self.inspected(str(found)), (image.image_id, self.diff_ids))
+
     def test_docker_imports_the_file_system(self):
         self.pull("v2s2", "flat.tar", "rootfs")
         self.docker("import", self.at("flat.tar"), "lab/flat:1")
@@ -20255,6 +20622,119 @@ class ServePodmanTest(ServeRealCase, PodmanCase):
                 found = self.podman("images", "--digests", "--format", "{{.Digest}}",
                                     ref)
                 self.assertEqual(found.split(), [self.images[name].digest])
+
+
+    @needs("docker-registry")
+    def test_pull_of_what_was_pushed(self):
+        registry = DockerRegistry(self.work)
+        self.addCleanup(registry.close)
+        imagec.push(self.layout, registry.host, no_creds=True)
+        ref = registry.host + "/lab/oci:1"
+        self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
+        found = self.podman("images", "--digests", "--format", "{{.Digest}}", ref)
+        self.assertEqual(found.split(), [self.images["lab/oci"].digest])
+
+
+class PushRelay(Relay):
+    """Counts what is sent through it; where that is `cuts[0]` bytes, it hangs up."""
+
+    sent, cuts = 0, ()
+
+    def _note(self, data):
+        self.sent += len(data)
+        if self.cuts and self.sent > self.cuts[0]:
+            del self.cuts[0]
+            raise ConnectionAbortedError
+
+
+@needs("docker-registry", "skopeo")
+class RealPushTest(PushCase):
+    """Pushes to docker-registry, as others see them."""
+
+    BIG = build_image([noise(1 << 20, number) for number in range(4)], compress=None)
+
+    def real(self, auth=None):
+        self.target = DockerRegistry(tempfile.mkdtemp(dir=self.work), auth)
+        self.addCleanup(self.target.close)
+        return self.target
+
+    @staticmethod
+    def stored(registry):
+        """{path: bytes} of all that a registry keeps, but for unfinished uploads."""
+        return {os.path.relpath(path, registry.storage): file_bytes(path)
+                for path in field_files(registry.storage) if "/_uploads/" not in path}
+
+    @rows(((None,), ("htpasswd",), ("token",)))
+    def test_skopeo_sees_what_was_pushed(self, auth):
+        registry = self.real(auth)
+        creds = ["--src-creds", "alice:" + REAL_PASSWORD] if auth else []
+        for format, names in self.held.items():
+            self.push(self.places[format], "-u", "alice", "--keep-going",
+                      place="/" + format, IMAGEC_PASSWORD=REAL_PASSWORD,
+                      expect=format == "layers")  # there is schema1 without a signature
+            for name in names:
+                if "schema1" not in name:
+                    image, target = self.images[name], self.at(str(auth), format, name)
+                    os.makedirs(target)
+                    skopeo_copy("docker://%s/%s/%s:1" % (registry.host, format, name),
+                                "dir:" + target, "--all", "--preserve-digests", *creds)
+                    self.assertEqual(serve_real_digest(target), image.digest if (
+                        format == "oci") else (image.children or [image])[0].digest)
+
+    def test_what_others_have_made(self):
+        """An archive without manifests, of skopeo, and a schema1 that is signed."""
+        registry = self.real()
+        source = "oci:%s:x" % self.layout_of((build_image(SERVE_TARS), "x"))
+        skopeo_copy(source, "docker-archive:%s:lab/app:1" % self.at("docker.tar"))
+        run = self.push(self.at("docker.tar"))
+        self.assertIn(sha256(skopeo_raw("docker://%s/lab/app:1" % registry.host)),
+                      run.out.decode())
+        skopeo_copy(source, "docker://%s/old:1" % registry.host, "--format", "v2s1")
+        old = imagec.pull(registry.host + "/old:1", self.at("tree"), no_creds=True)
+        run = self.push(self.at("tree"), place="/again")
+        self.assertIn("%s/again/old:1@%s" % (registry.host, old.digest), run.out.decode())
+
+    def test_cut_or_killed_at_random_moments(self):
+        registries, dice = [self.real(), self.real(), self.real()], random.Random(SEED)
+        path = self.layout_of((self.BIG, "example.com/big:1"))
+        self.push(path)
+        cuts = sorted(dice.sample(range(4 << 20), imagec.ATTEMPTS - 1))
+        for registry, kills, relay_cuts in zip(registries, (0, 20), (cuts, [])):
+            self.target = relay = PushRelay(registry.host)
+            self.addCleanup(relay.close)
+            relay.cuts = relay_cuts
+            for _ in range(kills):
+                goal = relay.sent + dice.randrange(5 << 20)
+                process = self.start("push", "-q", "-j2", path, relay.host)
+                self.wait_until(lambda: relay.sent >= goal or process.poll() is not None)
+                self.reap(process)
+            self.push(path)
+            self.assertEqual(relay.cuts, [])
+        *others, whole = map(self.stored, registries)
+        self.assertEqual(others, [whole, whole])
+
+    def test_from_registry_to_registry(self):
+        """Pulled, carried, verified, pushed, pulled by its digest: by key each time."""
+        second, first = self.real(), self.real()
+        key = ("--verify-key", self.file("k.pub", TEST_PUBLIC))
+        signature = signature_image(simple(simple_payload(PUSH_INDEX.digest)))
+        self.push(self.layout_of(
+            (PUSH_INDEX, "example.com/app:1"), (PUSH_SIGNATURE, None),
+            (signature, "example.com/app:%s.sig" % PUSH_INDEX.digest.replace(":", "-"))))
+
+        def run(*argv):
+            ended = RegistryCase.main(self, *argv, *key)
+            self.assertEqual(ended.status, 0, ended.err)
+
+        take = "--format oci --platform all --referrers -o".split()
+        run("pull", first.host + "/app:1", *take, self.at("stick"))
+        run("verify", self.at("stick"))
+        self.target = second
+        self.push(self.at("stick"))
+        run("pull", "%s/app@%s" % (second.host, PUSH_INDEX.digest), *take, self.at("end"))
+        self.assertEqual(self.stored(first), self.stored(second))
+        for image in (signature, PUSH_SIGNATURE):
+            self.assertIn(image.digest.partition(":")[2], str(self.stored(second)))
 
 
 # --------------------------------------------------------------------------------------
