@@ -16315,7 +16315,7 @@ FAILURES = (
     ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
     ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
     ("no registry", "digest {ref}", 1, "no registry", "GET /v2/$",
-     status(405, body=HTML), EVER),
+     status(410, body=HTML), EVER),
     ("no such image", "digest {ref}", 4, "not found.*its /v2/ answers HTTP 404", "GET",
      status(404, body=HTML), EVER),
     ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
@@ -17623,7 +17623,7 @@ def threat_cut_headers(reply):
 
 #: (error class, word) of its message, then name, action, times, phases
 THREAT_FAULTS = worded(
-    ((imagec.RegistryError, "405"), ("no registry", status(405), 1, ("probe",))),
+    ((imagec.RegistryError, "410"), ("no registry", status(410), 1, ("probe",))),
     ((imagec.NotFound, "404"), ("not there", status(404), 1, THREAT_BODIES)),
     ((imagec.AccessDenied, "access denied"), ("forbidden", status(403), 1, THREAT_ALL[1:])),
     ((imagec.RegistryError, "410"), ("gone", status(410), 1, ("index", "last layer"))),
