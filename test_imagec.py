@@ -9869,6 +9869,22 @@ class WithoutTest(StoredCase):
                 remove(self.at(name))
 
 
+    def test_pushed_where_the_rest_is(self):
+        base = self.bases()[1]
+        for name in ("new.tar", "new"):
+            self.left_out("app:2", name, base)
+            target = self.registry()
+            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
+            self.assertEqual(run.status, 1, run.err)
+            for digest in self.image.layers[:2]:
+                self.assertRegex(run.err, "not to be had, here or there: .*" + digest)
+            self.assertEqual({request.method for request in target.requests} - {"GET"},
+                             {"HEAD"})
+            self.main("push", base, target.host, "--tag", "lab/app:1")
+            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
+            self.assertEqual(run.status, 0, run.err)
+            self.assertIn(self.image.digest, run.out.decode())
+
     def test_served_together(self):
         _, *bases = self.bases()
         for base in bases:
