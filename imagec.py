@@ -5413,6 +5413,7 @@ class Output:
     max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
     max_layer_size = LAYER_SIZE_LIMIT  # of what it unpacks
     recompress = None  # what zstd layers are rewritten to
+    sole = None  # the Reference that alone an archive may hold which is replaced
 
     def __init__(self, path, tag=None, stream=None):
         if stream is not None and not self.streams:
@@ -5775,6 +5776,7 @@ class Spooled(Output):
             import tempfile
             self._target, self._spool = self.stream, tempfile.mkdtemp(prefix="imagec-")
         else:
+            self._check_free()
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             # Its lock is the lock of the spool too.
             self._target = Partial(self.path.rstrip("/"), self.wait)
@@ -5815,6 +5817,18 @@ class ArchiveOutput(Spooled):
 
     format = "archive"
     layout = True
+
+    def _check_free(self):
+        super()._check_free()
+        if self.sole and os.path.lexists(self.path):
+            own, found = str(self._tag or self.sole._replace(digest=None)), ()
+            with contextlib.suppress(ImagecError, OSError):
+                found = {str(one.name or one.origin and one.origin.repository
+                             or one.digest) for one in stored(open_place(
+                                 self.path, self.check)) if not one.along}
+            if own not in found or found - {own, self.sole.name}:
+                raise OutputError(self.path, "holds %.300s" % (
+                    ", ".join(sorted(found)) or "no image"), "use -o")
 
     def accept(self, image):
         try:
@@ -7746,8 +7760,8 @@ def _pulled(layer, fetched):
                           size=fetched.unpacked.size) if fetched.unpacked else layer
 
 
-def pull(reference, output="images", format=None, platform=None, tag=None,
-         progress=None, **options):
+def pull(reference, output, format=None, platform=None, tag=None, progress=None,
+         **options):
     """Pulls an image, every byte checked; the Image.
 
     `reference` is a Reference, or a text such as "alpine:3.20"; `output` a path;
@@ -7772,9 +7786,7 @@ def parse_platform(text):
             raise UsageError("--platform all goes alone")
         return list(map(parse_platform, text))
     text = text[0] if isinstance(text, list) else text
-    if text == "all" or isinstance(text, Platform):
-        return text
-    return Platform.parse(text)
+    return text if text == "all" or isinstance(text, Platform) else Platform.parse(text)
 
 
 def new_output(path, format=None, tag=None, stream=None):
@@ -7783,8 +7795,8 @@ def new_output(path, format=None, tag=None, stream=None):
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
     """
     path = os.fsdecode(path)
-    if not path:
-        raise UsageError("the output's path is empty")
+    if not path or path == "-" and stream is None:
+        raise UsageError("the output's path is empty, or -, which is no file's")
     if len(os.fsencode(path)) > PATH_MAX or path.count(os.sep) > PATH_PARTS_LIMIT:
         raise OutputError(path[:60] + "...", "is longer than %d bytes or deeper than "
                           "%d directories" % (PATH_MAX, PATH_PARTS_LIMIT))
@@ -7796,10 +7808,10 @@ def new_output(path, format=None, tag=None, stream=None):
         gone = "the current directory is not there any more"
     if gone and stream is None:
         raise OutputError(path, gone, "choose another place with -o")
-    if format is None and re.search(r"\.(tgz|tar\.\w+)\Z", path):
+    if format is None and re.search(r"(?i)\.(tgz|tar\.\w+)\Z", path):
         raise UsageError("%s: archives are not compressed" % path,
                          "name it FILE.tar, or say which --format it is")
-    name = format or ("archive" if path == "-" or path.endswith(".tar") else "layers")
+    name = format or ("archive" if path[-4:].lower() in ("-", ".tar") else "layers")
     if name not in OUTPUTS:
         raise UsageError("unknown format %r: expected one of %s"
                          % (name, ", ".join(OUTPUTS)))
@@ -9167,12 +9179,11 @@ class Progress(logging.Handler):
             lines, rest = [], ""
             if whole or event.status in self.DONE:
                 lines.append("%s%s" % (event.id and event.id + ": ", event.status))
+            elif event.status == "Resuming":
+                lines.append(event.id + ": Resuming at " + human_size(event.current))
             if self._layers and (now >= self._due or live and lines):
                 rest, self._due = self._rest(now), now + interval
-            if live:
-                self._write(lines, rest)
-            else:
-                self._write(lines + [rest] * bool(rest))
+            self._write(lines + [rest] * bool(rest and not live), rest if live else "")
 
     def _count(self, event):
         before, total, _ = self._layers.get(event.id, (0, None, False))
@@ -9250,26 +9261,56 @@ def _run_pull(args, session):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
     if tag is not None and (len(references) > 1 or tag.tag is None):
         raise UsageError("--tag names one image, as NAME[:TAG]")
-    stream = None
-    if args.output == "-":
-        if sys.stdout is None or sys.stdout.isatty():
-            raise UsageError("standard output is closed or a terminal: no image goes "
-                             "there", "pipe it on, or name a file with -o")
-        stream = sys.stdout.buffer
-    output = new_output(args.output, args.format, tag, stream)
-    if args.dry_run:
-        yield from plan(session, references, output, args.platform, args.json)
-        return
-    images = session.pull(references, output, args.platform)
-    if stream is not None:
-        stream.flush()
-    for image in images:
-        line = json.dumps(image_json(image)) if args.json else pinned(image)
-        if stream is None:
-            yield line
-        elif args.json or not args.quiet:
-            with contextlib.suppress(OSError):  # the image is out
-                print_result(line, sys.stderr)
+    stream = sys.stdout.buffer if args.output == "-" and sys.stdout else None
+    if args.output == "-" and (stream is None or sys.stdout.isatty()):
+        raise UsageError("standard output is closed or a terminal: no image goes there",
+                         "pipe it on, or name a file with -o")
+    for output, wanted, sole in [(new_output(path, format, tag, stream), *rest) for
+                                 path, format, *rest in destinations(args, references)]:
+        output.sole, images = sole, []
+        if args.dry_run:
+            yield from plan(session, wanted, output, args.platform, args.json)
+            continue
+        with session.trying(output.path):
+            images = session.pull(wanted, output, args.platform)
+        for image in images:
+            line = json.dumps(image_json(image)) if args.json else pinned(image)
+            if stream is None:
+                yield line
+            elif args.json or not args.quiet:
+                with contextlib.suppress(OSError):  # the image is out
+                    print_result(line, sys.stderr)
+        if images and stream is None:
+            programs = ["docker", "podman"] if output.format == "archive" and any(
+                image.config for image in images) else []
+            programs = [name for name in programs if any(os.access(
+                os.path.join(place, name), os.X_OK)
+                for place in os.get_exec_path())][:1] or programs
+            if programs or output.path != args.output:
+                log.info("%s%s%s", output.path, ": " if programs else "", " or ".join(
+                    "%s load -i %s" % (name, output.path) for name in programs))
+
+
+def destinations(args, references):
+    """(path, format, References, the one it has the name of) of each output."""
+    path, format, names = os.path.expanduser(args.output or ""), args.format, {}
+    own = format != "layers" if args.output is None else format is None and (
+        path[-1:] in ("/", os.sep) or os.path.isdir(path))
+    for mark, kept in ("http", "layers"), ("https", "layers"), ("oci-layout", "oci"):
+        if own and path and os.path.lexists(os.path.join(path, mark)):
+            own, format = False, kept
+    if not own:
+        return [("images" if args.output is None else path, format, references, None)]
+    platform = "+".join(str(parse_platform(one)).replace("/", "-")
+                        for one in args.platforms or ())
+    for one in references:
+        name = os.path.join(path, "_".join(filter(None, (
+            one.repository.rpartition("/")[2], "%.32s-%.12s" % one.digest
+            if one.digest else one.tag, platform, args.without and "update")))
+            + ".tar" * (format in (None, "archive")))
+        if names.setdefault(name, one) != one:
+            raise UsageError("%s and %s are both %s; use -o" % (names[name], one, name))
+    return [(name, format or "archive", [one], one) for name, one in names.items()]
 
 
 def plan(session, references, output, platform, as_json):
@@ -9556,9 +9597,8 @@ COMMANDS = {
     "pull": (_run_pull, "fetch images, every byte checked", [
         _row("references REF", _REF, nargs="*"),
         _row("--from-file LIST", "references, one a line, # comments; - is stdin"),
-        _row("-o --output PATH", "default: %(default)s; - is standard output",
-             default="images"),
-        _row("--format " + "|".join(OUTPUTS), "default: layers, or archive for .tar"),
+        _row("-o --output PATH", "FILE.tar, DIR/, -, a tree; default: NAME_TAG.tar"),
+        _row("--format " + "|".join(OUTPUTS), "default: what PATH says"),
         _row("--recompress gzip", "rewrite zstd layers for old Docker; digests change"),
         _row("--referrers", "take along what refers to it (to oci or archive)"),
         _row("--without REF|PATH...", "leave out what this has (to oci or archive)",
@@ -9699,6 +9739,10 @@ def exit_status(error):
 def main(argv=None):
     """Runs the command line `argv` (None: sys.argv); the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    spare = 0
+    while spare < 3:  # or a file would take a closed stream's place, and what it gets
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
     progress, level, args = Progress(sys.stderr), log.level, None
     log.addHandler(progress)
     log.setLevel(logging.INFO)
@@ -9714,7 +9758,8 @@ def main(argv=None):
             return 1  # who read our output has had enough
         log.debug("the error came from here", exc_info=True)
         progress.say(_local_words(error, args) if isinstance(error, OSError)
-                     else str(error) or "interrupted")
+                     else str(error) or "interrupted" + "; run it again to go on" * (
+                         getattr(args, "output", "-") != "-"))
         return exit_status(error)
     finally:
         log.removeHandler(progress)

@@ -11836,7 +11836,7 @@ class PullTest(PullCase):
 
     @rows([({"reference": "UPPER"},), ({"format": "none"},), ({"jobs": 0},),
            ({"platform": "a/b/c/d/e"},), ({"username": "alice"},), ({"output": ""},),
-           ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},), ({"timeout": 0},),
+           ({"output": "-"},), ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},), ({"timeout": 0},),
            ({"max_layer_size": -1},), ({"timeout": float("nan")},)])
     def test_pull_function_refuses(self, options):
         with self.fails(imagec.UsageError):
@@ -15549,13 +15549,86 @@ class CommandLineTest(CommandLineCase):
         both = self.done("pull", "-q", "-o", self.output, self.ref, self.ref)
         self.assertEqual(both, [self.ref + "@" + self.digest] * 2)
 
-    def test_pull_uses_images_by_default(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.root)
-        self.done("pull", "-q", self.ref)
-        path = os.path.join("http", self.origin.host, "v2", "lab", "app", "1")
-        self.assertEqual(file_bytes(os.path.join(self.output, path, "manifest.json")),
-                         self.image.manifest)
+    def there(self):
+        """A current directory of its own; what is in it after a pull, by its names."""
+        self.addCleanup(os.chdir, HOME)
+        os.chdir(self.work)
+        return lambda *argv: (self.done("pull", "-q", *argv) and set(os.listdir(".")))
+
+    @rows((  # (options, what it is, names of references, what that makes)
+        ("", "{ref}", "app_1.tar"), ("", "{many}", "app_many.tar"),
+        ("", "{app}@{digest}", "app_sha256-{short}.tar"),
+        ("", "{ref}@{digest}", "app_sha256-{short}.tar"),
+        ("", "{ref} {ref} {many}", "app_1.tar app_many.tar"),
+        ("--platform arm64", "{many}", "app_many_linux-arm64.tar"),
+        ("--platform amd64 --platform aarch64", "{many}",
+         "app_many_linux-amd64+linux-arm64.tar"),
+        ("--platform all --format oci", "{many}", "app_many_all"),
+        ("--without {ref}", "{ref}", "app_1_update.tar"),
+        ("--format rootfs", "{ref}", "app_1"), ("--format oci", "{ref}", "app_1"),
+        ("--format files", "{chart}", "app_chart"), ("-o images", "{ref}", "images"),
+        ("--format layers", "{ref}", "images"), ("-o X.TAR", "{ref} {many}", "X.TAR"),
+        ("-o {root}/work/", "{ref}", "app_1.tar"), ("-o .", "{ref}", "app_1.tar"),
+        ("-o ~/x.tar", "{ref}", "x.tar"), ("-o new/", "{ref} {many}", "new")))
+    def test_where_a_pull_goes(self, options, references, made):
+        os.environ["HOME"] = self.work
+        self.clear()
+        pull = self.there()
+        arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
+        self.origin.add("lab/app", "many", build_index([
+            (self.image, ("linux", "amd64", None)), (arm, ("linux", "arm64", None))]))
+        self.origin.add("lab/app", "chart", build_artifact([("text/x", b"x", "x.txt")]))
+        app = self.ref[:-2]
+        for _ in range(1 if "files" in options or "root" in options else 2):
+            self.assertEqual(pull(*(options + " " + references).format(
+                ref=self.ref, app=app, many=app + ":many", chart=app + ":chart",
+                digest=self.digest, root=self.root).split()),
+                set(made.format(short=self.digest[7:19]).split()))
+        if made == "new":
+            self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
+
+    def test_a_directory_that_holds_images_is_added_to(self):
+        pull = self.there()
+        self.origin.add("lab/app", "2", build_image(FIELD_SMALL[:1]))
+        for format in ("oci", "layers"):
+            pull("-o", format, "--format", format, self.ref)
+            pull("-o", format, self.ref[:-1] + "2")
+            self.assertNotIn("app_2.tar", os.listdir(format))
+            self.assertEqual(faults_of(format), [])
+
+    def test_a_default_name_takes_no_place_of_another_image(self):
+        pull, other = self.there(), self.origin.host + "/lab/other:1"
+        self.origin.add("lab/other", "1", build_image(FIELD_SMALL[:1]))
+        self.origin.add("other/app", "1", build_image(FIELD_SMALL[:1]))
+        for argv, holds in (([], "no image"), ([other], other), (
+                [self.ref, other], "%s, %s" % (self.ref, other))):
+            self.file("work/app_1.tar", b"mine")
+            argv and pull("-o", "app_1.tar", *argv)
+            before = file_bytes("app_1.tar")
+            self.assert_one_line(self.main("pull", "-q", self.ref), 1,
+                                 "app_1.tar: holds %s; use -o" % holds)
+            self.assertEqual((os.listdir("."), file_bytes("app_1.tar")), (
+                ["app_1.tar"], before))
+        ended = self.main("pull", "-q", "--keep-going", self.ref, other)
+        self.assertEqual((ended.status, set(os.listdir("."))), (
+            1, {"app_1.tar", "other_1.tar"}), ended.err)
+        self.assert_one_line(self.main("pull", "-q", self.ref, self.ref.replace(
+            "lab", "other")), 2, "lab/app:1 and .*other/app:1 are both app_1.tar; use -o")
+
+    @rows([(["docker", "podman"], "{0}: docker load -i {0}"),
+           (["podman"], "{0}: podman load -i {0}"),
+           ([], "{0}: docker load -i {0} or podman load -i {0}")])
+    def test_what_to_do_with_it(self, installed, words):
+        self.there()
+        for name in installed:
+            os.chmod(self.file("%s/%s" % (installed[0], name), "#!"), 0o755)
+        self.origin.add("lab/app", "chart", build_artifact([("text/x", b"x", "x.txt")]))
+        for argv, said in (([self.ref], words.format("app_1.tar")),
+                           ([self.ref, "--format", "oci"], "app_1"),
+                           ([self.ref[:-1] + "chart"], "app_chart.tar")):
+            ended = self.main("pull", *argv, 
+                              PATH=os.path.join(self.root, *installed[:1] or ["none"]))
+            self.assertEqual(ended.err.splitlines()[-1], "imagec: " + said)
 
     def test_pull_json(self):
         line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
@@ -16210,13 +16283,19 @@ class CommandLineProgressTest(CommandLineCase):
         self.come(progress, "aa", 999700)
         progress.say("enough")
         self.assertEqual(self.shown(stream.getvalue()), [
-            "1: Pulling from lab/app", "cc: Already exists", "bb: Download complete",
-            "imagec: enough", ""])
+            "1: Pulling from lab/app", "bb: Resuming at 500kB", "cc: Already exists",
+            "bb: Download complete", "imagec: enough", ""])
         self.assertEqual(re.findall("[0-9]/[^\r\n]*", stream.getvalue())[3:], [
             "0/3 500kB/4MB", "0/3 1MB/4MB 500kB/s 0:06 left",
             "1/3 1MB/4MB 500kB/s 0:06 left", "1/3 500kB/4MB 250kB/s 0:14 left",
             "1/3 1.5MB/4MB 750kB/s 0:03 left", "2/3 3MB/4MB 750kB/s 0:01 left",
             "2/3 4MB/4MB 40.3kB/s 0:00 left"])
+
+    def test_images_that_overlap_count_together(self):
+        self.often()
+        self.origin.add("lab/b", "1", build_image([tar_bytes([("b", b"")])]))
+        ended = self.pull("--progress", "plain", self.ref, self.origin.host + "/lab/b:1")
+        self.assertRegex(re.findall("(?m)^[0-9]/.*", ended.err)[-1], "^5/5 ")
 
     def test_at_most_every_ten_seconds(self):
         for kind, seconds in (("plain", 10), ("auto", 0.1)):
@@ -16315,7 +16394,7 @@ FAILURES = (
     ("registry out of order", "digest {ref}", 1, "is out of order: .*HTTP 500",
      "GET /v2/$", status(500), EVER),
     ("compressed archive", "pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
-    ("compressed, short", "pull -o {root}/x.tgz {ref}", 2, "FILE.tar"),
+    ("compressed, short", "pull -o {root}/x.TGZ {ref}", 2, "FILE.tar"),
     ("name for a tree", "pull --tag a:1 {ref}", 2, "--tag goes with"),
     ("name for a root", "pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
     ("URL for a registry", "auth https://{host}", 2, "HOST"),
@@ -16424,6 +16503,8 @@ class CommandLineFailureTest(CommandLineCase):
                     ended = self.pull("-q", "--timeout", "5", "--format", format,
                                       "-o", out, self.ref)
                     self.assertEqual(ended.status, status, ended.err)
+                    self.assertIn("ended by" if number == signal.SIGTERM else
+                                  "interrupted; run it again to go on", ended.err)
                     self.assertTrue(begun)
                     self.assertFalse([one for one in begun if one.is_alive()])
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
@@ -17044,6 +17125,18 @@ class StreamTest(CommandLineCase):
                 self.assertIn(ended.status, statuses)
                 self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
         self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
+
+    @rows((("2>&-",), ("<&- 2>&-",), ("<&- >&-",), ("<&- >&- 2>&-",)))
+    def test_no_file_takes_the_place_of_a_closed_one(self, closed):
+        script = ("import os, sys; sys.path.insert(0, %r); import imagec\n"
+                  "imagec.main(['digest', 'UPPER'])\n"
+                  "sys.exit(os.open(os.devnull, os.O_RDONLY))" % HOME)
+        self.assertGreater(subprocess.call(
+            ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-c", script]), 2)
+        if closed == "2>&-":
+            ended = self.end_of(self.start("pull", "-o", "-", self.ref,
+                                           redirections=closed))
+            self.assertEqual(faults_of(self.file("x.tar", ended.out)), [])
 
     def test_closed_stdin(self):
         process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
@@ -19906,6 +19999,7 @@ class DockerTest(ReadersCase):
         self.assertEqual(len(self.members(self.at("new.tar"))), 3 + 1 + 2 + 3)
         for name in ("old.tar", "new.tar"):
             self.docker("load", "--input", self.at(name))
+            self.docker.ctr("images", "import", "--snapshotter", "native", self.at(name))
         self.assertEqual(self.inspected(new)[1], self.diff_ids)
         copy = "docker://%s/lab/update:3" % self.registry.host
         skopeo_copy("oci:" + self.at("new"), copy, "--preserve-digests")
