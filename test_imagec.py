@@ -17633,9 +17633,20 @@ class ReadmeTest(RegistryCase):
                    for option in action.option_strings if option.startswith("--")}
         named = re.findall("(?<![A-Za-z0-9-])--[a-z][a-z-]*", self.section("Options"))
         self.assertEqual(set(named) | {"--help"}, options)
+        words = {"any": set(imagec.COMMANDS), "*image*": {
+            "inspect", "layers", "ls", "cat", "digest"}}
+        for row, of in re.findall(r"(?m)^\| (`-[^|]*(?:\\\|[^|]*)*) \| ([^| ][^|]*) \|",
+                                  self.section("Options")):
+            of = set().union(*[words.get(one, {one.strip("`")}) for one in of.split(", ")])
+            for option in re.findall("--[a-z-]+", row):
+                self.assertEqual(of, {one.prog.split()[-1] for one in parsers[1:] if (
+                    option in one._option_string_actions)}, option)
+
+    def test_words(self):
+        self.assertLess(len(re.sub(r"(?m)^\|.*", "", self.text).split()), 3000)
 
     def test_exit_statuses(self):
-        rows = re.findall("^\\* ([0-9]+):", self.section("Exit statuses"), re.M)
+        rows = re.findall("^\\| ([0-9]+) ", self.section("Exit statuses"), re.M)
         statuses = set(imagec.EXIT_STATUSES.values()) | {0}
         self.assertEqual({int(row) for row in rows}, statuses)
 
@@ -17671,6 +17682,31 @@ class ReadmeTest(RegistryCase):
             os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output.decode("utf-8", "replace")
+
+    def test_demo_looks_so(self):
+        demo = self.text.partition("```console\n")[2].partition("```")[0]
+        os.chmod(self.file("podman", "#!"), 0o755)
+        self.open.add("library/alpine", "latest", self.index)
+        for part in demo.split("$ python3 imagec.py ")[1:]:
+            command, _, wanted = part.partition("\n")
+            screen = io.StringIO()
+            with mock.patch.object(imagec, "DOCKER_HUB_API", self.open.host), \
+                    mock.patch.dict(os.environ, PATH=self.root), \
+                    mock.patch.multiple(sys, stdout=screen, stderr=screen):
+                self.assertEqual(imagec.main(command.split()), 0)
+            self.assertEqual(*[re.sub("[0-9a-f]{12,}", "HEX", text)
+                               for text in (screen.getvalue(), wanted)])
+
+    @needs("bash", "sha256sum")
+    def test_checksum_and_program(self):
+        checksum = re.search("(?m)^echo .*sha256sum -c$", self.text).group()
+        program = self.text.partition("```python\n")[2].partition("```")[0]
+        shutil.copy(imagec.__file__, os.path.dirname(self.file("work/vendor/imagec.py")))
+        program = program.replace("localhost:5000", self.open.host)
+        for argv in (["bash", "-c", "cd vendor && " + checksum],
+                     [sys.executable, "-c", program]):
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=dict(
+                os.environ, SHA256=sha256(file_bytes(imagec.__file__))[7:]))
 
     @needs("bash")
     def test_every_command(self):
