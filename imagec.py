@@ -46,34 +46,50 @@ if __name__ == "__main__" and not (
     # choose what is imported below, and later.
     del sys.path[0]
 
-import base64
-import collections
-import contextlib
-import errno
-import functools
-import hashlib
-import http.client
-import io
-import ipaddress
-import itertools
-import json
-import logging
-import os
-import random
-import re
-import selectors
-import socket
-import ssl
-import stat
-import struct
-import threading
-import time
-import urllib.parse
-import urllib.request
-import zlib
-from typing import NamedTuple, Optional, Tuple
 
-__version__ = "0.1.0"
+def lacking(error):
+    """What an ImportError of the standard library means, and the package that helps."""
+    return "this Python (%s) has no module %s; %s" % (sys.executable, error.name, {
+        "_ssl": "build it with libssl-dev (Debian) or openssl-devel (RHEL)",
+        "zlib": "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)",
+        "_bz2": "build it with libbz2-dev (Debian) or bzip2-devel (RHEL)",
+        "_lzma": "build it with liblzma-dev (Debian) or xz-devel (RHEL)",
+    }.get(error.name, "install python3 (Debian) or python3-libs (RHEL)"))
+
+
+try:
+    import base64
+    import collections
+    import contextlib
+    import errno
+    import functools
+    import hashlib
+    import http.client
+    import io
+    import ipaddress
+    import itertools
+    import json
+    import logging
+    import os
+    import random
+    import re
+    import selectors
+    import socket
+    import ssl
+    import stat
+    import struct
+    import threading
+    import time
+    import urllib.parse
+    import urllib.request
+    import zlib
+    from typing import NamedTuple, Optional, Tuple
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit("imagec: " + lacking(error))
+
+__version__ = "1.0.0"
 
 __all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "ImagecError", "UsageError", "InvalidReference", "InvalidDocument",
@@ -417,7 +433,6 @@ _HOST = r"(?:{0}(?:\.{0})*|\[[A-Fa-f0-9:]+\])(?::([0-9]{{1,5}}))?".format(_HOST_
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _REFERENCE = re.compile(  # host, its port, repository, tag, digest
     "(%s)/(%s)(?::(%s))?(?:@(.+))?" % (_HOST, _REPOSITORY, _TAG), re.DOTALL)
-_HEX64 = re.compile(r"[a-f0-9]{64}")
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
 _ANY_DIGEST = re.compile(  # the grammar of OCI image-spec, descriptor.md
     "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+")
@@ -496,8 +511,10 @@ class Reference(NamedTuple):
             raise InvalidReference("invalid reference '%s': %s"
                                    % (shown(text, 300), why))
 
-        if _HEX64.fullmatch(text):
-            refuse("looks like an image ID")
+        if re.fullmatch("(?:sha256:)?[a-f0-9]{64}", text):
+            refuse("looks like an image ID, which no registry knows: name the image")
+        if "://" in text:
+            refuse("write it without what ends in ://")
         host, slash, rest = text.partition("/")
         if slash and host in (DOCKER_HUB, "index.docker.io"):
             host = DOCKER_HUB
@@ -1101,7 +1118,7 @@ def _schema1_layers(blobs, history, what):
         text = entry.need("v1Compatibility", str)
         v1 = Document.parse(text.encode("utf-8"), entry.where + ".v1Compatibility")
         name = v1.need("id", str)
-        if not _HEX64.fullmatch(name):
+        if not re.fullmatch("[a-f0-9]{64}", name):
             raise InvalidDocument("%s: 'id' is not 64 lowercase hex digits" % v1.where)
         if name == below:
             continue  # an id stands twice in a row: docker keeps the older
@@ -1854,10 +1871,10 @@ def inflated(chunks, what):
     chunks = itertools.chain([head], chunks)
     try:
         member = None if name == "tar" else _decompressor(name)
-    except ImportError:
+    except ImportError as error:
         if name != "zstd":
-            raise Unsupported("%s is compressed with %s, which this Python was built "
-                              "without" % (what, name)) from None
+            raise Unsupported("%s is compressed with %s" % (what, name),
+                              lacking(error)) from None
         chunks, member = _zstd_program(chunks, what), None
     yield from chunks if member is None else _streams(chunks, name, member, what)
 
@@ -3842,13 +3859,13 @@ class Registry(Endpoint):
         """Raises AccessDenied where we are not who we say, as `docker login` does."""
         self._exchange("GET", "", repository, self.host).close()
 
-    def _document(self, method, path, repository, what, *rest, **headers):
+    def _document(self, method, path, repository, what, *rest, tries=None, **headers):
         """(the Response, its whole body) for a document, tried until it comes."""
         def fetch():
             with self._exchange(method, path, repository, what, headers, *rest) as got:
                 return got, got.read(DOCUMENT_LIMIT, what)
 
-        return self.transport.retrying(fetch)
+        return self.transport.retrying(fetch, tries)
 
     def head_manifest(self, repository, tag):
         """The Digest a tag stands for by the registry's word, None where it gives none.
@@ -3914,13 +3931,15 @@ class Registry(Endpoint):
                               "of his own: pull from a registry that has it")
             raise
 
-    def tags(self, repository):
-        """Yields a repository's tags page by page (distribution-spec, "Listing Tags").
+    def tags(self, repository, once=False):
+        """Yields a repository's tags page by page, or `once`, in one try, of the first.
 
-        What is no tag by the grammar is passed over with a warning.
+        See distribution-spec, "Listing Tags". What is no tag by the grammar is passed
+        over with a warning.
         """
         path, count = "%s/tags/list?n=%d" % (repository, TAG_PAGE), 0
-        for _, body in self.pages(path, repository, "tag list"):
+        for _, body in itertools.islice(self.pages(
+                path, repository, "tag list", int(once)), once or None):
             with naming(self.host):
                 tags = Document.parse(body, "tag list").get("tags", list, [])
             count += len(tags)
@@ -3934,7 +3953,7 @@ class Registry(Endpoint):
                     log.warning("%s: not a tag, passed over: %s", self.host,
                                 printable(tag, 80))
 
-    def pages(self, path, repository, what, **headers):
+    def pages(self, path, repository, what, tries=None, **headers):
         """Yields (Response, body) of each page of a list of a repository's."""
         seen = set()
         while path is not None:
@@ -3942,8 +3961,8 @@ class Registry(Endpoint):
                 raise InvalidDocument("%s: the %s does not end" % (self.host, what))
             seen.add(path)
             with naming(self.host):
-                response, body = self._document("GET", path, repository, "%s of %s"
-                                                % (what, repository), **headers)
+                response, body = self._document("GET", path, repository, "%s of %s" % (
+                    what, repository), tries=tries, **headers)
                 path = self._next_page(response)
             yield response, body
 
@@ -4052,6 +4071,22 @@ class Source:
             one = self.seek(Registry.fetch_manifest, tag)
             found[tag] = one and [Descriptor.of(one, artifact_type=one.artifact_type)]
         return {tag: entries for tag, entries in found.items() if entries}
+
+    def manifest(self, reference):
+        """What a Reference names, decoded; an error tells which tags are like it."""
+        try:
+            return self.ask(Registry.fetch_manifest,
+                            reference.digest or reference.tag)[0]
+        except NotFound as error:
+            if reference.digest is None and error.hint is None:
+                import difflib
+                error.hint = "imagec.py tags %s lists what is there" % reference.name
+                with contextlib.suppress(ImagecError):
+                    near = difflib.get_close_matches(reference.tag, itertools.islice(
+                        self.home.tags(self.repository, once=True), TAG_PAGE), 3, 0)
+                    error.hint = near and "tags like it: " + ", ".join(near) or (
+                        error.hint)
+            raise
 
     def document(self, entry):
         """What a Descriptor leads to, decoded; None where it is not there."""
@@ -4271,6 +4306,8 @@ class Partial:
 
     def discard(self):
         """Removes it."""
+        if os.name == "nt":
+            self.close()  # nor does it remove them
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 
@@ -4427,13 +4464,6 @@ def same_file(source, path, check):
                 copy.write(data)
             copy.flush()
             os.fsync(copy.fileno())
-
-
-def file_identity(path):
-    """What changes when a file is changed by ordinary means."""
-    status = os.stat(path)
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-            status.st_ctime_ns)
 
 
 def unchanged(path, status):
@@ -7167,8 +7197,7 @@ class Session:
                     Registry.head_manifest, reference.tag)[0]
                 if digest is not None:
                     return decode_manifest(held[0], None, digest)
-        return source.ask(Registry.fetch_manifest,
-                          reference.digest or reference.tag)[0]
+        return source.manifest(reference)
 
     def resolve(self, reference, platform=None, held=(), top=None):
         """The Image of `reference` for `platform` (None: this host's; "all").
@@ -7191,7 +7220,8 @@ class Session:
         wanted = platform or Platform.host()
         if image.platform and wanted != "all" and (
                 image.platform[:3] not in [way[:3] for way in wanted.candidates()]):
-            log.warning("%s is for %s, not for %s", reference, image.platform, wanted)
+            log.error("warning: %s is for %s, not for %s",  # with -q, too
+                      reference, image.platform, wanted)
         return image._replace(
             layers=image.layers + blob_layers(others),
             signed=self.prove(reference, image.indexes + (image.manifest,)))
@@ -7702,6 +7732,9 @@ def image_of(reference, registry_url, top, platform, fetch, config_of=None):
     config = config_of(manifest.config) if isinstance(manifest, Manifest) else None
     actual = config.platform if config else Platform.normal(
         "linux", manifest.architecture or "")
+    if platform is wanted and actual.architecture and not indexes and not matching(
+            made_index([Descriptor.of(manifest, platform=actual).as_json()]), wanted):
+        raise NoMatchingPlatform(wanted, [actual])
     return Image(*about, config, actual if actual.architecture else wanted,
                  list_layers(manifest, config))
 
@@ -7835,6 +7868,16 @@ def is_path(text):
         text.lower().endswith(".tar") and os.path.isfile(text))
 
 
+def named(text):
+    """The Reference a user wrote where it cannot be a path; raises UsageError."""
+    if is_path(text):
+        raise UsageError("%s is a path, not a name in a registry" % shown(text, 300),
+                         "ls, inspect and verify read it, push and serve hand it on")
+    if re.fullmatch(r"localhost|(?:localhost|[^/@]+\.[^/@]+):[0-9]{2,5}", text):
+        raise UsageError("%s is a registry" % text, "expected %s/REPOSITORY" % text)
+    return Reference.parse(text)
+
+
 def asked(args, session, outermost=False):
     """The Image `args` name, in a registry or at a path, or the outermost document."""
     text = args.reference
@@ -7850,7 +7893,7 @@ def asked(args, session, outermost=False):
         raise UsageError("--image goes with a path", "for one here write ./PATH")
     if os.path.exists(os.path.join(text, "oci-layout")):
         log.info("for the layout here write ./%s", text)
-    reference = Reference.parse(text)
+    reference = named(text)
     if not outermost:
         return session.resolve(reference, args.platform)
     document = session.manifest(reference)
@@ -8417,7 +8460,9 @@ class Shelf:
         has changed. Raises VerificationError, OSError.
         """
         region = self.blobs.get(digest)
-        identity = region and file_identity(region.path)
+        status = region and os.stat(region.path)
+        identity = status and (status.st_dev, status.st_ino, status.st_size,
+                               status.st_mtime_ns, status.st_ctime_ns)
         if region and self._good.get(region) != identity:
             drain(proved(region.pieces(), digest, region.size))
             self._good[region] = identity
@@ -9128,9 +9173,9 @@ class Terminated(BaseException):
 
 #: Of an error's classes the first that is here, itself before its bases, counts.
 EXIT_STATUSES = {
-    ImagecError: 1, OSError: 1, TooLarge: 1, UsageError: 2, VerificationError: 3,
-    InvalidDocument: 3, NotFound: 4, AccessDenied: 5, KeyboardInterrupt: 130,
-    Terminated: 143}
+    ImagecError: 1, OSError: 1, ImportError: 1, TooLarge: 1, UsageError: 2,
+    VerificationError: 3, InvalidDocument: 3, NotFound: 4, AccessDenied: 5,
+    KeyboardInterrupt: 130, Terminated: 143}
 
 
 class Progress(logging.Handler):
@@ -9254,7 +9299,7 @@ def pinned(image):
 
 
 def _run_pull(args, session):
-    references = list(map(Reference.parse, args.references)) + read_list(
+    references = list(map(named, args.references)) + read_list(
         args.from_file, session.trying)
     tag = None if args.tag is None else Reference.parse(args.tag)
     if not (references or session.failures):
@@ -9503,7 +9548,7 @@ def _run_tags(args, session):
     import fnmatch
     if args.newest is not None and args.newest < 1:
         raise UsageError("--newest %d: at least one" % args.newest)
-    name = Reference.parse(args.reference)._replace(digest=None)
+    name = named(args.reference)._replace(digest=None)
     tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
             if fnmatch.fnmatchcase(tag, args.match))
     if args.newest is not None:
@@ -9653,19 +9698,30 @@ def argument_parser(words=tuple(COMMANDS)):
             raise UsageError(message, "see %s --help" % self.prog)
 
         def parse_known_args(self, args, namespace):
-            for text in args:
+            if not args and self._subparsers:
+                self.error("no command: begin with imagec.py pull alpine")
+            options, others, words, follows = [], [], iter(args), None
+            for text in words:
                 if text == "--" or self._subparsers and text[:1] != "-":
-                    break  # what follows is the command's
-                wrong = wrong_option(text, self._option_string_actions)
-                if wrong:
-                    self.error(wrong)
+                    others += words  # or what is the command's
+                    break
+                before, follows = follows, value_follows(
+                    text, self._option_string_actions, self.error)
+                (others if follows is None and not before else options).append(text)
+            if not self._subparsers:  # argparse takes what are no options in one go
+                args = options + ["--"] * bool(others) + others
             parsed, rest = super().parse_known_args(args, namespace)
-            if rest:  # not shown, as in wrong_option
+            if rest:  # not shown, as below
                 self.error("more arguments than it takes: %d" % len(rest))
             return parsed, rest
 
-    parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--version", action="version", version="imagec " + __version__)
+    parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    digest = "unknown"  # as where this comes from a pipe
+    with contextlib.suppress(NameError, AttributeError, OSError):
+        digest = "--version" in words and Digest.of(__loader__.get_data(__file__))
+    parser.add_argument("--version", action="version",
+                        version="imagec %s %s" % (__version__, digest))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND",
                                      parser_class=Parser)
     commands.required = True  # 3.6 has no argument for it
@@ -9677,12 +9733,12 @@ def argument_parser(words=tuple(COMMANDS)):
     return parser
 
 
-def wrong_option(text, known):
-    """What is wrong with the argument `text`, if it is an option; None for nothing.
+def value_follows(text, known, refuse):
+    """Whether after the option `text` comes its value, None where it is no option.
 
-    `known` are argparse's actions by option. argparse itself takes any beginning of an
-    option for it, `--password SECRET` for `--password-stdin`, and repeats in its errors
-    what was typed. (`allow_abbrev=False` refuses `-j1` before Python 3.8.)
+    `known` are argparse's actions by option, `refuse` raises. argparse itself takes any
+    beginning of an option for it, `--password SECRET` for `--password-stdin`, and
+    repeats what was typed. (`allow_abbrev=False` refuses `-j1` before Python 3.8.)
     """
     if text[:1] != "-" or text == "-" or re.fullmatch("-[0-9.]+", text):
         return None
@@ -9690,13 +9746,15 @@ def wrong_option(text, known):
     if text[:2] != "--":  # of -qj1 the -j: the first that takes a value, or is unknown
         name = next(("-" + letter for letter in text[1:] if "-" + letter not in known
                      or known["-" + letter].nargs != 0), text[:2])
-        value = ""
-    if name in known:
-        return "%s takes no value" % name if value and known[name].nargs == 0 else None
-    if name == "-p" or name.startswith("--pass"):
-        return ("all on this host can read a password on the command line: give it with"
-                " --password-stdin or in IMAGEC_PASSWORD")
-    return "no such option: " + name
+        value = text.partition(name[1])[2]
+    if name == "-p" or name.startswith("--pass") and name not in known:
+        refuse("all on this host can read a password on the command line: give it with "
+               "--password-stdin or in IMAGEC_PASSWORD")
+    if name not in known:
+        refuse("no such option: " + name)
+    if known[name].nargs == 0 and value and text[:2] == "--":
+        refuse("%s takes no value" % name)
+    return known[name].nargs != 0 and not value
 
 
 def read_password(args):
@@ -9737,13 +9795,14 @@ def exit_status(error):
 
 
 def main(argv=None):
-    """Runs the command line `argv` (None: sys.argv); the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Runs the command line `argv`: the exit status. None: sys.argv's, and exits."""
+    if argv is None:  # what zipapp makes drops what comes back
+        sys.exit(main(sys.argv[1:]))
     spare = 0
     while spare < 3:  # or a file would take a closed stream's place, and what it gets
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    progress, level, args = Progress(sys.stderr), log.level, None
+    argv, progress, level, args = list(argv), Progress(sys.stderr), log.level, None
     log.addHandler(progress)
     log.setLevel(logging.INFO)
     try:
@@ -9751,13 +9810,14 @@ def main(argv=None):
         if args.debug or args.quiet:
             log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         return _run(args, progress)
-    except (ImagecError, OSError, KeyboardInterrupt, Terminated) as error:
+    except (ImagecError, OSError, ImportError, KeyboardInterrupt, Terminated) as error:
         if isinstance(error, OSError):
             _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
         log.debug("the error came from here", exc_info=True)
         progress.say(_local_words(error, args) if isinstance(error, OSError)
+                     else lacking(error) if isinstance(error, ImportError)
                      else str(error) or "interrupted" + "; run it again to go on" * (
                          getattr(args, "output", "-") != "-"))
         return exit_status(error)
@@ -9893,4 +9953,4 @@ if __name__ == "__main__":
     if hasattr(gc, "freeze"):  # 3.7
         # What was made up to here lives to the end: looking through it takes 8 ms.
         gc.freeze()
-    sys.exit(main())
+    main()

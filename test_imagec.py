@@ -29,6 +29,7 @@ import gzip
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -58,6 +59,8 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
+import zipapp
+import zipfile
 import zlib
 from email.message import Message
 from unittest import mock
@@ -1514,8 +1517,7 @@ def child(job):
         os.setgroups([])
         os.setgid(job["user"])
         os.setuid(job["user"])
-    sys.argv[1:] = job["argv"]
-    return imagec.main()
+    return imagec.main(job["argv"])
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
     if isinstance(job, int):
@@ -2743,7 +2745,7 @@ BAD_REFERENCES = worded(
     ("expected [HOST[:PORT]/]REPOSITORY", ""),
     ("expected",
      "::1/a", "a___b/c", "a..b", "a.-b", "-a/b", "a-", "app//b", "/app", "app/", "a b",
-     "a/b:", "a:b:c", ":tag", "a:-tag", "a:.tag", "http://x/y", "app:" + LONG_TAG + "t",
+     "a/b:", "a:b:c", ":tag", "a:-tag", "a:.tag", "app:" + LONG_TAG + "t",
      "app@", "h.io./a", "-h.io/a", "h_o.io/a", "[::1%25eth0]/a", "[::ffff:127.0.0.1]/a",
      # T02: `$` takes a final newline, \d and int() other scripts' digits
      "ubuntu\n", "ubuntu:22.04\n", "h.io:80\n/a", "app:" + ARABIC_DIGITS,
@@ -15835,7 +15837,7 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(faults_of(self.file("work/out.tar", ended.out)), [])
 
     def test_version_and_help(self):
-        for option, words in (("--version", r"\Aimagec %s\n\Z" % imagec.__version__),
+        for option, words in (("--version", r"\Aimagec %s " % imagec.__version__),
                               ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
             with self.assertRaises(SystemExit) as caught, \
                     contextlib.redirect_stdout(io.StringIO()) as out:
@@ -16127,6 +16129,14 @@ class CommandLineCredentialsTest(CommandLineCase):
             self.assertEqual((found.jobs, found.quiet, found.username),
                              (jobs, "q" in options, "x"))
         self.assertEqual(parser.parse_args(["serve", "--", "-p"]).paths, ["-p"])
+        for line in ("a -o x b c", "-o x a -q b c", "a b -qo x c", "a -o=x b -- c",
+                     "a --output=x b c", "a -ox b c -q", "-j 2 a b -ox c"):
+            found = parser.parse_args(["pull"] + line.split())
+            self.assertEqual((found.references, found.output.strip("=")),
+                             (["a", "b", "c"], "x"))
+        found = parser.parse_args("cat a --platform arm -- -b".split())
+        self.assertEqual((found.reference, found.path, found.platforms),
+                         ("a", "-b", ["arm"]))
         self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
 
     def test_a_registry_that_asks_for_none_gets_none(self):
@@ -16431,6 +16441,45 @@ FAILURES = (
 )
 
 
+PATH_FOR_REF = ("./x is a path, not a name in a registry; ls, inspect and verify read "
+                "it, push and serve hand it on")
+#: (command line, status, what is said of it). Arm is an image of one platform.
+SENTENCES = (
+    ("", 2, "no command: begin with imagec.py pull alpine; see imagec.py --help"),
+    ("digest {ref} --fast", 2, "no such option: --fast; see imagec.py digest --help"),
+    ("cat {ref}", 2,
+     "the following arguments are required: PATH; see imagec.py cat --help"),
+    ("pull -p x {ref}", 2, "all on this host can read a password on the command line: "
+     "give it with --password-stdin or in IMAGEC_PASSWORD; see imagec.py pull --help"),
+    ("pull {ref} docker://x", 2,
+     "invalid reference 'docker://x': write it without what ends in ://"),
+    ("layers https://quay.io/x", 2,
+     "invalid reference 'https://quay.io/x': write it without what ends in ://"),
+    ("pull ./x", 2, PATH_FOR_REF), ("tags ./x", 2, PATH_FOR_REF),
+    ("tags localhost:5000", 2,
+     "localhost:5000 is a registry; expected localhost:5000/REPOSITORY"),
+    ("pull {host}", 2, "{host} is a registry; expected {host}/REPOSITORY"),
+    ("digest localhost", 2, "localhost is a registry; expected localhost/REPOSITORY"),
+    *(("pull " + name, 2, "invalid reference '%s': looks like an image ID, which no "
+       "registry knows: name the image" % name)
+      for name in ("0" * 64, "sha256:" + "0" * 64)),
+    ("digest {host}/lab/app:man", 4, "manifest lab/app:man: not found: HTTP 404, "
+     "MANIFEST_UNKNOWN: manifest unknown, from http://{host}/v2/lab/app/manifests/man; "
+     "tags like it: many, arm, none"),
+    ("digest {host}/lab/none:1", 4, "manifest lab/none:1: not found: HTTP 404, "
+     "MANIFEST_UNKNOWN: manifest unknown, from http://{host}/v2/lab/none/manifests/1; "
+     "imagec.py tags {host}/lab/none lists what is there"),
+    ("layers --platform amd64 {host}/lab/app:arm", 4, "no image for platform linux/amd64"
+     "; there is: linux/arm/v7, from {host}/lab/app; choose with --platform"),
+    ("layers --platform linux/arm64 {root}/arm.tar", 0),  # it runs there
+    ("layers --platform amd64 {root}/arm.tar", 4, "no image for platform linux/amd64; "
+     "there is: linux/arm/v7, from {root}/arm.tar; choose with --platform"),
+    ("digest {host}/lab/app:arm", 0), ("layers --platform arm {host}/lab/app:none", 0),
+    ("layers {host}/lab/app:arm", 0,
+     "warning: {host}/lab/app:arm is for linux/arm/v7, not for linux/amd64"),
+)
+
+
 class CommandLineFailureTest(CommandLineCase):
     """One clear line and the right status for whatever goes wrong."""
 
@@ -16459,6 +16508,30 @@ class CommandLineFailureTest(CommandLineCase):
             ended = ended._replace(err=ended.err.splitlines(True)[-1])
         self.assert_one_line(ended, code, words.format(**self.words))
         self.assert_nothing_final()
+
+    def test_sentences(self):
+        self.patch(mock.patch.object(imagec.Platform, "host", staticmethod(
+            lambda: imagec.Platform("linux", "amd64"))))
+        for tag, found in (("arm", ("linux", "arm", "v7")), ("none", ("", "", None))):
+            self.origin.add("lab/app", tag, build_image(FIELD_SMALL, platform=found))
+        self.main("pull", "-q", "-o", os.path.join(self.root, "arm.tar"),
+                  self.words["host"] + "/lab/app:arm")
+        for command, status, *sentence in SENTENCES:
+            with self.subTest(command):
+                argv = shlex.split(command.format(**self.words))
+                ended = self.main(*argv[:1] + ["-q"][:len(argv)] + argv[1:])
+                self.assertEqual((ended.status, ended.err), (status, "".join(
+                    "imagec: %s\n" % one.format(**self.words) for one in sentence)))
+
+    def test_tags_like_it_take_one_request(self):
+        for strikes, words in ((EVER, "lists what is there"), (0, "tags like it: ")):
+            self.origin.fault("tags/list", status(503), strikes)
+            del self.origin.requests[:]
+            self.assertIn(words, self.main("digest", self.ref + "2").err)
+            self.assertEqual(len(paths(self.origin, "tags/list")), 1)
+            self.origin.faults.clear()
+        self.main("digest", self.ref)
+        self.assertEqual(len(paths(self.origin, "tags/list")), 1)
 
     @able(os.name == "posix", "signal as POSIX has it")
     def test_t123_SIGTERM_in_a_finalizer(self):
@@ -17104,6 +17177,23 @@ class SignalTest(CommandLineCase):
         self.assertNotEqual(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
 
 
+#: Runs a script in a Python without some modules.
+LACKING = """
+import runpy, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in names:
+            raise ModuleNotFoundError("No module named %r" % name, name=name)
+names, script = sys.argv.pop(1).split(), sys.argv.pop(1)
+for name in set(sys.modules).intersection(names):
+    del sys.modules[name]
+sys.meta_path.insert(0, Finder)
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
 @able(os.name == "posix", "run a POSIX shell")
 class StreamTest(CommandLineCase):
     """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
@@ -17153,6 +17243,55 @@ class StreamTest(CommandLineCase):
         done = subprocess.check_output(
             [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref])
         self.assertEqual(done, self.digest.encode() + b"\n")
+
+    #: (what a Python lacks, command line, status, what is said of it)
+    @rows((
+        *((name, command, 1, "install python3 (Debian) or python3-libs (RHEL)")
+          for name, command in (("http", "pull alpine"), ("json", "--version"),
+                                ("argparse", ""), ("urllib", "selftest"))),
+        ("_ssl", "verify x", 1,
+         "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
+        ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
+        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue",
+         "digest -q {ref}", 0, None)))
+    def test_a_python_that_lacks(self, names, command, status, words):
+        ended = subprocess.run(
+            [sys.executable, "-I", "-c", LACKING, names, MODULE_PATH]
+            + command.format(ref=self.ref).split(), universal_newlines=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((ended.returncode, ended.stderr), (status, words and (
+            "imagec: this Python (%s) has no module %s; %s\n" % (
+                sys.executable, names, words)) or ""))
+
+    def test_ways_to_start(self):
+        package = os.path.dirname(self.file("work/package/imagec.py", house().source))
+        zipapp.create_archive(package, self.at("called.pyz"), main="imagec:main")
+        with zipfile.ZipFile(self.at("renamed.pyz"), "w") as archive:
+            archive.write(MODULE_PATH, "__main__.py")
+        whole = sha256(file_bytes(MODULE_PATH))
+        for (*argv, digest), (status, out, *command) in itertools.product(
+                (("-I", MODULE_PATH, whole), ("-", "unknown"), ("-m", "imagec", whole),
+                 (self.at("called.pyz"), whole), (self.at("renamed.pyz"), whole)),
+                ((0, "imagec 1.0.0 {}\n", "--version"),
+                 (0, self.digest + "\n", "digest", self.ref),
+                 (4, "", "digest", self.ref + "2"))):
+            with self.subTest(argv, command=command), open(MODULE_PATH) as source:
+                ended = subprocess.run(
+                    [sys.executable] + argv + command, stdin=source, cwd=package,
+                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    env=dict(os.environ, COLUMNS="30"))
+                self.assertEqual((ended.returncode, ended.stdout.decode()),
+                                 (status, out.format(digest)))
+
+    def test_two_copies_in_one_process(self):
+        self.patch(mock.patch.object(imagec.log, "filters", imagec.log.filters[:]))
+        spec = importlib.util.spec_from_file_location("vendored", MODULE_PATH)
+        other = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, vendored=other):
+            spec.loader.exec_module(other)
+        for number, one in enumerate((imagec, other)):
+            image = one.pull(self.ref, self.at("%d.tar" % number))
+            self.assertEqual(str(image.digest), self.digest)
 
     def printing(self, stdout):
         """Each command that prints, and how it ends where `stdout` takes nothing."""
@@ -17208,10 +17347,11 @@ class StreamTest(CommandLineCase):
 
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
-    argparse base64 bz2 collections compression concurrent contextlib email errno fcntl
-    fnmatch functools gc getpass glob hashlib hmac http io ipaddress itertools json logging
-    lzma os platform queue random re selectors shutil signal socket socketserver ssl stat
-    struct subprocess sys tempfile threading time typing urllib zlib
+    argparse base64 bz2 collections compression concurrent contextlib difflib email
+    errno fcntl fnmatch functools gc getpass glob hashlib hmac http io ipaddress
+    itertools json logging lzma os platform queue random re selectors shutil signal
+    socket socketserver ssl stat struct subprocess sys tempfile threading time typing
+    urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
