@@ -12787,8 +12787,8 @@ class SignedPullTest(SignedCase):
         for sign in (lambda: None, lambda: self.sign(self.index, SUM_B, mirror),
                      lambda: self.sign(self.index, registry=mirror, secret=2)):
             sign()
-            self.run_it(*argv)
-            self.assertEqual(self.blob_gets(self.image.layers[0]), 0)  # not left
+            run = self.run_it(*argv)
+            self.assertEqual(self.blob_gets(self.image.layers[0]), 0, run.err)
         self.sign(self.index, registry=mirror)
         self.run_it(*argv)
         self.assertEqual(self.blob_gets(), 0)
