@@ -1363,16 +1363,18 @@ class Entry(NamedTuple):
     xattrs: Tuple[Tuple[bytes, bytes], ...] = ()
 
 
-#: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version, owner,
-#: group, device's two numbers, prefix: POSIX.1-2001, ustar.
-_TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
+#: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version (not the
+#: names of owner and group), device's two numbers, prefix: POSIX.1-2001, ustar.
+_TAR_FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 _GNU_MAGIC = b"ustar  \0"
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "file", b"1": "hardlink",
           b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _XATTR = b"SCHILY.xattr."  # pax key prefix; star's, used by Go and GNU tar
+_TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*\Z")
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 
 
+@functools.lru_cache(maxsize=1024)  # modes and owners of many members are the same
 def _tar_number(field):
     """A number in a header: octal as Go reads it, or GNU's base-256. ValueError."""
     if field[0] in (0x80, 0xff):
@@ -1386,20 +1388,23 @@ def _tar_number(field):
 
 def _tar_entry(block):
     """(type, Entry) of a header block, without its extensions; raises ValueError."""
-    (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, _, _, major,
-     minor, prefix) = _TAR_FIELDS.unpack(block)
+    (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor,
+     prefix) = _TAR_FIELDS.unpack(block)
     if checksum[0] & 0x80:
         raise ValueError("a checksum that is not octal")
-    counted = block[:148] + b" " * 8 + block[156:]
-    if sum(counted) != _tar_number(checksum):
+    total = 8 * ord(" ")  # for its own field
+    for part in (block[:148], block[156:400], block[400:]):  # sum(part), but faster:
+        total += (zlib.adler32(part) & 0xffff) - 1  # exact up to 256 bytes, RFC 1950
+    if total != _tar_number(checksum):
         raise ValueError("a checksum that is wrong")
-    if not (size[0] & 0x80 or re.fullmatch(rb" *[0-7]*[ \0]*", size)):
+    if not (size[0] & 0x80 or _TAR_SIZE.match(size)):
         raise ValueError("a size that is not octal")  # readers differ on the rest
     if kind == b"S" and magic != _GNU_MAGIC:
         raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
     name = name.partition(b"\0")[0]
-    if magic[:6] != b"ustar\0" and (magic != _GNU_MAGIC or max(prefix) > 127
-                                    or re.match(rb"[0-7 \0]{24}", prefix)):
+    if prefix[0] and magic[:6] != b"ustar\0" and (
+            magic != _GNU_MAGIC or max(prefix) > 127
+            or re.match(rb"[0-7 \0]{24}", prefix)):
         prefix = b""  # two times with GNU's magic; but Go before 1.8 had prefixes there
     prefix = prefix.partition(b"\0")[0]
     if prefix:
@@ -1551,7 +1556,12 @@ class Tar:
             yield piece
 
     def _take(self, count):
-        return b"".join(self._draw(count))
+        if count > len(self._view):
+            return b"".join(self._draw(count))
+        data, self._view = bytes(self._view[:count]), self._view[count:]
+        self._left -= count
+        self.offset += count
+        return data
 
     def _extension(self, kind, size):
         if size > TAR_EXTENSION_LIMIT:
@@ -1608,8 +1618,9 @@ class Tar:
         if inline:
             sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None
-        held = abs(entry.mtime) < 10 ** 9 << 40  # more than any file system can hold
-        return entry._replace(size=size, mtime=entry.mtime if held else 0), (
+        if abs(entry.mtime) >= 10 ** 9 << 40:  # more than any file system can hold
+            entry = entry._replace(mtime=0)
+        return entry if entry.size == size else entry._replace(size=size), (
             self._spread(_sparse_map(sparse, size, stored)) if self.sparse else
             self._draw(stored))
 
@@ -1697,7 +1708,7 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
         fits(b"path", name, 100), number(b"mode", mode, 7), number(b"uid", uid, 7),
         number(b"gid", gid, 7), number(b"size", size, 11),
         number(b"mtime", mtime // 10 ** 9, 11), b" " * 8, kind,
-        fits(b"linkpath", link, 100), b"ustar\00000", b"", b"",
+        fits(b"linkpath", link, 100), b"ustar\00000",
         number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b"")
     block = block[:148] + b"%06o\0 " % sum(block) + block[156:]
     if mtime % 10 ** 9:
