@@ -6133,6 +6133,7 @@ class LayerStore:
         self._directory = directory
         self._census, self._what = census or Census(), what
         self.entries, self._names = [], 0
+        self._made = None  # the directory that was made last
 
     def visit(self, tar):
         """Keeps the members of a Tar, and nothing of a try before, that failed."""
@@ -6161,8 +6162,10 @@ class LayerStore:
         """Keeps a file's data: where in the store it is. Errors tell its `name`."""
         number = len(self.entries)
         path = self.path(number)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with naming_file(name), open(path, "wb") as file:
+        if number // 1000 != self._made:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._made = number // 1000  # makedirs costs as much as a small file
+        with naming_file(name), open(path, "wb", buffering=0) as file:
             self.write(file, data)
         return number
 
@@ -6173,7 +6176,8 @@ class LayerStore:
             if type(piece) is int:  # a hole
                 file.truncate(file.seek(piece, os.SEEK_CUR))
             else:
-                file.write(piece)
+                while piece:  # without a buffer it may be written in part
+                    piece = piece[file.write(piece):]
 
 
 class LayerPack(LayerStore):
@@ -6408,7 +6412,7 @@ class TreeWriter:
         os.mkdir(base, 0o700)
         directories = []
         for self.at, node, first in self._tree.walk():
-            path, place = self.at, os.path.join(base, self.at)
+            path, place = self.at, base + b"/" + self.at  # join costs as much as lstat
             if os.path.lexists(place):
                 raise Unsupported("%s: two names of the image are one on this file "
                                   "system" % show(path))

@@ -10283,6 +10283,15 @@ class FlatteningTest(unittest.TestCase):
             self.assertEqual((tree.root if path == b"./" else node).entry, entry)
             self.assertEqual(inside, b"d/x")
 
+    def test_a_write_in_part(self):
+        class Stingy(io.BytesIO):
+            def write(self, data):
+                return super().write(data[:3])
+
+        file = Stingy()
+        imagec.LayerStore.write(file, [b"hello", 2, memoryview(b"world")])
+        self.assertEqual(file.getvalue(), b"hello\0\0world")
+
     def test_T068_depth_behind_links(self):
         with self.assertRaises(imagec.LimitExceeded):
             flat_tree(["a/" * 600 + "l->" + "a/" * 600, "a/" * 600 + "l/" + "b/" * 600])
