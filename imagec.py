@@ -4436,6 +4436,35 @@ def check_free(path, needed):
                 needed, disk.free), "free some space or choose another place with -o")
 
 
+def keeps_names(path):
+    """Whether the file system of `path` takes any name for itself alone.
+
+    exFAT and NTFS have no ":", they and macOS know a name in any case of its letters.
+    """
+    import tempfile
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(
+            dir=existing_parent(path)) as place:
+        try:
+            os.mkdir(os.path.join(place, "A:."))
+        except OSError:
+            return False
+        return os.listdir(place) == ["A:."] and not os.path.exists(
+            os.path.join(place, "a:."))
+    return True  # it will be told when it is written to
+
+
+def portable(name):
+    """`name` as any file system takes it: percent-encoded (RFC 3986, 2.1) are ":", "%",
+    capitals, a final ".", and what begins the names that Windows has for devices.
+    """
+    def encoded(found):
+        first, *rest = found.group()
+        return "%%%02x" % ord(first) + "".join(rest)
+
+    name = re.sub(r"[:%A-Z]|\.\Z", encoded, name)
+    return re.sub(r"\A(con|prn|aux|nul|com[0-9]|lpt[0-9])(?=\.|\Z)", encoded, name)
+
+
 def make_directory(base, *parts):
     """The directory BASE/PARTS..., made where it is missing.
 
@@ -5001,9 +5030,8 @@ def _tree_name(path):
     digest = None
     with contextlib.suppress(InvalidReference):
         digest = Digest.parse(tag.replace("-", ":", 1))
-    return host and "%s/%s%s" % (
-        host.replace("_", ":"), repository,  # it was written on Windows
-        "@" + str(digest) if digest else ":" + tag), digest
+    return host and urllib.parse.unquote("%s/%s%s" % (  # see portable
+        host, repository, "@" + str(digest) if digest else ":" + tag)), digest
 
 
 def _tree_documents(reader, tree, digest):
@@ -5553,12 +5581,15 @@ class LayersOutput(Output):
     format = "layers"
     unpacks = verbatim = True
     _known = {}  # (folder, digest) -> Unpacked, as an earlier pull saw it
+    _plain = None  # whether names can be as they are, where that was tried
 
     def _parts(self, reference, registry_url):
         url = urllib.parse.urlsplit(registry_url)
-        host = url.netloc.replace(":", "_") if os.name == "nt" else url.netloc
         name = "%s-%s" % reference.digest if reference.digest else reference.tag
-        return [url.scheme, host, "v2"] + reference.repository.split("/") + [name]
+        parts = [url.scheme, url.netloc, "v2", *reference.repository.split("/"), name]
+        if self._plain is None:
+            self._plain = keeps_names(self.path)
+        return parts if self._plain else list(map(portable, parts))
 
     def _folder(self, image):
         return os.path.join(self.path, *self._parts(image.reference,

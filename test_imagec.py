@@ -9347,6 +9347,35 @@ class StickTest(StoredCase):
         self.verify(self.at("out.tar"))
         del self.origin.requests[:]
 
+    @rows((("host:5000", "host%3a5000"), ("v1", "v1"), ("V1", "%561"), ("a.b", "a.b"),
+           ("a.", "a%2e"), ("con", "%63on"), ("con.1", "%63on.1"), ("CON", "%43%4f%4e"),
+           ("lpt1", "%6cpt1"), ("icon", "icon"), ("%56", "%2556"),
+           ("[fe80::1]:5000", "[fe80%3a%3a1]%3a5000")))
+    def test_names_that_any_file_system_takes(self, name, wanted):
+        self.assertEqual(imagec.portable(name), wanted)
+        self.assertEqual(urllib.parse.unquote(wanted), name)
+
+    @rows(((("A:.",), (), True), (("a:.",), (), False), ((), ("A:.",), False),
+           (("A:.",), ("a:.",), False)))
+    def test_which_file_system_takes_any(self, listed, there, plain):
+        with mock.patch("os.listdir", return_value=list(listed)), mock.patch(
+                "os.path.exists", lambda path: os.path.basename(path) in there):
+            self.assertEqual(imagec.keeps_names(self.work), plain)
+
+    def test_layers_where_names_are_not_kept(self):
+        tags, self.output = ("v1", "V1", "con", "a."), self.at("images")
+        references = [self.serve(ARCHIVE_TARS[:n], "lab/app:" + tag)[0]
+                      for n, tag in enumerate(tags, 1)]
+        with mock.patch.object(imagec, "keeps_names", lambda path: False):
+            for _ in range(2):
+                self.pull("-o", self.output, "--format", "layers", *references)
+        folders = [os.path.relpath(path, self.output) for path, status in
+                   below(self.output) if stat.S_ISDIR(status.st_mode)]
+        self.assertEqual(len({path.lower() for path in folders}), len(folders))
+        self.assertNotRegex(" ".join(folders), r":|[A-Z]|\.(/|\Z)|/con(/|\Z)")
+        self.verify(self.output)
+        self.assertEqual(set(imagec.Shelf(self.output).tags("lab/app")), set(tags))
+
     @rows((("archive", "out.tar", 3000, 3500), ("oci", "out", 1000, 5000)))
     def test_file_that_may_not_grow_that_large(self, format, name, *sizes):
         def seek(fd, offset, whence):  # as Linux does beyond what a file system holds
@@ -9376,11 +9405,13 @@ class StickTest(StoredCase):
             if done.returncode:
                 self.skipTest(CANNOT + "mount by FUSE")
         self.addCleanup(subprocess.check_call, ("fusermount", "-u", self.at("stick")))
-        for options, name in (((), "x.tar"), (("--format", "oci"), "layout")) * 2:
+        for options, name in (((), "x.tar"), (("--format", "oci"), "layout"),
+                              (("--format", "layers"), "images")) * 2:
             self.pull(*options, "-o", self.at("stick", name),
                       self.serve(ARCHIVE_TARS)[0])
             self.verify(self.at("stick", name))
-        self.assertEqual(sorted(os.listdir(self.at("stick"))), ["layout", "x.tar"])
+        self.assertEqual(sorted(os.listdir(self.at("stick"))),
+                         ["images", "layout", "x.tar"])
 
 
 class OCIOutputTest(StoredCase):
