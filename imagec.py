@@ -38,13 +38,15 @@ Importing this module does nothing. Only `ImagecError` (with its subclasses) and
 `logging.getLogger("imagec")`. What is in `__all__`, and nothing else, is promised.
 """
 
+import gc
 import sys
 
-if __name__ == "__main__" and not (
-        sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    # The script's directory, or with -m the current one: whoever can write there would
-    # choose what is imported below, and later.
-    del sys.path[0]
+if __name__ == "__main__":
+    gc.disable()  # for what is made down to the last line lives to the end
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        # The script's directory, or with -m the current one: whoever can write there
+        # would choose what is imported below, and later.
+        del sys.path[0]
 
 
 def lacking(error):
@@ -83,7 +85,6 @@ try:
     import urllib.parse
     import urllib.request
     import zlib
-    from typing import NamedTuple, Optional, Tuple
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -434,8 +435,8 @@ _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _REFERENCE = re.compile(  # host, its port, repository, tag, digest
     "(%s)/(%s)(?::(%s))?(?:@(.+))?" % (_HOST, _REPOSITORY, _TAG), re.DOTALL)
 _DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}  # hex digits; go-digest
-_ANY_DIGEST = re.compile(  # the grammar of OCI image-spec, descriptor.md
-    "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+")
+#: The grammar of OCI image-spec, descriptor.md.
+_ANY_DIGEST = "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+"
 
 
 def shown(text, limit=None):
@@ -447,11 +448,20 @@ def shown(text, limit=None):
                      limit)
 
 
-class Digest(NamedTuple):
+def value_type(name, fields, *defaults):
+    """A base for a class of values: a named tuple. `defaults` are of its last fields.
+
+    typing.NamedTuple would cost every start what typing costs.
+    """
+    base = collections.namedtuple(name, fields)
+    base.__new__.__defaults__ = defaults  # 3.6 has no other way
+    return base
+
+
+class Digest(value_type("Digest", "algorithm hex")):
     """A digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
 
-    algorithm: str
-    hex: str
+    __slots__ = ()
 
     @classmethod
     def parse(cls, text):
@@ -491,15 +501,12 @@ class Digest(NamedTuple):
         return "%s:%s" % self
 
 
-class Reference(NamedTuple):
+class Reference(value_type("Reference", "host repository tag digest")):
     """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or
     None, `digest` or None. With both, the digest decides and the tag is only a name.
     """
 
-    host: str
-    repository: str
-    tag: Optional[str]
-    digest: Optional[Digest]
+    __slots__ = ()
 
     @classmethod
     def parse(cls, text):
@@ -584,15 +591,12 @@ _VARIANTS = {  # of an architecture: spelling -> norm
 }
 
 
-class Platform(NamedTuple):
+class Platform(value_type("Platform", "os architecture variant os_version", "", "")):
     """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
     Of `os_version`, a build of Windows, any will do.
     """
 
-    os: str
-    architecture: str
-    variant: str = ""
-    os_version: str = ""
+    __slots__ = ()
 
     @classmethod
     def normal(cls, os, architecture, variant="", os_version=""):
@@ -789,7 +793,7 @@ class Document:
         It may be of an algorithm that we cannot check: see Digest.require_known.
         """
         algorithm, _, encoded = str(value).partition(":")
-        if algorithm not in _DIGEST_LENGTHS and _ANY_DIGEST.fullmatch(str(value)):
+        if algorithm not in _DIGEST_LENGTHS and re.fullmatch(_ANY_DIGEST, str(value)):
             return Digest(algorithm, encoded)
         try:
             return Digest.parse(value)
@@ -825,15 +829,14 @@ class Document:
                 for i, value in enumerate(values)]
 
 
-class PrettySignature(NamedTuple):
+class PrettySignature(value_type("PrettySignature", "payload signed")):
     """A schema1 body taken apart: `payload` is what was signed and its digest covers.
 
     `signed` tells whether there were signatures. Whatever else the body holds is not
     covered by anything (CVE-2014-8179): parse the payload, never the body.
     """
 
-    payload: bytes
-    signed: bool
+    __slots__ = ()
 
     @classmethod
     def parse(cls, body, what="manifest"):
@@ -865,7 +868,9 @@ class PrettySignature(NamedTuple):
 # 5  Manifests: bytes -> value: manifests, indexes, configs
 # --------------------------------------------------------------------------------------
 
-class Descriptor(NamedTuple):
+class Descriptor(value_type(
+        "Descriptor", "media_type digest size platform annotations artifact_type",
+        None, {}, "")):
     """A pointer to content (OCI image-spec, descriptor.md).
 
     `size` is in bytes, None where the manifest does not say (schema1); `platform` is
@@ -873,12 +878,7 @@ class Descriptor(NamedTuple):
     in an entry of an index only: others do not suffer by it.
     """
 
-    media_type: str
-    digest: Digest
-    size: Optional[int]
-    platform: Optional[Platform] = None
-    annotations: dict = {}
-    artifact_type: str = ""
+    __slots__ = ()
 
     @property
     def is_tar(self):
@@ -923,36 +923,27 @@ def _platform(document):
     return Platform.normal(*parts) if any(parts) else None
 
 
-class Manifest(NamedTuple):
+class Manifest(value_type(
+        "Manifest", "raw media_type digest config layers artifact_type subject "
+        "annotations", "", None, {})):
     """A schema2 or OCI image manifest: `raw` bytes as received, and what they say.
 
     `artifact_type` says what it is if not an image, "" for an image; `subject` is what
     it refers to, None for nothing.
     """
 
-    raw: bytes
-    media_type: str
-    digest: Digest
-    config: Descriptor
-    layers: Tuple[Descriptor, ...]
-    artifact_type: str = ""
-    subject: Optional[Digest] = None
-    annotations: dict = {}
+    __slots__ = ()
 
 
-class Index(NamedTuple):
+class Index(value_type(
+        "Index", "raw media_type digest manifests subject annotations", None, {})):
     """A docker manifest list or OCI image index; for `subject` see Manifest."""
 
-    raw: bytes
-    media_type: str
-    digest: Digest
-    manifests: Tuple[Descriptor, ...]
-    subject: Optional[Digest] = None
-    annotations: dict = {}
+    __slots__ = ()
     artifact_type = ""  # see Manifest
 
 
-class Layer(NamedTuple):
+class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False, None)):
     """One layer of an image.
 
     `id` is the v1 id for schema1, else the hex of the OCI chainID; `blob` the
@@ -962,12 +953,7 @@ class Layer(NamedTuple):
     the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
     """
 
-    id: str
-    blob: Descriptor
-    diff_id: Optional[Digest]
-    v1_json: str
-    throwaway: bool = False
-    size: Optional[int] = None
+    __slots__ = ()
 
     @property
     def opaque(self):
@@ -985,17 +971,14 @@ class Layer(NamedTuple):
         return self.blob.size
 
 
-class Schema1Manifest(NamedTuple):
+class Schema1Manifest(value_type(
+        "Schema1Manifest", "raw media_type digest architecture layers")):
     """A docker schema1 manifest; `layers` oldest first, repeated entries taken out.
 
     `digest` covers the payload of its pretty signature, not `raw`.
     """
 
-    raw: bytes
-    media_type: str
-    digest: Digest
-    architecture: str
-    layers: Tuple[Layer, ...]
+    __slots__ = ()
     artifact_type, subject, annotations = "", None, {}  # see Manifest
 
 
@@ -1204,13 +1187,10 @@ def choose(fetch, document, platform):
         if entry.platform and entry.platform.os != "unknown"])
 
 
-class ImageConfig(NamedTuple):
+class ImageConfig(value_type("ImageConfig", "raw value platform diff_ids")):
     """An image config (OCI image-spec, config.md): `raw` bytes, `value` the object."""
 
-    raw: bytes
-    value: dict
-    platform: Platform
-    diff_ids: Tuple[Digest, ...]
+    __slots__ = ()
 
     @classmethod
     def parse(cls, raw, what="config"):
@@ -1343,7 +1323,9 @@ def with_layers(manifest, layers):
 # 6  Tar: chunks -> members and their data, and back
 # --------------------------------------------------------------------------------------
 
-class Entry(NamedTuple):
+class Entry(value_type(
+        "Entry", "path kind size mode uid gid mtime link device xattrs",
+        b"", (0, 0), ())):
     """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
@@ -1351,16 +1333,7 @@ class Entry(NamedTuple):
     `device` is (major, minor).
     """
 
-    path: bytes
-    kind: str
-    size: int
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
-    link: bytes = b""
-    device: Tuple[int, int] = (0, 0)
-    xattrs: Tuple[Tuple[bytes, bytes], ...] = ()
+    __slots__ = ()
 
 
 #: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version (not the
@@ -1970,14 +1943,12 @@ def _zstd_program(chunks, what):
                 raise errors[0]
 
 
-class Unpacked(NamedTuple):
+class Unpacked(value_type("Unpacked", "diff_id size bytes")):
     """What a layer unpacks to: its `diff_id`, the `size` in its tar headers in bytes (0
     for the empty layer), and how many `bytes` of tar there are.
     """
 
-    diff_id: Digest
-    size: int
-    bytes: int
+    __slots__ = ()
 
 
 def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_on,
@@ -2043,11 +2014,10 @@ def prove(chunks, blob, unpack=None):
 
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
 _HUB_NAMES = (DOCKER_HUB, "index.docker.io", DOCKER_HUB_API)
-_CONTROL = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # RFC 7617, and what is no UTF-8
+_CONTROL = "[\0-\x1f\x7f\ud800-\udfff]"  # RFC 7617, and what is no UTF-8
 #: Of a password; against the RFC, but a cloud's JSON key is one, of many lines.
-_NO_PASSWORD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_NO_TOKEN = re.compile("[^!-~]")
-_HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NO_PASSWORD = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
+_NO_TOKEN = "[^!-~]"
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
 _HELPER_EMPTY = ("credentials not found in native keychain",
                  "no credentials server URL", "no credentials username")
@@ -2073,7 +2043,7 @@ class Credentials:
                 ("user name", username, _CONTROL), ("password", password, _NO_PASSWORD),
                 ("identity token", identity_token, _NO_TOKEN),
                 ("registry token", registry_token, _NO_TOKEN)):
-            if value and unfit.search(value):
+            if value and re.search(unfit, value):
                 raise UsageError("the %s, from %s, holds a character that cannot be "
                                  "sent, or a line break" % (what, source))
         SECRETS.add(password, identity_token, registry_token)
@@ -2279,7 +2249,7 @@ def _ask_helper(suffix, server, source):
     """
     import shutil
     program = "docker-credential-" + suffix
-    if not _HELPER_NAME.fullmatch(suffix):
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", suffix):
         raise CredentialsError("%s: not a name of a credential helper: %s"
                                % (source, printable(suffix, 80)))
     path = shutil.which(program)
@@ -3416,19 +3386,16 @@ def rate_limit(headers):
 # --------------------------------------------------------------------------------------
 
 _WRONG_PASSWORD = "check the user name and password, or where they come from"
-_AUTH_PARAM = re.compile(
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
-    r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)', re.DOTALL)
-_AUTH_SCHEME = re.compile(  # with a token68 behind it or without
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
-    r"(?:[ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z)")
+_AUTH_PARAM = (r"(?s)([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
+               r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)')
+_AUTH_SCHEME = (r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"  # with a token68 behind it or without
+                r"(?:[ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z)")
 
 
-class Challenge(NamedTuple):
+class Challenge(value_type("Challenge", "scheme parameters")):
     """A challenge of a WWW-Authenticate header: lowercase `scheme`, `parameters`."""
 
-    scheme: str
-    parameters: dict
+    __slots__ = ()
 
     @classmethod
     def parse(cls, values):
@@ -3445,8 +3412,8 @@ class Challenge(NamedTuple):
         found, at = [], 0
         while True:
             at = re.compile(r"[\s,]*").match(value, at).end()
-            parameter = _AUTH_PARAM.match(value, at) if found else None
-            scheme = _AUTH_SCHEME.match(value, at)
+            parameter = re.compile(_AUTH_PARAM).match(value, at) if found else None
+            scheme = re.compile(_AUTH_SCHEME).match(value, at)
             if parameter:
                 name, quoted, plain = parameter.groups()
                 if quoted is not None:
@@ -3542,7 +3509,7 @@ def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts
             raise InvalidDocument(
                 "token reply holds a token that is not printable ASCII")
         renewed = document.get("refresh_token", str)
-        if renewed and not _NO_TOKEN.search(renewed) and (
+        if renewed and not re.search(_NO_TOKEN, renewed) and (
                 credentials and credentials.identity_token):
             SECRETS.add(renewed)
             credentials.identity_token = renewed  # the old one may be good no longer
@@ -4147,17 +4114,14 @@ _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
-class Event(NamedTuple):
+class Event(value_type("Event", "status id current total", "", None, None)):
     """Something to tell who watches: docker's event stream, as a value.
 
     `id` is the short name of a layer, "" for the whole; `current` and `total` are
     bytes, None where they mean nothing.
     """
 
-    status: str
-    id: str = ""
-    current: Optional[int] = None
-    total: Optional[int] = None
+    __slots__ = ()
 
 
 @contextlib.contextmanager
@@ -4515,12 +4479,10 @@ def unchanged(path, status):
     return False
 
 
-class Region(NamedTuple):
+class Region(value_type("Region", "path offset size")):
     """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
 
-    path: str
-    offset: int
-    size: int
+    __slots__ = ()
 
     def open(self):
         """The file, at the first of them: a regular one, no link, and not waited for.
@@ -4631,7 +4593,7 @@ def blob_name(digest):
     return "blobs/%s/%s" % digest
 
 
-_FOLDER_LINK = re.compile(rb"\.\./((?:[0-9a-f]{64}/)?[0-9A-Za-z_][0-9A-Za-z_.-]*)")
+_FOLDER_LINK = rb"\.\./((?:[0-9a-f]{64}/)?[0-9A-Za-z_][0-9A-Za-z_.-]*)"
 
 
 class TarReader(Reader):
@@ -4659,7 +4621,7 @@ class TarReader(Reader):
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
                 link = entry.kind == "symlink" and name.count("/") == 1 and (
-                    _FOLDER_LINK.fullmatch(entry.link))
+                    re.fullmatch(_FOLDER_LINK, entry.link))
                 region = link.group(1).decode("ascii") if link else None
                 if entry.kind == "file" and not tar.sparse:
                     region = Region(self.path, tar.offset, entry.size)
@@ -4710,7 +4672,9 @@ def open_place(path, check=go_on, unlisted=_raise):
     return Reader(path, check, unlisted)
 
 
-class Origin(NamedTuple):
+class Origin(value_type(
+        "Origin", "digest repository platforms indexes subject without",
+        (), None, ())):
     """Where an entry of a layout is from, as the pull that made it notes there.
 
     `digest` is what the reference stood for, `repository` its `HOST/NAME`, `platforms`
@@ -4721,12 +4685,7 @@ class Origin(NamedTuple):
     `without` are the layers left out, for they are elsewhere.
     """
 
-    digest: Digest
-    repository: str
-    platforms: str
-    indexes: Tuple[Digest, ...] = ()
-    subject: Optional[Digest] = None
-    without: Tuple[Digest, ...] = ()
+    __slots__ = ()
 
     def annotations(self):
         """The annotations that say so; `of` reads them back."""
@@ -4751,7 +4710,7 @@ class Origin(NamedTuple):
                    without) if digest else None
 
 
-class Stored(NamedTuple):
+class Stored(value_type("Stored", "reader tree name tag digest origin documents")):
     """What a name in a layout, an archive or a `layers` tree leads to.
 
     `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
@@ -4761,13 +4720,7 @@ class Stored(NamedTuple):
     names of its files in the `reader` begin with, None in a layout.
     """
 
-    reader: Reader
-    tree: Optional[str]
-    name: Optional[str]
-    tag: Optional[str]
-    digest: Optional[Digest]
-    origin: Optional[Origin]
-    documents: object
+    __slots__ = ()
 
     @property
     def along(self):
@@ -5054,26 +5007,21 @@ def _tree_documents(reader, tree, digest):
         raise InvalidDocument("it is an index, not an image")
 
 
-class Fetched(NamedTuple):
+class Fetched(value_type("Fetched", "blob region unpacked reused")):
     """A proved blob: its Descriptor, with the size; the Region it is in; what it
     unpacks to, None where it was not unpacked; whether it was there already.
     """
 
-    blob: Descriptor
-    region: Region
-    unpacked: Optional[Unpacked]
-    reused: bool
+    __slots__ = ()
 
 
-class Place(NamedTuple):
+class Place(value_type("Place", "path regions known", (), None)):
     """Where a blob goes to, the file `path`, unless it is there or one of `regions`.
 
     `known` is what it unpacks to, as an earlier pull saw it; None: unpack it to tell.
     """
 
-    path: str
-    regions: Tuple[Region, ...] = ()
-    known: Optional[Unpacked] = None
+    __slots__ = ()
 
     def found(self):
         """The Regions that may be the blob; a guess, by their names."""
@@ -5370,7 +5318,10 @@ class Ranges:
 # An output never sees the network. It says where each blob goes, and is told when all
 # are there; only then does it write what makes them an image. Bytes stay as they came.
 
-class Image(NamedTuple):
+class Image(value_type(
+        "Image", "reference registry_url digest indexes manifest config platform "
+        "layers below format path subject named signed without",
+        (), None, None, None, True, (), ())):
     """An image: as its registry describes it, and at last as a pull has made it.
 
     `digest` is what the reference stands for: the outermost document's. `indexes` are
@@ -5389,21 +5340,7 @@ class Image(NamedTuple):
     Digests of the layers that are left out.
     """
 
-    reference: Reference
-    registry_url: str
-    digest: Digest
-    indexes: Tuple[Index, ...]
-    manifest: object
-    config: Optional[ImageConfig]
-    platform: object
-    layers: Tuple[Layer, ...]
-    below: tuple = ()
-    format: Optional[str] = None
-    path: Optional[str] = None
-    subject: Optional[Digest] = None
-    named: bool = True
-    signed: tuple = ()
-    without: Tuple[Digest, ...] = ()
+    __slots__ = ()
 
     @property
     def wanted(self):
@@ -6686,11 +6623,10 @@ _ENDINGS = (  # by what is in a media type
     ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("text/", ".txt"), ("", ""))
 
 
-class _Blob(NamedTuple):
+class _Blob(value_type("_Blob", "where shared")):
     """A file that is one member's data, in the shape of a LayerStore."""
 
-    where: str
-    shared: bool
+    __slots__ = ()
 
     def path(self, _number):
         return self.where
@@ -6810,15 +6746,13 @@ _KEY_KINDS = {
 }
 
 
-class PublicKey(NamedTuple):
+class PublicKey(value_type("PublicKey", "name curve numbers")):
     """A public key: its point on a `curve`, or RSA's modulus and exponent: `numbers`.
 
     `name` is what messages call it: its file.
     """
 
-    name: str
-    curve: Optional[tuple]
-    numbers: Tuple[int, int]
+    __slots__ = ()
 
     @classmethod
     def parse(cls, pem, name):
@@ -8397,10 +8331,10 @@ def _run_cat(args, session):
 # The pull part of the OCI distribution-spec. A request names things in a table made
 # when the server starts; no path is ever made of it.
 
-_ROUTE = re.compile(r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs|"
-                    r"referrers)/(?P<what>[^/]+)|tags/list)|_catalog|)".format(
-                        r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
-_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")  # RFC 7230, 3.2
+_ROUTE = (r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs|referrers)/"
+          r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
+              r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
+_FIELD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*"  # RFC 7230, 3.2
 
 
 class Shelf:
@@ -8619,7 +8553,8 @@ class RegistryHandler:
         self.server.waits(self.connection, False)
         lengths = self.headers.get_all("Content-Length", [])
         if (self.headers.defects or self.headers.get_payload() or lengths[1:]
-                or not all(map(_FIELD.fullmatch, map(":".join, self.headers.items())))
+                or not all(re.fullmatch(_FIELD, ":".join(one)) for one in
+                           self.headers.items())
                 or not all(re.fullmatch(r"[0-9]+[ \t]*", one) for one in lengths)):
             self.close_connection = True
             self.fail(400, "UNSUPPORTED", "malformed header fields")
@@ -8671,7 +8606,7 @@ class RegistryHandler:
 
     def answer(self, url):
         """Finds out what is asked for, and sends it."""
-        match = _ROUTE.fullmatch(urllib.parse.unquote(url.path))
+        match = re.fullmatch(_ROUTE, urllib.parse.unquote(url.path))
         query, shelf = dict(urllib.parse.parse_qsl(url.query)), self.server.shelf
         if not match:
             return self.fail(404, "NAME_INVALID", "no such place")
@@ -9578,15 +9513,15 @@ def _run_auth(args, session):
 
 
 #: A number in a tag, a mark of what comes before a release (PEP 440, semver.org), else.
-_VERSION_PART = re.compile("([0-9]+)|((?:alpha|beta|rc|pre|preview|dev|snapshot|nightly"
-                           "|canary)(?![a-z])|[ab](?=[0-9]))|([a-z]+)")
+_VERSION_PART = ("([0-9]+)|((?:alpha|beta|rc|pre|preview|dev|snapshot|nightly|canary)"
+                 "(?![a-z])|[ab](?=[0-9]))|([a-z]+)")
 
 
 def version_key(tag):
     """What sorts tags by version: numbers as such, a pre-release before its release."""
     parts = [(2, int(number)) if number else (0, mark) if mark else (1, word)
-             for number, mark, word in _VERSION_PART.findall(
-                 re.sub("^v(?=[0-9])", "", tag.lower()))]
+             for number, mark, word in re.findall(
+                 _VERSION_PART, re.sub("^v(?=[0-9])", "", tag.lower()))]
     return parts + [(1, "")], tag
 
 
@@ -9995,8 +9930,7 @@ def _forget(stream):
 
 
 if __name__ == "__main__":
-    import gc
     if hasattr(gc, "freeze"):  # 3.7
-        # What was made up to here lives to the end: looking through it takes 8 ms.
-        gc.freeze()
+        gc.freeze()  # looking through all that takes 8 ms each time
+    gc.enable()
     main()
