@@ -14136,7 +14136,7 @@ SERVE_TREES = (
     ("https/quay.io/v2/v2/v2", "quay.io/v2", "v2"),
     ("http/localhost:5000/v2/a/b/c/d/latest", "localhost:5000/a/b/c/d", "latest"),
     ("https/registry-1.docker.io/v2/library/alpine/3.20", "alpine", "3.20"),
-    ("http/localhost_5000/v2/lab/app/1", "localhost:5000/lab/app", "1"),  # Windows
+    ("http/localhost%3a5000/v2/lab/app/1", "localhost:5000/lab/app", "1"),  # Windows
 )
 
 
