@@ -3113,6 +3113,7 @@ class Transport:
             if (response.status not in (301, 302, 303, 307, 308) or location is None
                     or data is not None):
                 response.first_rank = (ranks[1:] + [response.rank])[0]
+                response.trusting = trusting
                 return response
             response.discard()
             parts = checked_url(location, url)
@@ -4231,8 +4232,10 @@ class Partial:
         os.lseek(self._fd, 0, os.SEEK_SET)
         return iter(lambda: os.read(self._fd, CHUNK), b"")
 
-    def skip(self, size):
-        """Keeps `size` bytes that it has already."""
+    def skip(self, offset, size):
+        """Keeps `size` bytes that it has already, at `offset`: here, it must be."""
+        if os.lseek(self._fd, 0, os.SEEK_CUR) != offset:
+            raise OutputError(self.path, "is not what it seemed to be", "pull again")
         os.lseek(self._fd, size, os.SEEK_CUR)
 
     def truncate(self, size=0):
@@ -4412,8 +4415,7 @@ def keeps_names(path):
             os.mkdir(os.path.join(place, "A:."))
         except OSError:
             return False
-        return os.listdir(place) == ["A:."] and not os.path.exists(
-            os.path.join(place, "a:."))
+        return not os.path.exists(os.path.join(place, "a:."))
     return True  # it will be told when it is written to
 
 
@@ -5201,7 +5203,8 @@ class Download:
                 return
         self._resumed = True
         yield from Ranges(self._source, self._blob, response, self._origin,
-                          self._share(), os.path.dirname(self._place.path)).chunks(at)
+                          max(1, self._share()),
+                          os.path.dirname(self._place.path)).chunks(at)
 
     def _continues(self, response, offset):
         """Whether a response holds exactly the bytes from `offset` on."""
@@ -5215,9 +5218,15 @@ class Download:
     def _slow(self, response, begun, came, at):
         """Whether more connections would sooner bring what comes from byte `at` on."""
         seconds = self._source.transport.clock() - begun
-        return (seconds >= RANGES_AFTER and self._blob.size - at > RANGES_LEFT
+        left, share = self._blob.size - at, self._share()
+        if not (seconds >= RANGES_AFTER and left > RANGES_LEFT and share > 1
                 and came < RANGES_PACE * seconds and not response.coded
-                and self._origin[0].ranges and self._share() > 1)
+                and self._origin[0].ranges):
+            return False
+        with contextlib.suppress(OutputError):  # no room for what comes early
+            check_free(self._place.path, left + 2 * share * RANGE)
+            return True
+        return False
 
 
 class Ranges:
@@ -5301,7 +5310,7 @@ class Ranges:
         if url is not None:
             response = self._source.transport.open(
                 "GET", url, {"Range": byte_range(start, end)},
-                trusting=self._first.first_rank)
+                trusting=self._first.trusting)
             if response.status == 206:
                 return response
             response.discard()  # it was good for a time
@@ -5871,6 +5880,8 @@ class ArchiveOutput(Spooled):
         """
         at, end = len(_prologue()), os.path.getsize(path)
         with Region(path, 0, end).open() as file:
+            if not ours_alone(path, os.fstat(file.fileno())):
+                return  # who may write to it may do so behind the proof
             for digest, layer in self._order.items():
                 header = _member_header(blob_name(digest), layer.blob.size or 0)
                 file.seek(at)
@@ -5919,7 +5930,7 @@ class ArchiveOutput(Spooled):
                 self._done.add(blob.digest)
                 self._write(_member_header(blob_name(blob.digest), blob.size))
                 if region.path == self.path + PARTIAL:
-                    self._target.skip(blob.size)
+                    self._target.skip(region.offset, blob.size)
                 else:
                     for data in region.pieces(self.check):
                         self._write(data)
@@ -5931,7 +5942,9 @@ class ArchiveOutput(Spooled):
 
     def close(self, images):
         tail = self._tail(images)
-        stays = self._done is None and self._status and self._ends(tail)
+        stays = (self._done is None and self._status and self._ends(tail)
+                 and ours_alone(self._old, self._status)
+                 and not os.path.islink(self.path))
         if not stays:
             self._move()
             self._target.truncate(None)
@@ -5956,7 +5969,7 @@ class ArchiveOutput(Spooled):
         """What stands behind the layers of these."""
         images = [(image, self.name_of(image)) for image in images]
         documents = dict(pair for image, _ in images for pair in image.documents)
-        blobs = {layer.digest for image, _ in images for layer in image.layers}
+        blobs = {layer.digest for image, _ in images for layer in image.wanted}
         members = [(blob_name(digest), raw) for digest, raw in documents.items()
                    if digest not in blobs]  # of an artifact, say
         lists, repositories = {"index.json": [], REFERRERS: []}, {}
@@ -7256,22 +7269,24 @@ class Session:
         only = None if self.referrers else [
             entry.digest for image in images for *_, entry in image.signed if entry]
         for image in images:
-            found, raws = [image], []
-            for above, one in ((above, one) for above in found  # it grows
-                               for one in (*above.indexes, above.manifest,
-                                           *above.below)):
-                if (above.reference.name, one.digest) in seen:
-                    continue
-                seen.add((above.reference.name, one.digest))
-                for more in self._referring(above, one.digest, only):
-                    found.append(more)
-                    raws += [raw for _, raw in more.documents]
-                    if len(raws) > DOCUMENT_COUNT_LIMIT or (
-                            sum(map(len, raws)) > DOCUMENT_BYTES_LIMIT):
-                        raise LimitExceeded("too much refers to %s"
-                                            % (image.reference,))
-            along += found[1:]
+            with self.trying(image.reference):
+                along += self._referring_all(image, only, seen)
         return along
+
+    def _referring_all(self, image, only, seen):
+        found, raws = [image], []
+        for above, one in ((above, one) for above in found  # it grows
+                           for one in (*above.indexes, above.manifest, *above.below)):
+            if (above.reference.name, one.digest) in seen:
+                continue
+            seen.add((above.reference.name, one.digest))
+            for more in self._referring(above, one.digest, only):
+                found.append(more)
+                raws += [raw for _, raw in more.documents]
+                if len(raws) > DOCUMENT_COUNT_LIMIT or (
+                        sum(map(len, raws)) > DOCUMENT_BYTES_LIMIT):
+                    raise LimitExceeded("too much refers to %s" % (image.reference,))
+        return found[1:]
 
     def _referring(self, above, digest, only):
         """Yields the Images of what refers to a document of the Image `above`."""
@@ -7328,6 +7343,8 @@ class Puller:
         if output.stream is None:
             check_free(output.path, sum(max(0, (blob.size or 0) - there)
                                         for _, blob, there in self.plan(images)))
+        self._verbatim = {layer.digest for image in images for layer in image.wanted
+                          if not layer.id}  # an artifact's blobs have none
         self._opaque = {layer.digest for image in images for layer in image.wanted
                         if layer.opaque}
         try:
@@ -7384,6 +7401,7 @@ class Puller:
         if session.referrers or output.layout and not session.recompress and any(
                 image.signed for image in images):
             along = session.referring(images)
+            images = spared(images, session.failures)
             log.info("along comes what refers to that: %d manifests",
                      sum(len(image.below) or 1 for image in along))
             images += along
@@ -7466,8 +7484,7 @@ class Puller:
             if None not in fetched:
                 return images, fetched
             output.abandon()  # it has no place for what did not come
-            failed = dict(session.failures)
-            images = [image for image in images if str(image.reference) not in failed]
+            images = spared(images, session.failures)
         return [], []
 
     def _fetch(self, images, forgiving):
@@ -7494,31 +7511,8 @@ class Puller:
                 self._fetch_layer(image, layer)))
             for image, layer in wanted.values()], forgiving)))
         return in_parallel(self._session, [
-            (image.reference, lambda image=image: self._gather(image, done))
+            (image.reference, lambda image=image: gathered(image, done, notify))
             for image in images], forgiving)
-
-    def _gather(self, image, done):
-        """The Fetched of an Image's layers, of what is `done`; None if any is not.
-
-        Raises VerificationError where another image knew a blob by other facts.
-        """
-        fetched = [Fetched(layer.blob, None, None, True)
-                   if layer.digest in image.without else done[layer.digest]
-                   for layer in image.layers]
-        if None in fetched:
-            return None
-        for number, (layer, one) in enumerate(zip(image.layers, fetched)):
-            if one.unpacked and layer.diff_id not in (None, one.unpacked.diff_id):
-                raise DigestMismatch("layer %s" % str(layer.digest), layer.diff_id,
-                                     one.unpacked.diff_id)
-            if one.blob.digest == layer.digest:
-                if layer.blob.size not in (None, one.blob.size):
-                    raise SizeMismatch("layer %s" % str(layer.digest), layer.blob.size,
-                                       one.blob.size)
-                fetched[number] = one._replace(
-                    blob=layer.blob._replace(size=one.blob.size))
-        self._session.notify(Event("Digest: %s" % str(image.digest)))
-        return fetched
 
     def _fetch_layer(self, image, layer):
         """One layer into its place: its Fetched."""
@@ -7534,14 +7528,16 @@ class Puller:
                           lambda tar: output.visit(layer, tar),
                           session.transport.check, layer.diff_id)
 
-        recompress_to = layer.id and session.recompress  # an artifact's blobs have none
+        recompress_to = layer.digest not in self._verbatim and session.recompress
         unpacks = output.unpacks or recompress_to or layer.digest in self._opaque
         self._busy.add(layer.digest)
-        fetched = Download(
-            session.source(image.reference), layer.blob, place,
-            look if unpacks else None, session.notify, not output.streams,
-            lambda: session.jobs // len(self._busy)).run()
-        self._busy.discard(layer.digest)
+        try:
+            fetched = Download(
+                session.source(image.reference), layer.blob, place,
+                look if unpacks else None, session.notify, not output.streams,
+                lambda: session.jobs // len(self._busy)).run()
+        finally:
+            self._busy.discard(layer.digest)
         with fetched.region.open() as file:
             zstd = codec_of(file) == "zstd"
         if zstd and recompress_to:
@@ -7555,6 +7551,40 @@ class Puller:
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
         output.add(layer, fetched)
         return fetched
+
+
+def spared(images, failures):
+    """Those of `images` that are none of the `failures`, nor refer to one that is."""
+    kept, there, failed = [], {None}, dict(failures or ())
+    for image in images:  # what refers to another comes behind it
+        if str(image.reference) not in failed and image.subject in there:
+            kept.append(image)
+            there.update(digest for digest, _ in image.documents)
+    return kept
+
+
+def gathered(image, done, notify):
+    """The Fetched of an Image's layers, of what is `done`; None if any is not.
+
+    Raises VerificationError where another image knew a blob by other facts.
+    """
+    fetched = [Fetched(layer.blob, None, None, True)
+               if layer.digest in image.without else done[layer.digest]
+               for layer in image.layers]
+    if None in fetched:
+        return None
+    for number, (layer, one) in enumerate(zip(image.layers, fetched)):
+        if one.unpacked and layer.diff_id not in (None, one.unpacked.diff_id):
+            raise DigestMismatch("layer %s" % str(layer.digest), layer.diff_id,
+                                 one.unpacked.diff_id)
+        if one.blob.digest == layer.digest:
+            if layer.blob.size not in (None, one.blob.size):
+                raise SizeMismatch("layer %s" % str(layer.digest), layer.blob.size,
+                                   one.blob.size)
+            fetched[number] = one._replace(
+                blob=layer.blob._replace(size=one.blob.size))
+    notify(Event("Digest: %s" % str(image.digest)))
+    return fetched
 
 
 def in_parallel(session, actions, forgiving=True):
@@ -8950,9 +8980,11 @@ class Pusher:
         for blob, region in blobs:
             notify(Event("Preparing", blob.digest.hex[:12], None, region.size))
         in_parallel(self._session, [
-            (None, lambda pair=pair: target.put_blob(
+            (reference, lambda pair=pair: target.put_blob(
                 repository, *pair, notify, self._has.get(pair[0].digest)))
-            for pair in blobs], False)
+            for pair in blobs])
+        if str(reference) in dict(self._session.failures or ()):
+            return None
         self._has.update((blob.digest, repository) for blob, _ in blobs)
         made = isinstance(top, Index) and re.fullmatch("sha256-[0-9a-f]{64}", tag or "")
         for one in documents[:-1] if made else documents:  # each is put on that list

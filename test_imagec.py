@@ -1481,7 +1481,8 @@ class RegistryCase(unittest.TestCase):
 #: Starts command lines in processes of their own, forked off one that has imported all
 #: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
 SERVANT = """
-import json, os, signal, sys
+import faulthandler, json, os, signal, sys
+faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
 import http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
@@ -8384,6 +8385,24 @@ class RangesTest(DownloadCase):
         with mock.patch.multiple(imagec, **dict({"BACKOFF": 0}, **limits)):
             self.assertEqual(self.ranged(self.filled(RANGED_BLOB), share), [None])
 
+    def test_what_comes_early_needs_room(self):
+        usage = mock.Mock(total=1 << 40, free=1 << 20)
+        with mock.patch("shutil.disk_usage", return_value=usage):
+            self.assertEqual(self.ranged(self.filled(RANGED_BLOB)), [None])
+
+    def test_no_range_comes_from_nearer_than_the_first_might(self):
+        """A name may lead elsewhere by then: A3."""
+        cdn, registry = self.registry(auth=None), self.filled(RANGED_BLOB)
+        cdn.blobs, registry.redirect_blobs_to = registry.blobs, cdn.url
+        blob = imagec.Descriptor("", imagec.Digest.parse(sha256(RANGED_BLOB)), 9)
+        client = self.client(registry)
+        with client.open_blob("app", blob) as first:
+            first.trusting = imagec._PUBLIC  # one on the way was
+            ranges = imagec.Ranges(None, blob, first, (client, "app"), 2, self.root)
+            ranges._source = imagec.Source([(client, "app")])
+            with self.fails(imagec.UnsafeRedirect):
+                ranges._open(0, 9)
+
     @rows((("parts", 3), ("all but one", 1)))
     def test_it_ends_when_told(self, _name, count):
         registry = self.filled(RANGED_BLOB)
@@ -8985,6 +9004,23 @@ class ArchiveOutputTest(StoredCase):
         self.archive(more)
         self.verify(path)
 
+    @rows((("anybody may write to it", lambda path: os.chmod(path, 0o666)),
+           ("a link", lambda path: (os.rename(path, path + ".tar"),
+                                    os.symlink(path + ".tar", path)))))
+    def test_archive_that_others_may_change(self, _name, expose):
+        """What was proved of it may be another thing at once: A21."""
+        path, (reference, image) = self.at("out.tar"), self.serve(ARCHIVE_TARS)
+        self.archive(reference)
+        good = file_bytes(path)
+        expose(path)
+        self.archive(reference)
+        status = os.lstat(path)
+        self.assertTrue(stat.S_ISREG(status.st_mode))
+        self.assertEqual(status.st_mode & stat.S_IWOTH, 0)
+        self.assertEqual(file_bytes(path), good)
+        for name in os.listdir(self.work):
+            remove(self.at(name))
+
     def test_schema1_without_layers_twice(self):
         reference, _ = self.serve([None], kind="schema1")
         self.assertEqual(self.archive(reference), self.archive(reference))
@@ -9355,10 +9391,16 @@ class StickTest(StoredCase):
         self.assertEqual(imagec.portable(name), wanted)
         self.assertEqual(urllib.parse.unquote(wanted), name)
 
-    @rows(((("A:.",), (), True), (("a:.",), (), False), ((), ("A:.",), False),
-           (("A:.",), ("a:.",), False)))
-    def test_which_file_system_takes_any(self, listed, there, plain):
-        with mock.patch("os.listdir", return_value=list(listed)), mock.patch(
+    @rows((("as Linux has", None, (), True), ("no case", None, ("a:.",), False),
+           ("no :", OSError(errno.EINVAL, "A:."), (), False)))
+    def test_which_file_system_takes_any(self, _name, error, there, plain):
+        def make(path, *mode):
+            if error and path.endswith("A:."):
+                raise error
+            return mkdir(path, *mode)
+
+        mkdir = os.mkdir
+        with mock.patch("os.mkdir", make), mock.patch(
                 "os.path.exists", lambda path: os.path.basename(path) in there):
             self.assertEqual(imagec.keeps_names(self.work), plain)
 
@@ -9932,6 +9974,18 @@ class WithoutTest(StoredCase):
             self.assertEqual(run.status, 0, run.err)
             self.assertIn(self.image.digest, run.out.decode())
 
+    def test_a_config_is_no_layer_that_is_elsewhere(self):
+        config = self.image.config
+        for name, blobs, own in (("base", [("application/x", config, "c")], b"{}"),
+                                 ("twin", [("application/x", b"x", "x")], config)):
+            self.origin.add("lab/" + name, "1", build_artifact(
+                blobs, config=own, config_type="application/x"))
+        host = self.origin.host
+        self.pull("-o", self.at("o.tar"), self.new, host + "/lab/twin:1", "--without",
+                  host + "/lab/base:1")
+        self.assertIn("blobs/sha256/" + sha256(config)[7:],
+                      self.members(self.at("o.tar")))
+
     def test_served_together(self):
         _, *bases = self.bases()
         for base in bases:
@@ -10003,6 +10057,33 @@ class RecompressTest(StoredCase):
         self.assertEqual(imagec.Origin.of(entry["annotations"]), (
             imagec.Digest.parse(index.digest), reference[:-2], "linux/amd64", (), None,
             ()))
+
+    def test_an_artifact_is_never_rewritten(self):
+        """Not even if it has the blob of an image's layer."""
+        artifact = build_artifact([("application/x", b"first", "1"), (
+            "application/x", self.image.blobs[self.image.layers[0]], "2")])
+        self.origin.add("lab/artifact", "1", artifact)
+        for name in "out.tar", "out":
+            self.recompressed(name, self.reference,
+                              self.origin.host + "/lab/artifact:1")
+            found = imagec.Shelf(self.at(name))
+            self.assertEqual(found.tags("lab/artifact")["1"], artifact.digest)
+            self.assertNotEqual(found.tags("lab/app")["1"], self.image.digest)
+
+    def test_unfinished_archive_that_is_not_what_it_seems(self):
+        # In gzip it takes another number of blocks.
+        tars = [tar_bytes([("f", bytes(range(256)) * 4096)]), ARCHIVE_TARS[0]]
+        mixed = build_image(tars, compress=lambda tar: (
+            zstd_bytes if tar == tars[0] else gzip_bytes)(tar))
+        self.origin.add("lab/mixed", "1", mixed)
+        reference, path = self.origin.host + "/lab/mixed:1", self.at("out.tar")
+        self.pull("-o", path, reference)
+        first = mixed.blobs[mixed.layers[0]]
+        data = file_bytes(path).replace(first, bytes(len(first)))
+        remove(path)
+        write_file(path + ".partial", data)  # of the first layer all is lost
+        self.pull("-o", path, "--recompress", "gzip", reference, expect=1)
+        self.recompressed("out.tar", reference)
 
     def test_what_was_said_of_the_old_bytes_is_gone(self):
         chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
@@ -11925,8 +12006,9 @@ class PullTest(PullCase):
             del registry.requests[:]
             before = registry.connections
             with imagec.Session(jobs=jobs, keep_going=True) as session:
-                found = session.pull(list(map(imagec.Reference.parse, names)),
-                                     imagec.new_output(output, format))
+                puller = imagec.Puller(session, imagec.new_output(output, format))
+                found = puller.pull(list(map(imagec.Reference.parse, names)), None)
+            self.assertEqual(puller._busy, set())  # who shares the connections
             self.assertEqual([str(one.reference) for one in found],
                              [name for name in names if "/1:" not in name])
             self.assertEqual([name for name, _ in session.failures], [names[1]])
@@ -15242,6 +15324,17 @@ class PushTest(PushCase):
         again = self.push(path, *argv, expect=code, place="/pre")
         self.assertEqual((again.out, self.asked()), (run.out, asked))
 
+    def test_keep_going(self):
+        images = [build_image([tar_bytes([(name, b"x")])]) for name in "abc"]
+        self.target.fault("POST .*/lab/b/", status(403), EVER)
+        run = self.push(self.layout_of(*[(image, "h.test/lab/%s:1" % name)
+                                         for name, image in zip("abc", images)]),
+                        "--keep-going", expect=5)
+        self.has("lab/a", "1", images[0])
+        self.has("lab/c", "1", images[2])
+        self.assertEqual(re.findall("/lab/(.):1@", run.out.decode()), ["a", "c"])
+        self.assertIn("failed: %s/lab/b:1" % self.target.host, run.err)
+
     @rows(PUSH_NAMES)
     def test_names(self, entries, argv, expected):
         self.target, lines = self.registry(linked=True), []
@@ -15865,6 +15958,30 @@ class CommandLineTest(CommandLineCase):
                 (first, "failed: %s/lab/bad:b: " % host),
                 (second, "failed: %s/lab/bad:a: layer" % host)):
             self.assertIn(words, line)
+
+    def test_keep_going_with_what_refers_to_images(self):
+        """Nothing comes along with an image that does not come."""
+        def offered(data):
+            image = build_image([tar_bytes([("f", data)])])
+            self.origin.add("lab/app", "1", image)
+            self.origin.add("lab/app", None, referring(image))
+            return image
+
+        argv = ("-o", self.at("a.tar"), "--keep-going", "--referrers", self.ref)
+        offered(b"old")
+        self.assertEqual(self.pull(*argv).status, 0)
+        good = file_bytes(self.at("a.tar"))
+        self.origin.fault("/blobs/" + offered(b"new").layers[0], status(404), EVER)
+        self.assertEqual(self.pull(*argv).status, 4)
+        self.assertEqual(file_bytes(self.at("a.tar")), good)
+        # Nor does an image whose referrers cannot be told.
+        other = self.origin.host + "/lab/other:1"
+        self.origin.add("lab/other", "1", build_image([tar_bytes([("g", b"g")])]))
+        self.origin.fault("lab/app/referrers/", status(403), EVER)
+        ended = self.pull(*argv, other)
+        self.assertEqual(ended.status, 5, ended.err)
+        self.assertRegex(ended.out.decode(), r"\A\S+/lab/other:1@\S+\n\Z")
+        self.assertEqual(faults_of(self.at("a.tar")), [])
 
     def test_keep_going_with_nothing_left(self):
         place = self.at("x.tar")
@@ -20797,7 +20914,8 @@ class RealMirrorTest(RealFieldCase):
         ref = upstream.host + "/lab/app:1"
         argv = ("--progress", "none", "--mirror", cache.host, ref)
         run = self.main("pull", "-o", self.at("a.tar"), *argv)
-        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertEqual(run.status, 0)
+        self.assertNotIn("mirror", run.err)
         self.assertTrue(run.out.startswith(ref + "@sha256:"))
         self.assertEqual(faults_of(self.at("a.tar")), [])
         self.wait_until_stored(cache, self.at("a.tar"))
