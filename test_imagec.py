@@ -17393,7 +17393,8 @@ class StreamTest(CommandLineCase):
                   "imagec.main(['digest', 'UPPER'])\n"
                   "sys.exit(os.open(os.devnull, os.O_RDONLY))" % HOME)
         self.assertGreater(subprocess.call(
-            ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-c", script]), 2)
+            ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-c", script],
+            stderr=subprocess.DEVNULL), 2)
         if closed == "2>&-":
             ended = self.end_of(self.start("pull", "-o", "-", self.ref,
                                            redirections=closed))
