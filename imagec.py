@@ -7824,7 +7824,9 @@ def pull(reference, output, format=None, platform=None, tag=None, progress=None,
 
 def parse_platform(text):
     """A Platform or "all", of a list of several a list. Raises InvalidReference."""
-    if isinstance(text, list) and len(text) > 1:
+    if isinstance(text, list) and len(text) != 1:
+        if not text:
+            raise UsageError("an empty list of platforms")
         if "all" in text:
             raise UsageError("--platform all goes alone")
         return list(map(parse_platform, text))
