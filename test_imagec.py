@@ -15718,7 +15718,7 @@ class CommandLineTest(CommandLineCase):
         ("--format rootfs", "{ref}", "app_1"), ("--format oci", "{ref}", "app_1"),
         ("--format files", "{chart}", "app_chart"), ("-o images", "{ref}", "images"),
         ("--format layers", "{ref}", "images"), ("-o X.TAR", "{ref} {many}", "X.TAR"),
-        ("-o {root}/work/", "{ref}", "app_1.tar"), ("-o .", "{ref}", "app_1.tar"),
+        ("-o {place}/", "{ref}", "app_1.tar"), ("-o .", "{ref}", "app_1.tar"),
         ("-o ~/x.tar", "{ref}", "x.tar"), ("-o new/", "{ref} {many}", "new")))
     def test_where_a_pull_goes(self, options, references, made):
         os.environ["HOME"] = self.work
@@ -15732,7 +15732,7 @@ class CommandLineTest(CommandLineCase):
         for _ in range(1 if "files" in options or "root" in options else 2):
             self.assertEqual(pull(*(options + " " + references).format(
                 ref=self.ref, app=app, many=app + ":many", chart=app + ":chart",
-                digest=self.digest, root=self.root).split()),
+                digest=self.digest, place=self.work).split()),
                 set(made.format(short=self.digest[7:19]).split()))
         if made == "new":
             self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
