@@ -1943,9 +1943,9 @@ def _zstd_program(chunks, what):
                 raise errors[0]
 
 
-class Unpacked(value_type("Unpacked", "diff_id size bytes")):
-    """What a layer unpacks to: its `diff_id`, the `size` in its tar headers in bytes (0
-    for the empty layer), and how many `bytes` of tar there are.
+class Unpacked(value_type("Unpacked", "diff_id size")):
+    """What a layer unpacks to: its `diff_id`, and the `size` in its tar headers in
+    bytes (0 for the empty layer).
     """
 
     __slots__ = ()
@@ -1982,7 +1982,7 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_o
     if diff_id not in (None, actual):
         raise DigestMismatch(what + " unpacked (diffID)", diff_id, actual,
                              "the config and the layer disagree")
-    return Unpacked(actual, tar.size, count)
+    return Unpacked(actual, tar.size)
 
 
 def prove(chunks, blob, unpack=None):
@@ -5017,11 +5017,8 @@ class Fetched(value_type("Fetched", "blob region unpacked reused")):
     __slots__ = ()
 
 
-class Place(value_type("Place", "path regions known", (), None)):
-    """Where a blob goes to, the file `path`, unless it is there or one of `regions`.
-
-    `known` is what it unpacks to, as an earlier pull saw it; None: unpack it to tell.
-    """
+class Place(value_type("Place", "path regions", ())):
+    """Where a blob goes to, the file `path`, unless it is there or one of `regions`."""
 
     __slots__ = ()
 
@@ -5084,12 +5081,10 @@ class Download:
 
     def _existing(self):
         """The Fetched where a good blob is there already: a name proves nothing."""
-        known = self._place.known
         for region in self._place.found():
             self._tell("Verifying")
             try:
-                unpacked = prove(region.pieces(self._check), self._blob,
-                                 None if known else self._unpack)
+                unpacked = prove(region.pieces(self._check), self._blob, self._unpack)
             except FileNotFoundError:
                 continue  # it has just been moved on
             except TooLarge:
@@ -5099,8 +5094,8 @@ class Download:
                             "again: %s", region.path, error)
                 continue
             self._tell("Already exists")
-            return Fetched(self._blob._replace(size=region.size), region,
-                           unpacked or known, True)
+            return Fetched(self._blob._replace(size=region.size), region, unpacked,
+                           True)
         return None
 
     def _receive(self, partial):
@@ -5486,26 +5481,7 @@ class Output:
         return name._replace(digest=None) if name.tag and image.named else None
 
 
-UNPACKED = "unpacked.json"  # of a layers tree
 ASIDE = ".new" + PARTIAL  # suffix of what is proved, but whose name is still another's
-
-
-def unpacked_json(layers):
-    """What blobs unpack to, {Digest: Unpacked}, as the bytes of a file."""
-    return canonical_json({str(digest): {
-        "diff_id": str(unpacked.diff_id), "size": unpacked.size,
-        "bytes": unpacked.bytes} for digest, unpacked in layers.items()})
-
-
-def parse_unpacked(raw):
-    """{Digest: Unpacked} of such bytes; raises InvalidDocument."""
-    document = Document.parse(raw, UNPACKED)
-    found = {}
-    for name in document.value:
-        one = document.need(name, dict)
-        found[document.as_digest(name, UNPACKED)] = Unpacked(
-            one.digest("diff_id"), one.size("size"), one.size("bytes"))
-    return found
 
 
 def _layer_path(folder, layer):
@@ -5517,16 +5493,13 @@ class LayersOutput(Output):
 
     `<id>/<id>.tar` is the blob as received, `<id>/<id>.json` its v1 image JSON,
     `manifest.json` and `config.json` the exact bytes, `index.json` (and `index.1.json`,
-    ... where indexes nest) those of the index that led there; `unpacked.json` is what
-    the blobs were seen to unpack to, so that the next pull need only hash them. The
-    manifest comes last: where it is, everything is. What is there is replaced only when
-    all that is new is there too, whole and proved: until then it waits with the suffix
-    ASIDE.
+    ... where indexes nest) those of the index that led there. The manifest comes last:
+    where it is, everything is. What is there is replaced only when all that is new is
+    there too, whole and proved: until then it waits with the suffix ASIDE.
     """
 
     format = "layers"
     unpacks = verbatim = True
-    _known = {}  # (folder, digest) -> Unpacked, as an earlier pull saw it
     _plain = None  # whether names can be as they are, where that was tried
 
     def _parts(self, reference, registry_url):
@@ -5549,33 +5522,28 @@ class LayersOutput(Output):
                                 check=self.check)]
 
     def place(self, image, layer):
-        folder = self._folder(image)
-        path = _layer_path(folder, layer)
-        there, known = regular(path), self._known.get((folder, layer.digest))
-        return Place(path + ASIDE, (there,), known) if there else Place(path, (), known)
+        path = _layer_path(self._folder(image), layer)
+        there = regular(path)
+        return Place(path + ASIDE, (there,)) if there else Place(path)
 
     def open(self, images):
-        self._known = {}
-        self._added = {}  # digest -> Fetched, os.stat of its file
+        self._added = {}  # digest -> path of its file, os.stat of it
         for image in images:
             below = self._parts(image.reference, image.registry_url)
-            folder = make_directory(self.path, *below)  # there may be no layer
+            make_directory(self.path, *below)  # there may be no layer
             for layer in image.layers:
                 make_directory(self.path, *below + [layer.id])
-            with contextlib.suppress(OSError, InvalidDocument):
-                known = parse_unpacked(Reader(folder).read(UNPACKED))
-                self._known.update(((folder, digest), unpacked)
-                                   for digest, unpacked in known.items())
 
     def add(self, layer, fetched):
-        self._added[layer.digest] = fetched, os.lstat(fetched.region.path)
+        path = fetched.region.path
+        self._added[layer.digest] = path, os.lstat(path)
 
     def close(self, images):
         return [self._close(image, self._folder(image)) for image in images]
 
     def _close(self, image, folder):
         """The blobs and the documents of one image get their names."""
-        documents = self._documents(image, folder)
+        documents = self._documents(image)
         with Partial(os.path.join(folder, "manifest.json"), self.wait) as partial:
             # Its lock is the lock of the tree; what may fail comes first.
             partial.truncate()
@@ -5607,8 +5575,8 @@ class LayersOutput(Output):
         """Yields (where it is, its name) of each blob that has not its name yet."""
         for layer in image.layers:
             path = _layer_path(folder, layer)
-            fetched, status = self._added[layer.digest]
-            there = fetched.region.path  # of another layer or image, it may be
+            # It may be where another layer or image has it.
+            there, status = self._added[layer.digest]
             # Another pull of the same, or that image, may have moved it.
             source = next((one for one in (path, path + ASIDE, there,
                                            there[:-len(ASIDE)])
@@ -5621,15 +5589,12 @@ class LayersOutput(Output):
             if source != path:
                 yield path + ASIDE, path
 
-    def _documents(self, image, folder):
-        """{name in the folder: bytes} of all but its manifest."""
+    def _documents(self, image):
+        """{name in its folder: bytes} of all but its manifest."""
         documents = {"index.%d.json" % depth if depth else "index.json": index.raw
                      for depth, index in enumerate(image.indexes)}
         if isinstance(image.manifest, Manifest):
             documents["config.json"] = image.config.raw
-        documents[UNPACKED] = unpacked_json({
-            layer.digest: self._added[layer.digest][0].unpacked
-            for layer in image.layers})
         for layer in image.layers:
             documents["%s/%s.json" % (layer.id, layer.id)] = (
                 layer.v1_json.encode("utf-8"))
@@ -7517,14 +7482,10 @@ class Puller:
     def _fetch_layer(self, image, layer):
         """One layer into its place: its Fetched."""
         session, output = self._session, self._output
-        place, limit = output.place(image, layer), session.max_layer_size
-        known = place.known
-        if known and (known.diff_id != layer.diff_id
-                      or max(known.size, known.bytes) > limit):
-            place = place._replace(known=None)
+        place = output.place(image, layer)
 
         def look(chunks):
-            return unpack(chunks, "layer " + str(layer.digest), limit,
+            return unpack(chunks, "layer " + str(layer.digest), session.max_layer_size,
                           lambda tar: output.visit(layer, tar),
                           session.transport.check, layer.diff_id)
 
@@ -8028,7 +7989,7 @@ class Audit:
 
     def _image(self, found, manifest):
         self.images += 1
-        layers, said, read = [], {}, found.reader.read
+        layers = []
         where = (found.tree or "") + "manifest.json"
         if isinstance(manifest, Manifest):
             where = found.file_of(manifest.config)
@@ -8043,10 +8004,6 @@ class Audit:
         other = manifest.artifact_type or found.along
         self._images[manifest.digest] = () if other else (
             where, list(map(found.file_of, layers)))
-        if found.tree is not None:
-            with self._noting(found.tree + UNPACKED), contextlib.suppress(
-                    FileNotFoundError):
-                said = parse_unpacked(read(found.tree + UNPACKED))
         for layer in layers:
             name = found.file_of(layer)
             tar = layer.blob.is_tar and not manifest.artifact_type
@@ -8057,13 +8014,10 @@ class Audit:
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
                 self._fault(name, "unpacks to %s, the config says %s" % (
                     str(unpacked.diff_id), str(layer.diff_id)))
-            if unpacked and said.get(layer.digest, unpacked) != unpacked:
-                self._fault(found.tree + UNPACKED, "is wrong about %s: delete it, pull "
-                            "again" % name)
             if found.tree is not None:
                 name = name[:-len("tar")] + "json"
                 with self._noting(name):
-                    if read(name) != layer.v1_json.encode("utf-8"):
+                    if found.reader.read(name) != layer.v1_json.encode("utf-8"):
                         raise VerificationError("is not the layer's v1 JSON")
 
     def _blob(self, found, descriptor, name, tar=False, diff_id=None):
