@@ -7881,11 +7881,10 @@ def asked(args, session, outermost=False):
 class Audit:
     """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
 
-    `images` and `blobs` count what was found good or bad; `unchecked` says what was not
-    looked into (no codec), `absent` what should have been, by its name, and why;
-    `ignored` names the files there that were not looked at, for no image needs them,
-    `elsewhere` the blobs that a pull was to leave out. `check` is called as work goes
-    on, and may raise.
+    `images` and `blobs` count what was looked at; `unchecked` says what was not looked
+    into (no codec), `absent` what should have been, by its name, and why; `ignored`
+    names the files that no image needs, `elsewhere` the blobs that a pull was to leave
+    out. `check` is called as work goes on, and may raise.
     """
 
     def __init__(self, check=go_on):
@@ -7953,10 +7952,7 @@ class Audit:
         except PermissionError:
             self.absent[name] = "no permission to read it"
         except ImagecError as error:
-            self._fault(name, error)
-
-    def _fault(self, name, text):
-        self.faults.append("%s: %s" % (name, text))
+            self.faults.append("%s: %s" % (name, error))
 
     def _check_names(self, reader, names):
         """An archive holds what its images need, once, and nothing else.
@@ -7974,18 +7970,18 @@ class Audit:
                 r"repositories|[0-9a-f]{64}/(VERSION|json|layer\.tar)?", name))
         for name, count in names.items():
             if count > 1:
-                self._fault(name, "stands %d times" % count)
-            elif name not in known and (not archive or self._is_blob(reader, name)):
-                self.ignored.append(name)
+                self.faults.append("%s: stands %d times" % (name, count))
+            elif name not in known and archive:
+                with contextlib.suppress(InvalidReference, InvalidDocument,
+                                         VerificationError):
+                    # Docker leaves v1 configs among the blobs.
+                    drain(proved(reader.region(name).pieces(self._go_on), Digest.parse(
+                        name.replace("blobs/", "", 1).replace("/", ":"))))
+                    self.ignored.append(name)
+                    continue
+                self.faults.append(name + ": extra, nothing points to it")
             elif name not in known:
-                self._fault(name, "extra, nothing points to it")
-
-    def _is_blob(self, reader, name):
-        """Whether a member is the blob it is called: docker leaves v1 configs there."""
-        with contextlib.suppress(InvalidReference, InvalidDocument, VerificationError):
-            digest = Digest.parse(name.replace("blobs/", "", 1).replace("/", ":"))
-            return not drain(proved(reader.region(name).pieces(self._go_on), digest))
-        return False
+                self.ignored.append(name)
 
     def _image(self, found, manifest):
         self.images += 1
@@ -7997,8 +7993,8 @@ class Audit:
             if found.tree is None:
                 layers = blob_layers(manifest.layers)
         elif found.tree is None:
-            return self._fault(blob_name(manifest.digest), "is schema1: layouts hold "
-                               "none")
+            return self.faults.append(blob_name(manifest.digest)
+                                      + ": is schema1: layouts hold none")
         with self._noting(where):
             layers = found.layers(manifest)
         other = manifest.artifact_type or found.along
@@ -8012,8 +8008,8 @@ class Audit:
                     name, printable(layer.blob.media_type, 80)))
             unpacked = self._blob(found, layer.blob, name, tar, layer.diff_id)
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
-                self._fault(name, "unpacks to %s, the config says %s" % (
-                    str(unpacked.diff_id), str(layer.diff_id)))
+                self.faults.append("%s: unpacks to %s, the config says %s" % (
+                    name, str(unpacked.diff_id), str(layer.diff_id)))
             if found.tree is not None:
                 name = name[:-len("tar")] + "json"
                 with self._noting(name):
@@ -8132,13 +8128,11 @@ class _Stock:
 
 
 def _run_verify(args, session):
-    audit = Audit(session.transport.check).check(args.path, args.withs or ())
+    audit = Audit(session.transport.check).check(args.path, args.bases or ())
     for text in audit.unchecked:  # with -q, too
         log.error("warning: not checked: %s", text)
-    for text in audit.faults:
+    for text in audit.faults + list(map(": ".join, audit.absent.items())):
         log.error("%s: %s", args.path, text)
-    for absent in audit.absent.items():
-        log.error("%s: %s: %s", args.path, *absent)
     if audit.faults:
         raise VerificationError("%s: faults: %d" % (args.path, len(audit.faults)))
     if audit.absent:
@@ -8151,13 +8145,12 @@ def _run_verify(args, session):
     if session.rule is not None:
         _Stock(open_place(args.path, session.transport.check)).prove(
             session.rule, args.image)
-    ignored, rest = len(audit.ignored), ""
-    if ignored:
-        rest = "; not looked at: %d" % ignored
+    more = len(audit.ignored) - 1
+    if audit.ignored:
         log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
-                  audit.ignored[0], " and %d more" % (ignored - 1) * (ignored > 1))
-    yield printable("%s: good: images: %d, blobs or files: %d%s" % (
-        args.path, audit.images, audit.blobs, rest))
+                  audit.ignored[0], " and %d more" % more * bool(more))
+    yield printable("%s: good: images: %d, blobs or files: %d" % (
+        args.path, audit.images, audit.blobs))
 
 
 # --------------------------------------------------------------------------------------
@@ -8405,15 +8398,6 @@ class Shelf:
             names.append(repository[len("library/"):])
         return names
 
-    def tags(self, name, namespace=None):
-        """The tags of a repository, each with its digest, as text.
-
-        `namespace` is the host it must be of, if any. Raises KeyError where there is no
-        such name.
-        """
-        return self.repositories[self.names_of(namespace, name)[0] if namespace else (
-            name)]
-
     def catalog(self):
         """The names a client can spell; of a registry with a port, those without it."""
         return sorted(name for name in self.repositories
@@ -8601,9 +8585,9 @@ class RegistryHandler:
             return self.page("repositories", shelf.catalog(), "/v2/_catalog", query, {})
         if name is None:
             return self.send(200, b"{}", "application/json")
-        try:
-            tags = shelf.tags(name, query.get("ns"))
-        except KeyError:
+        host = query.get("ns")  # of which it must be
+        tags = shelf.repositories.get(shelf.names_of(host, name)[0] if host else name)
+        if tags is None:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
         if kind == "blobs":
             return self.blob(Digest.parse(what))
@@ -8997,27 +8981,6 @@ def _run_push(args, session):
 # 20  Self-test*: prove that this host can pull
 # --------------------------------------------------------------------------------------
 
-# Of the loopback server of the self-test only: everybody has this key.
-_TEST_PEM = """\
------BEGIN CERTIFICATE-----
-MIIBfzCCASWgAwIBAgIJAKRd+JGKWNTbMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowFDES
-MBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEP9IC
-VfqLsw5+qPg5Y4/8mIzRmWMnn9sytv16WvL1nWhuVuYFRz58ppssPHIl2uoaaWOn
-4GpszbpO0CrbmK5kCKNeMFwwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
-AoQwHQYDVR0OBBYEFELrN7IAbqtb33WLQHMMbK+ajeKpMBoGA1UdEQQTMBGCCWxv
-Y2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNIADBFAiEA/Ig5vuCtrSRqLZo3NBDM
-sN/XFInbo+ml/LMHJx9bGuUCIEvrAVbMJ/02PKUecuf2fXVR+8wmKCAsWL9zIL/J
-uoIe
------END CERTIFICATE-----
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfDLjV1FGjkXrmDnL
-j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
-2zK2/Xpa8vWdaG5W5gVHPnymmyw8ciXa6hppY6fgamzNuk7QKtuYrmQI
------END PRIVATE KEY-----
-"""
-
-
 def test_shelf(directory):
     """A Shelf with one small image; its blobs, in `directory`, fit who runs this."""
     shelf, host, text = Shelf(), Platform.host(), b"This came through imagec.\n"
@@ -9063,14 +9026,10 @@ def describe_host(rootless):
 
 def pull_test_image(directory):
     """Pulls the test image in every format, over loopback; yields what was good."""
-    pem = os.path.join(directory, "test.pem")
-    write_file(pem, _TEST_PEM.encode("ascii"))
     shelf = test_shelf(directory)
-    server = new_server(shelf, ("127.0.0.1", 0),
-                        Credentials("selftest", "of no worth"), (pem, pem))
-    options = {"cacert": pem, "username": "selftest", "password": "of no worth",
-               "verify_keys": ()}
-    with serving(server):
+    # Nothing of this host's, proxies, credentials or keys, has a part in it.
+    options = {"no_creds": True, "verify_keys": ()}
+    with serving(new_server(shelf, ("127.0.0.1", 0))) as server:
         name = "127.0.0.1:%d/selftest/image" % server.server_address[1]
         for format in OUTPUTS:
             if not OUTPUTS[format].images or format == "rootfs" and os.name != "posix":
@@ -9121,7 +9080,6 @@ def _run_selftest(args, session):
         yield "%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough")
         good = good and fine
     with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
-        # Nothing of this host's, proxies or credentials, has a part in it.
         try:
             for done in pull_test_image(directory):
                 yield "%-12s %s" % ("proved", done)

@@ -187,7 +187,24 @@ except ImportError:  # Windows
 
 # Every key here is public knowledge, and guards nothing. TEST_CERT is for localhost and
 # 127.0.0.1, until 2126; like the others it is its own CA.
-TEST_CERT, TEST_KEY = re.findall("(?s)-----BEGIN.*?-----END[^\n]+\n", imagec._TEST_PEM)
+TEST_CERT, TEST_KEY = re.findall("(?s)-----BEGIN.*?-----END[^\n]+\n", """\
+-----BEGIN CERTIFICATE-----
+MIIBfzCCASWgAwIBAgIJAKRd+JGKWNTbMAoGCCqGSM49BAMCMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTI2MDEwMTAwMDAwMFowFDES
+MBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEP9IC
+VfqLsw5+qPg5Y4/8mIzRmWMnn9sytv16WvL1nWhuVuYFRz58ppssPHIl2uoaaWOn
+4GpszbpO0CrbmK5kCKNeMFwwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
+AoQwHQYDVR0OBBYEFELrN7IAbqtb33WLQHMMbK+ajeKpMBoGA1UdEQQTMBGCCWxv
+Y2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNIADBFAiEA/Ig5vuCtrSRqLZo3NBDM
+sN/XFInbo+ml/LMHJx9bGuUCIEvrAVbMJ/02PKUecuf2fXVR+8wmKCAsWL9zIL/J
+uoIe
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfDLjV1FGjkXrmDnL
+j7cB+rj0xUrmGIIwpBWzrEIa/RyhRANCAAQ/0gJV+ouzDn6o+Dljj/yYjNGZYyef
+2zK2/Xpa8vWdaG5W5gVHPnymmyw8ciXa6hppY6fgamzNuk7QKtuYrmQI
+-----END PRIVATE KEY-----
+""")
 P256_ORDER = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
 P256_BASE = bytes.fromhex(
     "6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296"
@@ -2571,7 +2588,8 @@ def serve_document(raw):
 
 def serve_raw_of(shelf, name, reference, namespace=None):
     """The bytes of a document on a Shelf."""
-    return shelf.documents[shelf.tags(name, namespace).get(reference, reference)][0]
+    tags = shelf.repositories[shelf.names_of(namespace, name)[0] if namespace else name]
+    return shelf.documents[tags.get(reference, reference)][0]
 
 
 class ServeCase(RegistryCase):
@@ -9416,7 +9434,7 @@ class StickTest(StoredCase):
         self.assertEqual(len({path.lower() for path in folders}), len(folders))
         self.assertNotRegex(" ".join(folders), r":|[A-Z]|\.(/|\Z)|/con(/|\Z)")
         self.verify(self.output)
-        self.assertEqual(set(imagec.Shelf(self.output).tags("lab/app")), set(tags))
+        self.assertEqual(set(imagec.Shelf(self.output).repositories["lab/app"]), set(tags))
 
     @rows((("archive", "out.tar", 3000, 3500), ("oci", "out", 1000, 5000)))
     def test_file_that_may_not_grow_that_large(self, format, name, *sizes):
@@ -9997,7 +10015,7 @@ class WithoutTest(StoredCase):
                     shelf = imagec.Shelf(self.at(name), self.at("twin.tar"), base)
                 self.assertRegex("".join(told.output), "lab/app:1 is that of .*/new")
                 self.assertNotIn("passed over", "".join(told.output))
-                self.assertEqual(shelf.tags("lab/app")["1"], self.image.digest)
+                self.assertEqual(shelf.repositories["lab/app"]["1"], self.image.digest)
                 for digest in self.image.layers:
                     self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
                 remove(self.at(name))
@@ -10067,8 +10085,8 @@ class RecompressTest(StoredCase):
             self.recompressed(name, self.reference,
                               self.origin.host + "/lab/artifact:1")
             found = imagec.Shelf(self.at(name))
-            self.assertEqual(found.tags("lab/artifact")["1"], artifact.digest)
-            self.assertNotEqual(found.tags("lab/app")["1"], self.image.digest)
+            self.assertEqual(found.repositories["lab/artifact"]["1"], artifact.digest)
+            self.assertNotEqual(found.repositories["lab/app"]["1"], self.image.digest)
 
     def test_unfinished_archive_that_is_not_what_it_seems(self):
         # In gzip it takes another number of blocks.
@@ -12342,7 +12360,7 @@ class AlongTest(StoredCase):
         run = self.main("pull", "-q", "--referrers", "--tag", "b/c:2", "-o",
                         self.at("x.tar"), self.ref)
         self.assertEqual(run.status, 0, run.err)
-        tags = imagec.Shelf(self.at("x.tar")).tags("b/c")
+        tags = imagec.Shelf(self.at("x.tar")).repositories["b/c"]
         self.assertLessEqual({"2", tag_of(self.index, ".sig")}, set(tags))
 
     def test_what_is_listed_but_not_there_is_told(self):
@@ -13251,6 +13269,8 @@ class AuditTest(StoredCase):
                 self.assertIn(told, self.verify(path, 1))
 
     @rows(itertools.product(("sha256", "sha512"), ("index.json", "manifest.json")))
+        more = re.search("(?: and ([0-9]+) more)?\n", run.err).group(1)
+        self.assertEqual(int(more or 0) + 1, count)
     def test_layers_by_digest(self, algorithm, name):
         root = self.good("layers", algorithm + name)
         folder = self.folder.replace("/layers/", "/%s%s/" % (algorithm, name))
@@ -13271,7 +13291,6 @@ class AuditTest(StoredCase):
         """Verify what holds something beside its images: good, but for that."""
         run = self.main("verify", path)
         self.assertEqual(run.status, 0, run.err)
-        self.assertTrue(run.out.endswith(b"; not looked at: %d\n" % count), run.out)
         self.assertRegex(run.err, r"\Aimagec: warning: [^\n]+\n\Z")
         for name in names:
             self.assertIn(name, run.err)
@@ -13423,7 +13442,7 @@ class AuditTest(StoredCase):
             self.assertRegex(told, r"\A[^\n]*has no manifests[^\n]*\n\Z")
             shelf = imagec.Shelf(path)
             self.assertEqual(shelf.catalog(), ["docker.io/lab/app", "lab/app"])
-            digests.append(shelf.tags("lab/app"))
+            digests.append(shelf.repositories["lab/app"])
         self.assertEqual(*digests)
         for number, image in enumerate(images):
             raw, media_type = shelf.documents[digests[0][str(number)]]
@@ -14249,15 +14268,6 @@ class ShelfTest(ServeCase):
                 "blobs/.*: No such", "blobs/.*: No such")):
             self.assertRegex(line, "passed over: %s/%s" % (path, words))
 
-    def test_namespace_that_is_not_held(self):
-        # A mirror that hands out another host's image in place of what is asked for
-        # would be believed.
-        shelf = imagec.Shelf(self.layout)
-        for namespace in ("quay.io", "docker.io"):
-            with self.assertRaises(KeyError):
-                shelf.tags("lab/oci", namespace)
-        self.assertIn("1", shelf.tags("library/alpine", "docker.io"))
-
     @rows((("layers",), ("oci",)))
     def test_blob_that_is_not_there(self, format):
         path, image = self.at(format), self.images["lab/docker"]
@@ -14277,6 +14287,10 @@ class ShelfTest(ServeCase):
             self.assertEqual(shelf.blob(digest), shelf.blob(digest))
             self.assertEqual(v.call_count, 1)
             os.utime(path, (1, 1))
+    # A mirror that hands out another host's image would be believed.
+    ("{name}/manifests/1?ns=quay.io", 404, "NAME_UNKNOWN", {}),
+    ("{name}/tags/list?ns=docker.io", 404, "NAME_UNKNOWN", {}),
+    ("library/alpine/tags/list?ns=docker.io", 200, None, {}),
             shelf.blob(digest)
             self.assertEqual(v.call_count, 2)
 
@@ -15029,7 +15043,7 @@ class ServeCommandTest(ServeCase):
         self.assertIn(self.archive, run.out)
 
     def test_loopback_is_the_default(self):
-        args = self.parser().parse_args(["serve", "x"])
+        args = imagec.parse_arguments(["serve", "x"])
         self.assertEqual(args.listen, "127.0.0.1:5000")
 
     @rows((listen,) for listen in SERVE_BAD_LISTENS)
@@ -15056,12 +15070,6 @@ class ServeCommandTest(ServeCase):
             write_file(self.at(name), data)
         path = self.at(name.partition("/")[0])
         self.failed(self.run_it(path=path), status, path)
-
-    @rows((("rootfs",), ("rootfs.tar",)))
-    def test_flattened_image_cannot_be_served(self, name):
-        imagec.pull(self.serve(self.archive) + "/lab/docker:1", self.at(name), "rootfs",
-                    platform="linux/amd64", no_creds=True)
-        self.failed(self.run_it(path=self.at(name)), 1, self.at(name))
 
     @rows(((data,) for data in (b"{", b"[]", b'{"manifests": 5}', b"")))
     def test_broken_layout(self, content):
@@ -20020,7 +20028,7 @@ class ReadersCase(RegistryCase):
         image = self.pull("oci", "signed.tar", "archive", referrers=True)
         shelf = imagec.Shelf(self.at("signed.tar"))
         self.assertIn(sbom.digest, shelf.documents)
-        self.assertIn(tag_of(signed, ".sig"), shelf.tags("lab/x"))
+        self.assertIn(tag_of(signed, ".sig"), shelf.repositories["lab/x"])
         return image
 
 
