@@ -82,6 +82,7 @@ try:
     import struct
     import threading
     import time
+    import types
     import urllib.parse
     import urllib.request
     import zlib
@@ -9106,10 +9107,10 @@ EXIT_STATUSES = {
 
 
 class Progress(logging.Handler):
-    """Standard error: log records, other lines of ours, and what a pull does.
+    """Standard error: log records, and what a pull or push does.
 
-    Of the latter there is a line for each layer that is done, and one for the rest. On
-    a terminal that is a live one, redrawn in place; elsewhere, and where `kind` is
+    Of that there is a line for each layer that is done, and one for the rest. On a
+    terminal that is a live one, redrawn in place; elsewhere, and where `kind` is
     "plain", it comes from time to time. With "none" nothing is told.
     """
 
@@ -9125,37 +9126,32 @@ class Progress(logging.Handler):
         self._shown = ""  # the live line that is on the screen
 
     def emit(self, record):
-        """Tells of a log record."""
+        """Tells of a log record; the live line comes back with the next Event."""
         kind = "" if record.levelno in (logging.INFO, logging.ERROR) else (
             record.levelname.lower() + ": ")
-        for line in self.format(record).splitlines():
-            self.say(kind + line)
-
-    def say(self, text):
-        """One line; the live one comes back with the next Event."""
-        text = encodable(printable(text, 2 * MESSAGE_LIMIT), self._stream)
-        with self.lock:
-            self._write(["imagec: " + text])
+        self._write(["imagec: " + encodable(printable(
+            kind + line, 2 * MESSAGE_LIMIT), self._stream)
+            for line in self.format(record).splitlines()])
 
     def __call__(self, event):
         """Tells of an Event of a pull."""
         with self.lock:
             now, live = self._clock(), self.kind == "auto" and self._terminal
             interval = REDRAW_INTERVAL if live else PROGRESS_INTERVAL
-            whole = re.match("Pulling from |Pushing to |Digest: ", event.status)
-            if whole:
+            line, rest = "%s%s" % (event.id and event.id + ": ", event.status), ""
+            if re.match("Pulling from |Pushing to |Digest: ", event.status):
                 self._layers, self._received = {}, 0
                 self._began, self._due = now, now + interval
             else:
                 self._count(event)
-            lines, rest = [], ""
-            if whole or event.status in self.DONE:
-                lines.append("%s%s" % (event.id and event.id + ": ", event.status))
-            elif event.status == "Resuming":
-                lines.append(event.id + ": Resuming at " + human_size(event.current))
-            if self._layers and (now >= self._due or live and lines):
+                if event.status == "Resuming":
+                    line += " at " + human_size(event.current)
+                elif event.status not in self.DONE:
+                    line = ""
+            if self._layers and (now >= self._due or live and line):
                 rest, self._due = self._rest(now), now + interval
-            self._write(lines + [rest] * bool(rest and not live), rest if live else "")
+            self._write(list(filter(None, [line, "" if live else rest])),
+                        rest if live else "")
 
     def _count(self, event):
         before, total, _ = self._layers.get(event.id, (0, None, False))
@@ -9170,8 +9166,8 @@ class Progress(logging.Handler):
         """Layers done and all, bytes there and all, rate, time left; ASCII only."""
         there, totals, done = zip(*self._layers.values())
         rate = self._received / max(now - self._began, 0.001)
-        known = None not in totals  # as they are in schema1
         text = "%d/%d %s" % (sum(done), len(done), human_size(sum(there)))
+        known = None not in totals  # as they are in schema1
         if known:
             text += "/" + human_size(sum(totals))
         if rate:
@@ -9226,7 +9222,7 @@ def pinned(image):
 
 
 def _run_pull(args, session):
-    references = list(map(named, args.references)) + read_list(
+    references = list(map(named, args.references or ())) + read_list(
         args.from_file, session.trying)
     tag = None if args.tag is None else Reference.parse(args.tag)
     if not (references or session.failures):
@@ -9240,11 +9236,9 @@ def _run_pull(args, session):
     for output, wanted, sole in [(new_output(path, format, tag, stream), *rest) for
                                  path, format, *rest in destinations(args, references)]:
         output.sole, images = sole, []
-        if args.dry_run:
-            yield from plan(session, wanted, output, args.platform, args.json)
-            continue
         with session.trying(output.path):
-            images = session.pull(wanted, output, args.platform)
+            images = plan(session, wanted, output, args.platform) if args.dry_run else (
+                session.pull(wanted, output, args.platform))
         for image in images:
             line = json.dumps(image_json(image)) if args.json else pinned(image)
             if stream is None:
@@ -9252,12 +9246,11 @@ def _run_pull(args, session):
             elif args.json or not args.quiet:
                 with contextlib.suppress(OSError):  # the image is out
                     print_result(line, sys.stderr)
-        if images and stream is None:
+        if images and stream is None and not args.dry_run:
+            import shutil
             programs = ["docker", "podman"] if output.format == "archive" and any(
                 image.config for image in images) else []
-            programs = [name for name in programs if any(os.access(
-                os.path.join(place, name), os.X_OK)
-                for place in os.get_exec_path())][:1] or programs
+            programs = list(filter(shutil.which, programs))[:1] or programs
             if programs or output.path != args.output:
                 log.info("%s%s%s", output.path, ": " if programs else "", " or ".join(
                     "%s load -i %s" % (name, output.path) for name in programs))
@@ -9285,26 +9278,14 @@ def destinations(args, references):
     return [(name, format or "archive", [one], one) for name, one in names.items()]
 
 
-def plan(session, references, output, platform, as_json):
-    """What a pull would fetch and from where, a line a blob, and the sum."""
+def plan(session, references, output, platform):
+    """The Images that a pull would fetch; told is how much that is."""
     puller = Puller(session, output)
     images = puller.resolve(references, platform)
-    blobs = [{"digest": str(blob.digest), "size": blob.size,
-              "present": min(have, blob.size or 0),
-              "from": session.source(image.reference).host}
-             for image, blob, have in puller.plan(images)]
-    there = sum(blob["present"] for blob in blobs)
-    wanted = sum(blob["size"] or 0 for blob in blobs) - there
-    names = list(map(pinned, images))
-    if as_json:
-        yield json.dumps({"images": names, "blobs": blobs, "to_fetch": wanted,
-                          "present": there})
-        return
-    yield from names
-    for blob in blobs:
-        yield "%s %s bytes, %d there, the rest from %s" % (
-            blob["digest"], blob["size"] or "?", blob["present"], blob["from"])
-    yield "to fetch: %d bytes; already there: %d" % (wanted, there)
+    there = [(blob.size or 0, have) for _, blob, have in puller.plan(images)]
+    log.info("%s: to fetch: %d bytes; already there: %d", output.path, sum(
+        size - min(size, have) for size, have in there), sum(map(min, there)))
+    return images
 
 
 def read_list(path, trying):
@@ -9316,19 +9297,16 @@ def read_list(path, trying):
         return []
     if path == "-" and sys.stdin is None:
         raise UsageError("--from-file -, but standard input is closed")
-    references, where = [], "standard input" if path == "-" else path
+    references, number, where = [], 0, "standard input" if path == "-" else path
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-            text = file.read().decode("utf-8")
-        for number, line in enumerate(text.split("\n"), 1):
-            # Windows puts U+FEFF before files, which some join.
-            line = line.lstrip("\ufeff").partition("#")[0].strip()
-            with trying("%s, line %d" % (where, number)):
-                references += [Reference.parse(line)] if line else []
-    except InvalidReference as error:
+            for number, line in enumerate(file, 1):
+                # Windows puts U+FEFF before files, which some join.
+                line = line.decode("utf-8").lstrip("\ufeff").partition("#")[0].strip()
+                with trying("%s, line %d" % (where, number)):
+                    references += [Reference.parse(line)] if line else []
+    except ValueError as error:
         raise UsageError("%s, line %d: %s" % (where, number, error)) from None
-    except UnicodeDecodeError:
-        raise UsageError("%s: not a list of references in UTF-8" % path) from None
     return references
 
 
@@ -9507,181 +9485,204 @@ def encodable(text, stream):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _row(words, explained=None, **more):
-    """What add_argument takes for `words`: names, and a metavar where it is no flag.
-
-    The metavar tells the type; one that ends in "..." may come more than once.
-    """
-    *names, last = words.split()
-    if last.startswith("-"):
-        return [*names, last], {"action": "store_true", "help": explained}
-    if last.endswith("..."):
-        more.setdefault("dest", names[-1].strip("-").replace("-", "_") + "s")
-        more["action"] = "append"
-    kind = {"N": int, "BYTES": int, "SECONDS": float}.get(last, str)
-    return names, dict(more, metavar=last, help=explained, type=kind)
-
-
-_REF = "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
-_SIGNED = [
-    _row("--verify-key FILE...", "one of these public keys must have signed it"),
-    _row("--verify-name HOST/REPOSITORY", "and under this name"),
-    _row("--no-verify-key", "take it, whoever signed it")]
-_IMAGE = [
-    _row("reference REF", _REF + ", or a path: ./PATH, /PATH or FILE.tar"),
-    _row("--image NAME", "which of several at a path"), *_SIGNED]
-_PLACE = _row("path PATH", "a layers tree, layout or archive")
-_JSON = _row("--json", "results as JSON")
-_MOVES = [
-    _row("--keep-going", "where one of several images fails, go on"),
-    _row("--dry-run", "say what would be fetched or sent, and stop"),
-    _row("-j --jobs N", "layers at once; default %(default)s", default=JOBS),
-    _row("--progress auto|plain|none", choices=("auto", "plain", "none"),
-         default="auto"), _JSON]
-_LIMITS = [
-    _row("--max-layer-size BYTES", "refuse layers that unpack to more; default "
-         "%(default)s", default=LAYER_SIZE_LIMIT),
-    _row("--max-files N", "refuse to unpack more files than this; default %(default)s",
-         default=MEMBER_COUNT_LIMIT)]
-COMMON_ARGUMENTS = [
-    _row("--platform OS/ARCH[/VARIANT]...", "default: this host's; several: to oci or "
-         "archive; all: the whole index, to oci"),
-    _row("-u --username USER", "the password comes from IMAGEC_PASSWORD, or"),
-    _row("--password-stdin", "from standard input, all of it, or the terminal"),
-    _row("--authfile FILE", "the only file of credentials looked into"),
-    _row("--no-creds", "use no credentials that lie around"),
-    _row("--token-host HOST[:PORT]...", "may be sent the password to give tokens"),
-    _row("--storage-host HOST[:PORT]...", "may be redirected to, also over http"),
-    _row("--timeout SECONDS", "for the whole command; default: while bytes come"),
-    _row("--cacert FILE", "PEM roots to trust besides the system's"),
-    _row("--cert FILE", "PEM client certificate, with"),
-    _row("--key FILE", "its PEM key"),
-    _row("--proxy URL", "http://, socks5:// or socks5h://; default: the environment's"),
-    _row("--mirror HOST[:PORT][/PREFIX]...", "try there first"),
-    _row("--insecure-skip-verify", "take any TLS certificate of the registry, its "
-         "mirrors, token and storage hosts"),
-    _row("--insecure-allow-http", "fall back to unverified https, then to http"),
-    _row("-q --quiet", "no progress, no warnings"),
-    _row("--debug", "log each step; tracebacks of errors")]
-#: Command -> (function of the arguments and a Session that gives the results, help,
-#: arguments of its own).
+#: Command -> (function of the arguments and a Session that gives the results, help).
 COMMANDS = {
-    "pull": (_run_pull, "fetch images, every byte checked", [
-        _row("references REF", _REF, nargs="*"),
-        _row("--from-file LIST", "references, one a line, # comments; - is stdin"),
-        _row("-o --output PATH", "FILE.tar, DIR/, -, a tree; default: NAME_TAG.tar"),
-        _row("--format " + "|".join(OUTPUTS), "default: what PATH says"),
-        _row("--recompress gzip", "rewrite zstd layers for old Docker; digests change"),
-        _row("--referrers", "take along what refers to it (to oci or archive)"),
-        _row("--without REF|PATH...", "leave out what this has (to oci or archive)",
-             dest="without"),
-        _row("--tag NAME[:TAG]", "the name to load the image by; default: its own"),
-        *_LIMITS, *_MOVES, *_SIGNED]),
-    "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes",
-               [*_IMAGE, _JSON]),
-    "ls": (_run_ls, "list the files of an image, those below a path", [
-        *_IMAGE, _row("path PATH", nargs="?", default="/"), *_LIMITS, _JSON]),
-    "cat": (_run_cat, "one file of an image", [*_IMAGE, _row("path PATH"), *_LIMITS]),
-    "inspect": (_run_inspect, "say what an image is", [
-        *_IMAGE, _row("--raw", "the manifest's exact bytes"),
-        _row("--config", "the config's exact bytes")]),
-    "digest": (_run_digest, "print the manifest's digest", _IMAGE),
-    "auth": (_run_auth, "say which credentials would be used for a registry", [
-        _row("host HOST[:PORT][/REPOSITORY]")]),
-    "serve": (_run_serve, "a read-only registry over what was pulled", [
-        _row("paths PATH", _PLACE[1]["help"] + "; the first has a name that two have",
-             nargs="+"),
-        _row("--listen HOST:PORT", "default: %(default)s", default="127.0.0.1:5000"),
-        _row("--tls-cert FILE", "PEM certificate, with"),
-        _row("--tls-key FILE", "its PEM key")]),
-    "push": (_run_push, "what was pulled, into a registry, digests kept", [
-        _row("path PATH", "a layers tree, layout or archive; - is standard input"),
-        _row("place HOST[:PORT][/PREFIX]", "where to"),
-        _row("--tag NAME[:TAG]", "the name there; default: its own"),
-        _row("--partial", "indexes that lack images, too, as far as that goes"),
-        *_MOVES]),
-    "selftest": (_run_selftest, "prove that this host can pull", [
-        _row("host HOST[:PORT]", "a registry to look at too", nargs="?")]),
-    "verify": (_run_verify, "re-check, offline, what a pull wrote", [
-        _PLACE, _row("--with PATH...", "may have blobs that are not there"),
-        *_SIGNED[:2], _row("--image NAME", "only this one must be signed")]),
-    "tags": (_run_tags, "list a repository's tags", [
-        _row("reference REPO", "[HOST[:PORT]/]REPOSITORY"),
-        _row("--match GLOB", "only these: * ? [] in it", default="*"),
-        _row("--newest N", "the newest versions, newest first; none without a digit"),
-        _row("--full", "as REPOSITORY:TAG, which pull --from-file - takes"), _JSON]),
+    "pull": (_run_pull, "fetch images, every byte checked"),
+    "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes"),
+    "ls": (_run_ls, "list the files of an image, those below a path"),
+    "cat": (_run_cat, "one file of an image"),
+    "inspect": (_run_inspect, "say what an image is"),
+    "digest": (_run_digest, "print the manifest's digest"),
+    "auth": (_run_auth, "say which credentials would be used for a registry"),
+    "serve": (_run_serve, "a read-only registry over what was pulled"),
+    "push": (_run_push, "what was pulled, into a registry, digests kept"),
+    "selftest": (_run_selftest, "prove that this host can pull"),
+    "verify": (_run_verify, "re-check, offline, what a pull wrote"),
+    "tags": (_run_tags, "list a repository's tags"),
 }
+_ANY = " ".join(COMMANDS)
+_IMAGE = "layers ls cat inspect digest"
+_PULLS, _SIGNED = "pull " + _IMAGE, "pull verify " + _IMAGE
+_NETWORK = "push tags selftest " + _PULLS
+_REF = "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
 
 
-def argument_parser(words=tuple(COMMANDS)):
-    """The command line contract as an argparse parser.
+class Row(value_type("Row", "flags attribute metavar commands explained default")):
+    """An option of some commands, or an argument, which has no `flags`.
 
-    Of commands that are not among `words` it knows the name alone: all take 10 ms.
+    `metavar` is its value: in lowercase words to choose from, with "..." several, in
+    "[]" of arguments what may be missing; "" for a switch.
     """
-    import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(message, "see %s --help" % self.prog)
+    __slots__ = ()
 
-        def parse_known_args(self, args, namespace):
-            if not args and self._subparsers:
-                self.error("no command: begin with imagec.py pull alpine")
-            options, others, words, follows = [], [], iter(args), None
-            for text in words:
-                if text == "--" or self._subparsers and text[:1] != "-":
-                    others += words  # or what is the command's
-                    break
-                before, follows = follows, value_follows(
-                    text, self._option_string_actions, self.error)
-                (others if follows is None and not before else options).append(text)
-            if not self._subparsers:  # argparse takes what are no options in one go
-                args = options + ["--"] * bool(others) + others
-            parsed, rest = super().parse_known_args(args, namespace)
-            if rest:  # not shown, as below
-                self.error("more arguments than it takes: %d" % len(rest))
-            return parsed, rest
-
-    parser = Parser("imagec.py", description=(__doc__ or "").partition("\n")[0],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    digest = "unknown"  # as where this comes from a pipe
-    with contextlib.suppress(NameError, AttributeError, OSError):
-        digest = "--version" in words and Digest.of(__loader__.get_data(__file__))
-    parser.add_argument("--version", action="version",
-                        version="imagec %s %s" % (__version__, digest))
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND",
-                                     parser_class=Parser)
-    commands.required = True  # 3.6 has no argument for it
-    for name, (run, explained, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=explained, description=explained)
-        command.set_defaults(run=run)
-        for flags, options in arguments + COMMON_ARGUMENTS if name in words else ():
-            command.add_argument(*flags, **options)
-    return parser
+    @classmethod
+    def of(cls, words, commands, explained, default=None):
+        """The Row of its names, the last that of an attribute, and its metavar."""
+        *names, metavar = words.split()
+        if metavar[0] == "-":
+            names, metavar, default = names + [metavar], "", False
+        return cls([name for name in names if name[0] == "-"], names[-1].strip(
+            "-").replace("-", "_"), metavar, commands.split(" "), explained, default)
 
 
-def value_follows(text, known, refuse):
-    """Whether after the option `text` comes its value, None where it is no option.
+OPTIONS = [Row.of(*row) for row in (
+    ("references [REF...]", "pull", _REF),
+    ("reference REF", _IMAGE, _REF + ", or a path: ./PATH, /PATH or FILE.tar"),
+    ("reference REPO", "tags", "[HOST[:PORT]/]REPOSITORY"),
+    ("path PATH", "verify push", "a layers tree, layout or archive; push: - is stdin"),
+    ("paths PATH...", "serve", "layouts and so on; the first has a name that two have"),
+    ("path PATH", "cat", "the file"), ("path [PATH]", "ls", "below it", "/"),
+    ("place HOST[:PORT][/PREFIX]", "push", "where to"),
+    ("host HOST[:PORT][/REPOSITORY]", "auth", "which registry"),
+    ("host [HOST[:PORT]]", "selftest", "a registry to look at too"),
+    ("--from-file LIST", "pull", "references, one a line, # comments; - is stdin"),
+    ("-o --output PATH", "pull", "FILE.tar, DIR/, -, a tree; default: NAME_TAG.tar"),
+    ("--format " + "|".join(OUTPUTS), "pull", "default: what PATH says"),
+    ("--recompress gzip", "pull", "rewrite zstd layers for old Docker; digests change"),
+    ("--referrers", "pull", "take along what refers to it (to oci or archive)"),
+    ("--without REF|PATH...", "pull", "leave out what this has (to oci or archive)"),
+    ("--tag NAME[:TAG]", "pull push", "the name to go by; default: its own"),
+    ("--partial", "push", "indexes that lack images, too, as far as that goes"),
+    ("--raw", "inspect", "the manifest's exact bytes"),
+    ("--config", "inspect", "the config's exact bytes"),
+    ("--match GLOB", "tags", "only these: * ? [] in it", "*"),
+    ("--newest N", "tags", "the newest versions, newest first; none without a digit"),
+    ("--full", "tags", "as REPOSITORY:TAG, which pull --from-file - takes"),
+    ("--with bases PATH...", "verify", "may have blobs that are not there"),
+    ("--listen HOST:PORT", "serve", "where to", "127.0.0.1:5000"),
+    ("--tls-cert FILE", "serve", "PEM certificate, with"),
+    ("--tls-key FILE", "serve", "its PEM key"),
+    ("--max-layer-size BYTES", "pull ls cat", "refuse larger ones", LAYER_SIZE_LIMIT),
+    ("--max-files N", "pull ls cat", "refuse to unpack more", MEMBER_COUNT_LIMIT),
+    ("--keep-going", "pull push", "where one of several images fails, go on"),
+    ("--dry-run", "pull push", "say what would be fetched or sent, and stop"),
+    ("-j --jobs N", "pull push", "connections at once", JOBS),
+    ("--progress auto|plain|none", "pull push", "a line redrawn, or lines", "auto"),
+    ("--json", "pull push layers ls tags", "results as JSON"),
+    ("--platform platforms OS/ARCH[/VARIANT]...", _PULLS, "default: this host's; "
+     "several: to oci or archive; all: the whole index, to oci"),
+    ("--image NAME", "verify " + _IMAGE, "which of several at a path"),
+    ("--verify-key verify_keys FILE...", _SIGNED, "PEM; one of these has signed it"),
+    ("--verify-name HOST/REPOSITORY", _SIGNED, "and under this name"),
+    ("--no-verify-key", _PULLS, "take it, whoever signed it"),
+    ("--mirror mirrors HOST[:PORT][/PREFIX]...", _PULLS, "try there first"),
+    ("-u --username USER", "auth serve " + _NETWORK, "with IMAGEC_PASSWORD, or"),
+    ("--password-stdin", "auth serve " + _NETWORK, "all of it, or the terminal"),
+    ("--authfile FILE", "auth " + _NETWORK, "the only file of credentials looked into"),
+    ("--no-creds", "auth " + _NETWORK, "use no credentials that lie around"),
+    ("--token-host token_hosts HOST[:PORT]...", _NETWORK, "may be sent the password"),
+    ("--storage-host storage_hosts HOST[:PORT]...", _NETWORK, "may be redirected to"),
+    ("--cacert FILE", _NETWORK, "PEM roots to trust besides the system's"),
+    ("--cert FILE", _NETWORK, "PEM client certificate, with"),
+    ("--key FILE", _NETWORK, "its PEM key"),
+    ("--proxy URL", _NETWORK, "http://, socks5:// or socks5h://"),
+    ("--insecure-skip-verify", _NETWORK, "take any TLS certificate of the registry, "
+     "its mirrors, token and storage hosts"),
+    ("--insecure-allow-http", _NETWORK, "fall back to unverified https, then to http"),
+    ("--timeout SECONDS", "verify serve " + _NETWORK, "for all; else while bytes come"),
+    ("-q --quiet", _ANY, "no progress, no warnings"),
+    ("--debug", _ANY, "log each step; tracebacks of errors"),
+    ("--version", "", "the version, and the SHA-256 of the file"),
+    ("-h --help", " " + _ANY, "this"))]
 
-    `known` are argparse's actions by option, `refuse` raises. argparse itself takes any
-    beginning of an option for it, `--password SECRET` for `--password-stdin`, and
-    repeats what was typed. (`allow_abbrev=False` refuses `-j1` before Python 3.8.)
+
+_OPEN_PASSWORD = ("all on this host can read a password on the command line: give it "
+                  "with --password-stdin or in IMAGEC_PASSWORD")
+
+
+def parse_arguments(argv):
+    """The arguments of a command line, by the attributes of Rows, None of others.
+
+    Options stand anywhere, and are written out. What is behind one that is not known is
+    not repeated: it may be a password. (argparse does that, and takes beginnings.)
     """
-    if text[:1] != "-" or text == "-" or re.fullmatch("-[0-9.]+", text):
-        return None
-    name, value, _ = text.partition("=")
-    if text[:2] != "--":  # of -qj1 the -j: the first that takes a value, or is unknown
-        name = next(("-" + letter for letter in text[1:] if "-" + letter not in known
-                     or known["-" + letter].nargs != 0), text[:2])
-        value = text.partition(name[1])[2]
-    if name == "-p" or name.startswith("--pass") and name not in known:
-        refuse("all on this host can read a password on the command line: give it with "
-               "--password-stdin or in IMAGEC_PASSWORD")
-    if name not in known:
-        refuse("no such option: " + name)
-    if known[name].nargs == 0 and value and text[:2] == "--":
-        refuse("%s takes no value" % name)
-    return known[name].nargs != 0 and not value
+    def refuse(text):
+        raise UsageError(text, "see imagec.py " + (args.command + " --help").strip())
+
+    args = types.SimpleNamespace(command="", **{row.attribute: None for row in OPTIONS})
+    todo, words = collections.deque(argv), []
+    while todo and todo[0] != "--":
+        text = todo.popleft()
+        name, given, value = text.partition("=") if text[:2] == "--" else (
+            text[:2], text[2:], text[2:])
+        row = next((row for row in OPTIONS
+                    if name in row.flags and args.command in row.commands), None)
+        if args.command and not re.match("-.", text):
+            words.append(text)
+        elif not args.command and text in COMMANDS:
+            args.command = text
+            vars(args).update((row.attribute, row.default) for row in OPTIONS
+                              if text in row.commands)
+        elif text[:1] != "-":
+            refuse("no such command: '%s'" % shown(text, 100))
+        elif not row:
+            refuse(_OPEN_PASSWORD if re.match("-p|--pass", name) else
+                   "no such option: " + name)
+        elif row.metavar:
+            if not given and (not todo or re.match("-.", todo[0])):
+                refuse("%s: expected %s" % (name, row.metavar))
+            _take(row, args, value if given else todo.popleft(), refuse)
+        elif given and text[:2] == "--":
+            refuse("%s takes no value" % name)
+        else:
+            setattr(args, row.attribute, True)
+            todo.extendleft(["-" + value] * bool(given))  # of -qj1 the rest
+            if args.help or args.version:
+                return args
+    if not args.command:
+        refuse("no command: begin with imagec.py pull alpine")
+    words += list(todo)[1:]
+    for row in OPTIONS:
+        if args.command in row.commands and not row.flags:
+            words = _take_words(row, args, words, refuse)
+    if words:  # not shown, as above
+        refuse("more arguments than it takes: %d" % len(words))
+    return args
+
+
+def _take_words(row, args, words, refuse):
+    """Has `args` say what an argument's words stand for; those that are left."""
+    if not words and row.metavar[0] != "[":
+        refuse("%s is missing" % row.metavar)
+    count = len(words) if "..." in row.metavar else 1
+    for text in words[:count]:
+        _take(row, args, text, refuse)
+    return words[count:]
+
+
+def _take(row, args, text, refuse):
+    """Has `args` say what a text stands for, a Row's value, or one of several."""
+    kind = {"N": int, "BYTES": int, "SECONDS": float}.get(row.metavar, str)
+    try:
+        value = kind(text)
+        if row.metavar.islower():
+            row.metavar.split("|").index(text)
+    except ValueError:
+        refuse("%s: expected %s, not '%s'" % (row.flags[-1], row.metavar, shown(text)))
+    if "..." in row.metavar:
+        value = (getattr(args, row.attribute) or []) + [value]
+    setattr(args, row.attribute, value)
+
+
+def help_text(command):
+    """What --help shows of a command, or of all, as wide as the terminal."""
+    import shutil
+    import textwrap
+    about, usage = (__doc__ or "").partition("\n")[0], "COMMAND ..."
+    told = [(name, explained) for name, (_, explained) in COMMANDS.items()]
+    rows = [row for row in OPTIONS if command in row.commands]
+    if command:
+        (_, about), told = COMMANDS[command], []
+        usage = " ".join([command, "[options]"] + [
+            row.metavar for row in rows if not row.flags])
+    told += [((", ".join(row.flags) + " " + row.metavar).strip(),
+              row.explained + ("; default: %s" % row.default if row.default else ""))
+             for row in rows]
+    width = max(40, shutil.get_terminal_size().columns)
+    return "\n".join(["usage: imagec.py " + usage, "", about, ""] + [textwrap.fill(
+        "%-23s  %s" % pair, width, initial_indent="  ", subsequent_indent=" " * 27,
+        break_on_hyphens=False, break_long_words=False) for pair in told])
 
 
 def read_password(args):
@@ -9709,11 +9710,8 @@ def read_password(args):
 
 
 #: Those that a Session takes by the same name.
-SESSION_OPTIONS = frozenset("""
-    username timeout insecure_skip_verify insecure_allow_http cacert proxy token_hosts
-    storage_hosts authfile no_creds mirrors jobs max_layer_size max_files recompress
-    referrers verify_keys verify_name keep_going without
-""".split())
+SESSION_OPTIONS = Session.__init__.__code__.co_varnames[
+    :Session.__init__.__code__.co_argcount]
 
 
 def exit_status(error):
@@ -9729,11 +9727,21 @@ def main(argv=None):
     while spare < 3:  # or a file would take a closed stream's place, and what it gets
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    argv, progress, level, args = list(argv), Progress(sys.stderr), log.level, None
+    argv, progress, level = list(argv), Progress(sys.stderr), log.level
+    args = types.SimpleNamespace(command="")
     log.addHandler(progress)
     log.setLevel(logging.INFO)
     try:
-        args = argument_parser(argv).parse_args(argv)
+        args = parse_arguments(argv)
+        if args.help:
+            print_result(help_text(args.command), sys.stdout)
+        if args.version:
+            digest = "unknown"  # as where this comes from a pipe
+            with contextlib.suppress(NameError, AttributeError):
+                digest = Digest.of(__loader__.get_data(__file__))
+            print_result("imagec %s %s" % (__version__, digest), sys.stdout)
+        if args.help or args.version:
+            return 0
         if args.debug or args.quiet:
             log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         return _run(args, progress)
@@ -9743,10 +9751,10 @@ def main(argv=None):
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
         log.debug("the error came from here", exc_info=True)
-        progress.say(_local_words(error, args) if isinstance(error, OSError)
-                     else lacking(error) if isinstance(error, ImportError)
-                     else str(error) or "interrupted" + "; run it again to go on" * (
-                         getattr(args, "output", "-") != "-"))
+        log.error("%s", _local_words(error, args) if isinstance(error, OSError)
+                  else lacking(error) if isinstance(error, ImportError)
+                  else str(error) or "interrupted" + "; run it again to go on" * (
+                      args.command == "pull" and args.output != "-"))
         return exit_status(error)
     finally:
         log.removeHandler(progress)
@@ -9755,14 +9763,14 @@ def main(argv=None):
 
 
 def _run(args, progress):
-    progress.kind = "none" if args.quiet else getattr(args, "progress", "none")
+    progress.kind = "none" if args.quiet else args.progress or "none"
     if (args.cert is None) != (args.key is None):
         raise UsageError("--cert and --key go together")
     options = {name: value for name, value in vars(args).items()
                if name in SESSION_OPTIONS and value is not None}
-    if not hasattr(args, "no_verify_key"):  # no name means an image there
-        options["verify_keys"] = options.get("verify_keys") or ()
-    elif args.no_verify_key:
+    if args.no_verify_key is not False:  # or no name means an image in a registry
+        options.setdefault("verify_keys", ())
+    if args.no_verify_key:
         options["verify_keys"] = ()
         log.warning("--no-verify-key: what comes is taken, whoever signed it")
     args.platform = args.platforms and parse_platform(args.platforms)
@@ -9772,7 +9780,7 @@ def _run(args, progress):
                  notify=None if progress.kind == "none" else progress,
                  client_pair=args.cert and (args.cert, args.key),
                  **options) as session, _ending(session.transport):
-        for result in args.run(args, session):
+        for result in COMMANDS[args.command][0](args, session):
             print_result(result, sys.stdout)
         for what, error in session.failures or ():
             log.error("failed: %s: %s", what, error)
@@ -9856,12 +9864,9 @@ def _local_words(error, args):
     """An OSError of this host in words: which file, what is wrong, what to do."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
     words = "%s%s" % (printable(name) + ": " if name else "", _reason(error))
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) or not hasattr(
-            args, "output") or error.filename and error.filename == args.from_file:
-        return words
-    free = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or ",
-            errno.EFBIG: "--format oci keeps files smaller; or "}.get(error.errno, "")
-    return "%s; %schoose another place with -o" % (words, free)
+    room = args.command == "pull" and error.errno in (
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return words + "; free some space or choose another place with -o" * room
 
 
 def _forget(stream):

@@ -1419,9 +1419,6 @@ class RegistryCase(unittest.TestCase):
         self.addCleanup(transport.close)
         return transport
 
-    # Building the parser takes as long as a small pull.
-    parser = staticmethod(functools.lru_cache(maxsize=None)(imagec.argument_parser))
-
     def main(self, *argv, stdin="", stderr=None, **environ):
         """Run a command line here; it retries at once, and syncs nothing."""
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
@@ -1431,8 +1428,7 @@ class RegistryCase(unittest.TestCase):
         with warnings.catch_warnings(), mock.patch.dict(os.environ, environ), \
                 mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err), \
                 mock.patch.object(os, "fsync"), \
-                mock.patch.multiple(imagec, BACKOFF=0,
-                                    argument_parser=lambda words: self.parser()):
+                mock.patch.object(imagec, "BACKOFF", 0):
             # What another test has left open may be told at any moment.
             warnings.simplefilter("ignore", ResourceWarning)
             status = imagec.main(list(argv))
@@ -1503,8 +1499,6 @@ faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
 import http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
-parser = imagec.argument_parser()
-imagec.argument_parser = lambda words: parser
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -9281,7 +9275,7 @@ class ArchiveOutputTest(StoredCase):
                 os.close(writing)
         self.assertIn(b"oci-layout", os.read(reading, 1 << 16))
 
-    @rows(((None, "list"), (b"# caf\xe9\n", "UTF-8"), (b"# only\n", "list"),
+    @rows(((None, "list"), (b"# caf\xe9\n", "line 1: .utf-8"), (b"# only\n", "list"),
            (b"a b\n", "line 1: .*a b"), (b"UPPER\n", "line 1: .*UPPER"),
            (b"\xef\xbb\xbflab/app\nLAB\n", "list, line 2: .*LAB"),
            (b"# x\r\n\r\na//b # c\r\n", "list, line 3: .*a//b")))
@@ -12524,43 +12518,35 @@ class DryRunTest(FieldCase):
 
     def plan(self, *argv, format="layers", name="out", ref=None,
              platform="linux/amd64"):
-        """The lines of a plan, which must succeed and write nothing."""
+        """(results, bytes to fetch, bytes there) of a plan, which writes nothing."""
         path = self.at(name)
         before = field_files(self.root), os.path.exists(path)
         run = self.main("pull", "--dry-run", "--platform", platform, "--format", format,
                         "-o", path, ref or self.ref, *argv)
-        self.assertEqual((run.status, run.err), (0, ""))
+        self.assertEqual(run.status, 0, run.err)
         self.assertEqual((field_files(self.root), os.path.exists(path)), before)
-        return run.out.splitlines()
+        found = re.fullmatch(r"imagec: %s: to fetch: (\d+) bytes; already there: (\d+)\n"
+                             % re.escape(path), run.err)
+        return (run.out.splitlines(), *map(int, found.groups()))
 
     @rows(OUTPUTS)
     def test_output(self, format, name):
-        self.assertEqual(self.plan(format=format, name="new/" + name), [
-            "%s@%s" % (self.ref, self.image.digest)] + [
-            "%s %d bytes, 0 there, the rest from %s" % (digest, size, self.origin.host)
-            for digest, size in zip(self.image.layers, self.sizes)] + [
-            "to fetch: %d bytes; already there: 0" % sum(self.sizes)])
+        self.assertEqual(self.plan(format=format, name="new/" + name), (
+            ["%s@%s" % (self.ref, self.image.digest)], sum(self.sizes), 0))
         self.assertFalse(os.path.exists(self.at("new")))
         names = {p.rpartition("/")[2] for p in paths(self.origin, "/blobs/")}
         self.assertEqual(names, {sha256(self.image.config)})
 
     def test_json(self):
-        line, = self.plan(self.ref, "--json")
-        self.assertEqual(json.loads(line), {
-            "images": ["%s@%s" % (self.ref, self.image.digest)] * 2,
-            "blobs": [{"digest": digest, "size": size, "present": 0,
-                       "from": self.origin.host}
-                      for digest, size in zip(self.image.layers, self.sizes)],
-            "to_fetch": sum(self.sizes), "present": 0})
+        lines, fetch, _ = self.plan(self.ref, "--json")
+        self.assertEqual([json.loads(line)["digest"] for line in lines],
+                         [self.image.digest] * 2)
+        self.assertEqual(fetch, sum(self.sizes))  # layers that both have, once
 
     @rows(OUTPUTS[:2])
     def test_what_is_there(self, format, name):
         self.pull(self.origin.host, to=name, format=format)
-        lines = self.plan(format=format, name=name)
-        self.assertEqual([line.split()[1] for line in lines[1:-1]],
-                         [line.split()[3] for line in lines[1:-1]])
-        self.assertEqual(
-            lines[-1], "to fetch: 0 bytes; already there: %d" % sum(self.sizes))
+        self.assertEqual(self.plan(format=format, name=name)[1:], (0, sum(self.sizes)))
 
     @rows(OUTPUTS)
     def test_what_is_half_there(self, format, name):
@@ -12568,10 +12554,9 @@ class DryRunTest(FieldCase):
         with self.fails(imagec.TransportError):
             self.pull(self.origin.host, to=name, format=format, jobs=1)
         self.assertEqual(fault.used, 5)
-        line = self.plan(format=format, name=name)[-1]
-        numbers = [int(n) for n in re.findall("[0-9]+", line)]
-        self.assertEqual(sum(numbers), sum(self.sizes))
-        self.assertGreaterEqual(numbers[1], 20)
+        _, fetch, there = self.plan(format=format, name=name)
+        self.assertEqual(fetch + there, sum(self.sizes))
+        self.assertGreaterEqual(there, 20)
 
     def test_layers_that_an_unfinished_archive_has(self):
         large = build_image([tar_bytes([("f%d" % n, noise(9000 - 500 * n, n))])
@@ -12582,31 +12567,25 @@ class DryRunTest(FieldCase):
         with self.fails(imagec.NotFound):
             self.pull(host, to="a.tar", jobs=1)
         fault.times = fault.used
-        lines = self.plan(format="archive", name="a.tar", ref=host + "/lab/app:1")
-        self.assertEqual(lines[-1], "to fetch: %d bytes; already there: %d" % tuple(
+        self.assertEqual(self.plan(format="archive", name="a.tar", ref=host
+                                   + "/lab/app:1")[1:], tuple(
             len(large.blobs[digest]) for digest in large.layers[::-1]))
-
-    def test_mirror_is_named(self):
-        mirror = self.filled(self.image)
-        lines = self.plan("--mirror", mirror.host)
-        self.assertIn("from " + mirror.host, lines[1])
-        self.assertEqual(self.origin.requests, [])
 
     def test_several_images_share_layers(self):
         other = build_image(FIELD_SMALL[:1] + (tar_bytes([("x", b"y")]),))
         self.origin.add("lab/other", "1", other)
-        lines = self.plan(self.origin.host + "/lab/other:1", format="archive",
-                          name="a.tar")
-        self.assertEqual(len([li for li in lines if " bytes, " in li]), 3)
-        self.assertEqual(len([li for li in lines if "@sha256:" in li]), 2)
+        lines, fetch, _ = self.plan(self.origin.host + "/lab/other:1", format="archive",
+                                    name="a.tar")
+        self.assertEqual(len(lines), 2)
+        self.assertEqual(fetch, sum(self.sizes) + len(other.blobs[other.layers[1]]))
 
     def test_all_platforms(self):
         index = build_index([(self.image, ("linux", "amd64", None)), (
             build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
             ("linux", "arm64", None))])
         ref = self.filled(index).host + "/lab/app:1"
-        lines = self.plan(format="oci", ref=ref, platform="all")
-        self.assertEqual(lines[0], "%s@%s" % (ref, index.digest))
+        self.assertEqual(self.plan(format="oci", ref=ref, platform="all")[0],
+                         ["%s@%s" % (ref, index.digest)])
 
     @rows((("--platform", "all", 2), ("--recompress", "gzip", 2),
            ("--platform", "linux/none", 4)))
@@ -13269,8 +13248,6 @@ class AuditTest(StoredCase):
                 self.assertIn(told, self.verify(path, 1))
 
     @rows(itertools.product(("sha256", "sha512"), ("index.json", "manifest.json")))
-        more = re.search("(?: and ([0-9]+) more)?\n", run.err).group(1)
-        self.assertEqual(int(more or 0) + 1, count)
     def test_layers_by_digest(self, algorithm, name):
         root = self.good("layers", algorithm + name)
         folder = self.folder.replace("/layers/", "/%s%s/" % (algorithm, name))
@@ -13292,6 +13269,8 @@ class AuditTest(StoredCase):
         run = self.main("verify", path)
         self.assertEqual(run.status, 0, run.err)
         self.assertRegex(run.err, r"\Aimagec: warning: [^\n]+\n\Z")
+        more = re.search("(?: and ([0-9]+) more)?\n", run.err).group(1)
+        self.assertEqual(int(more or 0) + 1, count)
         for name in names:
             self.assertIn(name, run.err)
 
@@ -14287,10 +14266,6 @@ class ShelfTest(ServeCase):
             self.assertEqual(shelf.blob(digest), shelf.blob(digest))
             self.assertEqual(v.call_count, 1)
             os.utime(path, (1, 1))
-    # A mirror that hands out another host's image would be believed.
-    ("{name}/manifests/1?ns=quay.io", 404, "NAME_UNKNOWN", {}),
-    ("{name}/tags/list?ns=docker.io", 404, "NAME_UNKNOWN", {}),
-    ("library/alpine/tags/list?ns=docker.io", 200, None, {}),
             shelf.blob(digest)
             self.assertEqual(v.call_count, 2)
 
@@ -14312,6 +14287,10 @@ SERVE_CONFORMANCE = (
     ("{name}/manifests/{child}", 200, None, {"Docker-Content-Digest": "{child}"}),
     ("{host}/{name}/manifests/1", 200, None, SERVE_MANIFEST),
     ("{name}/manifests/1?ns={host}", 200, None, SERVE_MANIFEST),
+    # A mirror that hands out another host's image would be believed.
+    ("{name}/manifests/1?ns=quay.io", 404, "NAME_UNKNOWN", {}),
+    ("{name}/tags/list?ns=docker.io", 404, "NAME_UNKNOWN", {}),
+    ("library/alpine/tags/list?ns=docker.io", 200, None, {}),
     ("{name}/manifests/.INVALID_MANIFEST_NAME", 404, "MANIFEST_UNKNOWN", {}),
     ("{name}/manifests/2", 404, "MANIFEST_UNKNOWN", {}),
     ("{name}/manifests/{zeros}", 404, "MANIFEST_UNKNOWN", {}),
@@ -15943,11 +15922,12 @@ class CommandLineTest(CommandLineCase):
     def test_version_and_help(self):
         for option, words in (("--version", r"\Aimagec %s " % imagec.__version__),
                               ("--help", "(?s)" + ".*".join(imagec.COMMANDS))):
-            with self.assertRaises(SystemExit) as caught, \
-                    contextlib.redirect_stdout(io.StringIO()) as out:
-                imagec.main([option])
-            self.assertEqual(caught.exception.code, 0)
-            self.assertRegex(out.getvalue(), words)
+            self.assertRegex("\n".join(self.done(option)), words)
+        for command in imagec.COMMANDS:
+            wide, narrow = (self.done(command, "--help", COLUMNS=columns)
+                            for columns in ("200", "40"))
+            self.assertEqual(" ".join(wide).split(), " ".join(narrow).split())
+            self.assertLess(max(map(len, narrow)), 75)
 
     def test_debug_logs_each_request_and_where_an_error_came_from(self):
         for tag, status, out, words in (
@@ -16220,28 +16200,27 @@ class CommandLineCredentialsTest(CommandLineCase):
         self.assertEqual(self.origin.requests, [])
 
     def test_options_are_written_out(self):
-        parser = imagec.argument_parser()
-        for command, (_, _, own) in imagec.COMMANDS.items():
-            rest = ["x"] * sum(not flags[0].startswith("-") for flags, _ in own)
+        parse = imagec.parse_arguments
+        for command in imagec.COMMANDS:
             for option in ("--usern=x", "--no-cred", "--quie", "--rec=gzip", "--js"):
-                with self.subTest(command=command, option=option):
-                    with self.fails(imagec.UsageError, "no such option: --"):
-                        parser.parse_args([command, option] + rest)
+                with self.subTest(command=command, option=option), self.fails(
+                        imagec.UsageError, "no such option: --"):
+                    parse([command, option])
         for options, jobs in (("-j1", 1), ("-qj1", 1), ("-j 1", 1), ("-qj 12", 12),
-                              ("--jobs=3", 3), ("--jobs 3", 3), ("-j -1", -1)):
-            found = parser.parse_args(["pull", "-ux"] + options.split() + ["a", "b"])
+                              ("--jobs=3", 3), ("--jobs 3", 3)):
+            found = parse(["pull", "-ux"] + options.split() + ["a", "b"])
             self.assertEqual((found.jobs, found.quiet, found.username),
                              (jobs, "q" in options, "x"))
-        self.assertEqual(parser.parse_args(["serve", "--", "-p"]).paths, ["-p"])
+        self.assertEqual(parse(["serve", "--", "-p"]).paths, ["-p"])
         for line in ("a -o x b c", "-o x a -q b c", "a b -qo x c", "a -o=x b -- c",
                      "a --output=x b c", "a -ox b c -q", "-j 2 a b -ox c"):
-            found = parser.parse_args(["pull"] + line.split())
+            found = parse(["pull"] + line.split())
             self.assertEqual((found.references, found.output.strip("=")),
                              (["a", "b", "c"], "x"))
-        found = parser.parse_args("cat a --platform arm -- -b".split())
+        found = parse("cat a --platform arm -- -b".split())
         self.assertEqual((found.reference, found.path, found.platforms),
                          ("a", "-b", ["arm"]))
-        self.assertEqual(parser.parse_args(["pull", "-o", "-"]).output, "-")
+        self.assertEqual(parse(["pull", "-o", "-"]).output, "-")
 
     def test_a_registry_that_asks_for_none_gets_none(self):
         self.done("digest", "-u", "alice", self.ref, IMAGEC_PASSWORD=PASSWORD)
@@ -16395,7 +16374,7 @@ class CommandLineProgressTest(CommandLineCase):
         progress(imagec.Event("Download complete", "bb"))
         self.now += 60
         self.come(progress, "aa", 999700)
-        progress.say("enough")
+        progress.emit(logging.makeLogRecord({"msg": "enough", "levelno": logging.INFO}))
         self.assertEqual(self.shown(stream.getvalue()), [
             "1: Pulling from lab/app", "bb: Resuming at 500kB", "cc: Already exists",
             "bb: Download complete", "imagec: enough", ""])
@@ -16468,13 +16447,11 @@ MANIFEST = "GET .*/manifests/"
 #: (what, command line, status, words[, match, action, times of a fault: 1]). Every
 #: fault of a registry is met in FaultsTest.
 FAILURES = (
-    ("no command", "", 2, "--help"),
     ("unknown command", "fly", 2, "fly"),
-    ("unknown option", "digest {ref} --fast", 2, "--fast"),
     ("no reference", "pull", 2, "REF"),
     ("unknown format", "pull --format floppy {ref}", 2, "floppy"),
     ("no job", "pull -j 0 {ref}", 2, "at least one"),
-    ("time that is no number", "digest --timeout x {ref}", 2, "float value: 'x'"),
+    ("time that is no number", "digest --timeout x {ref}", 2, "SECONDS, not 'x'"),
     ("archive in a directory's place", "pull -o {root} --format archive {ref}", 1,
      "is a directory"),
     ("layers of no bytes", "pull --max-layer-size 0 {ref}", 2, "over 0"),
@@ -16511,7 +16488,6 @@ FAILURES = (
     ("compressed, short", "pull -o {root}/x.TGZ {ref}", 2, "FILE.tar"),
     ("name for a tree", "pull --tag a:1 {ref}", 2, "--tag goes with"),
     ("name for a root", "pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
-    ("URL for a registry", "auth https://{host}", 2, "HOST"),
     ("no registry to look up", "auth ''", 2, "HOST"),
     ("registry with a blank", "auth 'a b'", 2, "HOST"),
     ("jobs that are no number", "pull -j x {ref}", 2, "'x'"),
@@ -16519,7 +16495,6 @@ FAILURES = (
     ("reference with a newline", "pull 'lab/app\n'", 2, r"lab/app\\+n"),
     ("bad second reference", "pull {ref} a//b", 2, "a//b"),
     ("bad digest", "digest {host}/lab/app@sha256:12", 2, "64"),
-    ("image ID", "pull " + "0" * 64, 2, "image ID"),
     ("bad platform", "layers --platform a/b/c/d {ref}", 2, "a/b/c/d"),
     ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
     ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
@@ -16529,8 +16504,6 @@ FAILURES = (
      status(404, body=HTML), EVER),
     ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
      "expected digest", MANIFEST, flip(3)),
-    ("missing repository", "pull {host}/lab/none:1", 4, "MANIFEST_UNKNOWN"),
-    ("missing tag", "pull {host}/lab/app:none", 4, "lab/app:none"),
     ("no platform", "pull --platform linux/s390x {host}/lab/app:many", 4,
      "linux/amd64, linux/arm/v7"),
     ("layer with a flipped bit", "pull {ref}", 3, "{layer}.* expected digest", LAYER,
@@ -16552,7 +16525,7 @@ SENTENCES = (
     ("", 2, "no command: begin with imagec.py pull alpine; see imagec.py --help"),
     ("digest {ref} --fast", 2, "no such option: --fast; see imagec.py digest --help"),
     ("cat {ref}", 2,
-     "the following arguments are required: PATH; see imagec.py cat --help"),
+     "PATH is missing; see imagec.py cat --help"),
     ("pull -p x {ref}", 2, "all on this host can read a password on the command line: "
      "give it with --password-stdin or in IMAGEC_PASSWORD; see imagec.py pull --help"),
     ("pull {ref} docker://x", 2,
@@ -17353,7 +17326,7 @@ class StreamTest(CommandLineCase):
     @rows((
         *((name, command, 1, "install python3 (Debian) or python3-libs (RHEL)")
           for name, command in (("http", "pull alpine"), ("json", "--version"),
-                                ("argparse", ""), ("urllib", "selftest"))),
+                                ("urllib", "selftest"))),
         ("_ssl", "verify x", 1,
          "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
         ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
@@ -17452,11 +17425,11 @@ class StreamTest(CommandLineCase):
 
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
-    argparse base64 bz2 collections compression concurrent contextlib difflib email
+    base64 bz2 collections compression concurrent contextlib difflib email
     errno fcntl fnmatch functools gc getpass glob hashlib hmac http io ipaddress
     itertools json logging lzma os platform queue random re selectors shutil signal
-    socket socketserver ssl stat struct subprocess sys tempfile threading time urllib
-    zlib
+    socket socketserver ssl stat struct subprocess sys tempfile textwrap threading time
+    types urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
@@ -17465,7 +17438,7 @@ ROOM_OF_USE = {
     "http": "Transport", "ssl": "Transport", "socket": "Transport",
     "selectors": "Transport", "urllib.request": "Transport",
     "subprocess": "Proof",
-    "print": "Command line", "argparse": "Command line", "signal": "Command line",
+    "print": "Command line", "signal": "Command line",
     "input": "Command line", "getpass": "Command line",
     "sys.exit": "Command line", "sys.argv": "Command line",
     "sys.stdin": "Command line", "sys.stdout": "Command line",
@@ -17869,22 +17842,16 @@ class ReadmeTest(RegistryCase):
         return found
 
     def test_options(self):
-        parser = imagec.argument_parser()
-        parsers = [parser] + [command for action in parser._actions
-                              for command in (action.choices or {}).values()
-                              if action.dest == "command"]
-        options = {option for one in parsers for action in one._actions
-                   for option in action.option_strings if option.startswith("--")}
+        options = {flag: row.commands for row in imagec.OPTIONS for flag in row.flags}
         named = re.findall("(?<![A-Za-z0-9-])--[a-z][a-z-]*", self.section("Options"))
-        self.assertEqual(set(named) | {"--help"}, options)
-        words = {"any": set(imagec.COMMANDS), "*image*": {
-            "inspect", "layers", "ls", "cat", "digest"}}
+        self.assertEqual(set(named), {one for one in options if one[:2] == "--"})
+        words = {"any": set(imagec.COMMANDS), "*image*": set(imagec._IMAGE.split()),
+                 "*network*": set(imagec._NETWORK.split())}
         for row, of in re.findall(r"(?m)^\| (`-[^|]*(?:\\\|[^|]*)*) \| ([^| ][^|]*) \|",
                                   self.section("Options")):
             of = set().union(*[words.get(one, {one.strip("`")}) for one in of.split(", ")])
             for option in re.findall("--[a-z-]+", row):
-                self.assertEqual(of, {one.prog.split()[-1] for one in parsers[1:] if (
-                    option in one._option_string_actions)}, option)
+                self.assertEqual(of, set(options[option]), option)
 
     def test_words(self):
         self.assertLess(len(re.sub(r"(?m)^\|.*", "", self.text).split()), 3000)
@@ -19390,7 +19357,7 @@ class LimitsTest(unittest.TestCase):
 
 #: Modules the program imports, early or late: traps of these names lie around.
 THREAT_TRAPS = ("json", "tarfile", "queue", "bz2", "lzma", "shutil", "tempfile", "http",
-                "concurrent", "select", "fcntl", "signal", "argparse", "subprocess",
+                "concurrent", "select", "fcntl", "signal", "types", "subprocess",
                 "ipaddress", "ssl", "base64")
 
 
