@@ -2028,12 +2028,12 @@ class Credentials:
     """Who we are to one registry: a user name and password, an identity token (a
     refresh token for its token server), or a ready registry token. Each may be None.
 
-    `source` says in words where they were found. Not a tuple: its repr must not show
-    the secrets. Also the simplest keyring: it gives itself for every host. Raises
-    UsageError for what cannot be sent, as NUL, or a token that is not ASCII.
+    `source` says in words where they were found. Not a tuple, whose repr shows all, but
+    the simplest keyring: it gives itself for every host. Raises UsageError for what
+    cannot be sent, as NUL, or a token that is not ASCII.
     """
 
-    __slots__ = ("username", "password", "identity_token", "registry_token", "source")
+    __slots__ = "username", "password", "identity_token", "registry_token", "source"
 
     def __init__(self, username=None, password=None, identity_token=None,
                  registry_token=None, source="given"):
@@ -2065,9 +2065,6 @@ class Credentials:
                 + " of several lines" * ("\n" in (self.password or "")))
         who = "user %s with %s" % (self.username, kind) if self.username else kind
         return "%s, from %s" % (who, self.source)
-
-    def __repr__(self):
-        return "Credentials(%r, ***, source=%r)" % (self.username, self.source)
 
 
 def basic_header(username, password):
@@ -2176,25 +2173,17 @@ def _read_config(path, named=False, raw=None):
         return None
 
 
-def _object(config, key):
-    """Member `key` of a config, {} where it is not an object."""
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def _find_in_config(name, config, host, repository):
     """What one file says. Its helpers come before its entries, and rule them out."""
-    server, keys = host, [host]
-    if host == DOCKER_HUB:
-        server, keys = DOCKER_HUB_KEY, [DOCKER_HUB_KEY, *_HUB_NAMES]
-    helpers = _object(config, "credHelpers")
+    keys = [DOCKER_HUB_KEY, *_HUB_NAMES] if host == DOCKER_HUB else [host]
+    helpers, auths = (value if isinstance(value, dict) else {} for value in map(
+        config.get, ("credHelpers", "auths")))
     named = [("credHelpers", helpers.get(key)) for key in keys]
     for where, helper in named + [("credsStore", config.get("credsStore"))]:
         if helper == "":  # for this host none, nor the store: docker's rule
             break
         if isinstance(helper, str):
-            return _ask_helper(helper, server, "%s (%s)" % (name, where))
-    auths = _object(config, "auths")
+            return _ask_helper(helper, keys[0], "%s (%s)" % (name, where))
     found = (_entry_credentials(auths[key], "%s (%s)" % (name, key))
              for key in _config_keys(auths, host, repository))
     return next(filter(None, found), None)
@@ -2250,13 +2239,10 @@ def _ask_helper(suffix, server, source):
     """
     import shutil
     program = "docker-credential-" + suffix
-    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", suffix):
-        raise CredentialsError("%s: not a name of a credential helper: %s"
-                               % (source, printable(suffix, 80)))
-    path = shutil.which(program)
-    if path is None or not os.path.isabs(path):  # never one that lies in this directory
+    path = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", suffix) and shutil.which(program)
+    if not path or not os.path.isabs(path):  # never one that lies in this directory
         raise CredentialsError("%s names the credential helper %s, which is not on the "
-                               "PATH" % (source, program),
+                               "PATH" % (source, printable(program, 80)),
                                hint="install it, or pull with --no-creds")
     status, output = _run_helper([path, "get"], server, program)
     if status:
@@ -2265,19 +2251,16 @@ def _ask_helper(suffix, server, source):
         raise CredentialsError("%s failed for %s (status %d)"
                                % (program, server, status),
                                hint="run it by hand, or pull with --no-creds")
+    source = "%s, %s" % (source, program)
     try:
         answer = Document.parse(output, program)
         username, secret = (answer.get(key, str, "") for key in ("Username", "Secret"))
+        if username == "<token>" and secret:
+            return Credentials(identity_token=secret, source=source)
+        return Credentials(username, secret, source=source) if secret else None
     except InvalidDocument:
         raise CredentialsError("%s answered for %s what is not its protocol"
                                % (program, server)) from None
-    if not secret:
-        return None
-    source = "%s, %s" % (source, program)
-    try:
-        if username == "<token>":
-            return Credentials(identity_token=secret, source=source)
-        return Credentials(username, secret, source=source)
     except UsageError as error:
         raise CredentialsError(error.message) from None
 
@@ -2298,7 +2281,7 @@ def _run_helper(command, text, program):
             with contextlib.suppress(OSError):
                 process.stdin.write(text.encode("utf-8"))
                 process.stdin.close()
-            output.append(process.stdout.read(TOKEN_LIMIT + 1))
+            output.append(process.stdout.read(TOKEN_LIMIT))  # who says more is cut off
 
     # A thread: what the helper started may hold the pipe open after it is killed.
     reader = begin(talk)
@@ -2308,8 +2291,6 @@ def _run_helper(command, text, program):
         process.wait()
         raise CredentialsError("%s did not answer within %g seconds"
                                % (program, HELPER_TIMEOUT))
-    if len(output[0]) > TOKEN_LIMIT:
-        raise CredentialsError("%s wrote more than %d bytes" % (program, TOKEN_LIMIT))
     return process.returncode, output[0]
 
 

@@ -4910,7 +4910,7 @@ FIELD_HELPERS = (
     ("a list", "echo '[\"S3CR3T\"]'", "protocol"),
     ("a number", "echo '{\"Username\": \"bob\", \"Secret\": 1}'", "protocol"),
     ("two secrets", "echo '{\"Secret\": \"S3CR3T\", \"Secret\": \"x\"}'", "protocol"),
-    ("too much", "exec cat /dev/zero", "bytes"),
+    ("too much", "exec cat /dev/zero", "status"),
     ("hangs", "exec sleep 5", "seconds"),
     ("hangs unheard", "exec >&-; exec sleep 5", "seconds"),
     ("leaves a child", "sleep 2 & exec echo '%s'" % _FIELD_ANSWER % ("bob", PASSWORD),
@@ -4920,7 +4920,7 @@ FIELD_HELPERS = (
 #: credsStore values that name no program of docker's. T82
 FIELD_BAD_HELPERS = (
     "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0", "\xfc",
-    " ",
+    " ", "none",  # CVE-2021-41092 was another entry taken in its place
 )
 
 
@@ -5008,8 +5008,7 @@ class CredentialsTest(FieldCase):
         del os.environ["HOME"]
         with mock.patch("pwd.getpwuid", side_effect=KeyError("nobody")):
             self.assertIsNone(self.keyring().lookup("r.test", "a"))
-            self.assertEqual(imagec.host_certificates(
-                "r.test", imagec.default_certs_dirs()), ([], []))
+            self.assertEqual(imagec.host_certificates("r.test"), ([], []))
         os.environ["DOCKER_CONFIG"] = "./~/.docker"  # this one is named
         self.assertEqual(self.user(self.keyring()), "r.test")
 
@@ -5141,15 +5140,9 @@ class CredentialsTest(FieldCase):
         self.file("bin/docker-credential-x", "#!/bin/sh\ntouch %s\n" % self.at("ran"))
         for config in ({"credsStore": name}, {"credHelpers": {"r.test": name}}):
             self.docker_config(dict(config, **field_auths("r.test")))
-            with self.fails(imagec.CredentialsError, "helper"):
+            with self.fails(imagec.CredentialsError, "helper", "not on the PATH"):
                 self.keyring().lookup("r.test", "a")
         self.assertFalse(os.path.exists(self.at("ran")))
-
-    def test_t81_helper_that_is_missing_is_an_error(self):
-        # CVE-2021-41092 was another entry taken in its place.
-        self.docker_config(dict(field_auths("r.test", FIELD_HUB), credsStore="none"))
-        with self.fails(imagec.CredentialsError, "docker-credential-none", "PATH"):
-            self.keyring().lookup("r.test", "a")
 
     @rows((("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755),
            ("#!/bin/sh\n", 0o644)))
@@ -5260,22 +5253,12 @@ class CredentialsTest(FieldCase):
 
     def test_tokens_that_a_token_server_repeats(self):
         registry = self.registry(auth="bearer")
-        say = json.dumps({"errors": [{"code": "DENIED", "message": "%s is not valid"}]})
-        for old, new, told in (("S3CR3T-OLD", "", "S3CR3T-OLD"),
-                               ("S3CR3T-OLD", "S3CR3T-NEW", "S3CR3T-NEW")):
-            found = imagec.Credentials(identity_token=old)
-            if new:
-                reply = {"token": "t", "refresh_token": new}
-                registry.fault("POST", body(json.dumps(reply).encode("ascii")), 1)
-                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
-                                   found)
-            registry.fault("POST", status(401, body=(say % told).encode("ascii")), 1)
-            with self.fails(imagec.AccessDenied, "*** is not valid") as caught:
-                imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
-                                   found)
-            self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
-            _, form, _ = self.asked_for_tokens(registry)[-1]
-            self.assertEqual(form["refresh_token"], told)  # the one it gave last
+        registry.fault("POST", status(401, body=json_bytes({"errors": [
+            {"code": "DENIED", "message": "S3CR3T-OLD is not valid"}]})))
+        with self.fails(imagec.AccessDenied, "*** is not valid") as caught:
+            imagec.fetch_token(self.transport(), registry.url + "/token?scope=x",
+                               imagec.Credentials(identity_token="S3CR3T-OLD"))
+        self.assertNotIn("S3CR3T", "%s %r" % (caught.exception, caught.exception))
 
     def test_registry_token_is_sent_as_it_is(self):
         registry = self.filled(auth="bearer", anonymous=False)
@@ -5286,16 +5269,6 @@ class CredentialsTest(FieldCase):
         self.pull(registry.host)
         self.assertEqual(self.asked_for_tokens(registry), [])
         self.assertEqual(set(authorizations(registry)), {"Bearer S3CR3T-READY"})
-
-    def test_no_creds(self):
-        registry = self.filled(auth="bearer")
-        self.docker_config({"auths": {registry.host: field_entry("wrong")}})
-        ref = registry.host + "/lab/app:1"
-        self.assertEqual(self.main("digest", "-q", ref).status, 5)
-        del registry.requests[:]
-        run = self.main("digest", "-q", "--no-creds", ref)
-        self.assertEqual((run.status, run.err), (0, ""))
-        self.assertEqual([a for _, _, a in self.asked_for_tokens(registry)], [None])
 
     def test_helper_that_fails_stops_a_pull_that_asks(self):
         registry = self.filled(auth="basic")
