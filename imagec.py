@@ -6733,8 +6733,20 @@ class PublicKey(value_type("PublicKey", "name curve numbers")):
                 raise ValueError("a key of the kind %.40s" % curve)
             if bits[:1] != b"\0":
                 raise ValueError("a key of odd bits")
-            return cls(name, curve, _point(curve, bits[1:]) if curve else
-                       _rsa(bits[1:]))
+            if curve:  # in its long form: SEC 1, 2.3.4
+                p, b = curve[:2]
+                x, y = numbers = _pair(bits[2:], p.bit_length() // 8)
+                if bits[1:2] != b"\4" or max(x, y) >= p or (
+                        y * y - x * x * x + 3 * x - b) % p:
+                    raise ValueError("a point that is not on the curve")
+            else:  # RFC 8017, A.1.1
+                n, e = numbers = _pair(bits[1:])
+                least, most = RSA_BITS
+                if not (least <= n.bit_length() <= most and n & e & 1
+                        and 1 < e < 1 << 32):
+                    raise ValueError("RSA of %d bits, exponent %d" % (
+                        n.bit_length(), e))
+            return cls(name, curve, numbers)
         except ValueError as error:
             raise UsageError(
                 "%s: expected one PEM PUBLIC KEY, ECDSA on P-256 or P-384 or RSA of %d "
@@ -6835,24 +6847,6 @@ def _pair(data, size=None):
             x.bit_length() // 8 + 1, y.bit_length() // 8 + 1)):
         raise ValueError("what is not two numbers of %s bytes" % (size or "as few"))
     return x, y
-
-
-def _point(curve, data):
-    """(x, y) of a point in its long form (SEC 1, 2.3.4); raises ValueError."""
-    p, b = curve[:2]
-    x, y = _pair(data[1:], p.bit_length() // 8)
-    if data[:1] != b"\4" or max(x, y) >= p or (y * y - x * x * x + 3 * x - b) % p:
-        raise ValueError("a point that is not on the curve")
-    return x, y
-
-
-def _rsa(data):
-    """(modulus, exponent) of an RSAPublicKey (RFC 8017, A.1.1); raises ValueError."""
-    n, e = _pair(data)
-    least, most = RSA_BITS
-    if not (least <= n.bit_length() <= most and n & e & 1 and 1 < e < 1 << 32):
-        raise ValueError("RSA of %d bits, exponent %d" % (n.bit_length(), e))
-    return n, e
 
 
 def _maker(keys, made, jose=False):
