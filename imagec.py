@@ -286,13 +286,12 @@ log.addFilter(_fit_to_show)
 class ImagecError(Exception):
     """The base of every error this module raises on purpose.
 
-    `source` is where the offending thing came from (host and object), or None,
-    `proxied` whether through a proxy; `hint` is what to try, or None; `retryable` says
-    that the same request may succeed later, `retry_after` how many seconds the server
-    asked for, or None.
+    `source` is where the offending thing came from (host and object), or None; `hint`
+    is what to try, or None; `retryable` says that the same request may succeed later,
+    `retry_after` how many seconds the server asked for, or None.
     """
 
-    source = proxied = retry_after = None
+    source = retry_after = None
 
     def __init__(self, message, hint=None, retryable=False):
         self.message = printable(message, MESSAGE_LIMIT)
@@ -2309,9 +2308,7 @@ def host_name(host):
 
 
 def loopback(host):
-    """Whether `host[:port]` is this machine: a loopback address, localhost, or a name
-    below that (RFC 6761, 6.3).
-    """
+    """Whether `host[:port]` is this machine, by address or name (RFC 6761, 6.3)."""
     name = host_name(host)
     return name.rpartition(".")[2] == "localhost" or _address_rank(name) == _LOOPBACK
 
@@ -2370,26 +2367,23 @@ def checked_url(url, base=None):
     shown = bare_url(url)
     # Some servers write UTF-8, which http.client reads as latin-1.
     url = re.sub("[\x80-\xff]", lambda match: "%%%02X" % ord(match.group()), url)
-    # Looked at before urljoin, which drops tabs and newlines without a word.
-    if len(url) > HEADER_LIMIT or re.search(r"[^!-\[\]-~]", url):
-        raise UnsafeRedirect("a URL with characters that are not allowed: " + shown)
     try:
+        # Looked at before urljoin, which drops tabs and newlines without a word.
+        if len(url) > HEADER_LIMIT or re.search(r"[^!-\[\]-~]", url):
+            raise ValueError
         parts = urllib.parse.urlsplit(url if base is None
                                       else urllib.parse.urljoin(base, url))
-        port = parts.port
+        if parts.scheme not in ("http", "https") or parts.port == 0 or (
+                not _AUTHORITY.fullmatch(parts.netloc)):
+            raise ValueError
     except ValueError:
-        raise UnsafeRedirect("a URL that is not valid: " + shown) from None
-    if parts.scheme not in ("http", "https"):
-        raise UnsafeRedirect("a URL that is not http or https: " + shown)
-    if not _AUTHORITY.fullmatch(parts.netloc) or port == 0:
-        raise UnsafeRedirect("a URL whose host is no plain name or address: " + shown)
+        raise UnsafeRedirect("expected a URL of http or https with a plain name or "
+                             "address and no odd characters, got " + shown) from None
     return parts._replace(fragment="")
 
 
 def names_host(hosts, parts):
-    """Whether one of `hosts` (`HOST[:PORT]`, where it has no port any) is that of a URL
-    taken apart.
-    """
+    """Whether a URL taken apart is of one of `hosts`: HOST (any port) or HOST:PORT."""
     place = authority(*origin(parts)[1:])
     return not {place, place.rpartition(":")[0]}.isdisjoint(map(str.lower, hosts))
 
@@ -2401,8 +2395,7 @@ def authority(host, port):
 
 def bare_url(url):
     """`url` fit for messages: no query or user information, which hold secrets."""
-    return printable(re.split("[?#]", re.sub("//[^/]*@", "//", url), maxsplit=1)[0],
-                     200)
+    return printable(re.match("[^?#]*", re.sub("//[^/]*@", "//", url)).group(), 200)
 
 
 def origin(parts):
@@ -2427,6 +2420,10 @@ class _Reply(http.client.HTTPResponse):
 
 NO_ROOTS = "install the package ca-certificates, or name a CA with --cacert FILE"
 _LENIENCE = "if that is right, allow it with %s"
+_SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the network",
+                  4: "cannot reach the host", 5: "was refused by the host",
+                  6: "gave up waiting", 7: "cannot do it",
+                  8: "cannot take that address"}
 
 
 class _Kept(http.client.HTTPConnection):
@@ -2483,10 +2480,18 @@ class _Kept(http.client.HTTPConnection):
         if self._late:
             error, self._late = self._late, None
             raise error
-        received = self.in_turns(sock, lambda: sock.recv_into(buffer))
-        if received and len(buffer) > TLS_RECORD and (
-                isinstance(sock, ssl.SSLSocket)):
-            received += self._gather(sock, memoryview(buffer)[received:])
+        received = step = self.in_turns(sock, lambda: sock.recv_into(buffer))
+        if len(buffer) > TLS_RECORD and isinstance(sock, ssl.SSLSocket):
+            view = memoryview(buffer)
+            sock.settimeout(0)
+            try:  # for more that is there: SSL_read gives one record a call
+                while step and received < len(view):
+                    step = sock.recv_into(view[received:])
+                    received += step
+            except (BlockingIOError, ssl.SSLWantReadError):
+                pass
+            except OSError as error:
+                self._late = error  # after what came before it
         if not received and self.until is not None:
             # http.client takes headers that end early for whole ones.
             raise ConnectionResetError("closed the connection before it had answered")
@@ -2499,20 +2504,6 @@ class _Kept(http.client.HTTPConnection):
             self._window, self._count = now, 0
         return received
 
-    def _gather(self, sock, view):
-        """How many bytes more are there: SSL_read gives one record a call."""
-        received, step = 0, 1
-        sock.settimeout(0)
-        try:
-            while step and received < len(view):
-                step = sock.recv_into(view[received:])
-                received += step
-        except (BlockingIOError, ssl.SSLWantReadError):
-            pass
-        except OSError as error:
-            self._late = error  # after what came before it
-        return received
-
     def response_class(self, sock, *args, **kwargs):
         """What http.client reads a response with, from a socket with our patience."""
         reply = _Reply(sock, *args, **kwargs)
@@ -2523,44 +2514,40 @@ class _Kept(http.client.HTTPConnection):
 
     def connect(self):
         """TCP, the proxy's tunnel if any, TLS."""
-        request, host, port = self._request, self.host, self.port
+        request = self._request
         tls = request.type == "https" and self._transport.tls.context(request.host)
-        if request.tunnel:
-            host, _, port = request.proxy.rpartition(":")
+        host, _, port = (request.proxy or authority(self.host, self.port)).rpartition(
+            ":")
         self._reach(host.strip("[]"), int(port))
-        if request.tunnel and split_proxy(request.tunnel)[0] == "http":
+        if request.tunnel and request.tunnel[0] == "http":
             self._ask_for_tunnel()
         elif request.tunnel:
-            socks_connect(self._talk, request.tunnel, self.host, self.port)
+            self._ask_socks(*request.tunnel[1:])
         if tls:
             self.sock = tls.wrap_socket(self.sock, server_hostname=self.host,
                                         do_handshake_on_connect=False)
             try:
                 self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
             except ssl.SSLError as error:
-                raise self._plain_answer(error) or error
-
-    def _plain_answer(self, error):
-        """The error that says what HTTP came where TLS should; None for none."""
-        rest = b""
-        if "WRONG_VERSION_NUMBER" in str(error):  # of "HTTP/", as a record's head
-            with contextlib.suppress(OSError):
-                rest = socket.socket.recv(self.sock, KIB)
-        line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
-        return line and TransportError("%s: TLS failed: it answers in plain HTTP/%s" % (
-            self._request.host, printable(line.group().decode("latin-1"), 100)),
-            _LENIENCE % "--insecure-allow-http")
+                rest = b""
+                if "WRONG_VERSION_NUMBER" in str(error):  # "HTTP/" as a record's head
+                    with contextlib.suppress(OSError):
+                        rest = socket.socket.recv(self.sock, KIB)
+                line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
+                raise line and TransportError(
+                    "%s: TLS failed: it answers in plain HTTP/%s" % (
+                        request.host, printable(line.group().decode("latin-1"), 100)),
+                    _LENIENCE % "--insecure-allow-http") or error
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
-        option, worked = self._request.option, self._transport.worked
-        found = resolved(host, port)
+        worked, found = self._transport.worked, resolved(host, port)
         targets = [target for target in found
                    if _address_rank(target[4][0]) <= self._request.allowed]
         if found and not targets:
-            raise UnsafeRedirect("%s resolves to %s, which is nearer than %s" % (
-                host, found[-1][4][0], "the server that sent us there" if option else
-                "it was before"), option and _LENIENCE % option)
+            raise UnsafeRedirect(
+                "%s resolves to %s, which is nearer than the server that sent us there "
+                "is, or than it was before" % (host, found[-1][4][0]))
         targets.sort(key=lambda target: target[4] != worked.get((host, port)))
         self.sock, target = self._race(targets)
         worked[host, port] = target
@@ -2575,31 +2562,28 @@ class _Kept(http.client.HTTPConnection):
         The first error is the one to tell: what cannot be reached at all comes last.
         """
         error = None
-        with selectors.DefaultSelector() as selector:
+        with contextlib.ExitStack() as socks, selectors.DefaultSelector() as selector:
             begun = selector.get_map()
-            try:
-                for turn in self.turns(CONNECT_TIMEOUT, "no connection"):
-                    if targets:
-                        target = targets.pop(0)
-                        try:
-                            selector.register(dialled(*target), selectors.EVENT_WRITE,
-                                              target[4])
-                        except OSError as reason:
-                            error = error or reason
-                    elif not begun:
-                        raise error or OSError("the name has no address")
-                    turn = min(turn, CONNECT_DELAY) if targets else turn
-                    for key, _ in selector.select(turn) if begun else ():
-                        sock = key.fileobj
-                        selector.unregister(sock)
-                        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                        if not number:
-                            return sock, key.data
-                        error = error or OSError(number, os.strerror(number))
-                        sock.close()
-            finally:
-                for key in begun.values():
-                    key.fileobj.close()
+            for turn in self.turns(CONNECT_TIMEOUT, "no connection"):
+                if targets:
+                    *kind, _, address = targets.pop(0)
+                    try:
+                        sock = socks.enter_context(socket.socket(*kind))
+                        sock.setblocking(False)
+                        with contextlib.suppress(BlockingIOError):
+                            sock.connect(address)
+                        selector.register(sock, selectors.EVENT_WRITE, address)
+                    except OSError as reason:
+                        error = error or reason
+                elif not begun:
+                    raise error or OSError("the name has no address")
+                turn = min(turn, CONNECT_DELAY) if targets else turn
+                for key, _ in selector.select(turn) if begun else ():
+                    selector.unregister(key.fileobj)
+                    number = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not number:
+                        return key.fileobj.dup(), key.data  # all others are closed
+                    error = error or OSError(number, os.strerror(number))
 
     def send(self, data):
         """Sends all of `data`, which is bytes; what follows has its own time."""
@@ -2607,14 +2591,6 @@ class _Kept(http.client.HTTPConnection):
         while data:
             data = data[self.in_turns(self.sock, lambda: self.sock.send(data)):]
         self.start(self.until and self._allowed)
-
-    def _talk(self, data, count):
-        """Sends `data`; the `count` bytes that come back."""
-        self.send(data)
-        answer, got = memoryview(bytearray(count)), 0
-        while got < count:
-            got += self.receive(self.sock, answer[got:])  # raises at its end
-        return bytes(answer)
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
@@ -2626,44 +2602,62 @@ class _Kept(http.client.HTTPConnection):
                                                     method="CONNECT")) as reply:
             reply.begin()
         if reply.status == 407:
-            raise proxy_denial("%s: the proxy" % place, reply.headers, login)
+            raise proxy_denial(reply.headers, login)
         if reply.status != 200:
             raise TransportError("%s: the proxy does not connect: HTTP %d %s" % (
                 place, reply.status, printable(reply.reason, 100)),
                 retryable=500 <= reply.status < 510)
 
+    def _ask_socks(self, user, password):
+        """RFC 1928, 1929. It is sent the name, by socks5 as by socks5h, as Go does."""
+        def talk(data, count):
+            self.send(data)
+            answer, got = memoryview(bytearray(count)), 0
+            while got < count:
+                got += self.receive(self.sock, answer[got:])  # raises at its end
+            return bytes(answer)
 
-def proxy_denial(proxy, headers, login):
+        place = "SOCKS proxy " + self._request.proxy
+        version, method = talk(b"\5\2\0\2" if user else b"\5\1\0", 2)
+        if version != 5:
+            raise TransportError("%s does not speak SOCKS5" % place)
+        if method == 2 and user:
+            user, password = user.encode("utf-8"), password.encode("utf-8")
+            if talk(b"\1%c%s%c%s" % (len(user), user, len(password), password), 2)[1]:
+                raise AccessDenied(
+                    "%s does not take the user name and password" % place)
+        elif method:
+            raise AccessDenied("%s wants a user name and password" % place,
+                               hint="put them in its URL")
+        try:
+            ip = ipaddress.ip_address(self.host)
+            target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
+        except ValueError:
+            name = self.host.encode("idna")
+            target = b"\3" + bytes([len(name)]) + name
+        _, status, _, kind = talk(b"\5\1\0" + target + struct.pack(">H", self.port), 4)
+        if status:
+            raise TransportError("%s: %s:%d: it %s" % (
+                place, self.host, self.port, _SOCKS_REPLIES.get(status, "failed")),
+                retryable=status not in (2, 7, 8))
+        talk(b"", 2 + ({1: 4, 4: 16}.get(kind) or talk(b"", 1)[0]))
+
+
+def proxy_denial(headers, login):
     """The AccessDenied for a proxy's 407, which names the schemes it takes."""
     kinds = {value.split(" ")[0].strip(",") for value in headers.get_all(
         "Proxy-Authenticate", [])}
     if kinds and "basic" not in map(str.lower, kinds):
         return AccessDenied(
-            "%s wants authentication by %s, not a plain user name and password "
-            "(HTTP 407)" % (proxy, printable(" or ".join(sorted(kinds)), 60)), 407,
+            "the proxy wants authentication by %s, not a plain user name and password "
+            "(HTTP 407)" % printable(" or ".join(sorted(kinds)), 60), 407,
             hint="a helper such as cntlm can stand between")
-    return AccessDenied("%s %s user name and password (HTTP 407)" % (
-        proxy, "does not take our" if login else "wants a"), 407,
-        hint="they go into its URL")
-
-
-def dialled(family, kind, protocol, _name, address):
-    """A socket that begins to connect to what getaddrinfo gave; raises OSError."""
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            sock.connect(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    return AccessDenied("the proxy %s user name and password (HTTP 407)" % (
+        "does not take our" if login else "wants a"), 407, hint="they go into its URL")
 
 
 def resolved(host, port):
-    """What socket.getaddrinfo gives for a host by TCP, the families in turn (RFC 8305,
-    4); raises TransportError.
-    """
+    """What getaddrinfo gives for a host by TCP, the families in turn (RFC 8305, 4)."""
     if host.lower().endswith(".localhost"):  # not every resolver knows
         host = "localhost"
     try:
@@ -2683,7 +2677,8 @@ class _ProxyHandler(urllib.request.ProxyHandler):
     (CIDR, ports, leading dots). The environment's are never used for loopback.
 
     A request learns the `proxy` it goes through (HOST:PORT), the `login` that takes, as
-    a header has it, and, where that connects us to the host, its URL as `tunnel`.
+    a header has it, and `tunnel`, where that connects us to the host: (scheme, user,
+    password).
     """
 
     def __init__(self, proxy=None):
@@ -2699,7 +2694,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
         req.allowed = ANYWHERE  # it is the proxy that knows the address
         req.login = basic_header(user, password) if user else None
         if scheme != "http" or req.type == "https":
-            req.tunnel = proxy
+            req.tunnel = scheme, user, password
             return
         req.set_proxy(req.proxy, "http")
         if req.login:
@@ -2731,49 +2726,6 @@ def split_proxy(url):
                      "[USER:PASSWORD@]HOST:PORT")
 
 
-_SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the network",
-                  4: "cannot reach the host", 5: "was refused by the host",
-                  6: "gave up waiting", 7: "cannot do it",
-                  8: "cannot take that address"}
-
-
-def socks_connect(talk, proxy, host, port):
-    """Asks a SOCKS5 server to connect (RFC 1928, 1929).
-
-    `talk(data, count)` sends it data and gives the `count` bytes that come back;
-    `proxy` is its URL. It is sent the name, and so can try all addresses, with socks5
-    and socks5h alike (as golang.org/x/net/proxy does). Raises TransportError,
-    AccessDenied.
-    """
-    _, place, user, password = split_proxy(proxy)
-    place = "SOCKS proxy " + place
-    login = b"".join(bytes([len(word)]) + word for word in (
-        user.encode("utf-8"), password.encode("utf-8")))
-    version, method = talk(b"\5\2\0\2" if user else b"\5\1\0", 2)
-    if version != 5:
-        raise TransportError("%s does not speak SOCKS5" % place)
-    if method == 2 and user:
-        if talk(b"\1" + login, 2)[1]:
-            raise AccessDenied("%s does not take the user name and password" % place)
-    elif method:
-        raise AccessDenied("%s wants a user name and password" % place,
-                           hint="put them in its URL")
-    try:
-        ip = ipaddress.ip_address(host)
-        target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
-    except ValueError:
-        name = host.encode("idna")
-        target = b"\3" + bytes([len(name)]) + name
-    _, status, _, kind = talk(b"\5\1\0" + target + struct.pack(">H", port), 4)
-    if status:
-        raise TransportError("%s: %s:%d: it %s" % (
-            place, host, port, _SOCKS_REPLIES.get(status, "failed")),
-            retryable=status not in (2, 7, 8))
-    if kind not in (1, 3, 4):
-        raise TransportError("%s answers with no address" % place)
-    talk(b"", 2 + ({1: 4, 4: 16}.get(kind) or talk(b"", 1)[0]))
-
-
 def bypasses_proxy(parts, no_proxy):
     """Whether the NO_PROXY list `no_proxy` has the host of a URL taken apart.
 
@@ -2784,12 +2736,10 @@ def bypasses_proxy(parts, no_proxy):
     _, name, port = origin(parts)
     name = name.rstrip(".")
     for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):
-        if re.search(r"[^:]:[0-9]+$", entry) and "/" not in entry and (
-                _address_rank(entry) is None):
-            entry, _, wanted = entry.rpartition(":")
-            if int(wanted) != port:
-                continue
-        entry = entry.strip("[]")
+        match = re.fullmatch(r"(\[.*\]|[^:/]+):([0-9]+)", entry)
+        if match and int(match.group(2)) != port:
+            continue
+        entry = (match.group(1) if match else entry).strip("[]")
         if entry == "*" or name == entry:
             return True
         with contextlib.suppress(ValueError):  # of what is no address, or no network
@@ -2804,11 +2754,10 @@ def bypasses_proxy(parts, no_proxy):
 class Response(contextlib.AbstractContextManager):
     """An HTTP response whose body is still to be read.
 
-    `status`; `headers` (email.message.Message); `url` it finally came from, `place`
-    the same for messages; `length` of the body in bytes as it is sent, None if that is
-    not told; `coded` is whether it claims a Content-Encoding, which nobody asked for;
-    `rank` is how near its server is, `first_rank` how near the one that was asked
-    first.
+    `url` is where it finally came from, `place` the same for messages; `length` that of
+    the body as it is sent, None if that is not told; `coded` whether it claims a
+    Content-Encoding, which nobody asked for; `rank` how near its server is,
+    `first_rank` how near the one that was asked first.
     """
 
     def __init__(self, transport, connection, reply, request):
@@ -2820,12 +2769,7 @@ class Response(contextlib.AbstractContextManager):
             self.headers[name] = re.sub(r"[\r\n]\s*", " ", value).strip()
         self.coded = self.headers.get("Content-Encoding", "").lower() not in (
             "", "identity")
-        self.proxy = request.proxy
-        self.length = self._framing(request.get_method())
-        self.rank = connection.rank
-
-    def _framing(self, method):
-        """The body's length or None; raises TransportError if framing is ambiguous."""
+        self.proxy, self.rank = request.proxy, connection.rank
         lengths = set(self.headers.get_all("Content-Length", []))
         coding = [c.lower() for c in self.headers.get_all("Transfer-Encoding", [])]
         if (len(lengths) > 1 or coding not in ([], ["chunked"]) or not all(
@@ -2833,11 +2777,10 @@ class Response(contextlib.AbstractContextManager):
             self._reply.close()
             raise TransportError("%s sent a response whose length is ambiguous"
                                  % self.place)
-        if method == "HEAD":
-            return 0
         if coding and lengths:  # RFC 9112, 6.3: the chunks count, and nothing after
             self._reply.will_close = True
-        return None if coding or not lengths else int(*lengths)
+        self.length = (0 if request.get_method() == "HEAD" else
+                       None if coding or not lengths else int(*lengths))
 
     def chunks(self, size=CHUNK):
         """The body's bytes in pieces; raises TransportError where it ends early."""
@@ -2938,7 +2881,7 @@ class TLSSettings:
     def context(self, host):
         """The TLS settings for one host; those of others where they do for it, too."""
         verify = not self._insecure.get(host_name(host))
-        roots, pairs = host_certificates(host, default_certs_dirs())
+        roots, pairs = host_certificates(host)
         if self._cacert is not None:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
@@ -2983,12 +2926,11 @@ class Transport:
     """Safe HTTP exchanges over kept connections; may be used by many threads.
 
     `timeout` bounds everything done with it (None: nothing does), `idle_timeout` each
-    silence, in seconds.
-    `skip_verify` takes any certificate of the hosts that `tls.name` is told of;
-    `cacert` is a PEM file of roots added to the system's (which honour SSL_CERT_FILE
-    and SSL_CERT_DIR); `client_pair` is a certificate and a key file shown to the
-    registries among them. `proxy` is a URL, None for the environment's. Servers may
-    send us to `storage_hosts` (see names_host) wherever these are, and over http.
+    silence, in seconds. `skip_verify` takes any certificate of hosts that `tls.name` is
+    told of; `cacert` is a PEM file of roots added to the system's; `client_pair` is a
+    certificate and a key file shown to the registries among them. `proxy` is a URL,
+    None for the environment's. Servers may send us to `storage_hosts` (see names_host)
+    wherever these are, and over http.
     """
 
     def __init__(self, timeout=None, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
@@ -3089,8 +3031,8 @@ class Transport:
             seen.add(url)
             request = urllib.request.Request(url, data, headers, method=method)
             request.allowed = trusting  # how near its address may be
-            request.option = option and "%s %s" % (option, parts.netloc)
-            response = self._once(request, seconds or self.idle_timeout)
+            response = self._once(request, seconds or self.idle_timeout,
+                                  option and "%s %s" % (option, parts.netloc))
             location = response.headers.get("Location")
             if (response.status not in (301, 302, 303, 307, 308) or location is None
                     or data is not None):
@@ -3117,22 +3059,29 @@ class Transport:
         raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
                                                              REDIRECT_LIMIT))
 
-    def _once(self, request, seconds):
+    def _once(self, request, seconds, option):
+        """One exchange; `option` is what the user may allow the request's host with."""
         request.proxy = request.tunnel = request.login = None  # see _ProxyHandler
         url = request.full_url
         log.debug("%s %s", request.get_method(), bare_url(url))
         try:
-            with self.translating(url, request):
+            with self.translating(url):
                 response = self._opener.open(request, timeout=seconds)
+                if response.status == 407 and request.proxy and not request.tunnel:
+                    with response:
+                        raise proxy_denial(response.headers, request.login)
         except (TransportError, AccessDenied) as error:
+            if isinstance(error, UnsafeRedirect) and option:
+                error.hint = _LENIENCE % option
+            elif _distrusts(error.__cause__) and self.tls.rootless(request.host):
+                error.message, error.hint = (
+                    "%s: this host has no CA certificates to check a server's by"
+                    % request.host, NO_ROOTS)
+            elif _distrusts(error.__cause__) and option:
+                error.hint += " and " + option
             if request.proxy and not isinstance(error, Cancelled):
                 error.message += " (through the proxy %s)" % request.proxy
-                error.proxied = True
             raise
-        if response.status == 407 and request.proxy and not request.tunnel:
-            response.close()
-            raise proxy_denial("the proxy %s" % request.proxy, response.headers,
-                               request.login)
         log.debug("%d from %s", response.status, response.place)
         return response
 
@@ -3141,7 +3090,23 @@ class Transport:
         while True:
             connection = self._take(request)
             try:
-                return self._send(connection, request)
+                connection.start(request.timeout)
+                if connection.sock is None:
+                    connection.connect()
+                try:
+                    connection.request(
+                        request.get_method(), request.selector, request.data,
+                        dict(request.unredirected_hdrs, **request.headers))
+                except OSError:
+                    if connection.used and request.data is None:
+                        raise
+                    # It hung up on us, but maybe with a word of why: an alert, or an
+                    # answer.
+                reply = connection.getresponse()
+                connection.start(None)
+                response = Response(self, connection, reply, request)
+                connection.used = True
+                return response
             except BaseException as error:
                 connection.close()
                 # A kept connection may have been closed by its server meanwhile: that
@@ -3166,23 +3131,6 @@ class Transport:
                 connection.close()
         return fresh
 
-    def _send(self, connection, request):
-        connection.start(request.timeout)
-        if connection.sock is None:
-            connection.connect()
-        try:
-            connection.request(request.get_method(), request.selector, request.data,
-                               dict(request.unredirected_hdrs, **request.headers))
-        except OSError:
-            if connection.used and request.data is None:
-                raise
-            # It hung up on us, but maybe with a word of why: an alert, or an answer.
-        reply = connection.getresponse()
-        connection.start(None)
-        response = Response(self, connection, reply, request)
-        connection.used = True
-        return response
-
     def keep(self, connection):
         """Takes a connection back, which another exchange may use."""
         with self._lock:
@@ -3192,7 +3140,7 @@ class Transport:
                 self._idle.pop(0).close()
 
     @contextlib.contextmanager
-    def translating(self, url, request=None):
+    def translating(self, url):
         """What sockets, ssl and http.client raise in it comes out as TransportError."""
         try:
             yield
@@ -3200,12 +3148,7 @@ class Transport:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.check()
-            if _distrusts(error) and request and self.tls.rootless(request.host):
-                raise CertificateError(
-                    "%s: this host has no CA certificates to check a server's by"
-                    % request.host, NO_ROOTS) from error
-            raise _transport_error(error, bare_url(url),
-                                   request and request.option) from error
+            raise _transport_error(error, bare_url(url)) from error
 
 
 def check_redirect(response, parts, seen, stay):
@@ -3222,25 +3165,18 @@ def check_redirect(response, parts, seen, stay):
             None if stay else _LENIENCE % "--storage-host " + parts.netloc)
 
 
-def default_certs_dirs():
-    """Where podman, then docker keep certificates by registry, for this user."""
+def host_certificates(host):
+    """(CA files, (certificate, key) pairs) of the first directory there is for a host.
+
+    podman's, then docker's, and docker's rules: *.crt are CAs, X.cert goes with X.key,
+    and half a pair is an error: UsageError.
+    """
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"),
                                                                ".config")
-    return (os.path.join(config, "containers", "certs.d"), "/etc/containers/certs.d",
-            os.path.join(config, "docker", "certs.d"), "/etc/docker/certs.d")
-
-
-def host_certificates(host, certs_dirs):
-    """(CA files, (certificate, key) pairs) of the first HOST directory of `certs_dirs`.
-
-    docker's rules: *.crt are CAs, X.cert goes with X.key, and half a pair is an error:
-    UsageError.
-    """
-    if "/" in host or host.startswith("."):
-        return [], []
     hosts = [host, DOCKER_HUB] if host == DOCKER_HUB_API else [host]
-    for directory in (os.path.join(base, name) for base in certs_dirs
-                      for name in hosts if base[0] != "~"):  # see Keyring.sources
+    for directory in (os.path.join(base, owner, "certs.d", name)
+                      for owner in ("containers", "docker") for base in (config, "/etc")
+                      for name in hosts if "~" != base[0] and "." != host[0]):
         try:
             paths = [os.path.join(directory, n) for n in sorted(os.listdir(directory))]
         except OSError:  # not there, or not for us
@@ -3282,19 +3218,15 @@ def _distrusts(error):
         isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY" in str(error))
 
 
-def _transport_error(error, url, option=None):
-    """The TransportError for what a library raised while talking to `url`.
-
-    `option` is what makes its host one that --insecure-skip-verify is for, or None.
-    """
+def _transport_error(error, url):
+    """The TransportError for what a library raised while talking to `url`."""
     host = urllib.parse.urlsplit(url).netloc or url
     if _distrusts(error):
         why = getattr(error, "verify_message", "") or error
         return CertificateError(
             "%s: its certificate is not to be trusted: %s" % (host, why),
             "check this host's clock, add its CA with --cacert FILE, or take any "
-            "certificate with --insecure-skip-verify" + (
-                " and %s" % option if option else ""))
+            "certificate with --insecure-skip-verify")
     if isinstance(error, http.client.HTTPException) and not isinstance(
             error, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
         return TransportError("%s did not answer in HTTP: %s: %s" % (
@@ -3339,7 +3271,7 @@ def registry_error(response, what):
     words = "HTTP %d" % response.status + (
         words and ", " + printable(words, ERROR_TEXT_LIMIT))
     denied = (AccessDenied, "access denied",
-              "it may not exist, or need other credentials")
+              "it may not exist, or need another user name and password (-u USER)")
     kind, meaning, hint = {
         401: denied, 403: denied, 404: (NotFound, "not found", None),
         429: (RegistryError, "too many requests", "wait, or log in with -u"),
@@ -3351,17 +3283,10 @@ def registry_error(response, what):
     error.source = response.place + (
         " (through the proxy %s)" % response.proxy if response.proxy else "")
     error.retry_after = retry_after(response.headers.get("Retry-After"))
-    limit = rate_limit(response.headers)
-    if limit and response.status == 429:
-        error.message += " (%s)" % limit
+    for name in ("ratelimit-limit", "ratelimit-remaining", "docker-ratelimit-source"):
+        if response.status == 429 and response.headers.get(name):  # Docker Hub
+            error.message += ", %s: %s" % (name, printable(response.headers[name], 60))
     return error
-
-
-def rate_limit(headers):
-    """What Docker Hub says of its limit in a response's headers, "" where nothing."""
-    names = ("ratelimit-limit", "ratelimit-remaining", "docker-ratelimit-source")
-    return ", ".join("%s: %s" % (name, printable(headers[name], 60))
-                     for name in names if headers.get(name))
 
 
 # --------------------------------------------------------------------------------------
