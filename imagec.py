@@ -3294,10 +3294,10 @@ def registry_error(response, what):
 # --------------------------------------------------------------------------------------
 
 _WRONG_PASSWORD = "check the user name and password, or where they come from"
-_AUTH_PARAM = (r"(?s)([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
-               r'(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)')
-_AUTH_SCHEME = (r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"  # with a token68 behind it or without
-                r"(?:[ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z)")
+#: A parameter, its value quoted or not; or a scheme, with a token68 behind it or not.
+_AUTH = (r"""(?s)[\s,]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:"""
+         r'''[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))(?=[\s,]|\Z)|'''
+         r"([ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z))")
 
 
 class Challenge(value_type("Challenge", "scheme parameters")):
@@ -3312,26 +3312,20 @@ class Challenge(value_type("Challenge", "scheme parameters")):
         Takes several to a header and several headers; what follows an irregularity in a
         header is not read.
         """
-        return [challenge for value in values if len(value) <= HEADER_LIMIT
-                for challenge in cls._parse_value(value)]
-
-    @classmethod
-    def _parse_value(cls, value):
-        found, at = [], 0
-        while True:
-            at = re.compile(r"[\s,]*").match(value, at).end()
-            parameter = re.compile(_AUTH_PARAM).match(value, at) if found else None
-            scheme = re.compile(_AUTH_SCHEME).match(value, at)
-            if parameter:
-                name, quoted, plain = parameter.groups()
-                if quoted is not None:
-                    plain = re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL)
-                found[-1].parameters.setdefault(name.lower(), plain)
-            elif scheme:
-                found.append(cls(scheme.group(1).lower(), {}))
-            else:
-                return found
-            at = (parameter or scheme).end()
+        found = []
+        for value in values:
+            begun = len(found)
+            match = len(value) <= HEADER_LIMIT and re.match(_AUTH, value)
+            while match and (match.group(4) is not None or len(found) > begun):
+                name, quoted, plain, scheme = match.groups()
+                if scheme is not None:
+                    found.append(cls(name.lower(), {}))
+                else:
+                    if quoted is not None:
+                        plain = re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL)
+                    found[-1].parameters.setdefault(name.lower(), plain)
+                match = re.compile(_AUTH).match(value, match.end())
+        return found
 
     @classmethod
     def choose(cls, challenges):
@@ -3341,16 +3335,13 @@ class Challenge(value_type("Challenge", "scheme parameters")):
 
 
 class Token:
-    """A bearer token, good until the monotonic time `expires`. Its repr hides it."""
+    """A bearer token, good until the monotonic time `expires`."""
 
-    __slots__ = ("value", "expires")
+    __slots__ = "value", "expires"
 
     def __init__(self, value, expires):
         SECRETS.add(value)
         self.value, self.expires = value, expires
-
-    def __repr__(self):
-        return "Token(***, expires=%r)" % self.expires
 
 
 def auth_url(challenge, repository, registry_url, actions="pull"):
@@ -3391,15 +3382,24 @@ def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts
     as OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
     Transport.open. On its host the server may redirect to https, and, without the
     password unless it is one of the `token_hosts` (see names_host), to another port.
-    Raises AccessDenied, TransportError, InvalidDocument. Source:
-    distribution, token spec and OAuth2 token spec.
+    Raises AccessDenied, TransportError, InvalidDocument. Source: distribution's specs.
     """
     basic = credentials.basic() if credentials else None
 
     def fetch():
         ways = [("GET", url, {"Authorization": basic} if basic else {}, None)]
         if credentials and credentials.identity_token:
-            ways.insert(0, ("POST",) + _oauth_form(url, credentials.identity_token))
+            # As all that is sent it is added again, lest others crowd it out.
+            SECRETS.add(credentials.identity_token)
+            parts = urllib.parse.urlsplit(url)
+            query = urllib.parse.parse_qs(parts.query)
+            form = {"grant_type": "refresh_token", "client_id": "imagec",
+                    "refresh_token": credentials.identity_token,
+                    "service": "".join(query.get("service", [])),
+                    "scope": " ".join(query.get("scope", []))}
+            ways.insert(0, ("POST", parts._replace(query="").geturl(), {
+                "Content-Type": "application/x-www-form-urlencoded"},
+                urllib.parse.urlencode(form).encode("ascii")))
         for method, *request in ways:
             with transport.open(method, *request, trusting, token_hosts) as response:
                 if response.status == 200:
@@ -3411,33 +3411,12 @@ def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts
     with naming(bare_url(url)):
         document = Document.parse(transport.retrying(fetch), "token reply")
         value = document.get("token", str) or document.get("access_token", str)
-        if not value:
-            raise InvalidDocument("token reply holds no token")
-        if not re.fullmatch("[!-~]{1,%d}" % HEADER_LIMIT, value):
-            raise InvalidDocument(
-                "token reply holds a token that is not printable ASCII")
-        renewed = document.get("refresh_token", str)
-        if renewed and not re.search(_NO_TOKEN, renewed) and (
-                credentials and credentials.identity_token):
-            SECRETS.add(renewed)
-            credentials.identity_token = renewed  # the old one may be good no longer
+        if not re.fullmatch("[!-~]{1,%d}" % HEADER_LIMIT, value or ""):
+            raise InvalidDocument("token reply holds no token of printable ASCII")
     lifetime = document.value.get("expires_in")
     if type(lifetime) is not int or lifetime <= 0:
         lifetime = TOKEN_LIFETIME
     return Token(value, started + lifetime)
-
-
-def _oauth_form(url, identity_token):
-    """(url, headers, body) of a POST that says what the GET of `url` would."""
-    SECRETS.add(identity_token)  # as all that is sent, lest others crowd it out
-    parts = urllib.parse.urlsplit(url)
-    query = urllib.parse.parse_qs(parts.query)
-    form = urllib.parse.urlencode([
-        ("grant_type", "refresh_token"), ("refresh_token", identity_token),
-        ("service", "".join(query.get("service", []))),
-        ("scope", " ".join(query.get("scope", []))), ("client_id", "imagec")])
-    return (parts._replace(query="").geturl(),
-            {"Content-Type": "application/x-www-form-urlencoded"}, form.encode("ascii"))
 
 
 class Endpoint:
@@ -3445,10 +3424,9 @@ class Endpoint:
 
     `allow_http` lets it fall back to unverified https, the probe also to http; a
     loopback host may fall back to http without it. `credentials` is None or has
-    `lookup(host, repository)`, as a Keyring and Credentials have; the `token_hosts`
-    (see names_host) may be sent them though they are not the registry's own.
-    `namespace` is the registry this one is a mirror of, which containerd's mirrors are
-    told as `?ns=`.
+    `lookup(host, repository)`, as a Keyring; the `token_hosts` (see names_host) may be
+    sent them though they are not the registry's own. `namespace` is the registry this
+    one is a mirror of, which containerd's mirrors are told as `?ns=`.
     """
 
     url = None  # the base of the API, where it has been learnt
@@ -3486,15 +3464,13 @@ class Endpoint:
 
     def _probe(self):
         first, lenient = None, self._allow_http or loopback(self.host)
-        schemes = ["https", "http"] if lenient else ["https"]
-        for scheme in schemes:
+        for scheme in ("https", "http") if lenient else ("https",):
             try:
                 return self._probe_url("%s://%s/v2/" % (scheme, self.host))
             except RegistryError as error:
                 # It answers HTTP: another scheme would only hide what it said, and this
-                # answer would hide a certificate, or a proxy, that refused us.
-                hidden = isinstance(first, CertificateError) or first and first.proxied
-                raise first if hidden else error
+                # answer would hide a certificate that was refused.
+                raise first if isinstance(first, CertificateError) else error
             except TransportError as error:
                 log.debug("%s by %s: %s", self.host, scheme, error)
                 first = first or error
@@ -3510,12 +3486,9 @@ class Endpoint:
                 # Static files may have no more than manifests: those decide.
                 self.doubt = ("its /v2/ answers HTTP %d, that of a registry 200 or 401"
                               % response.status)
-            elif response.status >= 500 or response.status in RETRIED_STATUSES:
-                raise registry_error(response, self.host + " is out of order")
             elif response.status not in (200, 401):
-                error = registry_error(response, self.host + " is no registry")
-                error.hint = "check the host name; its /v2/ should answer 200 or 401"
-                raise error
+                raise registry_error(
+                    response, self.host + " is out of order, or no registry")
             final, self.rank = checked_url(response.url), response.first_rank
             if final.hostname == checked_url(url).hostname:
                 # http -> https, or another port
@@ -3557,10 +3530,7 @@ class Endpoint:
         if challenge is None:
             return None
         with self._lock:
-            credentials = self.credentials(repository)
-            # An identity token may be good for one request, and then be renewed.
-            renewed = credentials and credentials.identity_token
-            asking = self._asking["" if renewed else repository]
+            credentials, asking = self.credentials(repository), self._asking[repository]
         with asking:
             if credentials and credentials.registry_token:
                 return "Bearer " + credentials.registry_token
@@ -3613,19 +3583,14 @@ class Endpoint:
                 and ("." + realm.hostname).endswith("." + domain))
 
 
-def byte_range(start, end=None):
-    """The Range of the bytes from `start` on, to before `end` (RFC 7233, 2.1)."""
-    return "bytes=%d-%s" % (start, "" if end is None else end - 1)
-
-
 def content_range(response):
     """(start, end, total or None): what a 206 says it holds, from which byte to before
     which, of how many; None for none, or no such thing (RFC 7233, 4.2).
     """
     ranges = response.headers.get_all("Content-Range", [])
-    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
-                         ranges[0] if len(ranges) == 1 else "")
-    if response.status != 206 or not match:
+    match = response.status == 206 and len(ranges) == 1 and re.fullmatch(
+        r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", ranges[0])
+    if not match:
         return None
     start, last, total = match.groups()
     return int(start), int(last) + 1, None if total == "*" else int(total)
@@ -3652,9 +3617,6 @@ class Registry(Endpoint):
             if warning and warning.group(1) not in self._warned:
                 self._warned.add(warning.group(1))
                 log.warning("%s says: %s", self.host, printable(warning.group(1)))
-        limit = rate_limit(response.headers)
-        if limit:
-            log.debug("%s: %s", self.host, limit)
         return response
 
     def _exchange(self, method, path, repository, what, headers=None, expected=(200,),
@@ -3714,11 +3676,8 @@ class Registry(Endpoint):
         if isinstance(error, AccessDenied):
             who = None if self.withheld else self.credentials(repository)
             error.message += " (%s)" % printable(sent and who or "anonymous", 200)
-            basic = self.challenge and self.challenge.scheme == "basic"
             wrong = response.status == 401 and (sent or "").startswith("Basic")
-            error.hint = self.withheld or wrong and _WRONG_PASSWORD or (
-                basic and not who and "give a user name and password with -u USER"
-                or error.hint)
+            error.hint = self.withheld or wrong and _WRONG_PASSWORD or error.hint
         return error
 
     def learn_auth_url(self, repository, reference):
@@ -3728,14 +3687,13 @@ class Registry(Endpoint):
         AccessDenied where access is by other means than a token.
         """
         self.learn_registry_url()
-        if self.challenge is None or self.challenge.scheme != "bearer":
-            with self._request("HEAD", "%s/manifests/%s" % (repository, reference),
-                               None, {"Accept": ACCEPT}) as response:
-                if response.status == 200:
-                    return None
-                if response.status != 401:
-                    raise registry_error(response, "%s:%s" % (repository, reference))
-                self._learn_challenge(response, repository)
+        with self._request("HEAD", "%s/manifests/%s" % (repository, reference), None,
+                           {"Accept": ACCEPT}) as response:
+            if response.status == 200:
+                return None
+            if response.status != 401:
+                raise registry_error(response, "%s:%s" % (repository, reference))
+            self._learn_challenge(response, repository)
         if self.challenge.scheme != "bearer":
             raise AccessDenied("%s wants a user name and password, not a token"
                                % self.host)
@@ -3797,6 +3755,16 @@ class Registry(Endpoint):
                                          "the registry's header and its body disagree")
         return manifest
 
+    def fetch_blob(self, repository, descriptor, what="blob"):
+        """The bytes a Descriptor points to, checked: a document."""
+        if descriptor.size > DOCUMENT_LIMIT:
+            raise LimitExceeded("%s is %d bytes, more than the limit of %d"
+                                % (what, descriptor.size, DOCUMENT_LIMIT))
+        with naming(self.host):
+            _, raw = self._document("GET", "%s/blobs/%s" % (
+                repository, str(descriptor.digest)), repository, what)
+            return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
+
     def open_blob(self, repository, descriptor, offset=0, end=None):
         """A Response with the bytes of a Descriptor's blob from `offset` on, to `end`.
 
@@ -3804,18 +3772,13 @@ class Registry(Endpoint):
         416 where it has nothing there. The URLs of a foreign layer are not followed:
         any manifest may name them (CVE-2020-15157), only old Windows images do.
         """
-        headers = {"Range": byte_range(offset, end)} if offset else {}
-        expected = (200, 206, 416) if offset else (200,)
-        what = "blob " + str(descriptor.digest)
-        try:
-            return self._exchange(
-                "GET", "%s/blobs/%s" % (repository, str(descriptor.digest)),
-                repository, what, headers, expected)
-        except NotFound as error:
-            if re.search("foreign|nondistributable", descriptor.media_type):
-                error.hint = ("it is a foreign layer, which its maker keeps on servers "
-                              "of his own: pull from a registry that has it")
-            raise
+        headers, expected = {}, (200,)
+        if offset:
+            headers["Range"] = "bytes=%d-%s" % (offset, end and end - 1 or "")
+            expected = 200, 206, 416
+        digest = str(descriptor.digest)
+        return self._exchange("GET", "%s/blobs/%s" % (repository, digest), repository,
+                              "blob " + digest, headers, expected)
 
     def tags(self, repository, once=False):
         """Yields a repository's tags page by page, or `once`, in one try, of the first.
@@ -3849,24 +3812,18 @@ class Registry(Endpoint):
             with naming(self.host):
                 response, body = self._document("GET", path, repository, "%s of %s" % (
                     what, repository), tries=tries, **headers)
-                path = self._next_page(response)
             yield response, body
-
-    def _next_page(self, response):
-        """The next page's path as the server gives it, None at the end (RFC 8288)."""
-        link = re.match(r"\s*<([^<>]*)>([^<>,]*)",
-                        response.headers.get("Link", "")[:HEADER_LIMIT])
-        if not link or not re.search(r';\s*rel="?next"?(?![\w-])', link.group(2),
-                                     re.IGNORECASE):
-            return None
-        url = checked_url(link.group(1), response.url)
-        # Behind a proxy a registry may not know by what scheme and port it is asked:
-        # it is asked as before.
-        if (url.hostname != checked_url(self.url).hostname
-                or not url.path.startswith("/v2/")):
-            raise UnsafeRedirect("%s: the tag list goes on at another host, %s"
-                                 % (self.host, url.hostname))
-        return url.path[len("/v2/"):] + ("?" + url.query if url.query else "")
+            link = re.match(r'''(?i)\s*<([^<>]*)>[^<>,]*;\s*rel="?next"?(?![\w-])''',
+                            response.headers.get("Link", "")[:HEADER_LIMIT])  # RFC 8288
+            path = url = link and checked_url(link.group(1), response.url)
+            # Behind a proxy a registry may not know by what scheme and port it is
+            # asked: it is asked as before.
+            if url and url.hostname == checked_url(self.url).hostname and (
+                    url.path.startswith("/v2/")):
+                path = url._replace(scheme="", netloc="").geturl()[len("/v2/"):]
+            elif url:
+                raise UnsafeRedirect("%s: the %s goes on at another host, %s"
+                                     % (self.host, what, url.hostname))
 
 
 def list_referrers(registry, repository, digest):
@@ -3896,21 +3853,6 @@ def list_referrers(registry, repository, digest):
         if not isinstance(error, RegistryError):
             log.warning("taken for a registry without lists of referrers: %s", error)
     return found
-
-
-def fetch_blob(registry, repository, descriptor, what="blob"):
-    """The bytes a Descriptor points to in a Registry, checked: a document."""
-    if descriptor.size > DOCUMENT_LIMIT:
-        raise LimitExceeded("%s is %d bytes, more than the limit of %d"
-                            % (what, descriptor.size, DOCUMENT_LIMIT))
-
-    def fetch():
-        with registry.open_blob(repository, descriptor) as response:
-            raw = response.read(DOCUMENT_LIMIT, what)
-        return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
-
-    with naming(registry.host):
-        return registry.transport.retrying(fetch)
 
 
 class Source:
@@ -3979,8 +3921,8 @@ class Source:
         return self.seek(Registry.fetch_manifest, entry.digest, entry.size)
 
     def blob(self, descriptor):
-        """The bytes a Descriptor points to, see fetch_blob; None as above."""
-        return self.seek(fetch_blob, descriptor)
+        """The bytes a Descriptor points to, checked; None as above."""
+        return self.seek(Registry.fetch_blob, descriptor)
 
     def seek(self, method, *arguments):
         """What the first place gives that has any; no mirror is left for lacking it."""
@@ -5211,7 +5153,7 @@ class Ranges:
         url = self._url
         if url is not None:
             response = self._source.transport.open(
-                "GET", url, {"Range": byte_range(start, end)},
+                "GET", url, {"Range": "bytes=%d-%d" % (start, end - 1)},
                 trusting=self._first.trusting)
             if response.status == 206:
                 return response
@@ -7068,7 +7010,7 @@ class Session:
         def config_of(pointer):
             what, raw = "config " + str(pointer.digest), _held(pointer, held)
             if raw is None:
-                raw, _ = source.ask(fetch_blob, pointer, what)
+                raw, _ = source.ask(Registry.fetch_blob, pointer, what)
             return ImageConfig.parse(raw, what)
 
         source, others = self.source(reference), []
