@@ -9127,7 +9127,7 @@ def plan(session, references, output, platform):
     there = [(blob.size or 0, have) for _, blob, have in puller.plan(images)]
     log.info("%s: to fetch: %d bytes; already there: %d", output.path, sum(
         size - min(size, have) for size, have in there), sum(map(min, there)))
-    return images
+    return [image for image in images if image.subject is None]
 
 
 def read_list(path, trying):
@@ -9429,10 +9429,6 @@ OPTIONS = [Row.of(*row) for row in (
     ("-h --help", " " + _ANY, "this"))]
 
 
-_OPEN_PASSWORD = ("all on this host can read a password on the command line: give it "
-                  "with --password-stdin or in IMAGEC_PASSWORD")
-
-
 def parse_arguments(argv):
     """The arguments of a command line, by the attributes of Rows, None of others.
 
@@ -9459,8 +9455,9 @@ def parse_arguments(argv):
         elif text[:1] != "-":
             refuse("no such command: '%s'" % shown(text, 100))
         elif not row:
-            refuse(_OPEN_PASSWORD if re.match("-p|--pass", name) else
-                   "no such option: " + name)
+            refuse("all on this host can read a password on the command line: give it "
+                   "with --password-stdin or in IMAGEC_PASSWORD"
+                   if re.match("-p|--pass", name) else "no such option: " + name)
         elif row.metavar:
             if not given and (not todo or re.match("-.", todo[0])):
                 refuse("%s: expected %s" % (name, row.metavar))
@@ -9551,17 +9548,12 @@ def read_password(args):
     return password
 
 
-#: Those that a Session takes by the same name.
-SESSION_OPTIONS = Session.__init__.__code__.co_varnames[
-    :Session.__init__.__code__.co_argcount]
-
-
 def exit_status(error):
     """The exit status an error means; None for one that is a defect of ours."""
     return next(filter(None, map(EXIT_STATUSES.get, type(error).__mro__)), None)
 
 
-def main(argv=None):
+def main(argv: "list | None" = None) -> int:
     """Runs the command line `argv`: the exit status. None: sys.argv's, and exits."""
     if argv is None:  # what zipapp makes drops what comes back
         sys.exit(main(sys.argv[1:]))
@@ -9609,7 +9601,7 @@ def _run(args, progress):
     if (args.cert is None) != (args.key is None):
         raise UsageError("--cert and --key go together")
     options = {name: value for name, value in vars(args).items()
-               if name in SESSION_OPTIONS and value is not None}
+               if value is not None and name in code.co_varnames[:code.co_argcount]}
     if args.no_verify_key is not False:  # or no name means an image in a registry
         options.setdefault("verify_keys", ())
     if args.no_verify_key:
@@ -9625,6 +9617,7 @@ def _run(args, progress):
         for result in COMMANDS[args.command][0](args, session):
             print_result(result, sys.stdout)
         for what, error in session.failures or ():
+    code = Session.__init__.__code__  # which names what it takes
             log.error("failed: %s: %s", what, error)
         if session.failures:
             log.error("failed: %d", len(session.failures))

@@ -15454,10 +15454,6 @@ class SelfTestTest(ServeCase):
         for host in (closed, empty.host, untrusted.host):
             self.failed(self.hasty(host), 1, host)
 
-    def test_bad_host(self):
-        self.assertEqual(self.main("selftest", "-x", "y z").status, 2)
-        self.assertEqual(self.hasty("no such host").status, 2)
-
 
 # --------------------------------------------------------------------------------------
 # 21  Command line
@@ -16367,7 +16363,6 @@ class CommandLineProgressTest(CommandLineCase):
 
 # -- Command line: what goes wrong
 
-LAYER = "GET .*/blobs/{layer}"
 MANIFEST = "GET .*/manifests/"
 
 #: (what, command line, status, words[, match, action, times of a fault: 1]). Every
@@ -16376,7 +16371,6 @@ FAILURES = (
     ("unknown command", "fly", 2, "fly"),
     ("no reference", "pull", 2, "REF"),
     ("unknown format", "pull --format floppy {ref}", 2, "floppy"),
-    ("no job", "pull -j 0 {ref}", 2, "at least one"),
     ("time that is no number", "digest --timeout x {ref}", 2, "SECONDS, not 'x'"),
     ("archive in a directory's place", "pull -o {root} --format archive {ref}", 1,
      "is a directory"),
@@ -16397,7 +16391,6 @@ FAILURES = (
     ("what refers to what was made here",
      "pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
     ("one of several in a registry", "digest --image a {ref}", 2, "--image goes with"),
-    ("no path", "pull -o '' {ref}", 2, "empty"),
     ("deep path", "pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
     ("nothing to serve", "serve {root}/none", 1, "none: is not there$"),
     ("proxy that is not there", "digest --proxy http://nosuch.invalid:1 r.test/a", 1,
@@ -16416,24 +16409,18 @@ FAILURES = (
     ("name for a root", "pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
     ("no registry to look up", "auth ''", 2, "HOST"),
     ("registry with a blank", "auth 'a b'", 2, "HOST"),
-    ("jobs that are no number", "pull -j x {ref}", 2, "'x'"),
     ("bad reference", "pull lab/App", 2, "lowercase"),
     ("reference with a newline", "pull 'lab/app\n'", 2, r"lab/app\\+n"),
     ("bad second reference", "pull {ref} a//b", 2, "a//b"),
     ("bad digest", "digest {host}/lab/app@sha256:12", 2, "64"),
-    ("bad platform", "layers --platform a/b/c/d {ref}", 2, "a/b/c/d"),
     ("CA file that is missing", "digest --cacert {root}/none {ref}", 2, "--cacert"),
     ("nothing listens", "digest 127.0.0.1:1/lab/app", 1, "refused"),
     ("no registry", "digest {ref}", 1, "no registry", "GET /v2/$",
      status(410, body=HTML), EVER),
     ("no such image", "digest {ref}", 4, "not found.*its /v2/ answers HTTP 404", "GET",
      status(404, body=HTML), EVER),
-    ("manifest with a flipped bit", "pull {host}/lab/app@{digest}", 3,
-     "expected digest", MANIFEST, flip(3)),
     ("no platform", "pull --platform linux/s390x {host}/lab/app:many", 4,
      "linux/amd64, linux/arm/v7"),
-    ("layer with a flipped bit", "pull {ref}", 3, "{layer}.* expected digest", LAYER,
-     flip()),
     ("layer that is too large", "pull --max-layer-size 100 {ref}", 1,
      "--max-layer-size"),
     ("too slow for --timeout", "digest --timeout 0.5 {ref}", 1, "--timeout", MANIFEST,
