@@ -61,7 +61,7 @@ def lacking(error):
 
 try:
     import base64
-    import collections
+    import collections.abc
     import contextlib
     import errno
     import functools
@@ -464,7 +464,7 @@ class Digest(value_type("Digest", "algorithm hex")):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str) -> "Digest":
         """The Digest `text` (`sha256:<64 hex>`) spells. Raises InvalidReference."""
         algorithm, _, value = str(text).partition(":")
         length = _DIGEST_LENGTHS.get(algorithm)
@@ -509,7 +509,7 @@ class Reference(value_type("Reference", "host repository tag digest")):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str) -> "Reference":
         """The Reference a user means by `text`, defaults filled in.
 
         Follows distribution/reference's ParseDockerRef; raises InvalidReference.
@@ -610,7 +610,7 @@ class Platform(value_type("Platform", "os architecture variant os_version", "", 
         return cls(_OS_ALIASES.get(os, os), arch, variant, os_version)
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str) -> "Platform":
         """The Platform meant by `OS/ARCH[/VARIANT]`, or by `OS` or `ARCH` alone.
 
         Raises InvalidReference.
@@ -624,7 +624,7 @@ class Platform(value_type("Platform", "os architecture variant os_version", "", 
         return cls.normal(*text.split("/") if "/" in text else ("linux", text))
 
     @classmethod
-    def host(cls):
+    def host(cls) -> "Platform":
         """This host's architecture, with os linux: what runs containers here."""
         if hasattr(os, "uname"):
             machine = os.uname().machine.lower()
@@ -743,7 +743,7 @@ class Document:
         self._folded = collections.Counter(key.casefold() for key in value)
 
     @classmethod
-    def parse(cls, raw, what):
+    def parse(cls, raw: bytes, what: str) -> "Document":
         """The Document in the bytes `raw`; raises InvalidDocument."""
         return cls(parse_json(raw, what), what)
 
@@ -839,7 +839,7 @@ class PrettySignature(value_type("PrettySignature", "payload signed")):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, body, what="manifest"):
+    def parse(cls, body: bytes, what: str = "manifest") -> "PrettySignature":
         """The PrettySignature in the bytes `body`; raises InvalidDocument.
 
         Source: docker/libtrust, jsonsign.go, ParsePrettySignature.
@@ -987,7 +987,9 @@ _SHAPES = {"fsLayers": "schema1", "history": "schema1", "config": "image",
            "layers": "image", "manifests": "index"}
 
 
-def decode_manifest(raw, content_type=None, digest=None, what="manifest"):
+def decode_manifest(
+        raw: bytes, content_type: "str | None" = None, digest: "Digest | None" = None,
+        what: str = "manifest") -> "Manifest | Index | Schema1Manifest":
     """The Manifest, Index or Schema1Manifest in the bytes `raw`.
 
     `content_type` is the HTTP header, None where there was none; `digest` is what it
@@ -1193,7 +1195,7 @@ class ImageConfig(value_type("ImageConfig", "raw value platform diff_ids")):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, raw, what="config"):
+    def parse(cls, raw: bytes, what: str = "config") -> "ImageConfig":
         """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
         document = Document.parse(raw, what)
         rootfs = document.need("rootfs", dict)
@@ -1743,7 +1745,8 @@ def pieces(file, size=float("inf"), check=go_on):
         yield data
 
 
-def proved(chunks, digest, size=None, what=None):
+def proved(chunks: collections.abc.Iterable, digest: Digest, size: "int | None" = None,
+           what: "str | None" = None) -> collections.abc.Iterator:
     """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
 
     SizeMismatch as soon as there are too many bytes, or where there are too few;
@@ -3306,7 +3309,7 @@ class Challenge(value_type("Challenge", "scheme parameters")):
     __slots__ = ()
 
     @classmethod
-    def parse(cls, values):
+    def parse(cls, values: list) -> list:
         """The Challenges in the header's values, in order (RFC 7235, 2.1 and 4.1).
 
         Takes several to a header and several headers; what follows an irregularity in a
@@ -3375,7 +3378,9 @@ def auth_url(challenge, repository, registry_url, actions="pull"):
     return parts._replace(query=urllib.parse.urlencode(query)).geturl()
 
 
-def fetch_token(transport, url, credentials=None, trusting=ANYWHERE, token_hosts=()):
+def fetch_token(transport: Transport, url: str,
+                credentials: "Credentials | None" = None, trusting: int = ANYWHERE,
+                token_hosts: "list | tuple" = ()) -> Token:
     """The Token that the token server at `url` (see auth_url) gives.
 
     Anonymous where `credentials` is None. With an identity token it is asked by POST,
@@ -3450,7 +3455,7 @@ class Endpoint:
 
     # -- where it is
 
-    def learn_registry_url(self):
+    def learn_registry_url(self) -> str:
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
 
         Raises TransportError where no registry answers.
@@ -3680,7 +3685,7 @@ class Registry(Endpoint):
             error.hint = self.withheld or wrong and _WRONG_PASSWORD or error.hint
         return error
 
-    def learn_auth_url(self, repository, reference):
+    def learn_auth_url(self, repository: str, reference: str) -> "str | None":
         """The URL that gives a token to pull `reference` (a tag or digest), or None.
 
         None where no token is needed. Raises NotFound where there is no such image, and
@@ -3699,7 +3704,7 @@ class Registry(Endpoint):
                                % self.host)
         return self._auth_url(self.challenge, repository)
 
-    def log_in(self, repository=""):
+    def log_in(self, repository: str = "") -> None:
         """Raises AccessDenied where we are not who we say, as `docker login` does."""
         self._exchange("GET", "", repository, self.host).close()
 
@@ -3711,7 +3716,7 @@ class Registry(Endpoint):
 
         return self.transport.retrying(fetch, tries)
 
-    def head_manifest(self, repository, tag):
+    def head_manifest(self, repository: str, tag: str) -> "Digest | None":
         """The Digest a tag stands for by the registry's word, None where it gives none.
 
         Cheaper than fetch_manifest, and no pull by Docker Hub's count.
@@ -3728,7 +3733,9 @@ class Registry(Endpoint):
             return Digest.parse(response.headers.get("Docker-Content-Digest", ""))
         return None
 
-    def fetch_manifest(self, repository, reference, size=None):
+    def fetch_manifest(
+            self, repository: str, reference: "str | Digest",
+            size: "int | None" = None) -> "Manifest | Index | Schema1Manifest":
         """The manifest `reference` (a tag, or a Digest) names, decoded.
 
         By Digest its digest is checked, and its `size` where that is not None; by tag,
@@ -3765,7 +3772,8 @@ class Registry(Endpoint):
                 repository, str(descriptor.digest)), repository, what)
             return b"".join(proved([raw], descriptor.digest, descriptor.size, what))
 
-    def open_blob(self, repository, descriptor, offset=0, end=None):
+    def open_blob(self, repository: str, descriptor: Descriptor, offset: int = 0,
+                  end: "int | None" = None) -> Response:
         """A Response with the bytes of a Descriptor's blob from `offset` on, to `end`.
 
         Its status is 206 where the server honours the offset, 200 where it sends all,
@@ -3780,7 +3788,7 @@ class Registry(Endpoint):
         return self._exchange("GET", "%s/blobs/%s" % (repository, digest), repository,
                               "blob " + digest, headers, expected)
 
-    def tags(self, repository, once=False):
+    def tags(self, repository: str, once: bool = False) -> collections.abc.Iterator:
         """Yields a repository's tags page by page, or `once`, in one try, of the first.
 
         See distribution-spec, "Listing Tags". What is no tag by the grammar is passed
@@ -6896,13 +6904,17 @@ class Session:
     the others Transport. Close it or use `with`.
     """
 
-    def __init__(self, username=None, password=None, timeout=None,
-                 idle_timeout=IDLE_TIMEOUT, insecure_skip_verify=False,
-                 insecure_allow_http=False, cacert=None, client_pair=None, proxy=None,
-                 token_hosts=(), authfile=None, no_creds=False, mirrors=(), jobs=JOBS,
-                 max_layer_size=LAYER_SIZE_LIMIT, max_files=MEMBER_COUNT_LIMIT,
-                 recompress=None, notify=None, storage_hosts=(), referrers=False,
-                 verify_keys=None, verify_name=None, keep_going=False, without=()):
+    def __init__(
+            self, username: str = None, password: str = None, timeout: float = None,
+            idle_timeout: float = IDLE_TIMEOUT, insecure_skip_verify: bool = False,
+            insecure_allow_http: bool = False, cacert: str = None,
+            client_pair: tuple = None, proxy: str = None, token_hosts: list = (),
+            authfile: str = None, no_creds: bool = False, mirrors: list = (),
+            jobs: int = JOBS, max_layer_size: int = LAYER_SIZE_LIMIT,
+            max_files: int = MEMBER_COUNT_LIMIT, recompress: str = None,
+            notify: collections.abc.Callable = None, storage_hosts: list = (),
+            referrers: bool = False, verify_keys: list = None, verify_name: str = None,
+            keep_going: bool = False, without: list = ()):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -6914,8 +6926,7 @@ class Session:
                                                               max_files))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
                                                 without)):
-            raise UsageError("mirrors, token hosts, storage hosts, and what to do "
-                             "without, come in lists")
+            raise UsageError("mirrors, hosts, and what to do without, come in lists")
         token_hosts, storage_hosts = map(_authorities, (token_hosts, storage_hosts))
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
@@ -6969,7 +6980,7 @@ class Session:
                 self._allow_http, self._token_hosts, namespace)
         return self._registries[host, namespace, kind]
 
-    def credentials(self, reference):
+    def credentials(self, reference: Reference) -> "Credentials | None":
         """The Credentials that would be used for a Reference, None for none."""
         return self._keyring.lookup(reference.host, reference.repository)
 
@@ -6984,7 +6995,7 @@ class Session:
             self._sources[reference.name] = Source(places + [home])
         return self._sources[reference.name]
 
-    def manifest(self, reference, held=()):
+    def manifest(self, reference: Reference, held=()):
         """What `reference` names, decoded: a Manifest, Index or Schema1Manifest.
 
         `held` are documents there are already; where the first of them is still what
@@ -7000,7 +7011,7 @@ class Session:
                     return decode_manifest(held[0], None, digest)
         return source.manifest(reference)
 
-    def resolve(self, reference, platform=None, held=(), top=None):
+    def resolve(self, reference: Reference, platform=None, held=(), top=None) -> Image:
         """The Image of `reference` for `platform` (None: this host's; "all").
 
         "all" takes what is no index as it is. For `held` see manifest; `top` is what
@@ -7118,12 +7129,11 @@ class Session:
                     top, "all", lambda entry: found.get(entry.digest)
                 )._replace(subject=digest)
 
-    def pull(self, references, output, platform=None):
+    def pull(self, references: list, output: Output, platform: Platform = None) -> list:
         """Pulls `references` into `output` (of the Outputs room): their Images.
 
         `platform` is a Platform, None for this host's, "all" for whole indexes, or a
-        list of Platforms.
-        Every byte is checked before anything has its final name.
+        list of Platforms. Every byte is checked before anything has its final name.
         """
         return Puller(self, output).pull(references, platform)
 
@@ -7607,9 +7617,13 @@ def _pulled(layer, fetched):
                           size=fetched.unpacked.size) if fetched.unpacked else layer
 
 
-def pull(reference, output, format=None, platform=None, tag=None, progress=None,
-         **options):
+def pull(reference: "Reference | str", output: "str | os.PathLike",
+         format: "str | None" = None, platform: "Platform | str | list | None" = None,
+         tag: "Reference | str | None" = None,
+         progress: "collections.abc.Callable | None" = None, **options) -> Image:
     """Pulls an image, every byte checked; the Image.
+
+        image = imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
 
     `reference` is a Reference, or a text such as "alpine:3.20"; `output` a path;
     `format` a name in OUTPUTS, None for "archive" where `output` ends in .tar and else
@@ -8262,7 +8276,8 @@ class Shelf:
         return region
 
 
-def new_server(shelf, address, credentials=None, tls=None):
+def new_server(shelf: Shelf, address: tuple, credentials: "Credentials | None" = None,
+               tls: "tuple | None" = None):
     """A threading HTTP server of a Shelf at (host, port); `serve_forever` runs it.
 
     `credentials` ask for Basic authentication; `tls` is a (certificate, key) pair of
@@ -8789,7 +8804,9 @@ class Pusher:
         return None if made else reference._replace(digest=top.digest)
 
 
-def push(path, place, tag=None, partial=False, progress=None, **options):
+def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
+         partial: bool = False, progress: "collections.abc.Callable | None" = None,
+         **options) -> list:
     """Pushes what a pull wrote to `path`: the References there, each with its digest.
 
     `place` is `HOST[:PORT][/PREFIX]`; `tag` the name there, `NAME[:TAG]`, of the only
@@ -9600,6 +9617,7 @@ def _run(args, progress):
     progress.kind = "none" if args.quiet else args.progress or "none"
     if (args.cert is None) != (args.key is None):
         raise UsageError("--cert and --key go together")
+    code = Session.__init__.__code__  # which names what it takes
     options = {name: value for name, value in vars(args).items()
                if value is not None and name in code.co_varnames[:code.co_argcount]}
     if args.no_verify_key is not False:  # or no name means an image in a registry
@@ -9617,7 +9635,6 @@ def _run(args, progress):
         for result in COMMANDS[args.command][0](args, session):
             print_result(result, sys.stdout)
         for what, error in session.failures or ():
-    code = Session.__init__.__code__  # which names what it takes
             log.error("failed: %s: %s", what, error)
         if session.failures:
             log.error("failed: %d", len(session.failures))

@@ -30,6 +30,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -37,6 +38,7 @@ import logging
 import lzma
 import os
 import pathlib
+import pydoc
 import random
 import re
 import shlex
@@ -55,6 +57,7 @@ import threading
 import time
 import tracemalloc
 import types
+import typing
 import unittest
 import urllib.parse
 import urllib.request
@@ -17507,6 +17510,25 @@ class ArchitectureTest(unittest.TestCase):
                     self.assertTrue(ast.get_docstring(node), "%s.%s, line %d" % (
                         statement.name, node.name, node.lineno))
 
+    @able(sys.version_info >= (3, 10), "evaluate a union of types")
+    def test_signatures_have_types(self):
+        promised = [getattr(imagec, name) for name in imagec.__all__]
+        signed = [one for one in promised if inspect.isfunction(one)] + [
+            one.parse for one in promised if hasattr(one, "parse")] + [
+            imagec.Session.__init__, imagec.Session.pull, imagec.Session.credentials] + [getattr(imagec.Registry, name) for name in (
+                "learn_registry_url learn_auth_url fetch_manifest head_manifest "
+                "open_blob tags").split()]
+        for one in signed:
+            hints = typing.get_type_hints(one)  # which are names that there are
+            named = [name for name, each in inspect.signature(one).parameters.items()
+                     if each.kind != each.VAR_KEYWORD and name not in ("self", "cls")]
+            self.assertLessEqual(set(named), set(hints), one)
+
+    def test_one_screen_explains_a_pull(self):
+        told = pydoc.plain(pydoc.render_doc(imagec.pull))
+        self.assertLess(sum(1 + len(line) // 80 for line in told.split("\n")), 24)
+        self.assertIn('imagec.pull("alpine:3.20", "alpine.tar"', told)
+
     def test_some_names_belong_to_one_room(self):
         wrong = set()
         for node in ast.walk(house().tree):
@@ -17808,14 +17830,16 @@ class ReadmeTest(RegistryCase):
         return process.returncode, output.decode("utf-8", "replace")
 
     def test_demo_looks_so(self):
-        demo = self.text.partition("```console\n")[2].partition("```")[0]
+        demo, hub = self.text.partition("```console\n")[2].partition("```")[0], (
+            self.registry(tls=True))  # behind a CA of its own
         os.chmod(self.file("podman", "#!"), 0o755)
-        self.open.add("library/alpine", "latest", self.index)
+        hub.add("library/alpine", "latest", self.index)
         for part in demo.split("$ python3 imagec.py ")[1:]:
             command, _, wanted = part.partition("\n")
             screen = io.StringIO()
-            with mock.patch.object(imagec, "DOCKER_HUB_API", self.open.host), \
-                    mock.patch.dict(os.environ, PATH=self.root), \
+            with mock.patch.object(imagec, "DOCKER_HUB_API", hub.host), \
+                    mock.patch.dict(os.environ, PATH=self.root, SSL_CERT_FILE=self.file(
+                        "ca.pem", TEST_CERT), SSL_CERT_DIR="/none"), \
                     mock.patch.multiple(sys, stdout=screen, stderr=screen):
                 self.assertEqual(imagec.main(command.split()), 0)
             self.assertEqual(*[re.sub("[0-9a-f]{12,}", "HEX", text)
