@@ -7623,14 +7623,13 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
          progress: "collections.abc.Callable | None" = None, **options) -> Image:
     """Pulls an image, every byte checked; the Image.
 
-        image = imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
+        imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
 
-    `reference` is a Reference, or a text such as "alpine:3.20"; `output` a path;
-    `format` a name in OUTPUTS, None for "archive" where `output` ends in .tar and else
-    "layers"; `platform` a Platform, a text such as "linux/arm64", None for this host's,
-    "all", or a list of several; `tag` a name for the image to be loaded by, None for
-    its own; `progress(Event)` is told what happens, from several threads; `options` are
-    Session's. Raises ImagecError, and OSError of the local disk.
+    `output` is a path; `format` a name in OUTPUTS, None for "archive" where
+    that ends in .tar and else "layers"; `platform` None for this host's, "all",
+    or a list of several; `tag` a name for the image to be loaded by, None for
+    its own; `progress(Event)` is told what happens, from several threads;
+    `options` are Session's. Raises ImagecError, and OSError of the local disk.
     """
     reference = Reference.parse(str(reference))
     if platform is not None:
@@ -9443,7 +9442,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("-q --quiet", _ANY, "no progress, no warnings"),
     ("--debug", _ANY, "log each step; tracebacks of errors"),
     ("--version", "", "the version, and the SHA-256 of the file"),
-    ("-h --help", " " + _ANY, "this"))]
+    ("-h --help", " " + _ANY, "show this; behind a COMMAND its options"))]
 
 
 def parse_arguments(argv):
@@ -9536,9 +9535,10 @@ def help_text(command):
               row.explained + ("; default: %s" % row.default if row.default else ""))
              for row in rows]
     width = max(40, shutil.get_terminal_size().columns)
+    pad = 23 if width > 60 else 1
     return "\n".join(["usage: imagec.py " + usage, "", about, ""] + [textwrap.fill(
-        "%-23s  %s" % pair, width, initial_indent="  ", subsequent_indent=" " * 27,
-        break_on_hyphens=False, break_long_words=False) for pair in told])
+        "%-*s  %s" % (pad, *pair), width, initial_indent="  ", subsequent_indent=" " * (
+            pad + 4), break_on_hyphens=False, break_long_words=False) for pair in told])
 
 
 def read_password(args):
