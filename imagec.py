@@ -2115,10 +2115,7 @@ class Keyring:
             return self._found[host, repository]
 
     def claim(self, host):
-        """`host` is one of the registries that will be asked.
-
-        Raises UsageError where what is for one registry would be for two.
-        """
+        """`host` will be asked; UsageError where what is for one would be for two."""
         host = DOCKER_HUB if host in _HUB_NAMES else host
         if self._sole:
             self._sole_host = self._sole_host or host
@@ -2135,32 +2132,27 @@ class Keyring:
         if only:
             yield only, _read_config(only, True)
             return
-        text = env("DOCKER_AUTH_CONFIG")
-        if text:
-            yield "DOCKER_AUTH_CONFIG", _read_config(
-                "DOCKER_AUTH_CONFIG", raw=text.encode("utf-8", "surrogateescape"))
+        name = "DOCKER_AUTH_CONFIG"
+        if env(name):
+            yield name, _read_config(name, raw=os.fsencode(env(name)))
         home = os.path.expanduser("~")
-        uid = os.getuid() if hasattr(os, "getuid") else 0
         runtime = env("XDG_RUNTIME_DIR")
         for path in (
                 join(env("DOCKER_CONFIG") or join(home, ".docker"), "config.json"),
                 join(runtime, "containers", "auth.json") if runtime else
-                "/run/containers/%d/auth.json" % uid,
+                "/run/containers/%d/auth.json" % getattr(os, "getuid", int)(),
                 join(env("XDG_CONFIG_HOME") or join(home, ".config"), "containers",
                      "auth.json"),
                 join(home, ".dockercfg")):
             # Where no home is known ~ stays, a directory in the current one.
-            there = path[0] != "~" and os.path.isfile(path)
-            config = _read_config(path) if there else None
-            yield path, {"auths": config} if config and path.endswith(
-                ".dockercfg") else config
+            if path[0] != "~" and os.path.isfile(path):
+                config = _read_config(path)
+                yield path, {"auths": config} if path.endswith("cfg") else config
 
 
 def _read_config(path, named=False, raw=None):
-    """A credentials file as a dict; None, and a warning, where it cannot be read.
-
-    Raises CredentialsError instead where the user `named` it. `raw` is the text of one
-    that is no file.
+    """A credentials file, or its text `raw`, as a dict; where it cannot be read None
+    and a warning, or CredentialsError if the user `named` it.
     """
     try:
         if raw is None:
@@ -2236,8 +2228,7 @@ def _entry_credentials(entry, source):
 def _ask_helper(suffix, server, source):
     """What docker-credential-SUFFIX says of `server`; None where it has nothing.
 
-    The protocol of github.com/docker/docker-credential-helpers: the server on standard
-    input, JSON back. The helper is a program of the user's, run without a shell.
+    See github.com/docker/docker-credential-helpers. It is a program of the user's.
     """
     import shutil
     program = "docker-credential-" + suffix
