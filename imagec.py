@@ -6573,19 +6573,15 @@ _KEY_KINDS = {
 
 
 class PublicKey(value_type("PublicKey", "name curve numbers")):
-    """A public key: its point on a `curve`, or RSA's modulus and exponent: `numbers`.
-
-    `name` is what messages call it: its file.
+    """A public key by the `name` of its file: `numbers` are its point on a `curve`, or
+    RSA's modulus and exponent.
     """
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, pem, name):
-        """The PublicKey in the bytes `pem`: one SubjectPublicKeyInfo (RFC 7468, 13).
-
-        Raises UsageError, which says what it is instead.
-        """
+        """The PublicKey in `pem`, one SubjectPublicKeyInfo (RFC 7468, 13): bytes."""
         try:
             blocks = re.findall(
                 "-----BEGIN ([A-Z0-9 ]+)-----\r?\n(.*?)-----END \\1-----",
@@ -6682,10 +6678,7 @@ def _base64(text):
 
 
 def _der(data, *tags):
-    """The contents of the values that `data` is in DER (X.690, 10.1), of these tags.
-
-    Raises ValueError.
-    """
+    """The contents of the values of these tags that `data` is in DER (X.690, 10.1)."""
     found = []
     for tag in tags:
         size, start = int.from_bytes(data[1:2], "big"), 2
@@ -6704,9 +6697,7 @@ def _der(data, *tags):
 
 
 def _pair(data, size=None):
-    """The two numbers of `size` bytes that `data` is, or, none negative, of a SEQUENCE
-    in DER; raises ValueError.
-    """
+    """The two numbers, of `size` bytes or, none negative, a SEQUENCE in DER."""
     one, two = (data[:size], data[size:]) if size else _der(*_der(data, 0x30), 2, 2)
     x, y = int.from_bytes(one, "big"), int.from_bytes(two, "big")
     if (len(one), len(two)) != ((size, size) if size else (
@@ -6725,10 +6716,7 @@ def _maker(keys, made, jose=False):
 
 
 def _libtrust(keys, _layer, raw):
-    """(key, digests it signed, the name it gave them or None): of a schema1 manifest.
-
-    docker/libtrust, jsonsign.go.
-    """
+    """(key, digests signed, the name given or None) of a schema1 manifest: libtrust."""
     payload = PrettySignature.parse(raw).payload
     signed = b"." + base64.urlsafe_b64encode(payload).rstrip(b"=")
     made = ((entry.base64url("signature"),
@@ -6739,10 +6727,7 @@ def _libtrust(keys, _layer, raw):
 
 
 def _simple_signing(keys, layer, raw):
-    """The same of cosign to 2, which signed the blob of a layer.
-
-    containers/image, containers-signature.5.md.
-    """
+    """The same of cosign to 2: containers/image, containers-signature.5.md."""
     signature = _base64(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
     key = _maker(keys, [(signature, raw)])
     critical = Document.parse(raw, "payload").need("critical", dict)
@@ -6754,10 +6739,7 @@ def _simple_signing(keys, layer, raw):
 
 
 def _bundle(keys, _layer, raw):
-    """The same of cosign from 3 on: a sigstore bundle around an in-toto statement.
-
-    DSSE, protocol.md; in-toto attestation, spec/v1/statement.md.
-    """
+    """The same of cosign from 3 on: DSSE (protocol.md) around an in-toto statement."""
     envelope = Document.parse(raw, "bundle").need("dsseEnvelope", dict)
     kind = envelope.need("payloadType", str).encode("utf-8")
     payload = _base64(envelope.need("payload", str))
@@ -6782,8 +6764,7 @@ SIGNATURE_FORMS = {DOCKER_SCHEMA1_SIGNED: _libtrust, SIMPLE_SIGNING: _simple_sig
 def signer(keys, digest, layer, raw, name=None):
     """Which of some PublicKeys signed a Digest, by what a layer's blob `raw` holds.
 
-    The `layer` is a Descriptor of a type in SIGNATURE_FORMS; for `name` see SignedBy.
-    Raises VerificationError and InvalidDocument: why it will not do.
+    For `name` see SignedBy. Raises VerificationError, InvalidDocument: why not.
     """
     try:
         key, signed, reference = SIGNATURE_FORMS[layer.media_type](keys, layer, raw)
