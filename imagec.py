@@ -2447,8 +2447,7 @@ class _Kept(http.client.HTTPConnection):
         there are none left.
         """
         clock, now = self._transport.clock, self._transport.clock()
-        end = min(self.until or now + self._transport.idle_timeout, now + most,
-                  self._transport.deadline)
+        end = min(self.until or now + self._transport.idle_timeout, now + most)
         while True:
             self._transport.check()
             left = end - clock()
@@ -2467,10 +2466,7 @@ class _Kept(http.client.HTTPConnection):
                 pass
 
     def receive(self, sock, buffer):
-        """How many bytes have come into `buffer`.
-
-        Raises Timeout where a whole window has brought next to nothing.
-        """
+        """How many bytes have come into `buffer`; Timeout where they are too few."""
         if self._late:
             error, self._late = self._late, None
             raise error
@@ -2528,10 +2524,11 @@ class _Kept(http.client.HTTPConnection):
                     with contextlib.suppress(OSError):
                         rest = socket.socket.recv(self.sock, KIB)
                 line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
-                raise line and TransportError(
-                    "%s: TLS failed: it answers in plain HTTP/%s" % (
-                        request.host, printable(line.group().decode("latin-1"), 100)),
-                    _LENIENCE % "--insecure-allow-http") or error
+                if not line:
+                    raise
+                raise TransportError("%s: TLS failed: it answers in plain HTTP/%s" % (
+                    request.host, printable(line.group().decode("latin-1"), 100)),
+                    _LENIENCE % "--insecure-allow-http") from error
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
@@ -2855,9 +2852,8 @@ class TLSSettings:
     def name(self, host, forgiving=False, registry=True):
         """The user named `host` (`HOST[:PORT]`).
 
-        `skip_verify` is for the hosts of such names only. Where `forgiving`, a bad
-        certificate is taken, with a warning. Only a `registry` may see the client
-        certificate.
+        `skip_verify` is for such hosts only. Where `forgiving`, a bad certificate is
+        taken, with a warning. Only a `registry` may see the client certificate.
         """
         if registry:
             self._named.add(host)
@@ -2979,10 +2975,7 @@ class Transport:
                 self.back_off(error, failures, attempts)
 
     def back_off(self, error, failures, attempts=None):
-        """Waits for the next try after so many `failures`, the last of them `error`.
-
-        Raises it where there is none left.
-        """
+        """Waits for the next try after so many `failures`, or raises the last one."""
         if not error.retryable:
             raise error
         if failures >= (attempts or ATTEMPTS):
@@ -3008,20 +3001,21 @@ class Transport:
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         ANYWHERE: the user chose it. No redirect leads nearer than any server on the way
-        is. Authorization stays with the origin it was meant for. Where `stay` is
-        not None, the redirects stay with its host, and Authorization also goes to https
-        there and to those of these hosts (see names_host), which --token-host names.
-        The headers may take so many `seconds`, None: one silence. `data` is bytes, or
-        yields them; with it no redirect is followed.
+        is. Authorization stays with the origin it was meant for. Where `stay` is not
+        None, redirects stay with its host, and Authorization also goes to https there
+        and to those of these --token-host (see names_host). The headers may take so
+        many `seconds`, None: one silence. With `data`, which is bytes or yields them,
+        no redirect is followed.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
         ranks, seen = [trusting], set()
         option = None if stay is None else "--token-host"  # would allow this URL's host
-        for _ in range(REDIRECT_LIMIT + 1):
+        while True:
             url = parts.geturl()
-            if url in seen:
-                raise UnsafeRedirect("%s redirects in a loop" % bare_url(url))
+            if url in seen or len(seen) > REDIRECT_LIMIT:
+                raise UnsafeRedirect("%s: redirects in a loop, or more than %d" % (
+                    bare_url(url), REDIRECT_LIMIT))
             seen.add(url)
             request = urllib.request.Request(url, data, headers, method=method)
             request.allowed = trusting  # how near its address may be
@@ -3050,8 +3044,6 @@ class Transport:
             ranks.append(response.rank)
             trusting = ANYWHERE if lent else min(ranks)
             option = option or "--storage-host"
-        raise UnsafeRedirect("%s: more than %d redirects" % (bare_url(url),
-                                                             REDIRECT_LIMIT))
 
     def _once(self, request, seconds, option):
         """One exchange; `option` is what the user may allow the request's host with."""
@@ -3170,7 +3162,7 @@ def host_certificates(host):
     hosts = [host, DOCKER_HUB] if host == DOCKER_HUB_API else [host]
     for directory in (os.path.join(base, owner, "certs.d", name)
                       for owner in ("containers", "docker") for base in (config, "/etc")
-                      for name in hosts if "~" != base[0] and "." != host[0]):
+                      for name in hosts if base[0] != "~" and host[:1] != "."):
         try:
             paths = [os.path.join(directory, n) for n in sorted(os.listdir(directory))]
         except OSError:  # not there, or not for us
@@ -3238,22 +3230,9 @@ def _transport_error(error, url):
     return TransportError("%s: %s" % (url, _reason(error)), retryable=True)
 
 
-def retry_after(value):
-    """Seconds a Retry-After header wants (RFC 7231, 7.1.3), None for none or junk."""
-    import email.utils
-    if re.fullmatch("[0-9]{1,9}", (value or "").strip()):
-        return int(value)
-    try:
-        when = email.utils.mktime_tz(email.utils.parsedate_tz(value))
-        return max(0, when - time.time())
-    except (TypeError, ValueError, OverflowError, IndexError):  # the last up to 3.9
-        return None
-
-
 def registry_error(response, what):
-    """The RegistryError for a response, in the server's own words where it has some
-    (distribution-spec, "Error Codes"), of the class its status and codes mean.
-    """
+    """The RegistryError for a response, in the words it has (spec, "Error Codes")."""
+    import email.utils
     try:
         body = response.read(ERROR_BODY_LIMIT, "error")
         pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
@@ -3276,7 +3255,12 @@ def registry_error(response, what):
                  response.place, hint)
     error.source = response.place + (
         " (through the proxy %s)" % response.proxy if response.proxy else "")
-    error.retry_after = retry_after(response.headers.get("Retry-After"))
+    when = response.headers.get("Retry-After", "").strip()  # RFC 7231, 7.1.3
+    if re.fullmatch("[0-9]{1,9}", when):
+        error.retry_after = int(when)
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # junk
+        error.retry_after = max(0, email.utils.mktime_tz(
+            email.utils.parsedate_tz(when)) - time.time())
     for name in ("ratelimit-limit", "ratelimit-remaining", "docker-ratelimit-source"):
         if response.status == 429 and response.headers.get(name):  # Docker Hub
             error.message += ", %s: %s" % (name, printable(response.headers[name], 60))
