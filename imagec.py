@@ -3564,9 +3564,7 @@ class Endpoint:
 
 
 def content_range(response):
-    """(start, end, total or None): what a 206 says it holds, from which byte to before
-    which, of how many; None for none, or no such thing (RFC 7233, 4.2).
-    """
+    """(start, end, total or None) of what a 206 holds, else None (RFC 7233, 4.2)."""
     ranges = response.headers.get_all("Content-Range", [])
     match = response.status == 206 and len(ranges) == 1 and re.fullmatch(
         r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", ranges[0])
@@ -3810,10 +3808,8 @@ class Registry(Endpoint):
 
 
 def list_referrers(registry, repository, digest):
-    """The Descriptors of what has a manifest, by its Digest, for its subject.
-
-    As a Registry lists them (distribution-spec, "Listing Referrers"): none where it has
-    no such list. Raises as Registry.fetch_manifest.
+    """The Descriptors of what has a manifest, by its Digest, for its subject, as a
+    Registry lists them (spec, "Listing Referrers"); none where it has no such list.
     """
     found, size = [], 0
     try:
@@ -3918,10 +3914,7 @@ class Source:
         return None
 
     def ask(self, method, *arguments):
-        """(what that method of Registry gives, the place that gave it).
-
-        The first that can do it is asked, with its repository and the arguments.
-        """
+        """(what that method of Registry gives, the first place that can do it)."""
         while True:
             registry, repository = place = self._places[0]
             try:

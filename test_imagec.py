@@ -6962,13 +6962,6 @@ class AuthorizedTest(NetworkCase):
             with client.open_blob("app", layer) as response:
                 response.read(imagec.MIB, "layer")
 
-    def test_asked_for_nothing_we_give_nothing(self):
-        registry, elsewhere = self.bearer(auth=None), self.bearer()
-        self.visit(self.client(registry, "alice"))
-        self.assertEqual(authorizations(registry, elsewhere), [])
-        self.assertEqual(elsewhere.connections, 0)
-        self.assertEqual(paths(registry, "token"), [])
-
     def test_basic_asked_where_reading_is_free(self):
         registry = self.bearer(auth=None)
         registry.fault("GET /v2/$", status(401, {"WWW-Authenticate": "Basic x=y"}), EVER)
@@ -8002,12 +7995,6 @@ class RateLimitTest(FieldCase):
                         "100;w=21600", "192.0.2.1", "log in"):
             self.pull(registry.host)
         self.assertEqual((fault.used, self.naps), (5, [2] * 4))
-
-    def test_another_try_is_told(self):
-        registry = self.filled()
-        registry.fault(_FIELD_MANIFEST, status(429, {"Retry-After": "0"}))
-        self.assertRegex(self.main("digest", registry.host + "/lab/app:1").err,
-                         "too many requests.*; trying again in 0.0 s")
 
     def manifests(self, registry):
         """The methods of requests for manifests, which are forgotten."""
