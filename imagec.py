@@ -6083,7 +6083,7 @@ class Tree:
             if node is None or node.children is None:
                 if not make:
                     return trail[-1], names, [part] + todo[::-1]
-                self._census.add(1, 0, show(b"/".join(parts)))
+                self._census.add(1, 0, show(b"/".join(names + [part])))
                 node = trail[-1].children[part] = Node(_IMPLICIT)
             trail.append(node)
             names.append(part)
