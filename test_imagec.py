@@ -38,6 +38,7 @@ import logging
 import lzma
 import os
 import pathlib
+import py_compile
 import pydoc
 import random
 import re
@@ -1901,6 +1902,20 @@ OUTPUTS = (
     ("rootfs", "root"), ("rootfs", "root.tar"),
 )
 SEED = 20140612  # of every random choice: a failure repeats itself
+#: Whether each case meets each format, which takes minutes. Else they take turns, from
+#: another on on each Python, so that all of them together meet all, or nearly.
+PRODUCT = bool(os.environ.get("IMAGEC_TEST_ALL"))
+TURNS = itertools.islice(itertools.cycle(OUTPUTS), sys.version_info[1], None)
+
+
+def outputs_in_turn(count=1):
+    return OUTPUTS if PRODUCT else [next(TURNS) for _ in range(count)]
+
+
+def in_turn(cases, one_in):
+    """One case in so many."""
+    return cases if PRODUCT else itertools.islice(
+        cases, sys.version_info[1] % one_in, None, one_in)
 
 
 @contextlib.contextmanager
@@ -2441,8 +2456,6 @@ class ThreatCase(RegistryCase):
         self.good = set(self.image.layers)
         self.source = self.filled(self.image)
         self.ref = self.source.host + "/lab/app:1"
-
-    turns = itertools.cycle(OUTPUTS)
 
     def each(self, check, *args, outputs=OUTPUTS):
         """Call with each format, its place, and the rest."""
@@ -4690,10 +4703,10 @@ class UnpackTest(TableCase):
     @rows(itertools.product([bytes] + [zstd_frame] * CAN_ZSTD, (1000, 4 << 20)))
     def test_the_limit_stops_at_once(self, packed, limit):
         drawn = []
-        blob = packed(bytes(1 << 20)) * 64  # all of it behind the tar's end
+        blob = packed(bytes(1 << 18)) * 64  # all of it behind the tar's end
         with self.assertRaises(imagec.LimitExceeded):
             imagec.prove((drawn.append(part) or part
-                          for part in pieces(blob, itertools.repeat(1 << 20))),
+                          for part in pieces(blob, itertools.repeat(1 << 18))),
                          imagec.Descriptor("", imagec.Digest.of(blob), len(blob)),
                          lambda chunks: unpacked(chunks, limit=limit))
         self.assertLess(len(drawn), 32)
@@ -4767,7 +4780,7 @@ class UnpackTest(TableCase):
 
     def test_each_piece_asks_whether_to_go_on(self):
         # T51: a few kilobytes of zeros are unpacked for minutes
-        tar = tar_header(32 << 20) + bytes(32 << 20)
+        tar = tar_header(8 << 20) + bytes(8 << 20)
         blobs = [bz2.compress(tar), lzma.compress(tar), gzip_bytes(tar)]
         ends = (KeyboardInterrupt(), imagec.Timeout("late"), imagec.Cancelled("no"))
         for blob, end in itertools.product(blobs, ends):
@@ -7713,11 +7726,11 @@ class ReferrersTest(NetworkCase):
     @rows([("DOCUMENT_BYTES_LIMIT", "%d bytes"), ("INDEX_COUNT_LIMIT", "%d entries")])
     def test_t15_an_endless_list(self, limit, words):
         page = json_bytes({"schemaVersion": 2, "manifests": [
-            self.sboms[0].descriptor()] * 1000})
+            self.sboms[0].descriptor()] * 100})
         count = itertools.count()
         self.origin.fault("/referrers/", lambda reply: body(
             page, link='<?%d>; rel="next"' % next(count))(reply), EVER)
-        most = 20 * (len(page) if "BYTES" in limit else 1000)
+        most = 20 * (len(page) if "BYTES" in limit else 100)
         del self.origin.requests[:]
         with mock.patch.object(imagec, limit, most), \
                 self.fails(imagec.InvalidDocument, words % most):
@@ -8838,7 +8851,7 @@ class ArchiveOutputTest(StoredCase):
         references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
                       for count, kind in ((2, "schema1-signed"), (3, "schema1"),
                                           (1, "docker"), (4, "oci"))]
-        for number, order in enumerate(itertools.permutations(references)):
+        for number, order in in_turn(enumerate(itertools.permutations(references)), 3):
             with self.subTest(order=order):
                 if number % 2:
                     self.archive(order[0], out="%d.tar" % number)
@@ -10036,14 +10049,14 @@ class RecompressTest(StoredCase):
                 (ARCHIVE_TARS, "lab/frame:1",
                  lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
                 (ARCHIVE_TARS[::-1], "lab/gzip:1", gzip_bytes))]
-        for order in itertools.permutations(references):
-            for jobs in ("1", "4"):
-                with self.subTest(order=order, jobs=jobs):
-                    remove(self.at("out.tar"))
-                    for _ in range(2):
-                        self.recompressed("out.tar", "-j", jobs, *order)
-                    self.assertEqual(len(self.members(self.at("out.tar"))),
-                                     3 + len(ARCHIVE_TARS) + 2 * 3 + 3 - 2)
+        for order, jobs in in_turn(itertools.product(
+                itertools.permutations(references), ("1", "4")), 3):
+            with self.subTest(order=order, jobs=jobs):
+                remove(self.at("out.tar"))
+                for _ in range(2):
+                    self.recompressed("out.tar", "-j", jobs, *order)
+                self.assertEqual(len(self.members(self.at("out.tar"))),
+                                 3 + len(ARCHIVE_TARS) + 2 * 3 + 3 - 2)
 
     def test_formats_that_keep_layers(self):
         for format in ("layers", "rootfs"):
@@ -12583,7 +12596,7 @@ class SignedPullTest(SignedCase):
         self.origin.repositories.clear()
         self.origin.add("lab/app", "1", self.index)
         sign(self)
-        for format, path in OUTPUTS:
+        for format, path in outputs_in_turn():
             remove(self.at(path))
             run = self.run_it("pull", "--verify-key", self.other, "--verify-key",
                               self.key, "--format", format, "-o", self.at(path),
@@ -12632,7 +12645,7 @@ class SignedPullTest(SignedCase):
         self.origin.blobs.clear()
         self.origin.add("lab/app", "1", self.index)
         sign(self)
-        for format, path in OUTPUTS:
+        for format, path in outputs_in_turn():
             run = self.run_it("pull", "--verify-key", self.key, "--format", format, "-o",
                               self.at(path), self.reference, expect=3)
             self.assert_one_line(run, 3, re.escape(
@@ -13648,6 +13661,8 @@ class SignedVerifyTest(SignedCase):
             1])[7:], self.members(self.at("out.tar")))
 
     def test_another_in_its_place(self):
+        self.pull_signed()
+        os.rename(self.at("out"), self.at("good"))
         for change in (
                 # in its name
                 lambda index, entry: index["manifests"][0].update(entry, annotations={
@@ -13665,7 +13680,7 @@ class SignedVerifyTest(SignedCase):
             for members in ({}, {"subject": self.index.descriptor()},
                             {"artifactType": "x/y", "subject": self.index.descriptor()}):
                 remove(self.at("out"))
-                self.pull_signed()
+                shutil.copytree(self.at("good"), self.at("out"))
                 entry = self.evil(**members)
                 self.changed(lambda index: change(index, entry))
                 self.assertEqual(faults_of(self.at("out")), [])
@@ -17202,8 +17217,11 @@ class StreamTest(CommandLineCase):
         ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue",
          "digest -q {ref}", 0, None)))
     def test_a_python_that_lacks(self, names, command, status, words):
+        script = self.at("imagec.pyc")  # to compile it would be most of the work
+        if not os.path.exists(script):
+            py_compile.compile(MODULE_PATH, script)
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", LACKING, names, MODULE_PATH]
+            [sys.executable, "-I", "-c", LACKING, names, script]
             + command.format(ref=self.ref).split(), universal_newlines=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((ended.returncode, ended.stderr), (status, words and (
@@ -17220,7 +17238,6 @@ class StreamTest(CommandLineCase):
                 (("-I", MODULE_PATH, whole), ("-", "unknown"), ("-m", "imagec", whole),
                  (self.at("called.pyz"), whole), (self.at("renamed.pyz"), whole)),
                 ((0, "imagec 1.0.0 {}\n", "--version"),
-                 (0, self.digest + "\n", "digest", self.ref),
                  (4, "", "digest", self.ref + "2"))):
             with self.subTest(argv, command=command), open(MODULE_PATH) as source:
                 ended = subprocess.run(
@@ -17602,7 +17619,7 @@ class ArchitectureTest(unittest.TestCase):
             for _ in range(20):  # the least of some: a busy machine adds to each
                 pairs.append((seconds("vendor.imagec"), seconds(*IMPORT_FLOOR)))
                 ours, theirs = (min(column) for column in zip(*pairs))
-                if len(pairs) > 4 and ours < min(IMPORT_RATIO * theirs, IMPORT_SECONDS):
+                if len(pairs) > 1 and ours < min(IMPORT_RATIO * theirs, IMPORT_SECONDS):
                     break
         self.assertLess(ours / theirs, IMPORT_RATIO)
         self.assertLess(ours, IMPORT_SECONDS)
@@ -17835,8 +17852,6 @@ class ReadmeTest(RegistryCase):
 
 # -- Faults at every phase, for every format
 
-#: Whether each fault meets each format, which takes minutes; else they take turns.
-THREAT_PRODUCT = bool(os.environ.get("IMAGEC_TEST_ALL"))
 #: Phase -> what its request looks like; {names} are filled in by the test.
 THREAT_PHASES = collections.OrderedDict([
     ("probe", "GET /v2/$"),
@@ -17970,10 +17985,10 @@ class FaultsCase(ThreatCase):
 
     def each(self, table, check):
         """Call `check` with an output, a path to it, a phase and what is in the row."""
-        turns, cases = itertools.cycle(OUTPUTS), itertools.count()
+        cases = itertools.count()
         for row, (fault, action, times, phases, *expected) in enumerate(table):
-            for phase in phases if THREAT_PRODUCT else phases[row % 2::2] or phases:
-                for format, name in OUTPUTS if THREAT_PRODUCT else [next(turns)]:
+            for phase in phases if PRODUCT else phases[row % 2::2] or phases:
+                for format, name in outputs_in_turn():
                     case = self.at("case")
                     shutil.copytree(self.at(name + "-before"), case)
                     struck = self.strike(phase, action, times)
@@ -17982,7 +17997,7 @@ class FaultsCase(ThreatCase):
                               *expected)
                         self.assertTrue(struck.used)
                     remove(case)
-            next(turns)  # or a phase would always meet the same format
+            next(TURNS)  # or a phase would always meet the same format
 
     def strike(self, phase, action, times):
         for _ in range(50):  # a connection that is left could still take a fault
@@ -18020,7 +18035,7 @@ class FaultsCase(ThreatCase):
         self.assert_only_verified(path)
         self.assert_nothing_beside(path)
         self.assertEqual(imagec_threads(), 0)
-        if THREAT_PRODUCT or number % 3 == 0:
+        if PRODUCT and after != before or number % 3 == 0:  # else nothing is left
             del self.source.faults[:]
             self.fetch(self.ref, format, path)
             self.check_whole(path)
@@ -18182,8 +18197,7 @@ class ReplacedTest(ThreatCase):
                                  (flip(), imagec.VerificationError)):
                 with self.subTest(phase=phase, kind=kind):
                     self.each(functools.partial(self.check_phase, match.format(
-                        **self.names), action, kind), OUTPUTS if THREAT_PRODUCT else
-                        [next(self.turns), next(self.turns)])
+                        **self.names), action, kind), outputs_in_turn(2))
 
     def check_phase(self, match, action, kind, format, path):
         before = self.state(path)
@@ -18217,7 +18231,7 @@ class ReplacedTest(ThreatCase):
         In other formats each name is that of one blob, or the whole is one file.
         """
         for name, code in (("write", errno.ENOSPC), ("open", errno.EMFILE)):
-            for at in range(1, 99, 1 if THREAT_PRODUCT else 3):
+            for at in in_turn(range(1, 99), 6):
                 used = []
                 with self.subTest(call=name, at=at):
                     self.each(functools.partial(self.check_call, name, code, at, used),
@@ -18522,7 +18536,7 @@ class FuzzTest(ThreatCase):
 THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "10"))
 THREAT_SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143)) + (
     ((signal.SIGKILL, -signal.SIGKILL),) if hasattr(signal, "SIGKILL") else ())
-KILLS_OF_ONE = 10  # until a pull may end
+KILLS_OF_ONE = 10 if PRODUCT else 5  # until a pull may end
 
 
 class KillCase(RegistryCase):
@@ -18696,8 +18710,7 @@ class LocalFaultsTest(ThreatCase):
     def test_t120_t126_t129_any_call_may_fail(self):
         """At some call of each kind: nothing half-made, and the next run completes."""
         for name, code in THREAT_CALLS:
-            self.each(self.check_calls, name, code, outputs=OUTPUTS if THREAT_PRODUCT
-                      else [next(self.turns), next(self.turns)])
+            self.each(self.check_calls, name, code, outputs=outputs_in_turn())
 
     def check_calls(self, format, path, name, code):
         if not path.endswith("root"):
@@ -18870,18 +18883,16 @@ class LocalLimitsTest(ThreatProcessCase):
         self.assert_whole(path)
 
     def test_t124_several_at_once(self):
-        for count in (2, 8):
-            for path, runs in self.side_by_side(count).items():
-                with self.subTest(path=os.path.basename(path), count=count):
-                    good = [run for run in runs if not run.status]
-                    self.assertTrue(good, [run.err for run in runs])
-                    for run in runs:
-                        if path.endswith("root") and run not in good:
-                            self.assert_one_line(run, 1)  # it is there already
-                        else:
-                            self.check_done(path, run)
-            self.assert_no_leftovers()
-            self.clear()
+        for path, runs in self.side_by_side(8 if PRODUCT else 3).items():
+            with self.subTest(path=os.path.basename(path)):
+                good = [run for run in runs if not run.status]
+                self.assertTrue(good, [run.err for run in runs])
+                for run in runs:
+                    if path.endswith("root") and run not in good:
+                        self.assert_one_line(run, 1)  # it is there already
+                    else:
+                        self.check_done(path, run)
+        self.assert_no_leftovers()
 
     def check_too_large(self, path, run):
         self.assert_one_line(run, 1, re.escape(os.path.basename(path)))
@@ -19035,7 +19046,7 @@ def threat_link_maze():
     return tar_header(kind=b"5", name=b"a") + tar_member(
         target + b"\0", kind=b"K", name=b"././@LongLink") + tar_header(
             kind=b"2", name=b"s") + b"".join(
-                tar_header(name=b"s/f%d" % n) for n in range(300))
+                tar_header(name=b"s/f%d" % n) for n in range(150))
 
 
 #: (name, layer blob, word of the refusal or None where it may be taken)
@@ -19068,17 +19079,18 @@ THREAT_ROOT_BOMBS = (
         tar_header(name=b"f%d" % n) for n in range(20000))),
 )
 THREAT_DOCUMENTS = (
-    ("a million layers, T61", b'{"schemaVersion": 2, "mediaType": "%s", "config": {}, '
-     b'"layers": [%s]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
-                           b",".join([b"{}"] * 1300000))),
-    ("a million entries, T60", b'{"schemaVersion": 2, "manifests": [%s]}'
+    ("a million layers, T61", lambda: b'{"schemaVersion": 2, "mediaType": "%s", "config": '
+     b'{}, "layers": [%s]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
+                               b",".join([b"{}"] * 1300000))),
+    ("a million entries, T60", lambda: b'{"schemaVersion": 2, "manifests": [%s]}'
      % b",".join([b"{}"] * 1300000)),
-    ("a million numbers, T61", b'{"schemaVersion": 2, "layers": [%s]}'
+    ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s]}'
      % b",".join([b"0"] * 2000000)),
-    ("deep, T54", b'{"a":' * 800000),
-    ("many keys, T35", b"{%s}" % b",".join(b'"%x":0' % n for n in range(350000))),
-    ("digits, T55", b'{"schemaVersion": %s}' % (b"9" * 4000000)),
-    ("a long text, T52", b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
+    ("deep, T54", lambda: b'{"a":' * 800000),
+    ("many keys, T35", lambda: b"{%s}" % b",".join(
+        b'"%x":0' % n for n in range(350000))),
+    ("digits, T55", lambda: b'{"schemaVersion": %s}' % (b"9" * 4000000)),
+    ("a long text, T52", lambda: b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
 )
 
 
@@ -19158,8 +19170,9 @@ class BombTest(ThreatCase):
             self.assertEqual(tar.getmember("x").size, 64 << 20)
 
     def test_t54_t55_t60_t61_manifests(self):
-        for name, raw in THREAT_DOCUMENTS:
+        for name, make in THREAT_DOCUMENTS:
             with self.subTest(name):
+                raw = make()
                 self.assertLess(len(raw), imagec.DOCUMENT_LIMIT)
                 with cpu_within(10), self.assertRaises(imagec.InvalidDocument):
                     imagec.decode_manifest(raw)
@@ -19192,7 +19205,7 @@ class MemoryTest(ThreatProcessCase):
             functools.partial(gzip_bytes, level=1))))
         run = self.run_alone(
             *self.pull_argv(self.ref, "rootfs", self.at("root.tar")),
-            limits={"RLIMIT_CPU": 10}, patches={"MEMBER_NAMES_LIMIT": 32 << 20})
+            limits={"RLIMIT_CPU": 5}, patches={"MEMBER_NAMES_LIMIT": 32 << 20})
         self.assertIn(run.status, (0, 3), run.err)
         self.assertLess(run.peak, THREAT_MEMORY + (32 << 10))
 
@@ -21159,6 +21172,8 @@ def main():
     """Runs what is named on the command line, or everything; 0 where all is well."""
     if not hasattr(os, "fork"):
         return unittest.main()
+    if hasattr(gc, "freeze"):
+        gc.freeze()  # what all workers share is garbage for none of them
     verbose = "-v" in sys.argv
     groups = chosen_tests([word for word in sys.argv[1:] if word != "-v"])
     started = time.monotonic()
