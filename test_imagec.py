@@ -19260,7 +19260,7 @@ class LimitsTest(unittest.TestCase):
 
 #: Modules the program imports, early or late: traps of these names lie around.
 THREAT_TRAPS = ("json", "tarfile", "queue", "bz2", "lzma", "shutil", "tempfile", "http",
-                "concurrent", "select", "fcntl", "signal", "types", "subprocess",
+                "concurrent", "select", "fcntl", "signal", "logging", "subprocess",
                 "ipaddress", "ssl", "base64")
 
 
