@@ -8510,9 +8510,9 @@ def _run_serve(args, session):
             ", ".join(args.paths), "https" if args.tls_cert else "http",
             "[%s]" % host if ":" in host else host, server.server_address[1],
             ", ".join(shelf.catalog())))
-        while session.transport.stop is None:
+        while True:
             time.sleep(0.5)  # a signal may hit another thread and cut no sleep short
-        raise session.transport.stop
+            session.transport.check()
 
 
 # --------------------------------------------------------------------------------------

@@ -14780,7 +14780,7 @@ class ServeTest(ServeCase):
         self.assertIn(digest[7:19], self.said[0])
         other = self.images["lab/oci"].layers[0]
         self.assertEqual(serve_ask(host, "/v2/lab/oci/blobs/" + other).status, 200)
-        with self.assertRaises(imagec.ImagecError):
+        with mock.patch.object(imagec, "BACKOFF", 0), self.fails(imagec.RegistryError):
             self.pulled(host, "lab/oci:1")
 
     def test_corrupt_member_of_an_archive(self):
@@ -14961,6 +14961,13 @@ class ServeCommandTest(ServeCase):
         for key in (cert, self.at("absent")):
             self.failed(self.run_it("--tls-cert", cert, "--tls-key", key), 2,
                         "cert.pem" if key == cert else "No such file")
+
+    def test_time_that_is_up(self):
+        with threat_alarm(60):
+            run = RegistryCase.main(self, "serve", self.archive, "--listen",
+                                    "127.0.0.1:0", "--timeout", "0.4")
+        self.assertEqual(run.status, 1)
+        self.assertIn("not done within 0.4 seconds", run.err)
 
     def test_sigterm(self):
         cert, key = self.pair()
