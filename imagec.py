@@ -8902,15 +8902,11 @@ def _run_selftest(args, session):
 # 21  Command line: arguments, progress, exit statuses
 # --------------------------------------------------------------------------------------
 
-class Terminated(BaseException):
-    """SIGTERM came: unwinds like KeyboardInterrupt, which no one catches on the way."""
-
-
 #: Of an error's classes the first that is here, itself before its bases, counts.
 EXIT_STATUSES = {
     ImagecError: 1, OSError: 1, ImportError: 1, TooLarge: 1, UsageError: 2,
     VerificationError: 3, InvalidDocument: 3, NotFound: 4, AccessDenied: 5,
-    KeyboardInterrupt: 130, Terminated: 143}
+    KeyboardInterrupt: 130, SystemExit: 143}  # of SIGTERM, see _ending
 
 
 class Progress(logging.Handler):
@@ -9545,7 +9541,7 @@ def main(argv: "list | None" = None) -> int:
         if args.debug or args.quiet:
             log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         return _run(args, progress)
-    except (ImagecError, OSError, ImportError, KeyboardInterrupt, Terminated) as error:
+    except (ImagecError, OSError, ImportError, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, OSError):
             _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
@@ -9600,7 +9596,7 @@ def _ending(transport):
         if transport.stop is not None:
             return  # clearing up is cut short by _second_signal, not here
         # Raised in a finalizer, Python drops it: the next check finds it again.
-        transport.stop = Terminated("ended by SIGTERM") if (
+        transport.stop = SystemExit("ended by SIGTERM") if (
             number == signal.SIGTERM) else KeyboardInterrupt()
         if not transport.watched:
             raise transport.stop
