@@ -2532,7 +2532,18 @@ class _Kept(http.client.HTTPConnection):
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
-        worked, found = self._transport.worked, resolved(host, port)
+        worked, turns = self._transport.worked, collections.defaultdict(itertools.count)
+        local = host.lower().endswith(".localhost")  # not every resolver knows
+        try:
+            found = socket.getaddrinfo("localhost" if local else host, port, 0,
+                                       socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise TransportError(
+                "cannot resolve host %s: %s" % (host, _reason(error)),
+                "check the name, the DNS and the proxy settings",
+                retryable=error.errno == getattr(socket, "EAI_AGAIN", None)) from error
+        # The families in turn (RFC 8305, 4).
+        found.sort(key=lambda target: next(turns[target[0]]))
         targets = [target for target in found
                    if _address_rank(target[4][0]) <= self._request.allowed]
         if found and not targets:
@@ -2645,22 +2656,6 @@ def proxy_denial(headers, login):
             hint="a helper such as cntlm can stand between")
     return AccessDenied("the proxy %s user name and password (HTTP 407)" % (
         "does not take our" if login else "wants a"), 407, hint="they go into its URL")
-
-
-def resolved(host, port):
-    """What getaddrinfo gives for a host by TCP, the families in turn (RFC 8305, 4)."""
-    if host.lower().endswith(".localhost"):  # not every resolver knows
-        host = "localhost"
-    try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise TransportError(
-            "cannot resolve host %s: %s" % (host, _reason(error)),
-            "check the name, the DNS and the proxy settings",
-            retryable=error.errno == getattr(socket, "EAI_AGAIN", None)) from error
-    ways = [[one for one in found if (one[0] == found[0][0]) is first]
-            for first in (True, False)]
-    return list(filter(None, itertools.chain(*itertools.zip_longest(*ways))))
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):

@@ -5807,7 +5807,7 @@ class TransportTest(NetworkCase):
             for number, kind in enumerate(addresses.split())]
         transport, url = self.transport(), "http://registry.test:%d/it" % server.port
         del self.reached[:]
-        with mock.patch("imagec.resolved", lambda host, port: list(found)), \
+        with mock.patch("socket.getaddrinfo", lambda *_: list(found)), \
                 mock.patch("imagec.CONNECT_DELAY", 0.05), threat_alarm(15), \
                 mock.patch("imagec.CONNECT_TIMEOUT", 0.5 if again is None else 10):
             if again is None:
@@ -5824,10 +5824,16 @@ class TransportTest(NetworkCase):
     @rows((("4", "4"), ("664", "646"), ("446", "464"), ("6", "6"), ("66644", "64646"),
            ("", "")))
     def test_families_in_turn(self, families, expected):
-        found = [(int(family), number) for number, family in enumerate(families)]
-        with mock.patch("socket.getaddrinfo", return_value=found):
-            turns = imagec.resolved("registry.test", 80)
-        self.assertEqual("".join(str(family) for family, _ in turns), expected)
+        found = [(int(family), 0, 0, "", ("8.8.8.8", number))
+                 for number, family in enumerate(families)]
+        kept = imagec._Kept(self.transport(), mock.Mock(
+            type="http", host="registry.test", allowed=imagec.ANYWHERE))
+        with mock.patch("socket.getaddrinfo", return_value=found[:]), \
+                mock.patch.object(kept, "_race", side_effect=OSError) as race, \
+                self.assertRaises(OSError):
+            kept._reach("registry.test", 80)
+        turns, = race.call_args[0]
+        self.assertEqual("".join(str(one[0]) for one in turns), expected)
         for family in (4, 6):  # in the order of the system's preference
             self.assertEqual(*([one for one in ones if one[0] == family]
                                for ones in (found, turns)))
