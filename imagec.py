@@ -3730,7 +3730,8 @@ class Registry(Endpoint):
                                          "the registry's header and its body disagree")
         return manifest
 
-    def fetch_blob(self, repository, descriptor, what="blob"):
+    def fetch_blob(self, repository: str, descriptor: Descriptor,
+                   what: str = "blob") -> bytes:
         """The bytes a Descriptor points to, checked: a document."""
         if descriptor.size > DOCUMENT_LIMIT:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
