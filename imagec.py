@@ -9324,6 +9324,25 @@ class Row(value_type("Row", "flags attribute metavar commands explained default"
         return cls([name for name in names if name[0] == "-"], names[-1].strip(
             "-").replace("-", "_"), metavar, commands.split(" "), explained, default)
 
+    def as_argparse(self):
+        """What add_argument takes besides its name."""
+        more = {"default": self.default, "help": self.explained}
+        if not self.metavar:
+            return dict(more, action="store_true")
+        if self.default:
+            more["help"] += "; default: %(default)s"
+        if self.metavar.islower():
+            more["choices"] = self.metavar.split("|")
+        if self.flags:
+            more.update(dest=self.attribute,
+                        action="append" if "..." in self.metavar else "store")
+        elif "..." in self.metavar:
+            more["nargs"] = "*" if self.metavar[0] == "[" else "+"
+        elif self.metavar[0] == "[":
+            more["nargs"] = "?"
+        return dict(more, metavar=self.metavar, type={
+            "N": int, "BYTES": int, "SECONDS": float}.get(self.metavar, str))
+
 
 OPTIONS = [Row.of(*row) for row in (
     ("references [REF...]", "pull", _REF),
@@ -9381,105 +9400,84 @@ OPTIONS = [Row.of(*row) for row in (
     ("--insecure-allow-http", _NETWORK, "fall back to unverified https, then to http"),
     ("--timeout SECONDS", "verify serve " + _NETWORK, "for all; else while bytes come"),
     ("-q --quiet", _ANY, "no progress, no warnings"),
-    ("--debug", _ANY, "log each step; tracebacks of errors"),
-    ("--version", "", "the version, and the SHA-256 of the file"),
-    ("-h --help", " " + _ANY, "show this; behind a COMMAND its options"))]
+    ("--debug", _ANY, "log each step; tracebacks of errors"))]
 
 
 def parse_arguments(argv):
     """The arguments of a command line, by the attributes of Rows, None of others.
 
-    Options stand anywhere, and are written out. What is behind one that is not known is
-    not repeated: it may be a password. (argparse does that, and takes beginnings.)
+    Raises UsageError; SystemExit where --help or --version told all.
     """
-    def refuse(text):
-        raise UsageError(text, "see imagec.py " + (args.command + " --help").strip())
+    import argparse
 
-    args = types.SimpleNamespace(command="", **{row.attribute: None for row in OPTIONS})
-    todo, words = collections.deque(argv), []
-    while todo and todo[0] != "--":
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(message, "see %s --help" % self.prog)
+
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    about = COMMANDS[command][1] if command else (__doc__ or "").partition("\n")[0]
+    prog, rows = ("imagec.py " + command).strip(), [
+        row for row in OPTIONS if command in row.commands]
+    parser = Parser(prog, " ".join([prog, "[options]" if command else "COMMAND ..."] + [
+        row.metavar for row in rows if not row.flags]), about)
+    known = {"-h": "", "--help": ""}
+    for row in rows:
+        parser.add_argument(*row.flags or [row.attribute], **row.as_argparse())
+        known.update((flag, row.metavar) for flag in row.flags)
+    if not command:
+        commands, known["--version"] = parser.add_argument_group("commands"), ""
+        for name, (_, explained) in COMMANDS.items():
+            commands.add_argument(name, nargs="*", help=explained)
+        digest = "unknown"  # as where this comes from a pipe
+        with contextlib.suppress(NameError, AttributeError, OSError):
+            digest = "--version" in argv and Digest.of(__loader__.get_data(__file__))
+        parser.add_argument("--version", action="version",
+                            version="imagec %s %s" % (__version__, digest))
+    args, rest = parser.parse_known_args(
+        _in_order(argv[bool(command):], known, parser.error))
+    if not command:
+        parser.error("no such command: '%s'" % shown(argv[0], 100) if argv else
+                     "no command: begin with imagec.py pull alpine")
+    if rest:  # not shown, as below
+        parser.error("more arguments than it takes: %d" % len(rest))
+    return argparse.Namespace(command=command, **dict(
+        dict.fromkeys(row.attribute for row in OPTIONS), **vars(args)))
+
+
+def _in_order(argv, known, refuse):
+    """The words of a command line as argparse should have them: options come first.
+
+    It takes beginnings of options for these, repeats what was typed behind one, which
+    may be a password, and before 3.7 has no arguments between options. `known` are the
+    options, each with the metavar of its value, "" for none; `refuse` raises.
+    """
+    options, words, todo = [], [], collections.deque(argv)
+    while todo:
         text = todo.popleft()
-        name, given, value = text.partition("=") if text[:2] == "--" else (
-            text[:2], text[2:], text[2:])
-        row = next((row for row in OPTIONS
-                    if name in row.flags and args.command in row.commands), None)
-        if args.command and not re.match("-.", text):
+        name, given, value = text.partition("=")
+        if text == "--":
+            words += todo
+            break
+        if not re.match("-.", text):
             words.append(text)
-        elif not args.command and text in COMMANDS:
-            args.command = text
-            vars(args).update((row.attribute, row.default) for row in OPTIONS
-                              if text in row.commands)
-        elif text[:1] != "-":
-            refuse("no such command: '%s'" % shown(text, 100))
-        elif not row:
+            continue
+        if text[:2] != "--":  # of -qj1 the -j: the first that takes a value
+            name = next(("-" + one for one in text[1:] if known.get("-" + one, True)),
+                        text[:2])
+            given = known.get(name) and text.partition(name[1])[2]
+        if name not in known:
             refuse("all on this host can read a password on the command line: give it "
                    "with --password-stdin or in IMAGEC_PASSWORD"
-                   if re.match("-p|--pass", name) else "no such option: " + name)
-        elif row.metavar:
-            if not given and (not todo or re.match("-.", todo[0])):
-                refuse("%s: expected %s" % (name, row.metavar))
-            _take(row, args, value if given else todo.popleft(), refuse)
-        elif given and text[:2] == "--":
+                   if re.match("-p|--pass", name) else "no such option: " + name
+                   + "; options come behind the command" * ("--version" in known))
+        if given and not known[name]:
             refuse("%s takes no value" % name)
-        else:
-            setattr(args, row.attribute, True)
-            todo.extendleft(["-" + value] * bool(given))  # of -qj1 the rest
-            if args.help or args.version:
-                return args
-    if not args.command:
-        refuse("no command: begin with imagec.py pull alpine")
-    words += list(todo)[1:]
-    for row in OPTIONS:
-        if args.command in row.commands and not row.flags:
-            words = _take_words(row, args, words, refuse)
-    if words:  # not shown, as above
-        refuse("more arguments than it takes: %d" % len(words))
-    return args
-
-
-def _take_words(row, args, words, refuse):
-    """Has `args` say what an argument's words stand for; those that are left."""
-    if not words and row.metavar[0] != "[":
-        refuse("%s is missing" % row.metavar)
-    count = len(words) if "..." in row.metavar else 1
-    for text in words[:count]:
-        _take(row, args, text, refuse)
-    return words[count:]
-
-
-def _take(row, args, text, refuse):
-    """Has `args` say what a text stands for, a Row's value, or one of several."""
-    kind = {"N": int, "BYTES": int, "SECONDS": float}.get(row.metavar, str)
-    try:
-        value = kind(text)
-        if row.metavar.islower():
-            row.metavar.split("|").index(text)
-    except ValueError:
-        refuse("%s: expected %s, not '%s'" % (row.flags[-1], row.metavar, shown(text)))
-    if "..." in row.metavar:
-        value = (getattr(args, row.attribute) or []) + [value]
-    setattr(args, row.attribute, value)
-
-
-def help_text(command):
-    """What --help shows of a command, or of all, as wide as the terminal."""
-    import shutil
-    import textwrap
-    about, usage = (__doc__ or "").partition("\n")[0], "COMMAND ..."
-    told = [(name, explained) for name, (_, explained) in COMMANDS.items()]
-    rows = [row for row in OPTIONS if command in row.commands]
-    if command:
-        (_, about), told = COMMANDS[command], []
-        usage = " ".join([command, "[options]"] + [
-            row.metavar for row in rows if not row.flags])
-    told += [((", ".join(row.flags) + " " + row.metavar).strip(),
-              row.explained + ("; default: %s" % row.default if row.default else ""))
-             for row in rows]
-    width = max(40, shutil.get_terminal_size().columns)
-    pad = 23 if width > 60 else 1
-    return "\n".join(["usage: imagec.py " + usage, "", about, ""] + [textwrap.fill(
-        "%-*s  %s" % (pad, *pair), width, initial_indent="  ", subsequent_indent=" " * (
-            pad + 4), break_on_hyphens=False, break_long_words=False) for pair in told])
+        if known[name] and not given:
+            if not todo or re.match("-.", todo[0]):
+                refuse("%s: expected %s" % (name, known[name]))
+            text += "=" * (text[:2] == "--") + todo.popleft()
+        options.append(text)
+    return options + ["--"] * bool(words) + words
 
 
 def read_password(args):
@@ -9524,15 +9522,9 @@ def main(argv: "list | None" = None) -> int:
     log.addHandler(progress)
     log.setLevel(logging.INFO)
     try:
-        args = parse_arguments(argv)
-        if args.help:
-            print_result(help_text(args.command), sys.stdout)
-        if args.version:
-            digest = "unknown"  # as where this comes from a pipe
-            with contextlib.suppress(NameError, AttributeError):
-                digest = Digest.of(__loader__.get_data(__file__))
-            print_result("imagec %s %s" % (__version__, digest), sys.stdout)
-        if args.help or args.version:
+        try:
+            args = parse_arguments(argv)
+        except SystemExit:  # --help or --version told all
             return 0
         if args.debug or args.quiet:
             log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
