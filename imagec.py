@@ -9036,8 +9036,10 @@ def _run_pull(args, session):
                                  path, format, *rest in destinations(args, references)]:
         output.sole, images = sole, []
         with session.trying(output.path):
-            images = plan(session, wanted, output, args.platform) if args.dry_run else (
-                session.pull(wanted, output, args.platform))
+            if args.dry_run:
+                yield from plan(session, wanted, output, args)
+                continue
+            images = session.pull(wanted, output, args.platform)
         for image in images:
             line = json.dumps(image_json(image)) if args.json else pinned(image)
             if stream is None:
@@ -9045,7 +9047,7 @@ def _run_pull(args, session):
             elif args.json or not args.quiet:
                 with contextlib.suppress(OSError):  # the image is out
                     print_result(line, sys.stderr)
-        if images and stream is None and not args.dry_run:
+        if images and stream is None:
             import shutil
             programs = ["docker", "podman"] if output.format == "archive" and any(
                 image.config for image in images) else []
@@ -9077,14 +9079,21 @@ def destinations(args, references):
     return [(name, format or "archive", [one], one) for name, one in names.items()]
 
 
-def plan(session, references, output, platform):
-    """The Images that a pull would fetch; told is how much that is."""
+def plan(session, references, output, args):
+    """What a pull would fetch."""
     puller = Puller(session, output)
-    images = puller.resolve(references, platform)
+    images = puller.resolve(references, args.platform)
     there = [(blob.size or 0, have) for _, blob, have in puller.plan(images)]
-    log.info("%s: to fetch: %d bytes; already there: %d", output.path, sum(
-        size - min(size, have) for size, have in there), sum(map(min, there)))
-    return [image for image in images if image.subject is None]
+    have = sum(map(min, there))
+    return planned([pinned(image) for image in images if image.subject is None],
+                   "fetch", sum(size for size, _ in there) - have, have, args.json)
+
+
+def planned(images, move, size, there, as_json):
+    """What --dry-run prints: images by name, bytes to `move`, bytes there already."""
+    if as_json:
+        return [json.dumps({"images": images, "to_" + move: size, "present": there})]
+    return images + ["to %s: %d bytes; already there: %d" % (move, size, there)]
 
 
 def read_list(path, trying):
@@ -9419,7 +9428,8 @@ def parse_arguments(argv):
     prog, rows = ("imagec.py " + command).strip(), [
         row for row in OPTIONS if command in row.commands]
     parser = Parser(prog, " ".join([prog, "[options]" if command else "COMMAND ..."] + [
-        row.metavar for row in rows if not row.flags]), about)
+        row.metavar for row in rows if not row.flags]), about,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {"-h": "", "--help": ""}
     for row in rows:
         parser.add_argument(*row.flags or [row.attribute], **row.as_argparse())
