@@ -521,7 +521,7 @@ class Reference(value_type("Reference", "host repository tag digest")):
         if re.fullmatch("(?:sha256:)?[a-f0-9]{64}", text):
             refuse("looks like an image ID, which no registry knows: name the image")
         if "://" in text:
-            refuse("write it without what ends in ://")
+            refuse("write it without docker:// or any other scheme")
         host, slash, rest = text.partition("/")
         if slash and host in (DOCKER_HUB, "index.docker.io"):
             host = DOCKER_HUB
@@ -6823,6 +6823,8 @@ class SignedBy:
 # 15  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
+#: What a directory has that a pull has made -> the format it is of.
+LAYOUT_MARKS = {"http": "layers", "https": "layers", "oci-layout": "oci"}
 LEFT_OUT = "left out, for %s lacks it: %s, of type %s"
 #: Parameter of a Session -> the rule that an image must keep before it is fetched.
 CHECKS = {"verify_keys": SignedBy}
@@ -6864,11 +6866,11 @@ class Session:
             raise UsageError("a user name and a password go together")
         if jobs < 1:
             raise UsageError("%d jobs: at least one is needed" % jobs)
-        if not all(limit > 0 for limit in (  # nor NaN
-                1 if timeout is None else timeout, max_layer_size, max_files)):
-            raise UsageError("a timeout of %s seconds, layers of %s bytes, %s files: "
-                             "these limits must be over 0" % (timeout, max_layer_size,
-                                                              max_files))
+        for what, limit in (("timeout", 1 if timeout is None else timeout),
+                            ("max_layer_size", max_layer_size),
+                            ("max_files", max_files)):
+            if not limit > 0:  # nor NaN
+                raise UsageError("%s %s: a limit must be over 0" % (what, limit))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
                                                 without)):
             raise UsageError("mirrors, hosts, and what to do without, come in lists")
@@ -7649,6 +7651,8 @@ def named(text):
                          "ls, inspect and verify read it, push and serve hand it on")
     if re.fullmatch(r"localhost|(?:localhost|[^/@]+\.[^/@]+):[0-9]{2,5}", text):
         raise UsageError("%s is a registry" % text, "expected %s/REPOSITORY" % text)
+    if text.lower().endswith(".tar"):
+        log.info("there is no file %s here: taken for a name in a registry", text)
     return Reference.parse(text)
 
 
@@ -7665,8 +7669,8 @@ def asked(args, session, outermost=False):
         return (image.indexes + (image.manifest,))[0] if outermost else image
     if args.image is not None:
         raise UsageError("--image goes with a path", "for one here write ./PATH")
-    if os.path.exists(os.path.join(text, "oci-layout")):
-        log.info("for the layout here write ./%s", text)
+    if any(os.path.exists(os.path.join(text, mark)) for mark in LAYOUT_MARKS):
+        log.info("for what is in the directory here write ./%s", text)
     reference = named(text)
     if not outermost:
         return session.resolve(reference, args.platform)
@@ -8856,9 +8860,11 @@ def pull_test_image(directory):
             raise VerificationError("a tampered layer was taken")
 
 
-def describe_registry(host, session):
-    """Yields (what, what it is, whether it is good enough) of a registry."""
-    reference = Reference.parse(host + "/any/thing" if "/" not in host else host)
+def describe_registry(reference, repository, session):
+    """Yields (what, what it is, whether it is good enough) of a Reference's registry.
+
+    Where it asks who we are, that is tried for a `repository`, "" for none.
+    """
     registry = session.registry(reference.api_host)
     yield "registry", registry.learn_registry_url(), True
     if registry.doubt:
@@ -8870,25 +8876,32 @@ def describe_registry(host, session):
     who = challenge and session.credentials(reference)
     if challenge:
         yield "we would be", str(who or "anonymous"), True
-    if who:
-        registry.log_in(reference.repository if "/" in host else "")
-        yield "lets us in", registry.withheld or "yes", not registry.withheld
+        if who:
+            registry.log_in(repository)
+        yield "lets us in", (registry.withheld or "yes") if who else (
+            "where no login is needed"), not registry.withheld
 
 
 def _run_selftest(args, session):
     import tempfile
-    good, server = True, (args.host or DOCKER_HUB_API).partition("/")[0]
-    host = describe_host(session.transport.tls.rootless(server))
-    registry = describe_registry(args.host, session) if args.host else ()
-    for what, value, fine in itertools.chain(host, registry):
-        yield "%-12s %s%s" % (what, printable(value), "" if fine else " -- not enough")
-        good = good and fine
-    with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
+
+    def proofs():
         try:
             for done in pull_test_image(directory):
-                yield "%-12s %s" % ("proved", done)
+                yield "proved", done, True
         except ImagecError as error:  # of any kind: what it means is always the same
             raise Unsupported("this host cannot pull images: %s" % error) from error
+
+    good, (server, _, repository) = True, (args.host or DOCKER_HUB_API).partition("/")
+    place = args.host and Reference.parse(args.host + "/any/thing" * (not repository))
+    with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
+        for what, value, fine in itertools.chain(
+                describe_host(session.transport.tls.rootless(server)), proofs(),
+                describe_registry(place, place.repository if repository else "",
+                                  session) if place else ()):
+            yield "%-12s %s%s" % (what, printable(value), "" if fine else
+                                  " -- not enough")
+            good = good and fine
     if not good:
         raise Unsupported("this host cannot pull images: see above")
     yield "this host can pull images"
@@ -9010,7 +9023,7 @@ def image_json(image):
 
 def layer_json(layer, **more):
     """A Layer as a JSON-able dict."""
-    return dict(id=layer.id, digest=str(layer.digest),
+    return dict(id=layer.id or None, digest=str(layer.digest),
                 diff_id=layer.diff_id and str(layer.diff_id), **more,
                 blob_size=layer.blob_size)
 
@@ -9035,7 +9048,7 @@ def _run_pull(args, session):
     for output, wanted, sole in [(new_output(path, format, tag, stream), *rest) for
                                  path, format, *rest in destinations(args, references)]:
         output.sole, images = sole, []
-        with session.trying(output.path):
+        with session.trying(sole or output.path):
             if args.dry_run:
                 yield from plan(session, wanted, output, args)
                 continue
@@ -9048,13 +9061,15 @@ def _run_pull(args, session):
                 with contextlib.suppress(OSError):  # the image is out
                     print_result(line, sys.stderr)
         if images and stream is None:
+            import shlex
             import shutil
             programs = ["docker", "podman"] if output.format == "archive" and any(
                 image.config for image in images) else []
             programs = list(filter(shutil.which, programs))[:1] or programs
             if programs or output.path != args.output:
                 log.info("%s%s%s", output.path, ": " if programs else "", " or ".join(
-                    "%s load -i %s" % (name, output.path) for name in programs))
+                    "%s load -i %s" % (name, shlex.quote(output.path))
+                    for name in programs))
 
 
 def destinations(args, references):
@@ -9062,7 +9077,7 @@ def destinations(args, references):
     path, format, names = os.path.expanduser(args.output or ""), args.format, {}
     own = format != "layers" if args.output is None else format is None and (
         path[-1:] in ("/", os.sep) or os.path.isdir(path))
-    for mark, kept in ("http", "layers"), ("https", "layers"), ("oci-layout", "oci"):
+    for mark, kept in LAYOUT_MARKS.items():
         if own and path and os.path.lexists(os.path.join(path, mark)):
             own, format = False, kept
     if not own:
@@ -9075,7 +9090,8 @@ def destinations(args, references):
             if one.digest else one.tag, platform, args.without and "update")))
             + ".tar" * (format in (None, "archive")))
         if names.setdefault(name, one) != one:
-            raise UsageError("%s and %s are both %s; use -o" % (names[name], one, name))
+            raise UsageError("%s and %s are both %s; use -o FILE" % (
+                names[name], one, name))
     return [(name, format or "archive", [one], one) for name, one in names.items()]
 
 
@@ -9122,7 +9138,7 @@ def _run_layers(args, session):
     for layer in asked(args, session).layers:
         size = "-" if layer.blob.size is None else layer.blob.size
         yield json.dumps(layer_json(layer)) if args.json else (
-            "%s %s %s" % (layer.id, layer.digest, size))
+            "%s %s %s" % (layer.id or "-", layer.digest, size))
 
 
 def _run_inspect(args, session):
@@ -9231,7 +9247,9 @@ def history_json(image):
 def _run_digest(args, session):
     outermost = args.platform in (None, "all")
     found = asked(args, session, outermost)
-    yield str(found.digest if outermost else found.manifest.digest)
+    digest = str(found.digest if outermost else found.manifest.digest)
+    yield json.dumps({"reference": args.reference, "digest": digest}) if (
+        args.json) else digest
 
 
 def _run_auth(args, session):
@@ -9283,7 +9301,7 @@ def print_result(result, stream):
             stream.buffer.flush()
             return
         lines = result.decode("utf-8", "surrogateescape").split("\n")
-        result = "\n".join(map(printable, lines))
+        result = "\n".join(map(printable, lines[:-1] + list(filter(None, lines[-1:]))))
     print(encodable(result, stream), file=stream, flush=True)
 
 
@@ -9386,7 +9404,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--dry-run", "pull push", "say what would be fetched or sent, and stop"),
     ("-j --jobs N", "pull push", "connections at once", JOBS),
     ("--progress auto|plain|none", "pull push", "a line redrawn, or lines", "auto"),
-    ("--json", "pull push layers ls tags", "results as JSON"),
+    ("--json", "pull push layers ls digest tags", "results as JSON"),
     ("--platform platforms OS/ARCH[/VARIANT]...", _PULLS, "default: this host's; "
      "several: to oci or archive; all: the whole index, to oci"),
     ("--image NAME", "verify " + _IMAGE, "which of several at a path"),
@@ -9408,7 +9426,7 @@ OPTIONS = [Row.of(*row) for row in (
      "its mirrors, token and storage hosts"),
     ("--insecure-allow-http", _NETWORK, "fall back to unverified https, then to http"),
     ("--timeout SECONDS", "verify serve " + _NETWORK, "for all; else while bytes come"),
-    ("-q --quiet", _ANY, "no progress, no warnings"),
+    ("-q --quiet", _ANY, "no progress, few warnings"),
     ("--debug", _ANY, "log each step; tracebacks of errors"))]
 
 
@@ -9478,7 +9496,7 @@ def _in_order(argv, known, refuse):
         if name not in known:
             refuse("all on this host can read a password on the command line: give it "
                    "with --password-stdin or in IMAGEC_PASSWORD"
-                   if re.match("-p|--pass", name) else "no such option: " + name
+                   if re.match("-p|--pass|--creds", name) else "no such option: " + name
                    + "; options come behind the command" * ("--version" in known))
         if given and not known[name]:
             refuse("%s takes no value" % name)
@@ -9548,7 +9566,7 @@ def main(argv: "list | None" = None) -> int:
         log.error("%s", _local_words(error, args) if isinstance(error, OSError)
                   else lacking(error) if isinstance(error, ImportError)
                   else str(error) or "interrupted" + "; run it again to go on" * (
-                      args.command == "pull" and args.output != "-"))
+                      args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)
     finally:
         log.removeHandler(progress)
