@@ -1501,7 +1501,7 @@ import faulthandler, json, os, signal, sys
 faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
-import http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
+import argparse, http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -15984,7 +15984,8 @@ class OnDiskTest(CommandLineCase):
             self.asked("digest", path)
         os.chdir("..")
         for word, words in (
-                ("lab", r"for the layout here write \./lab\n"), ("y.tar", r"\A"),
+                ("lab", r"for what is in the directory here write \./lab\n"),
+                ("y.tar", "there is no file y.tar here: taken for a name in a registry"),
                 (".\\lab", "path"), ("C:\\x.tar", "path"), ("/none", "path")):
             ended = self.main("digest", "--mirror", "127.0.0.1:1", "--proxy",
                               "http://127.0.0.1:1", word)
