@@ -9061,15 +9061,16 @@ def _run_pull(args, session):
                 with contextlib.suppress(OSError):  # the image is out
                     print_result(line, sys.stderr)
         if images and stream is None:
-            import shlex
             import shutil
+            path = output.path
+            if re.search(r"[^\w@%+=:,./\\-]", path):  # as a shell wants it
+                path = "'%s'" % path.replace("'", "'\\''")
             programs = ["docker", "podman"] if output.format == "archive" and any(
                 image.config for image in images) else []
             programs = list(filter(shutil.which, programs))[:1] or programs
             if programs or output.path != args.output:
                 log.info("%s%s%s", output.path, ": " if programs else "", " or ".join(
-                    "%s load -i %s" % (name, shlex.quote(output.path))
-                    for name in programs))
+                    "%s load -i %s" % (name, path) for name in programs))
 
 
 def destinations(args, references):

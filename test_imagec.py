@@ -1501,7 +1501,8 @@ import faulthandler, json, os, signal, sys
 faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
-import argparse, http.client, encodings.idna, encodings.ascii, getpass, select, socket, threading
+import argparse, http.client, encodings.idna, encodings.ascii, getpass, select, socket
+import threading
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -15587,8 +15588,10 @@ class CommandLineTest(CommandLineCase):
         self.origin.add("lab/app", "chart", build_artifact([("text/x", b"x", "x.txt")]))
         for argv, said in (([self.ref], words.format("app_1.tar")),
                            ([self.ref, "--format", "oci"], "app_1"),
+                           ([self.ref, "-o", "a b.tar"], words.replace(
+                               "-i {0}", "-i 'a b.tar'").format("a b.tar")),
                            ([self.ref[:-1] + "chart"], "app_chart.tar")):
-            ended = self.main("pull", *argv, 
+            ended = self.main("pull", *argv,
                               PATH=os.path.join(self.root, *installed[:1] or ["none"]))
             self.assertEqual(ended.err.splitlines()[-1], "imagec: " + said)
 
@@ -17327,7 +17330,7 @@ class StreamTest(CommandLineCase):
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
     errno fcntl fnmatch functools gc getpass glob hashlib hmac http io ipaddress
-    itertools json logging lzma os platform queue random re selectors shlex shutil signal
+    itertools json logging lzma os platform queue random re selectors shutil signal
     socket socketserver ssl stat struct subprocess sys tempfile threading time types urllib
     zlib
 """.split())
