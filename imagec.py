@@ -3418,10 +3418,9 @@ class Endpoint:
         self._keyring, self._allow_http = credentials, allow_http
         self._token_hosts, self._namespace = token_hosts, namespace
         transport.tls.name(host, allow_http)
-        self._tokens, self._scopes = {}, {}  # by repository
+        self._tokens, self._scopes, self._asking = {}, {}, {}  # by repository
         self._warned = set()
         self._lock = threading.Lock()
-        self._asking = collections.defaultdict(threading.Lock)  # by repository
 
     # -- where it is
 
@@ -3496,24 +3495,24 @@ class Endpoint:
         return self._keyring and self._keyring.lookup(
             checked_url(self.url).netloc, repository)
 
-    def authorization(self, repository):
+    def authorization(self, repository, refused=None):
         """The Authorization value for `repository`, None where none is asked for.
 
-        The keyring is not asked before the registry asks.
+        It has no token that was `refused`. The keyring is asked if the registry asks.
         """
         challenge = self.challenge
         if challenge is None:
             return None
-        with self._lock:
-            credentials, asking = self.credentials(repository), self._asking[repository]
-        with asking:
+        credentials = self.credentials(repository)
+        with self._asking.setdefault(repository, threading.Lock()):
             if credentials and credentials.registry_token:
                 return "Bearer " + credentials.registry_token
             if challenge.scheme == "basic":
                 # Without one nothing is sent: /v2/ may ask where reading is free.
                 return credentials and credentials.basic()
             token = self._tokens.get(repository)
-            if token is None or token.expires <= self.transport.clock():
+            if token is None or token.expires <= self.transport.clock() or (
+                    refused == "Bearer " + token.value):
                 token = self._fetch_token(challenge, repository, credentials)
                 self._tokens[repository] = token
         return "Bearer " + token.value
@@ -3607,11 +3606,7 @@ class Registry(Endpoint):
             with response:  # whose connection may serve for the token
                 self._learn_challenge(response, repository)
                 refusal = self._refusal(response, what, repository, sent)
-            with self._lock:
-                token = self._tokens.get(repository)
-                if token and sent == "Bearer " + token.value:
-                    del self._tokens[repository]  # it is not used again
-            answer = self.authorization(repository)
+            answer = self.authorization(repository, sent)
             if answer == sent:
                 raise refusal
             sent, response = answer, self._request(method, path, answer, headers, data)
