@@ -5205,8 +5205,6 @@ class CredentialsTest(FieldCase):
         run = self.main("auth", "r.test", "-u", "bob", IMAGEC_PASSWORD=PASSWORD)
         self.assertRegex(run.out, "^r.test: .*bob.*the command line")
         self.assertNotIn(PASSWORD, run.out)
-        run = self.main("auth", "r.test", "--authfile", self.at("none"))
-        self.assertEqual((run.status, run.out), (5, ""))
 
     # -- what the wire sees
 
@@ -6956,10 +6954,7 @@ class AuthorizationTest(NetworkCase):
         client.fetch_manifest("app", "1")
         self.assertEqual(set(self.reached), {"10.1.2.3"})
 
-    def test_secrets_have_no_repr(self):
-        credentials = imagec.Credentials("alice", PASSWORD)
-        for secret in (credentials, imagec.Token(PASSWORD, 5)):
-            self.assertNotIn(PASSWORD, repr(secret) + str(secret))
+    def test_a_password_is_sent_in_utf_8(self):
         self.assertEqual(imagec.Credentials("a", "\xe9:").basic(), "Basic YTrDqTo=")
 
 
@@ -7681,9 +7676,6 @@ class ReferrersTest(NetworkCase):
 
     def listed(self, *sboms):
         return {tag_of(self.image): sorted(sbom.digest for sbom in sboms)}
-
-    def test_nothing(self):
-        self.assertEqual(self.referring(), {})
 
     @rows([(None, 1), (2, 2), (1, 3)])
     def test_listed_page_by_page(self, size, pages):
