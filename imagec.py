@@ -5234,11 +5234,13 @@ class Output:
     layout = False  # whether it has names to load by, and may have rewritten layers
     streams = False  # whether it is written in one go, and so maybe to a pipe
     images = True  # whether images go into it
+    partly = False  # whether it can have what is below one path alone
     wait = staticmethod(time.sleep)  # how to wait for another pull; may raise
     check = staticmethod(go_on)  # raises where work should not go on
     max_files = MEMBER_COUNT_LIMIT  # of an image that is unpacked
     max_layer_size = LAYER_SIZE_LIMIT  # of what it unpacks
     recompress = None  # what zstd layers are rewritten to
+    below = None  # the path of the directory that becomes the root
     sole = None  # the Reference that alone an archive may hold which is replaced
 
     def __init__(self, path, tag=None, stream=None):
@@ -6308,7 +6310,7 @@ class RootfsOutput(Spooled):
     """
 
     format = "rootfs"
-    unpacks, several = True, False
+    unpacks, several, partly = True, False, True
 
     def __init__(self, path, tag=None, stream=None):
         self._tar = stream is not None or path.endswith(".tar")
@@ -6369,6 +6371,10 @@ class RootfsOutput(Spooled):
             applied.add(store)
             with naming("layer %s" % str(layer.digest)):
                 tree.apply(store.entries)
+        tree.root, _, left = tree.lead(member_parts(os.fsencode(self.below or "")))
+        if left:
+            raise NotFound("%s: there is no directory %s" % (
+                image.reference, show(os.fsencode(self.below))))
         return tree
 
     def _write_directory(self, tree):
@@ -6839,11 +6845,11 @@ class Session:
     and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
     manifest and digests follow; with `referrers` what refers to an image comes along;
     with `keep_going` an image that fails does not end a pull: `failures` has it; what
-    the references or paths `without` have already is left out.
-    Only what a key in the files `verify_keys` signed is taken (None: in those that
-    IMAGEC_VERIFY_KEY names; (): anything), as `verify_name` if that is not None. For
-    `insecure_allow_http` and `token_hosts` see Registry, for `authfile` Keyring, for
-    the others Transport. Close it or use `with`.
+    the references or paths `without` have already is left out; of the directory `below`
+    alone a root file system is made. Only what a key in the files `verify_keys` signed
+    is taken (None: in those that IMAGEC_VERIFY_KEY names; (): anything), as
+    `verify_name` if that is not None. For `insecure_allow_http` and `token_hosts` see
+    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
     """
 
     def __init__(
@@ -6856,7 +6862,7 @@ class Session:
             max_files: int = MEMBER_COUNT_LIMIT, recompress: str = None,
             notify: collections.abc.Callable = None, storage_hosts: list = (),
             referrers: bool = False, verify_keys: list = None, verify_name: str = None,
-            keep_going: bool = False, without: list = ()):
+            keep_going: bool = False, without: list = (), below: str = None):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
         if jobs < 1:
@@ -6887,7 +6893,7 @@ class Session:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.recompress, self.referrers = jobs, recompress, referrers
-        self.without = without
+        self.without, self.below = without, below
         #: (text, ImagecError) pairs of what failed where the rest goes on, else None.
         self.failures = [] if keep_going else None
         self.max_layer_size, self.max_files = max_layer_size, max_files
@@ -7088,7 +7094,7 @@ class Puller:
         # No longer than the command may take.
         output.wait, output.check = session.transport.wait, session.transport.check
         output.max_files, output.recompress = session.max_files, session.recompress
-        output.max_layer_size = session.max_layer_size
+        output.max_layer_size, output.below = session.max_layer_size, session.below
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
         self._busy = set()  # those of layers that are being fetched
 
@@ -7136,7 +7142,8 @@ class Puller:
                 ("more than one --platform", several, output.layout, "oci or archive"),
                 ("--referrers", session.referrers, output.layout, "oci or archive"),
                 ("--recompress", session.recompress, output.layout, "oci or archive"),
-                ("--without", session.without, output.layout, "oci or archive")):
+                ("--without", session.without, output.layout, "oci or archive"),
+                ("--path", session.below, output.partly, "rootfs")):
             if given and not taken:
                 raise UsageError("%s does not go with --format %s"
                                  % (option, output.format), "add --format " + formats)
@@ -9383,6 +9390,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--recompress gzip", "pull", "rewrite zstd layers for old Docker; digests change"),
     ("--referrers", "pull", "take along what refers to it (to oci or archive)"),
     ("--without REF|PATH...", "pull", "leave out what this has (to oci or archive)"),
+    ("--path below PATH", "pull", "what is below it alone (to rootfs)"),
     ("--tag NAME[:TAG]", "pull push", "the name to go by; default: its own"),
     ("--partial", "push", "indexes that lack images, too, as far as that goes"),
     ("--raw", "inspect", "the manifest's exact bytes"),

@@ -10644,6 +10644,30 @@ class RootfsOutputTest(StoredCase):
         with tarfile.open(self.at("out.tar")) as tar:
             self.assertEqual({"1", "2"}, set(tar.getmember("f").pax_headers.values()))
 
+    @rows((("/d", ["a/", "a/f=1", "h=>a/f", "l->../x", "x=2"]), ("d/a/", ["f=1"]),
+           ("e/../s", ["f=1"]), ("/", None), ("", None), ("x", "no directory"),
+           ("d/none", "no directory 'd/none'"), ("d/a/f", "no directory 'd/a/f'")))
+    def test_what_is_below_a_path(self, below, expected):
+        # d/h and d/a/f are one inode, whose first name is outside
+        reference, _ = self.serve([raw_words("b=1 d/ d/a/ d/a/f=>b e/ s->d/a"), raw_words(
+            "d/h=>b d/x=2 d/l->../x x=3")], "lab/app:1")
+        for out in "out", "out.tar":
+            remove(self.at(out))
+            run = self.main("pull", "--format", "rootfs", "--path", below, "-q", "-o",
+                            self.at(out), reference)
+            if type(expected) is str:
+                self.assert_one_line(run, 4, expected)
+                self.assertFalse(os.path.lexists(self.at(out)))
+                continue
+            self.assertEqual(run.status, 0, run.err)
+        if type(expected) is not str:
+            with tarfile.open(self.at("out.tar")) as tar:
+                names = tar.getnames()
+            found = flat_directory_words(self.at("out"))
+            self.assertEqual(len(names), len(found) + 1)
+            if expected:
+                self.assertEqual(found, expected)
+
     def test_python_that_cannot_link_to_a_link(self):
         """PyPy's os.link has no follow_symlinks=False that works: two do as well."""
         true = os.link
@@ -16361,6 +16385,8 @@ FAILURES = (
      "--referrers .* --format layers; add --format oci or archive"),
     ("layers made small", "pull --recompress gzip {ref}", 2,
      "--recompress .* --format layers; add --format oci or archive"),
+    ("part of an image in an archive", "pull --path /etc {ref} -o {root}/a.tar", 2,
+     "--path .* --format archive; add --format rootfs"),
     ("what refers to what was made here",
      "pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
     ("one of several in a registry", "digest --image a {ref}", 2, "--image goes with"),
