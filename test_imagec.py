@@ -1497,7 +1497,7 @@ class RegistryCase(unittest.TestCase):
 #: Starts command lines in processes of their own, forked off one that has imported all
 #: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
 SERVANT = """
-import faulthandler, json, os, signal, sys
+import faulthandler, json, os, resource, signal, sys
 faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
@@ -1508,12 +1508,15 @@ class Small(socket.socket):
         super().__init__(*args, **options)
         # What the kernel holds is lost with us, and by default it may hold megabytes.
         self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+for user in map(int, sys.argv[2:]):  # before there are threads, of whom each must follow
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
 # The C library opens libgcc when the first thread ends: not under a limit, please.
 thread = threading.Thread(target=int)
 thread.start()
 thread.join()
 def child(job):
-    import resource
     out = os.open(job["files"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(out, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -1529,10 +1532,6 @@ def child(job):
         setattr(imagec, name, value)
     if job["small"]:
         socket.socket = Small
-    if job["user"]:
-        os.setgroups([])
-        os.setgid(job["user"])
-        os.setuid(job["user"])
     return imagec.main(job["argv"])
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
@@ -1560,10 +1559,12 @@ for line in iter(sys.stdin.readline, ""):
 class Servant:
     """Runs command lines in processes that can be limited, killed and measured."""
 
-    def __init__(self):
+    def __init__(self, *user):
+        """Of another user if one is given; what that may not read is imported."""
+        self._user = user
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVANT, HOME], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, universal_newlines=True)
+            [sys.executable, "-c", SERVANT, HOME, *map(str, user)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
 
     def _ask(self, value):
         self._process.stdin.write(json.dumps(value) + "\n")
@@ -1571,17 +1572,19 @@ class Servant:
         return json.loads(self._process.stdout.readline())
 
     def start(self, *argv, cwd=".", environ=None, umask=0o22, limits=None, patches=None,
-              small=False, user=None):
+              small=False):
         """Start a command line: (process ID, where its stderr goes).
 
         `limits` are of the resource module, `patches` of imagec; `small` is how much of
-        what was sent the kernel may hold. What another user may not read is imported.
+        what was sent the kernel may hold.
         """
         number, path = tempfile.mkstemp(prefix="stderr")
+        for user in self._user:
+            os.chown(number, user, user)
         os.close(number)
         return self._ask({
             "argv": argv, "files": path, "cwd": cwd, "umask": umask, "small": small,
-            "user": user, "environ": environ or {}, "limits": limits or {},
+            "environ": environ or {}, "limits": limits or {},
             "patches": dict({"BACKOFF": 0}, **patches or {})}), path
 
     def end(self, started):
@@ -2344,9 +2347,8 @@ class StoredCase(RegistryCase):
 
     def as_nobody(self, *work):
         """Run command lines as a user without rights: (their statuses, stderr)."""
-        with contextlib.closing(Servant()) as servant:
-            ended = [servant.end(servant.start(*argv, cwd=self.work, user=STORED_NOBODY))
-                     for argv in work]
+        with contextlib.closing(Servant(STORED_NOBODY)) as servant:
+            ended = [servant.end(servant.start(*argv, cwd=self.work)) for argv in work]
         err = "".join(one.err for one in ended)
         self.assertNotIn("Traceback", err)
         return [one.status for one in ended], err
