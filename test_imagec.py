@@ -19696,19 +19696,8 @@ class RealTLSTest(PullContract, RealPullCase):
         super().setUp()
         os.environ["SSL_CERT_FILE"] = self.file("real.pem", TEST_CERT)
 
-    def test_unknown_certificate(self):
-        self.options = ("--cacert", os.environ.pop("SSL_CERT_FILE"))
-        os.environ["SSL_CERT_FILE"] = os.devnull
-        ended = self.main("digest", "-q", "--no-creds", self.app + "oci")
-        self.assert_one_line(ended, 1, "no CA certificates")
-        self.fetch(self.app + "oci")
-
     def test_without_password(self):
         self.assert_one_line(self.pull("-q", self.app + "oci"), 5, "-u USER")
-
-    def test_tree_says_https(self):
-        self.assertIn(os.path.join("images", "https", self.host),
-                      self.fetch(self.app + "oci")["path"])
 
 
 @needs("docker-registry", "skopeo")
