@@ -4552,6 +4552,17 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
             for name in (self.name, self.tag) if name is not None)
 
     @property
+    def full(self):
+        """Its name; where it has none, what it was pulled by if that is noted."""
+        return self.name or self.origin and "%s@%s" % (
+            self.origin.repository, self.origin.digest)
+
+    @property
+    def without(self):
+        """The Digests of its layers that were left out, for they are elsewhere."""
+        return self.origin.without if self.origin else ()
+
+    @property
     def outermost(self):
         """The digest that its name goes by where it is from; None in a tree."""
         return self.origin.indexes[0] if self.origin and self.origin.indexes else (
@@ -4605,8 +4616,7 @@ def stored(reader, noting=naming):
         docker = getattr(reader, "docker", False)
         yield from (_DockerLayout if docker else _Layout)(reader, noting).stored()
         return
-    for tree in _trees(reader.names()):
-        name, digest = _tree_name(os.path.join(reader.path, tree))
+    for tree, name, digest in _trees(reader):
         yield Stored(reader, tree, name, None, None, None, _noted(
             noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
 
@@ -4780,29 +4790,38 @@ def held(path, name=None, check=go_on):
     return documents
 
 
-def _trees(names):
-    """Where among these names of files the `layers` format keeps images: prefixes."""
-    last = None
-    for tree in sorted(name[:-len("manifest.json")] for name in names
-                       if ("/" + name).endswith("/manifest.json")):
-        if last is None or not tree.startswith(last):
-            yield tree
-            last = tree
+def _trees(reader):
+    """(prefix, full name, Digest) of each image in the `layers` format: see _tree_name.
+
+    One may be in the directory of another: of GROUP:PROJECT in that of GROUP/PROJECT.
+    What has no name is no tree where one that has is below it.
+    """
+    trees = sorted(name[:-len("manifest.json")] for name in reader.names()
+                   if ("/" + name).endswith("/manifest.json"))
+    trees = [(tree, *_tree_name(reader.path, tree)) for tree in trees]
+    return [tree for tree, (below, name, _) in zip(trees, trees[1:] + trees[:1])
+            if tree[1] or not (name and below.startswith(tree[0]))]
 
 
-def _tree_name(path):
+_TREE = r"/https?/([^/]+)/v2/(.+)/[^/]*\Z"  # see LayersOutput
+
+
+def _tree_name(path, tree):
     """(full name, Digest) of a `layers` tree, as LayersOutput names its directory.
 
-    The name is None where it is somewhere else, the Digest where it has a tag.
+    The name is None where it is somewhere else, the Digest where it has a tag. Part of
+    the name may be in `path`, but it begins as near to that as can be: a repository,
+    too, may be called http/HOST/v2/NAME.
     """
-    host, repository, tag = re.fullmatch(
-        "(?s)(?:.*/https?/([^/]+)/v2/(.+)|.*)/([^/]*)",
-        os.path.abspath(path).replace(os.sep, "/")).groups()
-    digest = None
+    parts = os.path.abspath(os.path.join(path, tree)).split(os.sep)
+    near = "/".join(["", *parts[-tree.count("/") - 3:]])
+    found = re.search(_TREE, near, re.DOTALL) or (
+        re.match(".*" + _TREE, "/".join(parts), re.DOTALL))
+    tag, digest = parts[-1], None
     with contextlib.suppress(InvalidReference):
         digest = Digest.parse(tag.replace("-", ":", 1))
-    return host and urllib.parse.unquote("%s/%s%s" % (  # see portable
-        host, repository, "@" + str(digest) if digest else ":" + tag)), digest
+    return found and urllib.parse.unquote("%s/%s%s" % (  # see portable
+        *found.groups(), "@" + str(digest) if digest else ":" + tag)), digest
 
 
 def _tree_documents(reader, tree, digest):
@@ -7472,8 +7491,7 @@ def stored_image(path, name=None, platform=None, check=go_on):
     digests = [one.digest for one in documents]
     at = digests.index(found.digest) if found.digest in digests else -1
     with contextlib.suppress(InvalidReference):
-        reference = Reference.parse(found.name or found.origin and "%s@%s" % (
-            found.origin.repository, found.origin.digest) or "")
+        reference = Reference.parse(found.full or "")
     with naming(path):
         image = image_of(
             reference, None, documents[at], platform,
@@ -7701,6 +7719,7 @@ class Audit:
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
         self._names = collections.defaultdict(set)  # digest of an image -> its names
         self._images = {}  # digest -> what docker calls it: see _image
+        self._optional = {}  # digest -> whether all that lists it may lack it
 
     def check(self, path, beside=()):
         """Re-checks what stands at `path`; blobs not there may be at those `beside` it.
@@ -7716,6 +7735,9 @@ class Audit:
             reader.beside = [open_place(other, self._go_on) for other in beside]
             for found in stored(reader, self._noting):
                 self._check_stored(found)
+            for name in map(blob_name, filter(self._optional.get, self._optional)):
+                if name in self.absent:
+                    self.unchecked.append("%s: %s" % (name, self.absent.pop(name)))
             if not (self.absent or self.elsewhere):  # what they lead to is no "extra"
                 self._check_names(reader, collections.Counter(reader.names()))
         if not (self.images or self.faults or self.absent):
@@ -7731,19 +7753,21 @@ class Audit:
         """
         name = None if found.along else found.name
         self._names[found.digest].add(name)
-        listed, before = set(), set(self.absent)
+        listed, way = set(), found.origin.indexes if found.origin else ()
         for document in found.documents:
             self._names[document.digest].add(name)
             if isinstance(document, Index):
-                listed.update(entry.digest for entry in document.manifests)
+                listed.update(entry.digest for entry in document.manifests
+                              if document.digest not in way)
             else:
                 self._image(found, document)
-        for digest in found.origin.without if found.origin else ():
+        for digest in found.without:
             if self.absent.pop(blob_name(digest), None):
                 self.elsewhere.add(digest)
-        if found.origin is None and not listed.isdisjoint(self._images):
-            for name in set(map(blob_name, listed)).intersection(self.absent) - before:
-                self.unchecked.append("%s: %s" % (name, self.absent.pop(name)))
+        optional = found.origin is None and not listed.isdisjoint(self._images)
+        for digest in listed:
+            self._optional[digest] = optional and self._optional.get(digest, True)
+        self._optional[found.digest] = False
 
     @contextlib.contextmanager
     def _noting(self, name):
@@ -8138,7 +8162,7 @@ class Shelf:
         self.documents = {}  # digest, as text -> (bytes, media type)
         self.referrers = {}  # the same of a subject -> digest -> what an index says
         self.blobs = {}  # Digest -> Region
-        self._good = {}  # Region -> the file's identity when its digest was proved
+        self._good = {}  # Digest -> the file's identity when it was proved
         for path in reversed(paths):
             before = {name: dict(tags) for name, tags in self.repositories.items()}
             with naming(path):
@@ -8162,21 +8186,20 @@ class Shelf:
 
         for found in stored(reader, noting):
             names, tag, digest = [label(path)], found.tag, found.digest
-            if found.name:
+            if found.full:
                 with noting("the name of %s" % (found.digest or found.tree,)):
-                    reference = Reference.parse(found.name)
+                    reference = Reference.parse(found.full)
                     names = self.names_of(reference.host, reference.repository)
-                    tag = reference.tag
+                    tag = reference.tag or tag
             elif found.tree is not None:
                 continue  # not where a pull puts it
             for document in found.documents:
-                digest = digest or document.digest
+                digest = found.digest or document.digest
                 self.add((), None, document)
                 with noting("%sconfig.json" % found.tree):
                     for blob, name in found.blobs(document):
-                        if found.origin and blob.digest in found.origin.without:
-                            continue  # it is at another of the paths, or is not there
-                        with noting(name):  # else it is asked for in vain
+                        absent = [FileNotFoundError] * (blob.digest in found.without)
+                        with noting(name), contextlib.suppress(*absent):
                             self.blobs[blob.digest] = found.reader.region(name)
             if str(digest) in self.documents:
                 self._name(names, tag, str(digest))
@@ -8220,9 +8243,9 @@ class Shelf:
         status = region and os.stat(region.path)
         identity = status and (status.st_dev, status.st_ino, status.st_size,
                                status.st_mtime_ns, status.st_ctime_ns)
-        if region and self._good.get(region) != identity:
+        if region and self._good.get(digest) != identity:
             drain(proved(region.pieces(), digest, region.size))
-            self._good[region] = identity
+            self._good[digest] = identity
         return region
 
 

@@ -9894,6 +9894,13 @@ class WithoutTest(StoredCase):
         self.assertIn("blobs/sha256/" + sha256(config)[7:],
                       self.members(self.at("o.tar")))
 
+    def test_served_where_the_rest_came_later(self):
+        self.pull("--without", self.old, "--format", "oci", "-o", self.at("o"), self.new)
+        self.origin.add("lab/app", "3", self.image)
+        self.pull("--format", "oci", "-o", self.at("o"), self.new[:-1] + "3")
+        shelf = imagec.Shelf(self.at("o"))
+        self.assertEqual(set(map(str, shelf.blobs)), set(self.image.blobs))
+
     def test_served_together(self):
         _, *bases = self.bases()
         for base in bases:
@@ -13124,6 +13131,17 @@ class AuditTest(StoredCase):
             self.faults(root, "app/%s/%s" % (tag, self.words["i0"]))
             damage_flip(place)
 
+    def test_a_tree_in_the_directory_of_another(self):
+        root = self.good("layers")
+        self.origin.add("lab/app/1", "2", self.image)
+        self.pull("-o", root, self.reference[:-2] + "/1:2")
+        self.assertEqual(imagec.Audit().check(root).images, 2)
+        write_file(os.path.join(root, "manifest.json"), b"{}")  # is no tree above these
+        self.told(root, 1, "manifest.json")
+        damage_flip(os.path.join(self.folder, "2", *["{i0}", "{i0}.tar"]).format(
+            **self.words))
+        self.faults(root, "app/1/2/" + self.words["i0"])
+
     #: (format, end of what may not be opened or listed, what is told)
     UNREADABLE = (
         ("archive", "place.tar", "content"),
@@ -13556,24 +13574,29 @@ class AuditTest(StoredCase):
         self.assertEqual((run.status, run.out), (1, b""), run.err)
         self.assertRegex(run.err, r"\Aimagec: not done within [^\n]+\n\Z")
 
-    #: (platforms of which the image is here, whether our pull has noted that, status)
-    PARTS = (((0, 1), False, 0), ((1,), False, 0), ((), False, 1), ((1,), True, 1))
+    #: (platforms of which the image is here, whether our pull has noted that, status,
+    #: where before or behind the index the first of them has an entry of its own)
+    PARTS = (((0, 1), False, 0, None), ((1,), False, 0, None), ((), False, 1, None),
+             ((1,), True, 1, None), ((1,), False, 1, 0), ((1,), False, 1, 1))
 
     @rows(PARTS)
-    def test_parts_of_an_index(self, here, noted, status):
+    def test_parts_of_an_index(self, here, noted, status, at):
         # As `ctr images export`, `regctl image copy --platforms` and `skopeo copy
         # --multi-arch index-only` leave them.
         images = [self.image, build_image([raw_words("x=1")])]
         index = build_index([(image, None) for image in images])
-        root = self.at("%s%d" % ("".join(map(str, here)), noted))
+        root = self.at("%s%d%s" % ("".join(map(str, here)), noted, at))
+        entries = [index.descriptor(annotations=origin_of(
+            digest=index.digest, platforms="all") if noted else {})]
+        if at is not None:
+            entries.insert(at, images[0].descriptor())
         for digest, data in [(index.digest, index.manifest)] + [
                 pair for n in here for pair in [(images[n].digest, images[n].manifest),
                                                 *images[n].blobs.items()]]:
             write_file(os.path.join(root, AUDIT_BLOBS, digest[7:]), data)
         write_file(os.path.join(root, "oci-layout"), LAYOUT)
         write_file(os.path.join(root, "index.json"), json_bytes({
-            "schemaVersion": 2, "manifests": [index.descriptor(annotations=origin_of(
-                digest=index.digest, platforms="all") if noted else {})]}))
+            "schemaVersion": 2, "manifests": entries}))
         told = self.verify(root, status)
         self.assertEqual("is incomplete" in told, status == 1)
         for n in {0, 1}.difference(here):
@@ -14059,6 +14082,7 @@ SERVE_TREES = (
     ("http/localhost:5000/v2/a/b/c/d/latest", "localhost:5000/a/b/c/d", "latest"),
     ("https/registry-1.docker.io/v2/library/alpine/3.20", "alpine", "3.20"),
     ("http/localhost%3a5000/v2/lab/app/1", "localhost:5000/lab/app", "1"),  # Windows
+    ("https/quay.io/v2/http/docker.io/v2/a/1", "quay.io/http/docker.io/v2/a", "1"),
 )
 
 
@@ -14088,8 +14112,9 @@ class ShelfTest(ServeCase):
         path = tempfile.mkdtemp(dir=self.work)
         shutil.copytree(os.path.join(self.tree, "http", self.origin, "v2/lab/oci/1"),
                         os.path.join(path, place))
-        self.assertEqual(serve_raw_of(imagec.Shelf(path), name, tag),
-                         self.images["lab/oci"].manifest)
+        for part in ("", place.partition("/")[0]):
+            self.assertEqual(serve_raw_of(imagec.Shelf(os.path.join(path, part)), name,
+                                          tag), self.images["lab/oci"].manifest)
 
     def test_part_of_a_tree_and_what_is_named_like_one(self):
         path, part = self.at("https", "host", "v2", "images"), ("v2", "lab", "oci", "1")
@@ -14105,20 +14130,25 @@ class ShelfTest(ServeCase):
             if "library/alpine" in names:
                 expected.remove(self.origin + "/library/alpine")
                 expected.update({"alpine", "docker.io/library/alpine"})
-            self.assertEqual(set(imagec.Shelf(self.places[format]).repositories),
-                             expected)
+            found = imagec.Shelf(self.places[format]).repositories
+            self.assertEqual(set(found), expected)
+            for image, name in ((self.images[name], name) for name in names):
+                image = image if format == "oci" else (image.children or [image])[0]
+                self.assertEqual(found[name], {"1": image.digest})
 
-    @rows((({}, None), ({OCI_TAG: "1.2"}, "1.2")))  # as skopeo and umoci write it
-    def test_nameless_entry_goes_by_the_name_of_its_directory(self, annotations, tag):
+    @rows((({}, None, ["layout"]), ({OCI_TAG: "1.2"}, "1.2", ["layout"]),  # by skopeo
+           (origin_of(digest=ZEROS, repository="h.test/a"), None, ["h.test/a", "a"])))
+    def test_nameless_entry_goes_by_its_origin_or_directory(
+            self, annotations, tag, names):
         remove(self.at("layout"))
         path, image = self.copied()[0], self.images["lab/oci"]
         write_file(os.path.join(path, "index.json"), json_bytes({
             "schemaVersion": 2,
             "manifests": [image.descriptor(annotations=annotations)]}))
         shelf = imagec.Shelf(path)
-        self.assertEqual(list(shelf.repositories), ["layout"])
+        self.assertEqual(list(shelf.repositories), names)
         for reference in {image.digest, tag} - {None}:
-            self.assertEqual(serve_raw_of(shelf, "layout", reference), image.manifest)
+            self.assertEqual(serve_raw_of(shelf, names[0], reference), image.manifest)
 
     @rows((("Foo Bar",), ("a:b:c",), ("\u2028",), ("x" * 2000,)))
     def test_image_of_a_name_that_is_none_goes_by_its_digest(self, name):
@@ -14185,6 +14215,9 @@ class ShelfTest(ServeCase):
             os.utime(path, (1, 1))
             shelf.blob(digest)
             self.assertEqual(v.call_count, 2)
+        other = imagec.Digest.of(b"another's, with the same bytes")
+        shelf.blobs[other] = shelf.blobs[digest]
+        self.assertRaises(imagec.DigestMismatch, shelf.blob, other)
 
 
 # -- Conformance: the expectations of the OCI distribution-spec's pull tests
@@ -14525,6 +14558,7 @@ class ServeTest(ServeCase):
             host = self.serve(self.places[format])
             for name in self.held[format] + more:
                 image = self.images.get(name, self.images["lab/index"])
+                image = image if more else (image.children or [image])[0]
                 platform = "all" if more and image.children else "linux/amd64"
                 for reference in (":1", "@" + image.digest)[:1 + bool(more)]:
                     reference = name + reference
