@@ -8681,72 +8681,103 @@ class Pusher:
 
     def plan(self, path, name):
         """For each image at `path`, which is called `name`, the arguments of `push`."""
-        names = [found._replace(documents=list(found.documents)) for found in stored(
-            open_place(path, self._session.transport.check), lenient)]
+        @contextlib.contextmanager
+        def noting(file):
+            with self._session.trying(file), lenient(file):
+                yield
+
+        with naming("standard input" if name == "-" else name):
+            reader = open_place(path, self._session.transport.check)
+            names = [found._replace(documents=list(found.documents))
+                     for found in stored(reader, noting)]
         self._drawn = {one.digest: (one, found) for found in names
                        for one in found.documents}
-        if any(found.origin and found.origin.indexes for found in names):
+        if any(found.origin.indexes if found.origin else found.tree is not None
+               and found.documents[1:] for found in names):
             log.warning("the index of one image is not pushed: --platform all keeps it")
         # What refers to another comes last, and goes where that goes.
         names = [(getattr(self._drawn.get(found.digest, (None,))[0], "subject", None),
                   found) for found in names]
         names.sort(key=lambda name: bool(name[0] or name[1].along))
-        named, homes = {}, {}
+        if self._tag and [one for subject, one in names
+                          if not (subject or one.along)][1:]:
+            raise UsageError("--tag names one image, %s holds more" % name)
+        named, homes, plans = {}, {}, []
         for subject, found in names:
             digest = found.digest or found.documents and found.documents[-1].digest
-            if not digest:
-                continue
-            own = not self._tag and (found.name or found.origin) and Reference.parse(
-                found.name or "%s@%s" % (found.origin.repository, digest))
-            tag = own and own.tag or found.tag
-            home = own.repository if own else homes.get(subject) or tag and label(name)
-            if self._tag:
-                home, tag = self._tag.repository, tag if named else self._tag.tag
-                if named and not (subject or found.along):
-                    raise UsageError("--tag names one image, %s holds more" % name)
-            if not home:
-                raise UsageError("no name for %s" % str(digest), "--tag names it")
-            homes.update((one.digest, home) for one in found.documents)
-            there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
-                ":" + tag if tag else "@" + str(digest))))
-            if named.setdefault(there, digest) != digest:
-                raise UsageError("two images in %s would both be %s" % (name, there))
-        if not named:
+            with self._session.trying(found.full or digest):
+                if not digest:
+                    continue
+                own = not self._tag and found.full and Reference.parse(found.full)
+                tag = own and own.tag or found.tag
+                home = own.repository if own else homes.get(subject) or tag and label(
+                    name)
+                if self._tag:
+                    home, tag = self._tag.repository, tag if named else self._tag.tag
+                if not home:
+                    raise UsageError("no name for %s" % str(digest), "--tag names it")
+                homes.update((one.digest, home) for one in found.documents)
+                there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
+                    ":" + tag if tag else "@" + str(digest))))
+                if named.setdefault(there, digest) != digest:
+                    raise UsageError("two images in %s would both be %s" % (
+                        name, there))
+        if not (named or self._session.failures):
             raise OutputError(name, "no image is in it", READABLE)
-        return [(there, *self._below(name, there, one)) for there, one in named.items()]
+        for there, one in named.items():
+            with self._session.trying(there):
+                plans.append((there, *self._below(name, there, one)))
+        return plans
 
     def _below(self, name, reference, digest):
-        documents = sorted([trail[-1] for trail in walk(
+        """The documents below a digest, each behind what it lists, images first, and
+        (Descriptor, Region) pairs of the blobs of these.
+        """
+        found = {trail[-1].digest: trail[-1] for trail in walk(
             lambda entry: self._drawn.get(entry.digest, (None,))[0],
-            [Descriptor("", digest, 0)])][::-1], key=lambda one: isinstance(one, Index))
-        wanted, blobs = {digest}, {}
+            [Descriptor("", digest, 0)])}
+        order, waiting = {}, list(found)[:1]
+        while waiting:  # turned round, walk's order is no such one where indexes share
+            one = waiting[-1]
+            more = [] if one in order else [
+                entry.digest for entry in getattr(found[one], "manifests", ())
+                if entry.digest in found and entry.digest not in order]
+            waiting += more
+            if not more:
+                order[waiting.pop()] = found[one]
+        documents = sorted(order.values(), key=lambda one: isinstance(one, Index))
+        listed, lacking, elsewhere, blobs = {digest}, set(), set(), {}
         for one in documents:
-            wanted.update(entry.digest for entry in getattr(one, "manifests", ())
+            listed.update(entry.digest for entry in getattr(one, "manifests", ())
                           if not self._partial)
             found = self._drawn[one.digest][1]
+            elsewhere.update(found.without)
             for blob, file in found.blobs(one):
                 try:
                     blobs[blob.digest] = blob, found.reader.region(file)
                 except FileNotFoundError:
                     if not self._target.has_blob(reference.repository, blob):
-                        wanted.add(blob.digest)
-        wanted.difference_update(blobs, (one.digest for one in documents))
-        if wanted:
+                        lacking.add(blob.digest)
+        listed.difference_update(blobs, order)
+        lacking = listed.union(lacking).difference(blobs)
+        if lacking:
             raise OutputError(name, "%s: not to be had, here or there: %s" % (
-                reference, ", ".join(sorted(map(str, wanted)))), "pull again, or push "
-                "what is here of an index with --partial")
+                reference, ", ".join(sorted(map(str, lacking)))),
+                "push first what it builds on" if lacking <= elsewhere else "pull again"
+                + ", or push what is here of an index with --partial" * bool(
+                    listed - {digest}))
         return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
 
     def push(self, reference, documents, blobs, dry_run=False):
         """Sends the last of the documents, with those before it, which it lists, and
-        (Descriptor, Region) pairs: its Reference there, or None for no name of its own.
+        (Descriptor, Region) pairs: the References by which what went is there.
         """
         target, notify, top = self._target, self._session.notify, documents[-1]
         repository, tag = reference.repository, reference.tag
         if dry_run:
             log.info("%s: to send: %d bytes", reference, sum(
                 at.size for one, at in blobs if not target.has_blob(repository, one)))
-            return reference._replace(digest=top.digest)
+            return [reference._replace(digest=top.digest)]
         notify(Event("Pushing to " + repository, reference.tag_or_digest))
         for blob, region in blobs:
             notify(Event("Preparing", blob.digest.hex[:12], None, region.size))
@@ -8755,9 +8786,10 @@ class Pusher:
                 repository, *pair, notify, self._has.get(pair[0].digest)))
             for pair in blobs])
         if str(reference) in dict(self._session.failures or ()):
-            return None
+            return []
         self._has.update((blob.digest, repository) for blob, _ in blobs)
-        made = isinstance(top, Index) and re.fullmatch("sha256-[0-9a-f]{64}", tag or "")
+        made = isinstance(top, Index) and documents[1:] and all(
+            one.subject and one.subject.tag == tag for one in documents[:-1])
         for one in documents[:-1] if made else documents:  # each is put on that list
             try:
                 target.put_manifest(repository, one is top and tag or one.digest, one)
@@ -8766,7 +8798,8 @@ class Pusher:
                         error.status in (400, 404, 422)):
                     log.warning("an index that lacks images is not taken: %s", error)
                     kept = [one for one in documents if not isinstance(one, Index)]
-                    return self.push(reference, kept, blobs) if len(kept) == 1 else None
+                    return self.push(reference, kept, blobs) if len(kept) == 1 else [
+                        reference._replace(tag=None, digest=one.digest) for one in kept]
                 if "MANIFEST_BLOB_UNKNOWN" in error.codes and not target.doubted:
                     target.doubted = True
                     return self.push(reference, documents, blobs)
@@ -8774,7 +8807,7 @@ class Pusher:
                     error.hint = "push what pull -o FILE.tar makes of the image"
                 raise
         notify(Event("Digest: %s" % str(top.digest)))
-        return None if made else reference._replace(digest=top.digest)
+        return [] if made else [reference._replace(digest=top.digest)]
 
 
 def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
@@ -8788,8 +8821,7 @@ def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
     """
     with Session(notify=progress, **options) as session:
         pusher, path = Pusher(session, place, tag, partial), os.fspath(path)
-        return list(filter(None, [
-            pusher.push(*image) for image in pusher.plan(path, path)]))
+        return [one for image in pusher.plan(path, path) for one in pusher.push(*image)]
 
 
 def _run_push(args, session):
@@ -8804,8 +8836,7 @@ def _run_push(args, session):
             spool.flush()
         for image in pusher.plan(path, args.path):
             with session.trying(image[0]):
-                one = pusher.push(*image, args.dry_run)
-                if one is not None:
+                for one in pusher.push(*image, args.dry_run):
                     told = {"reference": str(one), "digest": str(one.digest)}
                     yield json.dumps(told) if args.json else str(one)
 

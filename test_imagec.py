@@ -9874,7 +9874,8 @@ class WithoutTest(StoredCase):
             run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
             self.assertEqual(run.status, 1, run.err)
             for digest in self.image.layers[:2]:
-                self.assertRegex(run.err, "not to be had, here or there: .*" + digest)
+                self.assertRegex(run.err, "not to be had, here or there: .*%s.*; push "
+                                          "first what it builds on" % digest)
             self.assertEqual({request.method for request in target.requests} - {"GET"},
                              {"HEAD"})
             self.main("push", base, target.host, "--tag", "lab/app:1")
@@ -15063,6 +15064,10 @@ PUSH_INDEX = build_index([(PUSH_IMAGE, SERVE_AMD), (PUSH_OTHER, SERVE_ARM)])
 PUSH_SIGNATURE = build_artifact([("application/json", b"{}", None)],
                                 subject=PUSH_IMAGE.descriptor())
 PUSH_TAG = PUSH_IMAGE.digest.replace(":", "-")
+PUSH_ARM = build_index([(PUSH_OTHER, SERVE_ARM)])
+PUSH_NEST = build_index([(PUSH_ARM, None), (build_index([
+    (PUSH_ARM, None), (PUSH_IMAGE, SERVE_AMD)]), None)])
+PUSH_NEST.children += [PUSH_IMAGE, PUSH_OTHER]
 PUSH_NAMED = (PUSH_IMAGE, "a.b/app:1")
 PUSH_CUT = ("PUT .*/uploads/", 100000)
 
@@ -15081,6 +15086,10 @@ PUSH_NAMES = (
      {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE}),
     ([(PUSH_SIGNATURE, PUSH_TAG + ".sig"), PUSH_NAMED],
      ("--tag", "x:2"), {"x:2": PUSH_IMAGE, "x:%s.sig" % PUSH_TAG: PUSH_SIGNATURE}),
+    # Two of its indexes list a third.
+    ([(PUSH_NEST, "a.b/app:1")], (), {"app:1": PUSH_NEST}),
+    # No list of what refers to an image, though it has such a tag.
+    ([(PUSH_INDEX, "a.b/a:" + PUSH_TAG)], (), {"a:" + PUSH_TAG: PUSH_INDEX}),
 )
 
 #: (such pairs, what is not in the layout, arguments, exit status, words of the error).
@@ -15092,8 +15101,9 @@ PUSH_BAD = (
     ([], (), (), 1, "no image"),
     ([(PUSH_INDEX, "a.b/app:1")], [PUSH_OTHER.digest], (), 1,
      "%s; .*--partial" % PUSH_OTHER.digest),
-    ([PUSH_NAMED], [PUSH_IMAGE.digest], (), 1, PUSH_IMAGE.digest),
-    ([PUSH_NAMED], PUSH_IMAGE.layers[:1], (), 1, PUSH_IMAGE.layers[0]),
+    ([PUSH_NAMED], [PUSH_IMAGE.digest], (), 1, PUSH_IMAGE.digest + "; pull again$"),
+    ([PUSH_NAMED], PUSH_IMAGE.layers[:1], (), 1, PUSH_IMAGE.layers[0] + "; pull again$"),
+    ([(PUSH_INDEX, "a.b/app:1")], PUSH_OTHER.layers, ("--partial",), 1, "; pull again$"),
     ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "not to be had"),
 )
 
@@ -15195,15 +15205,20 @@ class PushTest(PushCase):
         self.assertEqual((again.out, self.asked()), (run.out, asked))
 
     def test_keep_going(self):
-        images = [build_image([tar_bytes([(name, b"x")])]) for name in "abc"]
+        """One is refused, one lacks a layer, one has no name, of one nothing is good."""
+        images = [build_image([tar_bytes([(name, b"x")])]) for name in "abcdef"]
         self.target.fault("POST .*/lab/b/", status(403), EVER)
-        run = self.push(self.layout_of(*[(image, "h.test/lab/%s:1" % name)
-                                         for name, image in zip("abc", images)]),
-                        "--keep-going", expect=5)
+        path = self.layout_of((images[4], "Foo Bar"), *[
+            (image, "h.test/lab/%s:1" % name) for name, image in zip("abcdef", images)
+            if name != "e"], without=images[3].layers)
+        write_file(os.path.join(path, "blobs", *images[5].digest.split(":")), b"{}")
+        run = self.push(path, "--keep-going", expect=3)
         self.has("lab/a", "1", images[0])
         self.has("lab/c", "1", images[2])
         self.assertEqual(re.findall("/lab/(.):1@", run.out.decode()), ["a", "c"])
-        self.assertIn("failed: %s/lab/b:1" % self.target.host, run.err)
+        for name in ("%s/lab/b:1" % self.target.host, "%s/lab/d:1" % self.target.host,
+                     "Foo Bar", "blobs/sha256/" + images[5].digest[7:]):
+            self.assertIn("failed: " + name, run.err)
 
     @rows(PUSH_NAMES)
     def test_names(self, entries, argv, expected):
@@ -15215,7 +15230,8 @@ class PushTest(PushCase):
             lines.append("%s/pre/%s@%s" % (self.target.host, name, image.digest))
         self.assertEqual(sorted(run.out.decode().splitlines()), sorted(lines))
         self.assertEqual(self.asked()[1], len({
-            blob for image in expected.values() for blob in image.blobs}))
+            blob for image in expected.values() for one in [image] + image.children
+            for blob in one.blobs}))
 
     @rows(PUSH_BAD)
     def test_nothing_is_sent(self, entries, without, argv, code, words):
@@ -15229,11 +15245,12 @@ class PushTest(PushCase):
         self.assert_one_line(RegistryCase.main(
             self, "push", "-q", self.layout, place), 2, "expected HOST")
 
-    @rows(((True, "a/b@" + PUSH_IMAGE.digest, None, PUSH_IMAGE),
-           (False, "a/b:1", "1", PUSH_OTHER)))
-    def test_what_was_pulled_of_an_index(self, by_digest, name, tag, image):
-        registry, path = self.filled(PUSH_INDEX, "a/b:1"), self.at(str(tag))
-        imagec.pull(registry.host + "/" + name, path, "oci", no_creds=True,
+    @rows(((True, "a/b@" + PUSH_IMAGE.digest, None, PUSH_IMAGE, "oci"),
+           (False, "a/b:1", "1", PUSH_OTHER, "oci"),
+           (False, "a/b:1", "1", PUSH_OTHER, "layers")))
+    def test_what_was_pulled_of_an_index(self, by_digest, name, tag, image, format):
+        registry, path = self.filled(PUSH_INDEX, "a/b:1"), self.at(format + str(tag))
+        imagec.pull(registry.host + "/" + name, path, format, no_creds=True,
                     platform="linux/amd64" if by_digest else "linux/arm64")
         run = self.push(path)
         self.assertEqual(run.err.count("--platform all"), 1 - by_digest)
@@ -15267,6 +15284,14 @@ class PushTest(PushCase):
         self.has("app", "1", PUSH_INDEX)
         self.assertEqual(paths(self.target, "/manifests/")[-2:], [
             "PUT /v2/app/manifests/" + name for name in (PUSH_IMAGE.digest, "1")])
+
+    def test_partial_of_an_index_that_is_refused(self):
+        gone = build_image([])
+        index = build_index([(PUSH_IMAGE, None), (PUSH_OTHER, None), (gone, None)])
+        run = self.push(self.layout_of((index, "a.b/x:1"), without=[gone.digest]),
+                        "--partial")
+        self.assertEqual(sorted(run.out.decode().splitlines()), sorted(
+            "%s/x@%s" % (self.target.host, one.digest) for one in index.children[:2]))
 
     def test_blobs_that_only_the_registry_has(self):
         path = self.layout_of(PUSH_NAMED, without=PUSH_IMAGE.layers[:1])
