@@ -18050,7 +18050,7 @@ THREAT_STALLS = worded(
      ("a byte of the headers at a time, T57", drip(0.02, 1, "headers"), EVER,
       THREAT_ALL),
      ("headers for ever, T58", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
-                                drip(0.02, 17, "status")], EVER, THREAT_ALL),
+                                drip(0.02, 3, "status")], EVER, THREAT_ALL),
      ("no answer, T109", hang(30), EVER, THREAT_ALL)),
 )
 
