@@ -131,6 +131,7 @@ JSON_COUNT_LIMIT = 1 << 18  # of them all: an empty object may take 240 bytes
 INTEGER_LIMIT = 1 << 53  # what every JSON implementation holds exactly (RFC 8259, 6)
 LAYER_COUNT_LIMIT = 2048  # layers of an image; docker itself stops at 127
 INDEX_COUNT_LIMIT = 16384  # entries of one index
+PLATFORM_LIMIT = 255  # characters of each part of one: an index repeats them
 INDEX_DEPTH_LIMIT = 8  # indexes inside indexes; two are seen in the field
 DOCUMENT_COUNT_LIMIT = 1000  # manifests and indexes that one name leads to
 DOCUMENT_BYTES_LIMIT = 64 * MIB  # of all of them
@@ -918,9 +919,17 @@ class Descriptor(value_type(
 
 def _platform(document):
     """The Platform a Document speaks of; None where it does not: docker's rule."""
-    parts = [document.get(name, str, "") for name in (
+    parts = [_part(document, name) for name in (
         "os", "architecture", "variant", "os.version")]
     return Platform.normal(*parts) if any(parts) else None
+
+
+def _part(document, name):
+    part = document.get(name, str, "")
+    if len(part) > PLATFORM_LIMIT:
+        raise InvalidDocument("%s: '%s' is longer than the limit of %d characters"
+                              % (document.where, name, PLATFORM_LIMIT))
+    return part
 
 
 class Manifest(value_type(
@@ -1056,11 +1065,8 @@ def _decode_image(document, raw, media_type, digest):
     config = Descriptor.from_document(document.need("config", dict))
     layers = tuple(Descriptor.from_document(layer)
                    for layer in document.children("layers", LAYER_COUNT_LIMIT))
-    sizes = {}
-    for blob in (config,) + layers:
-        if sizes.setdefault(blob.digest.require_known(), blob.size) != blob.size:
-            raise InvalidDocument("%s gives two sizes for %s"
-                                  % (document.where, blob.digest))
+    for one in distinct((config,) + layers, document.where):
+        one.require_known()
     kind = config.media_type
     image = re.match(  # with what old registries gave to real images: moby's list
         r"application/(vnd\.oci\.image|vnd\.docker\.container|(octet-stream|json)\Z)"
@@ -1071,6 +1077,17 @@ def _decode_image(document, raw, media_type, digest):
     return Manifest(raw, media_type, digest, config, layers,
                     "" if image else document.get("artifactType", str) or kind,
                     *_about(document))
+
+
+def distinct(blobs, where):
+    """{digest: Descriptor} of these, the first of each; raises InvalidDocument where
+    another has another size.
+    """
+    found = {}
+    for blob in blobs:
+        if found.setdefault(blob.digest, blob).size != blob.size:
+            raise InvalidDocument("%s gives two sizes for %s" % (where, blob.digest))
+    return found
 
 
 def _about(document):
@@ -1092,8 +1109,7 @@ def _decode_schema1(raw, signature, digest, what):
                               "many and not none" % (what, len(blobs), len(history)))
     return Schema1Manifest(
         raw, DOCKER_SCHEMA1_SIGNED if signature.signed else DOCKER_SCHEMA1, digest,
-        document.get("architecture", str, ""),
-        tuple(_schema1_layers(blobs, history, what)))
+        _part(document, "architecture"), tuple(_schema1_layers(blobs, history, what)))
 
 
 def _schema1_layers(blobs, history, what):
@@ -7510,8 +7526,8 @@ def image_of(reference, registry_url, top, platform, fetch, config_of=None):
         below = tuple(one for *_, one in walk(fetch, top.manifests, (top,)))
         if any(isinstance(one, Schema1Manifest) for one in below):
             raise Unsupported("a schema1 manifest in an index")
-        blobs = {blob.digest: blob for one in below if isinstance(one, Manifest)
-                 for blob in (one.config,) + one.layers}
+        blobs = distinct((blob for one in below if isinstance(one, Manifest)
+                          for blob in (one.config,) + one.layers), "the index")
         return Image(reference, registry_url, top.digest, (), top, None, "all",
                      blob_layers(blobs.values()), below)
     wanted = platform if isinstance(platform, Platform) else Platform.host()

@@ -3413,6 +3413,9 @@ MEMBER_FAULTS = (
     ("index", ("manifests", 0, "platform"), "must be a JSON object", "linux"),
     ("index", ("manifests", 0, "platform", "os"), "must be a JSON string", 5),
     ("index", ("manifests", 0, "platform", "variant"), "must be a JSON string", []),
+    ("index", ("manifests", 0, "platform", "os"), "'os' is longer than", "x" * 256),
+    ("config", ("variant",), "'variant' is longer than", "x" * 256),
+    ("schema1", ("architecture",), "'architecture' is longer than", "x" * 256),
     ("schema1", ("architecture",), "must be a JSON string", 5),
     ("schema1", ("fsLayers",), "must be as many", None, SCHEMA1_DOC["fsLayers"][:1]),
     ("schema1", ("history",), "must be as many", None, SCHEMA1_DOC["history"][:1]),
@@ -12396,6 +12399,17 @@ class PlatformsTest(StoredCase):
         self.assertNotIn("warning", run.err)
         self.assertTrue([one for one in imagec.stored(imagec.open_place(self.at("out")))
                          if str(one.digest) == image.digest])
+
+    def test_one_blob_has_one_size_in_all(self):
+        document = json.loads(self.images[1].manifest.decode())
+        document["layers"][0]["size"] += 1  # it is the first one's, too
+        self.origin.add("lab/app", "1", build_index([
+            (self.images[0], ("linux", "amd64", None)),
+            (BuiltImage(json_bytes(document), self.images[1].media_type),
+             ("linux", "arm", "v7"))]))
+        run = self.pull("--platform", "all", "--format", "oci", "-o", self.at("out"),
+                        self.ref, expect=3)
+        self.assertIn("gives two sizes for " + self.images[0].layers[0], run.err)
 
     def test_all_with_what_is_no_manifest(self):
         data = b"<xml/>"
