@@ -1970,6 +1970,17 @@ class Unpacked(value_type("Unpacked", "diff_id size")):
     __slots__ = ()
 
 
+def limited(chunks, limit, what):
+    """Yields `chunks` on; raises TooLarge beyond `limit` bytes."""
+    count = 0
+    for data in chunks:
+        count += len(data)
+        if count > limit:
+            raise TooLarge("%s more than the limit of %d bytes" % (what, limit),
+                           hint="raise it with --max-layer-size")
+        yield data
+
+
 def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_on,
            diff_id=None):
     """The Unpacked of the layer whose blob is `chunks`; memory stays flat.
@@ -1978,22 +1989,19 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_o
     DigestMismatch unless it unpacks to `diff_id`, if that is known.
     """
     algorithm = diff_id.algorithm if diff_id else "sha256"
-    count, hashing = 0, hashlib.new(algorithm)
+    hashing = hashlib.new(algorithm)
 
     def hashed(chunks):
-        nonlocal count
         for data in chunks:
             check()  # here: few bytes may unpack to many
-            count += len(data)
-            if count > limit:
-                raise TooLarge("%s unpacks to more than the limit of %d bytes"
-                               % (what, limit), hint="raise it with --max-layer-size")
             hashing.update(data)
             yield data
 
+    # Of a schema1 layer no size is known, and padding unpacks to nothing.
+    chunks = limited(chunks, limit + limit // 8 + MIB, what + " takes")
     with contextlib.closing(inflated(chunks, what)) as plain, \
             contextlib.closing(ahead(plain)) as plain:
-        plain = hashed(plain)
+        plain = hashed(limited(plain, limit, what + " unpacks to"))
         tar = Tar(plain, what, limit)
         visit(tar)
         drain(plain)  # what is behind its end counts, too

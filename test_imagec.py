@@ -4706,6 +4706,11 @@ class UnpackTest(TableCase):
                                      lambda: unpacked([blob], limit=length - 1))
                 self.assertIn("%d bytes" % (length - 1), str(error))
 
+    @rows((("zeros", bytes(1 << 20)), ("empty members", gzip_bytes(b"") * (1 << 15))))
+    def test_what_unpacks_to_nothing_is_limited_too(self, _name, chunk):
+        self.refused(imagec.TooLarge, "layer 1 takes more than", lambda: unpacked(
+            [gzip_bytes(LAYER_TAR)] + [chunk] * 8, limit=len(LAYER_TAR)))
+
     @rows(itertools.product([bytes] + [zstd_frame] * CAN_ZSTD, (1000, 4 << 20)))
     def test_the_limit_stops_at_once(self, packed, limit):
         drawn = []
