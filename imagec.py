@@ -4896,14 +4896,16 @@ class Download:
 
     `unpack(chunks)` looks into it, None where nobody has to. `durable` tells to flush
     it to disk before it has its name. `notify(Event)` hears of progress. `share()` is
-    how many connections there are for it just now.
+    how many connections there are for it just now. `rewrite(Fetched)` may give another
+    one, which is taken instead: what was fetched never has its name then, by which
+    another pull could take it.
     """
 
     def __init__(self, source, blob, place, unpack=None, notify=lambda event: None,
-                 durable=True, share=lambda: 1):
+                 durable=True, share=lambda: 1, rewrite=lambda fetched: fetched):
         self._source, self._blob, self._place = source, blob, place
         self._unpack, self._notify, self._durable = unpack, notify, durable
-        self._share = share
+        self._share, self._rewrite = share, rewrite
         self._check = source.transport.check
         self._origin = None  # of the source's places, the one it is fetched from
         self._resumed = False  # whether what an earlier try left is part of it
@@ -4916,23 +4918,32 @@ class Download:
         """
         found = self._existing()
         if found:
-            return found
+            return self._rewrite(found)
         with Partial(self._place.path, self._source.transport.wait) as partial:
             found = self._existing()  # another pull may have finished while we waited
             if found:
                 partial.discard()
-                return found
+                return self._rewrite(found)
             partial.check_size(self._blob.size or 0)
             try:
                 unpacked = self._receive(partial)
-            except (VerificationError, InvalidDocument):
-                partial.discard()
+            except (VerificationError, InvalidDocument) as error:
+                # A larger limit may go on with it.
+                if not isinstance(error, TooLarge) or self._blob.size is None:
+                    partial.discard()
                 raise
             self._tell("Verifying Checksum")
-            region = Region(partial.final, 0, partial.size())
-            partial.commit(self._durable)
+            region = Region(partial.path, 0, partial.size())
+            found = Fetched(self._blob._replace(size=region.size), region, unpacked,
+                            False)
+            after = self._rewrite(found)
+            if after is found:
+                partial.commit(self._durable)
+                after = found._replace(region=region._replace(path=partial.final))
+            else:
+                partial.discard()
         self._tell("Download complete")
-        return Fetched(self._blob._replace(size=region.size), region, unpacked, False)
+        return after
 
     def _tell(self, status, current=None):
         self._notify(Event(status, self._blob.digest.hex[:12], current,
@@ -4968,7 +4979,7 @@ class Download:
             except (VerificationError, InvalidDocument) as error:
                 # What an earlier try left may be to blame, once, or ranges, or how a
                 # body that claims a Content-Encoding was read, or a mirror.
-                if self._resumed and not again:
+                if self._resumed and not again and not isinstance(error, TooLarge):
                     again = True
                     if self._origin:
                         self._origin[0].ranges = False
@@ -5847,23 +5858,26 @@ def _prologue():
         tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
 
 
-def recompress(fetched, path, rename=None, check=go_on):
-    """Writes a Fetched layer as one gzip member, instead of it: the Fetched of that.
+def recompress(fetched, path, rename=None, wait=time.sleep, check=go_on):
+    """Writes a Fetched zstd layer as one gzip member: the Fetched of that.
 
     It goes to `path`, or where `rename(Descriptor)` says. The same layer gives the same
-    bytes with the same zlib.
+    bytes with the same zlib. Of any other layer it gives the same Fetched.
     """
     blob, region, *_ = fetched
     digest = hashlib.sha256()
+    with region.open() as file:
+        if codec_of(file) != "zstd":
+            return fetched
 
     def packed():
         deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-        for data in inflated(region.pieces(), region.path):
+        for data in inflated(region.pieces(check), region.path):
             check()  # here: few bytes may unpack to many
             yield deflate.compress(data)
         yield deflate.flush()
 
-    with Partial(path) as partial:
+    with Partial(path, wait) as partial:
         partial.truncate()
         for data in packed():
             digest.update(data)
@@ -5874,8 +5888,6 @@ def recompress(fetched, path, rename=None, check=go_on):
                              digest=Digest("sha256", digest.hexdigest()))
         partial.final = rename(blob) if rename else path
         partial.commit()
-    if not fetched.reused:
-        os.unlink(region.path)
     return fetched._replace(blob=blob, region=Region(partial.final, 0, blob.size))
 
 
@@ -7334,25 +7346,26 @@ class Puller:
                           lambda tar: output.visit(layer, tar),
                           session.transport.check, layer.diff_id)
 
-        recompress_to = layer.digest not in self._verbatim and session.recompress
-        unpacks = output.unpacks or recompress_to or layer.digest in self._opaque
+        def rewrite(fetched):
+            # By its own name another layer may be there, and be moved on just now.
+            return recompress(
+                fetched, place.path + ".gzip", None if output.streams else (
+                    lambda blob: output.place(image, layer._replace(blob=blob)).path),
+                output.wait, output.check) if rewrites else fetched
+
+        rewrites = layer.digest not in self._verbatim and session.recompress
+        unpacks = output.unpacks or rewrites or layer.digest in self._opaque
         self._busy.add(layer.digest)
         try:
             fetched = Download(
                 session.source(image.reference), layer.blob, place,
                 look if unpacks else None, session.notify, not output.streams,
-                lambda: session.jobs // len(self._busy)).run()
+                lambda: session.jobs // len(self._busy), rewrite).run()
         finally:
             self._busy.discard(layer.digest)
         with fetched.region.open() as file:
             zstd = codec_of(file) == "zstd"
-        if zstd and recompress_to:
-            # By its own name another layer may be there, and be moved on just now.
-            fetched = recompress(
-                fetched, place.path + ".gzip", None if output.streams else (
-                    lambda blob: output.place(image, layer._replace(blob=blob)).path),
-                session.transport.check)
-        elif zstd and layer.id and output.format == "archive":
+        if zstd and layer.id and output.format == "archive":
             log.warning("layer %s is compressed with zstd, which Docker before 23.0 "
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
         output.add(layer, fetched)

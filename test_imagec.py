@@ -8201,7 +8201,8 @@ class DownloadCase(NetworkCase):
         source = imagec.Source([(client or self.client(registry), "app")])
         if options.pop("unpack", False):
             options["unpack"] = functools.partial(
-                imagec.unpack, diff_id=options.pop("diff_id", None))
+                imagec.unpack, diff_id=options.pop("diff_id", None),
+                limit=options.pop("limit", imagec.LAYER_SIZE_LIMIT))
         return imagec.Download(source, blob, imagec.Place(self.path),
                                notify=self.events.append, **options)
 
@@ -8364,6 +8365,16 @@ class DownloadTest(DownloadCase):
         self.put(content)
         self.assert_fetched(self.download(registry).run(), good)
         self.assertEqual(self.offsets(registry), [] if good else [0])
+
+    def test_what_is_over_a_limit_of_ours_stays_and_is_not_asked_for_again(self):
+        data = gzip_bytes(tar_bytes([("f", noise(1 << 20))]))
+        for begun in (b"", data[:1000]):
+            registry = self.filled(data)
+            self.put(begun, ".partial")
+            with self.fails(imagec.TooLarge):
+                self.download(registry, data, unpack=True, limit=9 << 10).run()
+            self.assertEqual(len(self.offsets(registry)), 1)
+            self.assertTrue(data.startswith(self.holds()["blob.partial"]))
 
     def test_t39_a_link_is_replaced_not_followed(self):
         canary = self.file("canary", NET_BLOB)
@@ -9966,6 +9977,29 @@ class RecompressTest(StoredCase):
             self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
             self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
         self.assertEqual(len(members), 3 + 3 + 2 + 3)
+
+    def test_what_will_be_rewritten_has_no_name_that_others_take_it_by(self):
+        def seen(*args, work=imagec.recompress):
+            names.update(os.listdir(self.at("out", "blobs", "sha256")))
+            return work(*args)
+
+        names = set()
+        with mock.patch("imagec.recompress", seen):
+            self.recompressed("out", self.reference)
+        self.assertTrue({digest[7:] + ".partial" for digest in self.image.layers} & names)
+        self.assertFalse({digest[7:] for digest in self.image.layers} & names)
+        self.pull("-o", self.at("out"), "--format", "oci", self.reference)
+        self.recompressed("out", self.reference)
+        self.assertLess({digest[7:] for digest in self.image.layers},
+                        set(os.listdir(self.at("out", "blobs", "sha256"))))
+
+    def test_another_process_is_waited_for_no_longer_than_the_command_may_take(self):
+        path = self.at("out", "blobs", "sha256", self.image.layers[0][7:] + ".gzip")
+        os.makedirs(os.path.dirname(path))
+        with imagec.Partial(path), threat_alarm(30):
+            run = self.pull("--recompress", "gzip", "--format", "oci", "--timeout", "1",
+                            "-o", self.at("out"), self.reference, expect=1)
+        self.assertIn("not done within 1 seconds", run.err)
 
     def test_no_way_leads_down_to_what_is_rewritten(self):
         index = build_index([(self.image, ("linux", "amd64", None))])
@@ -19239,8 +19273,11 @@ class BombTest(ThreatCase):
             for format, name in OUTPUTS[::3]:
                 run = self.pull(format, self.at(name), "--max-layer-size", "100000")
                 self.assert_one_line(run, 1 if word == "max-layer-size" else 3, word)
-                self.assertLessEqual(set(map(os.path.basename, contents(
-                    self.work))), {"lock.partial"})
+                left = "lock" if word != "max-layer-size" else "lock|%s(.tar)?" % (
+                    image.layers[0][7:])
+                for name in map(os.path.basename, contents(self.work)):
+                    self.assertRegex(name, r"\A(%s)\.partial\Z" % left)
+                self.clear()
 
     @rows(MEMBERS_COUNTED)
     def test_t67_t68_members_are_counted(self, _name, tars, limit, status, words):
