@@ -5162,6 +5162,8 @@ class Ranges:
                 if self._over:
                     return
                 start += len(data)
+                if start > end:
+                    break
                 with self._lock:
                     self._file.seek(slot)
                     self._file.write(data)

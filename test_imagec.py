@@ -8249,6 +8249,7 @@ RANGED = (
     ("another object", headers(etag='"other"'), 1, False, False),
     ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
     ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
+    ("no end", endless(framing="length"), 1, False, False),
     ("other bytes", flip(), 1, True, True),
 )
 
