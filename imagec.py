@@ -5503,6 +5503,22 @@ def made_index(entries, origin=None):
     return decode_manifest(raw)
 
 
+def contents(path, manifests, **index):
+    """`index`, with these entries, as the bytes of a list of what a layout at `path`
+    holds. Raises OutputError where nobody would read it.
+    """
+    raw = canonical_json(dict(index, manifests=manifests))
+    try:
+        if len(raw) > CONTENTS_LIMIT:
+            raise LimitExceeded("its list would have %d bytes, more than the limit of "
+                                "%d" % (len(raw), CONTENTS_LIMIT))
+        Document.parse(raw, "its list").children("manifests", INDEX_COUNT_LIMIT)
+    except InvalidDocument as error:
+        raise OutputError(path, "cannot hold that too: " + error.message,
+                          "choose another place with -o") from None
+    return raw
+
+
 def add_to_index(manifests, entry):
     """Puts `entry` into a layout's list of manifests, in place.
 
@@ -5602,8 +5618,9 @@ class OCIOutput(Output):
             for image in images:
                 add_to_index(index["manifests"],
                              index_entry(image, self.name_of(image)))
+            raw = contents(self.path, **index)
             partial.truncate()
-            partial.write(json.dumps(index, separators=(",", ":")).encode("ascii"))
+            partial.write(raw)
             partial.commit()
         return [self.path] * len(images)
 
@@ -5819,8 +5836,8 @@ class ArchiveOutput(Spooled):
         for image, name in images:
             if name is not None and image.layers:  # what docker before 1.10 reads
                 repositories.setdefault(name.name, {})[name.tag] = image.layers[-1].id
-        members += [(name, canonical_json(
-            {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}))
+        members += [
+            (name, contents(self.path, entries, schemaVersion=2, mediaType=OCI_INDEX))
             for name, entries in lists.items() if entries or name == "index.json"]
         members.append(("manifest.json", _docker_manifest(images)))
         if repositories:

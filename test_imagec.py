@@ -9432,6 +9432,19 @@ class OCIOutputTest(StoredCase):
             self.assertEqual(self.blob_gets(digest), 1)
         self.verify(self.out)
 
+    @rows([("INDEX_COUNT_LIMIT", 1), ("CONTENTS_LIMIT", 600)])
+    def test_a_list_that_nobody_would_read_is_not_written(self, name, limit):
+        self.clear()
+        self.layout(self.serve(ARCHIVE_TARS[:1], "lab/one:1")[0])
+        two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:2", n=2)
+        with mock.patch.object(imagec, name, limit):
+            self.assertIn("cannot hold that too", self.layout(two, expect=1).err)
+            self.verify(self.out)
+            self.assertEqual(len(self.names()), 1)
+            run = self.pull("-o", self.at("x.tar"), two, self.names()[0][1], expect=1)
+            self.assertRegex(run.err, "x.tar: cannot hold|over|more than")
+        self.layout(two)
+
     def test_tag_that_moves(self):
         reference, old = self.serve(ARCHIVE_TARS[:1])
         self.layout(reference)
