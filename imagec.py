@@ -5721,13 +5721,14 @@ class ArchiveOutput(Spooled):
                 self._found.append(dict(self._begun(path)))
 
     def elsewhere(self, image, bases):
-        # docker knows a layer by those below it.
+        # docker knows a layer by those below it: above other ones it wants it again.
         def shared(base):
             return list(itertools.takewhile(
                 lambda pair: pair[0].digest == pair[1], zip(image.layers, base)))
 
-        return tuple(digest for _, digest in max(map(shared, bases), key=len,
-                                                 default=()))
+        found = max(map(shared, bases), key=len, default=())
+        above = {layer.digest for layer in image.layers[len(found):]}
+        return tuple(digest for _, digest in found if digest not in above)
 
     def _begun(self, path):
         """Yields (digest, Region) of the blobs an archive seems to begin with.
@@ -7266,14 +7267,18 @@ class Puller:
                              for document in (one.manifest, *one.below)]
             bases += [[layer.digest for layer in document.layers]
                       for document in documents if isinstance(document, Manifest)]
+        configs = {one.config.digest for image in images for one in (
+            image.manifest, *image.below) if isinstance(one, Manifest)}
         images = [image if isinstance(image.manifest, Schema1Manifest) else
-                  image._replace(without=self._output.elsewhere(image, bases))
-                  for image in images]
+                  image._replace(without=tuple(
+                      digest for digest in self._output.elsewhere(image, bases)
+                      if digest not in configs)) for image in images]
         for image in images:
-            left = {layer.digest: layer.blob.size for layer in image.layers
-                    if layer.digest in image.without}
+            left = [layer.blob for layer in image.layers
+                    if layer.digest in image.without]
             log.info("%s: left out, for it is elsewhere: %d of %d layers, %d bytes",
-                     image.reference, len(left), len(image.layers), sum(left.values()))
+                     image.reference, len(left), len(image.layers),
+                     sum(blob.size for blob in distinct(left, "it").values()))
         return images
 
     def _resolve(self, reference, platform):

@@ -9870,6 +9870,8 @@ class WithoutTest(StoredCase):
         self.assertEqual(self.left_out("other:1", "y.tar", self.new, self.other),
                          [0, 1, 2])
         self.assertEqual(self.left_out("app:2", "z.tar", self.other), [0])
+        self.serve(ARCHIVE_TARS[:2] + ARCHIVE_TARS[:1], "lab/again:1")
+        self.assertEqual(self.left_out("again:1", "w.tar", self.old), [1])
 
     def test_it_is_told(self):
         run = self.main("pull", "--without", self.new, "-o", self.at("o.tar"), self.new)
@@ -9919,7 +9921,8 @@ class WithoutTest(StoredCase):
     def test_a_config_is_no_layer_that_is_elsewhere(self):
         config = self.image.config
         for name, blobs, own in (("base", [("application/x", config, "c")], b"{}"),
-                                 ("twin", [("application/x", b"x", "x")], config)):
+                                 ("twin", [("application/x", b"x", "x")], config),
+                                 ("empty", [("application/x", config, "e")], config)):
             self.origin.add("lab/" + name, "1", build_artifact(
                 blobs, config=own, config_type="application/x"))
         host = self.origin.host
@@ -9927,6 +9930,8 @@ class WithoutTest(StoredCase):
                   host + "/lab/base:1")
         self.assertIn("blobs/sha256/" + sha256(config)[7:],
                       self.members(self.at("o.tar")))
+        for name in ("twin", "empty"):
+            self.assertEqual(self.left_out(name + ":1", name, host + "/lab/base:1"), [])
 
     def test_served_where_the_rest_came_later(self):
         self.pull("--without", self.old, "--format", "oci", "-o", self.at("o"), self.new)
