@@ -5762,7 +5762,8 @@ class ArchiveOutput(Spooled):
         self._waiting = collections.deque(self._order)  # for their turn
         self._line = []  # the Fetched of those whose turn has come
         self._done = None  # the digests of what has been written, where any of it has
-        self._status = os.path.exists(self._old) and os.stat(self._old)
+        self._status = self.stream is None and os.path.exists(self._old) and (
+            os.stat(self._old))
 
     def place(self, image, layer):
         return super().place(image, layer)._replace(regions=tuple(
@@ -6388,7 +6389,7 @@ class RootfsOutput(Spooled):
     unpacks, several, partly = True, False, True
 
     def __init__(self, path, tag=None, stream=None):
-        self._tar = stream is not None or path.endswith(".tar")
+        self._tar = stream is not None or path.lower().endswith(".tar")
         super().__init__(path, tag, stream)
         if not self._tar and os.name != "posix":
             raise Unsupported("format rootfs needs a POSIX file system",
@@ -7679,10 +7680,11 @@ def parse_platform(text):
     return text if text == "all" or isinstance(text, Platform) else Platform.parse(text)
 
 
-def new_output(path, format=None, tag=None, stream=None):
+def new_output(path, format=None, tag=None, stream=None, sole=None):
     """The object of the Outputs room for these; raises UsageError, OutputError.
 
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
+    Nor does it go by a default name, which is one that has a `sole`.
     """
     path = os.fsdecode(path)
     if not path or path == "-" and stream is None:
@@ -7708,12 +7710,20 @@ def new_output(path, format=None, tag=None, stream=None):
     if tag is not None and not OUTPUTS[name].layout:
         raise UsageError("format %s keeps no name to load it by" % name,
                          "--tag goes with --format archive or oci")
+    if stream is None and os.path.islink(path) and os.path.isfile(path):
+        with contextlib.suppress(OSError):  # it may be closed
+            if os.path.samestat(os.stat(path), os.fstat(1)):
+                raise UsageError("%s is standard output" % path, "write -o -")
     if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
             os.path.isfile(path) or os.path.isdir(path)):
+        if sole:
+            raise OutputError(path, "is no file", "use -o")
         stream = _Stream(open(path, "wb", buffering=0), True)
     elif stream is not None:
         stream = _Stream(stream)
-    return OUTPUTS[name](path, tag, stream)
+    output = OUTPUTS[name](path, tag, stream)
+    output.sole = sole
+    return output
 
 
 def is_path(text):
@@ -9162,10 +9172,11 @@ def _run_pull(args, session):
     if args.output == "-" and (stream is None or sys.stdout.isatty()):
         raise UsageError("standard output is closed or a terminal: no image goes there",
                          "pipe it on, or name a file with -o")
-    for output, wanted, sole in [(new_output(path, format, tag, stream), *rest) for
-                                 path, format, *rest in destinations(args, references)]:
-        output.sole, images = sole, []
-        with session.trying(sole or output.path):
+    for output, wanted in [
+            (new_output(path, format, tag, stream, sole), wanted)
+            for path, format, wanted, sole in destinations(args, references)]:
+        images = []
+        with session.trying(output.sole or output.path):
             if args.dry_run:
                 yield from plan(session, wanted, output, args)
                 continue

@@ -8843,6 +8843,29 @@ class ArchiveOutputTest(StoredCase):
         return [json.loads(members[name].decode()) for name in
                 ("index.json", "manifest.json")]
 
+    @able(hasattr(os, "mkfifo"), "make fifos")
+    def test_a_pipe_is_for_who_names_it(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.work)
+        os.mkfifo("app_1.tar")
+        with threat_alarm(30):
+            self.assertIn("is no file; use -o", self.pull(reference, expect=1).err)
+            got = []
+            reader = threading.Thread(
+                target=lambda: got.append(file_bytes("app_1.tar")), daemon=True)
+            reader.start()
+            self.pull("-o", "app_1.tar", reference)
+            reader.join()
+        self.verify(self.file("work/x.tar", got[0]))
+
+    def test_a_link_to_standard_output_is_not_replaced(self):
+        path = write_file(self.at("f"), b"")
+        os.symlink(path, self.at("link"))
+        with mock.patch("os.fstat", return_value=os.stat(path)), self.assertRaisesRegex(
+                imagec.UsageError, "link is standard output; write -o -"):
+            imagec.new_output(self.at("link"), "archive")
+
     def test_a_lock_is_not_waited_for_for_ever(self):
         reference = self.serve(ARCHIVE_TARS)[0]
         for form, name in (("archive", "a.tar"), ("rootfs", "root"),
@@ -10679,6 +10702,10 @@ class RootfsOutputTest(StoredCase):
         # Where we are not root: a directory no layer speaks of is root's.
         err = run.err if ROOT else re.sub(".*owners not set.*\n", "", run.err)
         return os.fsencode(self.at(out)), err
+
+    def test_a_tar_by_its_name(self):
+        out, _ = self.rootfs(raw_words("a=1"), out="X.TAR")
+        self.assertTrue(tarfile.is_tarfile(out.decode()))
 
     def test_modes_times_owners(self):
         rows = [(b"plain", 0o644, b"0"), (b"none", 0, b"0"), (b"setuid", 0o4755, b"0"),
