@@ -7031,8 +7031,8 @@ class Session:
             with contextlib.suppress(RegistryError, InvalidDocument, VerificationError):
                 digest = reference.digest or source.ask(
                     Registry.head_manifest, reference.tag)[0]
-                if digest is not None:
-                    return decode_manifest(held[0], None, digest)
+                if digest and decode_manifest(held[0], None, digest):  # sha512, too
+                    return decode_manifest(held[0], None, reference.digest)
         return source.manifest(reference)
 
     def resolve(self, reference: Reference, platform=None, held=(), top=None) -> Image:
@@ -7171,6 +7171,7 @@ class Puller:
         output.wait, output.check = session.transport.wait, session.transport.check
         output.max_files, output.recompress = session.max_files, session.recompress
         output.max_layer_size, output.below = session.max_layer_size, session.below
+        self._earlier = len(session.failures or ())  # failures, of other pulls
         self._opaque = frozenset()  # digests of layers that only unpacking tells about
         self._busy = set()  # those of layers that are being fetched
 
@@ -7244,7 +7245,7 @@ class Puller:
         if session.referrers or output.layout and not session.recompress and any(
                 image.signed for image in images):
             along = session.referring(images)
-            images = spared(images, session.failures)
+            images = spared(images, self._failures())
             log.info("along comes what refers to that: %d manifests",
                      sum(len(image.below) or 1 for image in along))
             images += along
@@ -7331,8 +7332,12 @@ class Puller:
             if None not in fetched:
                 return images, fetched
             output.abandon()  # it has no place for what did not come
-            images = spared(images, session.failures)
+            images = spared(images, self._failures())
         return [], []
+
+    def _failures(self):
+        """Those of this pull: a Session may try again what failed in another."""
+        return (self._session.failures or [])[self._earlier:]
 
     def _fetch(self, images, forgiving):
         """The Fetched of each layer of each of these Images; None for one that failed.
@@ -7399,7 +7404,7 @@ class Puller:
 
 def spared(images, failures):
     """Those of `images` that are none of the `failures`, nor refer to one that is."""
-    kept, there, failed = [], {None}, dict(failures or ())
+    kept, there, failed = [], {None}, dict(failures)
     for image in images:  # what refers to another comes behind it
         if str(image.reference) not in failed and image.subject in there:
             kept.append(image)

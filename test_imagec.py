@@ -9444,6 +9444,15 @@ class OCIOutputTest(StoredCase):
         self.assertEqual(self.index()["manifests"][0]["mediaType"], image.media_type)
         self.verify(self.out)
 
+    def test_a_header_of_another_algorithm_changes_nothing(self):
+        reference, image = self.serve(ARCHIVE_TARS)
+        tags = self.origin.repositories["lab/app"]
+        tags["1"] = tags["1"][:2] + ("sha512:" + hashlib.sha512(
+            image.manifest).hexdigest(),)
+        for _ in range(2):
+            self.assertIn(image.digest, self.layout(reference).out.decode())
+        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+
     def test_collects(self):
         one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:a")
         two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
@@ -12029,6 +12038,18 @@ class PullTest(PullCase):
             self.assertLessEqual(registry.connections - before, jobs + 1)  # and https
             written.append(contents(output) or file_bytes(output))
         self.assertEqual(*written)
+
+    def test_a_session_may_try_again_what_failed(self):
+        registry = self.filled()
+        registry.fault(self.image.layers[0], status(404))
+        with imagec.Session(keep_going=True, referrers=True) as session:
+            for wanted in ([], [self.image.digest]):
+                found = session.pull(
+                    [imagec.Reference.parse(registry.host + "/app:1")],
+                    imagec.new_output(self.dest, "oci"),
+                    imagec.Platform.parse(NET_PLATFORM))
+                self.assertEqual([str(one.digest) for one in found], wanted)
+            self.assertEqual(len(session.failures), 1)
 
     def fetched(self, registry):
         """The layers that were asked for."""
