@@ -7542,6 +7542,13 @@ def stored_image(path, name=None, platform=None, check=go_on):
         pointer.digest.check(raw, "config")
         return ImageConfig.parse(raw)
 
+    def fetch(entry):
+        # Else what fits less well would be taken for it.
+        if platform != "all" and entry.digest not in digests:
+            raise OutputError(path, "lacks " + blob_name(entry.digest),
+                              "--platform chooses another" if len(there) > 1 else None)
+        return dict(zip(digests, documents)).get(entry.digest)
+
     reader, reference = open_place(path, check), None
     names = [(str(one.name or one.tag or one.digest or one.tree), one)
              for one in stored(reader, lenient) if not one.along]
@@ -7557,14 +7564,17 @@ def stored_image(path, name=None, platform=None, check=go_on):
         raise OutputError(path, "lacks " + blob_name(found.digest))
     digests = [one.digest for one in documents]
     at = digests.index(found.digest) if found.digest in digests else -1
+    there = [one for one in documents[at:] if not (
+        one.artifact_type or isinstance(one, Index))]
+    if platform is None and len(there) == 1:  # another tool may have copied just it
+        at = documents.index(there[0])
     with contextlib.suppress(InvalidReference):
         reference = Reference.parse(found.full or "")
     with naming(path):
         image = image_of(
-            reference, None, documents[at], platform,
-            lambda entry: dict(zip(digests, documents)).get(entry.digest), config_of)
-    return image._replace(digest=digests[0], path=path,
-                          indexes=tuple(documents[:at]) + image.indexes)
+            reference, None, documents[at], platform, fetch, config_of)
+    return image._replace(digest=digests[0], path=path, indexes=tuple(
+        one for one in documents[:at] if isinstance(one, Index)) + image.indexes)
 
 
 def image_of(reference, registry_url, top, platform, fetch, config_of=None):

@@ -16135,6 +16135,30 @@ class OnDiskTest(CommandLineCase):
         self.assertNotIn(None, [one["total_size"] for one in value["platforms"]])
         os.unlink(os.path.join(path, "blobs", *self.image.digest.split(":")))
         self.asked("inspect", "--platform", "arm64", path)  # the rest need not be there
+        self.assertEqual(self.asked("layers", path),
+                         self.asked("layers", "--platform", "arm64", path))
+        self.assert_one_line(self.main("layers", "-q", "--platform", "amd64", path), 1,
+                             "lacks blobs/sha256/" + self.image.digest[7:])
+
+    def test_what_fits_less_well_is_not_taken_for_what_is_not_there(self):
+        images = [(build_image(FIELD_SMALL[:1], platform=platform), platform)
+                  for platform in (("linux", "386", None), ("linux", "arm", "v7"))]
+        self.origin.add("lab/app", "many", build_index(
+            images + [(self.arm, ("linux", "arm64", None)),
+                      (self.image, ("linux", "amd64", None))]))
+        path = self.put("out", "--format", "oci", "--platform", "all", self.many)
+        for image, platform in ((self.arm, "arm64"), (self.image, "amd64")):
+            os.unlink(os.path.join(path, "blobs", *image.digest.split(":")))
+            self.assert_one_line(
+                self.main("digest", "-q", "--platform", platform, path), 1,
+                "lacks blobs/sha256/%s; --platform chooses" % image.digest[7:])
+        for image, platform in images:
+            name = "/".join(filter(None, platform))
+            self.assertEqual(self.asked("digest", "--platform", name, path),
+                             image.digest + "\n")
+        with mock.patch.object(imagec.Platform, "host", return_value=(
+                imagec.Platform.parse("linux/amd64"))):
+            self.assert_one_line(self.main("layers", "-q", path), 1, "lacks blobs/")
 
     def test_what_refers_to_it(self):
         self.origin.add("lab/app", None, referring(self.image))
