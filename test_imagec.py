@@ -1502,7 +1502,7 @@ faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
 import argparse, http.client, encodings.idna, encodings.ascii, getpass, select, socket
-import threading
+import locale, threading
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
