@@ -4453,6 +4453,9 @@ class TarReader(Reader):
         super().__init__(os.path.realpath(path), check)
         self._names, self.regions = [], {}
         with Region(self.path, 0, 0).open() as file:
+            codec = codec_of(file)
+            if codec != "tar":
+                raise Unsupported("compressed with " + codec, "unpack it first")
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
             for entry, _ in tar:
                 size += len(entry.path) + len(entry.link)
@@ -4506,6 +4509,9 @@ def open_place(path, check=go_on, unlisted=_raise):
         raise OutputError(path or "''", "is not there") from None
     if stat.S_ISREG(mode):
         reader = TarReader(path, check)
+        if reader.docker:
+            log.warning("%s has no manifests: those of its images, and so their "
+                        "digests, are made here", reader.path)
         if reader.docker or "oci-layout" in reader.names():
             return reader
         raise OutputError(path, "no image is in it", READABLE)
@@ -4748,8 +4754,6 @@ class _DockerLayout(_Layout):
     """
 
     def _entries(self):
-        log.warning("%s has no manifests: those of its images, and so their digests, "
-                    "are made here", self._reader.path)
         with self._noting("manifest.json"):
             images, regions = {"images": parse_json(self._reader.read(
                 "manifest.json", CONTENTS_LIMIT), "manifest.json")}, set()
@@ -4803,7 +4807,8 @@ def held(path, name=None, check=go_on):
 
     documents, room = [], DOCUMENT_BYTES_LIMIT
     for found in stored(Reader(path, check, lambda error: None), forgiving):
-        for document in found.documents if name in (None, found.name) else ():
+        wanted = name in (None, found.name) and not found.tree  # which is another's
+        for document in found.documents if wanted else ():
             documents.append(document.raw)
             if isinstance(document, Manifest):
                 with forgiving(name):
@@ -5196,8 +5201,8 @@ class Ranges:
 
 class Image(value_type(
         "Image", "reference registry_url digest indexes manifest config platform "
-        "layers below format path subject named signed without",
-        (), None, None, None, True, (), ())):
+        "layers below format path subject named signed without stored",
+        (), None, None, None, True, (), (), None)):
     """An image: as its registry describes it, and at last as a pull has made it.
 
     `digest` is what the reference stands for: the outermost document's. `indexes` are
@@ -5213,7 +5218,7 @@ class Image(value_type(
     `subject` is the Digest of what it came along with, for it refers to that; None for
     what was asked for. Where it is not `named`, another of that name is. `signed` is
     what proves that it is signed as the Session wants; see SignedBy. `without` are the
-    Digests of the layers that are left out.
+    Digests of the layers that are left out. `stored` is the Stored it was read from.
     """
 
     __slots__ = ()
@@ -5233,7 +5238,7 @@ class Image(value_type(
         if self.manifest.artifact_type:
             raise Unsupported("%s is no container image, but an artifact of type %s" % (
                 self.reference, printable(self.manifest.artifact_type, 100)),
-                "--format files has its files, oci and archive all of it")
+                "pull --format files has its files, oci and archive all of it")
         for layer in self.layers:
             if not layer.blob.is_tar:
                 raise Unsupported("layer %s of %s is of type %s, not a tar" % (
@@ -7246,7 +7251,7 @@ class Puller:
                 image.signed for image in images):
             along = session.referring(images)
             images = spared(images, self._failures())
-            log.info("along comes what refers to that: %d manifests",
+            log.info("along comes what refers to that: manifests: %d",
                      sum(len(image.below) or 1 for image in along))
             images += along
         if session.without:
@@ -7260,9 +7265,10 @@ class Puller:
         session, bases = self._session, []
         for text in session.without:
             if is_path(str(text)):
-                documents = [document for found in stored(open_place(
-                    os.path.expanduser(text), session.transport.check), lenient)
-                    for document in found.documents]
+                with naming(text):
+                    documents = [document for found in stored(open_place(
+                        os.path.expanduser(text), session.transport.check), lenient)
+                        for document in found.documents]
             else:
                 reference = Reference.parse(str(text))
                 documents = [document for one in self._images_of(reference, platform)
@@ -7278,7 +7284,7 @@ class Puller:
         for image in images:
             left = [layer.blob for layer in image.layers
                     if layer.digest in image.without]
-            log.info("%s: left out, for it is elsewhere: %d of %d layers, %d bytes",
+            log.info("%s: layers left out, for they are elsewhere: %d of %d, bytes: %d",
                      image.reference, len(left), len(image.layers),
                      sum(blob.size for blob in distinct(left, "it").values()))
         return images
@@ -7527,7 +7533,8 @@ def split_place(text, what):
     if not re.fullmatch(_HOST, host) or prefix and not re.fullmatch(_REPOSITORY,
                                                                     prefix):
         raise UsageError("not a %s: %s" % (what, shown(text, 100)),
-                         "expected HOST[:PORT][/PREFIX]")
+                         "expected HOST[:PORT][/PREFIX]" + (
+                             " and --tag NAME[:TAG]" * (what == "registry")))
     return host, prefix + "/" if prefix else ""
 
 
@@ -7570,10 +7577,8 @@ def stored_image(path, name=None, platform=None, check=go_on):
         at = documents.index(there[0])
     with contextlib.suppress(InvalidReference):
         reference = Reference.parse(found.full or "")
-    with naming(path):
-        image = image_of(
-            reference, None, documents[at], platform, fetch, config_of)
-    return image._replace(digest=digests[0], path=path, indexes=tuple(
+    image = image_of(reference, None, documents[at], platform, fetch, config_of)
+    return image._replace(digest=digests[0], path=path, stored=found, indexes=tuple(
         one for one in documents[:at] if isinstance(one, Index)) + image.indexes)
 
 
@@ -7770,8 +7775,10 @@ def asked(args, session, outermost=False):
         if args.verify_keys:
             raise UsageError("--verify-key is for what comes from a registry",
                              "verify PATH --verify-key proves who signed what is here")
-        image = stored_image(os.path.expanduser(text), args.image, "all" if outermost
-                             else args.platform, session.transport.check)
+        with naming(text):
+            image = stored_image(
+                os.path.expanduser(text), args.image, "all" if outermost
+                else args.platform, session.transport.check)
         return (image.indexes + (image.manifest,))[0] if outermost else image
     if args.image is not None:
         raise UsageError("--image goes with a path", "for one here write ./PATH")
@@ -8045,6 +8052,8 @@ class _Stock:
 
 
 def _run_verify(args, session):
+    if args.image is not None and session.rule is None:
+        raise UsageError("--image, but all is looked at", "it goes with --verify-key")
     audit = Audit(session.transport.check).check(args.path, args.bases or ())
     for text in audit.unchecked:  # with -q, too
         log.error("warning: not checked: %s", text)
@@ -8057,7 +8066,7 @@ def _run_verify(args, session):
                           "%d" % len(audit.absent),
                           "pull again, or run this as who may read them")
     if audit.elsewhere:
-        raise OutputError(args.path, "incomplete: %d blobs are elsewhere" % len(
+        raise OutputError(args.path, "incomplete: blobs elsewhere: %d" % len(
             audit.elsewhere), "name with --with PATH what has them")
     if session.rule is not None:
         _Stock(open_place(args.path, session.transport.check)).prove(
@@ -8098,9 +8107,6 @@ class Look:
         image.require_file_system()
         self._session, self._image, self._spool = session, image, spool
         self._census, self._check = Census(session.max_files), session.transport.check
-        self._found = image.path and next(
-            found for found in stored(open_place(image.path, self._check), lenient)
-            if any(one.digest == image.manifest.digest for one in found.documents))
         self._waiting = [layer for layer in image.layers if not layer.throwaway]
         self._drawn = []  # their _Headers, oldest first
         self._hidden = set()  # what these hide of layers below: the parts of paths
@@ -8141,12 +8147,21 @@ class Look:
                           headers.visit, self._check, layer.diff_id)
 
         session, layer = self._session, headers.layer
-        if self._found is None:
+        found = self._image.stored
+        if found is None:
             place = Place(os.path.join(self._spool, layer.digest.hex))
             Download(session.source(self._image.reference), layer.blob, place, look,
                      session.notify, durable=False).run()
         else:
-            region = self._found.reader.region(self._found.file_of(layer))
+            try:
+                region = found.reader.region(found.file_of(layer))
+            except FileNotFoundError:
+                if layer.digest not in found.without:
+                    raise
+                raise OutputError(
+                    self._image.path, "is an update: layer %s is elsewhere" % str(
+                        layer.digest), "serve UPDATE BASE puts the two together"
+                    ) from None
             prove(region.pieces(self._check), layer.blob, look)
 
     def _decided(self, way):
@@ -8217,7 +8232,8 @@ def _run_cat(args, session):
         path, node, _ = look.find(args.path)
         if node.entry.kind != "file":
             raise Unsupported("%s is a %s, not a file" % (
-                show(b"/" + path), node.entry.kind), "list it with ls")
+                show(b"/" + path), node.entry.kind.replace("dir", "directory")),
+                "list it with ls")
         yield from look.data(node)
 
 
@@ -8757,10 +8773,17 @@ class Pusher:
 
     def __init__(self, session, place, tag=None, partial=False):
         self._session, self._partial = session, partial
+        if "://" in place:
+            raise UsageError("not a registry: " + shown(place, 100), "expected "
+                             "HOST[:PORT][/PREFIX], without what ends in ://")
         self._host, self._prefix = split_place(place, "registry")
+        if re.match("localhost/|[^/]*[.:][^/]*/", tag or ""):
+            raise UsageError("--tag names a host: " + shown(tag, 300),
+                             "expected NAME[:TAG], which goes below " + place)
         home = Reference.parse("%s/%s" % (self._host, tag or "x"))
         if home.host != self._host:
-            raise UsageError("no host to docker: " + self._host, "expected HOST:PORT")
+            raise UsageError("not a registry: " + self._host,
+                             "expected HOST:PORT, or a host's name with a dot")
         self._tag = tag and home
         self._target = session.registry(home.api_host, kind=Target)
         self._has = {}  # digest of a blob -> a repository there that has it
@@ -9345,7 +9368,7 @@ def referrers_json(image, session):
             for one in documents if isinstance(one, Index)
             for entry in one.manifests if notes[0] in entry.annotations]
     try:
-        if image.path is None:
+        if image.stored is None:
             place = session.source(image.reference)
             if place.home.url is None:  # it may be out of reach, and take its time
                 raise Unsupported("only a mirror was asked, not %s itself"
@@ -9353,7 +9376,7 @@ def referrers_json(image, session):
             found = [place.referrers(one.digest) for one in documents]
         else:
             names = [one._replace(documents=list(one.documents))
-                     for one in stored(open_place(image.path), lenient)]
+                     for one in stored(image.stored.reader, lenient)]
             found = [stored_referrers(names, one.digest) for one in documents]
         rows += [(str(one.digest), entry.artifact_type, tag, entry)
                  for one, tags in zip(documents, found)

@@ -9907,12 +9907,14 @@ class WithoutTest(StoredCase):
 
     def test_it_is_told(self):
         run = self.main("pull", "--without", self.new, "-o", self.at("o.tar"), self.new)
-        self.assertIn("left out, for it is elsewhere: 3 of 3 layers, %d bytes" % sum(
+        self.assertIn("layers left out, for they are elsewhere: 3 of 3, bytes: %d" % sum(
             len(self.image.blobs[digest]) for digest in self.image.layers), run.err)
         run = self.main("pull", "--without", self.old, "-o", self.at("o.tar"), self.new)
         run = self.main("verify", self.at("o.tar"))
         self.assertEqual(run.status, 1)
-        self.assertIn("incomplete: 2 blobs are elsewhere", run.err)
+        self.assertIn("incomplete: blobs elsewhere: 2", run.err)
+        self.assert_one_line(self.main("ls", "-q", self.at("o.tar")), 1,
+                             "o.tar: is an update: layer .* is elsewhere; serve")
 
     @rows((("layers", ()), ("rootfs", ()), ("oci", ("--recompress", "gzip"))))
     def test_what_it_does_not_go_with(self, format, options):
@@ -12293,7 +12295,7 @@ class AlongTest(StoredCase):
         self.clear()
         self.ref = self.offer(lists_referrers=listed)
         run, entries = self.along("out", format)
-        self.assertIn("what refers to that: 4 manifests", run.err)
+        self.assertIn("what refers to that: manifests: 4", run.err)
         self.assertEqual(set(entries), {
             "1", tag_of(self.amd), tag_of(self.sbom), tag_of(self.index, ".sig"),
             tag_of(self.sbom, ".sig")})
@@ -13257,6 +13259,7 @@ class AuditTest(StoredCase):
         self.origin.add("lab/app/1", "2", self.image)
         self.pull("-o", root, self.reference[:-2] + "/1:2")
         self.assertEqual(imagec.Audit().check(root).images, 2)
+        self.assertEqual(len(imagec.held(self.folder)), 3)
         write_file(os.path.join(root, "manifest.json"), b"{}")  # is no tree above these
         self.told(root, 1, "manifest.json")
         damage_flip(os.path.join(self.folder, "2", *["{i0}", "{i0}.tar"]).format(
@@ -13569,10 +13572,15 @@ class AuditTest(StoredCase):
         reference, _ = self.serve(layers, **options)
         self.good(format, format + kind, reference)
 
+    def test_image_is_for_a_key(self):
+        self.assert_one_line(self.main("verify", self.good("archive"), "--image", "1"),
+                             2, "--verify-key")
+
     def test_what_is_nothing_of_ours(self):
         damage_index(os.path.join(self.good("oci", "emptied"), "index.json"))
         os.mkdir(self.at("empty"))
         write_file(self.at("text"), b"hello")
+        write_file(self.at("text.gz"), gzip_bytes(b"hello"))
         write_file(self.at("other.tar"), tar_bytes([("text", b"hello")]))
         for name in ("root", "root.tar", "like a layout"):
             self.pull("--format", "rootfs", "-o", self.at(name), self.reference)
@@ -13581,6 +13589,7 @@ class AuditTest(StoredCase):
         hint = "; what can be read is a layers tree, an OCI layout or an archive"
         for name, status, words in (
                 ("", 1, "''"), ("absent", 1, "not there"), ("text", 3, "content"),
+                ("text.gz", 1, "compressed with gzip; unpack it first"),
                 ("/dev/null", 1, "neither a file nor a directory"),
                 ("other.tar", 1, "no image"), ("root.tar", 1, "no image"),
                 ("root", 1, "no image"), ("empty", 1, "no image"),
@@ -14109,6 +14118,20 @@ class LookTest(StoredCase):
         for path, expect, out in ("a", 0, b"top"), ("b", 3, b""):
             self.assertEqual(self.read("cat", "-q", place, path, expect=expect)[0], out)
 
+    def test_from_the_tree_that_is_named(self):
+        ref, image = self.serve([raw_words("a=1")])
+        self.origin.add("lab/app", "2", image)
+        self.pull(ref, ref[:-1] + "2", "-o", self.at("t"), "--format", "layers")
+        os.unlink(*glob.glob(self.at("t", "http", "*", "v2/lab/app/1/*/*.tar")))
+        for tag, expect in ("1", 1), ("2", 0):
+            self.read("cat", self.at("t"), "a", "--image", "app:" + tag, expect=expect)
+
+    def test_what_is_made_up_for_an_archive_is_told_of_once(self):
+        path = write_file(self.at("d.tar"), docker_archive(
+            [build_image([raw_words("a=1")], compress=None)], "docker", False))
+        for command in "ls", "inspect":
+            self.assertEqual(self.read(command, path)[1].count("has no manifests"), 1)
+
     @needs("skopeo")
     def test_from_an_archive_without_manifests(self):
         ref, _ = self.serve([raw_words("a=below b=1"), raw_words("a=top")])
@@ -14117,8 +14140,8 @@ class LookTest(StoredCase):
         for path, out in ("a", b"top"), ("b", b"1"):
             self.assertEqual(self.read("cat", "-q", self.at("d.tar"), path)[0], out)
 
-    @rows(((["d/ s->d"], "d", 1, "'/d' is a dir, not a file; list it with ls"),
-           (["d/ s->d"], "s", 1, "'/d' is a dir"),
+    @rows(((["d/ s->d"], "d", 1, "'/d' is a directory, not a file; list it with ls"),
+           (["d/ s->d"], "s", 1, "'/d' is a directory"),
            (["d/"], "d/x", 4, "lab/app:1: there is no file '/d/x'"),
            (["s->no"], "s", 4, "there is no file '/no'"),
            (["a=1"], "a\nb", 4, r"there is no file '/a\nb'"),
@@ -15217,6 +15240,7 @@ PUSH_BAD = (
     ([PUSH_NAMED, (PUSH_OTHER, "b.c/app:1")], (), (), 2, "both be [^ ]*/pre/app:1"),
     ([(PUSH_IMAGE, "a.b/a:1"), (PUSH_OTHER, "a.b/b:1")], (), ("--tag", "c"), 2, "--tag"),
     ([(PUSH_IMAGE, None)], (), (), 2, "--tag names it"),
+    ([PUSH_NAMED], (), ("--tag", "a.b/x:1"), 2, "names a host: a.b/x:1; .*below 127"),
     ([(PUSH_IMAGE, "Foo Bar")], (), (), 2, "invalid reference"),
     ([], (), (), 1, "no image"),
     ([(PUSH_INDEX, "a.b/app:1")], [PUSH_OTHER.digest], (), 1,
@@ -15360,7 +15384,8 @@ class PushTest(PushCase):
             expect=code), code, words)
         self.assertEqual(self.target.repositories, {})
 
-    @rows((("localhost/UP",), ("host",), ("",), ("http://",), ("127.0.0.1:1/a:1",)))
+    @rows((("localhost/UP",), ("host",), ("",), ("http://",), ("https://h.test",),
+           ("127.0.0.1:1/a:1",)))
     def test_bad_place(self, place):
         self.assert_one_line(RegistryCase.main(
             self, "push", "-q", self.layout, place), 2, "expected HOST")
@@ -15427,6 +15452,16 @@ class PushTest(PushCase):
         self.assert_one_line(run, 3, "expected digest " + PUSH_IMAGE.layers[0])
         self.assertLess(max(len(request.body) for request in self.target.requests), 5000)
         self.assertEqual(paths(self.target, "/manifests/"), [])
+
+    @rows(((b"hello" * 200, 3, "octal, from "), (b"", 3, "empty one, from "),
+           (gzip_bytes(b"a"), 1, "compressed with gzip, from .*; unpack it first")))
+    def test_what_is_no_archive(self, data, code, words):
+        path = write_file(self.at("x.tar"), data)
+        for argv in ["push", path, self.target.host], ["inspect", "-q", path]:
+            self.assert_one_line(RegistryCase.main(self, *argv), code, words)
+        with open(path, "rb") as file:
+            ended = self.end_of(self.start("push", "-", self.target.host, stdin=file))
+        self.assertIn(", from standard input", ended.err)
 
     def test_from_standard_input(self):
         with open(self.archive, "rb") as file:
