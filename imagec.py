@@ -8861,12 +8861,13 @@ class Pusher:
                           if not self._partial)
             found = self._drawn[one.digest][1]
             elsewhere.update(found.without)
-            for blob, file in found.blobs(one):
-                try:
-                    blobs[blob.digest] = blob, found.reader.region(file)
-                except FileNotFoundError:
-                    if not self._target.has_blob(reference.repository, blob):
-                        lacking.add(blob.digest)
+            with contextlib.suppress(FileNotFoundError):  # no config, then no layers
+                for blob, file in found.blobs(one):
+                    try:
+                        blobs[blob.digest] = blob, found.reader.region(file)
+                    except FileNotFoundError:
+                        if not self._target.has_blob(reference.repository, blob):
+                            lacking.add(blob.digest)
         listed.difference_update(blobs, order)
         lacking = listed.union(lacking).difference(blobs)
         if lacking:

@@ -15364,6 +15364,15 @@ class PushTest(PushCase):
                      "Foo Bar", "blobs/sha256/" + images[5].digest[7:]):
             self.assertIn("failed: " + name, run.err)
 
+    def test_keep_going_past_a_tree_without_a_config(self):
+        registry, path = self.filled(PUSH_IMAGE, "a/b:1"), self.at("tree")
+        registry.add("a/b", "2", build_image([PUSH_BIG]))
+        for tag in "12":
+            imagec.pull(registry.host + "/a/b:" + tag, path, "layers", no_creds=True)
+        os.unlink(*glob.glob(os.path.join(path, "*/*/v2/a/b/2/config.json")))
+        self.assertIn("b:2: not to be had", self.push(path, "--keep-going", expect=1).err)
+        self.has("a/b", "1", PUSH_IMAGE)
+
     @rows(PUSH_NAMES)
     def test_names(self, entries, argv, expected):
         self.target, lines = self.registry(linked=True), []
