@@ -20815,8 +20815,9 @@ class ServeSkopeoTest(ServeRealCase):
     """skopeo finds what it expects of a registry."""
 
     def test_inspect(self):
-        def check(_, host, name, image):
-            ref = "docker://%s/%s:1" % (host, name)
+        def check(format, host, name, image):
+            ref, image = "docker://%s/%s:1" % (host, name), (
+                image if format == "oci" else self.child(image))
             self.assertEqual(skopeo_raw(ref), image.manifest)
             found = skopeo_inspect(ref, "--override-arch", "amd64")
             self.assertEqual(found["Digest"], image.digest)
