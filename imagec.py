@@ -72,6 +72,7 @@ try:
     import itertools
     import json
     import logging
+    import marshal
     import os
     import random
     import re
@@ -965,11 +966,6 @@ class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False,
     __slots__ = ()
 
     @property
-    def opaque(self):
-        """Whether it is an image's layer of which only unpacking tells the diffID."""
-        return self.diff_id is None and self.id != ""
-
-    @property
     def digest(self):
         """The blob's digest."""
         return self.blob.digest
@@ -1342,16 +1338,25 @@ def with_layers(manifest, layers):
 # --------------------------------------------------------------------------------------
 
 class Entry(value_type(
-        "Entry", "path kind size mode uid gid mtime link device xattrs",
-        b"", (0, 0), ())):
+        "Entry", "path kind size mode uid gid mtime link device xattrs where",
+        b"", None, (), None)):
     """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
     logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
-    `device` is (major, minor).
+    `device` is (major, minor), or None; `where` in a LayerStore its data is.
     """
 
     __slots__ = ()
+
+    @classmethod
+    def loads(cls, record):
+        """The Entry that `dumps` made these bytes of."""
+        return cls._make(marshal.loads(record))
+
+    def dumps(self):
+        """It as bytes, a third of its weight in memory, which they never leave."""
+        return marshal.dumps(tuple(self), 2)
 
 
 #: name, mode, uid, gid, size, mtime, checksum, type, link, magic and version (not the
@@ -1377,16 +1382,21 @@ def _tar_number(field):
     return int(text or b"0", 8)
 
 
+def _tar_sum(block):
+    """The checksum of a header block, blanks for its own field."""
+    total = 8 * ord(" ")
+    for part in (block[:148], block[156:400], block[400:]):  # sum(part), but faster:
+        total += (zlib.adler32(part) & 0xffff) - 1  # exact up to 256 bytes, RFC 1950
+    return total
+
+
 def _tar_entry(block):
     """(type, Entry) of a header block, without its extensions; raises ValueError."""
     (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor,
      prefix) = _TAR_FIELDS.unpack(block)
     if checksum[0] & 0x80:
         raise ValueError("a checksum that is not octal")
-    total = 8 * ord(" ")  # for its own field
-    for part in (block[:148], block[156:400], block[400:]):  # sum(part), but faster:
-        total += (zlib.adler32(part) & 0xffff) - 1  # exact up to 256 bytes, RFC 1950
-    if total != _tar_number(checksum):
+    if _tar_sum(block) != _tar_number(checksum):
         raise ValueError("a checksum that is wrong")
     if not (size[0] & 0x80 or _TAR_SIZE.match(size)):
         raise ValueError("a size that is not octal")  # readers differ on the rest
@@ -1404,7 +1414,7 @@ def _tar_entry(block):
         name, _KINDS.get(kind, "unknown"), _tar_number(size),
         _tar_number(mode) & 0o7777, max(_tar_number(uid), 0), max(_tar_number(gid), 0),
         _tar_number(mtime) * 10 ** 9, link.partition(b"\0")[0],
-        (_tar_number(major), _tar_number(minor)) if kind in b"34" else (0, 0))
+        (_tar_number(major), _tar_number(minor)) if kind in b"34" else None)
 
 
 def _pax_number(text, key):
@@ -1486,7 +1496,7 @@ class Tar:
         self.size = self.members = self.offset = 0
         self.sparse = False
         self._view = memoryview(b"")  # of the chunk that is being read
-        self._left = self._padding = 0  # bytes of the member still to come, and behind
+        self._end = 0  # the offset of the end of the member's data
         self._pax = {}  # extended header for the next member
         self._long = {}  # GNU long name (L) and link (K) for the next member
 
@@ -1496,8 +1506,6 @@ class Tar:
             while zeros < 2 and self._more():
                 block = self._take(TAR_BLOCK)
                 if not block.strip(b"\0"):
-                    if self._pax or self._long:
-                        raise ValueError("an extended header of no member")
                     zeros += 1
                     continue
                 if zeros:
@@ -1509,20 +1517,17 @@ class Tar:
                     self._extension(kind, entry.size)
                 else:
                     yield self._member(kind, entry, block)
-                    for _ in self._draw(self._left):
+                    for _ in self._draw(self._end - self.offset):
                         pass
-                    for _ in self._draw(self._padding, whole=False):
+                    for _ in self._draw(-self.offset % TAR_BLOCK, whole=False):
                         pass  # `umoci insert` writes none behind the last
             if self._pax or self._long:
-                self._cut()
+                raise ValueError("an extended header of no member")
         except ValueError as error:
             if isinstance(error, ImagecError):  # a UsageError is one, too
                 raise
             raise InvalidDocument("%s: not a valid tar after %d members: %s"
                                   % (self._what, self.members, error)) from None
-
-    def _cut(self):
-        raise InvalidDocument("%s: the tar in it is cut short" % self._what)
 
     def _more(self):
         """Whether anything is left."""
@@ -1539,10 +1544,9 @@ class Tar:
             if not self._more():
                 if not whole:
                     return
-                self._cut()
+                raise InvalidDocument("%s: the tar in it is cut short" % self._what)
             piece, self._view = self._view[:count], self._view[count:]
             count -= len(piece)
-            self._left -= len(piece)
             self.offset += len(piece)
             yield piece
 
@@ -1550,7 +1554,6 @@ class Tar:
         if count > len(self._view):
             return b"".join(self._draw(count))
         data, self._view = bytes(self._view[:count]), self._view[count:]
-        self._left -= count
         self.offset += count
         return data
 
@@ -1605,7 +1608,7 @@ class Tar:
                            % (self._what, self._limit),
                            hint="raise it with --max-layer-size")
         sparse = self._old_sparse(block) if kind == b"S" else None  # numbers of its map
-        self._left, self._padding = stored, -stored % TAR_BLOCK
+        self._end = self.offset + stored
         if inline:
             sparse, stored = self._inline_sparse(stored)
         self.sparse = sparse is not None
@@ -1676,13 +1679,14 @@ class Tar:
 
 
 def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"",
-               device=(0, 0), xattrs=()):
+               device=None, xattrs=()):
     """The header blocks of one member: ustar, with a pax header where it does not fit.
 
     Written here because tarfile's differ between Pythons in the fields of devices, and
     an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
     """
     pax = {_XATTR + key: value for key, value in xattrs}
+    major, minor = device or (0, 0)
 
     def fits(key, value, width):
         if len(value) > width:
@@ -1700,23 +1704,20 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
         number(b"gid", gid, 7), number(b"size", size, 11),
         number(b"mtime", mtime // 10 ** 9, 11), b" " * 8, kind,
         fits(b"linkpath", link, 100), b"ustar\00000",
-        number(b"devmajor", device[0], 7), number(b"devminor", device[1], 7), b"")
-    block = block[:148] + b"%06o\0 " % sum(block) + block[156:]
+        number(b"devmajor", major, 7), number(b"devminor", minor, 7), b"")
+    block = block[:148] + b"%06o\0 " % _tar_sum(block) + block[156:]
     if mtime % 10 ** 9:
         pax[b"mtime"] = b"-"[:mtime < 0] + (
             b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")
     if not pax:
         return block
-    records = b"".join(_pax_record(*pair) for pair in sorted(pax.items()))
+    records = b""
+    for key, value in sorted(pax.items()):  # it counts itself
+        length = len(key) + len(value) + 3
+        length += len(str(length + len(str(length))))
+        records += b"%d %s=%s\n" % (length, key, value)
     return (tar_header(b"././@PaxHeader", len(records), b"x") + records
             + bytes(-len(records) % TAR_BLOCK) + block)
-
-
-def _pax_record(key, value):
-    """"LENGTH KEY=VALUE\\n", where LENGTH counts itself."""
-    length = len(key) + len(value) + 3
-    length += len(str(length + len(str(length))))
-    return b"%d %s=%s\n" % (length, key, value)
 
 
 # --------------------------------------------------------------------------------------
@@ -5931,7 +5932,8 @@ _DEPTH_LIMIT = 1024  # directories inside one another
 _DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
 OPEN_PACKS = 8  # files of LayerPacks held open at once
 _RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
-_IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0)  # a directory no layer speaks of
+#: A directory that no layer speaks of.
+_IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0).dumps()
 #: (major, minor) of the character devices that give nobody a right: null, zero, full,
 #: random, urandom, tty (Linux, admin-guide/devices.txt). Others are not made.
 _HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)])
@@ -5965,10 +5967,10 @@ class Census:
 class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
-    Each file's data goes to a file of its own in `directory`. `entries` lists (Entry,
-    its data or None); data is (this store, where in it), small because there may be
-    millions. `census` counts them for the image, `what` is the layer. `shared` tells
-    that several inodes may have the same data, for the layer is there twice.
+    Each file's data goes to a file of its own in `directory`. `records` are its Entries
+    as bytes, for there may be millions. `census` counts them for the image, `what` is
+    the layer. `shared` tells that several inodes may have the same data, for the layer
+    is there twice.
     """
 
     shared = False
@@ -5977,40 +5979,44 @@ class LayerStore:
         os.makedirs(directory, exist_ok=True)
         self._directory = directory
         self._census, self._what = census or Census(), what
-        self.entries, self._names = [], 0
+        self.records, self._names = [], 0
         self._made = None  # the directory that was made last
 
     def visit(self, tar):
         """Keeps the members of a Tar, and nothing of a try before, that failed."""
-        self._census.add(-len(self.entries), -self._names, self._what)
-        self.entries, self._names = [], 0
+        self._census.add(-len(self.records), -self._names, self._what)
+        self.records, self._names = [], 0
         for entry, data in tar:
             if b"\0" in entry.path + entry.link or not entry.link and (
                     entry.kind == "symlink"):
                 raise InvalidDocument("%s: %s: a NUL byte in its name, or a link to "
                                       "nothing" % (self._what, show(entry.path)))
-            where = None
-            if entry.kind == "file" and entry.size:
-                where = self, self._keep(data, "%s of %s" % (show(entry.path),
-                                                             self._what))
-            self.entries.append((entry, where))
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
             self._names += names
             self._census.add(1, names, self._what)
+            where = None
+            if entry.kind == "file" and entry.size:
+                try:
+                    where = self._keep(data)
+                except OSError as error:  # whose it is, not where on its way
+                    error.filename = error.filename or "%s of %s" % (
+                        show(entry.path), self._what)
+                    raise
+            self.records.append(Entry.dumps((*entry[:-1], where)))
 
     def path(self, number):
         """The file that holds the data of member `number`, and nothing else."""
         return os.path.join(self._directory, str(number // 1000), str(number))
 
-    def _keep(self, data, name):
-        """Keeps a file's data: where in the store it is. Errors tell its `name`."""
-        number = len(self.entries)
+    def _keep(self, data):
+        """Keeps a file's data: where in the store it is."""
+        number = len(self.records)
         path = self.path(number)
         if number // 1000 != self._made:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self._made = number // 1000  # makedirs costs as much as a small file
-        with naming_file(name), open(path, "wb", buffering=0) as file:
+        with open(path, "wb", buffering=0) as file:
             self.write(file, data)
         return number
 
@@ -6037,24 +6043,27 @@ class LayerPack(LayerStore):
         """The file that holds the data, each member's where its entry says."""
         return os.path.join(self._directory, "data")
 
-    def _keep(self, data, _name):
+    def _keep(self, data):
         where = self._pack.tell()
         self.write(self._pack, data)
         return where
 
 
 class Node:
-    """An inode of the tree: its Entry, its data (see LayerStore), any children.
-
-    `linked` tells that a hard link to it was made.
+    """An inode of the tree: its Entry as bytes, the LayerStore of its data, a
+    directory's children. `linked` is its Entry as hard links to it have made it.
     """
 
-    __slots__ = ("entry", "data", "children", "linked")
+    __slots__ = ("record", "store", "children", "linked")
 
-    def __init__(self, entry, data=None):
-        self.entry, self.data = entry, data
-        self.children = {} if entry.kind == "dir" else None
-        self.linked = False
+    def __init__(self, record, store=None, children=None):
+        self.record, self.store, self.children = record, store, children
+        self.linked = None
+
+    @property
+    def entry(self):
+        """Its Entry, made anew each time where there are no hard links to it."""
+        return self.linked or Entry.loads(self.record)
 
 
 class Tree:
@@ -6065,28 +6074,30 @@ class Tree:
 
     def __init__(self, check=go_on, census=None):
         self.check, self._census = check, census or Census()
-        self.root = Node(_IMPLICIT)
+        self.root = Node(_IMPLICIT, children={})
         self.unknown = 0  # members of no known kind, left out
+        self._links = {}  # Node that is no directory -> target of a symlink, or b""
         self._detours = 0  # steps taken behind links
 
-    def apply(self, entries):
-        """Applies one layer: the `entries` of a LayerStore.
+    def apply(self, store):
+        """Applies one layer, that of a LayerStore.
 
         Whiteouts first, for they speak of the layers below wherever they stand. Raises
         InvalidDocument, LimitExceeded.
         """
-        hidden = [parts for parts in (self._parts(entry.path) for entry, _ in entries)
-                  if is_whiteout(parts)]
-        own = {self._parts(entry.path) for entry, _ in entries
-               if hidden and entry.kind == "dir"}
+        hidden = [parts for parts in (
+            self._parts(Entry.loads(record).path) for record in store.records
+            if _WHITEOUT in record) if is_whiteout(parts)]
+        own = {self._parts(entry.path) for entry in map(
+            Entry.loads, store.records if hidden else ()) if entry.kind == "dir"}
         for parts in hidden:
             self._white_out(parts, own)
-        todo, passes = entries, 0
+        todo, passes = store.records, 0
         while todo:  # again, from the end, for links that stand before their targets
-            late = [row for row in todo if not self._add(*row)][::-1]
+            late = [record for record in todo if not self._add(record, store)][::-1]
             passes += 1
             if len(late) == len(todo) or passes > _LINK_LIMIT:
-                entry = late[0][0]
+                entry = Entry.loads(late[0])
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
             todo = late
@@ -6122,6 +6133,13 @@ class Tree:
         directory, _, left = self.lead(parts, make, own)
         return None if left else directory
 
+    def _link(self, node):
+        """Where a symlink leads, else b""; kept, for many names may lead through it."""
+        if node not in self._links:
+            entry = node.entry
+            self._links[node] = entry.link if entry.kind == "symlink" else b""
+        return self._links[node]
+
     def lead(self, parts, make=False, own=()):
         """(directory, names of the way there, parts left) to which `parts` lead.
 
@@ -6141,14 +6159,14 @@ class Tree:
                 del trail[max(1, len(trail) - 1):], names[-1:]
                 continue
             node = trail[-1].children.get(part)
-            if node is not None and node.entry.kind == "symlink":
+            target = node and node.children is None and self._link(node)
+            if target:
                 if not hops and parts[:len(trail)] in own:
                     return trail[-1], names, [part] + todo[::-1]
                 hops += 1
                 if hops > _LINK_LIMIT:
                     raise InvalidDocument("links in a loop at %s"
                                           % show(b"/".join(parts)))
-                target = node.entry.link
                 if target.startswith(b"/"):
                     del trail[1:], names[:]
                 todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
@@ -6158,15 +6176,16 @@ class Tree:
                 if not make:
                     return trail[-1], names, [part] + todo[::-1]
                 self._census.add(1, 0, show(b"/".join(names + [part])))
-                node = trail[-1].children[part] = Node(_IMPLICIT)
+                node = trail[-1].children[part] = Node(_IMPLICIT, children={})
             trail.append(node)
             names.append(part)
             if len(trail) > _DEPTH_LIMIT:
                 raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
         return trail[-1], names, []
 
-    def _add(self, entry, data):
+    def _add(self, record, store):
         """Puts a member in place; False for a hard link whose target is not there."""
+        entry = Entry.loads(record)
         parts = self._parts(entry.path)
         if is_whiteout(parts):
             return True
@@ -6176,7 +6195,7 @@ class Tree:
         if not parts:
             if entry.kind != "dir":
                 raise InvalidDocument("unsafe member: the root as a " + entry.kind)
-            self.root.entry = entry
+            self.root.record = record
             return True
         parent = self._directory(parts[:-1], make=True)
         old = parent.children.get(parts[-1])
@@ -6187,15 +6206,17 @@ class Tree:
             if target.children is not None:
                 raise InvalidDocument("a hard link to the directory %s"
                                       % show(entry.link))
-            target.linked = True
-            target.entry = target.entry._replace(  # docker and podman: for the inode
+            found = target.entry
+            target.linked = found._replace(  # docker and podman: for the inode
                 mode=entry.mode, uid=entry.uid, gid=entry.gid, mtime=entry.mtime,
-                xattrs=tuple(dict(target.entry.xattrs + entry.xattrs).items()))
+                xattrs=tuple(dict(found.xattrs + entry.xattrs).items())
+                if entry.xattrs else found.xattrs)
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
-            old.entry = entry
+            old.record = record
         else:
-            parent.children[parts[-1]] = Node(entry, data)
+            parent.children[parts[-1]] = Node(
+                record, store, {} if entry.kind == "dir" else None)
         return True
 
     def walk(self, path=b"", node=None):
@@ -6212,9 +6233,9 @@ class Tree:
                 if node.linked:
                     first.setdefault(node, path)
             if node.children:
-                stack.extend(sorted(((path + b"/" + name if path else name, child)
-                                     for name, child in node.children.items()),
-                                    key=lambda pair: pair[0], reverse=True))
+                above, below = path + b"/" if path else b"", node.children
+                stack.extend([(above + name, below[name])
+                              for name in sorted(below, reverse=True)])
 
 
 def member_parts(path):
@@ -6261,19 +6282,20 @@ class TreeWriter:
             if os.path.lexists(place):
                 raise Unsupported("%s: two names of the image are one on this file "
                                   "system" % show(path))
+            entry = node.entry
             if node.children is not None:
                 os.mkdir(place, 0o700)
-                directories.append((path, node.entry))
-            elif first and node.entry.kind != "symlink" and (  # Pythons differ on those
-                    os.path.lexists(os.path.join(base, first))):
-                os.link(os.path.join(base, first), place)
-            elif self._make(node, place):
-                self._dress(place, node.entry)
+                directories.append((path, node))
+            elif first and entry.kind != "symlink" and (  # systems differ on those
+                    os.path.lexists(base + b"/" + first)):
+                os.link(base + b"/" + first, place)
+            elif self._make(entry, node.store, place):
+                self._dress(place, entry)
             else:
                 self.undone["device nodes not made"] += 1
-        for self.at, entry in reversed(directories):  # last, or they refuse children
+        for self.at, node in reversed(directories):  # last, or they refuse children
             self._tree.check()
-            self._dress(os.path.join(base, self.at), entry)
+            self._dress(os.path.join(base, self.at), node.entry)
 
     def finish(self, directory):
         """All is in its place: the root's own attributes open it to others."""
@@ -6281,11 +6303,10 @@ class TreeWriter:
         if self._tree.unknown:
             self.undone["members of unknown types left out"] = self._tree.unknown
 
-    def _make(self, node, place):
+    def _make(self, entry, store, place):
         """A file, link or device, still without its attributes; whether it was made."""
-        entry = node.entry
-        if node.data is not None:
-            self._move(node.data, place)
+        if entry.where is not None:
+            self._move(store.path(entry.where), store.shared, place)
         elif entry.kind == "file":
             os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         elif entry.kind == "symlink":
@@ -6300,12 +6321,11 @@ class TreeWriter:
             return False
         return True
 
-    def _move(self, data, place):
+    def _move(self, path, shared, place):
         """A layer that is there twice has its data once: then each file is a copy."""
-        store, number = data
-        if not store.shared:
-            return os.rename(store.path(number), place)
-        with open(store.path(number), "rb") as file, open(place, "xb") as copy:
+        if not shared:
+            return os.rename(path, place)
+        with open(path, "rb") as file, open(place, "xb") as copy:
             for piece in pieces(file, check=self._tree.check):
                 copy.write(piece)
 
@@ -6343,7 +6363,7 @@ def write_tree_tar(tree, write):
     Its data must be in LayerPacks.
     """
     def header(entry, name):
-        write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:]))
+        write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:10]))
 
     header(tree.root.entry, b"./")
     with contextlib.ExitStack() as stack:
@@ -6351,37 +6371,35 @@ def write_tree_tar(tree, write):
         for path, node, first in tree.walk():
             entry = node.entry
             if first is not None:
-                entry = entry._replace(kind="hardlink", size=0, link=first, xattrs=())
+                entry = entry._replace(kind="hardlink", size=0, link=first, xattrs=(),
+                                       where=None)
             header(entry, path + b"/" * (entry.kind == "dir"))
-            if node.data is not None and first is None:
-                pack, where = node.data
-                if pack not in files:
-                    if len(files) == OPEN_PACKS:
-                        stack.close()
-                        files.clear()
-                    files[pack] = stack.enter_context(
-                        open(pack.path(None), "rb", buffering=0))
-                _copy_data(files[pack], where, entry.size, write, tree.check)
+            if entry.where is None:
+                continue
+            pack = node.store
+            if pack not in files:
+                if len(files) == OPEN_PACKS:
+                    stack.close()
+                    files.clear()
+                files[pack] = stack.enter_context(
+                    open(pack.path(None), "rb", buffering=0))
+            file = files[pack]
+            file.seek(entry.where)
+            for data in pieces(file, entry.size, tree.check):
+                write(data)
+            if file.tell() != entry.where + entry.size:
+                raise OutputError(file.name, "has been tampered with")
+            write(bytes(-entry.size % TAR_BLOCK))
 
 
 def tree_tar_size(tree):
     """The bytes write_tree_tar writes at the least: holes are written as zeros."""
     size = TAR_BLOCK
     for _, node, first in tree.walk():
-        size += TAR_BLOCK
-        if node.data is not None and first is None:
-            size += node.entry.size + -node.entry.size % TAR_BLOCK
+        entry = node.entry
+        stored = entry.size if entry.where is not None and first is None else 0
+        size += TAR_BLOCK + stored + -stored % TAR_BLOCK
     return size
-
-
-def _copy_data(file, where, size, write, check):
-    """A member's data from a LayerPack's file, padded."""
-    file.seek(where)
-    for data in pieces(file, size, check):
-        write(data)
-    if file.tell() != where + size:
-        raise OutputError(file.name, "has been tampered with")
-    write(bytes(-size % TAR_BLOCK))
 
 
 class RootfsOutput(Spooled):
@@ -6451,7 +6469,7 @@ class RootfsOutput(Spooled):
             store.shared = store in applied
             applied.add(store)
             with naming("layer %s" % str(layer.digest)):
-                tree.apply(store.entries)
+                tree.apply(store)
         tree.root, _, left = tree.lead(member_parts(os.fsencode(self.below or "")))
         if left:
             raise NotFound("%s: there is no directory %s" % (
@@ -6499,9 +6517,6 @@ _UNPACK = "io.deis.oras.content.unpack"  # ORAS: the blob is a directory, packed
 _CHART_ENDINGS = {  # helm.sh/helm, pkg/registry
     "application/vnd.cncf.helm.chart.content.v1.tar+gzip": ".tgz",
     "application/vnd.cncf.helm.chart.provenance.v1.prov": ".tgz.prov"}
-_ENDINGS = (  # by what is in a media type
-    ("tar.gzip", ".tar.gz"), ("tar.zstd", ".tar.zst"), ("tar", ".tar"),
-    ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("text/", ".txt"), ("", ""))
 
 
 class _Blob(value_type("_Blob", "where shared")):
@@ -6543,8 +6558,7 @@ class FilesOutput(RootfsOutput):
                     name = config.need("name", str) + "-" + config.need("version", str)
                 name += _CHART_ENDINGS[kind]
             elif not name:
-                name = "%s-%.12s" % blob.digest + next(
-                    ending for word, ending in _ENDINGS if re.search(word, kind))
+                name = "%s-%.12s" % blob.digest
                 if not fetched:
                     log.warning("%s: a file without name is %s", image.reference, name)
             parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -6567,16 +6581,18 @@ class FilesOutput(RootfsOutput):
             *above, last = name = tuple(name.encode("utf-8").split(b"/"))
             layer, = blob_layers([blob])
             path, shared = self.place(image, layer).path, times[blob.digest] > 1
-            node = Node(Entry(b"", "file", blob.size, 0o644, 0, 0, 0),
-                        (_Blob(path, shared), 0) if blob.size else None)
+            node = Node(Entry(b"", "file", blob.size, 0o644, 0, 0, 0, where=(
+                0 if blob.size else None)).dumps(), _Blob(path, shared))
             if blob.annotations.get(_UNPACK, "").lower() == "true":
                 node = self._directory(name, layer, path)
                 self._stores[blob.digest].shared = shared
             tree._directory(above, make=True).children[last] = node
         own = (os.geteuid(), os.getegid()) if hasattr(os, "geteuid") else (0, 0)
         for _, node, _ in itertools.chain([(b"", tree.root, None)], tree.walk()):
-            node.entry = node.entry._replace(
-                mode=node.entry.mode & 0o777, uid=own[0], gid=own[1], xattrs=())
+            entry = node.entry
+            entry = entry._replace(mode=entry.mode & 0o777, uid=own[0], gid=own[1],
+                                   xattrs=())
+            node.record, node.linked = entry.dumps(), node.linked and entry
         return tree
 
     def _directory(self, name, layer, path):
@@ -6587,13 +6603,15 @@ class FilesOutput(RootfsOutput):
             unpack(Region(path, 0, layer.blob_size).pieces(), show(b"/".join(name)),
                    self.max_layer_size, lambda tar: self.visit(layer, tar),
                    check=self.check)
-        found = self._stores[layer.digest].entries
-        entries = [row for row in found if row[0].kind not in ("char", "block")]
-        if len(entries) < len(found):  # in a tar they would be others' to make
+        store = self._stores[layer.digest]
+        found = len(store.records)
+        store.records = [record for record in store.records
+                         if Entry.loads(record).kind not in ("char", "block")]
+        if len(store.records) < found:  # in a tar they would be others' to make
             log.warning("%s: device nodes left out: %d", show(b"/".join(name)),
-                        len(found) - len(entries))
+                        found - len(store.records))
         tree = Tree(self.check, self._census)
-        tree.apply(entries)
+        tree.apply(store)
         found = tree._node(name), tree._node(name[-1:]), tree.root
         return next(node for node in found if node and node.children is not None)
 
@@ -7194,7 +7212,7 @@ class Puller:
         self._verbatim = {layer.digest for image in images for layer in image.wanted
                           if not layer.id}  # an artifact's blobs have none
         self._opaque = {layer.digest for image in images for layer in image.wanted
-                        if layer.opaque}
+                        if layer.id and layer.diff_id is None}
         try:
             # 3. A place for them, and into it their layers, each proved.
             images, fetched = self._fetch_all(images)
@@ -8091,10 +8109,10 @@ class _Headers(LayerPack):
 
     layer = wanted = None
 
-    def _keep(self, data, name):
-        number = len(self.entries)
+    def _keep(self, data):
+        number = len(self.records)
         if number == self.wanted:
-            super()._keep(data, name)
+            super()._keep(data)
         return number
 
 
@@ -8121,7 +8139,7 @@ class Look:
                 self._drawn.insert(0, self._headers(self._waiting.pop()))
             tree = Tree(self._check, self._census)
             for headers in self._drawn:
-                tree.apply(headers.entries)
+                tree.apply(headers)
             directory, names, left = tree.lead(parts)
             way = tuple(names + left)
         node = directory.children.get(left[0]) if left else directory
@@ -8133,9 +8151,9 @@ class Look:
 
     def data(self, node):
         """Yields the data of a file's Node, once all of its layer is proved."""
-        if node.data is not None:
-            headers, number = node.data
-            headers.wanted = number
+        headers, where = node.store, node.entry.where
+        if where is not None:
+            headers.wanted = where
             self._draw(headers)
             with open(headers.path(None), "rb") as file:
                 yield from pieces(file, check=self._check)
@@ -8175,7 +8193,7 @@ class Look:
         headers.layer = layer
         self._draw(headers)
         made, there = {()}, set()  # directories, and what else
-        for entry, _ in headers.entries:
+        for entry in map(Entry.loads, headers.records):
             self._check()
             parts = member_parts(entry.path)
             above = parts[:-1]

@@ -2201,7 +2201,8 @@ FLAT_MARKS = (("=>", "hardlink"), ("->", "symlink"), ("=", "file"))
 
 
 def flat_row(word):
-    """What Tree.apply takes, from a word: d/  f=content  s->target  h=>target."""
+    """The Entry in a word: d/  f=content  s->target  h=>target. A file's content is
+    where its data is."""
     for mark, kind in FLAT_MARKS:
         name, found, rest = word.partition(mark)
         if found:
@@ -2210,15 +2211,20 @@ def flat_row(word):
         kind, name, rest = "dir", word, ""
     link = rest.encode() if kind in ("hardlink", "symlink") else b""
     data = rest if kind == "file" else None
-    entry = imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link)
-    return entry, data
+    return imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link,
+                        where=data)
+
+
+def flat_layer(entries):
+    """What Tree.apply takes: such Entries as a LayerStore has them."""
+    return types.SimpleNamespace(records=[entry.dumps() for entry in entries])
 
 
 def flat_tree(layers):
     """The Tree that layers make, each a text of words."""
     tree = imagec.Tree()
     for layer in layers:
-        tree.apply([flat_row(word) for word in layer.split()])
+        tree.apply(flat_layer(map(flat_row, layer.split())))
     return tree
 
 
@@ -2239,7 +2245,8 @@ def flat_words(rows):
 def flat_tree_words(tree):
     return flat_words(
         (path.decode(), id(node), node.entry.kind,
-         node.entry.link.decode() if node.entry.kind == "symlink" else node.data or "")
+         node.entry.link.decode() if node.entry.kind == "symlink" else
+         node.entry.where or "")
         for path, node, _ in tree.walk())
 
 
@@ -2309,10 +2316,11 @@ def raw_words(text):
 
 
 def raw_word(word):
-    entry, data = flat_row(word)
+    entry = flat_row(word)
     kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
     mode = 0o755 if entry.kind == "dir" else 0o644
-    return raw_member(entry.path, (data or "").encode(), kind, entry.link, mode=mode)
+    return raw_member(entry.path, (entry.where or "").encode(), kind, entry.link,
+                      mode=mode)
 
 
 def stored_state(directory, besides=()):
@@ -4292,11 +4300,11 @@ BAD_TARS = (
     ("NUL in a pax key", pax((b"SCHILY.xattr.user.a\0b", b"v")) + A_FILE,
      "after 0 members"),
     # T158: an extension of nothing
-    ("pax at the end", A_FILE + pax((b"path", b"x")), "cut short"),
-    ("long name at the end", A_FILE + tar_member(b"n\0", kind=b"L"), "cut short"),
-    ("pax before the end", A_FILE + pax((b"path", b"x")) + TAR_END, "after 1 members"),
-    ("long name before the end", A_FILE + tar_member(b"n\0", kind=b"L") + TAR_END,
-     "after 1 members"),
+    *(("%s, %d bytes before the end" % (kind, len(end)), A_FILE + header + end,
+       "after 1 members: an extended header of no member")
+      for kind, header in (("pax", pax((b"path", b"x"))),
+                           ("long name", tar_member(b"n\0", kind=b"L")))
+      for end in (b"", TAR_END)),
     # Go takes the last, tarfile the first
     ("two pax headers", pax((b"size", b"650")) + pax((b"size", b"900")) + A_FILE,
      "after 0 members"),
@@ -10290,7 +10298,7 @@ class FlatModel:
         self.inodes = {}
 
     def apply(self, words):
-        rows = [(flat_row(word)[0], word) for word in words]
+        rows = [(flat_row(word), word) for word in words]
         for entry, _ in rows:
             self.delete(entry.path.decode())
         for entry, word in rows:
@@ -10379,7 +10387,7 @@ def flat_store(tars, folder, kind=imagec.LayerStore):
     for number, tar in enumerate(tars):
         store = kind(os.path.join(folder, str(number)))
         imagec.unpack([tar], visit=store.visit)
-        tree.apply(store.entries)
+        tree.apply(store)
     return tree
 
 
@@ -10400,8 +10408,8 @@ class FlatteningTest(unittest.TestCase):
         self.assertEqual(tree.root.entry.mode, 0o755)
         for mode in (0o700, 0o711):
             entry = imagec.Entry(path, "dir", 0, mode, 7, 8, mode)
-            tree.apply([(entry, None)])
-            tree.apply([flat_row("d/y=2")])
+            tree.apply(flat_layer([entry]))
+            tree.apply(flat_layer([flat_row("d/y=2")]))
             (_, node, _), (inside, _, _), _ = tree.walk()
             self.assertEqual((tree.root if path == b"./" else node).entry, entry)
             self.assertEqual(inside, b"d/x")
@@ -10777,20 +10785,6 @@ class RootfsOutputTest(StoredCase):
             if expected:
                 self.assertEqual(found, expected)
 
-    def test_python_that_cannot_link_to_a_link(self):
-        """PyPy's os.link has no follow_symlinks=False that works: two do as well."""
-        true = os.link
-
-        def link(source, target, **options):
-            if options:
-                raise OSError(errno.EINVAL, "Invalid argument", source)
-            true(source, target)
-
-        with mock.patch.object(os, "link", link):
-            self.rootfs(raw_words("a=1 b=>a s->x h=>s"))
-        self.assertEqual(flat_directory_words(self.at("out")),
-                         ["a=1", "b=>a", "h->x", "s->x"])
-
     @rows((text,) for text in ("1.5", "-1.5", "-1", "-0.25", "5000000000.5"))
     def test_times_in_a_tar(self, text):
         header = imagec.tar_header(b"x", 0, mtime=int(float(text) * 10 ** 9))
@@ -11093,13 +11087,13 @@ FILES = (
     ("without a name", [
         ("application/spdx+json", b"{1}", None), (DIRECTORY, b"x", None),
         ("application/vnd.oci.empty.v1+json", b"{}", None), ("a/b", b"y", {"k": "v"})],
-     {}, "%s.json={1} %s.tar.gz=x %s.json={} %s=y" % tuple(
+     {}, "%s={1} %s=x %s={} %s=y" % tuple(
          sha256(data).replace(":", "-")[:19] for data in (b"{1}", b"x", b"{}", b"y"))),
     ("a config alone", [], dict(config=b"{2}", config_type="application/x+json"),
-     sha256(b"{2}").replace(":", "-")[:19] + ".json={2}"),
+     sha256(b"{2}").replace(":", "-")[:19] + "={2}"),
     ("cosign's attestation", [("application/vnd.dsse.envelope.v1+json", b"{3}", None)],
      dict(kind=None, config_type=MEDIA_TYPES["oci"]["config"]),
-     sha256(b"{3}").replace(":", "-")[:19] + ".json={3}"),
+     sha256(b"{3}").replace(":", "-")[:19] + "={3}"),
 )
 UNSAFE_FILES = worded(
     ("unsafe name", *[([(FILE, b"1", name)],) for name in (
@@ -11128,7 +11122,7 @@ class FilesTest(StoredCase):
                             self.at(out), reference)
             self.assertEqual(run.status, 0, run.err)
             self.assertEqual(run.out.decode(), "%s@%s\n" % (reference, image.digest))
-            unnamed = re.findall("sha256-[^ =]*", wanted)
+            unnamed = re.findall("sha256-[0-9a-f]*", wanted)
             self.assertEqual(re.findall("without name is (.*)\n", run.err), unnamed)
         found = flat_directory_words(os.fsencode(self.at("out")).decode("utf-8"))
         self.assertEqual([os.fsencode(word) for word in found], [
@@ -13996,16 +13990,16 @@ def look_over(layers):
     look = imagec.Look(named(transport=named(check=imagec.go_on), max_files=10000),
                        image, ".")
     look._draw = lambda headers: imagec.LayerStore.visit(
-        headers, map(flat_row, headers.layer.words.split()))
+        headers, ((flat_row(word), None) for word in headers.layer.words.split()))
     return look
 
 
 def looked_at(node):
     """The data of a file that a Look has found, None for another."""
-    if node.data is None:
-        return "" if node.entry.kind == "file" else None
-    headers, number = node.data
-    return flat_row(headers.layer.words.split()[number])[1]
+    kind, number = node.entry.kind, node.entry.where
+    if number is None:
+        return "" if kind == "file" else None
+    return flat_row(node.store.layer.words.split()[number]).where
 
 
 def looked_up(find, path):
@@ -17597,9 +17591,9 @@ class StreamTest(CommandLineCase):
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
     errno fcntl fnmatch functools gc getpass glob hashlib hmac http io ipaddress
-    itertools json logging lzma os platform queue random re selectors shutil signal
-    socket socketserver ssl stat struct subprocess sys tempfile threading time types urllib
-    zlib
+    itertools json logging lzma marshal os platform queue random re selectors shutil
+    signal socket socketserver ssl stat struct subprocess sys tempfile threading time
+    types urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
@@ -18740,7 +18734,7 @@ class FuzzTest(ThreatCase):
         unpacked(pieces(blob, itertools.repeat(4096)), limit=1 << 20,
                  visit=store.visit)
         tree = imagec.Tree()
-        tree.apply(store.entries)
+        tree.apply(store)
         if isinstance(store, imagec.LayerPack):
             imagec.write_tree_tar(tree, lambda data: None)
         else:
@@ -19254,7 +19248,6 @@ THREAT_WORK = (
     ("_move", imagec.TreeWriter, "rootfs", "root", False),
     ("tree_tar_size", imagec, "rootfs", "root.tar", False),
     ("write_tree_tar", imagec, "rootfs", "root.tar", False),
-    ("_copy_data", imagec, "rootfs", "root.tar", False),
 )
 
 
