@@ -699,7 +699,13 @@ def parse_json(raw, what, repeatable=False):
             raise ValueError("more than %d objects and arrays" % JSON_COUNT_LIMIT)
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
                            parse_int=integer, parse_float=real, parse_constant=real)
-        _check_depth(value)
+        level = [[value]]
+        for _ in range(JSON_DEPTH_LIMIT + 1):
+            level = [child for one in level
+                     for child in (one.values() if type(one) is dict else one)
+                     if type(child) in (dict, list)]
+        if level:  # deeper than all that walk it later
+            raise RecursionError
         return value
     except (ValueError, RecursionError) as error:
         reason = ("nested too deep" if isinstance(error, RecursionError)
@@ -708,17 +714,6 @@ def parse_json(raw, what, repeatable=False):
             "%s is not valid JSON: %s" % (what, reason),
             "it looks like HTML: is that host a registry?"
             if raw.lstrip()[:1] == b"<" else None) from None
-
-
-def _check_depth(value):
-    """Raises ValueError where a JSON value is deeper than all that walk it later."""
-    level = [[value]]
-    for _ in range(JSON_DEPTH_LIMIT + 1):
-        level = [child for one in level
-                 for child in (one.values() if type(one) is dict else one)
-                 if type(child) in (dict, list)]
-    if level:
-        raise ValueError("nested too deep")
 
 
 def canonical_json(value, sort_keys=True):
@@ -1450,18 +1445,6 @@ def _pax_time(text):
     return int(sign + seconds + rest[:9].ljust(9, b"0"))
 
 
-def _pax_sparse(pax):
-    """Whether it is the header of a sparse file with its map in the data (GNU's 1.0).
-
-    Raises ValueError for what GNU tar wrote before 1.16, in 2006, and for other kinds.
-    """
-    if (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")) == (b"1", b"0"):
-        return True
-    if any(key.startswith(b"GNU.sparse.") for key in pax):
-        raise ValueError("a sparse file whose map is of an unknown kind")
-    return False
-
-
 def _sparse_map(numbers, size, stored):
     """(bytes of a hole, bytes of data behind it) pairs of a file of `size` bytes, from
     its map of (offset, length) pairs; as many bytes are `stored`. Raises ValueError.
@@ -1587,11 +1570,15 @@ class Tar:
     def _member(self, kind, entry, block):
         """(Entry, data) of a member proper: its logical size counts."""
         stored = size = entry.size
-        inline = False  # whether a sparse map is in the data
+        inline = False  # whether a sparse map is in the data (GNU tar's 1.0)
         if self._pax or self._long:
             stored = size = self._number(b"size", size)
             size = self._number(b"GNU.sparse.realsize", size)
-            inline, entry = _pax_sparse(self._pax), self._extended(entry)
+            inline = any(key.startswith(b"GNU.sparse.") for key in self._pax)
+            if inline and (b"1", b"0") != (self._pax.get(b"GNU.sparse.major"),
+                                           self._pax.get(b"GNU.sparse.minor")):
+                raise ValueError("a sparse file whose map is of an unknown kind")
+            entry = self._extended(entry)
             self._pax, self._long = {}, {}
         if kind == b"\0" and entry.path.endswith(b"/"):
             entry = entry._replace(kind="dir")
@@ -5991,10 +5978,6 @@ class LayerStore:
                     entry.kind == "symlink"):
                 raise InvalidDocument("%s: %s: a NUL byte in its name, or a link to "
                                       "nothing" % (self._what, show(entry.path)))
-            names = len(entry.path) + len(entry.link) + sum(
-                len(key) + len(value) for key, value in entry.xattrs)
-            self._names += names
-            self._census.add(1, names, self._what)
             where = None
             if entry.kind == "file" and entry.size:
                 try:
@@ -6003,6 +5986,10 @@ class LayerStore:
                     error.filename = error.filename or "%s of %s" % (
                         show(entry.path), self._what)
                     raise
+            names = len(entry.path) + len(entry.link) + sum(
+                len(key) + len(value) for key, value in entry.xattrs)
+            self._names += names
+            self._census.add(1, names, self._what)
             self.records.append(Entry.dumps((*entry[:-1], where)))
 
     def path(self, number):
@@ -6051,32 +6038,33 @@ class LayerPack(LayerStore):
 
 class Node:
     """An inode of the tree: its Entry as bytes, the LayerStore of its data, a
-    directory's children. `linked` is its Entry as hard links to it have made it.
+    directory's children. `kept` is the Entry itself, of an inode with hard links as
+    they have made it; None of those that are looked at but a few times.
     """
 
-    __slots__ = ("record", "store", "children", "linked")
+    __slots__ = ("record", "store", "children", "kept")
 
     def __init__(self, record, store=None, children=None):
         self.record, self.store, self.children = record, store, children
-        self.linked = None
+        self.kept = None
 
     @property
     def entry(self):
-        """Its Entry, made anew each time where there are no hard links to it."""
-        return self.linked or Entry.loads(self.record)
+        """Its Entry, made anew unless it is kept."""
+        return self.kept or Entry.loads(self.record)
 
 
 class Tree:
     """The file tree an image's layers make; `apply` them oldest first.
 
-    `check` raises where work on it should not go on; `census` has counted the members.
+    `check` raises where work on it should not go on; `census` has counted the members;
+    those of the kinds `unwanted` are left out.
     """
 
-    def __init__(self, check=go_on, census=None):
+    def __init__(self, check=go_on, census=None, unwanted=("unknown",)):
         self.check, self._census = check, census or Census()
         self.root = Node(_IMPLICIT, children={})
-        self.unknown = 0  # members of no known kind, left out
-        self._links = {}  # Node that is no directory -> target of a symlink, or b""
+        self._unwanted, self.left_out = unwanted, 0
         self._detours = 0  # steps taken behind links
 
     def apply(self, store):
@@ -6133,13 +6121,6 @@ class Tree:
         directory, _, left = self.lead(parts, make, own)
         return None if left else directory
 
-    def _link(self, node):
-        """Where a symlink leads, else b""; kept, for many names may lead through it."""
-        if node not in self._links:
-            entry = node.entry
-            self._links[node] = entry.link if entry.kind == "symlink" else b""
-        return self._links[node]
-
     def lead(self, parts, make=False, own=()):
         """(directory, names of the way there, parts left) to which `parts` lead.
 
@@ -6159,14 +6140,17 @@ class Tree:
                 del trail[max(1, len(trail) - 1):], names[-1:]
                 continue
             node = trail[-1].children.get(part)
-            target = node and node.children is None and self._link(node)
-            if target:
+            entry = None
+            if node is not None and node.children is None:
+                entry = node.kept = node.entry  # many names may lead here
+            if entry and entry.kind == "symlink":
                 if not hops and parts[:len(trail)] in own:
                     return trail[-1], names, [part] + todo[::-1]
                 hops += 1
                 if hops > _LINK_LIMIT:
                     raise InvalidDocument("links in a loop at %s"
                                           % show(b"/".join(parts)))
+                target = entry.link
                 if target.startswith(b"/"):
                     del trail[1:], names[:]
                 todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
@@ -6189,8 +6173,8 @@ class Tree:
         parts = self._parts(entry.path)
         if is_whiteout(parts):
             return True
-        if entry.kind == "unknown":
-            self.unknown += 1
+        if entry.kind in self._unwanted:
+            self.left_out += 1
             return True
         if not parts:
             if entry.kind != "dir":
@@ -6207,7 +6191,7 @@ class Tree:
                 raise InvalidDocument("a hard link to the directory %s"
                                       % show(entry.link))
             found = target.entry
-            target.linked = found._replace(  # docker and podman: for the inode
+            target.kept = found._replace(  # docker and podman: for the inode
                 mode=entry.mode, uid=entry.uid, gid=entry.gid, mtime=entry.mtime,
                 xattrs=tuple(dict(found.xattrs + entry.xattrs).items())
                 if entry.xattrs else found.xattrs)
@@ -6230,7 +6214,7 @@ class Tree:
             path, node = stack.pop()
             if path:
                 yield path, node, first.get(node)
-                if node.linked:
+                if node.kept:
                     first.setdefault(node, path)
             if node.children:
                 above, below = path + b"/" if path else b"", node.children
@@ -6300,8 +6284,8 @@ class TreeWriter:
     def finish(self, directory):
         """All is in its place: the root's own attributes open it to others."""
         self._dress(os.fsencode(directory), self._tree.root.entry)
-        if self._tree.unknown:
-            self.undone["members of unknown types left out"] = self._tree.unknown
+        if self._tree.left_out:
+            self.undone["members of unknown types left out"] = self._tree.left_out
 
     def _make(self, entry, store, place):
         """A file, link or device, still without its attributes; whether it was made."""
@@ -6592,7 +6576,7 @@ class FilesOutput(RootfsOutput):
             entry = node.entry
             entry = entry._replace(mode=entry.mode & 0o777, uid=own[0], gid=own[1],
                                    xattrs=())
-            node.record, node.linked = entry.dumps(), node.linked and entry
+            node.record, node.kept = entry.dumps(), node.kept and entry
         return tree
 
     def _directory(self, name, layer, path):
@@ -6603,15 +6587,12 @@ class FilesOutput(RootfsOutput):
             unpack(Region(path, 0, layer.blob_size).pieces(), show(b"/".join(name)),
                    self.max_layer_size, lambda tar: self.visit(layer, tar),
                    check=self.check)
-        store = self._stores[layer.digest]
-        found = len(store.records)
-        store.records = [record for record in store.records
-                         if Entry.loads(record).kind not in ("char", "block")]
-        if len(store.records) < found:  # in a tar they would be others' to make
-            log.warning("%s: device nodes left out: %d", show(b"/".join(name)),
-                        found - len(store.records))
-        tree = Tree(self.check, self._census)
-        tree.apply(store)
+        # In a tar, devices would be others' to make.
+        tree = Tree(self.check, self._census, ("char", "block", "unknown"))
+        tree.apply(self._stores[layer.digest])
+        if tree.left_out:
+            log.warning("%s: devices and unknown types left out: %d",
+                        show(b"/".join(name)), tree.left_out)
         found = tree._node(name), tree._node(name[-1:]), tree.root
         return next(node for node in found if node and node.children is not None)
 

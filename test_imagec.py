@@ -11152,7 +11152,7 @@ class FilesTest(StoredCase):
         run = self.main(*argv + [self.at("out")])
         self.assertEqual(statuses + [run.status], [0, 0], err + run.err)
         self.assertNotIn("not set", err + run.err)
-        self.assertIn("'d': device nodes left out: 2", run.err)
+        self.assertIn("'d': devices and unknown types left out: 2", run.err)
         for path, mode in ((".", 0o755), ("d", 0o777), ("d/f", 0o755), ("e", 0o755),
                            ("e/g", 0o644)):
             facts = os.stat(self.at("out", path))
