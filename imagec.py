@@ -7745,6 +7745,13 @@ def new_output(path, format=None, tag=None, stream=None, sole=None):
     return output
 
 
+def planned(images, move, size, there, as_json):
+    """What --dry-run prints: images by name, bytes to `move`, bytes there already."""
+    if as_json:
+        return [json.dumps({"images": images, "to_" + move: size, "present": there})]
+    return images + ["to %s: %d bytes; already there: %d" % (move, size, there)]
+
+
 def is_path(text):
     """Whether what a user wrote is a path, not a reference.
 
@@ -8054,6 +8061,12 @@ def _run_verify(args, session):
     if args.image is not None and session.rule is None:
         raise UsageError("--image, but all is looked at", "it goes with --verify-key")
     audit = Audit(session.transport.check).check(args.path, args.bases or ())
+    if args.json:
+        yield SECRETS.hide(json.dumps({
+            "path": args.path, "images": audit.images, "blobs": audit.blobs,
+            "faults": audit.faults, "missing": sorted(audit.absent),
+            "elsewhere": sorted(map(str, audit.elsewhere)),
+            "not_checked": audit.unchecked, "not_looked_at": audit.ignored}))
     for text in audit.unchecked:  # with -q, too
         log.error("warning: not checked: %s", text)
     for text in audit.faults + list(map(": ".join, audit.absent.items())):
@@ -8074,8 +8087,9 @@ def _run_verify(args, session):
     if audit.ignored:
         log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
                   audit.ignored[0], " and %d more" % more * bool(more))
-    yield printable("%s: good: images: %d, blobs or files: %d" % (
-        args.path, audit.images, audit.blobs))
+    if not args.json:
+        yield printable("%s: good: images: %d, blobs or files: %d" % (
+            args.path, audit.images, audit.blobs))
 
 
 # --------------------------------------------------------------------------------------
@@ -8877,16 +8891,19 @@ class Pusher:
                     listed - {digest}))
         return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
 
-    def push(self, reference, documents, blobs, dry_run=False):
+    def sizes(self, reference, blobs):
+        """Bytes of these blobs, see push, that are not there, and bytes that are."""
+        size, there = sum(at.size for _, at in blobs), sum(
+            at.size for one, at in blobs
+            if self._target.has_blob(reference.repository, one))
+        return size - there, there
+
+    def push(self, reference, documents, blobs):
         """Sends the last of the documents, with those before it, which it lists, and
         (Descriptor, Region) pairs: the References by which what went is there.
         """
         target, notify, top = self._target, self._session.notify, documents[-1]
         repository, tag = reference.repository, reference.tag
-        if dry_run:
-            log.info("%s: to send: %d bytes", reference, sum(
-                at.size for one, at in blobs if not target.has_blob(repository, one)))
-            return [reference._replace(digest=top.digest)]
         notify(Event("Pushing to " + repository, reference.tag_or_digest))
         for blob, region in blobs:
             notify(Event("Preparing", blob.digest.hex[:12], None, region.size))
@@ -8945,7 +8962,13 @@ def _run_push(args, session):
             spool.flush()
         for image in pusher.plan(path, args.path):
             with session.trying(image[0]):
-                for one in pusher.push(*image, args.dry_run):
+                if args.dry_run:
+                    name, documents, blobs = image
+                    yield from planned(
+                        [str(name._replace(digest=documents[-1].digest))], "send",
+                        *pusher.sizes(name, blobs), args.json)
+                    continue
+                for one in pusher.push(*image):
                     told = {"reference": str(one), "digest": str(one.digest)}
                     yield json.dumps(told) if args.json else str(one)
 
@@ -9272,13 +9295,6 @@ def plan(session, references, output, args):
                    "fetch", sum(size for size, _ in there) - have, have, args.json)
 
 
-def planned(images, move, size, there, as_json):
-    """What --dry-run prints: images by name, bytes to `move`, bytes there already."""
-    if as_json:
-        return [json.dumps({"images": images, "to_" + move: size, "present": there})]
-    return images + ["to %s: %d bytes; already there: %d" % (move, size, there)]
-
-
 def read_list(path, trying):
     """The References in a file in UTF-8, one a line; "#" begins a comment. None: none.
 
@@ -9572,7 +9588,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--dry-run", "pull push", "say what would be fetched or sent, and stop"),
     ("-j --jobs N", "pull push", "connections at once", JOBS),
     ("--progress auto|plain|none", "pull push", "a line redrawn, or lines", "auto"),
-    ("--json", "pull push layers ls digest tags", "results as JSON"),
+    ("--json", "pull push layers ls digest verify tags", "results as JSON"),
     ("--platform platforms OS/ARCH[/VARIANT]...", _PULLS, "default: this host's; "
      "several: to oci or archive; all: the whole index, to oci"),
     ("--image NAME", "verify " + _IMAGE, "which of several at a path"),

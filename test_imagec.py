@@ -13634,6 +13634,20 @@ class AuditTest(StoredCase):
         self.assertEqual(len([f for f in audit.faults if "expected" in f]), 39)
         self.assertEqual(len(audit.unchecked), 9)
 
+    def test_json(self):
+        path = self.good("oci")
+        blob = os.path.join(path, AUDIT_BLOBS + self.words["b0"])
+        for damage, status, wrong in ((lambda path: None, 0, []),
+                                      (damage_flip, 3, ["faults"]),
+                                      (os.unlink, 1, ["missing"])):
+            damage(blob)
+            run = self.main("verify", "--json", path)
+            told = json.loads(run.out.decode())
+            self.assertEqual((run.status, told["path"], told["images"]),
+                             (status, path, 1))
+            self.assertEqual([what for what, found in told.items() if type(found) is list
+                              and found], wrong)
+
     @able(hasattr(os, "mkfifo"), "make fifos")
     def test_only_regular_files_are_read(self):
         table = [("oci", name) for name in ("oci-layout", "index.json")]
@@ -15477,15 +15491,15 @@ class PushTest(PushCase):
         path, events = self.layout_of(PUSH_NAMED), []
         run = self.push(path, "--dry-run")
         self.assertEqual(self.asked(), (0, 0, 0, 0))
-        self.assertIn("to send: %d bytes" % sum(map(len, PUSH_IMAGE.blobs.values())),
-                      run.err)
+        size = sum(map(len, PUSH_IMAGE.blobs.values()))
         one, = imagec.push(path, self.target.host, progress=events.append, no_creds=True)
-        self.assertEqual(str(one) + "\n", run.out.decode())
+        self.assertEqual(run.out.decode(), "%s\nto send: %d bytes; already there: 0\n" % (
+            one, size))
         self.assertEqual([event.status for event in events[:1] + events[-1:]],
                          ["Pushing to app", "Digest: " + PUSH_IMAGE.digest])
         run = self.push(path, "--dry-run", "--json")
-        self.assertIn("to send: 0 bytes", run.err)
-        self.assertEqual(json.loads(run.out.decode())["reference"], str(one))
+        self.assertEqual(json.loads(run.out.decode()), {
+            "images": [str(one)], "to_send": 0, "present": size})
 
 
 class PushFaultsTest(PushCase):
