@@ -20915,6 +20915,16 @@ class ServePodmanTest(ServeRealCase, PodmanCase):
                                     ref)
                 self.assertEqual(found.split(), [self.images[name].digest])
 
+    @needs("docker-registry")
+    def test_pull_of_what_was_pushed(self):
+        registry = DockerRegistry(self.work)
+        self.addCleanup(registry.close)
+        imagec.push(self.layout, registry.host, no_creds=True)
+        ref = registry.host + "/lab/oci:1"
+        self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
+        found = self.podman("images", "--digests", "--format", "{{.Digest}}", ref)
+        self.assertEqual(found.split(), [self.images["lab/oci"].digest])
+
 
 class PushRelay(Relay):
     """Counts what is sent through it; where that is `cuts[0]` bytes, it hangs up."""
