@@ -5496,11 +5496,12 @@ def made_index(entries, origin=None):
     return decode_manifest(raw)
 
 
-def contents(path, manifests, **index):
-    """`index`, with these entries, as the bytes of a list of what a layout at `path`
-    holds. Raises OutputError where nobody would read it.
+def contents(path, index):
+    """`index`, JSON-able, as the bytes of the list of what a layout at `path` holds.
+
+    Raises OutputError where nobody would read it.
     """
-    raw = canonical_json(dict(index, manifests=manifests))
+    raw = canonical_json(index)
     try:
         if len(raw) > CONTENTS_LIMIT:
             raise LimitExceeded("its list would have %d bytes, more than the limit of "
@@ -5611,7 +5612,7 @@ class OCIOutput(Output):
             for image in images:
                 add_to_index(index["manifests"],
                              index_entry(image, self.name_of(image)))
-            raw = contents(self.path, **index)
+            raw = contents(self.path, index)
             partial.truncate()
             partial.write(raw)
             partial.commit()
@@ -5831,8 +5832,8 @@ class ArchiveOutput(Spooled):
         for image, name in images:
             if name is not None and image.layers:  # what docker before 1.10 reads
                 repositories.setdefault(name.name, {})[name.tag] = image.layers[-1].id
-        members += [
-            (name, contents(self.path, entries, schemaVersion=2, mediaType=OCI_INDEX))
+        members += [(name, contents(self.path, {
+            "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}))
             for name, entries in lists.items() if entries or name == "index.json"]
         members.append(("manifest.json", _docker_manifest(images)))
         if repositories:
@@ -8246,7 +8247,7 @@ def _run_cat(args, session):
         if node.entry.kind != "file":
             raise Unsupported("%s is a %s, not a file" % (
                 show(b"/" + path), node.entry.kind.replace("dir", "directory")),
-                "list it with ls")
+                "ls lists it, pull --format rootfs --path has what is below it")
         yield from look.data(node)
 
 

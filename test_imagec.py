@@ -9520,7 +9520,7 @@ class OCIOutputTest(StoredCase):
         two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
         self.layout(one)
         index = self.index()
-        index.update({"x-unknown": {"deep": [1, 2.5, "\xe9"]},
+        index.update({"x-unknown": {"deep": [1, 2.5, "\xe9"]}, "path": "x",
                       "annotations": {"k": "v"}})
         index["manifests"][0]["x-entry"] = True
         index["manifests"][0]["annotations"]["mine"] = "kept"
