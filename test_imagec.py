@@ -14148,7 +14148,8 @@ class LookTest(StoredCase):
         for path, out in ("a", b"top"), ("b", b"1"):
             self.assertEqual(self.read("cat", "-q", self.at("d.tar"), path)[0], out)
 
-    @rows(((["d/ s->d"], "d", 1, "'/d' is a directory, not a file; list it with ls"),
+    @rows(((["d/ s->d"], "d", 1, "'/d' is a directory, not a file; ls lists "
+            "it, pull --format rootfs --path has what is below it"),
            (["d/ s->d"], "s", 1, "'/d' is a directory"),
            (["d/"], "d/x", 4, "lab/app:1: there is no file '/d/x'"),
            (["s->no"], "s", 4, "there is no file '/no'"),
