@@ -19503,7 +19503,7 @@ class MemoryTest(ThreatProcessCase):
             functools.partial(gzip_bytes, level=1))))
         run = self.run_alone(
             *self.pull_argv(self.ref, "rootfs", self.at("root.tar")),
-            limits={"RLIMIT_CPU": 5}, patches={"MEMBER_NAMES_LIMIT": 31 << 20})
+            limits={"RLIMIT_CPU": 5}, patches={"MEMBER_NAMES_LIMIT": 28 << 20})
         self.assertIn(run.status, (0, 3), run.err)
         self.assertLess(run.peak, THREAT_MEMORY + (32 << 10))
 
