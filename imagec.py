@@ -7674,11 +7674,12 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
 
         imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
 
-    `output` is a path; `format` a name in OUTPUTS, None for "archive" where
-    that ends in .tar and else "layers"; `platform` None for this host's, "all",
-    or a list of several; `tag` a name for the image to be loaded by, None for
-    its own; `progress(Event)` is told what happens, from several threads;
-    `options` are Session's. Raises ImagecError, and OSError of the local disk.
+    `output` is a path; `format` "layers", "oci", "archive", "rootfs" or
+    "files", None for "archive" where that ends in .tar, else "layers";
+    `platform` None for this host's, "all", or a list; `tag` a name to load it
+    by, None for its own; `progress(Event)` is told what happens, from several
+    threads; `options` are Session's. Raises ImagecError, and OSError of the
+    local disk.
     """
     reference = Reference.parse(str(reference))
     if platform is not None:
