@@ -9661,14 +9661,15 @@ def parse_arguments(argv):
 def _in_order(argv, known, refuse):
     """The words of a command line as argparse should have them: options come first.
 
-    It takes beginnings of options for these, repeats what was typed behind one, which
-    may be a password, and before 3.7 has no arguments between options. `known` are the
-    options, each with the metavar of its value, "" for none; `refuse` raises.
+    By itself argparse takes beginnings of options for these, repeats what was typed
+    behind one, maybe a password, and before 3.7 has no arguments between options.
+    `known` are the options, each with the metavar of its value, "" for none; `refuse`
+    raises.
     """
     options, words, todo = [], [], collections.deque(argv)
     while todo:
         text = todo.popleft()
-        name, given, value = text.partition("=")
+        name, given, _ = text.partition("=")
         if text == "--":
             words += todo
             break
