@@ -2517,7 +2517,7 @@ class _Kept(http.client.HTTPConnection):
     def connect(self):
         """TCP, the proxy's tunnel if any, TLS."""
         request = self._request
-        tls = request.type == "https" and self._transport.tls.context(request.host)
+        tls = request.type == "https" and self._transport.tls.begin(request.host)
         host, _, port = (request.proxy or authority(self.host, self.port)).rpartition(
             ":")
         self._reach(host.strip("[]"), int(port))
@@ -2526,8 +2526,8 @@ class _Kept(http.client.HTTPConnection):
         elif request.tunnel:
             self._ask_socks(*request.tunnel[1:])
         if tls:
-            self.sock = tls.wrap_socket(self.sock, server_hostname=self.host,
-                                        do_handshake_on_connect=False)
+            self.sock = tls().wrap_socket(self.sock, server_hostname=self.host,
+                                          do_handshake_on_connect=False)
             try:
                 self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
             except ssl.SSLError as error:
@@ -2853,8 +2853,7 @@ class TLSSettings:
         #: Name of a host -> whether any certificate of it is taken; False: once one has
         #: turned out to be bad.
         self._insecure = {}
-        # The roots are hundreds: reading them takes longer than a handshake.
-        self._context = functools.lru_cache(maxsize=None)(self._new_context)
+        self._begun = functools.lru_cache(maxsize=None)(self._begin)
 
     def name(self, host, forgiving=False, registry=True):
         """The user named `host` (`HOST[:PORT]`).
@@ -2877,13 +2876,17 @@ class TLSSettings:
 
     def context(self, host):
         """The TLS settings for one host; those of others where they do for it, too."""
+        return self.begin(host)()
+
+    def begin(self, host):
+        """What gives `context`: the system's roots are read until it is called."""
         verify = not self._insecure.get(host_name(host))
         roots, pairs = host_certificates(host)
         if self._cacert is not None:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
             pairs.append(self._client_pair)
-        return self._context(verify, tuple(roots), tuple(pairs))
+        return self._begun(verify, tuple(roots), tuple(pairs))
 
     def rootless(self, host):
         """Whether no CA certificate that we have could speak for `host`."""
@@ -2895,7 +2898,7 @@ class TLSSettings:
                     or any(glob.glob(glob.escape(place) + "/????????.[0-9]")
                            for place in places.split(os.pathsep)))
 
-    def _new_context(self, verify, roots, pairs):
+    def _begin(self, verify, roots, pairs):
         # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
         # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2911,12 +2914,18 @@ class TLSSettings:
             _load(context.load_verify_locations, path)
         for certificate, key in pairs:  # "": a password is not asked for on a terminal
             _load(context.load_cert_chain, certificate, key, "")
-        if verify:
-            context.load_default_certs()
-        else:
+        if not verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-        return context
+            return lambda: context
+        # They are hundreds: reading them takes longer than a handshake.
+        reading = threading.Thread(target=context.load_default_certs)
+        try:
+            reading.start()
+        except RuntimeError:  # no more threads are to be had
+            reading.run()
+            return lambda: context
+        return lambda: reading.join() or context
 
 
 class Transport:

@@ -6229,6 +6229,27 @@ class TLSFilesTest(FieldCase):
         self.assertEqual([context.check_hostname for context in contexts],
                          [True] * 4 + [False])
 
+    def test_roots_are_read_while_the_host_is_reached(self):
+        reached, threads = threading.Event(), []
+
+        def read(context):
+            threads.append(threading.current_thread())
+            self.assertTrue(reached.wait(10))
+
+        def reach(connection, *_args):
+            reached.set()
+            raise OSError("that far")
+
+        with mock.patch.object(ssl.SSLContext, "load_default_certs", read), \
+                mock.patch.object(imagec._Kept, "_reach", reach), \
+                self.fails(imagec.TransportError, "that far"):
+            self.transport().open("GET", "https://r.test/v2/")
+        threads[0].join()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError), \
+                mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
+            imagec.TLSSettings().context("r.test")
+        self.assertTrue(read.called)
+
     def test_context_is_as_strict_as_the_librarys(self):
         context, library = (imagec.TLSSettings().context("a.test"),
                             ssl.create_default_context())
