@@ -8857,12 +8857,6 @@ def docker_archive(images, style, links):
             b"repositories", b"{}") + bytes(1024)
 
 
-def archive_headers(header):
-    """What tarfile makes of header blocks."""
-    with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
-        return tar.next()
-
-
 class ArchiveOutputTest(StoredCase):
     """One tar that is an OCI layout and a docker-archive."""
 
@@ -8921,9 +8915,9 @@ class ArchiveOutputTest(StoredCase):
         references = [self.serve(ARCHIVE_TARS[:count], "lab/%d:1" % count, kind=kind)[0]
                       for count, kind in ((2, "schema1-signed"), (3, "schema1"),
                                           (1, "docker"), (4, "oci"))]
-        for number, order in in_turn(enumerate(itertools.permutations(references)), 3):
+        for number, order in in_turn(enumerate(itertools.permutations(references)), 6):
             with self.subTest(order=order):
-                if number % 2:
+                if number % 4 < 2:
                     self.archive(order[0], out="%d.tar" % number)
                 self.archive(*order, out="%d.tar" % number)
                 self.verify(self.at("%d.tar" % number))
@@ -9051,22 +9045,26 @@ class ArchiveOutputTest(StoredCase):
         dict(name=b"l", size=0, kind=b"2", link=b"t" * 200),
         dict(name=b"o", size=0, uid=1 << 22, gid=1 << 30),
         dict(name=b"c", size=0, kind=b"3", device=(5, 300), mode=0o4640),
-        dict(name=b"time", size=0, mtime=15 * 10 ** 8),
+        *(dict(name=b"time", size=0, mtime=hundredths * 10 ** 7)
+          for hundredths in (150, -150, -100, -25, 500000000050)),
         dict(name=b"x", size=0, xattrs=((b"user.a", b"v"),)))
 
     @rows((row["name"], row) for row in HEADERS)
     def test_tar_header(self, name, row):
-        info = archive_headers(imagec.tar_header(**row))
+        with tarfile.open(fileobj=io.BytesIO(imagec.tar_header(**row)
+                                             + bytes(1024))) as tar:
+            info = tar.next()
         found = dict(
             name=info.name.encode(), size=info.size, uid=info.uid, gid=info.gid,
-            link=info.linkname.encode(), mtime=int(info.mtime * 10 ** 9),
+            link=info.linkname.encode(), mtime=info.mtime,
             mode=info.mode, kind=info.type, device=(info.devmajor, info.devminor),
             xattrs=tuple((key[len("SCHILY.xattr."):].encode(), value.encode())
                          for key, value in info.pax_headers.items()
                          if key.startswith("SCHILY.xattr.")))
         self.assertEqual(found, dict(dict(
             uid=0, gid=0, link=b"", mtime=0, mode=0o644, kind=b"0", device=(0, 0),
-            xattrs=()), **dict(row, name=name.rstrip(b"/"))))
+            xattrs=()), **dict(row, name=name.rstrip(b"/"),
+                               mtime=row.get("mtime", 0) / 10 ** 9)))
 
     def test_tar_header_is_plain_where_it_can_be(self):
         block = imagec.tar_header(b"blobs/x", 7)
@@ -9079,7 +9077,7 @@ class ArchiveOutputTest(StoredCase):
             other[148:156], other[329:345] = bytes(8), bytes(16)
         self.assertEqual(ours, theirs)
 
-    def test_members(self):
+    def test_members_and_documents(self):
         reference, image = self.serve(ARCHIVE_TARS)
         members = self.archive(reference)
         blobs = image.layers + [image.digest, sha256(image.config)]
@@ -9093,10 +9091,6 @@ class ArchiveOutputTest(StoredCase):
             facts = {(member.mtime, member.uid, member.gid, member.uname, member.mode)
                      for member in tar}
         self.assertEqual(facts, {(0, 0, 0, "", 0o644), (0, 0, 0, "", 0o755)})
-
-    def test_documents(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        members = self.archive(reference)
         index, manifest = self.documents(members)
         self.assertEqual(members["oci-layout"], LAYOUT)
         self.assertEqual(index, {
@@ -9148,35 +9142,19 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(os.listdir(self.work), [])
 
     def test_every_run_and_python_gives_the_same(self):
+        """This Python and the oldest beside it, with which all others agree, too."""
         reference, _ = self.serve(ARCHIVE_TARS + [raw_words("z=" + "9" * 99999)])
-        processes = []
-        for number, python in enumerate(self.pythons()):
-            out = self.at("p%d.tar" % number)
-            processes.append((python, self.start(
-                "pull", "-q", "-j", str(1 + number % 8), "-o", out, reference,
-                python=python)))
-        for number in range(2):
-            self.archive("-j", "81"[number], reference, out="o%d.tar" % number)
-        for python, process in processes:
-            self.assertEqual((process.communicate()[1], process.returncode), (b"", 0),
-                             python)
-        digests = {sha256(file_bytes(self.at(name)))
-                   for name in os.listdir(self.work)}
-        self.assertEqual(len(digests), 1)
-
-    @staticmethod
-    def pythons():
-        """This one, and beside it the oldest and the newest from 3.6 on."""
-        beside = os.path.join(os.path.dirname(sys.base_prefix), "*", "bin", "python3")
-        found = {os.path.realpath(path): path for path in glob.glob(beside)}
-        probe = "import sys; print('%d.%02d' % sys.version_info[:2])"
-        running = [(path, subprocess.Popen(
-            [path, "-IS", "-c", probe], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)) for path in found.values()]
-        versions = sorted((process.communicate()[0].decode(), path)
-                          for path, process in running)
-        known = [path for version, path in versions if version >= "3.06"]
-        return [sys.executable] + known[:1] + known[1:][-1:]
+        for jobs in "81":
+            self.archive("-j", jobs, reference, out=jobs + ".tar")
+        good = file_bytes(self.at("8.tar"))
+        self.assertEqual(good, file_bytes(self.at("1.tar")))
+        oldest = sorted(glob.glob(os.path.join(
+            os.path.dirname(sys.base_prefix), "3.[6-9]*", "bin", "python3")))[:1]
+        for python in oldest:
+            ended = self.end_of(self.start("pull", "-q", "-o", self.at("x.tar"),
+                                           reference, python=python))
+            self.assertEqual((ended.status, ended.err), (0, ""), python)
+            self.assertEqual(good, file_bytes(self.at("x.tar")))
 
     def test_several_references(self):
         one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
@@ -9226,11 +9204,11 @@ class ArchiveOutputTest(StoredCase):
 
     def test_parents_are_made(self):
         reference = self.serve(ARCHIVE_TARS)[0]
-        for format, name in (("archive", "a/b/x.tar"), ("rootfs", "c/d/x.tar"),
-                             ("rootfs", "e/f"), ("oci", "g/h"), ("layers", "i/j")):
+        for format, name in outputs_in_turn(2):
             with self.subTest(format=format, name=name):
-                self.pull("-o", self.at(name), "--format", format, reference)
-                self.assertEqual(faults_of(self.at(name)), [])
+                path = self.at("of", format, name)
+                self.pull("-o", path, "--format", format, reference)
+                self.assertEqual(faults_of(path), [])
 
     def test_pipe_named_as_a_file(self):
         # What /dev has free says nothing about who reads from there.
@@ -9261,13 +9239,14 @@ class ArchiveOutputTest(StoredCase):
 
     def test_standard_output(self):
         reference, _ = self.serve(ARCHIVE_TARS)
-        self.archive(reference)
-        process = self.start("pull", "-o", "-", "--progress", "plain", reference)
-        out, err = process.communicate()
-        self.assertEqual(process.returncode, 0, err)
-        self.assertEqual(out, file_bytes(self.at("out.tar")))
-        self.assertIn(reference.encode(), err)
-        self.assertEqual(os.listdir(self.work), ["out.tar"])
+        for format in ("archive", "rootfs"):
+            self.clear()
+            self.pull("-o", self.at("x.tar"), "--format", format, reference)
+            run = self.main("pull", "-o", "-", "--format", format, "--progress", "plain",
+                            reference)
+            self.assertEqual((run.status, run.out), (0, file_bytes(self.at("x.tar"))))
+            self.assertIn(reference, run.err)
+            self.assertEqual(os.listdir(self.work), ["x.tar"])
 
     def test_terminal_is_refused(self):
         reference, _ = self.serve(ARCHIVE_TARS)
@@ -9291,49 +9270,44 @@ class ArchiveOutputTest(StoredCase):
         err = process.communicate()[1]
         self.assertEqual((process.returncode, err.count(b"\n")), (1, 1), err)
 
-    def killed(self, image, reference, hangs, *complete):
-        """Kills a pull once `hangs` is all it waits for."""
+    @rows(in_turn(((2, 0, 1, 3), (0, 1, 2, 3)), 2))
+    def test_killed_and_run_again(self, hangs, *others):
+        """Once a layer is all it waits for, what it has of the others is kept."""
+        self.clear()
+        reference, image = self.serve(
+            [raw_words("%d.%d=%s" % (hangs, n, "x" * n)) for n in range(4)])
         fault = self.origin.fault(image.layers[hangs], hang())
         process = self.start("pull", "-q", "-o", self.at("out.tar"), reference)
-        with threat_alarm(60):
-            while not (fault.used and self.on_disk(image, complete)):
-                time.sleep(0.005)
-        process.kill()
-        process.wait()
 
-    def on_disk(self, image, complete):
-        """Are these layers in the unfinished archive or in the spool, whole?"""
-        with contextlib.suppress(OSError):
-            spool = os.listdir(self.at("out.tar.partial.d", "blobs"))
-            part = file_bytes(self.at("out.tar.partial"))
-            return all(image.layers[n][7:] in spool or
-                       image.blobs[image.layers[n]] in part for n in complete)
+        def all_but_one():
+            with contextlib.suppress(OSError):
+                spool = os.listdir(self.at("out.tar.partial.d", "blobs"))
+                part = file_bytes(self.at("out.tar.partial"))
+                return fault.used and all(
+                    image.layers[n][7:] in spool or image.blobs[image.layers[n]] in part
+                    for n in others)
 
-    @rows(((2, 0, 1, 3), (0, 1, 2, 3)))
-    def test_killed_and_run_again(self, hangs, *others):
-        tars = [raw_words("%d.%d=%s" % (hangs, n, "x" * n)) for n in range(4)]
-        reference, image = self.serve(tars)
-        self.killed(image, reference, hangs, *others)
+        self.wait_until(all_but_one)
+        self.reap(process)
         self.assertFalse(os.path.exists(self.at("out.tar")))
         members = self.archive(reference)
         gets = [self.blob_gets(digest) for digest in image.layers]
         self.assertEqual(gets, [2 if n == hangs else 1 for n in range(4)])
         self.assertEqual(os.listdir(self.work), ["out.tar"])
         self.assertEqual(members, self.archive(reference, out="fresh.tar"))
-        for name in os.listdir(self.work):
-            remove(self.at(name))
 
-    @rows((("flipped", lambda data: data[:3000] + b"?" + data[3001:]),
-           ("empty", lambda data: b""), ("no tar", lambda data: b"no tar"),
-           ("longer", lambda data: data + b"more"), ("cut", lambda data: data[:2600]),
-           ("first byte", lambda data: b"?" + data[1:])))
-    def test_unfinished_archive_is_not_believed(self, _, damage):
+    def test_unfinished_archive_is_not_believed(self):
         reference, _ = self.serve(ARCHIVE_TARS)
         self.archive(reference)
         good = file_bytes(self.at("out.tar"))
-        write_file(self.at("out.tar.partial"), damage(good))
-        self.archive(reference)
-        self.assertEqual(file_bytes(self.at("out.tar")), good)
+        for what, data in (
+                ("flipped", good[:3000] + b"?" + good[3001:]), ("empty", b""),
+                ("no tar", b"no tar"), ("longer", good + b"more"),
+                ("cut", good[:2600]), ("first byte", b"?" + good[1:])):
+            with self.subTest(what):
+                write_file(self.at("out.tar.partial"), data)
+                self.archive(reference)
+                self.assertEqual(file_bytes(self.at("out.tar")), good)
 
     def test_T010_names_in_it(self):
         reference, _ = self.serve(ARCHIVE_TARS, kind="schema1-signed")
@@ -9523,8 +9497,9 @@ class OCIOutputTest(StoredCase):
         self.layout(by_digest)
         self.layout(by_digest)
         self.assertEqual(self.names(), [(image.digest, None, None)])
-        self.layout(reference)
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+        for one in (reference, by_digest):
+            self.layout(one)
+            self.assertEqual(self.names(), [(image.digest, reference, "1")])
         self.layout(by_digest, "--tag", "other:2")
         self.assertEqual([row[2] for row in self.names()], ["1", "2"])
 
@@ -9613,8 +9588,8 @@ class OCIOutputTest(StoredCase):
 
     @rows((("blobs",), ("blobs", "sha256")))
     def test_T012_links_below_it(self, *parts):
-        remove(self.out)
-        os.makedirs(self.at("canary"), exist_ok=True)
+        self.clear()
+        os.mkdir(self.at("canary"))
         write_file(self.at("out", "oci-layout"), LAYOUT)
         os.makedirs(self.at("out", *parts[:-1]), exist_ok=True)
         os.symlink(self.at("canary"), self.at("out", *parts))
@@ -9628,14 +9603,6 @@ class OCIOutputTest(StoredCase):
         self.layout(reference)
         self.assertIn("index.json", os.listdir(self.at("real")))
         self.verify(self.out)
-
-    def test_tag_then_the_same_by_digest(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        pinned = reference.rpartition(":")[0] + "@" + image.digest
-        for one in (pinned, reference, pinned):
-            self.layout(one)
-            self.assertEqual(len(self.names()), 1)
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
 
     def test_T012_planted_links(self):
         reference, image = self.serve(ARCHIVE_TARS)
@@ -9662,33 +9629,29 @@ class OCIOutputTest(StoredCase):
         self.assertEqual([self.blob_gets(digest) for digest in image.layers], [2, 1, 1])
 
     @able(hasattr(os, "mkfifo"), "make fifos")
-    @rows(itertools.product(("index.json", "oci-layout"), NO_FILES))
-    def test_only_regular_files_are_read(self, name, make):
-        remove(self.out)
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        os.unlink(self.at("out", name))
-        make(self.at("out", name))
-        with threat_alarm(60):
-            run = self.layout(reference, expect=1)
-        self.assertIn(name + " is not a regular file", run.err)
-
-    @able(hasattr(os, "mkfifo"), "make fifos")
-    def test_documents_there_that_are_none(self):
-        # What is there by the name wanted is not believed, and not waited for.
+    def test_only_regular_files_are_read(self):
+        """What is there by the name wanted is not believed, and not waited for."""
         reference, image = self.serve(ARCHIVE_TARS)
         self.layout(reference)
+        good = contents(self.out)
         damage_json(lambda value: value["config"].update(digest=image.digest))(
             self.blob(image.digest))
         self.layout(reference)
-        self.verify(self.out)
-        for digest in (image.digest, sha256(image.config)):
-            for make in NO_FILES:
-                os.unlink(self.blob(digest))
-                make(self.blob(digest))
-                with self.subTest(digest), threat_alarm(60):
-                    self.layout(reference)
-                    self.verify(self.out)
+        self.assertEqual(contents(self.out), good)
+        for digest, make in itertools.product((image.digest, sha256(image.config)),
+                                              NO_FILES):
+            os.unlink(self.blob(digest))
+            make(self.blob(digest))
+            with self.subTest(digest), threat_alarm(60):
+                self.layout(reference)
+                self.assertEqual(contents(self.out), good)
+        for name, make in itertools.product(("index.json", "oci-layout"), NO_FILES):
+            os.rename(self.at("out", name), self.at("good"))
+            make(self.at("out", name))
+            with self.subTest(name), threat_alarm(60):
+                self.assertIn(name + " is not a regular file",
+                              self.layout(reference, expect=1).err)
+            os.replace(self.at("good"), self.at("out", name))
 
     def test_T120_disk_full_at_the_index(self):
         one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
@@ -9708,12 +9671,10 @@ class OCIOutputTest(StoredCase):
         self.layout(two)
         self.assertEqual(len(self.names()), 2)
 
-    @rows(((2,), (8,)))
-    def test_T124_many_at_once(self, count):
-        self.out = self.at("out%d" % count)
+    def test_T124_many_at_once(self):
         references = [self.serve([ARCHIVE_TARS[0], raw_words("f=%d" % n)],
-                                 "lab/app%d:t%d" % (n, n))[0] for n in range(count)]
-        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                                 "lab/app%d:t%d" % (n, n))[0] for n in range(8)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda one: imagec.pull(one, self.out, "oci"), references))
         self.assertEqual(sorted(row[1] for row in self.names()), sorted(references))
         self.verify(self.out)
@@ -9791,13 +9752,6 @@ class OCIOutputTest(StoredCase):
         self.verify(self.out)
 
 
-#: Types of layers that are no tar to unpack, of images.
-OTHER_LAYERS = tuple((kind,) for kind in (
-    "application/vnd.oci.image.layer.squashfs", "application/vnd.erofs.layer.v1",
-    "application/vnd.wasm.content.layer.v1+wasm",
-    MEDIA_TYPES["oci"]["layer"] + "+gzip+encrypted"))
-
-
 class ArtifactsTest(StoredCase):
     """What is no image, or not of tars: kept as it is, where it can be kept."""
 
@@ -9822,14 +9776,15 @@ class ArtifactsTest(StoredCase):
     def kept(self, reference, image, told=""):
         """It comes whole into a layout and an archive, is good there, and served."""
         for format in ("oci", "archive"):
+            held = []
             for _ in range(2):
                 run = self.main("pull", "--progress", "none", "--format", format, "-o",
                                 self.at(format), reference)
                 self.assertEqual(run.status, 0, run.err)
                 self.assertEqual("docker cannot load" in run.err, format == "archive")
-                run = self.main("verify", self.at(format))
-                self.assertEqual(run.status, 0)
-                self.assertRegex(run.err, r"\A%s\Z" % told)
+                held.append(contents(self.at(format)) or file_bytes(self.at(format)))
+            self.assertEqual(*held)
+            self.assertRegex(self.verify(self.at(format)), r"\A%s\Z" % told)
             shelf = imagec.Shelf(self.at(format))
             for digest in image.blobs:
                 self.assertTrue(shelf.blob(imagec.Digest.parse(digest)), digest)
@@ -9860,7 +9815,10 @@ class ArtifactsTest(StoredCase):
         entry, = json.loads(members["index.json"].decode())["manifests"]
         self.assertNotIn("platform", entry)
 
-    @rows(OTHER_LAYERS)
+    @rows(in_turn(((kind,) for kind in (
+        "application/vnd.oci.image.layer.squashfs", "application/vnd.erofs.layer.v1",
+        "application/vnd.wasm.content.layer.v1+wasm",
+        MEDIA_TYPES["oci"]["layer"] + "+gzip+encrypted")), 2))
     def test_layers_of_other_kinds(self, kind):
         image = build_image(ARCHIVE_TARS[:2])
         document = json.loads(image.manifest.decode())
@@ -9919,13 +9877,12 @@ class WithoutTest(StoredCase):
         return [[str(layer.digest) for layer in layers].index(one) for one in said]
 
     def test_what_is_elsewhere_is_not_fetched(self):
-        for number, base in enumerate(self.bases()):
-            for name in ("new.tar", "new"):
-                before = [self.blob_gets(digest) for digest in self.image.layers]
-                self.assertEqual(self.left_out("app:2", str(number) + name, base), [0, 1])
-                gets = [self.blob_gets(digest) for digest in self.image.layers]
-                self.assertEqual([now - then for now, then in zip(gets, before)],
-                                 [0, 0, 1])
+        for base, name in in_turn(itertools.product(self.bases(), ("new.tar", "new")), 2):
+            before = [self.blob_gets(digest) for digest in self.image.layers]
+            remove(self.at(name))
+            self.assertEqual(self.left_out("app:2", name, base), [0, 1])
+            gets = [self.blob_gets(digest) for digest in self.image.layers]
+            self.assertEqual([now - then for now, then in zip(gets, before)], [0, 0, 1])
 
     def test_docker_needs_the_layers_below(self):
         self.assertEqual(self.left_out("other:1", "x.tar", self.old), [0])
@@ -9954,17 +9911,13 @@ class WithoutTest(StoredCase):
         self.assertEqual(self.blob_gets(), 0)
 
     def test_the_two_together(self):
-        for base in self.bases()[1:]:
-            for name in ("new.tar", "new"):
-                self.left_out("app:2", name, base)
-                self.pull("-o", self.at("other"), "--format", "oci", self.serve(
-                    ARCHIVE_TARS[:1], "lab/less:1")[0])
-                run = self.main("verify", self.at(name), "--with", self.at("other"))
-                self.assertEqual(run.status, 1, run.err)
-                run = self.main("verify", self.at(name), "--with", base)
-                self.assertEqual(run.status, 0, run.err)
-                remove(self.at(name))
-
+        self.pull("-o", self.at("less"), "--format", "oci",
+                  self.serve(ARCHIVE_TARS[:1], "lab/less:1")[0])
+        for base, name in zip(self.bases()[1:], ("new", "new.tar")):
+            self.left_out("app:2", name, base)
+            for other, status in ((self.at("less"), 1), (base, 0)):
+                run = self.main("verify", self.at(name), "--with", other)
+                self.assertEqual(run.status, status, run.err)
 
     def test_pushed_where_the_rest_is(self):
         base = self.bases()[1]
@@ -10006,20 +9959,17 @@ class WithoutTest(StoredCase):
         self.assertEqual(set(map(str, shelf.blobs)), set(self.image.blobs))
 
     def test_served_together(self):
-        _, *bases = self.bases()
-        for base in bases:
-            for name in ("new.tar", "new"):
-                self.pull("--without", base, "--tag", self.old, "--format", "archive" if
-                          "." in name else "oci", "-o", self.at(name), self.new)
-                self.pull("-o", self.at("twin.tar"), self.old)
-                with self.assertLogs("imagec", "WARNING") as told:
-                    shelf = imagec.Shelf(self.at(name), self.at("twin.tar"), base)
-                self.assertRegex("".join(told.output), "lab/app:1 is that of .*/new")
-                self.assertNotIn("passed over", "".join(told.output))
-                self.assertEqual(shelf.repositories["lab/app"]["1"], self.image.digest)
-                for digest in self.image.layers:
-                    self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
-                remove(self.at(name))
+        self.pull("-o", self.at("twin.tar"), self.old)
+        for base, name in zip(self.bases()[1:], ("new", "new.tar")):
+            self.pull("--without", base, "--tag", self.old, "--format", "archive" if
+                      "." in name else "oci", "-o", self.at(name), self.new)
+            with self.assertLogs("imagec", "WARNING") as told:
+                shelf = imagec.Shelf(self.at(name), self.at("twin.tar"), base)
+            self.assertRegex("".join(told.output), "lab/app:1 is that of .*/new")
+            self.assertNotIn("passed over", "".join(told.output))
+            self.assertEqual(shelf.repositories["lab/app"]["1"], self.image.digest)
+            for digest in self.image.layers:
+                self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
 
 
 class RecompressTest(StoredCase):
@@ -10037,17 +9987,15 @@ class RecompressTest(StoredCase):
         self.verify(self.at(name))
 
     def test_passed_through(self):
-        for out, options in (("out.tar", ()), ("out", ("--format", "oci"))):
-            self.pull("-o", self.at(out), self.reference, *options)
+        """And who has an old Docker is warned of it."""
+        for out, format, warned in ("x.tar", "archive", 3), ("out", "oci", 0):
+            run = self.main("pull", "--progress", "none", "-o", self.at(out),
+                            "--format", format, self.reference)
+            self.assertEqual(run.err.count("--recompress gzip"), warned)
             self.verify(self.at(out))
-        members = self.members(self.at("out.tar"))
+        members = self.members(self.at("x.tar"))
         for digest in self.image.layers:
             self.assertIn("blobs/sha256/" + digest[7:], members)
-
-    def test_old_docker_is_warned_of(self):
-        run = self.main("pull", "--progress", "none", "-o", self.at("out.tar"),
-                        self.reference)
-        self.assertEqual(run.err.count("--recompress gzip"), len(ARCHIVE_TARS))
 
     def test_archive(self):
         self.recompressed("out.tar", self.reference)
@@ -10061,21 +10009,26 @@ class RecompressTest(StoredCase):
             self.assertEqual(sha256(zlib.decompress(blob, 31)), diff_id)
             self.assertEqual(layer["mediaType"], MEDIA_TYPES["oci"]["layer"] + "+gzip")
         self.assertEqual(len(members), 3 + 3 + 2 + 3)
+        self.pull("-o", self.at("other.tar"), self.reference)
+        self.recompressed("other.tar", self.reference)  # which holds them as they came
+        self.assertEqual(*[file_bytes(self.at(out)) for out in ("out.tar", "other.tar")])
 
     def test_what_will_be_rewritten_has_no_name_that_others_take_it_by(self):
         def seen(*args, work=imagec.recompress):
-            names.update(os.listdir(self.at("out", "blobs", "sha256")))
+            names.update(os.listdir(blobs))
             return work(*args)
 
-        names = set()
+        names, blobs = set(), self.at("out", "blobs", "sha256")
         with mock.patch("imagec.recompress", seen):
-            self.recompressed("out", self.reference)
-        self.assertTrue({digest[7:] + ".partial" for digest in self.image.layers} & names)
-        self.assertFalse({digest[7:] for digest in self.image.layers} & names)
+            for _ in range(2):
+                self.recompressed("out", self.reference)
+                self.assertEqual(len(os.listdir(blobs)), 5)
+        layers = {digest[7:] for digest in self.image.layers}
+        self.assertTrue({name + ".partial" for name in layers} & names)
+        self.assertFalse(layers & names)
         self.pull("-o", self.at("out"), "--format", "oci", self.reference)
         self.recompressed("out", self.reference)
-        self.assertLess({digest[7:] for digest in self.image.layers},
-                        set(os.listdir(self.at("out", "blobs", "sha256"))))
+        self.assertLess(layers, set(os.listdir(blobs)))
 
     def test_another_process_is_waited_for_no_longer_than_the_command_may_take(self):
         path = self.at("out", "blobs", "sha256", self.image.layers[0][7:] + ".gzip")
@@ -10142,17 +10095,6 @@ class RecompressTest(StoredCase):
         self.assertEqual(set(layer), {"mediaType", "size", "digest", "annotations"})
         self.assertEqual(layer["annotations"], {"mine": "x"})
 
-    def test_layout(self):
-        for _ in range(2):
-            self.recompressed("out", self.reference)
-            self.assertEqual(len(os.listdir(self.at("out", "blobs", "sha256"))), 5)
-
-    def test_archive_that_holds_them_as_they_came(self):
-        self.recompressed("fresh.tar", self.reference)
-        self.pull("-o", self.at("out.tar"), self.reference)
-        self.recompressed("out.tar", self.reference)
-        self.assertEqual(*[file_bytes(self.at(out)) for out in ("fresh.tar", "out.tar")])
-
     def test_layers_that_are_told_of(self):
         image = imagec.pull(self.reference, self.at("out.tar"), recompress="gzip",
                             platform="linux/amd64")
@@ -10180,7 +10122,7 @@ class RecompressTest(StoredCase):
                  lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
                 (ARCHIVE_TARS[::-1], "lab/gzip:1", gzip_bytes))]
         for order, jobs in in_turn(itertools.product(
-                itertools.permutations(references), ("1", "4")), 3):
+                itertools.permutations(references), ("1", "4")), 6):
             with self.subTest(order=order, jobs=jobs):
                 remove(self.at("out.tar"))
                 for _ in range(2):
@@ -10450,12 +10392,12 @@ class FlatteningTest(unittest.TestCase):
         with self.assertRaises(imagec.LimitExceeded):
             flat_tree(["a/" * 600 + "l->" + "a/" * 600, "a/" * 600 + "l/" + "b/" * 600])
 
-    @rows((seed,) for seed in range(400))
+    @rows((seed,) for seed in in_turn(range(400), 3))
     def test_random_layers(self, seed):
         layers, words = random_layers(seed)
         self.assertEqual(flat_tree_words(flat_tree(layers)), words, layers)
 
-    @rows((seed,) for seed in range(1000, 1040))
+    @rows((seed,) for seed in in_turn(range(1000, 1040), 3))
     def test_random_layers_written(self, seed):
         layers, words = random_layers(seed)
         folder = tempfile.mkdtemp()
@@ -10625,19 +10567,18 @@ class UnsafeLayersTest(StoredCase):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.work)
 
-    def command(self, layers, number=0):
-        reference, _ = self.serve(layers(self.canary), "lab/bad:%d" % number)
-        return ["pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304",
-                "-o", self.at("out%d" % number), reference]
-
     @rows(UNSAFE)
     def test_nothing_outside_is_touched(self, _, layers, wanted, words=None):
         for path in glob.glob(self.at("out*")):
             remove(path)  # where the row before has failed
-        argv = self.command(layers)
-        before = stored_state(self.work)
-        run = self.main(*argv)
-        self.assertEqual(run.status, wanted, run.err)
+        reference, _ = self.serve(layers(self.canary))
+        before, status = stored_state(self.work), 0
+        try:
+            with self.session(max_layer_size=4194304) as session:
+                self.pulled_by(session, self.at("out0"), "rootfs", reference)
+        except (imagec.ImagecError, OSError) as error:
+            status = imagec.exit_status(error)
+        self.assertEqual(status, wanted)
         self.check_result(0, wanted, words)
         self.check_outside(before, 0)
 
@@ -10660,8 +10601,11 @@ class UnsafeLayersTest(StoredCase):
     @able(ROOT, "become another user")
     def test_as_nobody(self):
         # What is refused by its headers is refused to every user alike.
-        table = [row for row in UNSAFE if row[2] != 3]
-        work = [self.command(row[1], number) for number, row in enumerate(table)]
+        table = list(in_turn([row for row in UNSAFE if row[2] != 3], 3))
+        work = [("pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304", "-o",
+                 self.at("out%d" % number), self.serve(
+                     row[1](self.canary), "lab/bad:%d" % number)[0])
+                for number, row in enumerate(table)]
         before = stored_state(self.work)
         statuses, err = self.as_nobody(*work)
         for number, (what, _, wanted, *words) in enumerate(table):
@@ -10807,11 +10751,6 @@ class RootfsOutputTest(StoredCase):
             self.assertEqual(len(names), len(found) + 1)
             if expected:
                 self.assertEqual(found, expected)
-
-    @rows((text,) for text in ("1.5", "-1.5", "-1", "-0.25", "5000000000.5"))
-    def test_times_in_a_tar(self, text):
-        header = imagec.tar_header(b"x", 0, mtime=int(float(text) * 10 ** 9))
-        self.assertEqual(archive_headers(header).mtime, float(text))
 
     def test_fifos_and_devices(self):
         out, err = self.rootfs(raw_layer(
@@ -10973,6 +10912,21 @@ class RootfsOutputTest(StoredCase):
                       self.serve([raw_words("b=1")], "lab/two:1")[0], expect=2)
             self.assertFalse(os.path.exists(self.at(name)))
 
+    def test_cleans_up_what_is_deep(self):
+        """Deeper than functions may call themselves; its last name no disk can hold."""
+        self.addCleanup(sys.setrecursionlimit, sys.getrecursionlimit())
+        sys.setrecursionlimit(300)
+        deep = b"d/" * 300
+        bad, _ = self.serve([raw_layer(raw_member(deep + b"x", b"1"),
+                                       raw_member(deep + b"z" * 300, b"1"))])
+        for _ in range(2):
+            run = self.pull("--format", "rootfs", "-o", self.at("out"), bad, expect=1)
+            self.assertRegex(run.err, "out/d/d/d/[^\n]*File name too long")
+            self.assertNotIn("partial", run.err)
+        self.assertEqual(self.rootfs(raw_words("a=1"), name="lab/good:1")[1], "")
+        self.assertEqual(flat_directory_words(self.at("out")), ["a=1"])
+        self.assertEqual(os.listdir(self.work), ["out"])
+
     def test_tar_keeps_what_a_user_cannot_have(self):
         self.rootfs(raw_layer(
             raw_member(b"null", kind=b"3", major=1, minor=3, uid=7, gid=8, mode=0o4666),
@@ -10984,19 +10938,24 @@ class RootfsOutputTest(StoredCase):
         self.assertEqual((null.uid, null.gid, null.mode), (7, 8, 0o4666))
         self.assertIn("SCHILY.xattr.security.capability", other.pax_headers)
 
-    def test_tar_to_standard_output(self):
-        reference, _ = self.serve([raw_words("d/x=1")])
-        self.pull("--format", "rootfs", "-o", self.at("out.tar"), reference)
-        run = self.pull("--format", "rootfs", "-o", "-", reference)
-        self.assertEqual(run.out, file_bytes(self.at("out.tar")))
 
 @able(ROOT, "become another user")
 class RootlessTest(StoredCase):
     """What is done, and what is told, where a user has no special rights (T155)."""
 
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.nobody = kept(Servant(STORED_NOBODY))
+
     def setUp(self):
         super().setUp()
         os.chmod(self.work, 0o777)
+
+    def as_nobody(self, *work):
+        ended = [self.nobody.end(self.nobody.start(*argv, cwd=self.work))
+                 for argv in work]
+        return [one.status for one in ended], "".join(one.err for one in ended)
 
     def command(self, *members, out="out", name="lab/app:1"):
         reference, _ = self.serve([raw_layer(*members)], name)
@@ -11040,19 +10999,6 @@ class RootlessTest(StoredCase):
         self.assertRegex(err, r"owners not set: \d+")
         self.assertIn("device nodes not made: 2", err)
         self.assertEqual(len(os.listdir(self.at("out"))), 20)
-
-    def test_cleans_up_what_is_deep(self):
-        # Deeper than functions may call themselves; its last name no disk can hold.
-        deep = b"d/" * 1000
-        bad = self.command(raw_member(deep + b"x", b"1"),
-                           raw_member(deep + b"z" * 300, b"1"))
-        statuses, err = self.as_nobody(
-            bad, bad, self.command(raw_member(b"a", b"1"), name="lab/good:1"))
-        self.assertEqual(statuses, [1, 1, 0], err)
-        self.assertRegex(err, "out/d/d/d/[^\n]*File name too long")
-        self.assertNotIn("partial", err)
-        self.assertEqual(flat_directory_words(self.at("out")), ["a=1"])
-        self.assertEqual(os.listdir(self.work), ["out"])
 
     def test_cleans_up_what_it_may_not_enter(self):
         (status,), err = self.as_nobody(self.command(
@@ -11141,12 +11087,12 @@ class FilesTest(StoredCase):
     def test_files(self, what, layers, members, wanted):
         reference, image = self.offered(layers, members)
         for out in ("out", "out.tar"):
-            run = self.main("pull", "--progress", "none", "--format", "files", "-o",
-                            self.at(out), reference)
-            self.assertEqual(run.status, 0, run.err)
-            self.assertEqual(run.out.decode(), "%s@%s\n" % (reference, image.digest))
-            unnamed = re.findall("sha256-[0-9a-f]*", wanted)
-            self.assertEqual(re.findall("without name is (.*)\n", run.err), unnamed)
+            del self.said[:]
+            with self.session() as session:
+                one, = self.pulled_by(session, self.at(out), "files", reference)
+            self.assertEqual(str(one.digest), image.digest)
+            self.assertEqual(re.findall("without name is (.*)\n", "\n".join(
+                self.said + [""])), re.findall("sha256-[0-9a-f]*", wanted))
         found = flat_directory_words(os.fsencode(self.at("out")).decode("utf-8"))
         self.assertEqual([os.fsencode(word) for word in found], [
             word.encode("utf-8") for word in sorted(wanted.split())])
@@ -11186,10 +11132,8 @@ class FilesTest(StoredCase):
     def test_unsafe_names(self, layers, words):
         reference, image = self.offered(layers, {})
         del self.origin.requests[:]
-        for out in ("out", "out.tar"):
-            run = self.pull("--format", "files", "-o", self.at(out), reference, expect=3)
-            self.assertIn(words, run.err)
-            self.assertEqual(run.err.count("\n"), 1)
+        with self.session() as session, self.fails(imagec.InvalidDocument, words):
+            self.pulled_by(session, self.at("out"), "files", reference)
         self.assertEqual((os.listdir(self.work), self.blob_gets()), ([], 0))
 
     @rows((("../x", "1"), ("/x", "1"), ("x", "1/../../../y"), (None, "1"), ("x", 5)))
@@ -11198,7 +11142,8 @@ class FilesTest(StoredCase):
                                     dict(config_type=CHART + "config.v1+json",
                                          config=json_bytes({"name": name,
                                                             "version": version})))
-        self.pull("--format", "files", "-o", self.at("out"), reference, expect=3)
+        with self.session() as session, self.fails(imagec.InvalidDocument):
+            self.pulled_by(session, self.at("out"), "files", reference)
         self.assertNotIn("out", os.listdir(self.work))
 
     def test_images_are_no_artifacts(self):
@@ -11478,7 +11423,7 @@ class PublicKeyTest(TableCase):
         key = imagec.PublicKey.parse(key, "k.pub")
         with cpu_within(0.2):
             self.assertTrue(key.verifies(signature, message))
-        for other in (message + b"\0", message[1:], b""):
+        for other in (message + b"\0", message[1:]):
             self.assertFalse(key.verifies(signature, other))
         for pem in TEST_PUBLIC, OTHER_PUBLIC, COSIGN_PUBLIC, P384_PUBLIC, RSA_PUBLIC:
             other = imagec.PublicKey.parse(pem, "k.pub")
@@ -11508,7 +11453,7 @@ class PublicKeyTest(TableCase):
             places = [(pem, at) for at in range(len(pem.rstrip()))]
             if pem is not P384_PUBLIC:  # which is slow
                 places += [(signature, at) for at in range(len(signature))]
-            for data, at in places:
+            for data, at in in_turn(places, 3):
                 mutant = bytearray(data)
                 mutant[at] ^= 1 << choices.randrange(8)
                 key, made = (pem, mutant) if data is signature else (mutant, signature)
@@ -11651,7 +11596,7 @@ class SignerTest(TableCase):
     """A signature says who signed what: no other image, not by other keys."""
 
     KEYS = [imagec.PublicKey.parse(key, name) for key, name in (
-        (P384_PUBLIC, "other.pub"), (TEST_PUBLIC, "k.pub"))]
+        (OTHER_PUBLIC, "other.pub"), (TEST_PUBLIC, "k.pub"))]
 
     @rows(SIGNED)
     def test_signed(self, _name, signature, name):
@@ -11663,10 +11608,11 @@ class SignerTest(TableCase):
             imagec.SIGNATURE_ANNOTATION: base64.b64encode(
                 COSIGN_SIGNATURE).decode("ascii")})
         digest = imagec.Digest.parse(COSIGN_DIGEST)
-        keys = [imagec.PublicKey.parse(COSIGN_PUBLIC, "cosign.pub")]
+        keys = [imagec.PublicKey.parse(key, "cosign.pub") for key in (
+            P384_PUBLIC, COSIGN_PUBLIC)]
         for name in (None, "192.168.64.2:5000/cosign-signed-single-sample"):
             self.assertIs(imagec.signer(keys, digest, layer, COSIGN_PAYLOAD, name),
-                          keys[0])
+                          keys[1])
         self.refused(imagec.VerificationError, "but of " + COSIGN_DIGEST, imagec.signer,
                      keys, imagec.Digest.parse(SUM_A), layer, COSIGN_PAYLOAD)
         self.refused(imagec.VerificationError, "by none of", imagec.signer, self.KEYS,
@@ -11693,7 +11639,7 @@ class SignerTest(TableCase):
         choices = random.Random(SEED)
         for _, (layer, raw), _ in (SIGNED[0], SIGNED[4]):
             begin = max(0, raw.find(b'"dsseEnvelope"'))
-            for at in range(begin, len(raw), 3):
+            for at in in_turn(range(begin, len(raw)), 9):
                 mutant = bytearray(raw)
                 mutant[at] ^= 1 << choices.randrange(8)
                 found = outcome(imagec.signer, self.KEYS[1:],
@@ -12029,7 +11975,7 @@ class PullTest(PullCase):
         self.assertLessEqual(registry.connections, jobs + 1)
         self.assertEqual(len(paths(registry, "/token")), 1)
 
-    @rows((("layers",), ("oci",), ("archive",)))
+    @rows(in_turn((("layers",), ("oci",), ("archive",)), 3))
     def test_images_overlap(self, format):
         """Answers come in any order, results in that asked for; a shared blob once."""
         shared, registry = tar_bytes([("shared", noise(5000))]), self.filled()
@@ -12307,7 +12253,8 @@ class AlongTest(StoredCase):
         return run, {entry["annotations"][imagec.TAG_ANNOTATION]: entry
                      for document in documents for entry in document["manifests"]}
 
-    @rows([("oci", True), ("archive", True), ("oci", False), ("archive", False)])
+    @rows(in_turn([("oci", True), ("archive", True), ("archive", False), ("oci", False)],
+                  2))
     def test_all_of_it(self, format, listed):
         self.clear()
         self.ref = self.offer(lists_referrers=listed)
@@ -12323,16 +12270,12 @@ class AlongTest(StoredCase):
             self.assertEqual(shelf.documents[one.digest][0], one.manifest)
             for digest in one.blobs:
                 self.assertTrue(shelf.blob(imagec.Digest.parse(digest)))
-        self.along("out", format)  # again
+        before = os.stat(self.at("out"))
+        self.along("out", format)  # what is what it would be stays
+        self.assertEqual(os.stat(self.at("out")).st_ino, before.st_ino)
         self.assertEqual({self.blob_gets(digest) for digest in self.amd.layers}, {1})
 
-    def test_an_archive_that_is_what_it_would_be_stays(self):
-        self.along("out")
-        before = os.stat(self.at("out"))
-        self.along("out")
-        self.assertEqual(os.stat(self.at("out")).st_ino, before.st_ino)
-
-    @rows([("oci",), ("archive",)])
+    @rows(in_turn([("oci",), ("archive",)], 2))
     def test_what_is_served_is_pulled_with_it(self, format):
         self.clear()
         self.along("first", format)
@@ -12753,7 +12696,7 @@ class SignedPullTest(SignedCase):
         ("index", lambda case: case.sign_by_bundle(case.index)),
         ("image", lambda case: case.sign_by_bundle(case.image)),
         ("image", lambda case: case.put(case.image, None, *[  # the last of many
-            simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 9)],
+            simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 4)],
             simple(simple_payload(case.image.digest)))),
         ("image", lambda case: [case.sign(case.index, secret=2), case.sign(case.image)]),
     )
@@ -12801,9 +12744,9 @@ class SignedPullTest(SignedCase):
         ("but of " + SUM_C, lambda case: case.put(
             case.index, None, simple(simple_payload(SUM_C)))),
         # no more are looked at than that
-        ("found 64 by none", lambda case: case.put(case.image, None, *[
+        ("found 5 by none", lambda case: case.put(case.image, None, *[
             simple(simple_payload(SUM_B, "x/" + "a" * count), secret=2)
-            for count in range(1, 65)], simple(simple_payload(case.image.digest)))),
+            for count in range(1, 6)], simple(simple_payload(case.image.digest)))),
     )
 
     @rows(BAD)
@@ -12813,8 +12756,9 @@ class SignedPullTest(SignedCase):
         self.origin.add("lab/app", "1", self.index)
         sign(self)
         for format, path in outputs_in_turn():
-            run = self.run_it("pull", "--verify-key", self.key, "--format", format, "-o",
-                              self.at(path), self.reference, expect=3)
+            with mock.patch.object(imagec, "SIGNATURE_COUNT_LIMIT", 5):
+                run = self.run_it("pull", "--verify-key", self.key, "--format", format,
+                                  "-o", self.at(path), self.reference, expect=3)
             self.assert_one_line(run, 3, re.escape(
                 "%s: expected a signature by %s, found " % (self.reference, self.key)))
             self.assertIn(words, run.err)
@@ -12834,16 +12778,15 @@ class SignedPullTest(SignedCase):
     def test_every_command_asks(self):
         """The rule of the host, what gets around it, and who is not bound."""
         rule = {"IMAGEC_VERIFY_KEY": os.pathsep.join([self.other, self.key])}
-        for command, *options in (
+        for command, *options in in_turn((
                 ("pull", "-o", self.at("x.tar")), ("pull", "--dry-run", "-o", self.at("y")),
                 ("inspect",), ("inspect", "--raw"), ("inspect", "--config"),
-                ("layers",), ("digest",), ("ls",)):
+                ("layers",), ("digest",), ("ls",)), 2):
             with self.subTest(command, options=options):
                 argv = options + [self.reference]
                 self.unsign(self.index)
-                for given in ((), ("--verify-key", self.key)):
-                    run = self.run_it(command, *given, *argv, expect=3, **rule)
-                    self.assert_one_line(run, 3, "found none")
+                run = self.run_it(command, *argv, expect=3, **rule)
+                self.assert_one_line(run, 3, "found none")
                 run = self.run_it(command, "--no-verify-key", *argv, **rule)
                 self.assertIn("warning: --no-verify-key", run.err)
                 self.sign(self.index)
@@ -12942,21 +12885,18 @@ class SignedPullTest(SignedCase):
                  simple(simple_payload(SUM_B), secret=2))
         made = self.sign_by_bundle(self.image)
         self.put(self.image, None, simple(simple_payload(SUM_C)))
-        for name, platform in itertools.product(("out", "out.tar"), (
-                ["linux/amd64"], ["linux/amd64", "linux/arm64"], ["all"])):
+        for name, platform in in_turn(itertools.islice(itertools.product(
+                ("out", "out.tar"), (["linux/amd64"], ["linux/amd64", "linux/arm64"],
+                                     ["all"])), 5), 2):
             with self.subTest(name, platform=platform):
                 remove(self.at(name))
-                if name == "out.tar" and platform == ["all"]:
-                    continue
                 argv = [part for one in platform for part in ("--platform", one)]
                 run = self.main("pull", "-q", "--verify-key", self.key, *argv, "-o",
                                 self.at(name), *["--format", "oci"] * (name == "out"),
                                 self.reference)
                 self.assertEqual(run.status, 0, run.err)
-                self.verify(self.at(name))
-                for key, status in ((self.key, 0), (self.other, 3)):
-                    run = self.main("verify", "--verify-key", key, self.at(name))
-                    self.assertEqual(run.status, status, run.err)
+                run = self.main("verify", "--verify-key", self.key, self.at(name))
+                self.assertEqual(run.status, 0, run.err)
                 held = contents(self.at(name)) if name == "out" else self.members(
                     self.at(name))
                 kept = simple(simple_payload(self.index.digest))[1]
@@ -13172,11 +13112,11 @@ class AuditTest(StoredCase):
     def good(self, format, name=None, reference=None):
         """The path of what is pulled in a format, by the name of that: it is good."""
         path = self.at(name or format)
-        self.pull("--platform", "linux/amd64", "--format", format, "-o", path,
-                  reference or self.reference)
-        run = self.main("verify", path)
-        self.assertEqual((run.status, run.err), (0, ""))
-        self.assertRegex(run.out, b"images: 1, blobs or files: [1-9]")
+        with self.session() as session:
+            self.pulled_by(session, path, format, reference or self.reference)
+        audit = imagec.Audit().check(path)
+        self.assertEqual((audit.images, audit.faults, audit.absent, audit.unchecked,
+                          audit.ignored), (1, [], {}, [], []))
         return path
 
     def rewritten(self, path, name, data):
@@ -13191,15 +13131,12 @@ class AuditTest(StoredCase):
             return tar.getmember(name)
 
     def faults(self, path, word, gone=False):
-        """Verify what is damaged, or `gone`; nothing but the faults may be said."""
-        run = self.main("verify", path)
-        self.assertEqual(run.status, 1 if gone else 3, run.err)
-        self.assertNotIn("Traceback", run.err)
-        self.assertEqual(run.out, b"")
-        *lines, last = run.err.splitlines()
-        self.assertRegex(last, "incomplete: files missing.*: [1-3]; pull again" if gone
-                         else r"faults: \d+$")
-        self.assertIn(word, "\n".join(lines))
+        """Verify what is damaged, or `gone`."""
+        audit = imagec.Audit().check(path)
+        self.assertEqual(bool(audit.faults), not gone)
+        self.assertIn(len(audit.absent), (1, 2, 3) if gone else (0, 1, 2, 3))
+        told = audit.faults + list(map(": ".join, audit.absent.items()))
+        self.assertIn(word, "\n".join(told))
 
     def damaged(self, folder, table, check):
         """Check a copy of `folder` for each row, damaged: check(copy, word, gone)."""
@@ -13244,7 +13181,7 @@ class AuditTest(StoredCase):
         self.good("layers")
         self.assertNotIn("index.json", os.listdir(self.folder))
 
-    @rows(itertools.product(("oci", "docker"), IMAGE_FORMATS))
+    @rows(in_turn(itertools.product(("oci", "docker"), IMAGE_FORMATS), 2))
     def test_image_without_layers(self, kind, format):
         self.offer(build_image([], kind), kind=kind)
         name = "%s-%s" % (kind, format)
@@ -13336,7 +13273,7 @@ class AuditTest(StoredCase):
         self.faults(root, "%s:%s" % (algorithm, digest.hexdigest()))
 
     def test_oci(self):
-        self.damaged(self.good("oci"), AUDIT_OCI, self.faults)
+        self.damaged(self.good("oci"), in_turn(AUDIT_OCI, 2), self.faults)
 
     def told(self, path, count, *names):
         """Verify what holds something beside its images: good, but for that."""
@@ -13388,7 +13325,7 @@ class AuditTest(StoredCase):
             self.repack(copy, names, path)
             self.faults(path, word, gone)
 
-        self.damaged(folder, AUDIT_ARCHIVE, check)
+        self.damaged(folder, in_turn(AUDIT_ARCHIVE, 2), check)
 
     @staticmethod
     def repack(folder, names, path):
@@ -13404,16 +13341,18 @@ class AuditTest(StoredCase):
         path = self.good("archive")
         good = file_bytes(path)
         blob = self.member(path, AUDIT_BLOBS + self.words["b0"])
-        for what, at in (("header", blob.offset + 10), ("checksum", blob.offset + 150),
-                         ("data", blob.offset_data), ("first", 0)):
-            with self.subTest(what):
+        for at, word in ((blob.offset + 10, "content: tar"), (0, "content: tar"),
+                         (blob.offset + 150, "content: tar"),
+                         (blob.offset_data, self.words["b0"])):
+            with self.subTest(at=at):
                 damage_at(at)(path)
-                self.faults(path, "archive")
+                self.faults(path, word)
                 write_file(path, good)
         for size in (0, 1, 511, 512, 1000, 1536, len(good) // 2, len(good) - 1500):
             with self.subTest(size=size):
                 write_file(path, good[:size])
-                self.faults(path, "archive", size in (1000, 1536))
+                gone = size in (1000, 1536)
+                self.faults(path, "index.json: missing" if gone else "content: ", gone)
 
     #: (what, members put before an archive's end, words of the fault)
     MEMBERS = (
@@ -13443,7 +13382,7 @@ class AuditTest(StoredCase):
         for what, members, words in self.MEMBERS:
             with self.subTest(what):
                 write_file(path, good + members + bytes(1024))
-                self.faults(path, words)
+                self.assertIn(words, self.verify(path, 3))
         for rest in (raw_member(b"x"), bytes(512) + b"x"):
             write_file(path, good + bytes(1024) + rest)
             self.faults(path, "behind the end")
@@ -13657,13 +13596,20 @@ class AuditTest(StoredCase):
         self.assertEqual(len([f for f in audit.faults if "expected" in f]), 39)
         self.assertEqual(len(audit.unchecked), 9)
 
-    def test_json(self):
+    def test_what_is_told(self):
         path = self.good("oci")
         blob = os.path.join(path, AUDIT_BLOBS + self.words["b0"])
-        for damage, status, wrong in ((lambda path: None, 0, []),
-                                      (damage_flip, 3, ["faults"]),
-                                      (os.unlink, 1, ["missing"])):
+        for damage, status, wrong, words in (
+                (lambda path: None, 0, [], r"\A\Z"),
+                (damage_flip, 3, ["faults"], r"\A[^\n]+expected[^\n]+\n[^\n]*faults: 1\n"
+                                             r"\Z"),
+                (os.unlink, 1, ["missing"], r"\A[^\n]+: missing\n[^\n]*incomplete: files "
+                                            r"missing[^\n]*: 1; pull again[^\n]+\n\Z")):
             damage(blob)
+            run = self.main("verify", path)
+            self.assertRegex(run.err, words)
+            self.assertEqual(re.findall(b" (images: .*, blobs or files: .*)\n", run.out),
+                             [b"images: 1, blobs or files: 3"] * (not wrong))
             run = self.main("verify", "--json", path)
             told = json.loads(run.out.decode())
             self.assertEqual((run.status, told["path"], told["images"]),
@@ -13695,19 +13641,13 @@ class AuditTest(StoredCase):
 
     def test_deep_directories(self):
         root = self.good("layers")
-        self.addCleanup(subprocess.check_call, ["rm", "-rf", os.path.join(root, "d")])
-        where = os.open(root, os.O_RDONLY)
-        for _ in range(1500):
-            os.mkdir("d", dir_fd=where)
-            below = os.open("d", os.O_RDONLY, dir_fd=where)
-            os.close(where)
-            where = below
-        os.close(os.open("x", os.O_CREAT, dir_fd=where))
-        os.close(where)
+        write_file(os.path.join(root, "d/" * 300 + "x"), b"")
+        self.addCleanup(sys.setrecursionlimit, sys.getrecursionlimit())
+        sys.setrecursionlimit(300)
         self.told(root, 1, "/d/x")
         self.assertTrue(imagec.Shelf(root).repositories)
 
-    @rows((("oci",), ("layers",), ("archive",)))
+    @rows(in_turn((("oci",), ("layers",), ("archive",)), 3))
     def test_work_goes_on_only_while_it_may(self, format):
         path = self.good(format)
         for look in (lambda check: imagec.Audit(check).check(path),
@@ -13723,14 +13663,16 @@ class AuditTest(StoredCase):
 
     def test_unpacking_asks_whether_to_go_on(self):
         # T51: a few kilobytes of zeros are unpacked for minutes
-        self.offer(build_image([tar_header(8 << 20) + bytes((8 << 20) + 1024)],
+        self.offer(build_image([tar_header(1 << 20) + bytes((1 << 20) + 1024)],
                                compress=bz2.compress))
         asked = mock.Mock()
-        imagec.Audit(asked).check(self.good("oci"))
-        self.assertGreater(asked.call_count, (8 << 20) // imagec.CHUNK)
+        with mock.patch.object(imagec, "CHUNK", 1 << 12):
+            imagec.Audit(asked).check(self.good("oci"))
+        self.assertGreater(asked.call_count, 256)
 
-    @rows(itertools.product(("oci", "layers", "archive"), ("verify", "serve")))
-    def test_the_command_has_a_deadline(self, format, command):
+    @rows(in_turn(itertools.product(
+        ("verify", "serve"), ("oci", "layers", "archive")), 3))
+    def test_the_command_has_a_deadline(self, command, format):
         run = self.main(command, self.good(format), "--timeout", "0.000001")
         self.assertEqual((run.status, run.out), (1, b""), run.err)
         self.assertRegex(run.err, r"\Aimagec: not done within [^\n]+\n\Z")
@@ -13887,8 +13829,7 @@ class SignedVerifyTest(SignedCase):
                 shutil.copytree(self.at("good"), self.at("out"))
                 entry = self.evil(**members)
                 self.changed(lambda index: change(index, entry))
-                self.assertEqual(faults_of(self.at("out")), [])
-                self.proved("out", 3, "found none")
+                self.assertNotIn("faults: ", self.proved("out", 3, "found none").err)
 
     def test_what_refers_to_nothing_here_or_is_not_read(self):
         self.pull_signed()
@@ -14097,7 +14038,7 @@ class LookTest(StoredCase):
             self.assertEqual(looked_at(look.find(path)[1]), wanted)
         self.assertEqual(len(look._drawn), drawn)
 
-    @rows((seed,) for seed in range(120))
+    @rows((seed,) for seed in in_turn(range(120), 3))
     def test_random_layers_read_as_a_whole(self, seed):
         layers = linked_layers(random.Random(seed))
         with contextlib.suppress(imagec.InvalidDocument):
@@ -14109,8 +14050,8 @@ class LookTest(StoredCase):
                 self.assertEqual(looked_up(look_over(layers).find, path), wanted,
                                  (path, layers))
 
-    @rows((kind, kind) for kind in ("oci", "docker", "schema1"))
-    def test_from_a_registry(self, _, kind):
+    @rows((kind,) for kind in ("oci", "docker", "schema1"))
+    def test_from_a_registry(self, kind):
         big = noise(imagec.CHUNK + 7)
         ref, image = self.serve([tar_bytes([("a", kind.encode())]), None, tar_bytes([
             ("big", big), ("etc", None), ("etc/a", b"1"), ("none", b"")])], kind=kind)
