@@ -8985,6 +8985,7 @@ class ArchiveOutputTest(StoredCase):
                                     os.symlink(path + ".tar", path)))))
     def test_archive_that_others_may_change(self, _name, expose):
         """What was proved of it may be another thing at once: A21."""
+        self.clear()
         path, (reference, image) = self.at("out.tar"), self.serve(ARCHIVE_TARS)
         self.archive(reference)
         good = file_bytes(path)
@@ -8994,8 +8995,6 @@ class ArchiveOutputTest(StoredCase):
         self.assertTrue(stat.S_ISREG(status.st_mode))
         self.assertEqual(status.st_mode & stat.S_IWOTH, 0)
         self.assertEqual(file_bytes(path), good)
-        for name in os.listdir(self.work):
-            remove(self.at(name))
 
     def test_schema1_without_layers_twice(self):
         reference, _ = self.serve([None], kind="schema1")
@@ -9037,22 +9036,17 @@ class ArchiveOutputTest(StoredCase):
             [(name, data) for name, data in members.items() if data is not None]))
         self.assertIn(told, self.verify(self.at("lie.tar"), expect=3))
 
-    #: What tar_header is called with.
-    HEADERS = (
-        dict(name=b"plain", size=5),
-        dict(name=b"big", size=9 << 30), dict(name=b"limit", size=(8 << 30) - 1),
-        dict(name=b"n" * 300, size=0), dict(name=b"d/", size=0, kind=b"5"),
-        dict(name=b"l", size=0, kind=b"2", link=b"t" * 200),
-        dict(name=b"o", size=0, uid=1 << 22, gid=1 << 30),
-        dict(name=b"c", size=0, kind=b"3", device=(5, 300), mode=0o4640),
-        *(dict(name=b"time", size=0, mtime=hundredths * 10 ** 7)
-          for hundredths in (150, -150, -100, -25, 500000000050)),
-        dict(name=b"x", size=0, xattrs=((b"user.a", b"v"),)))
-
-    @rows((row["name"], row) for row in HEADERS)
+    @rows((
+        (b"plain", dict(size=5)), (b"big", dict(size=9 << 30)),
+        (b"limit", dict(size=(8 << 30) - 1)), (b"n" * 300, {}), (b"d/", dict(kind=b"5")),
+        (b"l", dict(kind=b"2", link=b"t" * 200)), (b"o", dict(uid=1 << 22, gid=1 << 30)),
+        (b"c", dict(kind=b"3", device=(5, 300), mode=0o4640)),
+        (b"x", dict(xattrs=((b"user.a", b"v"),)))), (
+            (b"time", dict(mtime=hundredths * 10 ** 7))
+            for hundredths in (150, -150, -100, -25, 500000000050)))
     def test_tar_header(self, name, row):
-        with tarfile.open(fileobj=io.BytesIO(imagec.tar_header(**row)
-                                             + bytes(1024))) as tar:
+        header = imagec.tar_header(**dict(row, name=name, size=row.get("size", 0)))
+        with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
             info = tar.next()
         found = dict(
             name=info.name.encode(), size=info.size, uid=info.uid, gid=info.gid,
@@ -9062,9 +9056,9 @@ class ArchiveOutputTest(StoredCase):
                          for key, value in info.pax_headers.items()
                          if key.startswith("SCHILY.xattr.")))
         self.assertEqual(found, dict(dict(
-            uid=0, gid=0, link=b"", mtime=0, mode=0o644, kind=b"0", device=(0, 0),
-            xattrs=()), **dict(row, name=name.rstrip(b"/"),
-                               mtime=row.get("mtime", 0) / 10 ** 9)))
+            name=name.rstrip(b"/"), size=0, uid=0, gid=0, link=b"", mode=0o644,
+            kind=b"0", device=(0, 0), xattrs=()), **dict(
+                row, mtime=row.get("mtime", 0) / 10 ** 9)))
 
     def test_tar_header_is_plain_where_it_can_be(self):
         block = imagec.tar_header(b"blobs/x", 7)
@@ -9248,19 +9242,16 @@ class ArchiveOutputTest(StoredCase):
             self.assertIn(reference, run.err)
             self.assertEqual(os.listdir(self.work), ["x.tar"])
 
-    def test_terminal_is_refused(self):
+    def test_what_does_not_stream(self):
+        """To a terminal nothing does, and no format that is a directory."""
         reference, _ = self.serve(ARCHIVE_TARS)
+        for format in ("layers", "oci"):
+            self.pull("-o", "-", "--format", format, reference, expect=2)
         out = io.TextIOWrapper(io.BytesIO())
         out.isatty = lambda: True
         with mock.patch.multiple(sys, stdout=out, stderr=io.StringIO()):
             self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
         self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
-
-    def test_formats_that_are_directories_do_not_stream(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        for format in ("layers", "oci"):
-            self.pull("-o", "-", "--format", format, reference, expect=2)
-        self.assertEqual(self.origin.requests, [])
 
     def test_full_device(self):
         if not os.path.exists("/dev/full"):
@@ -9308,13 +9299,6 @@ class ArchiveOutputTest(StoredCase):
                 write_file(self.at("out.tar.partial"), data)
                 self.archive(reference)
                 self.assertEqual(file_bytes(self.at("out.tar")), good)
-
-    def test_T010_names_in_it(self):
-        reference, _ = self.serve(ARCHIVE_TARS, kind="schema1-signed")
-        for name in self.archive(reference):
-            self.assertRegex(name, "^(blobs(/sha256(/[0-9a-f]{64})?)?|oci-layout|"
-                                   r"index\.json|manifest\.json|repositories)$")
-        self.verify(self.at("out.tar"))
 
 
 class StickTest(StoredCase):
@@ -9535,18 +9519,12 @@ class OCIOutputTest(StoredCase):
         self.assertEqual(stored_state(self.work), before)
         self.assertEqual(self.blob_gets("sha256"), 0)
 
-    #: (oci-layout, index.json or None)
-    NO_LAYOUTS = (
-        (b"", None), (b"[]", None), (b'{"imageLayoutVersion": 1}', None),
-        (b'{"imageLayoutVersion": "2.0.0"}', None)) + tuple(
-        (LAYOUT, index) for index in (
-            b"", b"[]", b"\xff", b'{"manifests": [}',
-            b'{"schemaVersion": 2, "manifests": {}}',
-            b'{"schemaVersion": 2, "manifests": [1]}',
-            b'{"schemaVersion": 2, "manifests": [{"annotations": 5}]}',
-            b'{"schemaVersion": 2, "manifests": [{"annotations": ["a"]}]}'))
-
-    @rows(NO_LAYOUTS)
+    @rows(itertools.product((
+        b"", b"[]", b'{"imageLayoutVersion": 1}', b'{"imageLayoutVersion": "2.0.0"}',
+    ), [None]), itertools.product([LAYOUT], (
+        b"", b"[]", b"\xff", b'{"manifests": [}',
+        *(b'{"schemaVersion": 2, "manifests": %s}' % found for found in (
+            b"{}", b"[1]", b'[{"annotations": 5}]', b'[{"annotations": ["a"]}]')))))
     def test_T125_refuses_what_it_does_not_understand(self, marker, index):
         remove(self.out)
         write_file(self.at("out", "oci-layout"), marker)
@@ -9792,7 +9770,7 @@ class ArtifactsTest(StoredCase):
         self.assertLessEqual(set(map(self.blob_gets, image.layers)), {2})
         return self.members(self.at("archive"))
 
-    ARTIFACTS = (
+    @rows((
         ("empty config", [SBOM], {}), ("of nothing", [], {}),
         ("config of its own", [("application/x", b"x", None)],
          dict(kind=None, config=b'{"a": 1}', config_type="application/vnd.x+json")),
@@ -9801,9 +9779,7 @@ class ArtifactsTest(StoredCase):
                         {"dev.cosignproject.cosign/signature": "MEUC"})],
          dict(kind=None, config_type=MEDIA_TYPES["oci"]["config"])),
         ("no image's tar", [(MEDIA_TYPES["oci"]["layer"] + "+gzip", b"no gzip", "x")],
-         {}))
-
-    @rows(ARTIFACTS)
+         {})))
     def test_artifacts(self, _, blobs, options):
         image = build_artifact(blobs, **options)
         reference = self.offered(image)
@@ -10837,14 +10813,11 @@ class RootfsOutputTest(StoredCase):
                      tar.extractfile(member).read() for member in tar if member.isreg()}
         self.assertEqual(found, data)
 
-    #: What the first two layers make, the first once more above them, and all of it.
-    AGAIN = (
+    @rows((
         # One blob, two inodes: the link's, of the layer's first time, and the file's.
         ("m=data", "a=>m", "a=data m=data"), ("m=data", "z=>m", "m=data z=data"),
         # Where its file is put, the second time, a link leads elsewhere.
-        ("x/ y/ d->x", "d/f=data d->y", "d->y x/ x/f=data y/ y/f=data"))
-
-    @rows(AGAIN)
+        ("x/ y/ d->x", "d/f=data d->y", "d->y x/ x/f=data y/ y/f=data")))
     def test_a_layer_again(self, first, second, wanted):
         again = second if "d->y" in second else first
         layers = [raw_words(words) for words in (first, second, again)]
@@ -11741,28 +11714,20 @@ class PullCase(NetworkCase):
                 [imagec.Reference.parse("%s/%s" % (registry.host, reference))],
                 imagec.LayersOutput(dest or self.dest), platform)[0]
 
-    def tree(self, top=None):
-        """{path: bytes} of all files below the destination."""
-        top, found = top or self.dest, {}
-        for folder, _, names in os.walk(top):
-            for name in names:
-                path = os.path.join(folder, name)
-                with open(path, "rb") as file:
-                    found[os.path.relpath(path, top).replace(os.sep, "/")] = file.read()
-        return found
+    def tree(self):
+        return contents(self.dest)
 
     def chain(self, diff_ids):
         """The chainIDs' hex, computed on our own (OCI image-spec, config.md)."""
-        chain = []
-        for diff_id in diff_ids:
-            text = "%s %s" % (chain[-1], diff_id) if chain else diff_id
-            chain.append(sha256(text.encode("ascii")) if chain else diff_id)
+        chain = diff_ids[:1]
+        for diff_id in diff_ids[1:]:
+            chain.append(sha256(("%s %s" % (chain[-1], diff_id)).encode("ascii")))
         return [digest.partition(":")[2] for digest in chain]
 
     def assert_nothing_final(self, blobs=()):
         """No document, no `.tar` that is not one of these blobs, whole."""
-        for path, data in (self.tree() if os.path.exists(self.dest) else {}).items():
-            if path.endswith(".partial") or path == "canary":
+        for path, data in self.tree().items():
+            if path.endswith(".partial"):
                 continue
             self.assertTrue(path.endswith(".tar"), path)
             self.assertIn(sha256(data), blobs)
@@ -11798,7 +11763,15 @@ class OutputsTest(PullCase):
         ids = self.chain(image.diff_ids)
         tree, texts = self.split(base)
         self.assertEqual(tree, self.expected(image, ids, base))
-        self.check_image(found, image, ids, base)
+        self.assertEqual(
+            (str(found.digest), found.image_id, found.path, str(found.platform),
+             found.format), (image.digest, sha256(image.config), os.path.join(
+                 self.dest, *base.split("/")), NET_PLATFORM, "layers"))
+        self.assertEqual(
+            [(layer.id, str(layer.digest), str(layer.diff_id), layer.size,
+              layer.blob_size) for layer in found.layers],
+            [row + (len(image.blobs[row[1]]),)
+             for row in zip(ids, image.layers, image.diff_ids, [7, 1200, 5])])
         self.assertEqual(set(texts), set(ids))
         for number, name in enumerate(ids):
             value = json.loads(texts[name].decode("utf-8"))
@@ -11806,18 +11779,6 @@ class OutputsTest(PullCase):
             self.assertEqual(value.get("parent"), ids[number - 1] if number else None)
             self.assertNotIn("rootfs", value)
             self.assertEqual("config" in value, number == len(ids) - 1)
-
-    def check_image(self, found, image, ids, base):
-        self.assertEqual(str(found.digest), image.digest)
-        self.assertEqual(found.image_id, sha256(image.config))
-        self.assertEqual(found.path, os.path.join(self.dest, *base.split("/")))
-        self.assertEqual((str(found.platform), found.format), (NET_PLATFORM, "layers"))
-        rows = [(layer.id, str(layer.digest), str(layer.diff_id), layer.size,
-                 layer.blob_size) for layer in found.layers]
-        sizes = [7, 1200, 5]
-        self.assertEqual(rows, [
-            row + (len(image.blobs[row[1]]),)
-            for row in zip(ids, image.layers, image.diff_ids, sizes)])
 
     @rows([("schema1",), ("schema1-signed",)])
     def test_schema1(self, kind):
@@ -11878,8 +11839,7 @@ class OutputsTest(PullCase):
         odd = b" \n" + self.image.manifest.replace(b"\n", b"\r\n\t") + b"\n\n"
         registry.add_manifest("app", "odd", odd, self.image.media_type)
         found = self.pull(registry, "app:odd")
-        with open(os.path.join(found.path, "manifest.json"), "rb") as file:
-            self.assertEqual(file.read(), odd)
+        self.assertEqual(file_bytes(os.path.join(found.path, "manifest.json")), odd)
         self.assertEqual(str(found.digest), sha256(odd))
 
     def test_the_manifest_comes_last(self):
@@ -11913,29 +11873,16 @@ class OutputsTest(PullCase):
         os.mkdir(real)
         os.symlink(real, self.dest)
         self.pull(self.filled())
-        self.assertTrue(self.tree(real))
+        self.assertTrue(contents(real))
 
     def test_t126_destinations(self):
-        registry = self.filled()
-        file = self.file("file")
-        dangling = os.path.join(self.root, "dangling")
-        os.symlink(os.path.join(self.root, "none"), dangling)
-        places = [file, os.path.join(file, "below"), dangling, os.devnull]
-        if not ROOT:
-            places.append(os.path.join(self.root, "closed"))
-            os.mkdir(places[-1], 0o500)
-        for place in places:
-            with self.subTest(place=os.path.basename(place)):
-                with self.fails(imagec.OutputError, "-o") as caught:
-                    self.pull(registry, dest=place)
-                self.assertEqual(imagec.exit_status(caught.exception), 1)
-        self.assertEqual(registry.connections, 0)
-
-    def test_t126_a_read_only_destination(self):
+        for place in os.devnull, self.file("file") + "/below":
+            with self.fails(imagec.OutputError, "is not a directory", "-o"):
+                imagec.LayersOutput(place)
         os.mkdir(self.dest)
-        with mock.patch("os.access", lambda path, mode: False):
-            with self.fails(imagec.OutputError, self.dest, "no permission"):
-                imagec.LayersOutput(self.dest)
+        with mock.patch("os.access", lambda path, mode: False), self.fails(
+                imagec.OutputError, self.dest, "no permission"):
+            imagec.LayersOutput(self.dest)
 
 
 class PullTest(PullCase):
@@ -12021,19 +11968,13 @@ class PullTest(PullCase):
         asked = [path.rpartition("/")[2] for path in paths(registry, "/blobs/")]
         return [digest for digest in asked if digest in self.image.layers]
 
-    def test_rerun_fetches_nothing(self):
+    def test_rerun(self):
+        """It fetches nothing, and may not under a lower limit."""
         registry = self.filled()
         first, before = self.pull(registry), self.tree()
-        del registry.requests[:], self.events[:]
+        del registry.requests[:]
         self.assertEqual(self.pull(registry), first)
-        self.assertEqual(self.tree(), before)
-        self.assertEqual(self.fetched(registry), [])
-        said = [event.status for event in self.events]
-        self.assertEqual(said.count("Already exists"), len(self.image.layers))
-
-    def test_rerun_under_a_lower_limit(self):
-        registry = self.filled()
-        self.pull(registry)
+        self.assertEqual((self.tree(), self.fetched(registry)), (before, []))
         with self.fails(imagec.LimitExceeded, "--max-layer-size"):
             self.pull(registry, max_layer_size=10)
 
@@ -12068,30 +12009,23 @@ class PullTest(PullCase):
         self.assert_nothing_final(image.layers)
 
     def test_t26_diff_ids(self):
-        good = self.image.diff_ids
-        for name, diff_ids, kind in (
-                ("wrong", good[:2] + [sha256(b"x")], imagec.DigestMismatch),
-                ("swapped", [good[1], good[0], good[2]], imagec.DigestMismatch),
-                ("short", good[:2], imagec.VerificationError),
-                ("long", good + good[:1], imagec.VerificationError),
-                ("none", [], imagec.VerificationError),
-                ("absent", None, imagec.ImagecError),
-                ("not digests", ["x", "y", "z"], imagec.InvalidDocument)):
-            with self.subTest(name):
-                shutil.rmtree(self.dest, ignore_errors=True)
-                rootfs = {"type": "layers", "diff_ids": diff_ids}
-                if diff_ids is None:
-                    del rootfs["diff_ids"]
-                image = build_image(NET_TARS, rootfs=rootfs)
+        one, two, three = self.image.diff_ids
+        for diff_ids, kind in (([one, two, sha256(b"x")], imagec.DigestMismatch),
+                               ([two, one, three], imagec.DigestMismatch),
+                               ([one, two], imagec.VerificationError)):
+            with self.subTest(diff_ids):
+                remove(self.dest)
+                image = build_image(NET_TARS, rootfs={
+                    "type": "layers", "diff_ids": diff_ids})
                 with self.fails(kind) as caught:
                     self.pull(self.filled(image))
                 self.assertEqual(imagec.exit_status(caught.exception), 3)
                 self.assert_nothing_final(image.layers)
 
-    @rows(itertools.product(
+    @rows(in_turn(itertools.product(
         ("sha256:../../../x", "../x", "", "sha256:", "sha256:" + "a" * 63,
          "sha256:" + "a" * 65, "sha256:" + "A" * 64, "md5:" + "a" * 32,
-         "sha256:" + "a" * 63 + "\n", "sha256:" + "a" * 62 + "\\x"), (False, True)))
+         "sha256:" + "a" * 63 + "\n", "sha256:" + "a" * 62 + "\\x"), (False, True)), 3))
     def test_t01_hostile_digests_are_not_asked_for(self, digest, of_config):
         registry = self.odd(lambda document: (
             document["config"] if of_config else document["layers"][0]
@@ -12104,10 +12038,10 @@ class PullTest(PullCase):
     @rows([("../../../../canary",), ("/etc/cron.d/x",), ("",), ("a" * 63,), ("A" * 64,),
            ("a" * 64 + "\n",)])
     def test_t03_hostile_v1_ids(self, name):
-        before = self.tree(self.root)
+        before = contents(self.root)
         with self.fails(imagec.ImagecError, "id"):
             self.pull(self.filled(build_image(NET_TARS[:1], "schema1", id=name)))
-        self.assertEqual(self.tree(self.root), before)
+        self.assertEqual(contents(self.root), before)
 
     def test_t04_annotations_are_no_paths(self):
         def annotate(document):
@@ -12116,8 +12050,7 @@ class PullTest(PullCase):
                                         "org.opencontainers.image.ref.name": "/evil"}
 
         self.pull(self.odd(annotate), "app:odd")
-        found = [path for path in self.tree(self.root) if "evil" in path]
-        self.assertEqual(found, [])
+        self.assertNotIn("evil", " ".join(contents(self.root)))
 
     def test_t21_t25_earlier_layers_stay(self):
         registry, layers = self.filled(), self.image.layers
@@ -12125,10 +12058,9 @@ class PullTest(PullCase):
         with self.fails(imagec.DigestMismatch, layers[2]):
             self.pull(registry, jobs=1)
         self.assert_nothing_final(layers[:2])
-        kept = sum(path.endswith(".tar") for path in self.tree())
         del registry.requests[:]
         self.pull(registry, jobs=1)
-        self.assertEqual(len(self.fetched(registry)), 3 - kept)
+        self.assertEqual(self.fetched(registry), layers[2:])
 
     def test_t115_the_first_error_ends_the_rest(self):
         tars = [tar_bytes([("f%d" % n, os.urandom(9000 + n))]) for n in range(5)]
@@ -12195,14 +12127,12 @@ class PullTest(PullCase):
 
     def test_t81_a_password_is_for_one_registry(self):
         first, second = (self.filled(auth="basic") for _ in range(2))
+        one, other = (imagec.Reference.parse(each.host + "/app:1")
+                      for each in (first, second))
         with self.session(username="alice", password=PASSWORD) as session:
-            for registry, allowed in ((first, True), (second, False)):
-                reference = imagec.Reference.parse(registry.host + "/app:1")
-                if allowed:
-                    session.manifest(reference)
-                    continue
-                with self.fails(imagec.UsageError, registry.host):
-                    session.manifest(reference)
+            session.manifest(one)
+            with self.fails(imagec.UsageError, second.host):
+                session.manifest(other)
         self.assertEqual(second.connections, 0)
 
 
@@ -13221,7 +13151,7 @@ class AuditTest(StoredCase):
         self.faults(root, "app/1/2/" + self.words["i0"])
 
     #: (format, end of what may not be opened or listed, what is told)
-    UNREADABLE = (
+    @rows((
         ("archive", "place.tar", "content"),
         ("oci", "oci-layout", "oci-layout"), ("oci", "index.json", "index.json"),
         ("oci", "{m}", "{m}"), ("oci", "{b0}", "{b0}"), ("oci", "{c}", "{c}"),
@@ -13229,10 +13159,7 @@ class AuditTest(StoredCase):
         ("layers", "/manifest.json", "manifest.json"),
         ("layers", "/config.json", "config.json"), ("layers", "/{i0}.tar", "{i0}.tar"),
         ("layers", "/{i1}.json", "{i1}.json"), ("layers", "/v2/lab", "/v2/lab"),
-        ("layers", "place.tar", "[.];"), ("layers", "{i0}/{i0}.tar", "{i0}.tar;"),
-    )
-
-    @rows(UNREADABLE)
+        ("layers", "place.tar", "[.];"), ("layers", "{i0}/{i0}.tar", "{i0}.tar;")))
     def test_what_may_not_be_read_is_not_called_good(self, format, end, word):
         path, end = self.at(format + "-place.tar"), end.format(**self.words)
         if not os.path.exists(path):
@@ -13679,10 +13606,8 @@ class AuditTest(StoredCase):
 
     #: (platforms of which the image is here, whether our pull has noted that, status,
     #: where before or behind the index the first of them has an entry of its own)
-    PARTS = (((0, 1), False, 0, None), ((1,), False, 0, None), ((), False, 1, None),
-             ((1,), True, 1, None), ((1,), False, 1, 0), ((1,), False, 1, 1))
-
-    @rows(PARTS)
+    @rows((((0, 1), False, 0, None), ((1,), False, 0, None), ((), False, 1, None),
+           ((1,), True, 1, None), ((1,), False, 1, 0), ((1,), False, 1, 1)))
     def test_parts_of_an_index(self, here, noted, status, at):
         # As `ctr images export`, `regctl image copy --platforms` and `skopeo copy
         # --multi-arch index-only` leave them.
