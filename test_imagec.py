@@ -8811,6 +8811,8 @@ class ResumeTest(FieldCase):
 
 ARCHIVE_TARS = [raw_words("etc/ etc/a=1"), raw_words("etc/b=" + "2" * 5000),
                 raw_words("etc/c=3")]
+AMD64, ARM64 = ("linux", "amd64", None), ("linux", "arm64", None)
+NO_PLATFORM = ("unknown", "unknown", None)  # as an attestation has it
 OCI_TAG = "org.opencontainers.image.ref.name"
 OCI_NAME = "io.containerd.image.name"
 ORIGIN = "io.github.imagec."
@@ -8823,6 +8825,16 @@ NO_FILES = (lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", p
 def origin_of(**fields):
     """The annotations that tell where an entry is from."""
     return {ORIGIN + name: text for name, text in fields.items()}
+
+
+def remade(image, change=lambda document: None, **members):
+    """The image with another manifest: what change(the document) makes of it."""
+    document = json.loads(image.manifest.decode("ascii"))
+    change(document)
+    made = copy.copy(image)
+    made.manifest = json_bytes(dict(document, **members))
+    made.digest = sha256(made.manifest)
+    return made
 
 
 def docker_archive(images, style, links):
@@ -9013,13 +9025,9 @@ class ArchiveOutputTest(StoredCase):
 
     def test_two_images_that_give_one_blob_two_sizes(self):
         good, image = self.serve(ARCHIVE_TARS)
-        manifest = json.loads(image.manifest.decode())
-        manifest["layers"][1]["size"] += 1000
-        lie = BuiltImage(json.dumps(manifest).encode(), image.media_type)
-        lie.blobs = image.blobs
+        lie = remade(image, lambda document: document["layers"][1].update(size=9999))
         self.origin.add("lab/lie", "1", lie)
-        bad = self.origin.host + "/lab/lie:1"
-        told = "expected %d bytes" % manifest["layers"][1]["size"]
+        bad, told = self.origin.host + "/lab/lie:1", "expected 9999 bytes"
         for form, name in (("archive", "o.tar"), ("oci", "o"), ("layers", "l")):
             for pair in ((good, bad), (bad, good)):
                 with self.subTest(form, first=pair[0]):
@@ -9666,16 +9674,12 @@ class OCIOutputTest(StoredCase):
     def multi(self):
         """An index: two platforms, one in an index of its own, and an attestation."""
         amd = build_image(ARCHIVE_TARS[:1])
-        arm = build_image(ARCHIVE_TARS[1:2], platform=("linux", "arm64", None))
-        nested = build_index([(arm, ("linux", "arm64", None))])
-        proof = build_image([b'{"_type": "in-toto"}'], compress=None,
-                            platform=("unknown", "unknown", None))
-        document = json.loads(proof.manifest.decode())
-        document["layers"][0]["mediaType"] = "application/vnd.in-toto+json"
-        proof.manifest = json.dumps(document).encode()
-        proof.digest = sha256(proof.manifest)
-        index = build_index([(amd, ("linux", "amd64", None)), (nested, None),
-                             (proof, ("unknown", "unknown", None))])
+        arm = build_image(ARCHIVE_TARS[1:2], platform=ARM64)
+        nested = build_index([(arm, ARM64)])
+        proof = remade(build_image([b"{}"], compress=None, platform=NO_PLATFORM),
+                       lambda document: document["layers"][0].update(
+                           mediaType="application/vnd.in-toto+json"))
+        index = build_index([(amd, AMD64), (nested, None), (proof, NO_PLATFORM)])
         self.origin.add("lab/multi", "1", index)
         everything = {image.digest for image in (amd, arm, proof, nested, index)}
         everything.update(amd.blobs, arm.blobs, proof.blobs)
@@ -9796,11 +9800,8 @@ class ArtifactsTest(StoredCase):
         "application/vnd.wasm.content.layer.v1+wasm",
         MEDIA_TYPES["oci"]["layer"] + "+gzip+encrypted")), 2))
     def test_layers_of_other_kinds(self, kind):
-        image = build_image(ARCHIVE_TARS[:2])
-        document = json.loads(image.manifest.decode())
-        document["layers"][1]["mediaType"] = kind
-        image.manifest = json_bytes(document)
-        image.digest = sha256(image.manifest)
+        image = remade(build_image(ARCHIVE_TARS[:2]),
+                       lambda document: document["layers"][1].update(mediaType=kind))
         reference = self.offered(image)
         self.refused(reference, "layer %s .*lab/thing:1 is of type %s, not a tar$" % (
             image.layers[1], re.escape(kind)), "layers", "rootfs")
@@ -10015,7 +10016,7 @@ class RecompressTest(StoredCase):
         self.assertIn("not done within 1 seconds", run.err)
 
     def test_no_way_leads_down_to_what_is_rewritten(self):
-        index = build_index([(self.image, ("linux", "amd64", None))])
+        index = build_index([(self.image, AMD64)])
         self.origin.add("lab/multi", "1", index)
         reference = self.origin.host + "/lab/multi:1"
         run = self.main("pull", "--platform", "linux/amd64", "--recompress", "gzip",
@@ -10058,12 +10059,12 @@ class RecompressTest(StoredCase):
 
     def test_what_was_said_of_the_old_bytes_is_gone(self):
         chunked, toc = "io.github.containers.zstd-chunked.", "containerd.io/snapshot/"
-        document = json.loads(self.image.manifest.decode())
-        document["layers"][0].update(data="eA==", urls=["https://x/"], annotations={
-            "mine": "x", chunked + "manifest-checksum": SUM_A,
-            chunked + "manifest-position": "1:2:3:1", toc + "stargz/toc.digest": SUM_A})
-        self.origin.add_manifest("lab/app", "2", json_bytes(document),
-                                 self.image.media_type)
+        notes = {"mine": "x", chunked + "manifest-checksum": SUM_A,
+                 chunked + "manifest-position": "1:2:3:1",
+                 toc + "stargz/toc.digest": SUM_A}
+        self.origin.add("lab/app", "2", remade(
+            self.image, lambda document: document["layers"][0].update(
+                data="eA==", urls=["https://x/"], annotations=notes)))
         self.recompressed("noted", self.reference[:-1] + "2")
         blobs = [data for data in contents(self.at("noted")).values()
                  if b'"mine"' in data]
@@ -10440,18 +10441,16 @@ def unsafe_depths(at):
     return [raw_layer(*members), raw_layer(raw_member(b"escape/new", b"bad"))]
 
 
+WITHIN = "canary/ canary/new=bad"
 #: what, layers (a function of the canary directory), status, words if it succeeds
 UNSAFE = (
-    ("T140: parent", unsafe_names(b"../canary/new"), 0, "canary/ canary/new=bad"),
-    ("T140: of the staging directory", unsafe_names(b"../../canary/new"), 0,
-     "canary/ canary/new=bad"),
+    ("T140: parent", unsafe_names(b"../canary/new"), 0, WITHIN),
+    ("T140: of the staging directory", unsafe_names(b"../../canary/new"), 0, WITHIN),
     ("T140: deeper", unsafe_names(b"a/../../canary/victim"), 0,
      "canary/ canary/victim=bad"),
-    ("T140: dot first", unsafe_names(b"./../canary/victim"), 0,
-     "canary/ canary/victim=bad"),
+    ("T140: dot first", unsafe_names(b"./../canary/new"), 0, WITHIN),
     ("T140: at the end", unsafe_names(b"a/.."), 3),
-    ("T140: a directory", unsafe_member(b"../canary", b"", kind=b"5", mode=0), 0,
-     "canary/"),
+    ("T140: a directory", unsafe_member(b"../x", b"", kind=b"5", mode=0), 0, "x/"),
     ("T140: absolute", lambda at: unsafe_names(os.fsencode(at + "/victim"))(at), 0),
     ("T140: two slashes", unsafe_names(b"//x"), 0, "x=bad"),
     ("T140: empty", unsafe_names(b""), 3),
@@ -10461,9 +10460,9 @@ UNSAFE = (
     ("T141: same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
     ("T141: later layer", unsafe_words("d->@", "d/victim=bad d/new=bad"), 0),
     ("T141: relative", unsafe_words("d->../canary", "d/new=bad"), 0,
-     "d->../canary canary/ canary/new=bad"),
+     "d->../canary " + WITHIN),
     ("T141: from the staging directory", unsafe_words("d->../../canary d/new=bad"), 0,
-     "d->../../canary canary/ canary/new=bad"),
+     "d->../../canary " + WITHIN),
     ("T141: chain", unsafe_words("a->b b->c c->..", "a/canary/new=bad"), 0),
     ("T141: two steps", unsafe_words("x->. x/y->../..", "x/y/canary/new=bad"), 0),
     ("T141: the root", unsafe_words("l->/", "l/new=bad"), 0, "l->/ new=bad"),
@@ -10500,16 +10499,13 @@ UNSAFE = (
     ("T148: relative", unsafe_words("l->../..", "l/.wh.canary= l/canary/.wh.victim="),
      0, "l->../.."),
     ("T148: with ..", unsafe_words("l/x=1", "l/../../canary/.wh.victim="), 0, "l/ l/x=1"),
-    ("T149: as a component", unsafe_words(".wh.a/../../canary/new=bad"), 0,
-     "canary/ canary/new=bad"),
+    ("T149: as a component", unsafe_words(".wh.a/../../canary/new=bad"), 0, WITHIN),
     ("T151: a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
-    ("T151: a link in what is deleted", unsafe_words("d/l->@ a=1", ".wh.d="), 0,
-     "a=1"),
+    ("T151: a link in what goes away", unsafe_words("d/l->@ a=1", ".wh.d="), 0, "a=1"),
     ("T152: huge hole", lambda at: [pax_sparse([(0, b"bad")], 8388608)], 1),
-    ("T152: name", lambda at: [pax_sparse([(0, b"x")], 1, b"../canary/new")], 0,
-     "canary/ canary/new=x"),
-    ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 0,
-     "canary/ canary/new=bad"),
+    ("T152: name", lambda at: [pax_sparse([(0, b"bad")], 3, b"../canary/new")], 0,
+     WITHIN),
+    ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 0, WITHIN),
     ("T153: linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
         (b"linkpath", b"../canary/victim")]), 3),
     ("T154: times", unsafe_member(pax=[(b"mtime", b"nan")]), 0, "x=bad"),
@@ -11120,7 +11116,7 @@ class FilesTest(StoredCase):
         self.assertNotIn("out", os.listdir(self.work))
 
     def test_images_are_no_artifacts(self):
-        index = build_index([(build_image(ARCHIVE_TARS), ("linux", "amd64", None))])
+        index = build_index([(build_image(ARCHIVE_TARS), AMD64)])
         self.origin.add("lab/multi", "1", index)
         for kind, tars in (("oci", ARCHIVE_TARS), ("schema1", ARCHIVE_TARS), ("oci", [])):
             reference, _ = self.serve(tars, kind=kind)
@@ -11135,8 +11131,7 @@ class FilesTest(StoredCase):
     def test_an_attestation_of_an_index_by_its_digest(self):
         proof = build_artifact([("application/vnd.in-toto+json", b"{4}", None)], None,
                                config_type=MEDIA_TYPES["oci"]["config"])
-        index = build_index([(build_image(ARCHIVE_TARS), ("linux", "amd64", None)),
-                             (proof, ("unknown", "unknown", None))])
+        index = build_index([(build_image(ARCHIVE_TARS), AMD64), (proof, NO_PLATFORM)])
         self.origin.add("lab/multi", "1", index)
         self.pull("-o", self.at("out"), "--format", "files", "%s/lab/multi@%s" % (
             self.origin.host, proof.digest))
@@ -11699,11 +11694,8 @@ class PullCase(NetworkCase):
 
     def odd(self, change, image=None, **options):
         """A registry in which app:odd is the image but for its manifest, changed."""
-        image = image or self.image
-        document = json.loads(image.manifest.decode("ascii"))
-        change(document)
         registry = self.filled(image, **options)
-        registry.add_manifest("app", "odd", json_bytes(document), image.media_type)
+        registry.add("app", "odd", remade(image or self.image, change))
         return registry
 
     def pull(self, registry, reference="app:1", dest=None, **options):
@@ -11807,7 +11799,7 @@ class OutputsTest(PullCase):
         self.assertEqual(len(paths(registry, "/blobs/" + sha256(EMPTY_LAYER))), 1)
 
     def test_indexes(self):
-        inner = build_index([(self.image, ("linux", "amd64", None))])
+        inner = build_index([(self.image, AMD64)])
         outer = build_index([(inner, None)], "docker")
         for index, names in ((inner, {"index.json": inner}),
                              (outer, {"index.json": outer, "index.1.json": inner})):
@@ -12076,8 +12068,8 @@ class PullTest(PullCase):
         self.assert_nothing_final(image.layers)
 
     def test_no_matching_platform(self):
-        index = build_index([(build_image(NET_TARS), ("linux", "arm64", None)),
-                             (build_image(NET_TARS[:1]), ("unknown", "unknown", None))])
+        index = build_index([(build_image(NET_TARS), ARM64),
+                             (build_image(NET_TARS[:1]), NO_PLATFORM)])
         registry = self.filled(index)
         with self.fails(imagec.NoMatchingPlatform, "linux/arm64") as caught:
             self.pull(registry)
@@ -12089,19 +12081,18 @@ class PullTest(PullCase):
         """A signature without platform is not what is meant by one that is not there.
         """
         proof = build_artifact([("application/vnd.in-toto+json", b"{}", None)])
-        for entries, words in (
-                ([(proof, None), (self.image, ("linux", "arm64", None))], "linux/arm64"),
-                ([(proof, None)], "--platform all")):
+        for entries, words in (([(proof, None), (self.image, ARM64)], "linux/arm64"),
+                               ([(proof, None)], "--platform all")):
             registry = self.filled(build_index(entries))
             with self.fails(imagec.NoMatchingPlatform, "for platform linux/amd64", words):
                 self.pull(registry)
-        index = build_index([(proof, ("linux", "amd64", None))])
+        index = build_index([(proof, AMD64)])
         with self.fails(imagec.Unsupported, "artifact of type application/vnd.example"):
             self.pull(self.filled(index))  # this one is meant
 
     def test_t43_a_platform_that_lies_is_told(self):
-        image = build_image(NET_TARS, platform=("linux", "arm64", None))
-        index = build_index([(image, ("linux", "amd64", None))])
+        image = build_image(NET_TARS, platform=ARM64)
+        index = build_index([(image, AMD64)])
         with self.assertLogs(imagec.log, "WARNING") as logged:
             found = self.pull(self.filled(index))
         self.assertIn("is for linux/arm64", "".join(logged.output))
@@ -12147,9 +12138,8 @@ class AlongTest(StoredCase):
     def setUp(self):
         super().setUp()
         self.amd = build_image(FIELD_SMALL)
-        self.arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
-        self.index = build_index([(self.amd, ("linux", "amd64", None)),
-                                  (self.arm, ("linux", "arm64", None))])
+        self.arm = build_image(FIELD_SMALL[:1], platform=ARM64)
+        self.index = build_index([(self.amd, AMD64), (self.arm, ARM64)])
         self.ref = self.offer()
 
     def offer(self, name="lab/app:1", **options):
@@ -12331,7 +12321,7 @@ class PlatformsTest(StoredCase):
         self.images = [build_image([FIELD_SMALL[0], tar_bytes([("a", b"%d" % n)])],
                                    platform=tuple(name.split("/") + [None])[:3])
                        for n, name in enumerate(self.PLATFORMS)]
-        inner = build_index([(self.images[0], ("linux", "amd64", None))])
+        inner = build_index([(self.images[0], AMD64)])
         self.index = build_index([(inner, None),
                                   (self.images[1], ("linux", "arm", "v7")),
                                   (self.images[2], ("linux", "arm64", "v8"))])
@@ -12399,19 +12389,17 @@ class PlatformsTest(StoredCase):
                          if str(one.digest) == image.digest])
 
     def test_one_blob_has_one_size_in_all(self):
-        document = json.loads(self.images[1].manifest.decode())
-        document["layers"][0]["size"] += 1  # it is the first one's, too
+        other = remade(self.images[1], lambda document: document["layers"][0].update(
+            size=9))  # it is the first one's, too
         self.origin.add("lab/app", "1", build_index([
-            (self.images[0], ("linux", "amd64", None)),
-            (BuiltImage(json_bytes(document), self.images[1].media_type),
-             ("linux", "arm", "v7"))]))
+            (self.images[0], AMD64), (other, ("linux", "arm", "v7"))]))
         run = self.pull("--platform", "all", "--format", "oci", "-o", self.at("out"),
                         self.ref, expect=3)
         self.assertIn("gives two sizes for " + self.images[0].layers[0], run.err)
 
     def test_all_with_what_is_no_manifest(self):
         data = b"<xml/>"
-        self.index = build_index([(self.images[0], ("linux", "amd64", None))],
+        self.index = build_index([(self.images[0], AMD64)],
                                  extra_entries=[_descriptor("application/xml", data)])
         self.index.blobs = {sha256(data): data}
         self.origin.add("lab/app", "1", self.index)
@@ -12515,9 +12503,8 @@ class DryRunTest(FieldCase):
         self.assertEqual(fetch, sum(self.sizes) + len(other.blobs[other.layers[1]]))
 
     def test_all_platforms(self):
-        index = build_index([(self.image, ("linux", "amd64", None)), (
-            build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
-            ("linux", "arm64", None))])
+        index = build_index([(self.image, AMD64), (
+            build_image(FIELD_SMALL[:1], platform=ARM64), ARM64)])
         ref = self.filled(index).host + "/lab/app:1"
         self.assertEqual(self.plan(format="oci", ref=ref, platform="all")[0],
                          ["%s@%s" % (ref, index.digest)])
@@ -12525,7 +12512,7 @@ class DryRunTest(FieldCase):
     @rows((("--platform", "all", 2), ("--recompress", "gzip", 2),
            ("--platform", "linux/none", 4)))
     def test_refuses_what_a_pull_would_refuse(self, option, value, code):
-        index = build_index([(self.image, ("linux", "amd64", None))])
+        index = build_index([(self.image, AMD64)])
         ref = self.filled(index).host + "/lab/app:1"
         for more in ((), ("--dry-run",)):
             run = self.main("pull", ref, "-o", self.at(), option, value, *more)
@@ -12563,10 +12550,8 @@ class SignedCase(StoredCase):
     def setUp(self):
         super().setUp()
         self.image = build_image(FIELD_SMALL)
-        self.index = build_index([
-            (self.image, ("linux", "amd64", None)),
-            (build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None)),
-             ("linux", "arm64", None))])
+        self.index = build_index([(self.image, AMD64), (
+            build_image(FIELD_SMALL[:1], platform=ARM64), ARM64)])
         self.origin.add("lab/app", "1", self.index)
         self.reference = self.origin.host + "/lab/app:1"
         self.other_digest = "?"
@@ -12955,21 +12940,16 @@ AUDIT_LAYERS = (
 )
 AUDIT_BLOBS = "blobs/sha256/"
 AUDIT_OCI = (
-    ("flipped", damage_flip, AUDIT_BLOBS + "{b0}"),
+    *((what, damage, AUDIT_BLOBS + blob) for blob in ("{b0}", "{c}", "{m}", "{x}")
+      for what, damage in (("flipped", damage_flip), ("gone", os.unlink))),
+    *(("a link", damage_link, where) for where in (
+        AUDIT_BLOBS + "{b1}", "index.json", "oci-layout", "blobs")),
     ("cut", damage_cut, AUDIT_BLOBS + "{b0}"),
     ("longer", damage_more(b"\0"), AUDIT_BLOBS + "{b1}"),
-    ("gone", os.unlink, AUDIT_BLOBS + "{b1}"),
-    ("a link", damage_link, AUDIT_BLOBS + "{b1}"),
     ("swapped", "{b1}", AUDIT_BLOBS + "{b0}"),
-    ("flipped", damage_flip, AUDIT_BLOBS + "{c}"),
-    ("gone", os.unlink, AUDIT_BLOBS + "{c}"),
     ("edited", damage_os, AUDIT_BLOBS + "{c}"),
-    ("flipped", damage_flip, AUDIT_BLOBS + "{m}"),
-    ("gone", os.unlink, AUDIT_BLOBS + "{m}"),
     ("layers swapped", damage_order, AUDIT_BLOBS + "{m}"),
-    ("gone", os.unlink, "index.json"),
-    ("a link", damage_link, "index.json"), ("a link", damage_link, "oci-layout"),
-    ("a directory", damage_type, "oci-layout"),
+    ("gone", os.unlink, "index.json"), ("a directory", damage_type, "oci-layout"),
     ("cut", damage_cut, "index.json"),
     ("no object", damage_write(b"[]"), "index.json"),
     ("leads elsewhere", damage_digest, "index.json"),
@@ -12977,20 +12957,17 @@ AUDIT_OCI = (
         lambda value: value["manifests"][0].update(size=7)), "index.json"),
     ("no JSON", damage_write(b"{"), "oci-layout"),
     ("no version", damage_write(b"{}"), "oci-layout"),
-    ("a link", damage_link, "blobs"),
-    ("flipped", damage_flip, AUDIT_BLOBS + "{x}"),
-    ("gone", os.unlink, AUDIT_BLOBS + "{x}"),
     ("lists none", damage_write(b'{"schemaVersion": 2, "manifests": []}'),
      AUDIT_BLOBS + "{x}"),
     ("no digest", damage_origin(digest="x"), "index.json"),
     ("no way down", damage_origin(indexes="x"), "index.json"),
     ("another way down", damage_origin(digest=ZEROS), "index.json"),
     ("way down to nowhere", damage_way, "index.json"),
-) + tuple(("other digest", damage_json(  # T014
-    lambda value, digest=digest: value["manifests"][0].update(digest=digest)),
-    "index.json") for digest in (
+    *(("other digest", damage_json(  # T014
+        lambda value, digest=digest: value["manifests"][0].update(digest=digest)),
+       "index.json") for digest in (
         "sha512:" + "0" * 128, "sha512:" + "0" * 64, "md5:" + "0" * 32,
-        "sha256:../../x", ZEROS.upper(), "", "sha256:\ud800", None))
+        "sha256:../../x", ZEROS.upper(), "", "sha256:\ud800", None)))
 #: What no image needs: of an archive a fault, of a directory it is told.
 AUDIT_EXTRA = tuple(("extra", damage_write(b"extra"), where) for where in (
     AUDIT_BLOBS + "f" * 64, AUDIT_BLOBS + "x.partial", "blobs/stray", "stray"))
@@ -13035,7 +13012,7 @@ class AuditTest(StoredCase):
 
     def offer(self, image, tag="1", kind="oci"):
         """Let an index lead to an image."""
-        index = build_index([(image, ("linux", "amd64", None))], kind)
+        index = build_index([(image, AMD64)], kind)
         self.origin.add("lab/app", tag, index)
         return index
 
@@ -13281,34 +13258,29 @@ class AuditTest(StoredCase):
                 gone = size in (1000, 1536)
                 self.faults(path, "index.json: missing" if gone else "content: ", gone)
 
-    #: (what, members put before an archive's end, words of the fault)
-    MEMBERS = (
-        ("another name of one", raw_member(b"./index.json", b"{}"), "./index.json"),
-        ("another by pax", raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
-         "./index.json"),
-        ("one's name", raw_member(b"index.json"), "index.json: stands 2 times"),
-        ("one's name by pax", raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
-         "index.json: stands 2 times"),
-        ("a folder twice", raw_member(b"blobs/", kind=b"5"), "blobs/: stands 2 times"),
-        ("a folder without its slash", raw_member(b"blobs", kind=b"5"), "blobs/"),
-        ("the folder of all", raw_member(b"./", kind=b"5"), "./: extra"),
-        ("another folder", raw_member(b"x/", kind=b"5"), "x/: extra"),
-        ("a file like a folder", raw_member(b"index.json/"), "index.json/"),
-        ("a link", raw_member(b"x", kind=b"2", link=b"index.json"), "x: extra"),
-        ("a link of one's name", raw_member(b"index.json", kind=b"2", link=b"x"),
-         "index.json"),
-        ("a device", raw_member(b"null", kind=b"3"), "null: extra"),
-        ("a pipe", raw_member(b"pipe", kind=b"6"), "pipe: extra"),
-        ("of no known kind", raw_member(b"z", kind=b"Z"), "z: extra"),
-        ("not UTF-8", raw_member(b"\xff\x1b"), "xff"),
-    )
-
     def test_members_that_are_not_of_an_archive(self):
         path = self.good("archive")
         good = file_bytes(path)[:-1024]
-        for what, members, words in self.MEMBERS:
-            with self.subTest(what):
-                write_file(path, good + members + bytes(1024))
+        for member, words in (
+                (raw_member(b"./index.json", b"{}"), "./index.json"),
+                (raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
+                 "./index.json"),
+                (raw_member(b"index.json"), "index.json: stands 2 times"),
+                (raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
+                 "index.json: stands 2 times"),
+                (raw_member(b"blobs/", kind=b"5"), "blobs/: stands 2 times"),
+                (raw_member(b"blobs", kind=b"5"), "blobs/"),
+                (raw_member(b"./", kind=b"5"), "./: extra"),
+                (raw_member(b"x/", kind=b"5"), "x/: extra"),
+                (raw_member(b"index.json/"), "index.json/"),
+                (raw_member(b"x", kind=b"2", link=b"index.json"), "x: extra"),
+                (raw_member(b"index.json", kind=b"2", link=b"x"), "index.json"),
+                (raw_member(b"null", kind=b"3"), "null: extra"),
+                (raw_member(b"pipe", kind=b"6"), "pipe: extra"),
+                (raw_member(b"z", kind=b"Z"), "z: extra"),
+                (raw_member(b"\xff\x1b"), "xff")):
+            with self.subTest(words, member=member[:200]):
+                write_file(path, good + member + bytes(1024))
                 self.assertIn(words, self.verify(path, 3))
         for rest in (raw_member(b"x"), bytes(512) + b"x"):
             write_file(path, good + bytes(1024) + rest)
@@ -13398,6 +13370,9 @@ class AuditTest(StoredCase):
             image.layers[1], sha256(image.config)))
         legacy = b"0" * 64
 
+        def link(name, target, kind=b"2"):
+            return raw_member(name, kind=kind, link=target)
+
         def listing(*entries):
             return raw_member(b"manifest.json", json_bytes([dict({
                 "Config": config.decode() + ".json", "RepoTags": None,
@@ -13420,24 +13395,21 @@ class AuditTest(StoredCase):
                 (made(listing({"Layers": []})), "lists 2 diffIDs"),
                 (made(listing({"Layers": [5, []]})), "missing"),
                 (made(listing({"Config": "../x"})), "missing"),
-                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
-                    b"l", kind=b"2", link=b"/etc/passwd")), "not a regular file"),
-                (made(listing({"Config": "c/l"}), raw_member(
-                    b"c/l", kind=b"2", link=b"../c/m"), raw_member(
-                        b"c/m", kind=b"2", link=b"../" + config + b".json")),
-                 "not a regular file"),
+                (made(listing({"Layers": ["l", layer.decode() + ".tar"]}),
+                      link(b"l", b"/etc/passwd")), "not a regular file"),
+                (made(listing({"Config": "c/l"}), link(b"c/l", b"../c/m"),
+                      link(b"c/m", b"../" + config + b".json")), "not a regular file"),
                 # One config is parsed once, by whatever names.
-                (made(listing({}, {"Config": "c/l"}), raw_member(
-                    b"c/l", kind=b"2", link=b"../" + config + b".json")),
+                (made(listing({}, {"Config": "c/l"}),
+                      link(b"c/l", b"../" + config + b".json")),
                  "manifest.json has it twice"),
                 # Of a hard link the target is no path from where it stands.
-                (made(listing({"Config": "c/l"}), raw_member(
-                    b"c/l", kind=b"1", link=b"../" + config + b".json")),
+                (made(listing({"Config": "c/l"}),
+                      link(b"c/l", b"../" + config + b".json", b"1")),
                  "not a regular file"),
                 # Others follow it to "c/x", whatever that is.
-                (made(listing({"Config": "c/l"}), raw_member(
-                    b"c/l", kind=b"2", link=b"x"), raw_member(b"x", image.config)),
-                 "not a regular file"),
+                (made(listing({"Config": "c/l"}), link(b"c/l", b"x"),
+                      raw_member(b"x", image.config)), "not a regular file"),
                 (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
                     b"l", image.blobs[image.layers[1]])), "expected digest"),
                 (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
@@ -13693,11 +13665,8 @@ class SignedVerifyTest(SignedCase):
 
     def evil(self, **members):
         """An image that nobody has signed, in the layout; its entry in index.json."""
-        image = build_image([tar_bytes([("evil", b"")])])
-        image.manifest = json_bytes(dict(json.loads(
-            image.manifest.decode("ascii")), **members))
-        image.digest = sha256(image.manifest)
-        return self.add_blobs(image).descriptor()
+        return self.add_blobs(remade(build_image(
+            [tar_bytes([("evil", b"")])]), **members)).descriptor()
 
     def test_good(self):
         for name in ("out", "out.tar"):
@@ -13784,11 +13753,9 @@ class SignedVerifyTest(SignedCase):
             remove(self.at("out"))
             self.pull_signed()
             entries = [entry or self.evil() for entry in entries]
-            index = build_index([], extra_entries=entries)
-            index.manifest = json_bytes(dict(json.loads(index.manifest.decode(
-                "ascii")), annotations={imagec.ORIGIN_ANNOTATION + "digest": SUM_A}))
-            index.digest = sha256(index.manifest)
-            self.add_blobs(index)
+            index = self.add_blobs(remade(
+                build_index([], extra_entries=entries),
+                annotations={imagec.ORIGIN_ANNOTATION + "digest": SUM_A}))
             self.changed(lambda told: told["manifests"][0].update(
                 index.descriptor(), annotations={imagec.TAG_ANNOTATION: "1"}))
             self.proved("out", 0 if self.image.descriptor() in entries else 3)
@@ -14075,7 +14042,7 @@ class LookTest(StoredCase):
 
     def test_artifacts_and_whole_indexes_have_no_files(self):
         ref, image = self.serve([tar_bytes([("a", b"1")])])
-        self.origin.add("lab/app", "all", build_index([(image, ("linux", "amd64", None))]))
+        self.origin.add("lab/app", "all", build_index([(image, AMD64)]))
         for command in (["ls"], ["cat", "--max-files", "5"]):
             self.assertIn("--platform", self.read(
                 *command, ref[:-1] + "all", "a", "--platform", "all", expect=2)[1])
