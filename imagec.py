@@ -1052,6 +1052,12 @@ def _media_type(document, content_type):
     return media_type, shape
 
 
+#: Configs of images, with what old registries gave to real ones: moby's list.
+_IMAGE_CONFIG = (
+    r"application/(vnd\.oci\.image|vnd\.docker\.container|(octet-stream|json)\Z)"
+    r"|text/html\Z|\Z")
+
+
 def _decode_image(document, raw, media_type, digest):
     config = Descriptor.from_document(document.need("config", dict))
     layers = tuple(Descriptor.from_document(layer)
@@ -1059,9 +1065,7 @@ def _decode_image(document, raw, media_type, digest):
     for one in distinct((config,) + layers, document.where):
         one.require_known()
     kind = config.media_type
-    image = re.match(  # with what old registries gave to real images: moby's list
-        r"application/(vnd\.oci\.image|vnd\.docker\.container|(octet-stream|json)\Z)"
-        r"|text/html\Z|\Z", kind)
+    image = re.match(_IMAGE_CONFIG, kind)
     if image and layers and all(  # signatures, SBOMs
             re.search("json|xml|text/", layer.media_type) for layer in layers):
         image, kind = None, layers[0].media_type
@@ -1846,6 +1850,16 @@ def codec_of(file):
     head = file.read(6)
     file.seek(-len(head), os.SEEK_CUR)
     return re.match(_MAGIC, head).lastgroup
+
+
+def could_unpack(file):
+    """Whether some reader could unpack what stands next in a binary file."""
+    if codec_of(file) != "tar":
+        return True
+    block = file.read(TAR_BLOCK)
+    total = len(block) == TAR_BLOCK and _tar_sum(block)  # or, for some, of signed bytes
+    return any(b"%o" % one in block[148:156] for one in (
+        total, total - 256 * sum(byte > 127 for byte in block)) if one > 0)
 
 
 def inflated(chunks, what):
@@ -4555,6 +4569,24 @@ class Origin(value_type(
                    without) if digest else None
 
 
+def names_in(annotations):
+    """(full name, tag) that an entry of a layout goes by, as texts, None for none."""
+    name, tag = map(annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
+    if name is None and not re.fullmatch(_TAG, str(tag or "none")):
+        name, tag = tag, None  # podman has the whole name there
+    return name and Reference.full(str(name)), tag
+
+
+def came_along(origin, *names):
+    """Whether it is here for what it refers to, and goes by such a tag or none.
+
+    By any other it could pass for an image, to those who know no such notes.
+    """
+    subject = origin and origin.subject
+    return bool(subject) and all(name.rpartition(":")[2].startswith(subject.tag)
+                                 for name in names if name is not None)
+
+
 class Stored(value_type("Stored", "reader tree name tag digest origin documents")):
     """What a name in a layout, an archive or a `layers` tree leads to.
 
@@ -4569,14 +4601,8 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
 
     @property
     def along(self):
-        """Whether it is here for what it refers to, and goes by such a tag or none.
-
-        By any other it could pass for an image, to those who know no such notes.
-        """
-        subject = self.origin and self.origin.subject
-        return bool(subject) and all(
-            name.rpartition(":")[2].startswith(subject.tag)
-            for name in (self.name, self.tag) if name is not None)
+        """See came_along."""
+        return came_along(self.origin, self.name, self.tag)
 
     @property
     def full(self):
@@ -4688,10 +4714,7 @@ class _Layout:
     def stored(self):
         """Yields a Stored for each entry."""
         for entry, origin in list(self._entries()):
-            name, tag = map(entry.annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
-            if name is None and not re.fullmatch(_TAG, tag or "none"):
-                name, tag = tag, None  # podman has the whole name there
-            name = name and Reference.full(name)
+            name, tag = names_in(entry.annotations)
             documents = self._documents(entry, origin.indexes if origin else ())
             yield Stored(self._reader, None, name, tag, entry.digest, origin,
                          _noted(self._noting, "index.json", documents))
@@ -4707,7 +4730,13 @@ class _Layout:
                 for entry in index.children("manifests", INDEX_COUNT_LIMIT):
                     with self._noting(where):
                         entry = Descriptor.from_document(entry)
-                        yield entry, Origin.of(entry.annotations)
+                        origin = Origin.of(entry.annotations)
+                        if where == REFERRERS and not came_along(
+                                origin, *names_in(entry.annotations)):
+                            raise InvalidDocument(
+                                "%s refers to nothing by its notes and names: images "
+                                "belong in index.json" % str(entry.digest))
+                        yield entry, origin
 
     def _documents(self, entry, way):
         for digest in way:
@@ -5532,7 +5561,7 @@ def add_to_index(manifests, entry):
     name = entry.get("annotations", {}).get(NAME_ANNOTATION)
     for old in list(manifests):
         annotations = old.get("annotations") or {}
-        if name is not None and annotations.get(NAME_ANNOTATION) == name:
+        if name is not None and names_in(annotations)[0] == name:
             for key in (NAME_ANNOTATION, TAG_ANNOTATION):
                 annotations.pop(key, None)
         elif name is not None and (
@@ -7828,6 +7857,7 @@ class Audit:
         self._go_on = check
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
         self._names = collections.defaultdict(set)  # digest of an image -> its names
+        self._named = {}  # full name -> digest of its entry
         self._images = {}  # digest -> what docker calls it: see _image
         self._optional = {}  # digest -> whether all that lists it may lack it
 
@@ -7863,6 +7893,12 @@ class Audit:
         """
         name = None if found.along else found.name
         self._names[found.digest].add(name)
+        names = {name}
+        if name and re.fullmatch(_TAG, found.tag or ""):  # what others go by
+            names.add("%s:%s" % (name.rpartition(":")[0], found.tag))
+        for one in filter(None, names):
+            if self._named.setdefault(one, found.digest) != found.digest:
+                self.faults.append("index.json: %s stands for two images" % one)
         listed, way = set(), found.origin.indexes if found.origin else ()
         for document in found.documents:
             self._names[document.digest].add(name)
@@ -8064,8 +8100,24 @@ class _Stock:
         one = self._documents.get(found.digest)
         listed = [one] if not isinstance(one, Index) else [
             self._documents.get(entry.digest) for entry in one.manifests]
-        return all(getattr(each, "artifact_type", "") for each in listed) and (
+        return not any(map(self._runs, listed)) and (
             tags.issuperset(names) if names else one.subject in self._documents)
+
+    def _runs(self, one):
+        """Whether some reader would run a document, None for one that is not here.
+
+        Most go by the type of its config, none by those of its layers.
+        """
+        if not getattr(one, "artifact_type", ""):
+            return True
+        if one.media_type != DOCKER_MANIFEST and not re.match(
+                _IMAGE_CONFIG, one.config.media_type):
+            return False
+        for layer in one.layers:
+            with self._reader.region(blob_name(layer.digest)).open() as file:
+                if could_unpack(file):
+                    return True
+        return False
 
 
 def _run_verify(args, session):
@@ -8290,13 +8342,9 @@ class Shelf:
         self.blobs = {}  # Digest -> Region
         self._good = {}  # Digest -> the file's identity when it was proved
         for path in reversed(paths):
-            before = {name: dict(tags) for name, tags in self.repositories.items()}
             with naming(path):
                 self._fill(path, open_place(path, check, lambda error: log.warning(
                     "passed over: %s: %s", error.filename, error.strerror)))
-            for name, tags in before.items():
-                for tag in tags.items() - self.repositories[name].items():
-                    log.warning("%s:%s is that of %s", name, tag[0], path)
         if paths and not self.repositories:
             raise OutputError(", ".join(paths), "holds nothing that could be served")
 
@@ -8328,7 +8376,8 @@ class Shelf:
                         with noting(name), contextlib.suppress(*absent):
                             self.blobs[blob.digest] = found.reader.region(name)
             if str(digest) in self.documents:
-                self._name(names, tag, str(digest))
+                self._name(names, tag, str(digest), "%s in %s" % (
+                    found.full or digest, path))
 
     def add(self, names, tag, document):
         """Puts a document on the shelf: by its digest and, if not None, a tag."""
@@ -8339,10 +8388,12 @@ class Shelf:
             self.referrers.setdefault(str(document.subject), {})[digest] = entry
         self._name(names, tag, digest)
 
-    def _name(self, names, tag, digest):
+    def _name(self, names, tag, digest, what=None):
         for name in names:
             tags = self.repositories.setdefault(name, {})
             if tag is not None:
+                if tags.get(tag, digest) != digest:
+                    log.warning("%s:%s is that of %s", name, tag, what or digest)
                 tags[tag] = digest
 
     @staticmethod

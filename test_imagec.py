@@ -9461,6 +9461,17 @@ class OCIOutputTest(StoredCase):
             self.assertEqual(self.blob_gets(digest), 1)
         self.verify(self.out)
 
+    def test_whole_name_for_a_tag(self):
+        """As skopeo and podman write it; an older entry stays, but nameless."""
+        reference, image = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        damage_json(lambda index: index["manifests"][0].update(annotations={
+            OCI_TAG: reference}))(os.path.join(self.out, "index.json"))
+        _, newer = self.serve(ARCHIVE_TARS[1:])
+        self.layout(reference)
+        self.assertEqual(self.names(), [(image.digest, None, None),
+                                        (newer.digest, reference, "1")])
+
     @rows([("INDEX_COUNT_LIMIT", 1), ("CONTENTS_LIMIT", 600)])
     def test_a_list_that_nobody_would_read_is_not_written(self, name, limit):
         self.clear()
@@ -12221,7 +12232,7 @@ class AlongTest(StoredCase):
         for data in [image.manifest] + list(image.blobs.values()):
             members["blobs/sha256/" + sha256(data)[7:]] = data
         entry.update(image.descriptor())
-        notes, names = entry["annotations"], "names other images"
+        notes, names = entry["annotations"], "belong in index.json"
         own, tag, subject = map(notes.get, (
             imagec.NAME_ANNOTATION, imagec.TAG_ANNOTATION,
             imagec.ORIGIN_ANNOTATION + "subject"))
@@ -13062,6 +13073,16 @@ class AuditTest(StoredCase):
                 check(copy, "" if word == "index.json" else word,
                       what in ("gone", "renamed"))
 
+    @rows((("the name", ":1", "3"), ("the tag that others go by", ":2", "1")))
+    def test_two_images_share(self, what, name, tag):
+        path, own = self.good("oci", name), self.origin.host + "/lab/app"
+        blob = file_bytes(os.path.join(path, AUDIT_BLOBS + self.words["x"]))
+        damage_json(lambda value: value["manifests"].append(_descriptor(
+            imagec.OCI_INDEX, blob, annotations={OCI_NAME: own + name, OCI_TAG: tag})))(
+                os.path.join(path, "index.json"))
+        self.assertEqual(faults_of(path),
+                         ["index.json: %s:1 stands for two images" % own])
+
     def test_layers(self):
         self.good("layers")
         # What is wrong with an index is told of what it should lead to.
@@ -13793,6 +13814,16 @@ class SignedVerifyTest(SignedCase):
             imagec.NAME_ANNOTATION: self.origin.host + "/lab/evil:2"}))
         self.proved("out", 3, "found none", "--image", "1")  # a reader's tag for it
 
+    def test_readers_run_whatever_its_layers_are_called(self):
+        self.pull_signed()
+        tar = tar_bytes([("evil", b"")])
+        for data, status in ((b"an SBOM" * 100, 0), (tar, 3), (gzip_bytes(tar), 3)):
+            image = self.add_blobs(build_artifact(
+                [("text/plain", data, None)], kind=None, config_type=imagec.OCI_CONFIG,
+                subject=self.index.descriptor()))
+            self.changed(lambda index: index["manifests"].append(image.descriptor()))
+            self.proved("out", status, "found none" * bool(status))
+
     def test_served_again(self):
         """What was pulled by key is pulled by key from a server of it, too."""
         self.sign(self.image)
@@ -14202,6 +14233,19 @@ class ShelfTest(ServeCase):
                 "blobs/sha256/[0-9a-f]{64}: it is of type application/xml",
                 "blobs/.*: No such", "blobs/.*: No such")):
             self.assertRegex(line, "passed over: %s/%s" % (path, words))
+
+    def test_name_that_two_would_have(self):
+        path, image = self.copied()[0], self.images["lab/oci"]
+        write_file(os.path.join(path, "index.json"), json_bytes({
+            "schemaVersion": 2, "manifests": [
+                dict(one.descriptor(), annotations={OCI_NAME: name}) for one, name in (
+                    (image, "a.test/x:1"), (build_index([(image, None)]), "b.test/x:1"),
+                    (image, "c.test/x:2"))]}))
+        write_file(os.path.join(path, "blobs/sha256", sha256(build_index(
+            [(image, None)]).manifest)[7:]), build_index([(image, None)]).manifest)
+        del self.said[:]
+        imagec.Shelf(path)
+        self.assertEqual(self.said, ["x:1 is that of b.test/x:1 in " + path])
 
     @rows((("layers",), ("oci",)))
     def test_blob_that_is_not_there(self, format):
