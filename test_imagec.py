@@ -15609,6 +15609,34 @@ class TerminalOutput(io.TextIOWrapper):
         return True
 
 
+#: Runs the rest of its arguments, each the words of a command line, all at once: in
+#: forks of one Python, which has begun with the streams and the environment they have.
+#: For the streams in argv[3] there are files in argv[2], as for statuses; argv[4] is run.
+FORKS = """
+import os, sys
+home, place, streams, code, *lines = sys.argv[1:]
+sys.path.insert(0, home)
+import argparse, concurrent.futures.thread, getpass, http.client, imagec, queue, tempfile
+import encodings.idna, gc, signal
+if hasattr(gc, "freeze"):  # 3.7
+    gc.freeze()
+children = []
+for number, line in enumerate(lines):
+    children.append(os.fork())
+    if not children[-1]:
+        for stream in map(int, streams):
+            file = os.open("%s/%d.%d" % (place, number, stream), os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, stream)
+            os.close(file)
+        sys.argv[1:] = line.split("\\n")
+        sys.exit(exec(code))
+for _ in children:
+    child, status = os.wait()
+    with open("%s/%d.status" % (place, children.index(child)), "w") as file:
+        file.write(str(-(status & 127) or status >> 8))
+"""
+
+
 class CommandLineCase(RegistryCase):
     """A registry with one small image, and imagec.main to run against it."""
 
@@ -15624,6 +15652,30 @@ class CommandLineCase(RegistryCase):
 
     def pull(self, *argv, **options):
         return self.main("pull", "-o", self.output, *argv, **options)
+
+    def forks(self, *lines, streams="12", code="imagec.main()", closed="", environ=(),
+              **options):
+        """Starts FORKS: its process and place."""
+        place = tempfile.mkdtemp(dir=self.root)
+        process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-S", "-c", FORKS,
+             HOME, place, streams, code]
+            + [b"\n".join(map(os.fsencode, line)) for line in lines],
+            env=dict(os.environ, **dict(environ)),
+            **dict({"stdin": subprocess.DEVNULL}, **options))
+        self.addCleanup(self.reap, process)
+        return process, place
+
+    def ends(self, process, place):
+        """The end of each fork."""
+        self.assertEqual(process.wait(60), 0)
+        found = contents(place)
+        return [Ended(int(found["%d.status" % number]), found.get("%d.1" % number, b""),
+                      found.get("%d.2" % number, b"").decode("utf-8", "replace"))
+                for number in range(sum(name.endswith("status") for name in found))]
+
+    def forked(self, *lines, **options):
+        return self.ends(*self.forks(*lines, **options))
 
     def done(self, *argv, **options):
         """The lines a command prints, which must succeed."""
@@ -17223,14 +17275,12 @@ class SecretsTest(CommandLineCase):
 
 #: A pull whose look-up of a name never returns: the lock is its own already.
 STUCK = """
-import ctypes, socket, sys, threading
-sys.path.insert(0, sys.argv[1])
-import imagec
+import ctypes, socket, threading
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
 asked = threading.Lock()
 def tell():
     with asked:
-        print("asked", flush=True)
+        print(os.getpid(), flush=True)
 def look_up(*args, **options):
     lock(mutex)
     asked.release()
@@ -17240,7 +17290,7 @@ threading.Thread(target=tell, daemon=True).start()
 sys.setswitchinterval(1000)  # it runs when the call has been made, not before
 imagec.CLEARING_UP = 0.1
 socket.getaddrinfo = look_up
-imagec.main(["pull", "-q", "registry.invalid/x:1"])
+imagec.main()
 """
 
 
@@ -17258,57 +17308,63 @@ class SignalTest(CommandLineCase):
     )
 
     def hanging(self, match, action, count):
-        """A command that waits for a registry of its own: (process, fault, count)."""
+        """Where a pull will wait: (its reference, the fault, how often it is met)."""
         registry = self.registry()
         image = build_image([tar_bytes([("file%d" % n, b"x")]) for n in range(6)])
         registry.add("lab/app", "1", image)
         match = match.replace("{config}", sha256(image.config))
-        fault = registry.fault(match, action, EVER)
-        process = self.start("pull", "-q", "-o", self.output,
-                             registry.host + "/lab/app:1")
-        return process, fault, count
+        return registry.host + "/lab/app:1", registry.fault(match, action, EVER), count
 
-    def check(self, waits, signals, statuses):
-        rows = [self.hanging(*wait[1:]) for wait in waits]
-        self.wait_until(lambda: all(fault.used >= count for _, fault, count in rows))
+    def send(self, place, signals):
+        """Each fork, when it has told its number, gets a signal or None."""
+        names = [os.path.join(place, "%d.1" % number) for number in range(len(signals))]
+        self.wait_until(lambda: all(os.path.exists(name) and file_bytes(name).endswith(
+            b"\n") for name in names))
+        for name, number in zip(names, signals):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                number and os.kill(int(file_bytes(name)), number)
+
+    def test_ended(self):
+        rows = [row + wait for row, waits in (
+            ((signal.SIGINT, None, [130]), self.WAITS),
+            ((signal.SIGTERM, None, [143]), self.WAITS[1:3]),
+            # The second may come when Python is on its way out and obeys it by itself.
+            ((signal.SIGINT, signal.SIGINT, [130, -signal.SIGINT]), self.WAITS[1:3]))
+            for wait in waits]
+        found = [self.hanging(*row[4:]) for row in rows]
+        process, place = self.forks(
+            *[("pull", "-q", "-o", self.output, ref) for ref, _, _ in found],
+            code="print(os.getpid(), flush=True); imagec.main()")
+        self.wait_until(lambda: all(fault.used >= count for _, fault, count in found))
         time.sleep(0.02)  # from the request sent to the client waiting for its answer
         begin = time.monotonic()
-        for number in signals:
-            for process, _, _ in rows:
-                process.send_signal(number)
+        for turn in range(2):
+            self.send(place, [row[turn] for row in rows])
             time.sleep(0.01)
-        for wait, (process, _, _) in zip(waits, rows):
-            with self.subTest(wait[0], signals=signals):
-                ended = self.end_of(process)
+        for (first, second, statuses, where, *_), ended in zip(
+                rows, self.ends(process, place)):
+            with self.subTest(where, signals=(first, second)):
                 self.assertIn(ended.status, statuses, ended.err)
-                self.assert_one_line(ended, ended.status)
+                self.assertRegex(ended.out, rb"\A[0-9]+\n\Z")
+                self.assert_one_line(ended._replace(out=b""), ended.status)
         self.assertLess(time.monotonic() - begin, 15)
         self.assertFalse([name for name in self.files()
                           if not name.endswith(".partial")])
 
-    @rows(((WAITS, [signal.SIGINT], [130]), (WAITS[1:3], [signal.SIGTERM], [143]),
-           # The second may come when Python is on its way out and obeys it by itself.
-           (WAITS[1:3], [signal.SIGINT] * 2, [130, -signal.SIGINT])))
-    def test_ended(self, waits, signals, statuses):
-        self.check(waits, signals, statuses)
-
     @able(hasattr(signal, "pthread_kill"), "signal a thread")
     def test_a_call_that_does_not_return(self):
         """Python cannot run a handler then; the second signal ends the process."""
-        for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
+        first, second, statuses = zip((signal.SIGINT, signal.SIGINT, 130),
                                       (signal.SIGINT, signal.SIGTERM, 143),
-                                      (signal.SIGTERM, signal.SIGTERM, 143)):
-            process = subprocess.Popen(
-                [sys.executable, "-c", STUCK, HOME], cwd=self.root,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.addCleanup(self.reap, process)
-            with self.subTest(first=first, second=second):
-                self.assertEqual(process.stdout.readline(), b"asked\n")
-                process.send_signal(first)
-                with self.assertRaises(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-                process.send_signal(second)
-                self.assertEqual(process.wait(10), status)
+                                      (signal.SIGTERM, signal.SIGTERM, 143))
+        process, place = self.forks(
+            *[("pull", "-q", "registry.invalid/x:1")] * len(first), code=STUCK)
+        self.send(place, first)
+        time.sleep(0.2)
+        self.assertEqual(glob.glob(place + "/*.status"), [])
+        self.send(place, second)
+        self.assertEqual([one.status for one in self.ends(process, place)],
+                         list(statuses))
 
     def test_ignored_interrupt(self):
         # As of a job in the background: Ctrl-C in its terminal is not meant for it.
@@ -17333,7 +17389,7 @@ class SignalTest(CommandLineCase):
 
 #: Runs a script in a Python without some modules.
 LACKING = """
-import runpy, sys
+import importlib.machinery, sys
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -17344,7 +17400,8 @@ for name in set(sys.modules).intersection(names):
     del sys.modules[name]
 sys.meta_path.insert(0, Finder)
 sys.argv[0] = script
-runpy.run_path(script, run_name="__main__")
+code = importlib.machinery.SourceFileLoader("__main__", script).get_code("__main__")
+exec(code, {"__name__": "__main__", "__file__": script})  # not compiled anew
 """
 
 
@@ -17352,52 +17409,36 @@ runpy.run_path(script, run_name="__main__")
 class StreamTest(CommandLineCase):
     """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
 
-    def test_closed_streams(self):
-        pull, missing = ("pull", "-o", self.output, self.ref), self.ref + "none"
-        rows = [(argv, closed, statuses, self.start(*argv, redirections=closed))
-                for argv, closed, statuses in (
-                    # Whether it is an error that nobody wants the result is our choice.
-                    (pull, ">&-", (0, 1)), (("digest", self.ref), ">&-", (0, 1)),
-                    (("inspect", "--raw", self.ref), ">&-", (0, 1)),
-                    (("digest", missing), ">&-", (4,)),
-                    (("digest", self.ref), "2>&-", (0,)),
-                    (("digest", missing), "2>&-", (4,)))]
-        for argv, closed, statuses, process in rows:
-            with self.subTest(argv=argv, closed=closed):
-                ended = self.end_of(process)
-                self.assertNotRegex(ended.err, "Traceback|Exception")
+    @rows((  # (what is closed, streams to read, (command line, statuses, words) of each)
+        # Whether it is an error that nobody wants the result is our choice.
+        ("<&- >&-", "2", ("pull -o {out} {ref}", (0, 1), ""), ("digest {ref}", (0, 1), ""),
+         ("inspect --raw {ref}", (0, 1), ""), ("digest {ref}none", (4,), "not found")),
+        ("2>&-", "1", ("digest {ref}", (0,), ""), ("pull -o - {ref}", (0,), ""),
+         ("digest {ref}none", (4,), "")),
+        ("<&-", "12", ("digest -u alice --password-stdin {ref}", (2,), "password"),
+         ("pull --from-file -", (2,), "standard input is closed")),
+        ("<&- >&- 2>&-", "", ("digest UPPER", (2,), ""))))
+    def test_closed_streams(self, closed, streams, *lines):
+        """No file takes the place of one, or it would get what is written there."""
+        ends = self.forked(
+            *[line.format(out=self.output, ref=self.ref).split() for line, _, _ in lines],
+            streams=streams, closed=closed, code="code = imagec.main(sys.argv[1:])\n"
+            "sys.exit(code if os.open(os.devnull, os.O_RDONLY) > 2 else 99)")
+        for (line, statuses, words), ended in zip(lines, ends):
+            with self.subTest(line):
                 self.assertIn(ended.status, statuses)
-                self.assertEqual(bool(ended.out), closed == "2>&-" and 0 in statuses)
+                self.assertNotRegex(ended.err, "Traceback|Exception")
+                self.assertEqual(bool(ended.out), "1" in streams and 0 in statuses)
+                if words:
+                    self.assert_one_line(ended, *statuses, words)
+                if "-o -" in line:
+                    self.assertEqual(faults_of(self.file("x.tar", ended.out)), [])
         self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
 
-    @rows((("2>&-",), ("<&- 2>&-",), ("<&- >&-",), ("<&- >&- 2>&-",)))
-    def test_no_file_takes_the_place_of_a_closed_one(self, closed):
-        script = ("import os, sys; sys.path.insert(0, %r); import imagec\n"
-                  "imagec.main(['digest', 'UPPER'])\n"
-                  "sys.exit(os.open(os.devnull, os.O_RDONLY))" % HOME)
-        self.assertGreater(subprocess.call(
-            ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-c", script],
-            stderr=subprocess.DEVNULL), 2)
-        if closed == "2>&-":
-            ended = self.end_of(self.start("pull", "-o", "-", self.ref,
-                                           redirections=closed))
-            self.assertEqual(faults_of(self.file("x.tar", ended.out)), [])
-
-    def test_closed_stdin(self):
-        process = self.start("digest", "-u", "alice", "--password-stdin", self.ref,
-                             redirections="<&-")
-        self.assert_one_line(self.end_of(process), 2, "password")
-        listed = self.file("list", "\ufeff%s\r\nUPPER\r\n" % self.ref)
-        process = self.start("pull", "--from-file", "-",
-                             redirections="<" + shlex.quote(listed))
-        self.assert_one_line(self.end_of(process), 2, "standard input, line 2: .*UPPER")
-        process = self.start("pull", "--from-file", "-", redirections="<&-")
-        self.assert_one_line(self.end_of(process), 2, "standard input is closed")
-
-    def test_without_docstrings(self):
-        done = subprocess.check_output(
-            [sys.executable, "-OO", MODULE_PATH, "digest", "-q", self.ref])
-        self.assertEqual(done, self.digest.encode() + b"\n")
+    def test_list_from_standard_input(self):
+        ended = self.main("pull", "-q", "--from-file", "-",
+                          stdin="\ufeff%s\r\nUPPER\r\n" % self.ref)
+        self.assert_one_line(ended, 2, "standard input, line 2: .*UPPER")
 
     #: (what a Python lacks, command line, status, what is said of it)
     @rows((
@@ -17410,11 +17451,8 @@ class StreamTest(CommandLineCase):
         ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue",
          "digest -q {ref}", 0, None)))
     def test_a_python_that_lacks(self, names, command, status, words):
-        script = self.at("imagec.pyc")  # to compile it would be most of the work
-        if not os.path.exists(script):
-            py_compile.compile(MODULE_PATH, script)
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", LACKING, names, script]
+            [sys.executable, "-I", "-S", "-c", LACKING, names, MODULE_PATH]
             + command.format(ref=self.ref).split(), universal_newlines=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((ended.returncode, ended.stderr), (status, words and (
@@ -17422,16 +17460,19 @@ class StreamTest(CommandLineCase):
                 sys.executable, names, words)) or ""))
 
     def test_ways_to_start(self):
-        package = os.path.dirname(self.file("work/package/imagec.py", house().source))
+        whole = file_bytes(MODULE_PATH)
+        package = os.path.dirname(self.file("work/package/imagec.py", whole))
         zipapp.create_archive(package, self.at("called.pyz"), main="imagec:main")
         with zipfile.ZipFile(self.at("renamed.pyz"), "w") as archive:
             archive.write(MODULE_PATH, "__main__.py")
-        whole = sha256(file_bytes(MODULE_PATH))
-        for (*argv, digest), (status, out, *command) in itertools.product(
-                (("-I", MODULE_PATH, whole), ("-", "unknown"), ("-m", "imagec", whole),
-                 (self.at("called.pyz"), whole), (self.at("renamed.pyz"), whole)),
-                ((0, "imagec 1.0.0 {}\n", "--version"),
-                 (4, "", "digest", self.ref + "2"))):
+        whole = sha256(whole)
+        ways = ((MODULE_PATH, whole), ("-OO", MODULE_PATH, whole), ("-", "unknown"),
+                ("-m", "imagec", whole), (self.at("called.pyz"), whole),
+                (self.at("renamed.pyz"), whole))
+        for (*argv, digest), (status, out, *command) in in_turn(itertools.product(
+                ways, ((0, "imagec 1.0.0 {}\n", "--version"),
+                       (0, self.digest + "\n", "digest", self.ref),
+                       (4, "", "digest", self.ref + "2"))), 6):
             with self.subTest(argv, command=command), open(MODULE_PATH) as source:
                 ended = subprocess.run(
                     [sys.executable] + argv + command, stdin=source, cwd=package,
@@ -17455,8 +17496,7 @@ class StreamTest(CommandLineCase):
         commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
                     ("layers", self.ref), ("inspect", "--raw", self.ref),
                     ("inspect", self.ref))
-        started = [self.start(*argv, stdout=stdout) for argv in commands]
-        return zip(commands, map(self.end_of, started))
+        return zip(commands, self.forked(*commands, streams="2", stdout=stdout))
 
     def test_reader_that_has_had_enough(self):
         reading, writing = os.pipe()
@@ -17469,9 +17509,9 @@ class StreamTest(CommandLineCase):
     @able(os.path.exists("/dev/full"), "fill /dev/full")
     def test_full_output(self):
         with open("/dev/full", "wb") as full:
-            for path in self.output, "-":  # the image is what counts
-                told = self.start("pull", "-o", path, self.ref, stderr=full)
-                self.assertEqual(self.end_of(told).status, 0)
+            told = self.forked(*[("pull", "-o", path, self.ref) for path in (
+                self.output, "-")], streams="1", stderr=full)
+            self.assertEqual([one.status for one in told], [0, 0])  # the image counts
             for argv, ended in self.printing(full):
                 with self.subTest(argv=argv):
                     self.assert_one_line(ended, 1, "No space left")
@@ -17483,19 +17523,17 @@ class StreamTest(CommandLineCase):
         place = os.fsencode(os.path.join(self.root, "b\xe9"))
         layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
         self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
-        rows = [(environ, argv, code, self.start(
-                *argv, environ=dict(environ, PYTHONUTF8="0")))
-                for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"})
-                for argv, code in (
-                    (("pull", "-q", "--json", "-o", place, self.ref), 0),
-                    (("pull", "-q", "-o", place, many), 4), ((b"verify", layout), 0),
-                    ((b"digest", b"b\xc3\xa9\xff"), 2))]
-        for environ, argv, code, process in rows:
-            with self.subTest(environ=environ, argv=argv):
-                ended = self.end_of(process)
-                self.assertEqual(ended.status, code, ended.err)
-                self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
-                self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
+        rows = ((("pull", "-q", "--json", "-o", place, self.ref), 0),
+                (("pull", "-q", "-o", place, many), 4), (("verify", layout), 0),
+                (("digest", b"b\xc3\xa9\xff"), 2))
+        for environ in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}):
+            ends = self.forked(*[argv for argv, _ in rows],
+                               environ=dict(environ, PYTHONUTF8="0"))
+            for (argv, code), ended in zip(rows, ends):
+                with self.subTest(environ=environ, argv=argv):
+                    self.assertEqual(ended.status, code, ended.err)
+                    self.assertRegex(ended.err, r"\A(imagec: [ -~]+\n)?\Z")
+                    self.assertRegex(ended.out.decode("ascii"), r"\A([ -~]+\n)?\Z")
 
 
 # --------------------------------------------------------------------------------------
