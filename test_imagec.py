@@ -14756,9 +14756,13 @@ class ServeTest(ServeCase):
         paths = ["/v2/lab/oci/manifests/1"] + [
             "/v2/lab/oci/blobs/" + digest for digest in image.layers]
         bodies = [image.manifest] + [image.blobs[digest] for digest in image.layers]
-        with concurrent.futures.ThreadPoolExecutor(200) as pool:
-            for found in pool.map(lambda _: [serve_ask(host, path).body
-                                             for path in paths], range(200)):
+
+        def client(_):
+            with contextlib.closing(http.client.HTTPConnection(host, timeout=5)) as one:
+                return [serve_ask(one, path).body for path in paths]
+
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            for found in pool.map(client, range(60)):
                 self.assertTrue(found == bodies)  # to tell how they differ takes ages
 
     def test_slow_client_blocks_nobody(self):
@@ -15219,6 +15223,16 @@ class PushCase(ServeCase):
         self.assertNotIn(SIGNATURE, run.err)
         return run
 
+    def push_from_stdin(self, path, **options):
+        kept = os.dup(0)
+        try:
+            with open(path, "rb") as file:
+                os.dup2(file.fileno(), 0)
+            return self.push("-", "-q", **options)
+        finally:
+            os.dup2(kept, 0)
+            os.close(kept)
+
     def has(self, repository, tag, image):
         """The registry has the image by its tag, and all that it lists."""
         entries = self.target.repositories[repository]
@@ -15377,15 +15391,11 @@ class PushTest(PushCase):
         path = write_file(self.at("x.tar"), data)
         for argv in ["push", path, self.target.host], ["inspect", "-q", path]:
             self.assert_one_line(RegistryCase.main(self, *argv), code, words)
-        with open(path, "rb") as file:
-            ended = self.end_of(self.start("push", "-", self.target.host, stdin=file))
-        self.assertIn(", from standard input", ended.err)
+        self.assertIn(", from standard input",
+                      self.push_from_stdin(path, expect=code).err)
 
     def test_from_standard_input(self):
-        with open(self.archive, "rb") as file:
-            ended = self.end_of(self.start("push", "-q", "-", self.target.host,
-                                           stdin=file))
-        self.assertEqual(ended.status, 0, ended.err)
+        self.push_from_stdin(self.archive)
         self.has("lab/docker", "1", self.images["lab/docker"])
 
     def test_dry_run_and_library(self):
@@ -16108,8 +16118,8 @@ class OnDiskTest(CommandLineCase):
         commands = [line.split() for line in (
             "inspect", "inspect --raw", "inspect --config", "layers", "digest",
             "digest --platform all", "layers --json")]
-        for command in commands if kind != "schema1" else [] if format == "oci" else (
-                commands[1:2] + commands[3:]):
+        for command in in_turn(commands if kind != "schema1" else [] if format == "oci"
+                               else commands[1:2] + commands[3:], 2):
             wanted = self.main(*command, ref)
             self.assertEqual(self.asked(*command, path), wanted.out.decode())
         if kind == "schema1":
@@ -16260,26 +16270,32 @@ class CommandLineCredentialsTest(CommandLineCase):
         self.assertEqual(self.origin.requests[-1].headers["Authorization"],
                          "Basic " + field_base64("alice:" + sent))
 
-    @rows((  # (options, what is typed, status, words)
-        ((), b"S3CR3T\n", 0, "sha256:"), (("--password-stdin",), b"S3CR3T\n", 0, "sha256:"),
-        ((), b"\n", 2, "no password"), (("--password-stdin",), b"\4", 2, "no password"),
-    ))
     @able(hasattr(os, "openpty"), "a pseudo-terminal")
-    def test_a_terminal_is_asked_without_echo(self, options, typed, code, words):
-        self.origin.auth, shown = "basic", b""
-        ours, theirs = os.openpty()
-        with open(ours, "r+b", 0) as terminal, open(theirs, "r+b", 0) as stream:
-            # In a session without a terminal of its own, lest it be that of the tests.
-            process = self.start(
-                "digest", "-u", "alice", self.ref, *options, stdin=stream,
-                stdout=stream, stderr=stream, start_new_session=True)
+    def test_a_terminal_is_asked_without_echo(self):
+        rows = ((b"S3CR3T\n", 0, "sha256:"), (b"S3CR3T\n", 0, "sha256:", "--password-stdin"),
+                (b"\n", 2, "no password"), (b"\4", 2, "no password", "--password-stdin"))
+        self.origin.auth, pairs = "basic", [os.openpty() for _ in rows]
+        for end in itertools.chain(*pairs):
+            self.addCleanup(os.close, end)
+        # In a session without a terminal of its own, lest it be that of the tests.
+        started = self.forks(
+            *[(os.ttyname(theirs), "digest", "-u", "alice", self.ref, *options)
+              for (_, _, _, *options), (_, theirs) in zip(rows, pairs)],
+            streams="", start_new_session=True,
+            code="terminal = os.open(sys.argv.pop(1), os.O_RDWR | os.O_NOCTTY)\n"
+                 "for stream in range(3): os.dup2(terminal, stream)\nimagec.main()")
+        for (typed, *_), (ours, _) in zip(rows, pairs):
+            shown = b""
             while not shown.endswith(b"Password of alice: "):
-                shown += terminal.read(1)
-            terminal.write(typed)
-            self.assertEqual(process.wait(20), code)
-            shown = terminal.read(1000).decode("ascii")
-        self.assertIn(words, shown)
-        self.assertNotIn(PASSWORD, shown)
+                shown += os.read(ours, 1)
+            os.write(ours, typed)
+        for (_, code, words, *options), (ours, _), ended in zip(
+                rows, pairs, self.ends(*started)):
+            with self.subTest(words, options=options):
+                shown = os.read(ours, 1000).decode("ascii")
+                self.assertEqual(ended.status, code, shown)
+                self.assertIn(words, shown)
+                self.assertNotIn(PASSWORD, shown)
 
     #: (words of the error, argv): what follows is never repeated, nothing is sent
     @rows((
@@ -17063,13 +17079,13 @@ class SecretsTest(CommandLineCase):
                           value.__cause__]
                 if not value.__suppress_context__:
                     texts.append(value.__context__)
-        files = contents(self.root)
+        files, forms = contents(self.root), secret_forms(PASSWORD)  # it is in every other
         files.pop("auth.json", None)  # ours
         for value in texts + list(files) + list(files.values()):
             if isinstance(value, str):
                 value = value.encode("utf-8", "backslashreplace")
             if isinstance(value, bytes):
-                for form in secret_forms(PASSWORD):  # which is in every other
+                for form in forms:
                     self.assertNotIn(form, value)
 
     @rows([row + OUTPUTS[number % len(OUTPUTS)]
@@ -17171,20 +17187,18 @@ class SecretsTest(CommandLineCase):
         token = "S3CR3T-TOKEN"
         self.origin.tokens[token] = ["repository:lab/app:pull"]
         self.origin.fault("GET /token", body(json_bytes({"token": token})), EVER)
-        for auth, forms in (
-                ("basic", (secret, urllib.parse.quote(secret, safe=""), base)),
-                ("bearer", (token,))):
+        for auth, form, (match, action) in in_turn([
+                (auth, form, one) for auth, form in (
+                    ("basic", secret), ("basic", urllib.parse.quote(secret, safe="")),
+                    ("basic", base), ("bearer", token)) for one in self.repeated(form)], 4):
             self.origin.auth = auth
-            for form in forms:
-                for number, (match, action) in enumerate(self.repeated(form)):
-                    self.output += "x"
-                    fault = self.origin.fault(match, action, EVER)
-                    with self.subTest(auth=auth, form=form, number=number):
-                        ended = self.pull("--debug", self.ref, *self.LOGIN,
-                                          stdin=secret)
-                        for text in (form, form.lower(), form.rstrip("=")):
-                            self.assertNotIn(text, ended.err)
-                    fault.retire()
+            self.output += "x"
+            fault = self.origin.fault(match, action, EVER)
+            with self.subTest(auth=auth, form=form, match=match):
+                ended = self.pull("--debug", self.ref, *self.LOGIN, stdin=secret)
+                for text in (form, form.lower(), form.rstrip("=")):
+                    self.assertNotIn(text, ended.err)
+            fault.retire()
 
     def test_results_and_progress(self):
         self.origin.auth = "basic"
