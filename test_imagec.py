@@ -15560,15 +15560,21 @@ for _ in children:
 class CommandLineCase(RegistryCase):
     """A registry with one small image, and imagec.main to run against it."""
 
+    image, arm = build_image(FIELD_SMALL), build_image(FIELD_SMALL[:1], platform=SERVE_ARM)
+    index = build_index([(image, SERVE_AMD), (arm, SERVE_ARM)])
+
     def setUp(self):
         super().setUp()
         # The command line's own handler is the one that counts.
         self.patch(mock.patch.object(imagec.log, "handlers", []))
         self.output = os.path.join(self.root, "images")
         self.origin = self.registry()
-        self.image = build_image(FIELD_SMALL)
-        self.digest = self.origin.add("lab/app", "1", self.image)
-        self.ref = self.origin.host + "/lab/app:1"
+        self.digest, self.ref = self.image.digest, self.offer("1", self.image)
+
+    def offer(self, tag, image):
+        """The reference of an image, which is there from now on."""
+        self.origin.add("lab/app", tag, image)
+        return "%s/lab/app:%s" % (self.origin.host, tag)
 
     def pull(self, *argv, **options):
         return self.main("pull", "-o", self.output, *argv, **options)
@@ -15602,6 +15608,10 @@ class CommandLineCase(RegistryCase):
         ended = self.main(*argv, **options)
         self.assertEqual((ended.status, ended.err), (0, ""))
         return ended.out.decode("ascii").splitlines()
+
+    def inspected(self, *argv):
+        """What inspect tells, in its order."""
+        return ordered("\n".join(self.done("inspect", *argv)))
 
     def files(self):
         """What stands in the destination, without its directories."""
@@ -15659,25 +15669,21 @@ class CommandLineTest(CommandLineCase):
         os.environ["HOME"] = self.work
         self.clear()
         pull = self.there()
-        arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
-        self.origin.add("lab/app", "many", build_index([
-            (self.image, ("linux", "amd64", None)), (arm, ("linux", "arm64", None))]))
-        self.origin.add("lab/app", "chart", build_artifact([("text/x", b"x", "x.txt")]))
-        app = self.ref[:-2]
+        words = dict(
+            ref=self.ref, app=self.ref[:-2], digest=self.digest, place=self.work,
+            many=self.offer("many", self.index),
+            chart=self.offer("chart", build_artifact([("text/x", b"x", "x.txt")])))
         for _ in range(1 if "files" in options or "root" in options else 2):
-            self.assertEqual(pull(*(options + " " + references).format(
-                ref=self.ref, app=app, many=app + ":many", chart=app + ":chart",
-                digest=self.digest, place=self.work).split()),
+            self.assertEqual(pull(*(options + " " + references).format(**words).split()),
                 set(made.format(short=self.digest[7:19]).split()))
         if made == "new":
             self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
 
     def test_a_directory_that_holds_images_is_added_to(self):
-        pull = self.there()
-        self.origin.add("lab/app", "2", build_image(FIELD_SMALL[:1]))
+        pull, other = self.there(), self.offer("2", build_image(FIELD_SMALL[:1]))
         for format in ("oci", "layers"):
             pull("-o", format, "--format", format, self.ref)
-            pull("-o", format, self.ref[:-1] + "2")
+            pull("-o", format, other)
             self.assertNotIn("app_2.tar", os.listdir(format))
             self.assertEqual(faults_of(format), [])
 
@@ -15707,12 +15713,12 @@ class CommandLineTest(CommandLineCase):
         self.there()
         for name in installed:
             os.chmod(self.file("%s/%s" % (installed[0], name), "#!"), 0o755)
-        self.origin.add("lab/app", "chart", build_artifact([("text/x", b"x", "x.txt")]))
+        chart = self.offer("chart", build_artifact([("text/x", b"x", "x.txt")]))
         for argv, said in (([self.ref], words.format("app_1.tar")),
                            ([self.ref, "--format", "oci"], "app_1"),
                            ([self.ref, "-o", "a b.tar"], words.replace(
                                "-i {0}", "-i 'a b.tar'").format("a b.tar")),
-                           ([self.ref[:-1] + "chart"], "app_chart.tar")):
+                           ([chart], "app_chart.tar")):
             ended = self.main("pull", *argv,
                               PATH=os.path.join(self.root, *installed[:1] or ["none"]))
             self.assertEqual(ended.err.splitlines()[-1], "imagec: " + said)
@@ -15720,35 +15726,32 @@ class CommandLineTest(CommandLineCase):
     def test_pull_json(self):
         line, = self.done("pull", "-q", "--json", "-o", self.output, self.ref)
         value = ordered(line)
-        self.assertEqual(list(value.items())[:5], [
+        layers = [list(layer.values()) for layer in value.pop("layers")]
+        self.assertEqual(list(value.items()), [
             ("reference", self.ref), ("digest", self.digest),
             ("image_id", sha256(self.image.config)), ("platform", "linux/amd64"),
-            ("format", "layers")])
-        self.assertEqual(list(value)[5:], ["path", "without", "layers"])
+            ("format", "layers"), ("path", value["path"]), ("without", [])])
         self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
-        self.assertEqual([list(layer) for layer in value["layers"]],
-                         [["id", "digest", "diff_id", "size", "blob_size"]] * 2)
-        self.assertEqual([layer["size"] for layer in value["layers"]], [3, 3000])
-        self.assertEqual([layer["diff_id"] for layer in value["layers"]],
-                         self.image.diff_ids)
+        self.assertEqual([layer[1:] for layer in layers], [
+            [blob, diff_id, size, len(self.image.blobs[blob])] for blob, diff_id, size in zip(
+                self.image.layers, self.image.diff_ids, (3, 3000))])
+        self.assertEqual(list(ordered(line)["layers"][0]),
+                         ["id", "digest", "diff_id", "size", "blob_size"])
 
     def test_layers(self):
         rows = [line.split() for line in self.done("layers", self.ref)]
-        self.assertEqual([row[1] for row in rows], self.image.layers)
-        self.assertEqual([int(row[2]) for row in rows],
-                         [len(self.image.blobs[name]) for name in self.image.layers])
+        self.assertEqual([row[1:] for row in rows], [
+            [name, str(len(self.image.blobs[name]))] for name in self.image.layers])
         values = list(map(ordered, self.done("layers", "--json", self.ref)))
-        self.assertEqual([list(value) for value in values],
-                         [["id", "digest", "diff_id", "blob_size"]] * 2)
-        self.assertEqual([(value["id"], value["digest"]) for value in values],
-                         [(row[0], row[1]) for row in rows])
+        self.assertEqual([list(value.items()) for value in values], [
+            [("id", row[0]), ("digest", row[1]), ("diff_id", diff_id),
+             ("blob_size", int(row[2]))] for row, diff_id in zip(rows, self.image.diff_ids)])
 
     def test_schema1(self):
         image = build_image(FIELD_SMALL, "schema1-signed")
-        digest = self.origin.add("lab/app", "old", image)
-        ref = self.origin.host + "/lab/app:old"
+        ref = self.offer("old", image)
         self.assertEqual(self.done("pull", "-q", "-o", self.output, ref),
-                         [ref + "@" + digest])
+                         [ref + "@" + image.digest])
         rows = [line.split() for line in self.done("layers", ref)]
         self.assertEqual([row[1:] for row in rows],
                          [[layer, "-"] for layer in image.layers])
@@ -15756,12 +15759,11 @@ class CommandLineTest(CommandLineCase):
         self.assert_one_line(self.main("inspect", "--config", ref), 1, "no config")
 
     def test_inspect(self):
-        value = ordered("\n".join(self.done("inspect", self.ref)))
+        value = self.inspected(self.ref)
         self.assertEqual(list(value), [
             "reference", "digest", "media_type", "manifest_digest", "image_id",
             "platform", "artifact_type", "total_size", "layers", "created", "config",
-            "history",
-            "platforms", "referrers"])
+            "history", "platforms", "referrers"])
         self.assertEqual(value["reference"], self.ref + "@" + self.digest)
         self.assertEqual(value["media_type"], self.image.media_type)
         self.assertEqual([layer["digest"] for layer in value["layers"]],
@@ -15774,8 +15776,7 @@ class CommandLineTest(CommandLineCase):
            ({"history": {"a": 1}}, False), ({"history": [5, {}]}, False)])
     def test_history_with_the_layers_lined_up(self, changed, lined_up):
         image = build_image([FIELD_SMALL[0], None, FIELD_SMALL[1]], **changed)
-        self.origin.add("lab/app", "2", image)
-        value = ordered("\n".join(self.done("inspect", self.ref[:-1] + "2")))
+        value = self.inspected(self.offer("2", image))
         found = [(step["digest"], step["size"]) for step in value["history"]]
         if lined_up:
             first, last = [(one, len(image.blobs[one])) for one in image.layers]
@@ -15785,31 +15786,27 @@ class CommandLineTest(CommandLineCase):
             self.assertEqual({digest for digest, _ in found} - {None}, set())
 
     def test_index(self):
-        arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", "v8"))
-        index = build_index([(self.image, ("linux", "amd64", None)),
-                             (arm, ("linux", "arm64", "v8"))])
-        digest = self.origin.add("lab/app", "many", index)
-        ref = self.origin.host + "/lab/app:many"
+        ref, arm, index = self.offer("many", self.index), self.arm, self.index
         choose = ("--platform", "linux/arm64", ref)
-        self.assertEqual(self.done("digest", ref), [digest])
+        self.assertEqual(self.done("digest", ref), [index.digest])
         self.assertEqual(self.done("digest", *choose), [arm.digest])
         self.assertEqual(self.main("inspect", "--raw", ref).out, index.manifest)
         self.assertEqual(self.main("inspect", "--raw", *choose).out, arm.manifest)
         self.assertEqual(self.done("pull", "-q", "-o", self.output, *choose),
-                         [ref + "@" + digest])
-        value = ordered("\n".join(self.done("inspect", *choose)))
+                         [ref + "@" + index.digest])
+        value = self.inspected(*choose)
         self.assertEqual((value["digest"], value["manifest_digest"]),
-                         (digest, arm.digest))
+                         (index.digest, arm.digest))
         sizes = [sum(map(len, one.blobs.values())) for one in (self.image, arm)]
         rows = [{"platform": name, "digest": one.digest, "size": len(one.manifest),
                  "total_size": size} for name, one, size in zip(
                      ("linux/amd64", "linux/arm64"), (self.image, arm), sizes)]
-        whole = json.loads(self.main("inspect", "--platform", "all", ref).out.decode())
+        whole = self.inspected("--platform", "all", ref)
         self.assertEqual(whole["platforms"], rows)
         self.assertEqual(whole["total_size"], sum(sizes) - sum(
             len(self.image.blobs[one]) for one in arm.layers))  # it is in both
         rows[0]["total_size"] = None  # it was not looked at
-        self.assertEqual(value["platforms"], list(map(ordered, map(json.dumps, rows))))
+        self.assertEqual(value["platforms"], ordered(json.dumps(rows)))
 
     def test_an_artifact_and_what_buildkit_writes_of_an_image(self):
         proof = build_artifact([("application/vnd.in-toto+json", b"{}", None)])
@@ -15819,14 +15816,12 @@ class CommandLineTest(CommandLineCase):
                                  "vnd.docker.reference.digest": self.digest,
                                  "vnd.docker.reference.type": "attestation-manifest"})])
         index.children.append(proof)
-        ref = self.ref[:-1] + "2"
-        self.origin.add("lab/app", "2", index)
-        value = json.loads("\n".join(self.done("inspect", "--platform", "amd64", ref)))
+        ref = self.offer("2", index)
+        value = self.inspected("--platform", "amd64", ref)
         self.assertEqual(value["referrers"], [
             {"subject": self.digest, "type": "attestation-manifest", "tag": None,
              "digest": proof.digest, "size": len(proof.manifest)}])
-        value = json.loads("\n".join(self.done(
-            "inspect", ref[:-2] + "@" + proof.digest)))
+        value = self.inspected(ref[:-2] + "@" + proof.digest)
         self.assertEqual((value["artifact_type"], value["platform"]),
                          ("application/vnd.example", None))
 
@@ -15835,8 +15830,7 @@ class CommandLineTest(CommandLineCase):
                  ("signature", signature(), tag_of(self.image, ".sig"), SIMPLE_SIGNING))
         for name, one, tag, kind in found:
             self.origin.add("lab/app", tag, one)
-        value = json.loads("\n".join(self.done("inspect", self.ref)))
-        self.assertEqual(value["referrers"], [
+        self.assertEqual(self.inspected(self.ref)["referrers"], [
             {"subject": self.digest, "tag": tag or tag_of(self.image), "type": kind,
              "digest": one.digest, "size": len(one.manifest)}
             for name, one, tag, kind in found])
@@ -15998,11 +15992,7 @@ class OnDiskTest(CommandLineCase):
 
     def setUp(self):
         super().setUp()
-        self.arm = build_image(FIELD_SMALL[:1], platform=("linux", "arm64", None))
-        self.index = build_index([(self.image, ("linux", "amd64", None)),
-                                  (self.arm, ("linux", "arm64", None))])
-        self.origin.add("lab/app", "many", self.index)
-        self.many = self.ref[:-1] + "many"
+        self.many = self.offer("many", self.index)
 
     def put(self, path, *argv):
         """Pull; the path."""
@@ -16022,8 +16012,7 @@ class OnDiskTest(CommandLineCase):
            ("oci", "schema1"), ("layers", "schema1")])
     def test_what_is_told_is_what_the_registry_tells(self, format, kind):
         self.clear()
-        self.origin.add("lab/app", "2", build_image(FIELD_SMALL, kind))
-        ref = self.ref[:-1] + "2"
+        ref = self.offer("2", build_image(FIELD_SMALL, kind))
         path = self.put("out", "--format", format, ref)
         commands = [line.split() for line in (
             "inspect", "inspect --raw", "inspect --config", "layers", "digest",
@@ -16068,9 +16057,8 @@ class OnDiskTest(CommandLineCase):
     def test_what_fits_less_well_is_not_taken_for_what_is_not_there(self):
         images = [(build_image(FIELD_SMALL[:1], platform=platform), platform)
                   for platform in (("linux", "386", None), ("linux", "arm", "v7"))]
-        self.origin.add("lab/app", "many", build_index(
-            images + [(self.arm, ("linux", "arm64", None)),
-                      (self.image, ("linux", "amd64", None))]))
+        self.offer("many", build_index(
+            images + [(self.arm, SERVE_ARM), (self.image, SERVE_AMD)]))
         path = self.put("out", "--format", "oci", "--platform", "all", self.many)
         for image, platform in ((self.arm, "arm64"), (self.image, "amd64")):
             os.unlink(os.path.join(path, "blobs", *image.digest.split(":")))
@@ -16621,9 +16609,8 @@ class CommandLineFailureTest(CommandLineCase):
             "ref": self.ref, "host": self.origin.host, "root": self.root,
             "digest": self.digest, "layer": self.image.layers[1],
             "config": sha256(self.image.config)}
-        self.origin.add("lab/app", "many", build_index(
-            [(self.image, ("linux", "amd64", None)),
-             (self.image, ("linux", "arm", "v7"))]))
+        self.offer("many", build_index([(self.image, SERVE_AMD),
+                                        (self.image, ("linux", "arm", "v7"))]))
 
     @rows(FAILURES)
     def test_failures(self, what, command, code, words, match=None, *fault):
@@ -16645,9 +16632,9 @@ class CommandLineFailureTest(CommandLineCase):
         self.patch(mock.patch.object(imagec.Platform, "host", staticmethod(
             lambda: imagec.Platform("linux", "amd64"))))
         for tag, found in (("arm", ("linux", "arm", "v7")), ("none", ("", "", None))):
-            self.origin.add("lab/app", tag, build_image(FIELD_SMALL, platform=found))
+            self.offer(tag, build_image(FIELD_SMALL, platform=found))
         self.main("pull", "-q", "-o", os.path.join(self.root, "arm.tar"),
-                  self.words["host"] + "/lab/app:arm")
+                  self.ref[:-1] + "arm")
         for command, status, *sentence in SENTENCES:
             with self.subTest(command):
                 argv = shlex.split(command.format(**self.words))
@@ -16760,8 +16747,7 @@ class CommandLineFailureTest(CommandLineCase):
     def test_messages_have_an_end(self):
         many = build_index([(self.image, ("os%d" % number, "a" * 30, None))
                             for number in range(3000)])
-        self.origin.add("lab/app", "crowd", many)
-        ended = self.pull("-q", self.origin.host + "/lab/app:crowd")
+        ended = self.pull("-q", self.offer("crowd", many))
         self.assert_one_line(ended, 4, "os0/a+, .*[.]{3}.*--platform")
         self.assertLess(len(ended.err), 2000)
         long = "x" * 300000
@@ -16891,9 +16877,8 @@ class TerminalInjectionTest(CommandLineCase):
             FIELD_SMALL, platform=(POISON, POISON, POISON), author=POISON,
             config={"Labels": {POISON: POISON}, "Env": [POISON]}, created=POISON)
         index = build_index([(poisoned, (POISON, POISON, POISON))])
-        self.origin.add("lab/app", "1", poisoned)
-        self.origin.add("lab/app", "many", index)
-        many = self.origin.host + "/lab/app:many"
+        self.offer("1", poisoned)
+        many = self.offer("many", index)
         for argv in (("inspect", self.ref), ("layers", self.ref), ("digest", many),
                      ("inspect", many), ("pull", "-o", self.output, many),
                      ("layers", "--json", self.ref),
@@ -17441,9 +17426,8 @@ class StreamTest(CommandLineCase):
                     self.assert_one_line(ended, 1, "No space left")
 
     def test_poor_encodings(self):
-        self.origin.add("lab/app", "many", build_index(
+        many = self.offer("many", build_index(
             [(self.image, ("linux", "b\xe9\u4e2d", None))]))
-        many = self.origin.host + "/lab/app:many"
         place = os.fsencode(os.path.join(self.root, "b\xe9"))
         layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
         self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
