@@ -14488,8 +14488,6 @@ class ServeListsTest(ServeCase):
         self.assertEqual(run.out.split(), sorted(self.TAGS + ["b1", "b2", "b3"]))
 
 
-# -- Serve
-
 #: Request targets that are no names of ours; none may lead to a file.
 SERVE_TRICKS = (
     "/", "/etc/passwd", "//etc/passwd", "/../canary", "/v2/../canary",
@@ -14577,11 +14575,9 @@ class ServeTest(ServeCase):
                 name.format(self.origin), self.at(repository), platform="linux/amd64",
                 no_creds=True, mirrors=[self.serve(self.layout)])
         self.assertEqual(str(image.digest), self.images[repository].digest)
-        paths = [call[0][1] for call in asked.call_args_list if repository in call[0][1]]
-        self.assertTrue(paths)
-        for path in paths:
-            self.assertIn("ns=" + urllib.parse.quote(
-                namespace.format(self.origin), ""), path)
+        names = {re.search(r"ns=(\S*)", call[0][1]).group(1) for call in asked.call_args_list
+                 if repository in call[0][1]}
+        self.assertEqual(names, {urllib.parse.quote(namespace.format(self.origin), "")})
         self.assertEqual(self.said, [])
 
     def test_nothing_outside_can_be_reached(self):
@@ -14721,13 +14717,6 @@ class ServeTest(ServeCase):
             mute.sendall(request[30:])
             self.assertTrue(mute.recv(100).startswith(b"HTTP/1.1 200 "))
 
-    def test_silent_client_is_let_go(self):
-        with mock.patch.object(imagec, "SERVE_TIMEOUT", 0.1):
-            host = self.serve(self.archive)
-            with serve_connect(host) as silent, serve_connect(host) as half:
-                half.sendall(b"GET /v2/ HTTP/1.1\r\n")
-                self.assertEqual((silent.recv(1), half.recv(1)), (b"", b""))
-
     @rows((("http",), ("https",)))
     def test_head_that_drips(self, scheme):
         tls = self.pair() if scheme == "https" else None
@@ -14825,18 +14814,12 @@ class ServeTest(ServeCase):
         url = "/v2/lab/oci/blobs/" + digest
         for headers in ({}, {"Range": "bytes=0-3"}):
             self.refused(serve_ask(host, url, headers=headers), 500)
-        self.assertEqual(serve_ask(host, url, "HEAD").status, 500)
+        other = url.replace(digest, self.images["lab/oci"].layers[0])
+        self.assertEqual([serve_ask(host, path, "HEAD").status for path in (url, other)],
+                         [500, 200])
         self.assertIn(digest[7:19], self.said[0])
-        other = self.images["lab/oci"].layers[0]
-        self.assertEqual(serve_ask(host, "/v2/lab/oci/blobs/" + other).status, 200)
         with mock.patch.object(imagec, "BACKOFF", 0), self.fails(imagec.RegistryError):
             self.pulled(host, "lab/oci:1")
-
-    def test_corrupt_member_of_an_archive(self):
-        path = shutil.copy(self.archive, self.at("a.tar"))
-        digest, image = self.images["lab/docker"].layers[0], self.images["lab/docker"]
-        damage_at(file_bytes(path).index(image.blobs[digest]) + 5)(path)
-        self.refused(serve_ask(self.serve(path), "/v2/lab/docker/blobs/" + digest), 500)
 
     def test_blob_that_changes_after_it_was_served(self):
         def flip_and_put_back_its_time(path):
@@ -14908,13 +14891,11 @@ class ServeTest(ServeCase):
 
     def test_tls(self):
         host = self.serve(self.layout, tls=self.pair())
-        image = self.images["lab/oci"]
-        digest = image.layers[1]
-        path = "/v2/lab/oci/blobs/" + digest
-        context = self.client_context()
-        self.assertEqual(serve_ask(host, path, tls=context).body, image.blobs[digest])
+        image, context = self.images["lab/oci"], self.client_context()
+        path, data = "/v2/lab/oci/blobs/" + image.layers[1], image.blobs[image.layers[1]]
+        self.assertEqual(serve_ask(host, path, tls=context).body, data)
         part = serve_ask(host, path, "GET", {"Range": "bytes=10-29"}, tls=context)
-        self.assertEqual(part.body, image.blobs[digest][10:30])
+        self.assertEqual(part.body, data[10:30])
         pulled = self.pulled(host, "lab/oci:1", cacert=self.at("cert.pem"))
         self.assertEqual(str(pulled.digest), image.digest)
 
@@ -14928,8 +14909,6 @@ class ServeTest(ServeCase):
             self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 200)
         self.assertEqual((err.getvalue(), self.said), ("", []))
 
-
-# -- The serve command
 
 class ServeCommandTest(ServeCase):
     """The command: its first line, its errors, its end."""
@@ -15006,31 +14985,33 @@ class ServeCommandTest(ServeCase):
 
     def test_sigterm(self):
         cert, key = self.pair()
-        process, line = self.process(
-            self.layout, "--listen", "127.0.0.1:0", "--tls-cert", cert, "--tls-key",
-            key, "-u", "alice", "--password-stdin", stdin=PASSWORD.encode() + b"\n")
-        host = re.search("https://(127.0.0.1:[0-9]+)/v2/", line).group(1)
+        host, ended = self.begun(
+            self.layout, "--tls-cert", cert, "--tls-key", key, "-u", "alice",
+            "--password-stdin", stdin=PASSWORD.encode() + b"\n")
         context = self.client_context()
         self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 401)
         answer = serve_ask(host, "/v2/lab/oci/manifests/1", tls=context, headers={
             "Authorization": "Basic " + SERVE_ALICE})
         self.assertEqual(answer.body, self.images["lab/oci"].manifest)
         with serve_connect(host):
-            self.ended(process, signal.SIGTERM, 143)
+            ended(signal.SIGTERM, 143)
 
     def test_sigint(self):
-        process, line = self.process(self.tree, "--listen", "127.0.0.1:0")
-        host = re.search("http://(127.0.0.1:[0-9]+)/v2/", line).group(1)
-        with serve_connect(host) as sock:
-            sock.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
-            self.assertTrue(sock.recv(1000).startswith(b"HTTP/1.1 200 "))
-            self.ended(process, signal.SIGINT, 130)
+        host, ended = self.begun(self.tree)
+        connection = self.connect(host)
+        self.assertEqual(serve_ask(connection, "/v2/").status, 200)
+        ended(signal.SIGINT, 130)
 
-    def ended(self, process, number, status):
-        process.send_signal(number)
-        self.assertEqual(process.wait(60), status)
-        self.assertRegex(process.stderr.read(), rb"\Aimagec: [^\n]+\n\Z")
-        self.assertEqual(process.stdout.read(), b"")
+    def begun(self, *argv, **options):
+        """The host of a server in a process, and what ends that and looks how."""
+        def ended(number, status):
+            process.send_signal(number)
+            self.assertEqual(process.wait(60), status)
+            self.assertRegex(process.stderr.read(), rb"\Aimagec: [^\n]+\n\Z")
+            self.assertEqual(process.stdout.read(), b"")
+
+        process, line = self.process(*argv, "--listen", "127.0.0.1:0", **options)
+        return re.search("https?://(127.0.0.1:[0-9]+)/v2/", line).group(1), ended
 
 
 # --------------------------------------------------------------------------------------
@@ -15956,23 +15937,17 @@ class CommandLineTest(CommandLineCase):
             self.assertRegex(ended.err, "(?m)" + words)
             self.assertRegex(ended.err, r"\A(imagec: [^\n]+\n)+\Z")
 
-    def test_quiet_keeps_errors(self):
-        self.assertEqual(self.pull("-q", self.ref).err, "")
-        self.assert_one_line(self.pull("-q", self.origin.host + "/lab/none"), 4)
-
     def test_retries_are_told_unless_quiet(self):
         for quiet in ((), ("-q",)):
             self.origin.fault("manifests", status(503), times=1)
             ended = self.main("digest", self.ref, *quiet)
-            self.assertEqual(ended.status, 0)
-            self.assertEqual("trying again" in ended.err, not quiet)
+            self.assertEqual((ended.status, "trying again" in ended.err), (0, not quiet))
 
     def test_logging_is_left_as_it_was(self):
-        log = logging.getLogger("imagec")
-        before = log.level, list(log.handlers)
-        self.main("digest", "--debug", self.ref)
-        self.main("digest", "--debug", "Bad")
-        self.assertEqual((log.level, list(log.handlers)), before)
+        before = imagec.log.level, list(imagec.log.handlers)
+        for name in (self.ref, "Bad"):
+            self.main("digest", "--debug", name)
+            self.assertEqual((imagec.log.level, list(imagec.log.handlers)), before)
 
     def test_every_error_has_its_status(self):
         expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
@@ -16999,10 +16974,18 @@ class SecretsTest(CommandLineCase):
             options["authfile"] = self.file("auth.json", {"auths": {origin.host: {
                 "auth": field_base64("<token>:"), "identitytoken": who[1]}}})
             argv = ("--authfile", options["authfile"])
-        ref, events = origin.host + "/lab/app:1", []
-        told, error = self.told_of_pull(ref, format, path, events, options)
+        ref, events, told, error = origin.host + "/lab/app:1", [], io.StringIO(), None
+        self.addCleanup(imagec.log.setLevel, imagec.log.level)
+        imagec.log.setLevel(logging.DEBUG)
+        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
+                mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
+                self.session(notify=events.append, **options) as session:
+            try:
+                self.pulled_by(session, path, format, ref)
+            except (imagec.ImagecError, OSError) as caught:
+                error = caught
         self.assertEqual(error is not None, bool(code), error)
-        self.assert_no_secret(told, repr(events), error)
+        self.assert_no_secret(told.getvalue(), repr(events), error)
         self.clear()
         with mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()):
             ended = self.main("pull", "--debug", "--platform", "linux/amd64",
@@ -17014,21 +16997,6 @@ class SecretsTest(CommandLineCase):
         self.assert_no_secret(ended.err, ended.out)
         self.assertTrue(fault is None or fault.used, "fault never met")
         self.clear()
-
-    def told_of_pull(self, ref, format, path, events, options):
-        """(what is logged, the error) of a pull by the library."""
-        told, level = io.StringIO(), imagec.log.level
-        self.addCleanup(imagec.log.setLevel, level)
-        imagec.log.setLevel(logging.DEBUG)
-        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
-                mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
-                self.session(notify=events.append, **options) as session:
-            error = None
-            try:
-                self.pulled_by(session, path, format, ref)
-            except (imagec.ImagecError, OSError) as caught:
-                error = caught
-        return told.getvalue(), error
 
     @rows((("http://u:S3CR3T@127.0.0.1:1", 1), ("socks5://u:S3CR3T@127.0.0.1:1", 1),
            ("ftp://u:S3CR3T@127.0.0.1:1", 2)))
