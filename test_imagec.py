@@ -14136,7 +14136,7 @@ class ShelfTest(ServeCase):
         ("https/quay.io/v2/v2/v2", "quay.io/v2", "v2"),
         ("http/localhost:5000/v2/a/b/c/d/latest", "localhost:5000/a/b/c/d", "latest"),
         ("https/registry-1.docker.io/v2/library/alpine/3.20", "alpine", "3.20"),
-        ("http/localhost%3a5000/v2/lab/app/1", "localhost:5000/lab/app", "1"),  # Windows
+        ("http/h.test%3a5000/v2/lab/app/1", "h.test:5000/lab/app", "1"),  # of Windows
         ("https/quay.io/v2/http/docker.io/v2/a/1", "quay.io/http/docker.io/v2/a", "1")))
     def test_every_tree_is_found_by_its_name(self, place, name, tag):
         path = tempfile.mkdtemp(dir=self.work)
@@ -14272,8 +14272,8 @@ SERVE_JSON = {"Content-Type": "application/json"}
 #: (path below /v2/, status, error code or None, headers); each by GET and by HEAD
 SERVE_CONFORMANCE = tuple(
     (path, status, code, headers) for status, code, headers, *group in (
-        (200, None, SERVE_JSON, "", "{name}/tags/list", "{name}/tags/list?n=1", "_catalog",
-         "library/alpine/tags/list?ns=docker.io"),
+        (200, None, SERVE_JSON, "", "_catalog", "{name}/tags/list",
+         "{name}/tags/list?n=1", "library/alpine/tags/list?ns=docker.io"),
         (200, None, SERVE_MANIFEST, "{name}/manifests/1", "{name}/manifests/{digest}",
          "{host}/{name}/manifests/1", "{name}/manifests/1?ns={host}"),
         (200, None, {"Docker-Content-Digest": "{child}"}, "{name}/manifests/{child}"),
@@ -14573,8 +14573,8 @@ class ServeTest(ServeCase):
                 name.format(self.origin), self.at(repository), platform="linux/amd64",
                 no_creds=True, mirrors=[self.serve(self.layout)])
         self.assertEqual(str(image.digest), self.images[repository].digest)
-        names = {re.search(r"ns=(\S*)", call[0][1]).group(1) for call in asked.call_args_list
-                 if repository in call[0][1]}
+        names = {re.search(r"ns=(\S*)", call[0][1]).group(1)
+                 for call in asked.call_args_list if repository in call[0][1]}
         self.assertEqual(names, {urllib.parse.quote(namespace.format(self.origin), "")})
         self.assertEqual(self.said, [])
 
@@ -14807,8 +14807,8 @@ class ServeTest(ServeCase):
         for headers in ({}, {"Range": "bytes=0-3"}):
             self.refused(serve_ask(host, url, headers=headers), 500)
         other = url.replace(digest, self.images["lab/oci"].layers[0])
-        self.assertEqual([serve_ask(host, path, "HEAD").status for path in (url, other)],
-                         [500, 200])
+        self.assertEqual(
+            [serve_ask(host, path, "HEAD").status for path in (url, other)], [500, 200])
         self.assertIn(digest[7:19], self.said[0])
         with mock.patch.object(imagec, "BACKOFF", 0), self.fails(imagec.RegistryError):
             self.pulled(host, "lab/oci:1")
@@ -14860,7 +14860,7 @@ class ServeTest(ServeCase):
     @rows(itertools.product((
         "Basic " + SERVE_ALICE, "basic " + SERVE_ALICE,  # RFC 7235, 2.1: in any case
         None, "", "Basic", "Basic " + SERVE_ALICE[:-4], "Basic " + SERVE_ALICE + "AAAA",
-        "Basic " + field_base64("alice:wrong"), "Basic " + field_base64("bob:" + PASSWORD),
+        *("Basic " + field_base64(one) for one in ("alice:wrong", "bob:" + PASSWORD)),
         "Bearer " + SERVE_ALICE, "Basic \xff\xfe"), (
         "/v2/", "/v2/lab/docker/manifests/1", "/v2/_catalog")))
     def test_basic_authentication(self, header, path):
@@ -14884,7 +14884,8 @@ class ServeTest(ServeCase):
     def test_tls(self):
         host = self.serve(self.layout, tls=self.pair())
         image, context = self.images["lab/oci"], self.client_context()
-        path, data = "/v2/lab/oci/blobs/" + image.layers[1], image.blobs[image.layers[1]]
+        digest, data = list(image.blobs.items())[0]
+        path = "/v2/lab/oci/blobs/" + digest
         self.assertEqual(serve_ask(host, path, tls=context).body, data)
         part = serve_ask(host, path, "GET", {"Range": "bytes=10-29"}, tls=context)
         self.assertEqual(part.body, data[10:30])
@@ -14930,15 +14931,16 @@ class ServeCommandTest(ServeCase):
         self.assertEqual(args.listen, "127.0.0.1:5000")
 
     @rows([(("--listen", listen), "--listen") for listen in (
-        "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:70000",
-        "127.0.0.1:99999", "127.0.0.1:1 ", "", "127.0.0.1:\u0661")]
-        + [(("--tls-cert", "cert.pem"), "--tls-key"), (("--tls-key", "key.pem"), "--tls-cert"),
-           (("--tls-cert", "cert.pem", "--tls-key", "cert.pem"), "cert.pem"),
-           (("--tls-cert", "cert.pem", "--tls-key", "absent"), "No such file")])
+        "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:1 ",
+        "127.0.0.1:70000", "127.0.0.1:99999", "", "127.0.0.1:\u0661")] + [
+        (("--tls-cert", "./cert.pem"), "--tls-key"),
+        (("--tls-key", "./cert.pem"), "--tls-cert"),
+        (("--tls-cert", "./cert.pem", "--tls-key", "./cert.pem"), "cert.pem"),
+        (("--tls-cert", "./cert.pem", "--tls-key", "./absent"), "No such file")])
     def test_bad_options(self, argv, words):
         self.pair()
-        self.failed(self.run_it(*[self.at(word) if word in ("cert.pem", "key.pem", "absent")
-                                  else word for word in argv]), 2, words)
+        self.failed(self.run_it(*[word.replace("./", self.at("")) for word in argv]), 2,
+                    words)
 
     def test_port_in_use(self):
         with socket.socket() as taken:
@@ -15359,43 +15361,33 @@ class SelfTestTest(ServeCase):
     def _fill(cls):
         pass  # it brings its own images
 
-    def proved(self, run):
-        """A good run: every row, every format, and the verdict."""
-        self.assertEqual(run.status, 0, run.out + run.err)
-        for row in ("Python", "TLS", "layers in", "CA roots", "proxies for", "disk here"):
-            self.assertRegex(run.out, "(?m)^%s +[^ ]" % re.escape(row))
-        for format in IMAGE_FORMATS:
-            self.assertRegex(run.out, "(?m)^proved +%s$" % format)
-        self.assertRegex(run.out, "(?m)^proved .*tampered.* refused$")
-        self.assertEqual(run.out.splitlines()[-1], "this host can pull images")
-        self.assertNotIn("Traceback", run.err)
-        self.assertNotIn(PASSWORD, run.out + run.err)
-
     def hasty(self, *argv, **environ):
         """A run without the pulls."""
         with mock.patch.object(imagec, "pull_test_image", return_value=["stub"]):
             return self.main("selftest", *argv, **environ)
 
-    def test_good_host(self):
-        with cpu_within(3), mock.patch.object(tempfile, "tempdir", self.work):
-            run = self.main("selftest")
-        self.proved(run)
-        self.assertEqual(run.err, "")
-        self.assertLess(len(run.out.splitlines()), 25)
+    @rows((((), ()), (  # without zstd and bzip2, behind dead proxies
+        ("bz2", "compression.zstd", "_bz2"),
+        ("http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"))))
+    def test_host_that_can_pull(self, missing, proxies):
+        with cpu_within(3), mock.patch.object(tempfile, "tempdir", self.work), \
+                mock.patch.dict(sys.modules, dict.fromkeys(missing)), \
+                mock.patch.object(shutil, "which", {}.get if missing else shutil.which):
+            run = self.main("selftest", **dict.fromkeys(
+                proxies, "http://user:%s@127.0.0.1:9" % PASSWORD))
+        self.assertEqual((run.status, run.err), (0, ""), run.out)
+        for row, words in (
+                ("Python", "."), ("TLS", "."), ("CA roots", "."), ("disk here", "."),
+                ("layers in", "(?!.*(bzip2|zstd))." if missing else "."),
+                ("proxies for", "all, http, https$" if proxies else "."),
+                *(("proved", format + "$") for format in IMAGE_FORMATS),
+                ("proved", ".*tampered.* refused$")):
+            self.assertRegex(run.out, "(?m)^%s +%s" % (row, words))
+        lines = run.out.splitlines()
+        self.assertEqual(lines[-1], "this host can pull images")
+        self.assertLess(len(lines), 25)
+        self.assertNotIn(PASSWORD, run.out)
         self.assertEqual(os.listdir(self.work), [])
-
-    def test_odd_host(self):
-        """Dead proxies, no zstd, no bzip2: it still can pull."""
-        missing = {name: None for name in ("bz2", "compression.zstd", "_bz2")}
-        with mock.patch.dict(sys.modules, missing), \
-                mock.patch.object(shutil, "which", return_value=None):
-            run = self.main("selftest", **dict.fromkeys((
-                "http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"),
-                "http://user:%s@127.0.0.1:9" % PASSWORD))
-        self.proved(run)
-        codecs = re.search("(?m)^layers in +(.*)$", run.out).group(1)
-        self.assertNotRegex(codecs, "bzip2|zstd")
-        self.assertRegex(run.out, "(?m)^proxies for +all, http, https$")
 
     @rows((((), 1), (("--cacert", "{roots}"), 0), (("{host}",), 1),
            (("{host}", "--insecure-skip-verify"), 0)))
@@ -15410,7 +15402,8 @@ class SelfTestTest(ServeCase):
 
     @rows(((imagec.TransportError("no way"), [], "no way"),
            (imagec.DigestMismatch("blob", "a", "b"), [], "blob"),
-           (imagec.InvalidDocument("bad"), [], "bad"), (OSError(28, "full"), [], "full"),
+           (imagec.InvalidDocument("bad"), [], "bad"),
+           (OSError(28, "full"), [], "full"),
            (None, ["layer.tar: is not what it was"], "is not what it was"),
            (None, [], "tampered")))  # too good to be true
     def test_pull_that_fails(self, error, faults, words):
@@ -15427,8 +15420,8 @@ class SelfTestTest(ServeCase):
         ("bearer", True, (), "", "asks for +[Bb]earer https://"),
         ("basic", False, ("--no-creds",), "{work}", "we would be +anonymous$"),
         ("basic", False, (), "{work}", "we would be +.*alice"),
-        ("basic", False, ("--authfile", "{work}/config.json"), "", "we would be +.*alice"),
-        ("basic", False, ("-u", "alice"), "", "we would be +.*alice")))
+        ("basic", False, ("--authfile", "{work}/config.json"), "", "we would .*alice"),
+        ("basic", False, ("-u", "alice"), "", "we would be .*alice")))
     def test_registries(self, auth, tls, argv, config, words):
         registry = self.registry(auth=auth, tls=tls)
         write_file(self.at("config.json"), json_bytes(
@@ -15497,13 +15490,13 @@ class FakeTerminal(io.StringIO):
 
 #: Runs the rest of its arguments, each the words of a command line, all at once: in
 #: forks of one Python, which has begun with the streams and the environment they have.
-#: For the streams in argv[3] there are files in argv[2], as for statuses; argv[4] is run.
+#: Of the streams in argv[3] files are in argv[2], as of statuses; argv[4] is what runs.
 FORKS = """
 import os, sys
 home, place, streams, code, *lines = sys.argv[1:]
 sys.path.insert(0, home)
-import argparse, concurrent.futures.thread, getpass, http.client, imagec, queue, tempfile
-import encodings.idna, gc, signal
+import argparse, concurrent.futures.thread, encodings.idna, gc, getpass, http.client
+import imagec, queue, signal, tempfile
 if hasattr(gc, "freeze"):  # 3.7
     gc.freeze()
 children = []
@@ -15511,7 +15504,8 @@ for number, line in enumerate(lines):
     children.append(os.fork())
     if not children[-1]:
         for stream in map(int, streams):
-            file = os.open("%s/%d.%d" % (place, number, stream), os.O_WRONLY | os.O_CREAT)
+            name = "%s/%d.%d" % (place, number, stream)
+            file = os.open(name, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, stream)
             os.close(file)
         sys.argv[1:] = line.split("\\n")
@@ -15526,7 +15520,8 @@ for _ in children:
 class CommandLineCase(RegistryCase):
     """A registry with one small image, and imagec.main to run against it."""
 
-    image, arm = build_image(FIELD_SMALL), build_image(FIELD_SMALL[:1], platform=SERVE_ARM)
+    image = build_image(FIELD_SMALL)
+    arm = build_image(FIELD_SMALL[:1], platform=SERVE_ARM)
     index = build_index([(image, SERVE_AMD), (arm, SERVE_ARM)])
 
     def setUp(self):
@@ -15639,9 +15634,10 @@ class CommandLineTest(CommandLineCase):
             ref=self.ref, app=self.ref[:-2], digest=self.digest, place=self.work,
             many=self.offer("many", self.index),
             chart=self.offer("chart", build_artifact([("text/x", b"x", "x.txt")])))
+        argv = (options + " " + references).format(**words).split()
         for _ in range(1 if "files" in options or "root" in options else 2):
-            self.assertEqual(pull(*(options + " " + references).format(**words).split()),
-                set(made.format(short=self.digest[7:19]).split()))
+            self.assertEqual(pull(*argv), set(
+                made.format(short=self.digest[7:19]).split()))
         if made == "new":
             self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
 
@@ -15699,8 +15695,8 @@ class CommandLineTest(CommandLineCase):
             ("format", "layers"), ("path", value["path"]), ("without", [])])
         self.assertTrue(os.path.isfile(os.path.join(value["path"], "manifest.json")))
         self.assertEqual([layer[1:] for layer in layers], [
-            [blob, diff_id, size, len(self.image.blobs[blob])] for blob, diff_id, size in zip(
-                self.image.layers, self.image.diff_ids, (3, 3000))])
+            [blob, diff_id, size, len(self.image.blobs[blob])] for blob, diff_id, size
+            in zip(self.image.layers, self.image.diff_ids, (3, 3000))])
         self.assertEqual(list(ordered(line)["layers"][0]),
                          ["id", "digest", "diff_id", "size", "blob_size"])
 
@@ -15710,18 +15706,15 @@ class CommandLineTest(CommandLineCase):
             [name, str(len(self.image.blobs[name]))] for name in self.image.layers])
         values = list(map(ordered, self.done("layers", "--json", self.ref)))
         self.assertEqual([list(value.items()) for value in values], [
-            [("id", row[0]), ("digest", row[1]), ("diff_id", diff_id),
-             ("blob_size", int(row[2]))] for row, diff_id in zip(rows, self.image.diff_ids)])
+            [("id", name), ("digest", digest), ("diff_id", diff_id),
+             ("blob_size", int(size))]
+            for (name, digest, size), diff_id in zip(rows, self.image.diff_ids)])
 
     def test_schema1(self):
         image = build_image(FIELD_SMALL, "schema1-signed")
         ref = self.offer("old", image)
-        self.assertEqual(self.done("pull", "-q", "-o", self.output, ref),
-                         [ref + "@" + image.digest])
-        rows = [line.split() for line in self.done("layers", ref)]
-        self.assertEqual([row[1:] for row in rows],
+        self.assertEqual([line.split()[1:] for line in self.done("layers", ref)],
                          [[layer, "-"] for layer in image.layers])
-        self.assertEqual(self.main("inspect", "--raw", ref).out, image.manifest)
         self.assert_one_line(self.main("inspect", "--config", ref), 1, "no config")
 
     def test_inspect(self):
@@ -15808,11 +15801,6 @@ class CommandLineTest(CommandLineCase):
             self.assertRegex(ended.err, r"\Aimagec: warning: what refers to it cannot be "
                              "told: .*" + words)
 
-    #: Newest first.
-    VERSIONS = ("20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2",
-                "3.20-RC.1", "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9",
-                "3.9", "v3", "dev-1", "alpha1")
-
     @rows((((), "no-digit 3.9 v3 latest sha256-%s.sig" % ("a1" * 32)),
            (("--match", "*[0-9]"), "3.9 v3"),
            (("--newest", "9", "--match", "?*"), "3.9 v3"),
@@ -15828,8 +15816,12 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(sorted(found.split()), sorted(wanted.split()))
 
     def test_tags_by_version(self):
-        self.assertEqual(sorted(self.VERSIONS[::-1], key=imagec.version_key,
-                                reverse=True), list(self.VERSIONS))
+        newest_first = [
+            "20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2", "3.20-RC.1",
+            "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9", "3.9", "v3",
+            "dev-1", "alpha1"]
+        self.assertEqual(sorted(newest_first, key=imagec.version_key),
+                         newest_first[::-1])
         for wrong in ("0", "-1", "x"):
             self.assert_one_line(self.main("tags", "--newest=" + wrong, self.ref), 2,
                                  "--newest")
@@ -15926,7 +15918,8 @@ class CommandLineTest(CommandLineCase):
         for quiet in ((), ("-q",)):
             self.origin.fault("manifests", status(503), times=1)
             ended = self.main("digest", self.ref, *quiet)
-            self.assertEqual((ended.status, "trying again" in ended.err), (0, not quiet))
+            self.assertEqual(ended.status, 0)
+            self.assertEqual("trying again" in ended.err, not quiet)
 
     def test_logging_is_left_as_it_was(self):
         before = imagec.log.level, list(imagec.log.handlers)
@@ -16130,8 +16123,9 @@ class CommandLineCredentialsTest(CommandLineCase):
 
     @able(hasattr(os, "openpty"), "a pseudo-terminal")
     def test_a_terminal_is_asked_without_echo(self):
-        rows = ((b"S3CR3T\n", 0, "sha256:"), (b"S3CR3T\n", 0, "sha256:", "--password-stdin"),
-                (b"\n", 2, "no password"), (b"\4", 2, "no password", "--password-stdin"))
+        rows = ((b"S3CR3T\n", 0, "sha256:"), (b"\n", 2, "no password"),
+                (b"S3CR3T\n", 0, "sha256:", "--password-stdin"),
+                (b"\4", 2, "no password", "--password-stdin"))
         self.origin.auth, pairs = "basic", [os.openpty() for _ in rows]
         for end in itertools.chain(*pairs):
             self.addCleanup(os.close, end)
@@ -16232,12 +16226,13 @@ class CommandLineCredentialsTest(CommandLineCase):
     def test_what_is_for_one_registry(self):
         other = self.filled(tls="expired", auth="basic")
         for options in ("-u alice", "--insecure-skip-verify", "--insecure-allow-http"):
-            ended = self.pull("-q", *options.split(), self.ref, other.host + "/lab/app:1",
+            argv = ("-q", *options.split(), self.ref)
+            ended = self.pull(*argv, other.host + "/lab/app:1",
                               IMAGEC_PASSWORD=PASSWORD)
             self.assert_one_line(ended, 2, "%s .*two registries.*%s" % (
                 options if "insecure" in options else "", re.escape(other.host)))
-            ended = self.pull("-q", *options.split(), self.ref, "--mirror",
-                              self.origin.host, IMAGEC_PASSWORD=PASSWORD)
+            ended = self.pull(*argv, "--mirror", self.origin.host,
+                              IMAGEC_PASSWORD=PASSWORD)
             self.assertEqual((ended.status, ended.err), (0, ""))
         self.assertEqual(other.connections, 0)
 
@@ -16260,18 +16255,18 @@ class CommandLineProgressTest(CommandLineCase):
     REST = (r"[0-9]/[0-9] [0-9.]+[kM]?B/[0-9.]+[kM]B"
             r"( [0-9.]+[kMG]?B/s [0-9]+:[0-9]{2} left)?")
 
+    INTERVALS = {name: getattr(imagec, name)
+                 for name in ("REDRAW_INTERVAL", "PROGRESS_INTERVAL")}
+
     def setUp(self):
         super().setUp()
+        self.patch(mock.patch.multiple(imagec, **dict.fromkeys(self.INTERVALS, 0)))
         tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
                 for number in range(2)]
         self.image = build_image(tars + list(FIELD_SMALL), compress=None)
         self.digest = self.origin.add("lab/app", "1", self.image)
 
-    def often(self):
-        self.patch(mock.patch.multiple(imagec, REDRAW_INTERVAL=0, PROGRESS_INTERVAL=0))
-
     def progress(self, kind, tty, term="xterm"):
-        self.often()
         stream = FakeTerminal() if tty else io.StringIO()
         ended = self.pull("--progress", kind, self.ref, stderr=stream, TERM=term)
         self.assertEqual(ended[:2], (0, (self.ref + "@" + self.digest + "\n").encode()))
@@ -16326,7 +16321,6 @@ class CommandLineProgressTest(CommandLineCase):
 
     def test_what_else_is_said_stands_by_itself(self):
         # The same screen shows the progress, warnings in between, and the results.
-        self.often()
         screen = FakeTerminal()
         self.origin.fault("/blobs/" + self.image.layers[-1],
                           status(503, {"Retry-After": "0"}), 2)
@@ -16345,7 +16339,6 @@ class CommandLineProgressTest(CommandLineCase):
         self.assertIn(self.ERASED + "imagec: ", screen.getvalue())
 
     def test_an_error_stands_by_itself(self):
-        self.often()
         self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
         ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm")
         self.assertEqual(ended.status, 4)
@@ -16359,7 +16352,6 @@ class CommandLineProgressTest(CommandLineCase):
         return re.sub(r"[^\n]*\r\x1b\[K", "", text).split("\n")
 
     def test_rest(self):
-        self.often()
         stream = FakeTerminal()
         progress = self.listener(stream)
         self.now += 1
@@ -16383,12 +16375,12 @@ class CommandLineProgressTest(CommandLineCase):
             "2/3 4MB/4MB 40.3kB/s 0:00 left"])
 
     def test_images_that_overlap_count_together(self):
-        self.often()
         self.origin.add("lab/b", "1", build_image([tar_bytes([("b", b"")])]))
         ended = self.pull("--progress", "plain", self.ref, self.origin.host + "/lab/b:1")
         self.assertRegex(re.findall("(?m)^[0-9]/.*", ended.err)[-1], "^5/5 ")
 
     def test_at_most_every_ten_seconds(self):
+        self.patch(mock.patch.multiple(imagec, **self.INTERVALS))
         for kind, seconds in (("plain", 10), ("auto", 0.1)):
             stream = FakeTerminal()
             progress = self.listener(stream, kind)
@@ -16419,13 +16411,12 @@ class CommandLineProgressTest(CommandLineCase):
                     text = ""
                     while whole[:12] not in text:
                         text += os.read(master, 65536).decode("ascii")
-                self.assertEqual(text.rpartition("\n")[2], wanted)
+                self.assertEqual(text.rpartition(self.ERASED)[2], wanted)
 
     @rows((  # (layers, of what size, bytes there, seconds, line)
         (100, 999444000, 999444000, 80.5, "0/100 999MB/99.9GB 12.4MB/s 132:49 left"),
         (1, None, 999, 0, "0/1 999B 999kB/s")))  # as in schema1
     def test_longest_and_shortest(self, count, size, there, seconds, line):
-        self.often()
         stream, self.now = io.StringIO(), 0.0
         progress = imagec.Progress(stream, "plain", lambda: self.now)
         for number in range(count):
@@ -16502,35 +16493,36 @@ FAILURES = (
 SENTENCES = (
     (2, "no command: begin with imagec.py pull alpine; see imagec.py --help", ""),
     (2, "no such option: --fast; see imagec.py digest --help", "digest {ref} --fast"),
-    (2, "no such option: --debug; options come behind the command; see imagec.py --help",
-     "--debug pull {ref}"),
+    (2, "no such option: --debug; options come behind the command; see imagec.py "
+     "--help", "--debug pull {ref}"),
     (2, "max_files 0: a limit must be over 0", "pull --max-files 0 {ref}"),
     (2, "all on this host can read a password on the command line: give it with "
      "--password-stdin or in IMAGEC_PASSWORD; see imagec.py pull --help",
      "pull --creds a:b {ref}", "pull -p x {ref}"),
     (2, "the following arguments are required: PATH; see imagec.py cat --help",
      "cat {ref}"),
-    (2, "invalid reference 'docker://x': write it without docker:// or any other scheme",
-     "pull {ref} docker://x"),
-    (2, "invalid reference 'https://q.io/x': write it without docker:// or any other "
-     "scheme", "layers https://q.io/x"),
+    *((2, "invalid reference '%s': write it without docker:// or any other scheme" %
+       name, command + name) for command, name in (
+           ("pull {ref} ", "docker://x"), ("layers ", "https://quay.io/x"))),
     (2, "./x is a path, not a name in a registry; ls, inspect and verify read it, push "
      "and serve hand it on", "pull ./x", "tags ./x"),
     (2, "localhost:5000 is a registry; expected localhost:5000/REPOSITORY",
      "tags localhost:5000"),
     (2, "{host} is a registry; expected {host}/REPOSITORY", "pull {host}"),
     (2, "localhost is a registry; expected localhost/REPOSITORY", "digest localhost"),
-    *((2, "invalid reference '%s': looks like an image ID, which no registry knows: name "
-       "the image" % name, "pull " + name) for name in ("0" * 64, "sha256:" + "0" * 64)),
-    (4, "manifest lab/app:man: not found: HTTP 404, MANIFEST_UNKNOWN: manifest unknown, "
-     "from http://{host}/v2/lab/app/manifests/man; tags like it: many, arm, none",
+    *((2, "invalid reference '%s': looks like an image ID, which no registry knows: "
+       "name the image" % name, "pull " + name)
+      for name in ("0" * 64, "sha256:" + "0" * 64)),
+    (4, "manifest lab/app:man: not found: HTTP 404, MANIFEST_UNKNOWN: manifest unknown,"
+     " from http://{host}/v2/lab/app/manifests/man; tags like it: many, arm, none",
      "digest {host}/lab/app:man"),
     (4, "manifest lab/none:1: not found: HTTP 404, MANIFEST_UNKNOWN: manifest unknown, "
      "from http://{host}/v2/lab/none/manifests/1; imagec.py tags {host}/lab/none lists "
      "what is there", "digest {host}/lab/none:1"),
-    *((4, "no image for platform linux/amd64; there is: linux/arm/v7, from %s; choose with "
-       "--platform" % place, "layers --platform amd64 " + path) for place, path in (
-           ("{host}/lab/app", "{host}/lab/app:arm"), ("{root}/arm.tar",) * 2)),
+    *((4, "no image for platform linux/amd64; there is: linux/arm/v7, from %s; choose "
+       "with --platform" % place, "layers --platform amd64 " + path)
+      for place, path in (("{host}/lab/app", "{host}/lab/app:arm"),
+                          ("{root}/arm.tar", "{root}/arm.tar"))),
     (0, None, "layers --platform linux/arm64 {root}/arm.tar",  # it runs there
      "digest {host}/lab/app:arm", "layers --platform arm {host}/lab/app:none"),
     (0, "warning: {host}/lab/app:arm is for linux/arm/v7, not for linux/amd64",
@@ -16900,7 +16892,7 @@ class SecretsTest(CommandLineCase):
                           value.__cause__]
                 if not value.__suppress_context__:
                     texts.append(value.__context__)
-        files, forms = contents(self.root), secret_forms(PASSWORD)  # it is in every other
+        files, forms = contents(self.root), secret_forms(PASSWORD)  # it is in all
         files.pop("auth.json", None)  # ours
         for value in texts + list(files) + list(files.values()):
             if isinstance(value, str):
@@ -16989,7 +16981,8 @@ class SecretsTest(CommandLineCase):
         for auth, form, (match, action) in in_turn([
                 (auth, form, one) for auth, form in (
                     ("basic", secret), ("basic", urllib.parse.quote(secret, safe="")),
-                    ("basic", base), ("bearer", token)) for one in self.repeated(form)], 4):
+                    ("basic", base), ("bearer", token))
+                for one in self.repeated(form)], 4):
             self.origin.auth = auth
             self.output += "x"
             fault = self.origin.fault(match, action, EVER)
@@ -17222,10 +17215,11 @@ exec(code, {"__name__": "__main__", "__file__": script})  # not compiled anew
 class StreamTest(CommandLineCase):
     """Standard streams that are closed, full, or of a poor encoding (T127, T128)."""
 
-    @rows((  # (what is closed, streams to read, (command line, statuses, words) of each)
+    @rows((  # (what is closed, streams to read, (command line, statuses, words) ...)
         # Whether it is an error that nobody wants the result is our choice.
-        ("<&- >&-", "2", ("pull -o {out} {ref}", (0, 1), ""), ("digest {ref}", (0, 1), ""),
-         ("inspect --raw {ref}", (0, 1), ""), ("digest {ref}none", (4,), "not found")),
+        ("<&- >&-", "2", ("digest {ref}", (0, 1), ""),
+         ("pull -o {out} {ref}", (0, 1), ""), ("inspect --raw {ref}", (0, 1), ""),
+         ("digest {ref}none", (4,), "not found")),
         ("2>&-", "1", ("digest {ref}", (0,), ""), ("pull -o - {ref}", (0,), ""),
          ("digest {ref}none", (4,), "")),
         ("<&-", "12", ("digest -u alice --password-stdin {ref}", (2,), "password"),
@@ -17234,7 +17228,7 @@ class StreamTest(CommandLineCase):
     def test_closed_streams(self, closed, streams, *lines):
         """No file takes the place of one, or it would get what is written there."""
         ends = self.forked(
-            *[line.format(out=self.output, ref=self.ref).split() for line, _, _ in lines],
+            *[row[0].format(out=self.output, ref=self.ref).split() for row in lines],
             streams=streams, closed=closed, code="code = imagec.main(sys.argv[1:])\n"
             "sys.exit(code if os.open(os.devnull, os.O_RDONLY) > 2 else 99)")
         for (line, statuses, words), ended in zip(lines, ends):
