@@ -2816,20 +2816,6 @@ BAD_REFERENCES = worded(
     ("longer than 255", "h.io/" + "a" * 256, "a" * 248),
 )
 
-REFERENCE_PARTS = (
-    # text, host, repository, tag, digest, tag_or_digest, api_host, name
-    ("ubuntu", "docker.io", "library/ubuntu", "latest", None, "latest",
-     "registry-1.docker.io", "docker.io/library/ubuntu"),
-    # the digest decides, the tag stays for the name
-    ("h.io:5/a/b:1@" + SHA256_A, "h.io:5", "a/b", "1", ("sha256", HEX64), SHA256_A,
-     "h.io:5", "h.io:5/a/b"),
-)
-
-GOOD_DIGESTS = (
-    # algorithm, hex
-    ("sha256", HEX64), ("sha384", HEX64 + HEX64[:32]), ("sha512", HEX64 * 2),
-)
-
 # T01, T02, T14
 BAD_DIGESTS = worded(
     ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32], "sha1:" + HEX64[:40],
@@ -2927,7 +2913,12 @@ class NamesTest(TableCase):
                              text)
         self.assertNotIn("CR3T", str(error))
 
-    @rows(REFERENCE_PARTS)
+    # text, host, repository, tag, digest, tag_or_digest, api_host, name
+    @rows((("ubuntu", "docker.io", "library/ubuntu", "latest", None, "latest",
+            "registry-1.docker.io", "docker.io/library/ubuntu"),
+           # the digest decides, the tag stays for the name
+           ("h.io:5/a/b:1@" + SHA256_A, "h.io:5", "a/b", "1", ("sha256", HEX64),
+            SHA256_A, "h.io:5", "h.io:5/a/b")))
     def test_reference_parts(self, text, *parts):
         found = imagec.Reference.parse(text)
         self.assertEqual(
@@ -2943,7 +2934,8 @@ class NamesTest(TableCase):
             if isinstance(found, imagec.Reference):
                 self.assertEqual(imagec.Reference.parse(str(found)), found, text)
 
-    @rows(GOOD_DIGESTS)
+    # algorithm, hex
+    @rows((("sha256", HEX64), ("sha384", HEX64 + HEX64[:32]), ("sha512", HEX64 * 2)))
     def test_good_digests(self, *parts):
         found = imagec.Digest.parse(":".join(parts))
         self.assertEqual((found, str(found)), (parts, ":".join(parts)))
@@ -3002,15 +2994,6 @@ class NamesTest(TableCase):
 # 4  Documents
 # --------------------------------------------------------------------------------------
 
-JSON_READ = (
-    # text, value
-    (b"{}", {}), (b'"\\ud83d\\udc33"', "\U0001f433"),
-    (b' \r\n\t{"a": [1, -2, 1.5, null, true]}\n', {"a": [1, -2, 1.5, None, True]}),
-    (b"[%s]" % (b"9" * 32), [10 ** 32 - 1]),
-    ('"\u00e9\U0001f433"'.encode("utf-8"), "\u00e9\U0001f433"),
-    (b'{"a": {"x": 1}, "b": {"x": 1}}', {"a": {"x": 1}, "b": {"x": 1}}),
-)
-
 HTML_HINT = "is that host a registry"
 JSON_REFUSED = worded(
     ("not valid JSON", b"", b" \n", b'{"a": 1', b"{}{}", b"{} x", b"{}\0", b"{} // x",
@@ -3036,39 +3019,6 @@ JSON_REFUSED = worded(
      b'<?xml version="1.0"?><Error/>'),
 )
 
-# The member a of a Document: its JSON text, method, more arguments, value.
-MEMBERS_READ = (
-    ('"x"', "get", (str,), "x"), ('null', "get", (str,), None),
-    ('null', "get", (str, "d"), "d"), ('null', "get", (dict,), None),
-    ('false', "get", (bool, True), False), ('""', "need", (str,), ""),
-    ('0', "need", (int,), 0), ('"\\ud83d\\udc33"', "get", (str,), "\U0001f433"),
-    ('0', "size", (), 0), ('-0', "size", (), 0),
-    ('9007199254740991', "size", (), 2 ** 53 - 1),
-    ('"%s"' % SHA256_A, "digest", (), ("sha256", HEX64)), ('[]', "children", (0,), []),
-    # keys nobody asks for may be anything
-    ('3, "b": 1, "B": 2', "get", (int,), 3),
-)
-
-# The member a of a Document: method, type, words, its JSON texts.
-MEMBERS_REFUSED = (
-    ("need", str, "has no 'a'", "null"), ("need", dict, "has no 'a'", "null"),
-    ("get", str, "must be a JSON string", "5", "true", "[]"),
-    ("get", int, "must be a JSON integer", '"5"', "true", "1.0"),
-    ("get", list, "must be a JSON array", "{}"),
-    ("get", dict, "must be a JSON object", "[]"),
-    ("get", bool, "must be a JSON boolean", "1"),
-    # T36
-    ("size", None, "must be a JSON integer", "true", "1.0", "1e3", '"5"'),
-    ("size", None, "has no 'a'", "null"),
-    ("size", None, "not a size", "-1", "9007199254740992", str(2 ** 70)),
-    ("digest", None, "must be a JSON string", "5"),
-    ("digest", None, "doc.a: invalid digest", '"sha256:../x"'),
-    ("children", 2, "doc.a[1] is not a JSON object", "[{}, 5]"),
-    ("children", 2, "doc.a[0] is not a JSON object", "[null]"),
-    # T13
-    ("get", str, "not valid Unicode", '"\\ud800"', '"x\\udc33\\ud83d"'),
-)
-
 # T35: Go reads keys in any case, and folds the last two characters as well
 OTHER_CASES = ('{"Skin": 1}', '{"skin": 1, "SKIN": 2}', '{"Skin": 1, "skin": 2}',
                '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}')
@@ -3077,7 +3027,13 @@ OTHER_CASES = ('{"Skin": 1}', '{"skin": 1, "SKIN": 2}', '{"Skin": 1, "skin": 2}'
 class DocumentsTest(TableCase):
     """Bytes become a JSON value that every parser agrees on, or an InvalidDocument."""
 
-    @rows(JSON_READ)
+    # text, value
+    @rows(((b"{}", {}), (b'"\\ud83d\\udc33"', "\U0001f433"),
+           (b' \r\n\t{"a": [1, -2, 1.5, null, true]}\n',
+            {"a": [1, -2, 1.5, None, True]}),
+           (b"[%s]" % (b"9" * 32), [10 ** 32 - 1]),
+           ('"\u00e9\U0001f433"'.encode("utf-8"), "\u00e9\U0001f433"),
+           (b'{"a": {"x": 1}, "b": {"x": 1}}', {"a": {"x": 1}, "b": {"x": 1}})))
     def test_json_read(self, raw, value):
         self.assertEqual(imagec.parse_json(raw, "doc"), value)
 
@@ -3094,13 +3050,39 @@ class DocumentsTest(TableCase):
             value = imagec.parse_json(text, "doc")
             self.assertEqual(imagec.canonical_json(value), text)
 
-    @rows(MEMBERS_READ)
+    # The member a of a Document: its JSON text, method, more arguments, value.
+    @rows((('"x"', "get", (str,), "x"), ('null', "get", (str,), None),
+           ('null', "get", (str, "d"), "d"), ('null', "get", (dict,), None),
+           ('false', "get", (bool, True), False), ('""', "need", (str,), ""),
+           ('0', "need", (int,), 0), ('"\\ud83d\\udc33"', "get", (str,), "\U0001f433"),
+           ('0', "size", (), 0), ('-0', "size", (), 0),
+           ('9007199254740991', "size", (), 2 ** 53 - 1),
+           ('"%s"' % SHA256_A, "digest", (), ("sha256", HEX64)),
+           ('[]', "children", (0,), []),
+           # keys nobody asks for may be anything
+           ('3, "b": 1, "B": 2', "get", (int,), 3)))
     def test_members_read(self, text, method, args, value):
         document = imagec.Document.parse(b'{"a": %s}' % text.encode(), "doc")
         self.assertEqual(getattr(document, method)("a", *args), value)
         self.assertEqual(document.get("c", list, [1]), [1])
 
-    @rows(MEMBERS_REFUSED)
+    # The member a of a Document: method, type, words, its JSON texts.
+    @rows((("need", str, "has no 'a'", "null"), ("need", dict, "has no 'a'", "null"),
+           ("get", str, "must be a JSON string", "5", "true", "[]"),
+           ("get", int, "must be a JSON integer", '"5"', "true", "1.0"),
+           ("get", list, "must be a JSON array", "{}"),
+           ("get", dict, "must be a JSON object", "[]"),
+           ("get", bool, "must be a JSON boolean", "1"),
+           # T36
+           ("size", None, "must be a JSON integer", "true", "1.0", "1e3", '"5"'),
+           ("size", None, "has no 'a'", "null"),
+           ("size", None, "not a size", "-1", "9007199254740992", str(2 ** 70)),
+           ("digest", None, "must be a JSON string", "5"),
+           ("digest", None, "doc.a: invalid digest", '"sha256:../x"'),
+           ("children", 2, "doc.a[1] is not a JSON object", "[{}, 5]"),
+           ("children", 2, "doc.a[0] is not a JSON object", "[null]"),
+           # T13
+           ("get", str, "not valid Unicode", '"\\ud800"', '"x\\udc33\\ud83d"')))
     def test_members_refused(self, method, argument, words, *texts):
         for text in texts:
             document = imagec.Document.parse(b'{"a": %s}' % text.encode(), "doc")
@@ -3178,17 +3160,6 @@ def length_and_tail(length, tail):
     return [protected(formatLength=length, formatTail=tail)]
 
 
-SIGNATURES_READ = (
-    # signatures, payload
-    (length_and_tail(PAYLOAD_END, b"\n}"), PAYLOAD),
-    (length_and_tail(PAYLOAD_END, b"\n}") * 2, PAYLOAD),
-    (length_and_tail(0, b"{}"), b"{}"), (length_and_tail(3, b""), PAYLOAD[:3]),
-    # padded, in lines as libtrust breaks them, in the url alphabet
-    (length_and_tail(PAYLOAD_END, "Cn0="), PAYLOAD),
-    (length_and_tail(PAYLOAD_END, "C\nn 0\n"), PAYLOAD),
-    (length_and_tail(0, "-_-_"), b"\xfb\xff\xbf"),
-)
-
 # T32
 SIGNATURES_REFUSED = worded(
     ("must be a JSON array", {}, "x"),
@@ -3224,7 +3195,14 @@ class SignaturesTest(TableCase):
             found = imagec.PrettySignature.parse(raw)
             self.assertEqual(found, (raw, False))
 
-    @rows(SIGNATURES_READ)
+    # signatures, payload
+    @rows(((length_and_tail(PAYLOAD_END, b"\n}"), PAYLOAD),
+           (length_and_tail(PAYLOAD_END, b"\n}") * 2, PAYLOAD),
+           (length_and_tail(0, b"{}"), b"{}"), (length_and_tail(3, b""), PAYLOAD[:3]),
+           # padded, in lines as libtrust breaks them, in the url alphabet
+           (length_and_tail(PAYLOAD_END, "Cn0="), PAYLOAD),
+           (length_and_tail(PAYLOAD_END, "C\nn 0\n"), PAYLOAD),
+           (length_and_tail(0, "-_-_"), b"\xfb\xff\xbf")))
     def test_signatures_read(self, signatures, payload):
         found = imagec.PrettySignature.parse(pretty(PAYLOAD, signatures))
         self.assertEqual(found, (payload, True))
@@ -3467,14 +3445,6 @@ def schema1_signed(payload):
     return json_bytes(dict(SCHEMA1_DOC, signatures=length_and_tail(0, payload)))
 
 
-# schema1 histories, newest first: each entry an id and a parent, a letter for 64.
-CHAINS_READ = (
-    # entries, what is left, oldest first
-    (["a"], "a"), (["cb", "ba", "a"], "abc"),
-    # docker drops the newer of neighbours with one id, and never sees its parent
-    (["cb", "bf", "ba", "a"], "abc"), (["ba", "bf", "bb", "ba", "a"], "ab"),
-    (["ab", "a"], "a"),
-)
 SCHEMA1_REFUSED = worded(
     # T03, T33
     ("must be as many and not none", schema1_chain([])),
@@ -3501,14 +3471,6 @@ SCHEMA1_REFUSED = worded(
     ("ambiguous", schema1_signed(json_bytes(dict(SCHEMA1_DOC, layers=[])))),
     ("schemaVersion is 2",
      schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))),
-)
-
-# What stands before the signatures, covered by no digest: words of the refusal without
-# the digest and with it. T31, CVE-2014-8179
-INJECTED = (
-    (b'"architecture": "evil", ', None, None),
-    (b'"layers": [], ', "ambiguous", None),
-    (b'"fsLayers": [], ', "twice", "expected digest"),
 )
 
 CONFIG_TYPES = tuple((kind, image) for image, *kinds in (
@@ -3778,7 +3740,11 @@ class Schema1Test(TableCase):
             self.refused(imagec.DigestMismatch, SIGNED_DIGEST, imagec.decode_manifest,
                          raw, None, digest)
 
-    @rows(INJECTED)
+    # What stands before the signatures, covered by no digest: words of the refusal
+    # without the digest and with it. T31, CVE-2014-8179
+    @rows(((b'"architecture": "evil", ', None, None),
+           (b'"layers": [], ', "ambiguous", None),
+           (b'"fsLayers": [], ', "twice", "expected digest")))
     def test_what_no_digest_covers_is_not_read(self, injected, bare, pinned):
         document = {k: v for k, v in SCHEMA1_DOC.items() if k != "architecture"}
         payload = json.dumps(document, indent=1).encode("ascii")
@@ -3802,7 +3768,12 @@ class Schema1Test(TableCase):
     def test_refused(self, raw, words):
         self.refused(imagec.InvalidDocument, words, imagec.decode_manifest, raw)
 
-    @rows(CHAINS_READ)
+    # schema1 histories, newest first: each entry an id and a parent, a letter for 64.
+    # entries, what is left, oldest first
+    @rows(((["a"], "a"), (["cb", "ba", "a"], "abc"),
+           # docker drops the newer of neighbours with one id, and never sees its parent
+           (["cb", "bf", "ba", "a"], "abc"), (["ba", "bf", "bb", "ba", "a"], "ab"),
+           (["ab", "a"], "a")))
     def test_chains_read(self, entries, expected):
         found = imagec.decode_manifest(schema1_chain(entries))
         self.assertEqual("".join(layer.id[0] for layer in found.layers), expected)
@@ -3933,40 +3904,6 @@ class LayersTest(TableCase):
 
 
 V1_DIFFS = ["sha256:%064x" % n for n in range(11, 19)]
-V1_MEMBERS = (
-    # JSON text in, JSON text out where it is another
-    ('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }', '{"z":[1.50e+3,-0],"a":"x  y"}'),
-    (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
-    ('{"<":"\u2028","q":"a\\" , b"}', '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
-    ("null", None), ("[]", None), ("12345678901234567890", None),
-    (r'{"\ud800":1}', None),
-)
-V1_TIMES = (
-    # created, as Go's RFC3339Nano writes it
-    ('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.120Z"', "2020-01-02T03:04:05.12Z"),
-    ('"2020-01-02T03:04:05.000Z"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.123456789Z"', "2020-01-02T03:04:05.123456789Z"),
-    ('"2020-01-02T03:04:05.1234567899Z"', "2020-01-02T03:04:05.123456789Z"),
-    ('"2020-01-02T03:04:05+00:00"', "2020-01-02T03:04:05Z"),
-    ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
-    ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z"),
-)
-V1_STRINGS = (
-    # JSON text in, JSON text out in the history
-    (r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
-    ('"\u2028\u2029"', r'"\u2028\u2029"'), ('"caf\xe9 \u20ac"', '"caf\xe9 \u20ac"'),
-    (r'"caf\u00e9"', '"caf\xe9"'), (r'"\ud83d\ude00"', '"\U0001f600"'),
-    (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
-    (r'"\b\f\u0000\u001f"', r'"\b\f\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
-    (r'"\\b"', r'"\\b"'), (r'"\ud800x"', r'"\ud800x"'),
-)
-V1_COMMANDS = (
-    # container_config, created_by in the history or None
-    ('{"Cmd":["/bin/sh","-c","x  y"]}', "/bin/sh -c x  y"),
-    ('{"Cmd":"one two"}', "one two"),
-    ('{"Cmd":null}', None), ('{"Cmd":[]}', None), ("{}", None), ("null", None),
-)
 
 
 def v1_config(*texts, throwaway=()):
@@ -4012,7 +3949,13 @@ class Schema1ConversionTest(StoredCase):
         text = v1_config('"os":"linux"', throwaway=[0])
         self.assertTrue(text.endswith('"rootfs":{"type":"layers"}}'), text)
 
-    @rows(V1_MEMBERS)
+    # JSON text in, JSON text out where it is another
+    @rows((('{ "z" : [ 1.50e+3 , -0 ],\n\t"a" : "x  y" }',
+            '{"z":[1.50e+3,-0],"a":"x  y"}'),
+           (r'"caf\u00e9 \/ <\n"', r'"caf\u00e9 \/ \u003c\n"'),
+           ('{"<":"\u2028","q":"a\\" , b"}', '{"\\u003c":"\\u2028","q":"a\\" , b"}'),
+           ("null", None), ("[]", None), ("12345678901234567890", None),
+           (r'{"\ud800":1}', None)))
     def test_members_stay_as_they_stand(self, given, wanted):
         text = v1_config('"docker_version":"1.12.6","os":"linux","K":' + given)
         self.assertEqual(text, '{"K":%s,"docker_version":"1.12.6",%s' % (
@@ -4024,7 +3967,15 @@ class Schema1ConversionTest(StoredCase):
         self.assertEqual(keys, ["B", "b", "history", "os", "rootfs", "\xe9", "\uffee",
                                 "\U0001f600"])
 
-    @rows(V1_TIMES)
+    # created, as Go's RFC3339Nano writes it
+    @rows((('"2020-01-02T03:04:05Z"', "2020-01-02T03:04:05Z"),
+           ('"2020-01-02T03:04:05.120Z"', "2020-01-02T03:04:05.12Z"),
+           ('"2020-01-02T03:04:05.000Z"', "2020-01-02T03:04:05Z"),
+           ('"2020-01-02T03:04:05.123456789Z"', "2020-01-02T03:04:05.123456789Z"),
+           ('"2020-01-02T03:04:05.1234567899Z"', "2020-01-02T03:04:05.123456789Z"),
+           ('"2020-01-02T03:04:05+00:00"', "2020-01-02T03:04:05Z"),
+           ('"2020-01-02T03:04:05.5-07:00"', "2020-01-02T03:04:05.5-07:00"),
+           ("null", "0001-01-01T00:00:00Z"), (None, "0001-01-01T00:00:00Z")))
     def test_times(self, given, wanted):
         text = "" if given is None else '"created":' + given
         self.assertEqual(self.history(text)[0]["created"], wanted)
@@ -4034,11 +3985,21 @@ class Schema1ConversionTest(StoredCase):
         with self.assertRaisesRegex(imagec.InvalidDocument, "of the wrong type"):
             v1_config(given)
 
-    @rows(V1_STRINGS)
+    # JSON text in, JSON text out in the history
+    @rows(((r'"plain"', r'"plain"'), (r'"<&>"', r'"\u003c\u0026\u003e"'),
+           ('"\u2028\u2029"', r'"\u2028\u2029"'),
+           ('"caf\xe9 \u20ac"', '"caf\xe9 \u20ac"'), (r'"caf\u00e9"', '"caf\xe9"'),
+           (r'"\ud83d\ude00"', '"\U0001f600"'),
+           (r'"\"\\\/"', r'"\"\\/"'), (r'"\n\r\t"', r'"\n\r\t"'),
+           (r'"\b\f\u0000\u001f"', r'"\b\f\u0000\u001f"'), ('"\x7f"', '"\x7f"'),
+           (r'"\\b"', r'"\\b"'), (r'"\ud800x"', r'"\ud800x"')))
     def test_strings(self, given, wanted):
         self.assertIn('"author":%s}' % wanted, v1_config('"author":' + given, ""))
 
-    @rows(V1_COMMANDS)
+    # container_config, created_by in the history or None
+    @rows((('{"Cmd":["/bin/sh","-c","x  y"]}', "/bin/sh -c x  y"),
+           ('{"Cmd":"one two"}', "one two"),
+           ('{"Cmd":null}', None), ('{"Cmd":[]}', None), ("{}", None), ("null", None)))
     def test_commands(self, given, wanted):
         found = self.history('"container_config":' + given)[0]
         self.assertEqual(found.get("created_by"), wanted)
@@ -4655,14 +4616,6 @@ BAD_ZSTD_LAYERS = (
     ("zstd of text", zstd_frame(b"x" * 600), "not a valid tar after 0 members"),
 )
 
-EMPTY_LAYERS = (
-    # name, blob, bytes of tar
-    ("docker's", EMPTY_LAYER, 1024),
-    ("tar", TAR_END, 1024),
-    ("gzip", gzip_bytes(TAR_END), 1024),
-    ("no bytes", b"", 0),  # docker takes it for an empty tar
-)
-
 
 class UnpackTest(TableCase):
     """A layer unpacks to one diffID, however its bytes come."""
@@ -4683,7 +4636,11 @@ class UnpackTest(TableCase):
     test_bad_layers = rows(BAD_LAYERS)(bad)
     test_bad_zstd_layers = needs_zstd(rows(BAD_ZSTD_LAYERS)(bad))
 
-    @rows(EMPTY_LAYERS)
+    # name, blob, bytes of tar
+    @rows((("docker's", EMPTY_LAYER, 1024),
+           ("tar", TAR_END, 1024),
+           ("gzip", gzip_bytes(TAR_END), 1024),
+           ("no bytes", b"", 0)))  # docker takes it for an empty tar
     def test_empty_layers(self, name, blob, count):
         for parts in [*feedings(blob), [], [b"", b""]][:None if count == 0 else -2]:
             self.assertEqual(unpacked(parts), (imagec.Digest.of(bytes(count)), 0))
@@ -5391,25 +5348,6 @@ NET_NEARNESS = tuple(
         ("shared.test", "private.test", "100.100.100.200"))
     for may, hosts in ((True, reached), (False, refused)) for host in hosts.split())
 
-#: (hosts on the way, the last of which is not reached unless it is "", storage hosts).
-#: T74; {port} is everybody's.
-NET_CHAINS = (
-    ("private.test public.test private.test", ""),
-    ("registry.test public.test private.test", ""),
-    ("registry.test private.test registry.test", ""),
-    ("public.test private.test", "private.test:1"),
-    ("public.test private.test", "rivate.test te.test 10.1.2.3"),
-    ("public.test private.test metadata.test", "private.test"),
-    ("public.test private.test shared.test", "private.test"),
-    ("private.test public.test public2.test -", ""),
-    ("private.test public.test private.test -", "private.test"),
-    ("public.test private.test -", "private.test"),
-    ("public.test private.test -", "PRIVATE.test:{port}"),
-    ("public.test metadata.test private.test public2.test -",
-     "metadata.test private.test"),
-    ("public.test 127.0.0.1 -", "127.0.0.1:{port}"),
-)
-
 #: (name, header lines, body as sent, what is read, None where it must be refused). T113
 NET_FRAMINGS = (
     ("length", "Content-Length: 5", b"hello", b"hello"),
@@ -5460,23 +5398,6 @@ NET_JUNK = (
     b"HTTP/1.1 200 " + b"K" * 100000 + b"\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
-)
-
-#: (name, action): each leaves us waiting for ever, in a way that THREAT_STALLS has not
-NET_STALLS = (
-    ("silent in the handshake, T109", hang(30, "accept")),
-    ("drip in the handshake, T57",
-     [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
-      drip(0.03, 1, "status")]),
-    ("drip in chunk sizes and trailers, T57",
-     [chunked(1), drip(0.03, 5, "body")]),
-    ("100 Continue for ever, T58",
-     lambda reply: _net_continues(garbage(b"HTTP/1.1 100 Continue\r\n\r\n")(reply))),
-    ("100 Continue, slowly, T58",
-     [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
-    ("100 and more trailers, T58", lambda reply: _set(
-        reply, raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
-        more=itertools.repeat(b"X: y\r\n" * 9999, 1000000))),
 )
 
 
@@ -5584,7 +5505,22 @@ class TransportTest(NetworkCase):
     def test_t74_how_near_addresses_are(self, address, near):
         self.assertEqual(imagec._address_rank(address), near and _NEAR.index(near))
 
-    @rows(NET_CHAINS)
+    # (hosts on the way, the last of which is not reached unless it is "", storage hosts).
+    # T74; {port} is everybody's.
+    @rows((("private.test public.test private.test", ""),
+           ("registry.test public.test private.test", ""),
+           ("registry.test private.test registry.test", ""),
+           ("public.test private.test", "private.test:1"),
+           ("public.test private.test", "rivate.test te.test 10.1.2.3"),
+           ("public.test private.test metadata.test", "private.test"),
+           ("public.test private.test shared.test", "private.test"),
+           ("private.test public.test public2.test -", ""),
+           ("private.test public.test private.test -", "private.test"),
+           ("public.test private.test -", "private.test"),
+           ("public.test private.test -", "PRIVATE.test:{port}"),
+           ("public.test metadata.test private.test public2.test -",
+            "metadata.test private.test"),
+           ("public.test 127.0.0.1 -", "127.0.0.1:{port}")))
     def test_t74_chains_of_redirects(self, way, lent):
         server, good = self.server({"/end": say(b"hello")}), way.endswith("-")
         hops = ["http://%s:%d" % (host, server.port) for host in way.split()]
@@ -5720,7 +5656,21 @@ class TransportTest(NetworkCase):
         self.gives(expected, lambda: self.get(self.transport(), server.url + "/it"),
                    imagec.LimitExceeded, "1048576")
 
-    @rows(NET_STALLS)
+    # (name, action): each leaves us waiting for ever, in a way that THREAT_STALLS has not
+    @rows((("silent in the handshake, T109", hang(30, "accept")),
+           ("drip in the handshake, T57",
+            [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
+             drip(0.03, 1, "status")]),
+           ("drip in chunk sizes and trailers, T57",
+            [chunked(1), drip(0.03, 5, "body")]),
+           ("100 Continue for ever, T58",
+            lambda reply: _net_continues(garbage(
+                b"HTTP/1.1 100 Continue\r\n\r\n")(reply))),
+           ("100 Continue, slowly, T58",
+            [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
+           ("100 and more trailers, T58", lambda reply: _set(
+               reply, raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+               more=itertools.repeat(b"X: y\r\n" * 9999, 1000000)))))
     def test_t57_t58_t109_stalls(self, name, action):
         server = self.server({"/it": say(b"x" * 5000)}, tls="handshake" in name)
         server.fault("" if "handshake" in name else "GET /it", action)
@@ -5964,50 +5914,6 @@ tYz0OCv6GeQolk//Z8okEYAgsv8bmqhdumfTETe4q8dYQA3+XqmjCnize6qNzlk=
 -----END ENCRYPTED PRIVATE KEY-----
 """
 
-#: (files of the host's directory, CAs, pairs; None where half a pair is an error)
-FIELD_CERTS = (
-    ("", "", ""),
-    ("ca.crt", "ca.crt", ""),
-    ("b.crt a.crt", "a.crt b.crt", ""),
-    ("me.cert me.key", "", "me"),
-    ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
-    ("ca.pem readme.txt ca.crt.old", "", ""),
-    ("me.cert", None, "me.key"),
-    ("me.key ca.crt", None, "me.cert"),
-    ("me.cert you.key", None, "me.key"),
-)
-
-#: (certificate, key, the word of the error)
-FIELD_BAD_PAIRS = (
-    (TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
-    (TEST_CERT, OTHER_KEY, "client.cert"),
-    (TEST_CERT, "", "client.cert"),
-    (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
-     "client.cert"),
-    ("no PEM", TEST_KEY, "client.cert"),
-    ("", TEST_KEY, "client.cert"),
-    (None, TEST_KEY, "client.cert"),
-    (TEST_CERT, None, "client.cert"),
-)
-
-
-#: (whose certificate is bad besides the registry's, is it of the same host name or far,
-#: options, what the refusal names, None where it is taken)
-FIELD_INSECURE = (
-    ("nobody", None, {}, None),
-    ("mirror", "far", {"mirrors": "far"}, None),
-    ("token", "near", {}, None),
-    ("token", "far", {}, "--insecure-skip-verify and --token-host"),
-    ("token", "far", {"storage_hosts": "far"}, None),
-    ("token", "far", {"token_hosts": "far"}, None),
-    ("token", "far", {"token_hosts": "localhost"}, None),
-    ("storage", "far", {}, "--insecure-skip-verify and --storage-host"),
-    ("storage", "far", {"storage_hosts": "other.test"},
-     "--insecure-skip-verify and --storage-host"),
-    ("storage", "far", {"storage_hosts": "far"}, None),
-    ("storage", "far", {"storage_hosts": "localhost"}, None),
-)
-
 
 class FieldTLSRegistry(FakeRegistry):
     """Asks for a client certificate; keeps what each exchange was shown."""
@@ -6046,7 +5952,16 @@ class TLSFilesTest(ResolveCase):
     def no_roots(self):
         os.environ["SSL_CERT_FILE"] = self.file("others.pem", OTHER_CERT)
 
-    @rows(FIELD_CERTS)
+    # (files of the host's directory, CAs, pairs; None where half a pair is an error)
+    @rows((("", "", ""),
+           ("ca.crt", "ca.crt", ""),
+           ("b.crt a.crt", "a.crt b.crt", ""),
+           ("me.cert me.key", "", "me"),
+           ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
+           ("ca.pem readme.txt ca.crt.old", "", ""),
+           ("me.cert", None, "me.key"),
+           ("me.key ca.crt", None, "me.cert"),
+           ("me.cert you.key", None, "me.key")))
     def test_files_of_a_host(self, names, roots, pairs):
         os.environ["XDG_CONFIG_HOME"] = base = self.at(names or "none")
         place = os.path.join(base, "docker", "certs.d", "r.test:5000", "")
@@ -6149,7 +6064,16 @@ class TLSFilesTest(ResolveCase):
         self.resolve(registry.host, client_pair=self.pair())
         self.assertEqual(set(tokens.shown), {None})
 
-    @rows(FIELD_BAD_PAIRS)
+    # (certificate, key, the word of the error)
+    @rows(((TEST_CERT, FIELD_LOCKED_KEY, "encrypted"),
+           (TEST_CERT, OTHER_KEY, "client.cert"),
+           (TEST_CERT, "", "client.cert"),
+           (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
+            "client.cert"),
+           ("no PEM", TEST_KEY, "client.cert"),
+           ("", TEST_KEY, "client.cert"),
+           (None, TEST_KEY, "client.cert"),
+           (TEST_CERT, None, "client.cert")))
     def test_bad_pairs(self, certificate, key, word):
         registry = self.client_registry()
         pair = (self.at("client.cert"), self.at("client.key"))
@@ -6191,7 +6115,20 @@ class TLSFilesTest(ResolveCase):
             self.assertEqual(registry.requests, [])
             self.assertEqual(registry.connections, 4)  # each by https, then by http
 
-    @rows(FIELD_INSECURE)
+    # (whose certificate is bad besides the registry's, is it of the same host name or
+    # far, options, what the refusal names, None where it is taken)
+    @rows((("nobody", None, {}, None),
+           ("mirror", "far", {"mirrors": "far"}, None),
+           ("token", "near", {}, None),
+           ("token", "far", {}, "--insecure-skip-verify and --token-host"),
+           ("token", "far", {"storage_hosts": "far"}, None),
+           ("token", "far", {"token_hosts": "far"}, None),
+           ("token", "far", {"token_hosts": "localhost"}, None),
+           ("storage", "far", {}, "--insecure-skip-verify and --storage-host"),
+           ("storage", "far", {"storage_hosts": "other.test"},
+            "--insecure-skip-verify and --storage-host"),
+           ("storage", "far", {"storage_hosts": "far"}, None),
+           ("storage", "far", {"storage_hosts": "localhost"}, None)))
     def test_what_the_insecure_options_are_for(self, part, named, options, words):
         registry, other = (self.filled(tls="expired", auth=part == "token" and "bearer")
                            for _ in range(2))
@@ -6401,23 +6338,6 @@ class FieldSocks(Relay):
                     self.carry(near, ":%d" % port)
 
 
-#: (variables with P or H for the proxy and X for a dead one, scheme, is it used)
-FIELD_ENVIRONMENTS = (
-    ("http_proxy=P", "http", True), ("HTTP_PROXY=P", "http", True),
-    ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "https", True),
-    ("http_proxy=P", "https", False), ("https_proxy=P", "http", False),
-    ("http_proxy=P HTTP_PROXY=X", "http", True),
-    ("http_proxy=", "http", False), ("http_proxy=H", "http", True),
-    ("http_proxy=X NO_PROXY=registry.test", "http", False),
-    ("http_proxy=P no_proxy=registry.test", "http", False),
-    ("http_proxy=P NO_PROXY=registry.test", "http", False),
-    ("https_proxy=P NO_PROXY=other.test,.test", "https", False),
-    ("http_proxy=P no_proxy=other.test NO_PROXY=registry.test", "http", True),
-    ("http_proxy=P no_proxy=*", "http", False),
-    # CGI scripts get a client's Proxy header in HTTP_PROXY (httpoxy). T89
-    ("HTTP_PROXY=P REQUEST_METHOD=GET", "http", False),
-)
-
 #: (host, NO_PROXY, is it reached directly), as golang.org/x/net/http/httpproxy. T88
 FIELD_NO_PROXY = (
     ("r.test", "", False), ("r.test", ",, ,", False), ("r.test", "*", True),
@@ -6459,13 +6379,6 @@ FIELD_BAD_PROXIES = (
     "http://u:S3CR3T?@p.test:1",
 )
 
-#: (what the SOCKS server says to a request, the word of the error, is it worth a retry)
-FIELD_SOCKS_REPLIES = (
-    (1, "failed", True), (2, "allow", False), (3, "network", True), (4, "host", True),
-    (5, "refused", True), (6, "waiting", True), (7, "cannot", False),
-    (8, "address", False), (200, "failed", True),
-)
-
 
 class ProxyTest(ResolveCase):
     """Proxies of the environment and of --proxy."""
@@ -6496,7 +6409,20 @@ class ProxyTest(ResolveCase):
         del self.proxy.requests[:]
         return found
 
-    @rows(FIELD_ENVIRONMENTS)
+    # (variables with P or H for the proxy and X for a dead one, scheme, is it used)
+    @rows((("http_proxy=P", "http", True), ("HTTP_PROXY=P", "http", True),
+           ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "https", True),
+           ("http_proxy=P", "https", False), ("https_proxy=P", "http", False),
+           ("http_proxy=P HTTP_PROXY=X", "http", True),
+           ("http_proxy=", "http", False), ("http_proxy=H", "http", True),
+           ("http_proxy=X NO_PROXY=registry.test", "http", False),
+           ("http_proxy=P no_proxy=registry.test", "http", False),
+           ("http_proxy=P NO_PROXY=registry.test", "http", False),
+           ("https_proxy=P NO_PROXY=other.test,.test", "https", False),
+           ("http_proxy=P no_proxy=other.test NO_PROXY=registry.test", "http", True),
+           ("http_proxy=P no_proxy=*", "http", False),
+           # CGI scripts get a client's Proxy header in HTTP_PROXY (httpoxy). T89
+           ("HTTP_PROXY=P REQUEST_METHOD=GET", "http", False)))
     def test_environment(self, words, scheme, used):
         registry = self.registry(tls=scheme == "https")
         asked = ("GET", self.named(registry)) if scheme == "http" else (
@@ -6685,7 +6611,11 @@ class ProxyTest(ResolveCase):
         with self.fails(imagec.AccessDenied, word, server.host, "password"):
             self.fetch(self.registry(), proxy="socks5://%s%s" % (login, server.host))
 
-    @rows(FIELD_SOCKS_REPLIES)
+    # (what the SOCKS server says, the word of the error, is it worth a retry)
+    @rows(((1, "failed", True), (2, "allow", False), (3, "network", True),
+           (4, "host", True),
+           (5, "refused", True), (6, "waiting", True), (7, "cannot", False),
+           (8, "address", False), (200, "failed", True)))
     def test_socks_refuses_the_host(self, code, word, retryable):
         server = self.socks(refusal=code)
         with self.fails(imagec.TransportError, word, server.host,
@@ -6842,12 +6772,6 @@ NET_TOKENS = (
     (" " * (imagec.TOKEN_LIMIT + 1) + '{"token": "abc"}', None),  # T52
 )
 
-#: (expires_in as JSON, seconds the token is used). T107
-NET_LIFETIMES = (
-    (None, 60), ("300", 300), ("1", 1), ("0", 60), ("-1", 60), ("1.5", 60),
-    ('"300"', 60), ("true", 60), ("null", 60), ("[]", 60), ("999999999999", 999999999999),
-)
-
 
 class AuthorizationTest(NetworkCase):
     """Challenge -> token."""
@@ -6932,7 +6856,10 @@ class AuthorizationTest(NetworkCase):
             self.transport(), server.url + "/token").value,
             imagec.InvalidDocument, "token")
 
-    @rows(NET_LIFETIMES)
+    # (expires_in as JSON, seconds the token is used). T107
+    @rows(((None, 60), ("300", 300), ("1", 1), ("0", 60), ("-1", 60), ("1.5", 60),
+           ('"300"', 60), ("true", 60), ("null", 60), ("[]", 60),
+           ("999999999999", 999999999999)))
     def test_t107_lifetimes(self, text, seconds):
         said = "" if text is None else ', "expires_in": ' + text
         # issued_at is the server's clock, and no business of ours (T116)
@@ -7176,25 +7103,6 @@ class AuthorizedTest(NetworkCase):
 
 # -- Registry
 
-#: (name, FakeRegistry's options, root to trust, our options, scheme, None where the
-#: certificate is refused, connections)
-NET_PROBES = (
-    ("loopback, plain", {}, None, {}, "http", 2),
-    ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https", 1),
-    ("asks for a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https", 1),
-    ("asks for a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https", 1),
-    ("untrusted", {"tls": True}, None, {}, None, 2),
-    ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None, 2),
-    ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None, 2),
-    ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https", 1),
-    ("wrong host, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https", 1),
-    ("expired, unverified", {"tls": "expired"}, None, {"skip": True}, "https", 1),
-    # What does not speak TLS does not speak it unverified.
-    ("plain, http allowed", {}, None, {"http": True}, "http", 2),
-    ("TLS, http allowed", {"tls": True}, TEST_CERT, {"http": True}, "https", 1),
-    ("untrusted, http allowed", {"tls": True}, None, {"http": True}, "https", 2),
-)
-
 #: (what answers the first bytes of a connection to the TLS port,). T114
 NET_NO_TLS = (
     (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
@@ -7274,7 +7182,22 @@ class ProbeTest(NetworkCase):
         client = self.client(registry, "alice", host, transport, allow_http=http)
         return client.learn_registry_url()
 
-    @rows(NET_PROBES)
+    # (name, FakeRegistry's options, root to trust, our options, scheme, None where the
+    # certificate is refused, connections)
+    @rows((("loopback, plain", {}, None, {}, "http", 2),
+           ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https", 1),
+           ("wants a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https", 1),
+           ("a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https", 1),
+           ("untrusted", {"tls": True}, None, {}, None, 2),
+           ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None, 2),
+           ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None, 2),
+           ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https", 1),
+           ("wrong, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https", 1),
+           ("old, unverified", {"tls": "expired"}, None, {"skip": True}, "https", 1),
+           # What does not speak TLS does not speak it unverified.
+           ("plain, http allowed", {}, None, {"http": True}, "http", 2),
+           ("TLS, http allowed", {"tls": True}, TEST_CERT, {"http": True}, "https", 1),
+           ("untrusted, allowed", {"tls": True}, None, {"http": True}, "https", 2)))
     def test_schemes_and_certificates(self, _name, kind, root, options, scheme, tries):
         os.environ["SSL_CERT_FILE"] = self.file("others.pem", OTHER_CERT)
         registry = self.registry(**kind)
@@ -8029,16 +7952,6 @@ FIELD_LIMITS = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21
 FIELD_TOO_MANY = (
     b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow \\u001b[1mdown"}]}')
 
-#: (value of Warning, what is shown of it ...)
-FIELD_WARNINGS = (
-    ('299 - "this is the last week"', "this is the last week"),
-    ('299 example.test "said by a proxy"', "said by a proxy"),
-    ('299 - "a \\"quoted\\" word"', "quoted"),
-    ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
-    (['299 - "one"', '299 - "two"'], "one", "two"),
-    ('110 - "Response is Stale"',), ("299 - bare",), ("",), ('299 - ""',),
-)
-
 
 class RateLimitTest(ResolveCase):
     """429, Retry-After, fewer requests that count, and what registries have to say."""
@@ -8134,7 +8047,13 @@ class RateLimitTest(ResolveCase):
         self.assertEqual(str(found.digest), self.image.digest)
         self.assertEqual(self.manifests(registry)[-1], "GET")
 
-    @rows(FIELD_WARNINGS)
+    # (value of Warning, what is shown of it ...)
+    @rows((('299 - "this is the last week"', "this is the last week"),
+           ('299 example.test "said by a proxy"', "said by a proxy"),
+           ('299 - "a \\"quoted\\" word"', "quoted"),
+           ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
+           (['299 - "one"', '299 - "two"'], "one", "two"),
+           ('110 - "Response is Stale"',), ("299 - bare",), ("",), ('299 - ""',)))
     def test_warnings(self, value, *shown):
         registry = self.filled()
         registry.fault("GET", headers(warning=value), EVER)
@@ -8206,29 +8125,6 @@ NET_PARTIALS = (
      [NET_HALF]),
     ("cut again", NET_BLOB[:NET_HALF], truncate(1000), [NET_HALF, NET_HALF + 1000]),
     ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]),
-)
-
-#: (name, what is at the final name, is it used as it is). T39
-NET_EXISTING = (
-    ("good", NET_BLOB, True), ("empty", b"", False), ("short", NET_BLOB[:-1], False),
-    ("long", NET_BLOB + b"x", False), ("junk of the right size", NET_JUNK_BLOB, False),
-)
-
-#: (name, action, error, are there retries): a blob of which nothing may remain
-NET_BAD_BLOBS = (
-    ("flipped bit, T25", flip(), imagec.DigestMismatch, False),
-    ("flipped first bit", flip(0), imagec.DigestMismatch, False),
-    ("extra byte, T24", extra(1), imagec.SizeMismatch, False),
-    ("shorter, and says so", body(NET_BLOB[:-1]), imagec.SizeMismatch, False),
-    ("error page with 200, T30", body(b"<Error>AccessDenied</Error>"),
-     imagec.SizeMismatch, False),
-    ("empty", body(b""), imagec.SizeMismatch, False),
-    ("206 unasked, T102", partial("bytes 0-9/10", 0), imagec.RegistryError, False),
-    ("reset, T100", reset(), imagec.TransportError, True),
-    ("cut, T22", truncate(), imagec.TransportError, True),
-    ("cut after a byte each time, T64", truncate(1), imagec.TransportError, True),
-    ("500", status(500), imagec.RegistryError, True),
-    ("404", status(404), imagec.NotFound, False),
 )
 
 
@@ -8412,7 +8308,9 @@ class DownloadTest(DownloadCase):
             self.assertEqual({(e.id, e.total) for e in self.events},
                              {(sha256(NET_BLOB)[7:19], NET_SIZE)})
 
-    @rows(NET_EXISTING)
+    # (name, what is at the final name, is it used as it is). T39
+    @rows((("good", NET_BLOB, True), ("empty", b"", False), ("long", NET_BLOB + b"x", False),
+           ("short", NET_BLOB[:-1], False), ("junk of its size", NET_JUNK_BLOB, False)))
     def test_t39_existing_files_are_checked(self, _, content, good):
         registry = self.filled()
         self.put(content)
@@ -8542,7 +8440,20 @@ class DownloadTest(DownloadCase):
         self.assertEqual(self.offsets(registry), [0, NET_HALF] * 2)
         self.assertEqual(self.holds(), {})
 
-    @rows(NET_BAD_BLOBS)
+    # (name, action, error, are there retries): a blob of which nothing may remain
+    @rows((("flipped bit, T25", flip(), imagec.DigestMismatch, False),
+           ("flipped first bit", flip(0), imagec.DigestMismatch, False),
+           ("extra byte, T24", extra(1), imagec.SizeMismatch, False),
+           ("shorter, and says so", body(NET_BLOB[:-1]), imagec.SizeMismatch, False),
+           ("error page with 200, T30", body(b"<Error>AccessDenied</Error>"),
+            imagec.SizeMismatch, False),
+           ("empty", body(b""), imagec.SizeMismatch, False),
+           ("206 unasked, T102", partial("bytes 0-9/10", 0), imagec.RegistryError, False),
+           ("reset, T100", reset(), imagec.TransportError, True),
+           ("cut, T22", truncate(), imagec.TransportError, True),
+           ("cut after a byte each time, T64", truncate(1), imagec.TransportError, True),
+           ("500", status(500), imagec.RegistryError, True),
+           ("404", status(404), imagec.NotFound, False)))
     def test_t25_bad_blobs_leave_nothing(self, _, action, kind, retried):
         registry, tries = self.filled(), imagec.ATTEMPTS if retried else 1
         registry.fault("/blobs/", action, EVER)
