@@ -2816,76 +2816,6 @@ BAD_REFERENCES = worded(
     ("longer than 255", "h.io/" + "a" * 256, "a" * 248),
 )
 
-# T01, T02, T14
-BAD_DIGESTS = worded(
-    ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32], "sha1:" + HEX64[:40],
-     "SHA256:" + HEX64, "sha256+b64u:" + HEX64, " " + SHA256_A, ":" + HEX64, None, 5,
-     ["sha256", HEX64]),
-    ("expected 64 lowercase",
-     "sha256:", "sha256:../../../x", "sha256:" + HEX64[:63], SHA256_A + "0",
-     SHA256_A + "\n", SHA256_A + "\0", "sha256:\n" + HEX64[1:],
-     "sha256:" + HEX64[:60] + "/../", "sha256:" + HEX64[:60] + "\\..\\",
-     "sha256:" + HEX64.upper(), "sha256:" + HEX64[:61] + ARABIC_DIGITS,
-     "sha256:" + HEX64[:61] + "\uff11\uff12\uff13"),
-    ("expected 96 lowercase", "sha384:" + HEX64),
-    ("expected 128 lowercase", "sha512:" + HEX64),
-)
-
-# containerd/platforms, normalize
-GOOD_PLATFORMS = (
-    # platform, what is read as it
-    ("linux/amd64", "linux/amd64", "LINUX/AMD64", "linux/x86_64", "linux/x86-64",
-     "linux/amd64/v1"),
-    ("linux/amd64/v3", "linux/amd64/v3"),
-    ("linux/386", "linux/i386", "linux/i686"),
-    ("darwin/arm64", "macos/arm64"),
-    # one word that is no system is an architecture
-    ("linux/arm64", "linux/aarch64", "linux/arm64/8", "linux/arm64/v8",
-     "linux/arm64/v8.0", "aarch64"),
-    ("linux/arm64/v8.2", "linux/arm64/v8.2"),
-    ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
-    ("linux/arm64/v9.2", "linux/arm64/v9.2"),
-    ("linux/arm/v5", "linux/arm/5"),
-    ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel", "linux/armhf/v6"),
-    ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
-    ("linux/arm/v8", "linux/arm/8"),
-    ("linux/loong64", "linux/loongarch64"),
-    ("windows/amd64", "windows/amd64"),
-    ("linux/s390x", "s390x"),
-)
-
-BAD_PLATFORMS = worded(
-    ("expected OS/ARCH", "", "/", "linux/", "/amd64", "linux//v7", "linux/amd64/v2/x",
-     "linux amd64", "linux/amd64\n", "linux/amd64\0", "linux/\uff41rm", "linux,amd64",
-     "linux/a:b", "\x1b[2J"),
-)
-
-# The order in which docker tries them: containerd/platforms, platformVector.
-CANDIDATES = tuple(row.split() for row in (
-    # platform, then architecture/variant, best first
-    "linux/amd64 amd64 386",
-    "linux/amd64/v1 amd64 386",
-    "linux/amd64/v2 amd64/v2 amd64 386",
-    "linux/amd64/v4 amd64/v4 amd64/v3 amd64/v2 amd64 386",
-    "linux/386 386",
-    "linux/arm/v8 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/arm arm/v7 arm/v6 arm/v5",
-    "linux/arm/v6 arm/v6 arm/v5",
-    "linux/arm/v5 arm/v5",
-    "linux/arm64 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/arm64/v8.2 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/arm64/v9 arm64/v9 arm64/v8.5 arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1"
-    " arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/arm64/v9.2 arm64/v9.2 arm64/v9.1 arm64/v9 arm64/v8.7 arm64/v8.6 arm64/v8.5"
-    " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/arm64/v9.6 arm64/v9.6 arm64/v9.5 arm64/v9.4 arm64/v9.3 arm64/v9.2 arm64/v9.1"
-    " arm64/v9 arm64/v8.9 arm64/v8.8 arm64/v8.7 arm64/v8.6 arm64/v8.5 arm64/v8.4"
-    " arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-    "linux/s390x s390x",
-    "windows/amd64 amd64 386",
-    "linux/riscv64/rva20u64 riscv64/rva20u64",
-))
-
 HOSTS = (
     # uname's machine, bytes of a pointer, platform
     ("x86_64", 8, "linux/amd64"), ("AMD64", 8, "linux/amd64"),
@@ -2940,7 +2870,19 @@ class NamesTest(TableCase):
         found = imagec.Digest.parse(":".join(parts))
         self.assertEqual((found, str(found)), (parts, ":".join(parts)))
 
-    @rows(BAD_DIGESTS)
+    # T01, T02, T14
+    @rows(worded(
+        ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32], "sha1:" + HEX64[:40],
+         "SHA256:" + HEX64, "sha256+b64u:" + HEX64, " " + SHA256_A, ":" + HEX64, None, 5,
+         ["sha256", HEX64]),
+        ("expected 64 lowercase",
+         "sha256:", "sha256:../../../x", "sha256:" + HEX64[:63], SHA256_A + "0",
+         SHA256_A + "\n", SHA256_A + "\0", "sha256:\n" + HEX64[1:],
+         "sha256:" + HEX64[:60] + "/../", "sha256:" + HEX64[:60] + "\\..\\",
+         "sha256:" + HEX64.upper(), "sha256:" + HEX64[:61] + ARABIC_DIGITS,
+         "sha256:" + HEX64[:61] + "\uff11\uff12\uff13"),
+        ("expected 96 lowercase", "sha384:" + HEX64),
+        ("expected 128 lowercase", "sha512:" + HEX64)))
     def test_bad_digests(self, text, words):
         self.refused(imagec.InvalidReference, words, imagec.Digest.parse, text)
 
@@ -2954,7 +2896,27 @@ class NamesTest(TableCase):
         self.assertEqual(error.what, "thing")
         self.assertEqual((error.expected, error.actual), (digest, digest.of(b"x")))
 
-    @rows(GOOD_PLATFORMS)
+    # containerd/platforms, normalize
+    # platform, what is read as it
+    @rows((("linux/amd64", "linux/amd64", "LINUX/AMD64", "linux/x86_64", "linux/x86-64",
+            "linux/amd64/v1"),
+           ("linux/amd64/v3", "linux/amd64/v3"),
+           ("linux/386", "linux/i386", "linux/i686"),
+           ("darwin/arm64", "macos/arm64"),
+           # one word that is no system is an architecture
+           ("linux/arm64", "linux/aarch64", "linux/arm64/8", "linux/arm64/v8",
+            "linux/arm64/v8.0", "aarch64"),
+           ("linux/arm64/v8.2", "linux/arm64/v8.2"),
+           ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
+           ("linux/arm64/v9.2", "linux/arm64/v9.2"),
+           ("linux/arm/v5", "linux/arm/5"),
+           ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel",
+            "linux/armhf/v6"),
+           ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
+           ("linux/arm/v8", "linux/arm/8"),
+           ("linux/loong64", "linux/loongarch64"),
+           ("windows/amd64", "windows/amd64"),
+           ("linux/s390x", "s390x")))
     def test_good_platforms(self, name, *texts):
         expected = imagec.Platform(*name.split("/"))
         for text in texts:
@@ -2963,16 +2925,43 @@ class NamesTest(TableCase):
         self.assertEqual(str(expected), name)
         self.assertEqual(str(expected._replace(os_version="10.0")), name + " (10.0)")
 
-    @rows(BAD_PLATFORMS)
-    def test_bad_platforms(self, text, words):
-        self.refused(imagec.InvalidReference, words, imagec.Platform.parse, text)
+    @rows((text,) for text in (
+        "", "/", "linux/", "/amd64", "linux//v7", "linux/amd64/v2/x", "linux amd64",
+        "linux/amd64\n", "linux/amd64\0", "linux/\uff41rm", "linux,amd64", "linux/a:b",
+        "\x1b[2J"))
+    def test_bad_platforms(self, text):
+        self.refused(imagec.InvalidReference, "expected OS/ARCH", imagec.Platform.parse,
+                     text)
 
     @rows([("linux", "linux"), ("Windows", "windows"), ("macos", "darwin")])
     def test_a_system_alone_means_this_architecture(self, text, system):
         expected = imagec.Platform.host()._replace(os=system)
         self.assertEqual(imagec.Platform.parse(text), expected)
 
-    @rows(CANDIDATES)
+    # The order in which docker tries them: containerd/platforms, platformVector.
+    # platform, then architecture/variant, best first
+    @rows(row.split() for row in (
+        "linux/amd64 amd64 386",
+        "linux/amd64/v1 amd64 386",
+        "linux/amd64/v2 amd64/v2 amd64 386",
+        "linux/amd64/v4 amd64/v4 amd64/v3 amd64/v2 amd64 386",
+        "linux/386 386",
+        "linux/arm/v8 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm arm/v7 arm/v6 arm/v5",
+        "linux/arm/v6 arm/v6 arm/v5",
+        "linux/arm/v5 arm/v5",
+        "linux/arm64 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm64/v8.2 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm64/v9 arm64/v9 arm64/v8.5 arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1"
+        " arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm64/v9.2 arm64/v9.2 arm64/v9.1 arm64/v9 arm64/v8.7 arm64/v8.6 arm64/v8.5"
+        " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm64/v9.6 arm64/v9.6 arm64/v9.5 arm64/v9.4 arm64/v9.3 arm64/v9.2"
+        " arm64/v9.1 arm64/v9 arm64/v8.9 arm64/v8.8 arm64/v8.7 arm64/v8.6 arm64/v8.5"
+        " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/s390x s390x",
+        "windows/amd64 amd64 386",
+        "linux/riscv64/rva20u64 riscv64/rva20u64"))
     def test_candidates(self, text, *expected):
         found = imagec.Platform.parse(text).candidates()
         names = tuple("/".join(filter(None, each[1:3])) for each in found)
@@ -3018,10 +3007,6 @@ JSON_REFUSED = worded(
     (HTML_HINT, b"<html><body>Sign in</body></html>", b"\n <!DOCTYPE html>",
      b'<?xml version="1.0"?><Error/>'),
 )
-
-# T35: Go reads keys in any case, and folds the last two characters as well
-OTHER_CASES = ('{"Skin": 1}', '{"skin": 1, "SKIN": 2}', '{"Skin": 1, "skin": 2}',
-               '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}')
 
 
 class DocumentsTest(TableCase):
@@ -3089,11 +3074,13 @@ class DocumentsTest(TableCase):
             self.refused(imagec.InvalidDocument, words, getattr(document, method), "a",
                          *[argument] * bool(argument))
 
-    def test_other_cases(self):
-        for text in OTHER_CASES:
-            document = imagec.Document.parse(text.encode("utf-8"), "doc")
-            self.refused(imagec.InvalidDocument, "in another case", document.get,
-                         "skin", int)
+    # T35: Go reads keys in any case, and folds the last two characters as well
+    @rows((text,) for text in (
+        '{"Skin": 1}', '{"skin": 1, "SKIN": 2}', '{"Skin": 1, "skin": 2}',
+        '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}'))
+    def test_other_cases(self, text):
+        document = imagec.Document.parse(text.encode("utf-8"), "doc")
+        self.refused(imagec.InvalidDocument, "in another case", document.get, "skin", int)
 
     def test_children_are_counted_first(self):
         document = imagec.Document.parse(b'{"a": [1, 2, 3]}', "doc")
@@ -3131,10 +3118,6 @@ L#3Ook7-_7d$Noy>tC;w?>*D-_*|hUlKQKy6IBj+^&;C-R4UFZwiMm_AX+sCrAm*_B6yg5#O;Z%=467?
 4cw
 """.split())))
 SIGNED_DIGEST = "02fee8c3220ba806531f606525eceb83f4feb654f62b207191b1c9209188dedd"
-SIGNED_IDS = (  # oldest first
-    "535020c3e8add9d6bb06e5ac15a261e73d9b213d62fb2c14d752b8e189b2b912",
-    "af340544ed62de0680f441c71fa1a80cb084678fed42bae393e543faea3a572c",
-)
 
 PAYLOAD = b'{\n   "a": 1\n}'
 PAYLOAD_END = len(PAYLOAD) - 2
@@ -3158,33 +3141,6 @@ def pretty(payload, signatures=None, injected=b""):
 def length_and_tail(length, tail):
     """A list of one signature."""
     return [protected(formatLength=length, formatTail=tail)]
-
-
-# T32
-SIGNATURES_REFUSED = worded(
-    ("must be a JSON array", {}, "x"),
-    ("no signatures in its list", []),
-    ("is not a JSON object", [5], [None], [{"protected": url64(b"[]")}]),
-    ("has no 'protected'", [{}], length_and_tail(5, b"\n}") + [{}]),
-    ("must be a JSON string", [{"protected": 5}], length_and_tail(5, 5)),
-    # junk, the standard alphabet, not ASCII, a character too many
-    ("is not base64url", *([{"protected": text}] for text in (
-        "!!!!", "+/+/", "\u0661\u0661", "abcde"))),
-    ("is not base64url", length_and_tail(5, "a*c")),
-    ("is not valid JSON", [{"protected": url64(b"x")}]),
-    ("a key stands twice",
-     [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}]),
-    ("has no 'formatLength'", [protected(formatTail=b"\n}")],
-     length_and_tail(None, b"\n}")),
-    ("not a size", length_and_tail(-1, b"\n}"), length_and_tail(2 ** 60, b"\n}")),
-    ("must be a JSON integer", *(length_and_tail(odd, b"\n}") for odd in (
-        True, 1.0, "5"))),
-    ("is beyond its end", length_and_tail(100000, b"\n}")),
-    ("in another case", [protected(formatlength=5, formatTail=b"")]),
-    ("has no 'formatTail'", [protected(formatLength=5)]),
-    ("disagree", length_and_tail(5, b"\n}") + length_and_tail(6, b"\n}"),
-     length_and_tail(5, b"\n}") + length_and_tail(5, b"}")),
-)
 
 
 class SignaturesTest(TableCase):
@@ -3217,7 +3173,30 @@ class SignaturesTest(TableCase):
         self.refused(imagec.InvalidDocument, "beyond its end",
                      imagec.PrettySignature.parse, body)
 
-    @rows(SIGNATURES_REFUSED)
+    # T32
+    @rows(worded(
+        ("must be a JSON array", {}, "x"),
+        ("no signatures in its list", []),
+        ("is not a JSON object", [5], [None], [{"protected": url64(b"[]")}]),
+        ("has no 'protected'", [{}], length_and_tail(5, b"\n}") + [{}]),
+        ("must be a JSON string", [{"protected": 5}], length_and_tail(5, 5)),
+        # junk, the standard alphabet, not ASCII, a character too many
+        ("is not base64url", *([{"protected": text}] for text in (
+            "!!!!", "+/+/", "\u0661\u0661", "abcde"))),
+        ("is not base64url", length_and_tail(5, "a*c")),
+        ("is not valid JSON", [{"protected": url64(b"x")}]),
+        ("a key stands twice",
+         [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}]),
+        ("has no 'formatLength'", [protected(formatTail=b"\n}")],
+         length_and_tail(None, b"\n}")),
+        ("not a size", length_and_tail(-1, b"\n}"), length_and_tail(2 ** 60, b"\n}")),
+        ("must be a JSON integer", *(length_and_tail(odd, b"\n}") for odd in (
+            True, 1.0, "5"))),
+        ("is beyond its end", length_and_tail(100000, b"\n}")),
+        ("in another case", [protected(formatlength=5, formatTail=b"")]),
+        ("has no 'formatTail'", [protected(formatLength=5)]),
+        ("disagree", length_and_tail(5, b"\n}") + length_and_tail(6, b"\n}"),
+         length_and_tail(5, b"\n}") + length_and_tail(5, b"}"))))
     def test_signatures_refused(self, signatures, words):
         self.refused(imagec.InvalidDocument, words, imagec.PrettySignature.parse,
                      pretty(PAYLOAD, signatures))
@@ -3473,27 +3452,6 @@ SCHEMA1_REFUSED = worded(
      schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))),
 )
 
-CONFIG_TYPES = tuple((kind, image) for image, *kinds in (
-    # whether it is an image's, config media types; old registries gave others to images
-    (True, MEDIA_TYPES["oci"]["config"], MEDIA_TYPES["docker"]["config"],
-     "application/octet-stream", "application/json", "text/html", ""),
-    (False, "application/vnd.docker.plugin.v1+json",
-     "application/vnd.oci.empty.v1+json",
-     "application/vnd.docker.ai.model.config.v0.1+json",
-     "application/vnd.cncf.helm.config.v1+json", "application/vnd.wasm.config.v0+json",
-     "\x1b]0;x\x07"),
-) for kind in kinds)
-
-
-ARTIFACT_TYPES = tuple((kind,) + layers for kind, *layers in (
-    # of an image's config: what it is, types of its layers
-    ("", ()), ("", (MEDIA_TYPES["oci"]["layer"],)), ("", ("",)),
-    ("", ("application/vnd.oci.image.layer.squashfs",)),
-    ("", ("application/vnd.in-toto+json", MEDIA_TYPES["oci"]["layer"])),
-) for layers in layers) + tuple((kind, kind) for kind in (
-    "application/vnd.in-toto+json", "application/vnd.dev.cosign.simplesigning.v1+json",
-    "application/vnd.dsse.envelope.v1+json", "text/spdx"))
-
 
 def index_of(entries):
     """An Index of entries written as platforms, their places as sizes.
@@ -3512,35 +3470,6 @@ def index_of(entries):
                 name: part for name, part in zip(names, parts) if part}
     return imagec.decode_manifest(json_bytes(dict(INDEX_DOC, manifests=documents)))
 
-
-MATCHING = (
-    # name, platform wanted, entries, places of those that fit
-    ("exact", "linux/arm64", "linux/amd64 linux/arm64 linux/arm/v7", [1, 2]),
-    ("none", "linux/s390x", "linux/amd64 linux/arm64", []),
-    ("other system", "linux/amd64", "windows/amd64 freebsd/amd64", []),
-    ("aliases", "linux/amd64", "linux/x86_64 linux/amd64/v1 Linux/AMD64", [0, 1, 2]),
-    ("docker's order", "linux/arm64",
-     "linux/arm/v5 linux/arm/v7 linux/arm64/v8 linux/arm linux/arm/v8",
-     [2, 4, 1, 3, 0]),
-    ("arm v6", "linux/arm/v6", "linux/arm/v7 linux/arm/v5 linux/arm/v6", [2, 1]),
-    ("amd64 levels", "linux/amd64/v3",
-     "linux/386 linux/amd64 linux/amd64/v4 linux/amd64/v2", [3, 1, 0]),
-    ("plain amd64", "linux/amd64", "linux/amd64/v2 linux/386 linux/amd64", [2, 1]),
-    # T43: the first of equals, the same every time
-    ("equals", "linux/amd64", "linux/amd64 linux/amd64 linux/amd64", [0, 1, 2]),
-    ("attestations", "linux/amd64",
-     "unknown/unknown linux/amd64 unknown/unknown", [1]),
-    ("no platform", "linux/arm64", "- linux/arm64 - linux/arm/v5", [1, 3, 0, 2]),
-    ("no platform at all", "linux/s390x", "- -", [0, 1]),
-    # docker takes an empty platform for none: moby, toOCIPlatform
-    ("empty platform", "linux/amd64", "{} linux/amd64", [1, 0]),
-    # an absent system is this host's
-    ("no system", "linux/amd64", "/amd64 linux/amd64", [0, 1]),
-    ("no entries", "linux/amd64", "", []),
-    ("what is no manifest", "linux/amd64",
-     "application/vnd.example=linux/amd64 docker=linux/amd64 signed=-", [1, 2]),
-    ("any build", "windows/amd64", "windows/amd64//10.0.1.1 windows/amd64", [0, 1]),
-)
 
 # What a member may turn into.
 ODD_VALUES = (
@@ -3684,13 +3613,26 @@ class ManifestsTest(TableCase):
         self.refused(imagec.InvalidDocument, "two sizes for " + SUM_A,
                      imagec.decode_manifest, raw)
 
-    @rows(CONFIG_TYPES)
+    # Whether it is an image's, config media types; old registries gave others to images.
+    @rows((kind, image) for image, *kinds in (
+        (True, MEDIA_TYPES["oci"]["config"], MEDIA_TYPES["docker"]["config"],
+         "application/octet-stream", "application/json", "text/html", ""),
+        (False, "application/vnd.docker.plugin.v1+json",
+         "application/vnd.oci.empty.v1+json", "application/vnd.wasm.config.v0+json",
+         "application/vnd.docker.ai.model.config.v0.1+json",
+         "application/vnd.cncf.helm.config.v1+json", "\x1b]0;x\x07")) for kind in kinds)
     def test_config_types(self, media_type, image):
         raw = json_bytes(planted(IMAGE_DOC, ("config", "mediaType"), media_type))
         found = imagec.decode_manifest(raw)
         self.assertEqual(found.artifact_type, "" if image else media_type)
 
-    @rows(ARTIFACT_TYPES)
+    # Of an image's config: what it is, types of its layers.
+    @rows((("", MEDIA_TYPES["oci"]["layer"]), ("", ""), ("",),
+           ("", "application/vnd.oci.image.layer.squashfs"),
+           ("", "application/vnd.in-toto+json", MEDIA_TYPES["oci"]["layer"])),
+          [(kind, kind) for kind in (
+              "application/vnd.in-toto+json", "application/vnd.dsse.envelope.v1+json",
+              "application/vnd.dev.cosign.simplesigning.v1+json", "text/spdx")])
     def test_artifact_types(self, kind, *layers):
         image = build_artifact([(layer, b"", None) for layer in layers], None,
                                config_type=MEDIA_TYPES["oci"]["config"])
@@ -3725,7 +3667,9 @@ class Schema1Test(TableCase):
             found = imagec.decode_manifest(SIGNED_MANIFEST, None, wanted)
             self.assertEqual(found[1:4], (MANIFEST_TYPES["signed"], digest, "amd64"))
             layers = imagec.list_layers(found)
-            self.assertEqual(tuple(layer.id for layer in layers), SIGNED_IDS)
+            self.assertEqual([layer.id for layer in layers], [
+                "535020c3e8add9d6bb06e5ac15a261e73d9b213d62fb2c14d752b8e189b2b912",
+                "af340544ed62de0680f441c71fa1a80cb084678fed42bae393e543faea3a572c"])
             self.assertEqual(layers[1].v1_json, newest["v1Compatibility"])
             self.assertEqual(layers[1].blob[1:3],
                              (imagec.Digest.parse(sha256(EMPTY_LAYER)), None))
@@ -3821,7 +3765,33 @@ class AnyManifestTest(TableCase):
 class MatchingTest(TableCase):
     """Of an index, what fits a platform, best first."""
 
-    @rows(MATCHING)
+    # name, platform wanted, entries, places of those that fit
+    @rows((
+        ("exact", "linux/arm64", "linux/amd64 linux/arm64 linux/arm/v7", [1, 2]),
+        ("none", "linux/s390x", "linux/amd64 linux/arm64", []),
+        ("other system", "linux/amd64", "windows/amd64 freebsd/amd64", []),
+        ("aliases", "linux/amd64", "linux/x86_64 linux/amd64/v1 Linux/AMD64", [0, 1, 2]),
+        ("docker's order", "linux/arm64",
+         "linux/arm/v5 linux/arm/v7 linux/arm64/v8 linux/arm linux/arm/v8",
+         [2, 4, 1, 3, 0]),
+        ("arm v6", "linux/arm/v6", "linux/arm/v7 linux/arm/v5 linux/arm/v6", [2, 1]),
+        ("amd64 levels", "linux/amd64/v3",
+         "linux/386 linux/amd64 linux/amd64/v4 linux/amd64/v2", [3, 1, 0]),
+        ("plain amd64", "linux/amd64", "linux/amd64/v2 linux/386 linux/amd64", [2, 1]),
+        # T43: the first of equals, the same every time
+        ("equals", "linux/amd64", "linux/amd64 linux/amd64 linux/amd64", [0, 1, 2]),
+        ("attestations", "linux/amd64",
+         "unknown/unknown linux/amd64 unknown/unknown", [1]),
+        ("no platform", "linux/arm64", "- linux/arm64 - linux/arm/v5", [1, 3, 0, 2]),
+        ("no platform at all", "linux/s390x", "- -", [0, 1]),
+        # docker takes an empty platform for none: moby, toOCIPlatform
+        ("empty platform", "linux/amd64", "{} linux/amd64", [1, 0]),
+        # an absent system is this host's
+        ("no system", "linux/amd64", "/amd64 linux/amd64", [0, 1]),
+        ("no entries", "linux/amd64", "", []),
+        ("what is no manifest", "linux/amd64",
+         "application/vnd.example=linux/amd64 docker=linux/amd64 signed=-", [1, 2]),
+        ("any build", "windows/amd64", "windows/amd64//10.0.1.1 windows/amd64", [0, 1])))
     def test_matching(self, name, wanted, entries, places):
         platform = imagec.Platform.normal(*wanted.split("/"))
         found = imagec.matching(index_of(entries), platform)
@@ -4189,18 +4159,6 @@ GOOD_TARS = (
     for kind in range(1, 7)
 ) + tuple((name, data + A_FILE, 75659, 2) for name, data in SPARSE_FILES)
 
-# Rows that tarfile cannot vouch for: it reads no empty file, gives up at an empty pax
-# header, tells an old directory by its short name, and wants padding.
-NOT_FOR_TARFILE = ("nothing", "empty pax", "old type, pax name", "old type, long name",
-                   "old directory, pax name", "old directory, long name", "no padding",
-                   "half the padding")
-
-
-def with_flipped_checksum(block):
-    """A header block whose checksum is off by one."""
-    return block[:154] + bytes([block[154] ^ 1]) + block[155:]
-
-
 BAD_TARS = (
     # name, bytes, words
     ("text", b"not a tar at all", "cut short"),
@@ -4209,7 +4167,7 @@ BAD_TARS = (
     ("XML", b"<Error><Code>NoSuchKey</Code></Error>".ljust(600), "after 0 members"),
     ("a gzip inside", gzip_bytes(NOISE), "after 0 members"),
     # T29: tarfile ends here without a word
-    ("second checksum", A_FILE + with_flipped_checksum(A_FILE[:512]) + A_FILE[512:],
+    ("second checksum", A_FILE + A_FILE[:154] + bytes([A_FILE[154] ^ 1]) + A_FILE[155:],
      "after 1 members"),
     ("second header", A_FILE + b"x" * 512, "after 1 members"),
     ("shifted by one", A_FILE + b"\0" + A_FILE, "after 1 members"),
@@ -4323,11 +4281,6 @@ ENTRIES = (
     (b"inf", 0), (b"1e9", 0), (b"", 0), (b"1099511627776", 0),
     (b"-1099511627775.5", -1099511627775500000000)))
 
-# T67
-TAR_BOMBS = tuple(  # what each asks for is over the limit of 1 MiB
-    (kind, tar_header(size, kind=kind)) for kind in (b"L", b"K", b"x", b"X", b"g")
-    for size in ((1 << 20) + 1, b"%012o" % (8 << 30)))
-
 
 def pieces(data, sizes):
     """Data cut into pieces of those sizes, over and over."""
@@ -4411,19 +4364,6 @@ class ProvedTest(TableCase):
         self.assertEqual((error.expected, error.actual), (right, wrong))
         self.assertEqual(list(imagec.proved([b"right"], right, 5)), [b"right"])
 
-    def test_wrong_diff_id(self):
-        for parts in feedings(gzip_bytes(LAYER_TAR)):
-            parts = list(parts)
-            blob = imagec.Descriptor("", imagec.Digest.of(b"".join(parts)), None)
-            for diff_id in (imagec.Digest.of(LAYER_TAR), imagec.Digest.of(b"x")):
-                found = outcome(
-                    imagec.prove, (part for part in parts), blob,
-                    lambda chunks: unpacked(chunks, diff_id=diff_id))
-                if diff_id == imagec.Digest.of(LAYER_TAR):
-                    self.assertEqual(found.diff_id, diff_id)
-                else:
-                    self.assertIsInstance(found, imagec.DigestMismatch)
-
 
 class TarTest(TableCase):
     """The sizes in a tar add up, or the tar is refused."""
@@ -4434,7 +4374,12 @@ class TarTest(TableCase):
             walker = walked(parts)
             self.assertEqual((walker.size, walker.members), (size, members))
 
-    @rows([row for row in GOOD_TARS if row[0] not in NOT_FOR_TARFILE])
+    # It reads no empty file, gives up at an empty pax header, tells an old directory by
+    # its short name, and wants padding.
+    @rows(row for row in GOOD_TARS if row[0] not in (
+        "nothing", "empty pax", "old type, pax name", "old type, long name",
+        "old directory, pax name", "old directory, long name", "no padding",
+        "half the padding"))
     def test_tarfile_agrees(self, _name, data, size, members):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             infos = tar.getmembers()
@@ -4476,9 +4421,11 @@ class TarTest(TableCase):
         else:
             self.assertEqual(walked([bytes(block) + TAR_END]).members, 1)
 
-    @rows(TAR_BOMBS)
-    def test_bombs(self, name, data):
-        self.refused(imagec.LimitExceeded, "limit of 1048576", walked, [data])
+    @rows(itertools.product((b"L", b"K", b"x", b"X", b"g"),
+                            ((1 << 20) + 1, b"%012o" % (8 << 30))))
+    def test_t67_bombs(self, kind, size):
+        self.refused(imagec.LimitExceeded, "limit of 1048576", walked,
+                     [tar_header(size, kind=kind)])
 
     def test_pax_headers_take_no_memory(self):
         # T67: a member may not be led by headers without end
@@ -4530,14 +4477,6 @@ def zstd_frame(data):
     return frame
 
 
-def named_gzip(data):
-    """A gzip with the optional header fields."""
-    out = io.BytesIO()
-    with gzip.GzipFile("name.tar", "wb", fileobj=out, mtime=1) as stream:
-        stream.write(data)
-    return out.getvalue()
-
-
 def greedy_xz(data):
     """An xz whose header asks for a dictionary of 1.5 GiB."""
     blob = bytearray(lzma.compress(data))
@@ -4558,7 +4497,8 @@ LAYER_BLOBS = (
     ("tar", LAYER_TAR),
     ("gzip", gzip_bytes(LAYER_TAR)),
     ("gzip, stored", gzip_bytes(LAYER_TAR, 0)),
-    ("gzip, named", named_gzip(LAYER_TAR)),
+    ("gzip, named", b"\x1f\x8b\x08\x08" + gzip_bytes(LAYER_TAR)[4:10] + b"name.tar\0"
+     + gzip_bytes(LAYER_TAR)[10:]),
     ("gzip, members", gzip_bytes(HEAD_TAR) + gzip_bytes(TAIL_TAR)),
     ("gzip, empty members",
      EMPTY_GZIP + gzip_bytes(HEAD_TAR) + EMPTY_GZIP * 3 + gzip_bytes(TAIL_TAR)
@@ -4785,15 +4725,6 @@ class UnpackTest(TableCase):
 # 8  Credentials
 # --------------------------------------------------------------------------------------
 
-#: (name, variable, its value below the root, the file it leads to), in order
-FIELD_SOURCES = (
-    ("DOCKER_CONFIG", "DOCKER_CONFIG", "docker", "docker/config.json"),
-    ("docker's home", None, None, "home/.docker/config.json"),
-    ("podman's runtime", "XDG_RUNTIME_DIR", "run", "run/containers/auth.json"),
-    ("podman's config", "XDG_CONFIG_HOME", "xdg", "xdg/containers/auth.json"),
-    ("podman's home", None, None, "home/.config/containers/auth.json"),
-    ("dockercfg", None, None, "home/.dockercfg"),
-)
 _FIELD_NESTED = ("r.test", "r.test/a", "r.test/a/b")
 
 #: (keys of auths, host, repository, the key that wins or None)
@@ -4874,16 +4805,6 @@ FIELD_ENTRIES = (
     {"auth": field_base64("al\nice:S3CR3T")},
     {"username": "bob", "password": "S3CR3T\x7f"}))
 
-#: Files that hold nothing we can use, which must not stop a pull. T83
-FIELD_BAD_FILES = (
-    b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe{}", b'{"auths": []}', b'{"auths": 1}',
-    b'{"auths": {"r.test": 1}}', b'{"credHelpers": []}',
-    b'{"credHelpers": {"r.test": 1}}',
-    b'{"credsStore": 1}', b'{"credsStore": ""}', b"[" * 100000, b" " * (5 << 20),
-    b'{"auths": {"r.test": {"auth": "YTpi"}}, "auths": {}}',
-    b'\xef\xbb\xbf{"auths": {}}', b'{"auths": {"r.test": {"auth": "YTpi"}}} x',
-)
-
 _FIELD_ANSWER = '{"ServerURL": "r.test", "Username": "%s", "Secret": "%s"}'
 _FIELD_SAYS = "cat >/dev/null; echo '" + _FIELD_ANSWER + "'"
 
@@ -4943,7 +4864,13 @@ class CredentialsTest(ResolveCase):
 
     def test_sources_in_order(self):
         variables = {}
-        for name, variable, value, path in FIELD_SOURCES[::-1]:
+        for name, variable, value, path in (  # the last comes first
+                ("dockercfg", None, None, "home/.dockercfg"),
+                ("podman's home", None, None, "home/.config/containers/auth.json"),
+                ("podman's", "XDG_CONFIG_HOME", "xdg", "xdg/containers/auth.json"),
+                ("runtime", "XDG_RUNTIME_DIR", "run", "run/containers/auth.json"),
+                ("docker's home", None, None, "home/.docker/config.json"),
+                ("DOCKER_CONFIG", "DOCKER_CONFIG", "docker", "docker/config.json")):
             auths = {"r.test": field_entry(name)}
             self.file(path, auths if path.endswith("cfg") else {"auths": auths})
             if variable:
@@ -4987,7 +4914,13 @@ class CredentialsTest(ResolveCase):
         self.assertIsNone(keyring.lookup("r.test", "a"))
         self.assertEqual(self.said, [])
 
-    @rows([(content[:40], content) for content in FIELD_BAD_FILES])
+    @rows((content[:40], content) for content in (
+        b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe{}", b'{"auths": []}',
+        b'{"auths": 1}', b'{"auths": {"r.test": 1}}', b'{"credHelpers": []}',
+        b'{"credHelpers": {"r.test": 1}}', b'{"credsStore": 1}', b'{"credsStore": ""}',
+        b"[" * 100000, b" " * (5 << 20), b'\xef\xbb\xbf{"auths": {}}',
+        b'{"auths": {"r.test": {"auth": "YTpi"}}, "auths": {}}',
+        b'{"auths": {"r.test": {"auth": "YTpi"}}} x'))
     def test_t83_files_that_hold_nothing(self, _name, content):
         self.file("run/containers/auth.json", field_auths("r.test"))
         self.docker_config(content)
@@ -5305,7 +5238,6 @@ NET_LOCATIONS = tuple((location, path) for path, locations in (
      + tuple("http://%s/end" % host for host in NET_ODD_HOSTS)),
 ) for location in locations)
 
-_NEAR = ("public", "private", "loopback", "link-local")  # by rank
 #: (how near, addresses), by IANA's special-purpose address registries. T74
 NET_ADDRESSES = (
     (None, "a.test 1.2.3 0x7f.1 2130706433 [::1]"),
@@ -5393,11 +5325,6 @@ NET_JUNK = (
     b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
 )
-
-
-def _net_continues(reply):
-    reply.more = itertools.repeat(reply.raw * 100, 100000)
-    return reply
 
 
 class TransportTest(NetworkCase):
@@ -5497,7 +5424,8 @@ class TransportTest(NetworkCase):
 
     @rows([(one, near) for near, many in NET_ADDRESSES for one in many.split()])
     def test_t74_how_near_addresses_are(self, address, near):
-        self.assertEqual(imagec._address_rank(address), near and _NEAR.index(near))
+        self.assertEqual(imagec._address_rank(address), near and (
+            "public", "private", "loopback", "link-local").index(near))
 
     # (hosts on the way, the last of which is not reached unless it is "", storage hosts).
     # T74; {port} is everybody's.
@@ -5616,21 +5544,17 @@ class TransportTest(NetworkCase):
         with cpu_within(5):
             self.get(self.transport(), server.url + "/it")
 
-    def test_t59_odd_chunks_are_read_or_refused(self):
-        # Pythons differ on these; what may not happen is a traceback or a wrong body.
-        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-        server, transport = self.server({}), self.transport()
-        for chunks in (b"0_5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
-                       b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n",
-                       b"5\nhello\n0\n\n",
-                       b"5\r\nhello\r\n0\r\n" + b"X: y\r\n" * 50000 + b"\r\n"):
-            with self.subTest(chunks=chunks[:20]):
-                server.replies["/it"] = spoken(head + chunks)
-                try:
-                    found = self.get(transport, server.url + "/it")
-                except imagec.TransportError:
-                    continue
-                self.assertEqual(found, (200, b"hello"))
+    # Pythons differ on these; what may not happen is a traceback or a wrong body.
+    @rows((chunks[:20], chunks) for chunks in (
+        b"0_5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+        b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"5\nhello\n0\n\n",
+        b"5\r\nhello\r\n0\r\n" + b"X: y\r\n" * 50000 + b"\r\n"))
+    def test_t59_odd_chunks_are_read_or_refused(self, _name, chunks):
+        server = self.server({"/it": spoken(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)})
+        with contextlib.suppress(imagec.TransportError):
+            found = self.get(self.transport(), server.url + "/it")
+            self.assertEqual(found, (200, b"hello"))
 
     def test_t112_bodies_where_none_belongs(self):
         server, transport = self.server({}), self.transport()
@@ -5658,8 +5582,9 @@ class TransportTest(NetworkCase):
            ("drip in chunk sizes and trailers, T57",
             [chunked(1), drip(0.03, 5, "body")]),
            ("100 Continue for ever, T58",
-            lambda reply: _net_continues(garbage(
-                b"HTTP/1.1 100 Continue\r\n\r\n")(reply))),
+            lambda reply: _set(garbage(b"HTTP/1.1 100 Continue\r\n\r\n")(reply),
+                               more=itertools.repeat(
+                                   b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 100000))),
            ("100 Continue, slowly, T58",
             [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
            ("100 and more trailers, T58", lambda reply: _set(
@@ -5860,27 +5785,20 @@ class TransportTest(NetworkCase):
         self.assertEqual(self.get(transport, server.url + "/other"), (200, b"other"))
         self.assertEqual(server.connections, 2)
 
-    def demand(self, server):
-        """What /it holds, be it after some tries."""
-        transport = self.transport()
-
-        def attempt():
-            with transport.open("GET", server.url + "/it") as response:
-                if response.status != 200:
-                    raise imagec.registry_error(response, "it")
-                return response.read(99, "it")
-
-        del self.naps[:]
-        return transport.retrying(attempt)
-
     @rows([(code, 5) for code in (408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                                   522, 523, 524, 525, 530)],
           [(code, 1) for code in (400, 401, 402, 403, 404, 405, 406, 409, 410, 415, 416,
                                   418, 451, 501, 505)])
     def test_t105_t106_what_is_tried_five_times(self, code, tries):
-        server = self.server({"/it": say(b"", code)})
+        server, transport = self.server({"/it": say(b"", code)}), self.transport()
+
+        def attempt():
+            with transport.open("GET", server.url + "/it") as response:
+                raise imagec.registry_error(response, "it")
+
+        del self.naps[:]
         with self.fails(imagec.RegistryError, str(code)):
-            self.demand(server)
+            transport.retrying(attempt)
         self.assertEqual(len(server.requests), tries)
         self.assertEqual(len(self.naps), tries - 1)
         for number, nap in enumerate(self.naps):
@@ -5903,7 +5821,7 @@ tYz0OCv6GeQolk//Z8okEYAgsv8bmqhdumfTETe4q8dYQA3+XqmjCnize6qNzlk=
 
 
 class FieldTLSRegistry(FakeRegistry):
-    """Asks for a client certificate; keeps what each exchange was shown."""
+    """Asks for a client certificate; keeps what was shown before each exchange."""
 
     def __init__(self, demand=ssl.CERT_REQUIRED, **options):
         super().__init__(tls=True, **options)
@@ -5912,10 +5830,8 @@ class FieldTLSRegistry(FakeRegistry):
         self._tls.verify_mode = demand
 
     def _exchange(self, sock, stream):
-        done = super()._exchange(sock, stream)
-        if done:
-            self.shown.append(sock.getpeercert(True))
-        return done
+        self.shown.append(sock.getpeercert(True))
+        return super()._exchange(sock, stream)
 
 
 class TLSFilesTest(ResolveCase):
@@ -6325,48 +6241,6 @@ class FieldSocks(Relay):
                     self.carry(near, ":%d" % port)
 
 
-#: (host, NO_PROXY, is it reached directly), as golang.org/x/net/http/httpproxy. T88
-FIELD_NO_PROXY = (
-    ("r.test", "", False), ("r.test", ",, ,", False), ("r.test", "*", True),
-    ("r.test", "x.test", False), ("r.test", "r.test", True), ("r.test", "R.TEST", True),
-    ("r.test", "r.test:80", True), ("r.test", "r.test:443", False),
-    ("r.test", "r.test:5000", False),
-    ("R.Test", "r.tEST", True), ("r.test.", "r.test", True),
-    ("a.r.test", "r.test", True), ("ar.test", "r.test", False),
-    ("r.test", ".r.test", False), ("a.r.test", ".r.test", True),
-    ("r.test", "*.r.test", False), ("a.r.test", "*.r.test", True),
-    ("a.b.r.test", "*.r.test", True),
-    ("r.test", " x.test , r.test", True), ("r.test", "x.test r.test", True),
-    ("r.test:5000", "x.test, r.test ,y.test", True), ("r.test:5000", "r.test", True),
-    ("r.test:5000", "r.test:5000", True), ("r.test:5000", "r.test:5001", False),
-    ("r.test:5000", "r.test:50", False), ("a.r.test:5000", "r.test:5000", True),
-    ("a.r.test:5000", ".r.test:5000", True), ("r.test", "10.0.0.0/8", False),
-    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
-    ("10.1.2.3", "10.2.0.0/16", False), ("10.1.2.3", "10.1.2.4/24", True),
-    ("10.1.2.3", "10.1.2.0/33", False), ("10.1.2.3:5000", "10.0.0.0/8", True),
-    ("10.1.2.3:5000", "10.1.2.0/24", True), ("10.1.2.3", "10.1.2.3", True),
-    ("10.1.2.3", "0.1.2.3", False), ("10.1.2.3", "10.1.2.", False),
-    ("10.1.2.3:5000", "10.1.2.3", True), ("10.1.2.3:5000", "10.1.2.3:5000", True),
-    ("10.1.2.3:5000", "10.1.2.3:5001", False), ("[fd00::1]", "fd00::1", True),
-    ("[fd00::a:1]", "fd00::a:1", True), ("[fd00::1]:5000", "fd00::1", True),
-    ("[fd00::1]:5000", "[fd00::1]:5000", True), ("[fd00::1]:5000", "fd00::/8", True),
-    ("[fd00::1]:5000", "fd00::/16", True), ("[fd00::1]", "fe80::/10", False),
-    ("[fd00::1]", "10.0.0.0/8", False), ("localhost.r.test", "localhost", False),
-)
-
-#: --proxy values that name no proxy of ours
-FIELD_BAD_PROXIES = (
-    "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
-    "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
-    "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
-    "http://[::1", "file:///etc/passwd", "socks5://%s:p@p.test:1" % ("b" * 256),
-    "socks5h://b:%s@p.test:1" % ("p" * 256),
-    # passwords that were not quoted
-    "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
-    "http://u:S3CR3T?@p.test:1",
-)
-
-
 class ProxyTest(ResolveCase):
     """Proxies of the environment and of --proxy."""
 
@@ -6421,7 +6295,27 @@ class ProxyTest(ResolveCase):
             self.fetch(registry)
         self.assertEqual(self.taken(), [asked] if used else [])
 
-    @rows(FIELD_NO_PROXY)
+    # (host, NO_PROXY by which it is reached directly, and by which it is not), as
+    # golang.org/x/net/http/httpproxy. T88
+    @rows((host, one, right) for host, *lists in (
+        ("r.test", ("*", "r.test", "R.TEST", "r.test:80", " x.test , r.test",
+                    "x.test r.test"),
+         ("", ",, ,", "x.test", "r.test:443", "r.test:5000", ".r.test", "*.r.test",
+          "10.0.0.0/8")),
+        ("R.Test", ("r.tEST",)), ("r.test.", ("r.test",)), ("ar.test", (), ("r.test",)),
+        ("a.r.test", ("r.test", ".r.test", "*.r.test")), ("a.b.r.test", ("*.r.test",)),
+        ("r.test:5000", ("x.test, r.test ,y.test", "r.test", "r.test:5000"),
+         ("r.test:5001", "r.test:50")),
+        ("a.r.test:5000", ("r.test:5000", ".r.test:5000")),
+        ("localhost.r.test", (), ("localhost",)), ("11.1.2.3", (), ("10.0.0.0/8",)),
+        ("10.1.2.3", ("10.0.0.0/8", "10.1.2.4/24", "10.1.2.3"),
+         ("10.2.0.0/16", "10.1.2.0/33", "0.1.2.3", "10.1.2.")),
+        ("10.1.2.3:5000", ("10.0.0.0/8", "10.1.2.0/24", "10.1.2.3", "10.1.2.3:5000"),
+         ("10.1.2.3:5001",)),
+        ("[fd00::1]", ("fd00::1",), ("fe80::/10", "10.0.0.0/8")),
+        ("[fd00::a:1]", ("fd00::a:1",)),
+        ("[fd00::1]:5000", ("fd00::1", "[fd00::1]:5000", "fd00::/8", "fd00::/16")))
+        for right, entries in zip((True, False), lists) for one in entries)
     def test_t88_no_proxy(self, host, no_proxy, expected):
         url = urllib.parse.urlsplit("http://%s/v2/" % host)
         self.assertIs(imagec.bypasses_proxy(url, no_proxy), expected, no_proxy)
@@ -6542,7 +6436,16 @@ class ProxyTest(ResolveCase):
         imagec._ProxyHandler(url).proxy_open(request, url, "https")
         self.assertEqual(request.proxy, place)
 
-    @rows([(url,) for url in FIELD_BAD_PROXIES])
+    # What names no proxy of ours.
+    @rows((url,) for url in (
+        "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
+        "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
+        "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
+        "http://[::1", "file:///etc/passwd", "socks5://%s:p@p.test:1" % ("b" * 256),
+        "socks5h://b:%s@p.test:1" % ("p" * 256),
+        # passwords that were not quoted
+        "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
+        "http://u:S3CR3T?@p.test:1"))
     def test_t89_malformed(self, url):
         # In the environment, no more than a word is no proxy at all.
         for argv, environ in ((("--proxy", url), {}),) + (
@@ -6716,49 +6619,6 @@ NET_REALMS = (
     "https://t.test:99999/token") + tuple(
         "https://%s/token" % host for host in NET_ODD_HOSTS))
 
-#: (registry, realm, hosts allowed by the user, may it have the password). T72
-NET_TRUST = (
-    ("https://registry.test/v2/", "https://registry.test/token", (), True),
-    ("https://registry.test/v2/", "https://registry.test:8443/token", (), True),
-    ("http://registry.test/v2/", "http://registry.test/token", (), True),
-    ("https://registry-1.docker.io/v2/", "https://auth.docker.io/token", (), True),
-    ("https://registry.a.test/v2/", "https://auth.a.test/token", (), True),
-    ("https://registry.a.test/v2/", "https://a.test/jwt/auth", (), True),  # gitlab.com
-    ("https://registry.test/v2/", "https://evil.test/token", (), False),
-    ("https://registry.test/v2/", "https://evil.test/token", ("evil.test",), True),
-    ("https://registry.test/v2/", "https://evil.test/token", ("vil.test",), False),
-    ("https://registry.test/v2/", "https://evil.test/token", ("Evil.test:443",), True),
-    ("https://registry.test/v2/", "https://evil.test/token", ("evil.test:80",), False),
-    ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
-    ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
-    ("https://registry.a.test/v2/", "https://registry.a.test.evil/token", (), False),
-    ("https://registry.a.test/v2/", "https://auth.eva.test/token", (), False),
-    ("http://registry.a.test/v2/", "http://auth.a.test/token", (), False),  # no TLS
-    ("https://10.1.2.3/v2/", "https://10.1.2.4/token", (), False),
-    ("https://10.1.2.3/v2/", "https://9.1.2.3/token", (), False),
-    ("https://localhost/v2/", "https://127.0.0.1/token", (), False),
-    ("https://shop.co.uk/v2/", "https://evil.co.uk/token", (), False),  # two shops
-)
-
-#: (JSON of a token server, its token, None where it must be refused). T84
-NET_TOKENS = (
-    ('{"token": "abc.D-_~+/="}', "abc.D-_~+/="), ('{"access_token": "abc"}', "abc"),
-    ('{"token": "abc", "access_token": "abc"}', "abc"),
-    ('{"token": "abc", "access_token": "other"}', "abc"),
-    ('{"token": "", "access_token": "abc"}', "abc"),
-    ('{"token": "%s"}' % ("a" * 65536), "a" * 65536),
-    ('{"token": "%s"}' % ("a" * 65537), None), ('{"token": "a\\r\\nX-Evil: 1"}', None),
-    ('{"token": "a b"}', None), ('{"token": "\\u00e9"}', None),
-    ('{"token": "\\ud800"}', None), ('{"token": "a\\u0000"}', None),
-    ('{"token": 5}', None), ('{"token": ["abc"]}', None), ('{"token": ""}', None),
-    ("{}", None), ('["abc"]', None), ('"abc"', None), ("abc", None), ("", None),
-    ('{"token": "abc"} {"token": "other"}', None),
-    ('{"token": "abc", "token": "other"}', None),  # T35
-    ("[" * 100000, None),  # T54
-    ("<html>Sign in</html>", None),
-    (" " * (imagec.TOKEN_LIMIT + 1) + '{"token": "abc"}', None),  # T52
-)
-
 
 class AuthorizationTest(NetworkCase):
     """Challenge -> token."""
@@ -6827,7 +6687,28 @@ class AuthorizationTest(NetworkCase):
              if request.route == "/token"],
             [[app], [app, "repository:app:metadata_read"], [other]])
 
-    @rows(NET_TRUST)
+    # (registry, realm, hosts allowed by the user, may it have the password). T72
+    @rows((
+        ("https://registry.test/v2/", "https://registry.test/token", (), True),
+        ("https://registry.test/v2/", "https://registry.test:8443/token", (), True),
+        ("http://registry.test/v2/", "http://registry.test/token", (), True),
+        ("https://registry-1.docker.io/v2/", "https://auth.docker.io/token", (), True),
+        ("https://registry.a.test/v2/", "https://auth.a.test/token", (), True),
+        ("https://registry.a.test/v2/", "https://a.test/jwt", (), True),  # gitlab.com
+        ("https://registry.test/v2/", "https://evil.test/token", (), False),
+        ("https://registry.test/v2/", "https://evil.test/token", ("evil.test",), True),
+        ("https://registry.test/v2/", "https://evil.test/token", ("vil.test",), False),
+        ("https://registry.test/v2/", "https://evil.test/t", ("Evil.test:443",), True),
+        ("https://registry.test/v2/", "https://evil.test/t", ("evil.test:80",), False),
+        ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
+        ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
+        ("https://registry.a.test/v2/", "https://registry.a.test.evil/token", (), False),
+        ("https://registry.a.test/v2/", "https://auth.eva.test/token", (), False),
+        ("http://registry.a.test/v2/", "http://auth.a.test/token", (), False),  # no TLS
+        ("https://10.1.2.3/v2/", "https://10.1.2.4/token", (), False),
+        ("https://10.1.2.3/v2/", "https://9.1.2.3/token", (), False),
+        ("https://localhost/v2/", "https://127.0.0.1/token", (), False),
+        ("https://shop.co.uk/v2/", "https://evil.co.uk/token", (), False)))  # two shops
     def test_t72_whom_the_password_is_trusted_to(self, home, realm, allowed, trusted):
         secret = imagec.Credentials("alice", PASSWORD)
         asking = self.asking(home, realm, secret, token_hosts=allowed)
@@ -6836,7 +6717,22 @@ class AuthorizationTest(NetworkCase):
             self.assertEqual(asking.authorization("s"), "Bearer t")
         self.assertEqual(fetch.call_args[0][2] is secret, trusted, (realm, allowed))
 
-    @rows(NET_TOKENS)
+    # (JSON of a token server, its token, None where it must be refused). T84
+    @rows((('{"token": "abc.D-_~+/="}', "abc.D-_~+/="),
+           ('{"token": "%s"}' % ("a" * 65536), "a" * 65536)),
+          [(text, "abc") for text in (
+              '{"access_token": "abc"}', '{"token": "abc", "access_token": "abc"}',
+              '{"token": "abc", "access_token": "other"}',
+              '{"token": "", "access_token": "abc"}')],
+          [(text, None) for text in (
+              '{"token": "%s"}' % ("a" * 65537), '{"token": "a\\r\\nX-Evil: 1"}',
+              '{"token": "a b"}', '{"token": "\\u00e9"}', '{"token": "\\ud800"}',
+              '{"token": "a\\u0000"}', '{"token": 5}', '{"token": ["abc"]}',
+              '{"token": ""}', "{}", '["abc"]', '"abc"', "abc", "",
+              '{"token": "abc"} {"token": "other"}', "<html>Sign in</html>",
+              '{"token": "abc", "token": "other"}',  # T35
+              "[" * 100000,  # T54
+              " " * (imagec.TOKEN_LIMIT + 1) + '{"token": "abc"}')])  # T52
     def test_t84_tokens(self, text, expected):
         server = self.server({"/token": say(text.encode("ascii"))})
         self.gives(expected, lambda: imagec.fetch_token(
@@ -6911,14 +6807,6 @@ class AuthorizationTest(NetworkCase):
                    imagec.UnsafeRedirect, "10.1.2.3",
                    "allow it with --token-host " + realm)
         self.assertEqual(bool(self.reached), good)
-
-    def test_t74_a_private_registry_may_have_a_private_realm(self):
-        registry = self.filled(auth="bearer")
-        place = by_name("private.test", registry)
-        registry.challenge = 'Bearer realm="http://%s/token"' % place
-        client = self.client(registry, "alice", host=place, allow_http=True)
-        client.fetch_manifest("app", "1")
-        self.assertEqual(set(self.reached), {"10.1.2.3"})
 
     def test_a_password_is_sent_in_utf_8(self):
         self.assertEqual(imagec.Credentials("a", "\xe9:").basic(), "Basic YTrDqTo=")
@@ -7079,19 +6967,6 @@ class AuthorizedTest(NetworkCase):
 
 # -- Registry
 
-#: (what answers the first bytes of a connection to the TLS port,). T114
-NET_NO_TLS = (
-    (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
-     "it answers in plain HTTP/1.1 400 Bad Request;"),
-    (b"HTTP/1.0 403 No\x1b[2J\r\n\r\nclient sent TLS to plain port",
-     "it answers in plain HTTP/1.0 403 No\\x1b[2J;"),
-    # What else such words mean, they do not from outside of TLS.
-    (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "400 CERTIFICATE_VERIFY_FAILED;"),
-    (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "400 an alert: no certificate;"),
-    (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
-    (b"220 mail.test ESMTP ready\r\n", "TLS failed"),
-)
-
 #: (name, what the manifest's reply becomes, error unless it is taken, words)
 NET_MANIFEST_REPLIES = (
     ("as it is", lambda reply: reply), ("chunked", chunked()),
@@ -7115,22 +6990,6 @@ NET_MANIFEST_REPLIES = (
     ("endless error, T52", [endless(), lambda reply: _set(reply, code=404)],
      imagec.NotFound, "404"),
     ("not modified", status(304), imagec.RegistryError, "304"),
-)
-
-#: (code, body's errors, error class, words), each one request. T106
-NET_REFUSALS = (
-    (400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
-    (403, [("DENIED", "go away")], imagec.AccessDenied, "DENIED: go away"),
-    (404, [("MANIFEST_UNKNOWN", "no manifest")], imagec.NotFound, "no manifest"),
-    (404, [("NAME_UNKNOWN", "no such repository")], imagec.NotFound, "NAME_UNKNOWN"),
-    (404, [("DENIED", "not yours")], imagec.AccessDenied, "not yours"),
-    (404, [], imagec.NotFound, "HTTP 404"),
-    (405, [("UNSUPPORTED", "no")], imagec.RegistryError, "UNSUPPORTED"),
-    (451, [], imagec.RegistryError, "HTTP 451"),
-    (404, [("\x1b]0;x\x07", "\x9b31m\u202e")], imagec.NotFound, "\\x1b]0;x"),  # T07
-    (404, [("A", "x" * 9999)], imagec.NotFound, "xxx..."),
-    (404, [("A", "\ud800")], imagec.NotFound, "HTTP 404"),  # T13
-    (404, [(5, "x")], imagec.NotFound, "HTTP 404"),
 )
 
 #: (Link of the first page of two, tags, None where it must be refused). T15
@@ -7207,7 +7066,17 @@ class ProbeTest(NetworkCase):
             self.probe(registry, TEST_CERT, http=http)
         self.assertEqual(registry.connections, 1)
 
-    @rows([row + (skip,) for row in NET_NO_TLS for skip in (False, True)])
+    # (what answers the first bytes of a connection to the TLS port, what is told of it)
+    @rows(row + (skip,) for skip in (False, True) for row in (
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+         "it answers in plain HTTP/1.1 400 Bad Request;"),
+        (b"HTTP/1.0 403 No\x1b[2J\r\n\r\nclient sent TLS to plain port",
+         "it answers in plain HTTP/1.0 403 No\\x1b[2J;"),
+        # What else such words mean, they do not from outside of TLS.
+        (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "CERTIFICATE_VERIFY_FAILED;"),
+        (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", " an alert: no certificate;"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
+        (b"220 mail.test ESMTP ready\r\n", "TLS failed")))
     def test_t114_no_tls_spoken(self, junk, words, skip):
         registry = self.registry(tls=True)
         registry.fault("", garbage(junk, "accept"))
@@ -7451,7 +7320,20 @@ class RegistryTest(KnownCase):
         self.assertEqual({str(layer.digest) for layer in found.layers},
                          set(self.image.blobs) | {sha256(b"x")})
 
-    @rows(NET_REFUSALS)
+    # (code, body's errors, error class, words), each one request. T106
+    @rows(((400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
+           (403, [("DENIED", "go away")], imagec.AccessDenied, "DENIED: go away"),
+           (404, [("MANIFEST_UNKNOWN", "no manifest")], imagec.NotFound, "no manifest"),
+           (404, [("NAME_UNKNOWN", "no repository")], imagec.NotFound, "NAME_UNKNOWN"),
+           (404, [("DENIED", "not yours")], imagec.AccessDenied, "not yours"),
+           (404, [], imagec.NotFound, "HTTP 404"),
+           (405, [("UNSUPPORTED", "no")], imagec.RegistryError, "UNSUPPORTED"),
+           (451, [], imagec.RegistryError, "HTTP 451"),
+           # T07
+           (404, [("\x1b]0;x\x07", "\x9b31m\u202e")], imagec.NotFound, "\\x1b]0;x"),
+           (404, [("A", "x" * 9999)], imagec.NotFound, "xxx..."),
+           (404, [("A", "\ud800")], imagec.NotFound, "HTTP 404"),  # T13
+           (404, [(5, "x")], imagec.NotFound, "HTTP 404")))
     def test_t106_refusals(self, code, errors, kind, words):
         registry = self.filled(tls=True)
         listed = [{"code": name, "message": text} for name, text in errors]
@@ -7565,11 +7447,6 @@ class RegistryTest(KnownCase):
 #: The type of an SBOM, and of what cosign signs.
 SPDX, SIMPLE_SIGNING = ("application/spdx+json",
                         "application/vnd.dev.cosign.simplesigning.v1+json")
-#: (name, what is done to each reply to a request for the list): none is there
-NO_REFERRERS_LISTS = tuple(
-    (str(code), status(code)) for code in sorted(imagec.NO_REFERRERS_API)) + (
-        ("page", body(HTML)), ("200 to all", body(b"{}")),
-        ("another's", body(b'{"schemaVersion": 2, "mediaType": "a/b", "layers": []}')))
 
 
 def referring(image, kind=SPDX, data=b"{}1", **members):
@@ -7622,7 +7499,9 @@ class ReferrersTest(NetworkCase):
         self.assertEqual(self.referring(), self.listed(*self.sboms))
         self.assertEqual(len(paths(self.origin, "/referrers/")), pages)
 
-    @rows(NO_REFERRERS_LISTS)
+    @rows([(str(code), status(code)) for code in sorted(imagec.NO_REFERRERS_API)], [
+        ("page", body(HTML)), ("200 to all", body(b"{}")),
+        ("another's", body(b'{"schemaVersion": 2, "mediaType": "a/b", "layers": []}'))])
     def test_no_list_but_a_tag(self, _name, action):
         self.offer(self.sboms[2])
         self.origin.add("app", tag_of(self.image), build_index(
@@ -7634,19 +7513,14 @@ class ReferrersTest(NetworkCase):
         self.origin.add("app", tag_of(self.image), self.image)
         self.assertEqual(self.referring(), {})
 
-    @rows([("denied", status(403), imagec.AccessDenied),
-           ("out of order", status(500), imagec.RegistryError),
-           ("broken off", truncate(), imagec.TransportError)])
-    def test_a_list_that_may_be_there(self, _name, action, kind):
-        self.offer(self.sboms[0])
-        self.origin.fault("/referrers/", action, EVER)
-        with self.fails(kind):
-            self.referring()
-
-    def test_a_list_that_breaks_off_on_its_second_page(self):
+    @rows([("denied", status(403), imagec.AccessDenied, ""),
+           ("out of order", status(500), imagec.RegistryError, ""),
+           ("broken off", truncate(), imagec.TransportError, ""),
+           ("first=1", status(404), imagec.InvalidDocument, "breaks off")])
+    def test_a_list_that_may_be_there(self, name, action, kind, words):
         self.offer(*self.sboms, page_size=1)
-        self.origin.fault("first=1", status(404))
-        with self.fails(imagec.InvalidDocument, "breaks off"):
+        self.origin.fault(name if "=" in name else "/referrers/", action, EVER)
+        with self.fails(kind, words):
             self.referring()
 
     def test_a_list_that_is_none_is_told(self):
@@ -7698,31 +7572,6 @@ class ReferrersTest(NetworkCase):
 # -- Mirrors
 
 _FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
-
-#: (name, what strikes, on which requests): a mirror to be left for the next place
-FIELD_MIRROR_FAULTS = (
-    ("no registry", status(404), "GET "),
-    ("busy", status(503), "GET /v2/$"),
-    ("page", body(b"<html>"), _FIELD_MANIFEST),
-    ("no such image", status(404), _FIELD_MANIFEST),
-    ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
-     _FIELD_MANIFEST),
-    ("denied", status(403), _FIELD_MANIFEST),
-    ("broken", status(500), _FIELD_MANIFEST),
-    ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
-    ("manifest spoiled", flip(20), _FIELD_MANIFEST),
-    ("manifest cut", truncate(), _FIELD_MANIFEST),
-    ("redirect loop", redirect("?"), _FIELD_MANIFEST),
-    ("blobs missing", status(404), _FIELD_BLOB),
-    ("blobs denied", status(403), _FIELD_BLOB),
-    ("blobs broken", status(500), _FIELD_BLOB),
-    ("blobs of another size", extra(1), _FIELD_BLOB),
-    ("blobs cut for ever", truncate(), _FIELD_BLOB),
-    ("blobs reset for ever", reset(), _FIELD_BLOB),
-    ("no answer", hang(5), _FIELD_BLOB),
-) + tuple(("spoiled " + digest[7:12], flip(), _FIELD_BLOB + digest)
-          for digest in FieldCase.image.blobs)
-
 
 class MirrorTest(ResolveCase):
     """--mirror: tried in order, then the origin, whose name is the one that counts."""
@@ -7779,7 +7628,28 @@ class MirrorTest(ResolveCase):
         self.assertEqual(listed[0]["RepoTags"], [name])
         self.assertEqual(self.origin.requests, [])
 
-    @rows(FIELD_MIRROR_FAULTS)
+    # (name, what strikes, on which requests): a mirror to be left for the next place
+    @rows((("no registry", status(404), "GET "),
+           ("busy", status(503), "GET /v2/$"),
+           ("page", body(b"<html>"), _FIELD_MANIFEST),
+           ("no such image", status(404), _FIELD_MANIFEST),
+           ("password wanted", status(401, {"WWW-Authenticate": "Basic realm=x"}),
+            _FIELD_MANIFEST),
+           ("denied", status(403), _FIELD_MANIFEST),
+           ("broken", status(500), _FIELD_MANIFEST),
+           ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
+           ("manifest spoiled", flip(20), _FIELD_MANIFEST),
+           ("manifest cut", truncate(), _FIELD_MANIFEST),
+           ("redirect loop", redirect("?"), _FIELD_MANIFEST),
+           ("blobs missing", status(404), _FIELD_BLOB),
+           ("blobs denied", status(403), _FIELD_BLOB),
+           ("blobs broken", status(500), _FIELD_BLOB),
+           ("blobs of another size", extra(1), _FIELD_BLOB),
+           ("blobs cut for ever", truncate(), _FIELD_BLOB),
+           ("blobs reset for ever", reset(), _FIELD_BLOB),
+           ("no answer", hang(5), _FIELD_BLOB)),
+          [("spoiled " + digest[7:12], flip(), _FIELD_BLOB + digest)
+           for digest in FieldCase.image.blobs])
     def test_faults(self, name, action, match):
         mirror = self.filled()
         mirror.fault(match, action, EVER)
@@ -7900,10 +7770,6 @@ FIELD_RETRIES = (
     ("Jan 9    , , 1.2", None),
 )
 FIELD_NOW = 1445412470.0  # ten seconds before 07:28
-FIELD_LIMITS = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600",
-                "docker-ratelimit-source": "192.0.2.1"}
-FIELD_TOO_MANY = (
-    b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow \\u001b[1mdown"}]}')
 
 
 class RateLimitTest(ResolveCase):
@@ -7923,9 +7789,11 @@ class RateLimitTest(ResolveCase):
 
     def test_t105_error_names_the_limit(self):
         registry = self.filled()
-        fault = registry.fault(_FIELD_MANIFEST, status(429, dict(FIELD_LIMITS, **{
-            "Content-Type": "application/json", "Retry-After": "2"}), FIELD_TOO_MANY),
-            EVER)
+        fault = registry.fault(_FIELD_MANIFEST, status(429, {
+            "ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600",
+            "docker-ratelimit-source": "192.0.2.1", "Content-Type": "application/json",
+            "Retry-After": "2"}, json_bytes({"errors": [
+                {"code": "TOOMANYREQUESTS", "message": "slow \x1b[1mdown"}]})), EVER)
         with self.fails(imagec.RegistryError, "too many requests", "TOOMANYREQUESTS",
                         "slow \\x1b[1mdown", "ratelimit-remaining: 0;w=21600",
                         "100;w=21600", "192.0.2.1", "log in"):
@@ -8133,20 +8001,6 @@ class DownloadCase(KnownCase):
 
 
 RANGED_BLOB = noise(5 << 18, 7)
-#: (name, what requests for parts of a blob meet from the third on, how often; whether
-#: more of them follow; whether the blob begins anew)
-RANGED = (
-    ("as asked for", (), 0, True, False),
-    ("the whole", no_range(), 1, False, False),
-    ("404", status(404), 1, False, False), ("416", status(416), 1, False, False),
-    ("429", status(429, {"Retry-After": "0"}), 1, False, False),
-    ("a lie about where", partial("bytes 5-9/10", 0), 1, False, False),
-    ("another object", headers(etag='"other"'), 1, False, False),
-    ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
-    ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
-    ("no end", endless(framing="length"), 1, False, False),
-    ("other bytes", flip(), 1, True, True),
-)
 
 
 class RangesTest(DownloadCase):
@@ -8166,7 +8020,18 @@ class RangesTest(DownloadCase):
         return [request.headers.get("Range") for request in registry.requests
                 if "/blobs/" in request.path]
 
-    @rows(RANGED)
+    # (name, what requests for parts of a blob meet from the third on, how often; whether
+    # more of them follow; whether the blob begins anew)
+    @rows((("as asked for", (), 0, True, False),
+           ("the whole", no_range(), 1, False, False),
+           ("404", status(404), 1, False, False), ("416", status(416), 1, False, False),
+           ("429", status(429, {"Retry-After": "0"}), 1, False, False),
+           ("a lie about where", partial("bytes 5-9/10", 0), 1, False, False),
+           ("another object", headers(etag='"other"'), 1, False, False),
+           ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
+           ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
+           ("no end", endless(framing="length"), 1, False, False),
+           ("other bytes", flip(), 1, True, True)))
     def test_answers(self, _name, fault, times, good, anew):
         registry = self.filled(RANGED_BLOB)
         registry.fault("/blobs/", headers(etag='"this"'), 3)
@@ -8222,11 +8087,8 @@ class RangesTest(DownloadCase):
         client = self.client(registry)
         registry.fault("/blobs/", delay(0))
         registry.fault("/blobs/", hang(60), count)
-
-        def stop():
-            client.transport.stop = KeyboardInterrupt()
-
-        timer = threading.Timer(0.5, stop)
+        timer = threading.Timer(0.3, setattr, (
+            client.transport, "stop", KeyboardInterrupt()))
         self.addCleanup(timer.join)
         timer.start()
         with threat_alarm(15), self.assertRaises(KeyboardInterrupt):
@@ -8250,8 +8112,9 @@ class DownloadTest(DownloadCase):
                              {(sha256(NET_BLOB)[7:19], NET_SIZE)})
 
     # (name, what is at the final name, is it used as it is). T39
-    @rows((("good", NET_BLOB, True), ("empty", b"", False), ("long", NET_BLOB + b"x", False),
-           ("short", NET_BLOB[:-1], False), ("junk of its size", NET_JUNK_BLOB, False)))
+    @rows((("good", NET_BLOB, True), ("empty", b"", False),
+           ("short", NET_BLOB[:-1], False), ("long", NET_BLOB + b"x", False),
+           ("junk of the right size", NET_JUNK_BLOB, False)))
     def test_t39_existing_files_are_checked(self, _, content, good):
         registry = self.filled()
         self.put(content)
@@ -8306,7 +8169,7 @@ class DownloadTest(DownloadCase):
         if size:
             self.assertEqual(self.offsets(registry), offsets)
 
-    #: (name, what is sent for the blob, its coding, is its length told, requests)
+    # (name, what is sent for the blob, its coding, is its length told, requests)
     @rows((("raw", NET_BLOB, "aws-chunked", True, 1),
            ("raw, of no length", NET_BLOB, "gzip", False, 1),
            ("gzip", NET_GZIP, "gzip", True, 1), ("x-gzip", NET_GZIP, "X-GZIP", False, 1),
