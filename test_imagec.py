@@ -9453,9 +9453,9 @@ class ArtifactsTest(StoredCase):
         self.origin.add(repository, tag, image)
         return self.origin.host + "/" + name
 
-    def refused(self, reference, words, *formats):
+    def refused(self, reference, words):
         """Refused by name, and nothing is fetched for it or left behind."""
-        for format in formats:
+        for format in ("layers", "rootfs"):
             run = self.pull("--format", format, "-o", self.at(format), reference,
                             expect=1)
             self.assertRegex(run.err, words)
@@ -9495,7 +9495,7 @@ class ArtifactsTest(StoredCase):
         image = build_artifact(blobs, **options)
         reference = self.offered(image)
         self.refused(reference, "lab/thing:1 is no container image, but an artifact of "
-                     "type (application/vnd.*|text/spdx)$", "layers", "rootfs")
+                     "type (application/vnd.*|text/spdx)$")
         members = self.kept(reference, image)
         self.assertEqual(json.loads(members["manifest.json"].decode()), [])
         self.assertNotIn("repositories", members)
@@ -9511,7 +9511,7 @@ class ArtifactsTest(StoredCase):
                        lambda document: document["layers"][1].update(mediaType=kind))
         reference = self.offered(image)
         self.refused(reference, "layer %s .*lab/thing:1 is of type %s, not a tar$" % (
-            image.layers[1], re.escape(kind)), "layers", "rootfs")
+            image.layers[1], re.escape(kind)))
         self.kept(reference, image, "imagec: warning: not checked: blobs/.*: what it "
                   "unpacks to: it is of type %s\n" % re.escape(kind))
 
@@ -10092,10 +10092,6 @@ class FlatteningTest(unittest.TestCase):
 
 # -- Flattening: layers that want out
 
-def unsafe_names(*names):
-    return lambda at: [raw_layer(*[raw_member(name, b"bad") for name in names])]
-
-
 def unsafe_member(name=b"x", data=b"bad", **fields):
     return lambda at: [raw_layer(raw_member(name, data, **fields))]
 
@@ -10139,19 +10135,19 @@ def unsafe_depths(at):
 WITHIN = "canary/ canary/new=bad"
 #: what, layers (a function of the canary directory), status, words if it succeeds
 UNSAFE = (
-    ("T140: parent", unsafe_names(b"../canary/new"), 0, WITHIN),
-    ("T140: of the staging directory", unsafe_names(b"../../canary/new"), 0, WITHIN),
-    ("T140: deeper", unsafe_names(b"a/../../canary/victim"), 0,
+    ("T140: parent", unsafe_member(b"../canary/new"), 0, WITHIN),
+    ("T140: of the staging directory", unsafe_member(b"../../canary/new"), 0, WITHIN),
+    ("T140: deeper", unsafe_member(b"a/../../canary/victim"), 0,
      "canary/ canary/victim=bad"),
-    ("T140: dot first", unsafe_names(b"./../canary/new"), 0, WITHIN),
-    ("T140: at the end", unsafe_names(b"a/.."), 3),
+    ("T140: dot first", unsafe_member(b"./../canary/new"), 0, WITHIN),
+    ("T140: at the end", unsafe_member(b"a/.."), 3),
     ("T140: a directory", unsafe_member(b"../x", b"", kind=b"5", mode=0), 0, "x/"),
-    ("T140: absolute", lambda at: unsafe_names(os.fsencode(at + "/victim"))(at), 0),
-    ("T140: two slashes", unsafe_names(b"//x"), 0, "x=bad"),
-    ("T140: empty", unsafe_names(b""), 3),
-    ("T140: dot", unsafe_names(b"."), 3),
+    ("T140: absolute", lambda at: unsafe_member(os.fsencode(at + "/victim"))(at), 0),
+    ("T140: two slashes", unsafe_member(b"//x"), 0, "x=bad"),
+    ("T140: empty", unsafe_member(b""), 3),
+    ("T140: dot", unsafe_member(b"."), 3),
     ("T140: NUL", unsafe_member(pax=[(b"path", b"a\0/../../canary/new")]), 3),
-    ("T140: foreign", unsafe_names(b"..\\x", b"C:\\x"), 0, "..\\x=bad C:\\x=bad"),
+    ("T140: foreign", unsafe_words("..\\x=bad C:\\x=bad"), 0, "..\\x=bad C:\\x=bad"),
     ("T141: same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
     ("T141: later layer", unsafe_words("d->@", "d/victim=bad d/new=bad"), 0),
     ("T141: relative", unsafe_words("d->../canary", "d/new=bad"), 0,
@@ -10408,9 +10404,7 @@ class RootfsOutputTest(StoredCase):
                             self.at(out), reference)
             if type(expected) is str:
                 self.assert_one_line(run, 4, expected)
-                self.assertFalse(os.path.lexists(self.at(out)))
-                continue
-            self.assertEqual(run.status, 0, run.err)
+            self.assertEqual(os.path.lexists(self.at(out)), not run.status)
         if type(expected) is not str:
             with tarfile.open(self.at("out.tar")) as tar:
                 names = tar.getnames()
@@ -10793,7 +10787,7 @@ class FilesTest(StoredCase):
                              (mode, os.geteuid(), os.getegid()), path)
 
     @rows(UNSAFE_FILES)
-    def test_unsafe_names(self, layers, words):
+    def test_unsafe_member(self, layers, words):
         reference, image = self.offered(layers, {})
         del self.origin.requests[:]
         with self.session() as session, self.fails(imagec.InvalidDocument, words):
@@ -10811,16 +10805,14 @@ class FilesTest(StoredCase):
         self.assertNotIn("out", os.listdir(self.work))
 
     def test_images_are_no_artifacts(self):
-        index = build_index([(build_image(ARCHIVE_TARS), AMD64)])
-        self.origin.add("lab/multi", "1", index)
-        for kind, tars in (("oci", ARCHIVE_TARS), ("schema1", ARCHIVE_TARS), ("oci", [])):
-            reference, _ = self.serve(tars, kind=kind)
-            run = self.pull("--format", "files", "-o", self.at("out"), reference,
-                            "--platform", "linux/amd64", expect=1)
+        image = build_image(ARCHIVE_TARS)
+        for one in (image, build_image(ARCHIVE_TARS, "schema1"), build_image([]),
+                    build_index([(image, AMD64)])):
+            self.origin.add("lab/app", "1", one)
+            run = self.pull("--format", "files", "-o", self.at("out"), "--platform",
+                            "linux/amd64", self.origin.host + "/lab/app:1", expect=1)
             self.assertRegex(run.err, "lab/app:1 is a container image; its files come "
                                       "with --format rootfs\n")
-        self.pull("--format", "files", "-o", self.at("out"), "--platform", "linux/amd64",
-                  self.origin.host + "/lab/multi:1", expect=1)
         self.assertEqual(os.listdir(self.work), [])
 
     def test_an_attestation_of_an_index_by_its_digest(self):
@@ -11373,7 +11365,6 @@ class PullCase(NetworkCase):
     def setUp(self):
         super().setUp()
         self.dest = os.path.join(self.root, "dest")
-        self.events = []
         self.patch(mock.patch("os.fsync"))  # as slow as the disk
 
     def odd(self, change, image=None, **options):
@@ -11382,13 +11373,11 @@ class PullCase(NetworkCase):
         registry.add("app", "odd", remade(image or self.image, change))
         return registry
 
-    def pull(self, registry, reference="app:1", dest=None, **options):
-        options = dict({"notify": self.events.append}, **options)
-        platform = imagec.Platform.parse(options.pop("platform", NET_PLATFORM))
+    def pull(self, registry, reference="app:1", platform=NET_PLATFORM, **options):
         with self.session(**options) as session:
             return session.pull(
                 [imagec.Reference.parse("%s/%s" % (registry.host, reference))],
-                imagec.LayersOutput(dest or self.dest), platform)[0]
+                imagec.LayersOutput(self.dest), imagec.Platform.parse(platform))[0]
 
     def tree(self):
         return contents(self.dest)
@@ -11565,12 +11554,11 @@ class PullTest(PullCase):
     """From a reference to an output."""
 
     def test_pull_function(self):
-        registry = self.filled(auth="bearer", anonymous=False)
+        registry, events = self.filled(auth="bearer", anonymous=False), []
         found = imagec.pull(registry.host + "/app:1", self.dest, platform=NET_PLATFORM,
-                            username="alice", password=PASSWORD,
-                            progress=self.events.append)
+                            username="alice", password=PASSWORD, progress=events.append)
         self.assertEqual(str(found.digest), self.image.digest)
-        self.assertEqual(self.events[-1].status, "Digest: " + self.image.digest)
+        self.assertEqual(events[-1].status, "Digest: " + self.image.digest)
 
     def test_pull_function_takes_values(self):
         registry = self.filled()
@@ -11673,16 +11661,6 @@ class PullTest(PullCase):
         self.assertEqual(len(asked), len(set(asked)))
         self.assertEqual(sum(path.endswith(".tar") for path in self.tree()), 3)
         self.pull(registry)
-
-    def test_t44_two_sizes_for_one_blob(self):
-        image = build_image([NET_TARS[0], NET_TARS[0]])
-        size = len(image.blobs[image.layers[1]]) + 1
-        registry = self.odd(
-            lambda document: document["layers"][1].update(size=size), image)
-        with self.fails(imagec.ImagecError, "size") as caught:
-            self.pull(registry, "app:odd")
-        self.assertEqual(imagec.exit_status(caught.exception), 3)
-        self.assert_nothing_final(image.layers)
 
     def test_t26_diff_ids(self):
         one, two, three = self.image.diff_ids
@@ -12546,14 +12524,6 @@ def beside(path, other):
     return os.path.join(os.path.dirname(path), other)
 
 
-def damage_swap(path, other):
-    """Exchange two files; `other` is relative to the folder of the first."""
-    other = beside(path, other)
-    first, second = file_bytes(path), file_bytes(other)
-    write_file(path, second)
-    write_file(other, first)
-
-
 def damage_type(path):
     """A directory where something else was."""
     os.unlink(path)
@@ -12584,22 +12554,17 @@ damage_order = damage_json(lambda value: value["layers"].reverse())
 #: What, how, where. {b0} is the hex digest of layer 0, {i0} its id, {m} and {c} those
 #: of manifest and config; the fault must name the last component of the path.
 AUDIT_LAYERS = (
-    ("flipped", damage_flip, "{i1}/{i1}.tar"),
+    *((what, damage, where) for where in ("{i1}/{i1}.tar", "{i1}/{i1}.json", "config.json")
+      for what, damage in (("flipped", damage_flip), ("gone", os.unlink))),
     ("flipped at the start", damage_at(0), "{i1}/{i1}.tar"),
     ("cut", damage_cut, "{i0}/{i0}.tar"),
     ("empty", damage_write(b""), "{i0}/{i0}.tar"),
     ("longer", damage_more(b"\0"), "{i0}/{i0}.tar"),
-    ("gone", os.unlink, "{i0}/{i0}.tar"),
     ("a link", damage_link, "{i0}/{i0}.tar"),
     ("swapped", "../{i1}/{i1}.tar", "{i0}/{i0}.tar"),
-    ("flipped", damage_flip, "{i1}/{i1}.json"),
-    ("gone", os.unlink, "{i1}/{i1}.json"),
     ("swapped", "../{i1}/{i1}.json", "{i0}/{i0}.json"),
     ("renamed", lambda path: os.rename(path, path + "x"), "{i0}"),
-    ("flipped", damage_flip, "config.json"),
-    ("cut", damage_cut, "config.json"),
-    ("edited", damage_os, "config.json"),
-    ("gone", os.unlink, "config.json"),
+    ("cut", damage_cut, "config.json"), ("edited", damage_os, "config.json"),
     ("emptied", damage_index, "index.json"),
     ("leads elsewhere", damage_digest, "index.json"),
     ("no JSON", damage_write(b"{"), "index.json"),
@@ -12727,8 +12692,11 @@ class AuditTest(StoredCase):
             with self.subTest(what, where=where):
                 remove(copy)
                 shutil.copytree(folder, copy, symlinks=True)
-                if isinstance(damage, str):
-                    damage_swap(path, damage.format(**self.words))
+                if isinstance(damage, str):  # swapped with that
+                    other = beside(path, damage.format(**self.words))
+                    data = file_bytes(other)
+                    os.replace(path, other)
+                    write_file(path, data)
                 else:
                     damage(path)
                 # An index that leads to nothing makes the manifest extra, or missing.
