@@ -8762,8 +8762,9 @@ class ArchiveOutputTest(StoredCase):
 
     @rows((
         (b"plain", dict(size=5)), (b"big", dict(size=9 << 30)),
-        (b"limit", dict(size=(8 << 30) - 1)), (b"n" * 300, {}), (b"d/", dict(kind=b"5")),
-        (b"l", dict(kind=b"2", link=b"t" * 200)), (b"o", dict(uid=1 << 22, gid=1 << 30)),
+        (b"limit", dict(size=(8 << 30) - 1)), (b"n" * 300, {}),
+        (b"d/", dict(kind=b"5")), (b"l", dict(kind=b"2", link=b"t" * 200)),
+        (b"o", dict(uid=1 << 22, gid=1 << 30)),
         (b"c", dict(kind=b"3", device=(5, 300), mode=0o4640)),
         (b"x", dict(xattrs=((b"user.a", b"v"),)))), (
             (b"time", dict(mtime=hundredths * 10 ** 7))
@@ -8960,8 +8961,8 @@ class ArchiveOutputTest(StoredCase):
         for format in ("archive", "rootfs"):
             self.clear()
             self.pull("-o", self.at("x.tar"), "--format", format, reference)
-            run = self.main("pull", "-o", "-", "--format", format, "--progress", "plain",
-                            reference)
+            run = self.main("pull", reference, "-o", "-", "--format", format,
+                            "--progress", "plain")
             self.assertEqual((run.status, run.out), (0, file_bytes(self.at("x.tar"))))
             self.assertIn(reference, run.err)
             self.assertEqual(os.listdir(self.work), ["x.tar"])
@@ -9167,12 +9168,15 @@ class OCIOutputTest(StoredCase):
         self.assertEqual(self.names(), [(image.digest, reference, "1")])
 
     def test_collects(self):
-        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:a")
-        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
-        for reference in (one, two, one):
+        one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
+        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
+        for reference in (one, two, two, one):
             self.layout(reference)
-        self.assertEqual(self.names(), [(second.digest, two, "b"),
-                                        (first.digest, one, "a")])
+            tags = [tag for _, _, tag in self.names()]
+            self.assertEqual(len(tags), len(set(tags)))
+        self.assertIn("1", tags)
+        self.assertEqual([row[:2] for row in self.names()],
+                         [(second.digest, two), (first.digest, one)])
         for digest in first.layers + second.layers:
             self.assertEqual(self.blob_gets(digest), 1)
         self.verify(self.out)
@@ -9222,16 +9226,6 @@ class OCIOutputTest(StoredCase):
         self.layout(by_digest, "--tag", "other:2")
         self.assertEqual([row[2] for row in self.names()], ["1", "2"])
 
-    def test_same_tag_of_two_repositories(self):
-        one, first = self.serve(ARCHIVE_TARS[:1], "lab/one:1")
-        two, second = self.serve(ARCHIVE_TARS[1:], "lab/two:1")
-        for reference in (one, two, two, one):
-            self.layout(reference)
-            tags = [row[2] for row in self.names()]
-            self.assertEqual(len(tags), len(set(tags)))
-        self.assertEqual(sorted(row[1] for row in self.names()), sorted([one, two]))
-        self.assertIn("1", tags)
-
     def test_T125_keeps_what_it_does_not_know(self):
         one, _ = self.serve(ARCHIVE_TARS[:1], "lab/one:a")
         two, _ = self.serve(ARCHIVE_TARS[1:], "lab/two:b")
@@ -9249,8 +9243,8 @@ class OCIOutputTest(StoredCase):
 
     @rows((("no directory", {"": b"mine"}), ("no layout", {"/mine": b""}),
            ("no marker", {"/oci-layout/x": b""})), (
-        ("marker", {"/oci-layout": marker}) for marker in (
-            b"", b"[]", b'{"imageLayoutVersion": 1}', b'{"imageLayoutVersion": "2.0.0"}')
+        ("marker", {"/oci-layout": marker}) for marker in (b"", b"[]", *(
+            b'{"imageLayoutVersion": %s}' % version for version in (b"1", b'"2.0.0"')))
     ), (("index", {"/oci-layout": LAYOUT, "/index.json": index}) for index in (
         b"", b"[]", b"\xff", b'{"manifests": [}',
         *(b'{"schemaVersion": 2, "manifests": %s}' % found for found in (
@@ -9446,12 +9440,11 @@ class ArtifactsTest(StoredCase):
 
     SBOM = ("application/spdx+json", b'{"spdxVersion": "SPDX-2.3"}', "sbom.json")
 
-    def offered(self, image, name="lab/thing:1"):
+    def offered(self, image):
         self.clear()
         del self.origin.requests[:]
-        repository, _, tag = name.partition(":")
-        self.origin.add(repository, tag, image)
-        return self.origin.host + "/" + name
+        self.origin.add("lab/thing", "1", image)
+        return self.origin.host + "/lab/thing:1"
 
     def refused(self, reference, words):
         """Refused by name, and nothing is fetched for it or left behind."""
@@ -9561,7 +9554,8 @@ class WithoutTest(StoredCase):
         return [[str(layer.digest) for layer in layers].index(one) for one in said]
 
     def test_what_is_elsewhere_is_not_fetched(self):
-        for base, name in in_turn(itertools.product(self.bases(), ("new.tar", "new")), 2):
+        for base, name in in_turn(itertools.product(
+                self.bases(), ("new.tar", "new")), 2):
             before = [self.blob_gets(digest) for digest in self.image.layers]
             remove(self.at(name))
             self.assertEqual(self.left_out("app:2", name, base), [0, 1])
@@ -9676,7 +9670,11 @@ class RecompressTest(StoredCase):
             self.assertIn("blobs/sha256/" + digest[7:], members)
 
     def test_archive(self):
-        self.recompressed("out.tar", self.reference)
+        image = imagec.pull(self.reference, self.at("out.tar"), recompress="gzip",
+                            platform="linux/amd64")
+        self.assertEqual([layer.blob for layer in image.layers],
+                         list(image.manifest.layers))
+        self.verify(self.at("out.tar"))
         members = self.members(self.at("out.tar"))
         entry, = json.loads(members["index.json"].decode())["manifests"]
         manifest = json.loads(members["blobs/sha256/" + entry["digest"][7:]].decode())
@@ -9689,7 +9687,7 @@ class RecompressTest(StoredCase):
         self.assertEqual(len(members), 3 + 3 + 2 + 3)
         self.pull("-o", self.at("other.tar"), self.reference)
         self.recompressed("other.tar", self.reference)  # which holds them as they came
-        self.assertEqual(*[file_bytes(self.at(out)) for out in ("out.tar", "other.tar")])
+        self.assertEqual(*map(file_bytes, map(self.at, ("out.tar", "other.tar"))))
 
     def test_what_will_be_rewritten_has_no_name_that_others_take_it_by(self):
         def seen(*args, work=imagec.recompress):
@@ -9772,12 +9770,6 @@ class RecompressTest(StoredCase):
         layer = json.loads(blobs[0].decode())["layers"][0]
         self.assertEqual(set(layer), {"mediaType", "size", "digest", "annotations"})
         self.assertEqual(layer["annotations"], {"mine": "x"})
-
-    def test_layers_that_are_told_of(self):
-        image = imagec.pull(self.reference, self.at("out.tar"), recompress="gzip",
-                            platform="linux/amd64")
-        self.assertEqual([layer.blob for layer in image.layers],
-                         list(image.manifest.layers))
 
     def test_what_is_not_zstd_stays(self):
         layers = iter([gzip_bytes, zstd_bytes, None])
@@ -9976,10 +9968,6 @@ class FlatModel:
         return flat_words((path, id(inode), inode[0], inode[1])
                           for path, inode in self.inodes.items())
 
-    def others(self):
-        """Paths of what is no directory."""
-        return sorted(path for path, inode in self.inodes.items() if inode[0] != "dir")
-
 
 def random_layers(seed):
     """Layers in words, whiteouts anywhere in them, and the words of what they make."""
@@ -10005,8 +9993,8 @@ def random_layers(seed):
 def random_word(dice, model, number):
     name = dice.choice(FLAT_NAMES)
     kind = dice.choice(("file", "file", "dir", "hardlink", "symlink"))
-    targets = [path for path in model.others()
-               if not (name + "/").startswith(path + "/")]
+    targets = sorted(path for path, inode in model.inodes.items() if inode[0] != "dir"
+                     and not (name + "/").startswith(path + "/"))
     if kind == "hardlink" and targets:
         target = dice.choice(targets)
         # What ends in .s is a link, and no name ever goes through it.
@@ -10265,8 +10253,8 @@ class UnsafeLayersTest(StoredCase):
     def test_as_nobody(self):
         # What is refused by its headers is refused to every user alike.
         table = list(in_turn([row for row in UNSAFE if row[2] != 3], 3))
-        work = [("pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304", "-o",
-                 self.at("out%d" % number), self.serve(
+        work = [("pull", "-q", "--format", "rootfs", "--max-layer-size", "4194304",
+                 "-o", self.at("out%d" % number), self.serve(
                      row[1](self.canary), "lab/bad:%d" % number)[0])
                 for number, row in enumerate(table)]
         before = stored_state(self.work)
@@ -10351,10 +10339,6 @@ class RootfsOutputTest(StoredCase):
         # Where we are not root: a directory no layer speaks of is root's.
         err = run.err if ROOT else re.sub(".*owners not set.*\n", "", run.err)
         return os.fsencode(self.at(out)), err
-
-    def test_a_tar_by_its_name(self):
-        out, _ = self.rootfs(raw_words("a=1"), out="X.TAR")
-        self.assertTrue(tarfile.is_tarfile(out.decode()))
 
     def test_modes_times_owners(self):
         rows = [(b"plain", 0o644, b"0"), (b"none", 0, b"0"), (b"setuid", 0o4755, b"0"),
@@ -10491,8 +10475,8 @@ class RootfsOutputTest(StoredCase):
         out, _ = self.rootfs(layer)
         for name in ROOTFS_NAMES:
             self.assertEqual(file_bytes(os.path.join(out, name)), data[name], name)
-        self.rootfs(layer, out="out.tar")
-        with tarfile.open(self.at("out.tar"), encoding="utf-8",
+        self.rootfs(layer, out="OUT.TAR")
+        with tarfile.open(self.at("OUT.TAR"), encoding="utf-8",
                           errors="surrogateescape") as tar:
             found = {member.name.encode("utf-8", "surrogateescape"):
                      tar.extractfile(member).read() for member in tar if member.isreg()}
@@ -10787,7 +10771,7 @@ class FilesTest(StoredCase):
                              (mode, os.geteuid(), os.getegid()), path)
 
     @rows(UNSAFE_FILES)
-    def test_unsafe_member(self, layers, words):
+    def test_unsafe_names(self, layers, words):
         reference, image = self.offered(layers, {})
         del self.origin.requests[:]
         with self.session() as session, self.fails(imagec.InvalidDocument, words):
@@ -11344,8 +11328,8 @@ class LibtrustTest(TableCase):
         libtrust(lambda message: b"\0".join(  # a byte too many
             n.to_bytes(32, "big") for n in ecdsa(message))),
         libtrust(TEST_SECRET).replace(b'"a": 1', b'"a": 2'))), (
-            (imagec.VerificationError, "by k.pub, but of sha256:", libtrust(TEST_SECRET)),
-            (imagec.LimitExceeded, "65 entries", libtrust(*[b""] * 65))))
+        (imagec.VerificationError, "by k.pub, but of sha256:", libtrust(TEST_SECRET)),
+        (imagec.LimitExceeded, "65 entries", libtrust(*[b""] * 65))))
     def test_refused(self, kind, words, body):
         key = imagec.PublicKey.parse(TEST_PUBLIC, "k.pub")
         self.refused(kind, words, imagec.signer, [key],
@@ -11569,8 +11553,9 @@ class PullTest(PullCase):
 
     @rows([({"reference": "UPPER"},), ({"format": "none"},), ({"jobs": 0},),
            ({"platform": "a/b/c/d/e"},), ({"username": "alice"},), ({"output": ""},),
-           ({"output": "-"},), ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},), ({"timeout": 0},),
-           ({"max_layer_size": -1},), ({"timeout": float("nan")},), ({"platform": []},),
+           ({"output": "-"},), ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},),
+           ({"timeout": 0},), ({"max_layer_size": -1},), ({"timeout": float("nan")},),
+           ({"platform": []},),
            ({"without": "app"},)])
     def test_pull_function_refuses(self, options):
         with self.fails(imagec.UsageError):
@@ -11835,8 +11820,8 @@ class AlongTest(StoredCase):
         return run, {entry["annotations"][imagec.TAG_ANNOTATION]: entry
                      for document in documents for entry in document["manifests"]}
 
-    @rows(in_turn([("oci", True), ("archive", True), ("archive", False), ("oci", False)],
-                  2))
+    @rows(in_turn([("oci", True), ("archive", True),
+                   ("archive", False), ("oci", False)], 2))
     def test_all_of_it(self, format, listed):
         self.clear()
         self.ref = self.offer(lists_referrers=listed)
@@ -12006,8 +11991,10 @@ class PlatformsTest(StoredCase):
         shelf = imagec.Shelf(self.at("out"))
         self.assertIn(self.index.digest, shelf.documents)
         self.assertNotIn(self.images[1].digest, shelf.documents)
-        again = self.of("out", *self.PLATFORMS[::2], format="oci")
-        self.assertEqual(again.out, run.out)
+        image = imagec.pull(self.ref, self.at("out"), "oci",  # again
+                            ["linux/amd64", imagec.Platform.parse("arm64")])
+        self.assertEqual((image.platform, str(image.digest)),
+                         ("linux/amd64,linux/arm64", self.index.digest))
         self.assertEqual({self.blob_gets(name) for name in self.images[0].layers}, {1})
 
     @rows([((1, 2), 1), ((2, 0), 0), ((0, 1), 0)])
@@ -12076,12 +12063,6 @@ class PlatformsTest(StoredCase):
                             "oci" if out == "out" else "archive", "--platform", "amd64",
                             "--platform", "s390x", self.ref)
             self.assert_one_line(run, 4, "linux/s390x; there is: linux/arm/v7, ")
-
-    def test_by_the_library(self):
-        image = imagec.pull(self.ref, self.at("out"), "oci",
-                            ["linux/amd64", imagec.Platform.parse("arm64")])
-        self.assertEqual(image.platform, "linux/amd64,linux/arm64")
-        self.assertEqual(str(image.digest), self.index.digest)
 
 
 class DryRunTest(FieldCase):
@@ -12166,7 +12147,8 @@ class DryRunTest(FieldCase):
 
     @rows([("--platform linux/none", "layers", 4)], (
         (options, format, 2) for options, formats in (
-            ("--platform all", "layers archive rootfs"), ("--path d", "layers archive oci"),
+            ("--platform all", "layers archive rootfs"),
+            ("--path d", "layers archive oci"),
             *((option, "layers rootfs") for option in (
                 "--platform amd64 --platform arm64", "--referrers", "--recompress gzip",
                 "--without {ref}")),
@@ -12274,7 +12256,8 @@ class SignedPullTest(SignedCase):
         ("image", lambda case: case.put(case.image, None, *[  # the last of many
             simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 4)],
             simple(simple_payload(case.image.digest)))),
-        ("image", lambda case: [case.sign(case.index, secret=2), case.sign(case.image)])))
+        ("image", lambda case: [case.sign(case.index, secret=2),
+                                case.sign(case.image)])))
     def test_taken(self, what, sign):
         self.origin.repositories.clear()
         self.origin.add("lab/app", "1", self.index)
@@ -12554,7 +12537,8 @@ damage_order = damage_json(lambda value: value["layers"].reverse())
 #: What, how, where. {b0} is the hex digest of layer 0, {i0} its id, {m} and {c} those
 #: of manifest and config; the fault must name the last component of the path.
 AUDIT_LAYERS = (
-    *((what, damage, where) for where in ("{i1}/{i1}.tar", "{i1}/{i1}.json", "config.json")
+    *((what, damage, where)
+      for where in ("{i1}/{i1}.tar", "{i1}/{i1}.json", "config.json")
       for what, damage in (("flipped", damage_flip), ("gone", os.unlink))),
     ("flipped at the start", damage_at(0), "{i1}/{i1}.tar"),
     ("cut", damage_cut, "{i0}/{i0}.tar"),
@@ -13142,16 +13126,14 @@ class AuditTest(StoredCase):
         path = self.good("oci")
         blob = os.path.join(path, AUDIT_BLOBS + self.words["b0"])
         for damage, status, wrong, words in (
-                (lambda path: None, 0, [], r"\A\Z"),
-                (damage_flip, 3, ["faults"], r"\A[^\n]+expected[^\n]+\n[^\n]*faults: 1\n"
-                                             r"\Z"),
-                (os.unlink, 1, ["missing"], r"\A[^\n]+: missing\n[^\n]*incomplete: files "
-                                            r"missing[^\n]*: 1; pull again[^\n]+\n\Z")):
+                (lambda path: None, 0, [], ""),
+                (damage_flip, 3, ["faults"], ".+expected.+\n.+faults: 1\n"),
+                (os.unlink, 1, ["missing"], ".+: missing\n.+incomplete: files missing"
+                                            ".+: 1; pull again.+\n")):
             damage(blob)
             run = self.main("verify", path)
-            self.assertRegex(run.err, words)
-            self.assertEqual(re.findall(b" (images: .*, blobs or files: .*)\n", run.out),
-                             [b"images: 1, blobs or files: 3"] * (not wrong))
+            self.assertRegex(run.err, r"\A%s\Z" % words)
+            self.assertEqual(b" images: 1, blobs or files: 3\n" in run.out, not wrong)
             run = self.main("verify", "--json", path)
             told = json.loads(run.out.decode())
             self.assertEqual((run.status, told["path"], told["images"]),
@@ -13637,19 +13619,15 @@ class LookTest(StoredCase):
         for tag, expect in ("1", 1), ("2", 0):
             self.read("cat", self.at("t"), "a", "--image", "app:" + tag, expect=expect)
 
-    def test_what_is_made_up_for_an_archive_is_told_of_once(self):
-        path = write_file(self.at("d.tar"), docker_archive(
-            [build_image([raw_words("a=1")], compress=None)], "docker", False))
-        for command in "ls", "inspect":
-            self.assertEqual(self.read(command, path)[1].count("has no manifests"), 1)
-
-    @needs("skopeo")
-    def test_from_an_archive_without_manifests(self):
-        ref, _ = self.serve([raw_words("a=below b=1"), raw_words("a=top")])
-        self.pull(ref, "-o", self.at("lay"), "--format", "oci")
-        skopeo_copy("oci:" + self.at("lay"), "docker-archive:" + self.at("d.tar"))
-        for path, out in ("a", b"top"), ("b", b"1"):
-            self.assertEqual(self.read("cat", "-q", self.at("d.tar"), path)[0], out)
+    @rows(itertools.product(("docker", "skopeo"), (False, True)))
+    def test_from_an_archive_without_manifests(self, *style):
+        """What is made up for it is told of once."""
+        path = write_file(self.at("d.tar"), docker_archive([build_image(
+            [raw_words("a=below b=1"), raw_words("a=top")], compress=None)], *style))
+        for argv in (["ls"], ["inspect"], ["cat", "b"]):
+            out, err = self.read(argv[0], path, *argv[1:])
+            self.assertEqual(err.count("has no manifests"), 1)
+        self.assertEqual((out, self.read("cat", "-q", path, "a")[0]), (b"1", b"top"))
 
     @rows(((["d/ s->d"], "d", 1, "'/d' is a directory, not a file; ls lists "
             "it, pull --format rootfs --path has what is below it"),
