@@ -18,9 +18,10 @@ import bisect
 import builtins
 import bz2
 import collections
-import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import copy
+import encodings.idna
 import errno
 import functools
 import gc
@@ -101,7 +102,8 @@ def setUpModule():
     os.environ.clear()
     os.environ.update(kept, HOME=os.path.join(place, "home"), TMPDIR=place,
                       XDG_RUNTIME_DIR=os.path.join(place, "run"), SSL_CERT_FILE=roots,
-                      SSL_CERT_DIR=os.path.join(place, "no-such"))
+                      SSL_CERT_DIR=os.path.join(place, "no-such"),
+                      COLUMNS="80", LINES="24")  # argparse asks at each option
     FIXTURES.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
     tempfile.tempdir = place
     FIXTURES.callback(os.umask, os.umask(0o022))
@@ -815,7 +817,10 @@ def _read_request(stream, cuts=()):
     words = stream.readline(BLOCK).decode("latin-1").split()
     if len(words) != 3:
         return None
-    headers = http.client.parse_headers(stream)
+    headers = Message()
+    for line in iter(lambda: stream.readline(BLOCK).strip(), b""):
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name] = value.strip()
     size = int(headers.get("Content-Length", 0))
     for cut in [cut for cut in cuts if re.search(cut[0], " ".join(words[:2]))][:1]:
         cuts.remove(cut)
@@ -1083,7 +1088,7 @@ class FakeRegistry(Server):
 
     def _routed(self, request):
         for pattern, method in self._routes:
-            found = re.fullmatch(pattern, "%s %s" % (request.method, request.route))
+            found = pattern.fullmatch("%s %s" % (request.method, request.route))
             if found:
                 return method(self, request, *found.groups())
         return _error(404, "UNSUPPORTED", "no such endpoint")
@@ -1312,7 +1317,7 @@ class FakeRegistry(Server):
             resource == "repository:" + repository and action in actions.split(",")
             for resource, _, actions in resources)
 
-    _routes = (
+    _routes = [(re.compile(pattern), method) for pattern, method in (
         ("(?:GET|HEAD) /v2/", lambda self, request: _json_reply({})),
         ("(?:GET|HEAD) /v2/(.+)/manifests/([^/]+)", _manifest),
         ("PUT /v2/(.+)/manifests/([^/]+)", _put_manifest),
@@ -1322,8 +1327,7 @@ class FakeRegistry(Server):
         ("(?:GET|HEAD) /v2/(.+)/tags/list", _tags),
         ("(?:GET|HEAD) /v2/(.+)/referrers/([^/]+)", _referrers),
         ("(?:GET|HEAD) /cdn/([^/]+)", _cdn),
-        ("(?:GET|POST) /token", _token),
-    )
+        ("(?:GET|POST) /token", _token))]
 
 
 def _credentials(request):
@@ -1432,7 +1436,7 @@ class RegistryCase(unittest.TestCase):
         err = io.StringIO() if stderr is None else stderr
         with warnings.catch_warnings(), mock.patch.dict(os.environ, environ), \
                 mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err), \
-                mock.patch.object(os, "fsync"), \
+                mock.patch.object(os, "fsync", int), \
                 mock.patch.object(imagec, "BACKOFF", 0):
             # What another test has left open may be told at any moment.
             warnings.simplefilter("ignore", ResourceWarning)
@@ -1499,7 +1503,7 @@ class RegistryCase(unittest.TestCase):
 #: Starts command lines in processes of their own, forked off one that has imported all
 #: that is needed. A line of JSON in (a job, or the process ID to wait for), one out.
 SERVANT = """
-import faulthandler, json, os, resource, signal, sys
+import faulthandler, gc, json, os, resource, signal, sys
 faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
@@ -1518,6 +1522,9 @@ for user in map(int, sys.argv[2:]):  # before there are threads, of whom each mu
 thread = threading.Thread(target=int)
 thread.start()
 thread.join()
+imagec.parse_arguments(["pull", "x"])  # what it compiles is there for all
+if hasattr(gc, "freeze"):
+    gc.freeze()
 def child(job):
     out = os.open(job["files"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(out, 2)
@@ -2465,7 +2472,7 @@ class ThreatCase(RegistryCase):
     def setUp(self):
         super().setUp()
         os.environ["HOME"] = self.root
-        self.patch(mock.patch.object(os, "fsync"))  # as slow as the disk is
+        self.patch(mock.patch.object(os, "fsync", int))  # as slow as the disk is
         self.good = set(self.image.layers)
         self.source = self.filled(self.image)
         self.ref = self.source.host + "/lab/app:1"
@@ -2622,7 +2629,8 @@ class ServeCase(RegistryCase):
         super().setUpClass()
         cls.store = tempfile.mkdtemp()
         FIXTURES.callback(remove, cls.store)
-        with mock.patch.object(os, "fsync"), mock.patch.object(imagec, "BACKOFF", 0):
+        with mock.patch.object(os, "fsync", int), \
+                mock.patch.object(imagec, "BACKOFF", 0):
             cls._fill()
 
     @classmethod
@@ -17027,6 +17035,16 @@ def globals_of(table):
     return names.union(*map(globals_of, table.get_children()))
 
 
+@functools.lru_cache(maxsize=None)
+def names_of(source):
+    """The global names that source code uses, and those that it makes."""
+    whole = symtable.symtable(source, MODULE_PATH, "exec")
+    names = whole.get_symbols()
+    return globals_of(whole).union(
+        one.get_name() for one in names if one.is_referenced()), {
+        one.get_name() for one in names if one.is_assigned() or one.is_imported()}
+
+
 class House:
     """imagec.py's source, taken apart by its banners."""
 
@@ -17035,12 +17053,22 @@ class House:
 
     def __init__(self):
         self.source = file_text(MODULE_PATH)
-        self.tree = ast.parse(self.source)
         self.rooms, self.starts = [], []
         for match in self.BANNER.finditer(self.source):
             title, _, about = match.group(3).partition(": ")
             self.rooms.append((int(match.group(2)), title, about))
             self.starts.append(self.source.count("\n", 0, match.start()) + 1)
+
+    @property
+    @functools.lru_cache(maxsize=None)
+    def nodes(self):
+        """What Python 3.6 reads, where a newer one can do as that: the module first."""
+        return list(ast.walk(ast.parse(self.source, **{"feature_version": (3, 6)} if (
+            sys.version_info >= (3, 8)) else {})))
+
+    @property
+    def tree(self):
+        return self.nodes[0]
 
     def room(self, line):
         """The number of the room a line stands in, 0 for the header."""
@@ -17131,18 +17159,17 @@ class ArchitectureTest(unittest.TestCase):
         self.assertIn('imagec.pull("alpine:3.20", "alpine.tar"', told)
 
     def test_some_names_belong_to_one_room(self):
-        wrong = set()
-        for node in ast.walk(house().tree):
-            title = house().title(getattr(node, "lineno", 1))
-            for name in imported_modules(node) + [dotted_name(node)]:
-                for key, room in ROOM_OF_USE.items():
-                    if name and (name + ".").startswith(key + ".") and (
-                            title not in ("header", room)):
-                        wrong.add((key, title))
+        wrong, names = set(), r"(?:%s)(?![^.])" % "|".join(map(re.escape, ROOM_OF_USE))
+        for node in house().nodes:
+            for name in imported_modules(node) + [dotted_name(node) or ""]:
+                key = re.match(names, name)
+                title = key and house().title(node.lineno)
+                if key and title not in ("header", ROOM_OF_USE[key.group()]):
+                    wrong.add((key.group(), title))
         self.assertEqual(wrong, set(WAIVED_USES))
 
     def test_imports_are_the_standard_library(self):
-        imported = {name.partition(".")[0] for node in ast.walk(house().tree)
+        imported = {name.partition(".")[0] for node in house().nodes
                     for name in imported_modules(node)}
         self.assertEqual(imported, IMPORTS)
         standard = getattr(sys, "stdlib_module_names", IMPORTS)  # from 3.10 on
@@ -17151,7 +17178,7 @@ class ArchitectureTest(unittest.TestCase):
     @able(sys.version_info >= (3, 8), "tell where a function ends")
     def test_functions_and_classes_are_short(self):
         lengths = {ast.FunctionDef: [], ast.ClassDef: []}
-        for node in ast.walk(house().tree):
+        for node in house().nodes:
             if type(node) in lengths:
                 lines = node.end_lineno - node.lineno + 1
                 lengths[type(node)].append((lines, node.name))
@@ -17170,7 +17197,7 @@ class ArchitectureTest(unittest.TestCase):
             if isinstance(statement, ast.Assign) and self.is_mutable(statement.value):
                 for name in stored_names(statement):
                     self.assertRegex(name, "^(_?[A-Z][A-Z0-9_]*|__all__)$")
-        for node in ast.walk(house().tree):
+        for node in house().nodes:
             if isinstance(node, ast.arguments):
                 for default in filter(None, node.defaults + node.kw_defaults):
                     self.assertFalse(self.is_mutable(default), default.lineno)
@@ -17200,7 +17227,7 @@ class ArchitectureTest(unittest.TestCase):
     def test_module_level_values_are_never_changed(self):
         constants = {name for name in house().definitions() if name.isupper()}
         constants -= self.CHANGED
-        for node in ast.walk(house().tree):
+        for node in house().nodes:
             self.assertNotIsInstance(node, ast.Global)
             changed = None
             if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
@@ -17212,15 +17239,10 @@ class ArchitectureTest(unittest.TestCase):
                     changed = dotted_name(node.func.value)
             self.assertNotIn(changed, constants, "line %d" % getattr(node, "lineno", 0))
 
-    @able(sys.version_info >= (3, 8), "parse as an older Python does")
-    def test_source_is_python_3_6(self):
-        ast.parse(house().source, feature_version=(3, 6))
-
     def test_import_does_nothing(self):
         loggers = [logging.getLogger(), logging.getLogger("imagec")]
         before = [list(logger.handlers) for logger in loggers], dict(os.environ)
-        threads, code = threading.active_count(), compile(
-            house().source, "imagec_again.py", "exec")
+        threads, code = threading.active_count(), imagec.__loader__.get_code("imagec")
         module = types.ModuleType("imagec_again")
         with contextlib.ExitStack() as stack:
             for target in ("builtins.open", "io.open", "os.open", "os.mkdir", "os.stat",
@@ -17235,8 +17257,10 @@ class ArchitectureTest(unittest.TestCase):
 
     def test_import_is_quick_and_works_vendored(self):
         with tempfile.TemporaryDirectory() as root:
-            for name, text in (("__init__.py", ""), ("imagec.py", house().source)):
-                write_file(os.path.join(root, "vendor", name), text)
+            for path in (MODULE_PATH, importlib.util.cache_from_source(MODULE_PATH)):
+                if os.path.exists(path):
+                    copy = write_file(path.replace(HOME, root + "/vendor"), b"")
+                    shutil.copy2(path, copy)
 
             def seconds(*modules):
                 out = subprocess.check_output(
@@ -17245,9 +17269,9 @@ class ArchitectureTest(unittest.TestCase):
                     "vendor.imagec" in modules))
                 return float(out[0])
 
-            seconds("vendor.imagec")  # which compiles it
             pairs = []
-            for _ in range(20):  # the least of some: a busy machine adds to each
+            # The least of some: the first may compile it, a busy machine adds to each.
+            for _ in range(20):
                 pairs.append((seconds("vendor.imagec"), seconds(*IMPORT_FLOOR)))
                 ours, theirs = (min(column) for column in zip(*pairs))
                 if len(pairs) > 1 and ours < min(IMPORT_RATIO * theirs, IMPORT_SECONDS):
@@ -17275,25 +17299,20 @@ class AnnexTest(RegistryCase):
 
     def without(self, *annexes):
         """The source without some annexes; what is left names nothing of them."""
-        lines, titles = house().source.split("\n"), [one[1] for one in house().rooms]
-        for start, end, title in reversed(list(zip(
-                house().starts, house().starts[1:], titles))):
-            if title.rstrip("*") in annexes:
-                del lines[start - 1:end - 1]
-        source = "\n".join(lines)
+        lines = house().source.split("\n")
+        edges = [1] + house().starts + [len(lines) + 1]
+        parts = ["\n".join(lines[start - 1:end - 1] + [""]) for start, end, title in zip(
+            edges, edges[1:], ["header"] + [one[1] for one in house().rooms])
+            if title.rstrip("*") not in annexes]
         for pattern in [r"^ +[0-9]+  %s\* .*\n" % name for name in annexes] + [
                 row for name in annexes for row in ANNEXES[name][1]]:
-            source, count = re.subn("(?m)" + pattern, "", source)
-            self.assertEqual(count, 1, pattern)
-        whole = symtable.symtable(source, MODULE_PATH, "exec")
-        names = {one.get_name(): one for one in whole.get_symbols()}
-        used = globals_of(whole).union(
-            name for name in names if names[name].is_referenced())
-        made = {name for name in names
-                if names[name].is_assigned() or names[name].is_imported()}
+            found = [re.subn("(?m)" + pattern, "", part) for part in parts]
+            self.assertEqual(sum(count for _, count in found), 1, pattern)
+            parts = [part for part, _ in found]
+        used, made = map(set().union, *map(names_of, parts))
         self.assertEqual([name for name in used - made - set(vars(builtins))
                           if not re.fullmatch("__[a-z]+__", name)], [])
-        return source
+        return "".join(parts)
 
     def test_any_annex_can_be_deleted_with_its_rows(self):
         self.assertEqual(set(ANNEXES), {title[:-1] for _, title, _ in house().rooms
@@ -17305,7 +17324,7 @@ class AnnexTest(RegistryCase):
     def test_a_program_without_annexes_pulls(self):
         registry = self.filled(build_image(FIELD_SMALL))
         script = self.file("work/imagec.py", self.without(*ANNEXES))
-        for format in ("layers", "oci", "archive"):
+        for format, _ in in_turn(OUTPUTS[:3], 3):
             path = self.at(format)
             done = subprocess.run([
                 sys.executable, "-I", script, "pull", "-q", "--platform", "linux/amd64",
@@ -17316,15 +17335,13 @@ class AnnexTest(RegistryCase):
 
     def test_a_plain_pull_enters_no_annex(self):
         registry = self.filled(build_image(FIELD_SMALL))
-        entered = set()
+        codes = set()
 
         def note(frame, event, _arg):
-            if event == "call" and frame.f_code.co_filename == imagec.__file__:
-                entered.add(house().rooms[house().room(
-                    frame.f_code.co_firstlineno) - 1][1])
+            if event == "call":
+                codes.add(frame.f_code)
 
-        for format, name in (("layers", "images"), ("oci", "layout"),
-                             ("archive", "image.tar")):
+        for format, name in OUTPUTS[:3]:
             threading.setprofile(note)
             sys.setprofile(note)
             try:
@@ -17335,6 +17352,8 @@ class AnnexTest(RegistryCase):
                 sys.setprofile(None)
                 threading.setprofile(None)
             self.assertEqual(run.status, 0, run.err)
+        entered = {house().rooms[house().room(code.co_firstlineno) - 1][1]
+                   for code in codes if code.co_filename == imagec.__file__}
         self.assertLessEqual({"Registry", "Proof", "Tar", "Store", "Outputs"}, entered)
         self.assertEqual([title for title in entered if title.endswith("*")], [])
 
@@ -17599,35 +17618,58 @@ THREAT_PASSING = (
 
 
 class FaultsCase(ThreatCase):
-    """What every fault leaves behind: one clear error, and nothing half-made."""
+    """What every fault leaves behind: one clear error, and nothing half-made (T163).
+
+    Another image is there; and, where a fault comes late enough, this one as it was
+    before the registry compressed its layers anew: other blobs, of the same names.
+    """
 
     def setUp(self):
         super().setUp()
-        index = build_index([(self.image, ("linux", "amd64", None))])
-        self.source = self.filled(index, auth="bearer", tls=True)
+        self.source = self.registry(auth="bearer", tls=True)
         self.ref = self.source.host + "/lab/app:1"
-        old = build_image([tar_bytes([("old", b"old")])])
-        self.source.add("lab/app", "0", old)
-        self.good |= {self.image.digest} | set(old.layers)
         self.names = threat_names(self.image)
-        for format, name in OUTPUTS:
-            os.mkdir(self.at(name + "-before"))
-            if name != "root":
-                self.fetch(self.ref[:-1] + "0", format, self.at(name + "-before", name))
+        self.old = [build_image(tars, compress=functools.partial(gzip_bytes, level=1),
+                                config={"User": "old"})
+                    for tars in ([tar_bytes([("old", b"old")])], THREAT_TARS)]
+        for one in self.old + [self.image]:
+            self.good |= {one.digest, sha256(one.config)} | set(one.layers)
+        self.offer("1", self.image)
 
-    def each(self, table, check):
-        """Call `check` with an output, a path to it, a phase and what is in the row."""
+    def offer(self, tag, image):
+        self.source.add("lab/app", tag, build_index([(image, SERVE_AMD)]))
+
+    def before(self, format, name, again):
+        """A directory with what is there before the pull; `again`: it is there, too."""
+        made = self.at("%s-%d" % (name, again))
+        if not os.path.exists(made):
+            os.mkdir(made)
+            for tag, old in zip("01"[:1 + again], self.old):
+                self.offer(tag, old)
+                if name[:4] != "root" or name == "root.tar" and tag == "0":
+                    self.fetch(self.ref[:-1] + tag, format, os.path.join(made, name))
+            self.offer("1", self.image)
+        return shutil.copytree(made, self.at("case"))
+
+    def each(self, table, check, again=True):
+        """Call `check` with an output, a path to it, a phase and what is in the row.
+
+        Unless `again`, nothing of the image is there.
+        """
         cases = itertools.count()
-        for row, (fault, action, times, phases, *expected) in enumerate(table):
-            for phase in phases if PRODUCT else phases[row % 2::2] or phases:
-                for format, name in outputs_in_turn():
-                    case = self.at("case")
-                    shutil.copytree(self.at(name + "-before"), case)
+        for row, (fault, action, times, phases, *expected) in enumerate(
+                table, sys.version_info[1]):
+            for phase in phases if PRODUCT else phases[row % 4::4] or phases[:1]:
+                # Until the config is there no output has begun.
+                for format, name in OUTPUTS if PRODUCT and phase in THREAT_PINNED[1:] \
+                        else [next(TURNS)]:
+                    case = self.before(format, name, again and phase in THREAT_PINNED)
                     struck = self.strike(phase, action, times)
                     with self.subTest(fault=fault, phase=phase, name=name):
                         check(format, os.path.join(case, name), phase, next(cases),
                               *expected)
                         self.assertTrue(struck.used)
+                    del self.source.faults[:]
                     remove(case)
             next(TURNS)  # or a phase would always meet the same format
 
@@ -17635,7 +17677,7 @@ class FaultsCase(ThreatCase):
         for _ in range(50):  # a connection that is left could still take a fault
             if self.source._live:
                 time.sleep(0.002)
-        del self.source.faults[:], self.source.requests[:], self.naps[:]
+        del self.source.requests[:], self.naps[:]
         match = THREAT_PHASES[phase].format(**self.names)
         return self.source.fault(match, action, times)
 
@@ -17667,10 +17709,14 @@ class FaultsCase(ThreatCase):
         self.assert_only_verified(path)
         self.assert_nothing_beside(path)
         self.assertEqual(imagec_threads(), 0)
-        if PRODUCT and after != before or number % 3 == 0:  # else nothing is left
-            del self.source.faults[:]
+        last = jobs == 1 and phase == "last layer"
+        if last or number % 5 == 0 or PRODUCT and after != before:
+            del self.source.faults[:], self.source.requests[:]
             self.fetch(self.ref, format, path)
             self.check_whole(path)
+            whole = set(self.image.layers) - {self.names["last"]} if last else ()
+            self.assertEqual([paths(self.source, digest) for digest in whole],
+                             [[]] * len(whole))  # these are not asked for again
 
     def check_whole(self, path):
         self.assert_whole(path)
@@ -17687,7 +17733,7 @@ class StallsTest(FaultsCase):
     def test_t57_t109_the_whole_has_its_limit(self):
         """Slow but steady is no stall; --timeout ends it."""
         self.strike("first layer", drip(0.01, 40), EVER)
-        for format, name in OUTPUTS:
+        for format, name in outputs_in_turn(2):
             with threat_alarm(20), self.fails(imagec.Timeout, "0.3 seconds", "--timeout"):
                 self.fetch(self.ref, format, self.at(name), timeout=0.3)
             self.assert_only_verified(self.at(name))
@@ -17703,10 +17749,10 @@ class FaultsTest(FaultsCase):
     def test_t100_faults_that_pass(self):
         expected = {}
         for format, name in OUTPUTS:
-            case = self.at(name + "-whole")
-            shutil.copytree(self.at(name + "-before"), case)
+            case = self.before(format, name, False)
             self.fetch(self.ref, format, os.path.join(case, name))
             expected[name] = contents(case)
+            remove(case)
 
         def check(format, path, _phase, _number):
             self.fetch(self.ref, format, path, jobs=1)
@@ -17715,7 +17761,8 @@ class FaultsTest(FaultsCase):
             self.check_whole(path)
             self.assertLessEqual(len(self.naps), 1)
 
-        self.each([row + (1, THREAT_BODIES[:-1]) for row in THREAT_PASSING], check)
+        self.each([row + (1, THREAT_BODIES[:-1]) for row in THREAT_PASSING], check,
+                  again=False)
 
     def test_t100_faults_before_http_that_pass(self):
         for name, action in (("reset", reset(phase="accept")),
@@ -17729,6 +17776,23 @@ class FaultsTest(FaultsCase):
                     continue
                 self.fetch(self.ref, "layers", self.at(name), jobs=1)
                 self.assert_whole(self.at(name))
+
+    def test_another_image_of_the_same_command(self):
+        """Nothing of the first is replaced when the second fails."""
+        second = build_image([tar_bytes([("x", b"x")])])
+        self.source.add("lab/app", "2", second)
+        self.source.fault(second.layers[0], status(404), EVER)
+        for format, name in in_turn(OUTPUTS[:3], 3):
+            case = self.before(format, name, True)
+            before = contents(case)
+            with self.subTest(format), self.session(jobs=1) as session:
+                with self.assertRaises(imagec.NotFound):
+                    self.pulled_by(session, os.path.join(case, name), format,
+                                   self.ref, self.ref[:-1] + "2")
+                after = contents(case)
+                self.assertEqual({n: after.get(n) for n in before}, before)
+                self.assert_only_verified(os.path.join(case, name))
+            remove(case)
 
 
 # -- Fuzzing: whatever comes, only ImagecError comes out
@@ -17758,133 +17822,6 @@ THREAT_CHALLENGES = (
     'Bearer realm="https://auth.test/token",service="a b",scope="repository:x:pull"',
     'Basic realm="x\\"y", Bearer realm=/token, charset=UTF-8', "Negotiate abc==, Basic",
 )
-
-
-class ReplacedTest(ThreatCase):
-    """A pull that fails leaves the image that was there as it was (T163).
-
-    The registry has compressed the same layers anew: other blobs, of the same names.
-    """
-
-    def setUp(self):
-        super().setUp()
-        self.old, self.new = (
-            build_index([(build_image(
-                THREAT_TARS + THREAT_TARS[:1], config={"User": str(level)},
-                compress=functools.partial(gzip_bytes, level=level)),
-                ("linux", "amd64", None))]) for level in (9, 1))
-        self.source = self.filled(self.old)
-        self.ref = self.source.host + "/lab/app:1"
-        self.image = self.new.children[0]
-        self.names = threat_names(self.image)
-
-    def each(self, check, outputs=OUTPUTS):
-        """`check(format, path)` where the old image is, and the new one is offered."""
-        for format, name in outputs:
-            if name != "root":  # that is refused where anything is
-                path = self.at(name)
-                self.source.add("lab/app", "1", self.old)
-                self.fetch(self.ref, format, path)
-                self.source.add("lab/app", "1", self.new)
-                del self.source.requests[:]
-                with self.subTest(format=format, name=name):
-                    check(format, path)
-                del self.source.faults[:]
-                self.clear()
-
-    def state(self, path):
-        files = contents(path) if os.path.isdir(path) else {"": file_bytes(path)}
-        return {name: data and sha256(data) for name, data in files.items()}
-
-    def assert_kept(self, path, before):
-        self.assert_sound(path)
-        after = self.state(path)
-        self.assertEqual({name: after.get(name) for name in before}, before)
-
-    def assert_sound(self, path):
-        """Blobs that the next run goes on with are no fault."""
-        self.assertEqual([fault for fault in faults_of(path)
-                          if "extra, nothing" not in fault], [])
-
-    def asked(self, digest):
-        """How often a blob was asked for."""
-        return sum(request.path.endswith("/blobs/" + digest)
-                   for request in self.source.requests)
-
-    def rerun(self, format, path, struck):
-        """The next run completes, and fetches no layer that came whole before."""
-        whole = [digest for digest in self.image.layers if digest not in struck
-                 and self.names["last"] in struck]
-        del self.source.faults[:], self.source.requests[:]
-        self.fetch(self.ref, format, path)
-        self.assert_whole(path)
-        self.assert_no_leftovers()
-        self.assertEqual([self.asked(digest) for digest in whole], [0] * len(whole))
-
-    def test_each_phase(self):
-        for phase, match in THREAT_PHASES.items():
-            if phase in ("probe", "token"):
-                continue  # nothing has been touched then
-            for action, kind in ((status(404), imagec.NotFound),
-                                 (flip(), imagec.VerificationError)):
-                with self.subTest(phase=phase, kind=kind):
-                    self.each(functools.partial(self.check_phase, match.format(
-                        **self.names), action, kind), outputs_in_turn(2))
-
-    def check_phase(self, match, action, kind, format, path):
-        before = self.state(path)
-        self.source.fault(match, action, EVER)
-        with self.assertRaises((kind, imagec.InvalidDocument)):
-            self.fetch(self.ref, format, path, jobs=1)
-        self.assert_kept(path, before)
-        self.rerun(format, path, match)
-        if format == "layers":
-            self.assertLessEqual(set(self.image.layers),
-                                 set(self.state(path).values()))
-
-    def test_another_image_of_the_same_command(self):
-        """Nothing of the first is replaced when the second fails."""
-        self.second = build_image([tar_bytes([("x", b"x")])])
-        self.source.add("lab/app", "2", self.second)
-        self.each(self.check_second)
-
-    def check_second(self, format, path):
-        if path.endswith("root.tar"):
-            return  # it holds one image
-        before = self.state(path)
-        self.source.fault(self.second.layers[0], status(404), EVER)
-        with self.assertRaises(imagec.NotFound), imagec.Session(jobs=1) as session:
-            self.pulled_by(session, path, format, self.ref, self.ref[:-1] + "2")
-        self.assert_kept(path, before)
-
-    def test_each_local_call(self):
-        """Up to the last moment the old image is there; then the new one is.
-
-        In other formats each name is that of one blob, or the whole is one file.
-        """
-        for name, code in (("write", errno.ENOSPC), ("open", errno.EMFILE)):
-            for at in in_turn(range(1, 99), 6):
-                used = []
-                with self.subTest(call=name, at=at):
-                    self.each(functools.partial(self.check_call, name, code, at, used),
-                              OUTPUTS[:1])
-                if not any(used):
-                    break
-
-    def check_call(self, name, code, at, used, format, path):
-        before, broken = self.state(path), FailsOnce(name, code, at)
-        with mock.patch.object(os, name, broken):
-            try:
-                self.fetch(self.ref, format, path, jobs=1)
-                failed = False
-            except (OSError, imagec.ImagecError):
-                failed = True
-        used.append(broken.calls >= at)
-        if failed:
-            self.assert_kept(path, before)
-        self.fetch(self.ref, format, path)
-        self.assert_whole(path)
-        self.assert_no_leftovers()
 
 
 def threat_mutated(dice, data):
@@ -18165,7 +18102,7 @@ class FuzzTest(ThreatCase):
 
 # -- Killed, interrupted, terminated
 
-THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "10"))
+THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "6"))
 THREAT_SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143)) + (
     ((signal.SIGKILL, -signal.SIGKILL),) if hasattr(signal, "SIGKILL") else ())
 KILLS_OF_ONE = 10 if PRODUCT else 5  # until a pull may end
@@ -18174,66 +18111,57 @@ KILLS_OF_ONE = 10 if PRODUCT else 5  # until a pull may end
 class KillCase(RegistryCase):
     """Pulls that are ended by a signal."""
 
-    dice = random.Random(SEED)
+    dice = random.Random(SEED + sys.version_info[1])
 
-    def hit(self, servant, argv, is_time, number, late=0, patches=None):
+    def hit(self, argv, is_time, number, late=0, patches=None):
         """Send the signal to a command line when it is time, or that much later."""
-        started = servant.start(*argv, small=True, patches=patches)
+        started = self.servant.start(*argv, small=True, patches=patches)
         self.wait_until(is_time)
         time.sleep(late)
         os.kill(started[0], number)
-        return servant.end(started)
+        return self.servant.end(started)
 
     def check_kill_9(self, host, path, image):
-        """Into each format, side by side; see pull_killed."""
+        """Kill pulls again and again: it costs a buffer, not what is on disk."""
         layers = {digest: len(image.blobs[digest]) for digest in image.layers}
-        table = OUTPUTS[:4]
-        with concurrent.futures.ThreadPoolExecutor(len(table)) as pool:
-            ends = [pool.submit(self.pull_killed, *row, host, path, layers)
-                    for row in table]
-            for (format, name), end in zip(table, ends):
-                with self.subTest(format):
-                    end.result()
-                    self.assertEqual(faults_of(self.at(name)), [])
+        for format, name in in_turn(OUTPUTS[:4], 2):
+            with self.subTest(format), contextlib.closing(Relay(host)) as relay:
+                self.pull_killed(relay, layers, self.at(name), [
+                    "pull", "-q", "-j", "1", "--format", format, "-o", self.at(name),
+                    relay.host + path])
+                self.assertEqual(faults_of(self.at(name)), [])
 
-    def pull_killed(self, format, name, host, path, layers):
-        """Kill a pull again and again: it costs a buffer, not what is on disk.
-
-        `layers` are {digest: size}.
-        """
+    def pull_killed(self, relay, layers, out, argv):
+        """`layers` are {digest: size}."""
         def asked():
             return [offset for digest, offset in list(relay.asked) if digest in layers]
 
         def on_disk():
             """Sizes of the layers; those an archive takes in would count twice."""
-            return {path: size for path, size in field_files(self.root).items()
-                    if self.at(name) in path
+            return {path: facts.st_size for path, facts in below(self.root)
+                    if out in path
                     and re.search(r"/[0-9a-f]{64}(\.tar)?(\.partial)?$", path)}
 
-        relay, size = Relay(host), sum(layers.values())
-        self.addCleanup(relay.close)
-        argv = ["pull", "-q", "-j", "1", "--format", format, "-o", self.at(name),
-                relay.host + path]
+        size = sum(layers.values())
         # What the program, the kernel and the relay hold.
         buffer = imagec.CHUNK + 5 * BLOCK
-        with contextlib.closing(Servant()) as servant:
-            for number in range(KILLS_OF_ONE):
-                before, count, came = on_disk(), len(asked()), relay.carried
-                goal = (number + self.dice.random()) / KILLS_OF_ONE * 0.85 * size
-                relay.limit = max(goal, came) + BLOCK  # however late we are
-                run = self.hit(servant, argv, lambda: relay.carried >= goal
-                               and len(asked()) > count, signal.SIGKILL)
-                self.assertEqual(run.status, -signal.SIGKILL)
-                went = relay.carried - came
-                relay.let_go()
-                begun = [size for path, size in before.items()
-                         if path.endswith(".partial") and size not in layers.values()]
-                self.assertEqual(asked()[count], sum(begun))
-                self.assertLessEqual(len(begun), 1)
-                if format != "archive":
-                    more = sum(on_disk().values()) - sum(before.values())
-                    self.assertGreaterEqual(more, went - buffer)
-            self.assertEqual(servant.end(servant.start(*argv)).status, 0)
+        for number in range(KILLS_OF_ONE):
+            before, count, came = on_disk(), len(asked()), relay.carried
+            goal = (number + self.dice.random()) / KILLS_OF_ONE * 0.85 * size
+            relay.limit = max(goal, came) + BLOCK  # however late we are
+            run = self.hit(argv, lambda: relay.carried >= goal
+                           and len(asked()) > count, signal.SIGKILL)
+            self.assertEqual(run.status, -signal.SIGKILL)
+            went = relay.carried - came
+            relay.let_go()
+            begun = [size for path, size in before.items()
+                     if path.endswith(".partial") and size not in layers.values()]
+            self.assertEqual(asked()[count], sum(begun))
+            self.assertLessEqual(len(begun), 1)
+            if "archive" not in argv:
+                more = sum(on_disk().values()) - sum(before.values())
+                self.assertGreaterEqual(more, went - buffer)
+        self.assertEqual(self.servant.end(self.servant.start(*argv)).status, 0)
         self.assertLessEqual(relay.carried, size * 1.05 + KILLS_OF_ONE * buffer)
 
 
@@ -18258,9 +18186,10 @@ class KillTest(KillCase, ThreatProcessCase):
         self.source.add("lab/app", "1", self.image)
         self.source.add("lab/app", "0", old)
         self.source.fault("/blobs/", drip(0.001, 1500), EVER)
-        for kill, (format, name), signalled in zip(
-                range(THREAT_KILLS), itertools.cycle(OUTPUTS),
-                itertools.cycle(THREAT_SIGNALS)):
+        first = sys.version_info[1] * THREAT_KILLS  # each Python has others
+        for kill in range(first, first + THREAT_KILLS):
+            format, name = OUTPUTS[kill % len(OUTPUTS)]
+            signalled = THREAT_SIGNALS[kill % len(THREAT_SIGNALS)]
             self.patches = self.RANGED if self.dice.random() < 0.5 else {}
             with self.subTest(kill=kill, name=name, signal=signalled,
                               ranged=bool(self.patches)):
@@ -18295,8 +18224,7 @@ class KillTest(KillCase, ThreatProcessCase):
 
     def complete(self, ref, format, path):
         """A pull that nothing stops completes what is not complete."""
-        run = self.run_alone(*self.pull_argv(ref, format, path))
-        self.assertEqual(run.status, 0, run.err)
+        self.fetch(ref, format, path)
         self.assert_whole(path)
 
     def hit_anywhere(self, format, path, number):
@@ -18305,7 +18233,7 @@ class KillTest(KillCase, ThreatProcessCase):
         # At least one: before that Python may still be starting, and obeys by itself.
         goal = self.source.sent_blob_bytes + max(
             1, min(1, self.dice.uniform(0, 1.5)) * size * 0.9)
-        return self.hit(self.servant, self.pull_argv(self.ref, format, path),
+        return self.hit(self.pull_argv(self.ref, format, path),
                         lambda: self.source.sent_blob_bytes >= goal, number,
                         late=self.dice.uniform(0, 0.03), patches=self.patches)
 
@@ -18362,6 +18290,32 @@ class LocalFaultsTest(ThreatCase):
             with threat_alarm(5):
                 self.fetch(self.ref, format, path)
             self.assert_whole(path)
+
+    def test_t163_each_call_where_an_older_image_is(self):
+        """Up to the last moment the old one is there; then the new one is.
+
+        In other formats each name is that of one blob, or the whole is one file.
+        """
+        self.source.add("lab/app", "1", build_image(THREAT_TARS, compress=(
+            functools.partial(gzip_bytes, level=1)), config={"User": "old"}))
+        self.fetch(self.ref, "layers", self.at("old"))
+        self.source.add("lab/app", "1", self.image)
+        path, before = self.at("new"), contents(self.at("old"))
+        for name, code in (("write", errno.ENOSPC), ("open", errno.EMFILE)):
+            for at in in_turn(range(1, 99), 7):
+                shutil.copytree(self.at("old"), path)
+                calls, error = self.broken(name, code, at, "layers", path)
+                with self.subTest(call=name, at=at):
+                    if error:
+                        after = contents(path)
+                        self.assertEqual({n: after.get(n) for n in before}, before)
+                        self.assertEqual(faults_of(path), [])
+                    self.fetch(self.ref, "layers", path)
+                    self.assert_whole(path)
+                    self.assert_no_leftovers()
+                remove(path)
+                if calls < at:
+                    break
 
     def test_t121_a_root_is_whole_when_it_has_its_name(self):
         """Ended right after the rename, it passes verify."""
@@ -18447,7 +18401,7 @@ class LocalFaultsTest(ThreatCase):
     @everywhere
     def test_t130_no_threads(self, format, path):
         """A container's limit of processes: one layer after the other."""
-        for count in (0, 1, 2):
+        for count in in_turn(range(3), 3):
             with self.threads(count):
                 run = self.pull(format, path)
             self.assertEqual((run.status, run.err), (0, ""))
@@ -18495,17 +18449,17 @@ class LocalLimitsTest(ThreatProcessCase):
         self.source.add("lab/app", "1", self.image)
 
     def side_by_side(self, count, **options):
-        """`count` pulls at once into each destination: {path: their ends}."""
+        """`count` pulls at once into some destinations: {path: their ends}."""
         started = [(self.at(name), self.start(*self.pull_argv(
             self.ref, format, self.at(name)), **options))
-            for format, name in OUTPUTS for _ in range(count)]
+            for format, name in outputs_in_turn(2) for _ in range(count)]
         ends = collections.OrderedDict()
         for path, process in started:
             ends.setdefault(path, []).append(self.end(process))
         return ends
 
     def alone(self, check, **options):
-        """Pull into each destination, and call with the path and what came of it."""
+        """Pull into some destinations, and call with the path and what came of it."""
         for path, (run,) in self.side_by_side(1, **options).items():
             with self.subTest(os.path.basename(path)):
                 check(path, run)
@@ -18650,7 +18604,7 @@ class WorkTest(ThreatCase):
 
 # -- Bombs
 
-THREAT_ZEROS = 130 << 20  # bytes of the layer that memory is measured with
+THREAT_ZEROS = 40 << 20  # bytes of the layer that memory is measured with
 THREAT_MEMORY = 48 << 10  # KiB
 
 
@@ -18672,7 +18626,7 @@ def threat_link_chain(count):
 
 
 def threat_link_maze():
-    """A link by way of half a million directories, and members that pass it."""
+    """A link by way of a hundred thousand directories, and members that pass it."""
     target = b"a/../" * 100000 + b"a"
     return tar_header(kind=b"5", name=b"a") + tar_member(
         target + b"\0", kind=b"K", name=b"././@LongLink") + tar_header(
@@ -18682,11 +18636,11 @@ def threat_link_maze():
 
 #: (name, layer blob, word of the refusal or None where it may be taken)
 THREAT_BOMBS = (
-    ("gzip, T50", lambda: gzip_bytes(bytes(5 << 20), 1), "max-layer-size"),
+    ("gzip, T50", lambda: gzip_bytes(bytes(1 << 20), 1), "max-layer-size"),
     ("gzip of many members, T50", lambda: gzip_bytes(bytes(1 << 20)) * 20,
      "max-layer-size"),
-    ("bzip2, T51", lambda: bz2.compress(bytes(5 << 20), 1), "max-layer-size"),
-    ("xz, T51", lambda: lzma.compress(bytes(5 << 20), preset=0), "max-layer-size"),
+    ("bzip2, T51", lambda: bz2.compress(bytes(1 << 20), 1), "max-layer-size"),
+    ("xz, T51", lambda: lzma.compress(bytes(1 << 20), preset=0), "max-layer-size"),
     ("xz memory, T51", lambda: lzma.compress(b"x", filters=[
         {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
          "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
@@ -18700,23 +18654,23 @@ THREAT_ROOT_BOMBS = (
         threat_long(b"%06d" % n + b"x" * 900000) for n in range(60))),
     ("long names of directories, T67 T68", lambda: b"".join(
         threat_long(b"%04d/" % n * 100000) for n in range(20))),
-    ("many pax records, T67", lambda: b"".join(tar_member(b"".join(
+    ("many pax records, T67", lambda: (tar_member(b"".join(
         b"31 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000)), kind=b"x")
-        + tar_header(name=b"f%d" % m) for m in range(20))),
+        + tar_header(name=b"f")) * 20),
     ("a sparse map without end, T152", threat_sparse_map),
     ("a chain of hard links, T157", lambda: threat_link_chain(2000)),
     ("a link through a maze, T157", threat_link_maze),
     ("many members, T67", lambda: b"".join(
-        tar_header(name=b"f%d" % n) for n in range(20000))),
+        tar_header(name=b"f%d" % n) for n in range(10000))),
 )
 THREAT_DOCUMENTS = (
     ("a million layers, T61", lambda: b'{"schemaVersion": 2, "mediaType": "%s", "config": '
-     b'{}, "layers": [%s]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
-                               b",".join([b"{}"] * 1300000))),
-    ("a million entries, T60", lambda: b'{"schemaVersion": 2, "manifests": [%s]}'
-     % b",".join([b"{}"] * 1300000)),
-    ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s]}'
-     % b",".join([b"0"] * 2000000)),
+     b'{}, "layers": [%s{}]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
+                                 b"{}," * 1300000)),
+    ("a million entries, T60", lambda: b'{"schemaVersion": 2, "manifests": [%s{}]}'
+     % (b"{}," * 1300000)),
+    ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s0]}'
+     % (b"0," * 2000000)),
     ("deep, T54", lambda: b'{"a":' * 800000),
     ("many keys, T35", lambda: b"{%s}" % b",".join(
         b'"%x":0' % n for n in range(350000))),
@@ -18751,7 +18705,7 @@ class BombTest(ThreatCase):
         image = build_image([make()], compress=None)
         self.source.add("lab/app", "1", image)
         with cpu_within(3):
-            for format, name in OUTPUTS[::3]:
+            for format, name in in_turn(OUTPUTS[::3], 2):
                 run = self.pull(format, self.at(name), "--max-layer-size", "100000")
                 self.assert_one_line(run, 1 if word == "max-layer-size" else 3, word)
                 left = "lock" if word != "max-layer-size" else "lock|%s(.tar)?" % (
@@ -18765,7 +18719,7 @@ class BombTest(ThreatCase):
         """Those of all layers together, and the directories they imply."""
         image = build_image(tars)
         self.source.add("lab/app", "1", image)
-        for path in (self.at("root"), self.at("root.tar")):
+        for path in in_turn((self.at("root"), self.at("root.tar")), 2):
             with mock.patch.object(imagec, "MEMBER_NAMES_LIMIT", 300):
                 run = self.pull("rootfs", path, "--max-files", limit)
             if not status:
@@ -18790,21 +18744,21 @@ class BombTest(ThreatCase):
 
     def test_t62_t152_holes_that_the_disk_cannot_hold(self):
         """Holes take no room where they are unpacked, but in a tar they are zeros."""
-        layer = pax_sparse([], 64 << 20, b"x") + TAR_END
+        layer = pax_sparse([], 8 << 20, b"x") + TAR_END
         self.source.add("lab/app", "1", build_image([layer]))
-        usage = collections.namedtuple("Usage", "total used free")(1 << 30, 0, 32 << 20)
+        usage = collections.namedtuple("Usage", "total used free")(1 << 30, 0, 4 << 20)
         with mock.patch("shutil.disk_usage", return_value=usage), mock.patch.object(
                 imagec, "write_tree_tar") as written:
             self.assert_one_line(self.pull("rootfs", self.at("root.tar")), 1,
-                                 r"root.tar: 6\d{7} bytes are needed, 3355443")
+                                 r"root.tar: 8\d{6} bytes are needed, 4194304")
             self.assertEqual(written.mock_calls, [])
         run = self.pull("rootfs", self.at("root.tar"))
         self.assertEqual(run.status, 0, run.err)
         with tarfile.open(self.at("root.tar")) as tar:
-            self.assertEqual(tar.getmember("x").size, 64 << 20)
+            self.assertEqual(tar.getmember("x").size, 8 << 20)
 
     def test_t54_t55_t60_t61_manifests(self):
-        for name, make in THREAT_DOCUMENTS:
+        for name, make in in_turn(THREAT_DOCUMENTS, 3):
             with self.subTest(name):
                 raw = make()
                 self.assertLess(len(raw), imagec.DOCUMENT_LIMIT)
@@ -18839,7 +18793,8 @@ class MemoryTest(ThreatProcessCase):
             functools.partial(gzip_bytes, level=1))))
         run = self.run_alone(
             *self.pull_argv(self.ref, "rootfs", self.at("root.tar")),
-            limits={"RLIMIT_CPU": 5}, patches={"MEMBER_NAMES_LIMIT": 28 << 20})
+            limits={"RLIMIT_CPU": 2}, patches={"MEMBER_NAMES_LIMIT": 28 << 20,
+                                               "_DETOUR_LIMIT": 200000})
         self.assertIn(run.status, (0, 3), run.err)
         self.assertLess(run.peak, THREAT_MEMORY + (32 << 10))
 
@@ -18909,7 +18864,7 @@ class ThreatRowsTest(ThreatCase):
         """Pull the changed manifest into every format: it ends so."""
         self.source.add_manifest("lab/app", "1", json_bytes(self.document),
                                  MEDIA_TYPES["oci"]["manifest"])
-        self.each(self.check, code, words)
+        self.each(self.check, code, words, outputs=outputs_in_turn(2))
 
     def check(self, format, path, code, words):
         run = self.pull(format, path)
@@ -18936,15 +18891,15 @@ class ThreatRowsTest(ThreatCase):
     def test_t46_layers_that_are_no_tar(self):
         """Refused by what unpacks; what only carries bytes leaves it to verify."""
         def check(format, path, code, good):
-            if format in ("layers", "rootfs"):
-                self.assertEqual(self.pull(format, path).status, code)
-                self.assert_only_verified(path, good)
+            self.assertEqual(self.pull(format, path).status, code)
+            self.assert_only_verified(path, good)
 
         for blob, code in ((b"no tar at all" * 99, 3), (b"x", 3), (bytes(1024), 0),
                            (bytes(10240), 0)):
             self.image = build_image([blob], compress=None)
             self.source.add("lab/app", "1", self.image)
-            self.each(check, code, set(self.image.layers))
+            self.each(check, code, set(self.image.layers), outputs=in_turn(
+                OUTPUTS[:1] + OUTPUTS[3:], 3))
 
     def test_t48_more_than_an_image(self):
         """Inline data is not believed."""
@@ -18994,9 +18949,9 @@ class ThreatRowsTest(ThreatCase):
             self.assertEqual(isinstance(result, imagec.ImagecError), spoiled)
             self.assertEqual(held(), [])  # while an error lives, its frames do
 
-        self.each(check, False)
+        self.each(check, False, outputs=outputs_in_turn(2))
         self.source.fault(self.image.layers[-1], flip(), EVER)
-        self.each(check, True)
+        self.each(check, True, outputs=outputs_in_turn(3))
 
     @THREAT_POSIX
     def test_t91_modules_lying_around(self):
@@ -19011,15 +18966,12 @@ class ThreatRowsTest(ThreatCase):
         os.chmod(self.file(".netrc", "machine 127.0.0.1 login alice password %s\n"
                            % PASSWORD), 0o600)
         self.source.auth = "basic"
-        ways = ([os.path.join(home, "imagec.py")], ["linked.py"], ["-m", "linked"])
-        runs = [subprocess.Popen(
-            [sys.executable] + ways[number % 3] + list(self.pull_argv(
-                self.ref, format, name)), cwd=self.work,
-            stderr=subprocess.PIPE)
-            for number, (format, name) in enumerate(OUTPUTS[:3])]
-        for run in runs:
-            err = run.communicate(timeout=20)[1]
-            self.assertEqual(run.returncode, 5, err)
+        for number, way in enumerate(in_turn((
+                [os.path.join(home, "imagec.py")], ["linked.py"], ["-m", "linked"]), 3)):
+            run = subprocess.run([sys.executable] + way + list(self.pull_argv(
+                self.ref, *OUTPUTS[number])), cwd=self.work, stderr=subprocess.PIPE,
+                timeout=60)
+            self.assertEqual(run.returncode, 5, run.stderr)
         self.assertFalse(os.path.exists(self.at("trapped")))
         for request in self.source.requests:
             self.assertNotIn("Authorization", request.headers)
@@ -20090,6 +20042,7 @@ class RealResumeTest(RealFieldCase, KillCase):
     """kill -9 at random moments of a pull from docker-registry."""
 
     def test_kill_9(self):
+        self.servant = kept(Servant())
         self.check_kill_9(self.real.host, "/lab/big:1", field_noisy_image(REAL_BIG))
 
 
