@@ -2522,6 +2522,12 @@ class ThreatCase(RegistryCase):
             faults = faults_of(path)
             self.assertEqual([f for f in faults if "extra, nothing" not in f], [])
 
+    def assert_kept(self, top, before):
+        """What was below a place is as it was: all that is there now."""
+        after = contents(top)
+        self.assertEqual([n for n in before if before[n] != after.get(n, n)], [])
+        return after
+
     def assert_no_leftovers(self):
         self.assertFalse([n for n in contents(self.work) if ".partial" in n])
 
@@ -17700,8 +17706,7 @@ class FaultsCase(ThreatCase):
             self.assertIn("127.0.0.1", str(caught.exception))
         # One more for each kept connection that may just have been stale.
         self.assertLessEqual(self.source.faults[0].used, 2 + jobs)
-        after = contents(case)
-        self.assertEqual({n: after.get(n) for n in before}, before)
+        after = self.assert_kept(case, before)
         good = self.good - {self.names.get(phase.split()[0])}
         for name in set(after) - set(before):
             if ".partial" not in name:
@@ -17782,15 +17787,14 @@ class FaultsTest(FaultsCase):
         second = build_image([tar_bytes([("x", b"x")])])
         self.source.add("lab/app", "2", second)
         self.source.fault(second.layers[0], status(404), EVER)
-        for format, name in in_turn(OUTPUTS[:3], 3):
+        for format, name in OUTPUTS[:3]:
             case = self.before(format, name, True)
             before = contents(case)
             with self.subTest(format), self.session(jobs=1) as session:
                 with self.assertRaises(imagec.NotFound):
                     self.pulled_by(session, os.path.join(case, name), format,
                                    self.ref, self.ref[:-1] + "2")
-                after = contents(case)
-                self.assertEqual({n: after.get(n) for n in before}, before)
+                self.assert_kept(case, before)
                 self.assert_only_verified(os.path.join(case, name))
             remove(case)
 
@@ -18212,9 +18216,8 @@ class KillTest(KillCase, ThreatProcessCase):
             self.assertEqual(run.status, status, run.err)
             self.assertEqual(run.err.count("imagec: "), number != signal.SIGKILL)
         self.assert_only_verified(path)
-        after = contents(self.work)
         if name in ("root", "images"):  # the others grow, or are replaced whole
-            self.assertEqual({n: after.get(n) for n in before}, before)
+            self.assert_kept(self.work, before)
         if os.path.isdir(path) and name == "root":
             self.assert_whole(path)  # all but the sweeping was done
         else:
@@ -18301,14 +18304,14 @@ class LocalFaultsTest(ThreatCase):
         self.fetch(self.ref, "layers", self.at("old"))
         self.source.add("lab/app", "1", self.image)
         path, before = self.at("new"), contents(self.at("old"))
-        for name, code in (("write", errno.ENOSPC), ("open", errno.EMFILE)):
-            for at in in_turn(range(1, 99), 7):
+        for name, code, numbers in (("write", errno.ENOSPC, range(1, 99)), (
+                "open", errno.EMFILE, in_turn(range(1, 99), 7))):
+            for at in numbers:
                 shutil.copytree(self.at("old"), path)
                 calls, error = self.broken(name, code, at, "layers", path)
                 with self.subTest(call=name, at=at):
                     if error:
-                        after = contents(path)
-                        self.assertEqual({n: after.get(n) for n in before}, before)
+                        self.assert_kept(path, before)
                         self.assertEqual(faults_of(path), [])
                     self.fetch(self.ref, "layers", path)
                     self.assert_whole(path)
