@@ -77,9 +77,6 @@ HOME = os.path.dirname(MODULE_PATH)
 #: In memory where the system has such a place: thousands of files come and go.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-#: Runs the command line argv[2:] of the module in the directory argv[1].
-LAUNCHER = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import imagec; "
-            "sys.exit(imagec.main())")
 #: What lives as long as the tests of this process.
 FIXTURES = contextlib.ExitStack()
 
@@ -899,12 +896,12 @@ def flip(reply, offset=-1):
 
 
 @action
-def truncate(reply, amount=0.5):
-    """Close cleanly in mid-body; truncate(1.0) closes an idle connection unannounced.
+def truncate(reply, amount=0.5, phase="body"):
+    """Close cleanly in mid-phase; truncate(1.0) closes an idle connection unannounced.
 
     Over TLS there is no close_notify, as when an attacker cuts the connection.
     """
-    return _set(reply, cut=("body", amount), ending="fin")
+    return _set(reply, cut=(phase, amount), ending="fin")
 
 
 @action
@@ -1447,7 +1444,8 @@ class RegistryCase(unittest.TestCase):
     def start(self, *argv, redirections="", python=sys.executable, environ=None,
               **options):
         """A command line in a process of its own, which does not outlive the test."""
-        command = [python, "-c", LAUNCHER, HOME] + list(argv)
+        command = [python, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+                   "import imagec; sys.exit(imagec.main())", HOME] + list(argv)
         if redirections:
             command = ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + command
         options = dict({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
@@ -2024,7 +2022,6 @@ NET_PLACES = {
     "shared.test": "100.64.1.2",
 }
 EVER = None  # of a fault: for ever
-NET_TLS = ((False,), (True,))
 BEARER = {"Authorization": "Bearer S3CR3T"}
 NET_TARS = [
     tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
@@ -17533,12 +17530,6 @@ def threat_names(image):
             "first": order[0], "last": order[-1]}
 
 
-def threat_cut_headers(reply):
-    """Closed in mid-headers, which http.client takes for their end."""
-    reply.cut, reply.ending = ("headers", 40), "fin"
-    return reply
-
-
 #: (error class, word) of its message, then name, action, times, phases
 THREAT_FAULTS = worded(
     ((imagec.RegistryError, "410"), ("no registry", status(410), 1, ("probe",))),
@@ -17557,7 +17548,8 @@ THREAT_FAULTS = worded(
     ((imagec.TransportError, ""),
      ("reset in the status, T100", reset(4, "status"), EVER, THREAT_ALL),
      ("reset in the headers, T100", reset(0.5, "headers"), EVER, THREAT_ALL),
-     ("closed in the headers, T100", threat_cut_headers, EVER, THREAT_SOME),
+     # which http.client takes for their end
+     ("closed in the headers, T100", truncate(40, "headers"), EVER, THREAT_SOME),
      ("reset in the body, T100", reset(), EVER, THREAT_BODIES),
      ("cut, T22", truncate(), EVER, THREAT_BODIES),
      ("cut chunks, T22", [chunked(7), truncate(0.9)], EVER, THREAT_BODIES)),
@@ -17613,15 +17605,6 @@ THREAT_STALLS = worded(
                                 drip(0.02, 3, "status")], EVER, THREAT_ALL),
      ("no answer, T109", hang(30), EVER, THREAT_ALL)),
 )
-
-#: (phase, action) of a fault that passes. T100
-THREAT_PASSING = (
-    ("status", reset(4, "status")), ("headers", reset(0.5, "headers")),
-    ("body", reset()), ("nothing sent", garbage(b"")), ("cut body", truncate()),
-    ("cut chunks", [chunked(9), truncate()]), ("503", status(503)),
-    ("junk", garbage(b"\0" * 50)),
-)
-
 
 class FaultsCase(ThreatCase):
     """What every fault leaves behind: one clear error, and nothing half-made (T163).
@@ -17766,8 +17749,11 @@ class FaultsTest(FaultsCase):
             self.check_whole(path)
             self.assertLessEqual(len(self.naps), 1)
 
-        self.each([row + (1, THREAT_BODIES[:-1]) for row in THREAT_PASSING], check,
-                  again=False)
+        self.each([row + (1, THREAT_BODIES[:-1]) for row in (
+            ("status", reset(4, "status")), ("headers", reset(0.5, "headers")),
+            ("body", reset()), ("nothing sent", garbage(b"")), ("cut body", truncate()),
+            ("cut chunks", [chunked(9), truncate()]), ("503", status(503)),
+            ("junk", garbage(b"\0" * 50)))], check, again=False)
 
     def test_t100_faults_before_http_that_pass(self):
         for name, action in (("reset", reset(phase="accept")),
@@ -18243,15 +18229,6 @@ class KillTest(KillCase, ThreatProcessCase):
 
 # -- Local faults
 
-#: os function -> what it fails with; each in turn is made to fail at some call.
-THREAT_CALLS = (
-    ("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EXDEV),
-    ("mkdir", errno.EACCES), ("open", errno.EMFILE), ("ftruncate", errno.EROFS),
-    ("write", errno.EDQUOT), ("rename", errno.EPERM), ("open", errno.EROFS),
-    ("unlink", errno.EACCES), ("link", errno.EMLINK), ("chmod", errno.EPERM),
-)
-
-
 class LocalFaultsTest(ThreatCase):
     """The disk and the host fail: T120 T126 T129 T130 T133."""
 
@@ -18272,8 +18249,13 @@ class LocalFaultsTest(ThreatCase):
 
     def test_t120_t126_t129_any_call_may_fail(self):
         """At some call of each kind: nothing half-made, and the next run completes."""
-        for name, code in THREAT_CALLS:
-            self.each(self.check_calls, name, code, outputs=outputs_in_turn())
+        for name, code in (  # each fails at some call
+                ("write", "ENOSPC"), ("fsync", "EIO"), ("replace", "EXDEV"),
+                ("mkdir", "EACCES"), ("open", "EMFILE"), ("ftruncate", "EROFS"),
+                ("write", "EDQUOT"), ("rename", "EPERM"), ("open", "EROFS"),
+                ("unlink", "EACCES"), ("link", "EMLINK"), ("chmod", "EPERM")):
+            self.each(self.check_calls, name, getattr(errno, code),
+                      outputs=outputs_in_turn())
 
     def check_calls(self, format, path, name, code):
         if not path.endswith("root"):
@@ -18637,73 +18619,29 @@ def threat_link_maze():
                 tar_header(name=b"s/f%d" % n) for n in range(150))
 
 
-#: (name, layer blob, word of the refusal or None where it may be taken)
-THREAT_BOMBS = (
-    ("gzip, T50", lambda: gzip_bytes(bytes(1 << 20), 1), "max-layer-size"),
-    ("gzip of many members, T50", lambda: gzip_bytes(bytes(1 << 20)) * 20,
-     "max-layer-size"),
-    ("bzip2, T51", lambda: bz2.compress(bytes(1 << 20), 1), "max-layer-size"),
-    ("xz, T51", lambda: lzma.compress(bytes(1 << 20), preset=0), "max-layer-size"),
-    ("xz memory, T51", lambda: lzma.compress(b"x", filters=[
-        {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
-         "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
-    ("pax header of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"x"), "limit"),
-    ("long name of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"L"), "limit"),
-    ("file of 8 GiB, T50", lambda: tar_header((8 << 30) - 1), "max-layer-size"),
-)
-#: (name, tar): what a rootfs must refuse, or make, in the time and memory it has.
-THREAT_ROOT_BOMBS = (
-    ("long names, T67", lambda: b"".join(
-        threat_long(b"%06d" % n + b"x" * 900000) for n in range(60))),
-    ("long names of directories, T67 T68", lambda: b"".join(
-        threat_long(b"%04d/" % n * 100000) for n in range(20))),
-    ("many pax records, T67", lambda: (tar_member(b"".join(
-        b"31 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000)), kind=b"x")
-        + tar_header(name=b"f")) * 20),
-    ("a sparse map without end, T152", threat_sparse_map),
-    ("a chain of hard links, T157", lambda: threat_link_chain(2000)),
-    ("a link through a maze, T157", threat_link_maze),
-    ("many members, T67", lambda: b"".join(
-        tar_header(name=b"f%d" % n) for n in range(10000))),
-)
-THREAT_DOCUMENTS = (
-    ("a million layers, T61", lambda: b'{"schemaVersion": 2, "mediaType": "%s", "config": '
-     b'{}, "layers": [%s{}]}' % (MEDIA_TYPES["oci"]["manifest"].encode(),
-                                 b"{}," * 1300000)),
-    ("a million entries, T60", lambda: b'{"schemaVersion": 2, "manifests": [%s{}]}'
-     % (b"{}," * 1300000)),
-    ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s0]}'
-     % (b"0," * 2000000)),
-    ("deep, T54", lambda: b'{"a":' * 800000),
-    ("many keys, T35", lambda: b"{%s}" % b",".join(
-        b'"%x":0' % n for n in range(350000))),
-    ("digits, T55", lambda: b'{"schemaVersion": %s}' % (b"9" * 4000000)),
-    ("a long text, T52", lambda: b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
-)
 
 
 FIFTY, FIFTY_MORE = (
     b"".join(tar_header(name=b"%s%02d" % (name, n)) for n in range(50)) + TAR_END
     for name in (b"a", b"b"))
 DEEP = b"".join(tar_header(name=b"%d/" % n + b"d/" * 33 + b"f") for n in range(2))
-#: (name, layers, --max-files, exit status, words)
-MEMBERS_COUNTED = (
-    ("one layer", [FIFTY], "50", 0, ""),
-    ("one more", [FIFTY], "49", 1, "--max-files"),
-    ("two layers", [FIFTY, FIFTY_MORE], "100", 0, ""),
-    ("one more in both", [FIFTY, FIFTY_MORE], "99", 1, "--max-files"),
-    ("one layer twice", [FIFTY, FIFTY], "50", 0, ""),
-    ("implied", [DEEP + TAR_END], "70", 0, ""),
-    ("one more implied", [DEEP + TAR_END], "69", 1, "--max-files"),
-    ("names", [FIFTY, FIFTY_MORE, tar_header(name=b"x") + TAR_END], "1000", 3,
-     "limit of 300 bytes"),
-)
-
-
 class BombTest(ThreatCase):
     """Small things that want to be large: T50 T51 T54 T55 T60 T61 T67 T68."""
 
-    @rows(THREAT_BOMBS)
+    @rows((
+        # name, layer blob, word of the refusal
+        ("gzip, T50", lambda: gzip_bytes(bytes(1 << 20), 1), "max-layer-size"),
+        ("gzip of many members, T50", lambda: gzip_bytes(bytes(1 << 20)) * 20,
+         "max-layer-size"),
+        ("bzip2, T51", lambda: bz2.compress(bytes(1 << 20), 1), "max-layer-size"),
+        ("xz, T51", lambda: lzma.compress(bytes(1 << 20), preset=0), "max-layer-size"),
+        ("xz memory, T51", lambda: lzma.compress(b"x", filters=[
+            {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
+             "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
+        ("pax header of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"x"), "limit"),
+        ("long name of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"L"), "limit"),
+        ("file of 8 GiB, T50", lambda: tar_header((8 << 30) - 1), "max-layer-size"),
+    ))
     def test_t50_t51_t67_layers(self, _name, make, word):
         image = build_image([make()], compress=None)
         self.source.add("lab/app", "1", image)
@@ -18717,7 +18655,18 @@ class BombTest(ThreatCase):
                     self.assertRegex(name, r"\A(%s)\.partial\Z" % left)
                 self.clear()
 
-    @rows(MEMBERS_COUNTED)
+    @rows((
+        # name, layers, --max-files, exit status, words
+        ("one layer", [FIFTY], "50", 0, ""),
+        ("one more", [FIFTY], "49", 1, "--max-files"),
+        ("two layers", [FIFTY, FIFTY_MORE], "100", 0, ""),
+        ("one more in both", [FIFTY, FIFTY_MORE], "99", 1, "--max-files"),
+        ("one layer twice", [FIFTY, FIFTY], "50", 0, ""),
+        ("implied", [DEEP + TAR_END], "70", 0, ""),
+        ("one more implied", [DEEP + TAR_END], "69", 1, "--max-files"),
+        ("names", [FIFTY, FIFTY_MORE, tar_header(name=b"x") + TAR_END], "1000", 3,
+         "limit of 300 bytes"),
+    ))
     def test_t67_t68_members_are_counted(self, _name, tars, limit, status, words):
         """Those of all layers together, and the directories they imply."""
         image = build_image(tars)
@@ -18760,13 +18709,25 @@ class BombTest(ThreatCase):
         with tarfile.open(self.at("root.tar")) as tar:
             self.assertEqual(tar.getmember("x").size, 8 << 20)
 
-    def test_t54_t55_t60_t61_manifests(self):
-        for name, make in in_turn(THREAT_DOCUMENTS, 3):
-            with self.subTest(name):
-                raw = make()
-                self.assertLess(len(raw), imagec.DOCUMENT_LIMIT)
-                with cpu_within(10), self.assertRaises(imagec.InvalidDocument):
-                    imagec.decode_manifest(raw)
+    @rows(in_turn((
+        ("a million layers, T61", lambda: b'{"schemaVersion": 2, "mediaType": "%s", '
+         b'"config": {}, "layers": [%s{}]}' % (
+             MEDIA_TYPES["oci"]["manifest"].encode(), b"{}," * 1300000)),
+        ("a million entries, T60", lambda: b'{"schemaVersion": 2, "manifests": [%s{}]}'
+         % (b"{}," * 1300000)),
+        ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s0]}'
+         % (b"0," * 2000000)),
+        ("deep, T54", lambda: b'{"a":' * 800000),
+        ("many keys, T35", lambda: b"{%s}" % b",".join(
+            b'"%x":0' % n for n in range(350000))),
+        ("digits, T55", lambda: b'{"schemaVersion": %s}' % (b"9" * 4000000)),
+        ("a long text, T52", lambda: b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
+    ), 3))
+    def test_t54_t55_t60_t61_manifests(self, _name, make):
+        raw = make()
+        self.assertLess(len(raw), imagec.DOCUMENT_LIMIT)
+        with cpu_within(10), self.assertRaises(imagec.InvalidDocument):
+            imagec.decode_manifest(raw)
 
 
 @THREAT_POSIX
@@ -18789,7 +18750,20 @@ class MemoryTest(ThreatProcessCase):
                 self.assertEqual((run.status, run.err), (0, ""))
                 self.assertLess(run.peak, THREAT_MEMORY)
 
-    @rows(THREAT_ROOT_BOMBS)
+    @rows((
+        ("long names, T67", lambda: b"".join(
+            threat_long(b"%06d" % n + b"x" * 900000) for n in range(60))),
+        ("long names of directories, T67 T68", lambda: b"".join(
+            threat_long(b"%04d/" % n * 100000) for n in range(20))),
+        ("many pax records, T67", lambda: (tar_member(b"".join(
+            b"31 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000)), kind=b"x")
+            + tar_header(name=b"f")) * 20),
+        ("a sparse map without end, T152", threat_sparse_map),
+        ("a chain of hard links, T157", lambda: threat_link_chain(2000)),
+        ("a link through a maze, T157", threat_link_maze),
+        ("many members, T67", lambda: b"".join(
+            tar_header(name=b"f%d" % n) for n in range(10000))),
+    ))
     def test_t67_t68_t152_t157_root_file_systems(self, _name, make):
         """Refused or made in seconds; what headers hold does not add up."""
         self.source.add("lab/app", "1", build_image([make() + TAR_END], compress=(
@@ -18810,36 +18784,36 @@ def counted(document, name):
         document, **{name: document[name][:1] * n})))
 
 
-#: (the limit, what it is set to, what has n of what it counts)
-LIMITS = (
-    ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
-    ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(b'{"":' + b"1" * n + b"}", "")),
-    ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
-        b'{"a":[%s]}' % b",".join([b"{}"] * (n - 2)), "x")),
-    ("JSON_DEPTH_LIMIT", 9, lambda n: imagec.Document.parse(
-        b'{"":' * n + b"1" + b"}" * n, "")),
-    ("INTEGER_LIMIT", 9, lambda n: imagec.Document({"size": n - 1}, "").size("size")),
-    ("LAYER_COUNT_LIMIT", 9, counted(IMAGE_DOC, "layers")),
-    ("LAYER_COUNT_LIMIT", 9, lambda n: imagec.decode_manifest(
-        build_image([bytes(1024)] * n, "schema1").manifest)),
-    ("INDEX_COUNT_LIMIT", 9, counted(INDEX_DOC, "manifests")),
-    ("HEADER_LIMIT", 9, lambda n: imagec.Challenge.parse(["Basic".ljust(n)])[0]),
-    ("TAR_EXTENSION_LIMIT", 900, lambda n: walked(
-        [tar_member(b"a" * n, kind=b"L") + A_FILE])),
-    ("PAX_COUNT_LIMIT", 9, lambda n: walked(
-        [tar_member(b"6 a=b\n" * n, kind=b"x") + A_FILE])),
-    ("_DEPTH_LIMIT", 9, lambda n: flat_tree(["a/" * n])),
-    ("_LINK_LIMIT", 9, lambda n: flat_tree(["b/ " + " ".join(
-        "l%d->l%d" % (i, i + 1) for i in range(1, n)) + " l%d->b l1/x=1" % n])),
-    ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output("/" * n, "archive", stream=1)),
-    ("PATH_MAX", 9, lambda n: imagec.new_output("a" * n, "archive", stream=1)),
-)
-
-
 class LimitsTest(unittest.TestCase):
     """A limit lets through as much as it says, and no more."""
 
-    @rows(LIMITS)
+    @rows((
+        # the limit, what it is set to, what has n of what it counts
+        ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
+        ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(
+            b'{"":' + b"1" * n + b"}", "")),
+        ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
+            b'{"a":[%s]}' % b",".join([b"{}"] * (n - 2)), "x")),
+        ("JSON_DEPTH_LIMIT", 9, lambda n: imagec.Document.parse(
+            b'{"":' * n + b"1" + b"}" * n, "")),
+        ("INTEGER_LIMIT", 9, lambda n: imagec.Document(
+            {"size": n - 1}, "").size("size")),
+        ("LAYER_COUNT_LIMIT", 9, counted(IMAGE_DOC, "layers")),
+        ("LAYER_COUNT_LIMIT", 9, lambda n: imagec.decode_manifest(
+            build_image([bytes(1024)] * n, "schema1").manifest)),
+        ("INDEX_COUNT_LIMIT", 9, counted(INDEX_DOC, "manifests")),
+        ("HEADER_LIMIT", 9, lambda n: imagec.Challenge.parse(["Basic".ljust(n)])[0]),
+        ("TAR_EXTENSION_LIMIT", 900, lambda n: walked(
+            [tar_member(b"a" * n, kind=b"L") + A_FILE])),
+        ("PAX_COUNT_LIMIT", 9, lambda n: walked(
+            [tar_member(b"6 a=b\n" * n, kind=b"x") + A_FILE])),
+        ("_DEPTH_LIMIT", 9, lambda n: flat_tree(["a/" * n])),
+        ("_LINK_LIMIT", 9, lambda n: flat_tree(["b/ " + " ".join(
+            "l%d->l%d" % (i, i + 1) for i in range(1, n)) + " l%d->b l1/x=1" % n])),
+        ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output(
+            "/" * n, "archive", stream=1)),
+        ("PATH_MAX", 9, lambda n: imagec.new_output("a" * n, "archive", stream=1)),
+    ))
     def test_below_at_and_above(self, name, limit, make):
         with mock.patch.object(imagec, name, limit):
             make(limit - 1)
