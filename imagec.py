@@ -2154,8 +2154,10 @@ class Keyring:
         if self._anonymous:
             return
         env, join = os.environ.get, os.path.join
-        only = self._authfile or env("REGISTRY_AUTH_FILE")
-        if only:
+        only = self._authfile  # none where it is "", which is a file that is not there
+        if only is None:
+            only = env("REGISTRY_AUTH_FILE") or None
+        if only is not None:
             yield only, _read_config(only, True)
             return
         name = "DOCKER_AUTH_CONFIG"
@@ -2186,7 +2188,7 @@ def _read_config(path, named=False, raw=None):
                 raw = file.read(DOCUMENT_LIMIT)
         return Document(parse_json(raw, path, repeatable=True), path).value
     except (OSError, InvalidDocument) as error:
-        text = "%s: %s" % (path, getattr(error, "strerror", error))
+        text = "%s: %s" % (path or "''", getattr(error, "strerror", error))
         if named:
             raise CredentialsError("credentials not read: " + text) from None
         log.warning("credentials passed over: %s", text)

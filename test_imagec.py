@@ -4903,7 +4903,7 @@ class CredentialsTest(ResolveCase):
         text = json.dumps(field_auths("s.test"))
         one = self.file("one.json", {"auths": {"r.test": field_entry("one")}})
         two = self.file("two.json", {"auths": {"r.test": field_entry("two")}})
-        for authfile, variable, user in ((one, "", "one"), ("", two, "two"),
+        for authfile, variable, user in ((one, "", "one"), (None, two, "two"),
                                          (one, two, "one")):
             keyring = self.keyring(authfile, REGISTRY_AUTH_FILE=variable,
                                    DOCKER_AUTH_CONFIG=text)
@@ -4912,6 +4912,8 @@ class CredentialsTest(ResolveCase):
 
     def test_authfile_that_is_missing_or_broken(self):
         self.docker_config(field_auths("r.test"))
+        with self.fails(imagec.CredentialsError, "''"):
+            self.keyring("").lookup("r.test")
         for path in (self.at("none"), self.file("bad.json", "{"), self.root):
             for keyring in (self.keyring(path), self.keyring(REGISTRY_AUTH_FILE=path)):
                 with self.subTest(path), self.fails(imagec.CredentialsError, path):
