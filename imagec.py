@@ -4530,6 +4530,10 @@ def open_place(path, check=go_on, unlisted=_raise):
         raise OutputError(path, "no image is in it", READABLE)
     if not stat.S_ISDIR(mode):
         raise OutputError(path, "is neither a file nor a directory")
+    if os.path.exists(os.path.join(path, "version")) and (
+            os.path.exists(os.path.join(path, "manifest.json"))):
+        raise OutputError(path, "is no layout, but what skopeo and podman call dir:",
+                          READABLE)
     return Reader(path, check, unlisted)
 
 
@@ -6986,11 +6990,9 @@ class Session:
             keep_going: bool = False, without: list = (), below: str = None):
         if (username is None) != (password is None):
             raise UsageError("a user name and a password go together")
-        if jobs < 1:
-            raise UsageError("%d jobs: at least one is needed" % jobs)
         for what, limit in (("timeout", 1 if timeout is None else timeout),
                             ("max_layer_size", max_layer_size),
-                            ("max_files", max_files)):
+                            ("max_files", max_files), ("jobs", jobs)):
             if not limit > 0:  # nor NaN
                 raise UsageError("%s %s: a limit must be over 0" % (what, limit))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
@@ -7860,6 +7862,7 @@ class Audit:
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
         self._names = collections.defaultdict(set)  # digest of an image -> its names
         self._named = {}  # full name -> digest of its entry
+        self._noted = set()  # digests of what a pull of ours has noted
         self._images = {}  # digest -> what docker calls it: see _image
         self._optional = {}  # digest -> whether all that lists it may lack it
 
@@ -7904,6 +7907,7 @@ class Audit:
         listed, way = set(), found.origin.indexes if found.origin else ()
         for document in found.documents:
             self._names[document.digest].add(name)
+            self._noted.update([document.digest] if found.origin else ())
             if isinstance(document, Index):
                 listed.update(entry.digest for entry in document.manifests
                               if document.digest not in way)
@@ -7939,11 +7943,11 @@ class Audit:
         Who loads one that holds more may take another image (one reads "./index.json"
         for "index.json"). A directory may hold what a pull has left.
         """
-        if "oci-layout" in reader.asked:
+        archive = isinstance(reader, TarReader)
+        if archive and "oci-layout" in reader.asked:
             self._check_docker(reader, names)
         known = {"blobs/", "blobs/sha256/"}.union(reader.asked, (
             os.path.dirname(name) + "/" for name in reader.asked if "/" in name))
-        archive = isinstance(reader, TarReader)
         if archive and reader.docker:  # what is there for docker before 1.10
             known.update(name for name in names if re.fullmatch(
                 r"repositories|[0-9a-f]{64}/(VERSION|json|layer\.tar)?", name))
@@ -8014,30 +8018,37 @@ class Audit:
         return self._seen[question]
 
     def _check_docker(self, reader, names):
-        """What docker reads must say what index.json says; the blobs are checked."""
-        images, named = set(), set()
+        """What docker reads must say what index.json says; the blobs are checked.
+
+        It need not say all where no pull of ours noted it: ctr names one platform.
+        """
+        images, noted, named = set(), set(), set()
         for digest, (config, layers) in filter(all, self._images.items()):
             tags = self._names[digest] - {None}
-            images.update(canonical_json([config, layers, tag])
-                          for tag in tags or [None])
+            told = [canonical_json([config, layers, tag]) for tag in tags or [None]]
+            images.update(told)
+            if digest in self._noted:
+                noted.update(told)
+            else:
+                images.add(canonical_json([config, layers, None]))
             named.update(tags if layers else ())
         for name in sorted({"manifest.json", "repositories"}.intersection(names)):
             with self._noting(name):
                 value = parse_json(reader.read(name, CONTENTS_LIMIT), name)
                 if name == "repositories":  # of docker before 1.10, with ids of its own
-                    good = named == {Reference.full("%s:%s" % (repository, tag))
-                                     for repository, tags in Document(value, name)
-                                     .value.items() if type(tags) is dict
-                                     for tag in tags}
+                    least = most = named
+                    told = {Reference.full("%s:%s" % (repository, tag))
+                            for repository, tags in Document(value, name).value.items()
+                            if type(tags) is dict for tag in tags}
                 else:
-                    good = images == {
-                        canonical_json([one.need("Config", str),
-                                        one.get("Layers", list, []),
-                                        tag and Reference.full(str(tag))])
-                        for one in Document({name: value}, name).children(
-                            name, INDEX_COUNT_LIMIT)
-                        for tag in one.get("RepoTags", list) or [None]}
-                if not good:
+                    least, most = noted, images
+                    told = {canonical_json([one.need("Config", str),
+                                            one.get("Layers", list, []),
+                                            tag and Reference.full(str(tag))])
+                            for one in Document({name: value}, name).children(
+                                name, INDEX_COUNT_LIMIT)
+                            for tag in one.get("RepoTags", list) or [None]}
+                if not (least <= told <= most and bool(told) == bool(most)):
                     raise InvalidDocument("names other images than index.json")
 
 

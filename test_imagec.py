@@ -9649,6 +9649,9 @@ class WithoutTest(StoredCase):
             self.pull("--without", base, "--tag", self.old, "--format", "archive" if
                       "." in name else "oci", "-o", self.at(name), self.new)
             with self.assertLogs("imagec", "WARNING") as told:
+                imagec.Shelf(self.at(name))
+            self.assertIn("layers elsewhere, and so not served: 2", told.output[0])
+            with self.assertLogs("imagec", "WARNING") as told:
                 shelf = imagec.Shelf(self.at(name), self.at("twin.tar"), base)
             self.assertRegex("".join(told.output), "lab/app:1 is that of .*/new")
             self.assertNotIn("passed over", "".join(told.output))
@@ -12871,6 +12874,30 @@ class AuditTest(StoredCase):
 
         self.damaged(folder, in_turn(AUDIT_ARCHIVE, 2), check)
 
+    def test_others_tell_docker_less(self):
+        """ctr names one platform's image in manifest.json, or none; ours name all."""
+        path, folder = self.good("archive"), os.path.join(self.root, "unpacked", "")
+        members = self.members(path)
+        told, index = (json.loads(members[name].decode())
+                       for name in ("manifest.json", "index.json"))
+        told[0]["RepoTags"] = None
+        members["manifest.json"] = json_bytes(told)
+        for status in (3, 0, 3):
+            write_file(path, tar_bytes([(name.rstrip("/"), data)
+                                        for name, data in members.items()]))
+            self.verify(path, status)
+            for name in list(index["manifests"][0]["annotations"]):
+                if name.startswith(ORIGIN):
+                    del index["manifests"][0]["annotations"][name]
+            members["index.json"] = json_bytes(index)
+            if not status:
+                members["manifest.json"] = b"[]"
+        for name, data in members.items():
+            if data is not None:
+                write_file(folder + name, data)
+        self.pull("--format", "oci", "-o", folder, self.reference)
+        self.verify(folder)  # where nobody reads what docker is told
+
     @staticmethod
     def repack(folder, names, path):
         """A tar of the folder, in the order of `names`, then what is new in it."""
@@ -13081,6 +13108,8 @@ class AuditTest(StoredCase):
             self.pull("--format", "rootfs", "-o", self.at(name), self.reference)
         for name in ("oci-layout", "index.json"):
             shutil.copy(self.at("emptied", name), self.at("like a layout"))
+        for name in ("version", "manifest.json"):
+            self.file("work/copied/" + name, "{}")
         hint = "; what can be read is a layers tree, an OCI layout or an archive"
         for name, status, words in (
                 ("", 1, "''"), ("absent", 1, "not there"), ("text", 3, "content"),
@@ -13088,7 +13117,8 @@ class AuditTest(StoredCase):
                 ("/dev/null", 1, "neither a file nor a directory"),
                 ("other.tar", 1, "no image"), ("root.tar", 1, "no image"),
                 ("root", 1, "no image"), ("empty", 1, "no image"),
-                ("emptied", 1, "no image"), ("like a layout", 1, "no image")):
+                ("emptied", 1, "no image"), ("like a layout", 1, "no image"),
+                ("copied", 1, "no layout, but what skopeo and podman call dir:")):
             with self.subTest(name):
                 run = self.main("verify", name and self.at(name))
                 self.assertEqual((run.status, run.out), (status, b""))
@@ -19718,8 +19748,13 @@ class DockerTest(ReadersCase):
                             "--platform", "linux/amd64", name)
             self.docker.ctr("images", "export", "--platform", "linux/amd64",
                             self.at("part.tar"), name)
+            self.docker.ctr("images", "pull", "--plain-http", "--snapshotter", "native",
+                            "--all-platforms", name)
+            self.docker.ctr("images", "export", "--all-platforms", self.at("whole.tar"),
+                            name)
             self.docker("pull", name)
         self.docker("save", "--output", self.at("saved.tar"), name)
+        self.assertEqual(faults_of(self.at("whole.tar")), [])
         for path, absent in (("part.tar", 1), ("saved.tar", 0)):
             self.taken(self.at(path), sha256(image.config), absent=absent)
 
