@@ -8354,14 +8354,20 @@ class Shelf:
         self.referrers = {}  # the same of a subject -> digest -> what an index says
         self.blobs = {}  # Digest -> Region
         self._good = {}  # Digest -> the file's identity when it was proved
+        elsewhere = set()  # the Digests of what was left out
         for path in reversed(paths):
             with naming(path):
-                self._fill(path, open_place(path, check, lambda error: log.warning(
-                    "passed over: %s: %s", error.filename, error.strerror)))
+                elsewhere.update(self._fill(path, open_place(
+                    path, check, lambda error: log.warning(
+                        "passed over: %s: %s", error.filename, error.strerror))))
+        if elsewhere.difference(self.blobs):
+            log.warning("layers elsewhere, and so not served: %d; name what has them, "
+                        "too", len(elsewhere.difference(self.blobs)))
         if paths and not self.repositories:
             raise OutputError(", ".join(paths), "holds nothing that could be served")
 
     def _fill(self, path, reader):
+        """Takes what is at a path; yields the Digests of what was left out there."""
         @contextlib.contextmanager
         def noting(name):
             try:
@@ -8380,6 +8386,7 @@ class Shelf:
                     tag = reference.tag or tag
             elif found.tree is not None:
                 continue  # not where a pull puts it
+            yield from found.without
             for document in found.documents:
                 digest = found.digest or document.digest
                 self.add((), None, document)
