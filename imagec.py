@@ -7601,8 +7601,9 @@ def stored_image(path, name=None, platform=None, check=go_on):
     reader, reference = open_place(path, check), None
     names = [(str(one.name or one.tag or one.digest or one.tree), one)
              for one in stored(reader, lenient) if not one.along]
-    picked = [one for full, one in names
-              if name is None or re.search(r"(?:\A|[/:])%s\Z" % re.escape(name), full)]
+    picked = [one for full, one in names if full == name] or [
+        one for full, one in names
+        if name is None or re.search(r"[/:]%s\Z" % re.escape(name), full)]
     if len(picked) != 1:
         raise UsageError("%s holds %s" % (
             path, ", ".join(full for full, _ in names) or "no image"),

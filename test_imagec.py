@@ -15686,6 +15686,11 @@ class OnDiskTest(CommandLineCase):
         for name in ("any", "lab/app", ".*", "app:man", ""):
             self.assert_one_line(self.main("digest", "-q", path, "--image", name), 2,
                                  "choose one")
+        path = self.put("layout", "--format", "oci", self.ref, self.many)
+        damage_json(lambda index: index["manifests"][0].update(annotations={
+            OCI_TAG: "many"}))(path + "/index.json")  # skopeo's: that is its whole name
+        self.assertEqual(self.asked("digest", path, "--image", "many"),
+                         self.digest + "\n")
 
     def test_what_has_no_name(self):
         by_digest = self.ref[:-2] + "@" + self.digest
