@@ -104,7 +104,7 @@ __all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "Descriptor", "Manifest", "Index", "Layer", "Schema1Manifest", "decode_manifest",
     "ImageConfig", "proved", "Credentials", "Challenge", "fetch_token", "Registry",
     "Image", "Session", "pull",
-    "new_server",
+    "Shelf", "new_server",
     "push",
     "main",
 ]
@@ -7200,13 +7200,15 @@ class Session:
                     top, "all", lambda entry: found.get(entry.digest)
                 )._replace(subject=digest)
 
-    def pull(self, references: list, output: Output, platform: Platform = None) -> list:
-        """Pulls `references` into `output` (of the Outputs room): their Images.
-
-        `platform` is a Platform, None for this host's, "all" for whole indexes, or a
-        list of Platforms. Every byte is checked before anything has its final name.
-        """
-        return Puller(self, output).pull(references, platform)
+    def pull(self, references: list, output: "str | os.PathLike | Output",
+             platform: "Platform | str | list | None" = None, format: str = None,
+             tag: "Reference | str | None" = None) -> list:
+        """Pulls `references` into one `output`: their Images. For the rest see pull."""
+        if not isinstance(output, Output):
+            output = new_output(output, format, tag and Reference.parse(str(tag)))
+        return Puller(self, output).pull(
+            [Reference.parse(str(one)) for one in references],
+            None if platform is None else parse_platform(platform))
 
 
 class Puller:
@@ -7724,12 +7726,11 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
     threads; `options` are Session's. Raises ImagecError, and OSError of the
     local disk.
     """
-    reference = Reference.parse(str(reference))
-    if platform is not None:
-        platform = parse_platform(platform)
     with Session(notify=progress, **options) as session:
-        place = new_output(output, format, tag and Reference.parse(str(tag)))
-        return session.pull([reference], place, platform)[0]
+        images = session.pull([reference], output, platform, format, tag)
+        for _, error in session.failures or ():
+            raise error
+        return images[0]
 
 
 def parse_platform(text):
@@ -9029,8 +9030,13 @@ def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
     `options` and for what it raises see pull.
     """
     with Session(notify=progress, **options) as session:
-        pusher, path = Pusher(session, place, tag, partial), os.fspath(path)
-        return [one for image in pusher.plan(path, path) for one in pusher.push(*image)]
+        pusher, path, there = Pusher(session, place, tag, partial), os.fspath(path), []
+        for image in pusher.plan(path, path):
+            with session.trying(image[0]):
+                there += pusher.push(*image)
+        for _, error in session.failures or ():
+            raise error
+        return there
 
 
 def _run_push(args, session):

@@ -11567,6 +11567,18 @@ class PullTest(PullCase):
                         platform=imagec.Platform.parse(NET_PLATFORM))
             self.assertEqual(faults_of(str(output)), [])
 
+    def test_session_takes_what_the_function_takes(self):
+        registry = self.filled()
+        session = self.session(keep_going=True)
+        one, = session.pull([registry.host + "/app:1", registry.host + "/gone:1"],
+                            self.dest, NET_PLATFORM, "oci", "x:2")
+        self.assertEqual(str(one.digest), self.image.digest)
+        self.assertIn(b'"docker.io/library/x:2"', file_bytes(self.dest + "/index.json"))
+        (_, error), = session.failures
+        self.assertIsInstance(error, imagec.NotFound)
+        with self.fails(imagec.NotFound):
+            imagec.pull(registry.host + "/gone:1", self.dest, keep_going=True)
+
     @rows([({"reference": "UPPER"},), ({"format": "none"},), ({"jobs": 0},),
            ({"platform": "a/b/c/d/e"},), ({"username": "alice"},), ({"output": ""},),
            ({"output": "-"},), ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},),
@@ -14939,6 +14951,8 @@ class PushTest(PushCase):
         run = self.push(path, "--dry-run")
         self.assertEqual(self.asked(), (0, 0, 0, 0))
         size = sum(map(len, PUSH_IMAGE.blobs.values()))
+        with self.fails(imagec.TransportError):
+            imagec.push(path, "127.0.0.1:1", keep_going=True)
         one, = imagec.push(path, self.target.host, progress=events.append, no_creds=True)
         self.assertEqual(run.out.decode(), "%s\nto send: %d bytes; already there: 0\n" % (
             one, size))
