@@ -3995,7 +3995,7 @@ class Partial:
     The lock makes a second pull of the same thing wait for the first instead of writing
     into its file. `wait(seconds)` is how to wait, and may raise. What stands there and
     is not ours alone is removed. Raises OutputError where it cannot be, and where
-    another process holds the file for LOCK_PATIENCE seconds in which it does not grow.
+    another process holds for LOCK_PATIENCE seconds what does not grow or is not ours.
     """
 
     def __init__(self, final, wait=time.sleep, clock=time.monotonic):
@@ -4004,16 +4004,16 @@ class Partial:
         size, told, begin = None, False, clock()
         grew = begin
         while not self._take():
-            before, now = size, clock()
+            now = clock()
             with contextlib.suppress(FileNotFoundError):
-                size = os.lstat(self.path).st_size
-            if size != before:
-                grew = now
+                status = os.lstat(self.path)
+                if status.st_size != size and ours_alone(self.path, status):
+                    size, grew = status.st_size, now
             if now - grew >= LOCK_PATIENCE:
                 raise OutputError(
-                    self.path, "another process holds it, and it has not grown for %d "
-                    "seconds" % LOCK_PATIENCE, "end that process, or choose another "
-                    "place with -o")
+                    self.path, "another process holds it, and for %d seconds it has "
+                    "not grown, or is not ours alone" % LOCK_PATIENCE,
+                    "end that process, or choose another place with -o")
             if not told and now - begin >= LOCK_TOLD:
                 told = True
                 log.warning("%s: waiting, for another process holds it", self.path)

@@ -8380,8 +8380,11 @@ class DownloadTest(DownloadCase):
                 ("at once", False, 0.5, False, None),
                 ("soon", False, 9, True, None),
                 ("a slow pull", True, 3000, True, None),
-                ("for ever", False, None, True, imagec.OutputError)):
-            with self.subTest(name), open(self.path + ".partial", "wb") as holder:
+                ("for ever", False, None, True, imagec.OutputError),
+                ("another user's", True, None, True, imagec.OutputError)):
+            with self.subTest(name), open(self.path + ".partial", "wb") as holder, (
+                    mock.patch.object(imagec, "ours_alone",
+                                      lambda *_: name != "another user's")):
                 fcntl.flock(holder, fcntl.LOCK_EX)
                 now, naps = [1000.0], []
 
