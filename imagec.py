@@ -8356,6 +8356,7 @@ class Shelf:
         self.referrers = {}  # the same of a subject -> digest -> what an index says
         self.blobs = {}  # Digest -> Region
         self._good = {}  # Digest -> the file's identity when it was proved
+        self._locks = collections.defaultdict(threading.Lock)  # Digest -> who proves it
         elsewhere = set()  # the Digests of what was left out
         for path in reversed(paths):
             with naming(path):
@@ -8439,12 +8440,15 @@ class Shelf:
         has changed. Raises VerificationError, OSError.
         """
         region = self.blobs.get(digest)
-        status = region and os.stat(region.path)
-        identity = status and (status.st_dev, status.st_ino, status.st_size,
-                               status.st_mtime_ns, status.st_ctime_ns)
-        if region and self._good.get(digest) != identity:
-            drain(proved(region.pieces(), digest, region.size))
-            self._good[digest] = identity
+        if region is None:
+            return None
+        with self._locks[digest]:  # once for all who ask meanwhile
+            status = os.stat(region.path)
+            identity = (status.st_dev, status.st_ino, status.st_size,
+                        status.st_mtime_ns, status.st_ctime_ns)
+            if self._good.get(digest) != identity:
+                drain(proved(region.pieces(), digest, region.size))
+                self._good[digest] = identity
         return region
 
 

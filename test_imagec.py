@@ -13911,6 +13911,22 @@ class ShelfTest(ServeCase):
         shelf.blobs[other] = shelf.blobs[digest]
         self.assertRaises(imagec.DigestMismatch, shelf.blob, other)
 
+    def test_blob_is_proved_for_all_who_ask_meanwhile(self):
+        shelf, digest, _ = self.shelf_of(b"x" * 1000)
+        digest, others = imagec.Digest.parse(digest), []
+
+        def proved(*arguments):
+            if not others:
+                others.append(threading.Thread(target=shelf.blob, args=[digest]))
+                others[0].start()
+                others[0].join(0.1)
+            return iter(())
+
+        with mock.patch.object(imagec, "proved", side_effect=proved) as v:
+            shelf.blob(digest)
+            others[0].join()
+            self.assertEqual(v.call_count, 1)
+
 
 # -- Conformance: the expectations of the OCI distribution-spec's pull tests
 
