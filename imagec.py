@@ -3941,13 +3941,13 @@ class Source:
                     return found
         return None
 
-    def ask(self, method, *arguments):
-        """(what that method of Registry gives, the first place that can do it)."""
+    def ask(self, method, *arguments, errors=ImagecError):
+        """(what that method of Registry gives, the first place without `errors`)."""
         while True:
             registry, repository = place = self._places[0]
             try:
                 return method(registry, repository, *arguments), place
-            except ImagecError as error:
+            except errors as error:
                 if not self.leave(place, error):
                     raise
 
@@ -7086,9 +7086,13 @@ class Session:
         """The Image of `reference` for `platform` (None: this host's; "all").
 
         "all" takes what is no index as it is. For `held` see manifest; `top` is what
-        that gave, if it is known. Raises NoMatchingPlatform, Unsupported, and what
-        Registry.fetch_manifest raises.
+        that gave, if it is known: see trusting. Raises NoMatchingPlatform, Unsupported,
+        and what Registry.fetch_manifest raises.
         """
+        if top is None:
+            return self.trusting(reference, held, lambda top: self.resolve(
+                reference, platform, held, top))
+
         def config_of(pointer):
             what, raw = "config " + str(pointer.digest), _held(pointer, held)
             if raw is None:
@@ -7096,7 +7100,6 @@ class Session:
             return ImageConfig.parse(raw, what)
 
         source, others = self.source(reference), []
-        top = top or self.manifest(reference, held)
         with naming("%s/%s" % (source.host, source.repository)):
             image = image_of(reference, source.registry_url, top, platform,
                              self._fetcher(source, held, others), config_of)
@@ -7110,20 +7113,17 @@ class Session:
             signed=self.prove(reference, image.indexes + (image.manifest,)))
 
     def prove(self, reference, documents):
-        """What proves that these are signed, as SignedBy.prove; () if nothing has to.
+        """What proves these to be signed, see SignedBy.prove; () if nothing has to."""
+        return () if self.rule is None else self.rule.prove(
+            reference, documents, self.source(reference))
 
-        A mirror may have other signatures than the home.
+    def trusting(self, reference, held, action):
+        """What action(document), which proves it, gives for what `manifest` gives.
+
+        A mirror is left where that fails: what it has may not be what was signed.
         """
-        if self.rule is None:
-            return ()
-        source = self.source(reference)
-        try:
-            return self.rule.prove(reference, documents, source)
-        except VerificationError:
-            if source.host == source.home.host:
-                raise
-            return self.rule.prove(reference, documents, Source(
-                [(source.home, source.repository)]))
+        return self.source(reference).ask(lambda *_place: action(
+            self.manifest(reference, held)), errors=VerificationError)[0]
 
     @staticmethod
     def _fetcher(source, held, others):
@@ -7346,9 +7346,9 @@ class Puller:
             reference, session.source(reference).registry_url)
         if not isinstance(platform, list):
             return [session.resolve(reference, platform, held)]
-        top = session.manifest(reference, held)
-        images = [session.resolve(reference, one, held, top) for one in (
-            platform if isinstance(top, Index) else ["all"])]
+        images = session.trusting(reference, held, lambda top: [
+            session.resolve(reference, one, held, top) for one in (
+                platform if isinstance(top, Index) else ["all"])])
         images = list({image.manifest.digest: image for image in images}.values())
         if len(images) > 1 and output.platforms:
             return [joined(images)]
@@ -7839,9 +7839,8 @@ def asked(args, session, outermost=False):
     reference = named(text)
     if not outermost:
         return session.resolve(reference, args.platform)
-    document = session.manifest(reference)
-    session.prove(reference, (document,))
-    return document
+    return session.trusting(reference, (), lambda document: (
+        document, session.prove(reference, (document,)))[0])
 
 
 # --------------------------------------------------------------------------------------

@@ -12429,21 +12429,29 @@ class SignedPullTest(SignedCase):
             {"key": self.key, "digest": self.image.digest}])
 
     def test_mirrors(self):
-        """The home is asked, too, where a mirror has no signature that will do."""
-        mirror = self.registry()
+        """A mirror may lack the signature, but not have another, nor another image."""
+        mirror, pull = self.registry(), ["pull", "-o", self.at("out.tar")]
         mirror.add("lab/app", "1", self.index)
-        argv = ("pull", "-o", self.at("out.tar"), "--mirror", mirror.host,
-                "--verify-key", self.key, self.reference)
-        self.run_it(*argv, expect=3)
         self.sign(self.index)
-        for sign in (lambda: None, lambda: self.sign(self.index, SUM_B, mirror),
-                     lambda: self.sign(self.index, registry=mirror, secret=2)):
-            sign()
-            run = self.run_it(*argv)
-            self.assertEqual(self.blob_gets(self.image.layers[0]), 0, run.err)
-        self.sign(self.index, registry=mirror)
-        self.run_it(*argv)
-        self.assertEqual(self.blob_gets(), 0)
+        for change, home, *others in (
+                (lambda: None, 0), (lambda: self.sign(self.index, SUM_B, mirror), 1),
+                (lambda: self.sign(self.index, registry=mirror, secret=2), 1),
+                (lambda: self.sign(self.index, registry=mirror), 0),
+                (lambda: mirror.add("lab/app", "1", build_image(FIELD_SMALL[:1])), 1,
+                 ["digest"], ["layers"], pull + ["--platform", "linux/arm64"])):
+            change()
+            for argv in others + [pull]:
+                remove(self.at("out.tar"))
+                run = self.run_it(*argv, "--mirror", mirror.host, "--verify-key",
+                                  self.key, self.reference)
+                self.assertEqual("leaving the mirror %s: %s" % (
+                    mirror.host, self.reference) in run.err, home, run.err)
+            self.assertEqual(self.blob_gets(self.image.layers[0]), home, run.err)
+            run = self.main("verify", "--verify-key", self.key, self.at("out.tar"))
+            self.assertEqual(run.status, 0, run.err)
+        self.unsign(self.index)
+        self.run_it("digest", "--mirror", mirror.host, "--verify-key", self.key,
+                    self.reference, expect=3)
 
     def test_schema1(self):
         """Its own signatures count, if the key is known."""
