@@ -4376,15 +4376,13 @@ class Reader:
 
     `path` is the user's choice and may be a link; below it none is followed. `check` is
     called as work goes on, and may raise; `unlisted(OSError)` hears of directories that
-    cannot be listed. `asked` collects the names of files that were wanted. The Readers
-    `beside` it are asked for blobs that are not here.
+    cannot be listed. `asked` collects the names of files that were wanted; `beside` has
+    the Regions of some that may not be here, by their names: see blobs_of.
     """
-
-    beside = ()
 
     def __init__(self, path, check=go_on, unlisted=_raise):
         self.path, self.check, self._unlisted = path, check, unlisted
-        self.asked, self._names = set(), None
+        self.asked, self.beside, self._names = set(), {}, None
 
     def names(self):
         """Those of all that is no directory, sorted; they are looked for once."""
@@ -4416,10 +4414,9 @@ class Reader:
         try:
             return self._region(name)
         except FileNotFoundError:
-            for other in self.beside if name.startswith("blobs/") else ():
-                with contextlib.suppress(FileNotFoundError):
-                    return other._region(name)
-            raise
+            if name not in self.beside:
+                raise
+            return self.beside[name]
 
     def _region(self, name):
         path = self.path
@@ -4646,6 +4643,14 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
         for one in found:
             yield getattr(one, "blob", one), self.file_of(one)
 
+    def regions(self, document, noting):
+        """Yields (Digest, Region) of each blob that is there; see `blobs`, `stored`."""
+        with noting("%sconfig.json" % self.tree):
+            for blob, name in self.blobs(document):
+                absent = [FileNotFoundError] * (blob.digest in self.without)
+                with noting(name), contextlib.suppress(*absent):
+                    yield blob.digest, self.reader.region(name)
+
     def layers(self, manifest):
         """The Layers of an image in it, less all but their blobs of an artifact.
 
@@ -4678,6 +4683,15 @@ def stored(reader, noting=naming):
     for tree, name, digest in _trees(reader):
         yield Stored(reader, tree, name, None, None, None, _noted(
             noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
+
+
+def blobs_of(path, check):
+    """{name in a layout: Region} of the blobs that are at `path`, by whatever name."""
+    with naming(path):
+        return {blob_name(digest): region
+                for found in stored(open_place(path, check), lenient)
+                for document in found.documents
+                for digest, region in found.regions(document, lenient)}
 
 
 def stored_referrers(names, digest):
@@ -7853,7 +7867,7 @@ class Audit:
     `images` and `blobs` count what was looked at; `unchecked` says what was not looked
     into (no codec), `absent` what should have been, by its name, and why; `ignored`
     names the files that no image needs, `elsewhere` the blobs that a pull was to leave
-    out. `check` is called as work goes on, and may raise.
+    out. `reader` reads it. `check` is called as work goes on, and may raise.
     """
 
     def __init__(self, check=go_on):
@@ -7877,8 +7891,9 @@ class Audit:
                 raise error
 
         with self._noting("content"):
-            reader = open_place(path, self._go_on, unlisted)
-            reader.beside = [open_place(other, self._go_on) for other in beside]
+            self.reader = reader = open_place(path, self._go_on, unlisted)
+            for other in beside:
+                reader.beside.update(blobs_of(other, self._go_on))
             for found in stored(reader, self._noting):
                 self._check_stored(found)
             for name in map(blob_name, filter(self._optional.get, self._optional)):
@@ -8158,8 +8173,7 @@ def _run_verify(args, session):
         raise OutputError(args.path, "incomplete: blobs elsewhere: %d" % len(
             audit.elsewhere), "name with --with PATH what has them")
     if session.rule is not None:
-        _Stock(open_place(args.path, session.transport.check)).prove(
-            session.rule, args.image)
+        _Stock(audit.reader).prove(session.rule, args.image)
     more = len(audit.ignored) - 1
     if audit.ignored:
         log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
@@ -8392,11 +8406,7 @@ class Shelf:
             for document in found.documents:
                 digest = found.digest or document.digest
                 self.add((), None, document)
-                with noting("%sconfig.json" % found.tree):
-                    for blob, name in found.blobs(document):
-                        absent = [FileNotFoundError] * (blob.digest in found.without)
-                        with noting(name), contextlib.suppress(*absent):
-                            self.blobs[blob.digest] = found.reader.region(name)
+                self.blobs.update(found.regions(document, noting))
             if str(digest) in self.documents:
                 self._name(names, tag, str(digest), "%s in %s" % (
                     found.full or digest, path))

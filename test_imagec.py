@@ -9599,13 +9599,20 @@ class WithoutTest(StoredCase):
                              "o.tar: is an update: layer .* is elsewhere; serve")
 
     def test_the_two_together(self):
+        self.pull("-o", self.at("tree"), self.old)
         self.pull("-o", self.at("less"), "--format", "oci",
                   self.serve(ARCHIVE_TARS[:1], "lab/less:1")[0])
-        for base, name in zip(self.bases()[1:], ("new", "new.tar")):
+        for base, name in zip([*self.bases()[1:], self.at("tree"), self.at("docker.tar")],
+                              ("new", "new.tar") * 2):
+            if base.endswith("docker.tar"):  # it has them as they unpack
+                self.serve(ARCHIVE_TARS, "lab/app:2", compress=None)
+                write_file(base, docker_archive([build_image(
+                    ARCHIVE_TARS[:2], compress=None)], "docker", True))
             self.left_out("app:2", name, base)
             for other, status in ((self.at("less"), 1), (base, 0)):
                 run = self.main("verify", self.at(name), "--with", other)
                 self.assertEqual(run.status, status, run.err)
+            remove(self.at(name))
 
     def test_pushed_where_the_rest_is(self):
         base = self.bases()[1]
@@ -13367,6 +13374,15 @@ class SignedVerifyTest(SignedCase):
             self.assertIn("not asked who signed what refers to others here: 1", run.err)
             self.assertIn("by none of the keys", self.main(
                 "verify", "--verify-key", self.other, self.at(name)).err)
+
+    def test_with_what_it_builds_on(self):
+        self.pull_signed()
+        os.rename(self.at("out"), self.at("base"))
+        self.pull("--verify-key", self.key, "--platform", "linux/amd64", "--format",
+                  "oci", "-o", self.at("out"), "--without", self.at("base"),
+                  self.reference)
+        self.proved("out", 1, "blobs elsewhere: 3")
+        self.proved("out", 0, "signed by", "--with", self.at("base"))
 
     def test_another_command_leaves_it_to_verify(self):
         self.pull_signed("out.tar")
