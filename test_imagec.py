@@ -17384,7 +17384,7 @@ ANNEXES = {
     "Keys": ((), ("\"verify_keys\": SignedBy",)),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
     "Look": ((), (COMMAND_ROW % "ls", COMMAND_ROW % "cat")),
-    "Serve": (("Self-test",), ("^    \"new_server\",\n",
+    "Serve": (("Self-test",), ("^    \"Shelf\", \"new_server\",\n",
                                COMMAND_ROW % "serve")),
     "Push": ((), ("^    \"push\",\n", COMMAND_ROW % "push")),
     "Self-test": ((), (COMMAND_ROW % "selftest",)),
