@@ -2883,9 +2883,9 @@ class NamesTest(TableCase):
 
     # T01, T02, T14
     @rows(worded(
-        ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32], "sha1:" + HEX64[:40],
-         "SHA256:" + HEX64, "sha256+b64u:" + HEX64, " " + SHA256_A, ":" + HEX64, None, 5,
-         ["sha256", HEX64]),
+        ("expected sha256:", "", "../x", HEX64, "md5:" + HEX64[:32],
+         "sha1:" + HEX64[:40], "SHA256:" + HEX64, "sha256+b64u:" + HEX64,
+         " " + SHA256_A, ":" + HEX64, None, 5, ["sha256", HEX64]),
         ("expected 64 lowercase",
          "sha256:", "sha256:../../../x", "sha256:" + HEX64[:63], SHA256_A + "0",
          SHA256_A + "\n", SHA256_A + "\0", "sha256:\n" + HEX64[1:],
@@ -2965,11 +2965,13 @@ class NamesTest(TableCase):
         "linux/arm64/v8.2 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
         "linux/arm64/v9 arm64/v9 arm64/v8.5 arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1"
         " arm64 arm/v8 arm/v7 arm/v6 arm/v5",
-        "linux/arm64/v9.2 arm64/v9.2 arm64/v9.1 arm64/v9 arm64/v8.7 arm64/v8.6 arm64/v8.5"
-        " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm64/v9.2 arm64/v9.2 arm64/v9.1 arm64/v9 arm64/v8.7 arm64/v8.6"
+        " arm64/v8.5 arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7"
+        " arm/v6 arm/v5",
         "linux/arm64/v9.6 arm64/v9.6 arm64/v9.5 arm64/v9.4 arm64/v9.3 arm64/v9.2"
         " arm64/v9.1 arm64/v9 arm64/v8.9 arm64/v8.8 arm64/v8.7 arm64/v8.6 arm64/v8.5"
-        " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
+        " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6"
+        " arm/v5",
         "linux/s390x s390x",
         "windows/amd64 amd64 386",
         "linux/riscv64/rva20u64 riscv64/rva20u64"))
@@ -3091,7 +3093,8 @@ class DocumentsTest(TableCase):
         '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}'))
     def test_other_cases(self, text):
         document = imagec.Document.parse(text.encode("utf-8"), "doc")
-        self.refused(imagec.InvalidDocument, "in another case", document.get, "skin", int)
+        self.refused(imagec.InvalidDocument, "in another case", document.get, "skin",
+                     int)
 
     def test_children_are_counted_first(self):
         document = imagec.Document.parse(b'{"a": [1, 2, 3]}', "doc")
@@ -3622,10 +3625,11 @@ class ManifestsTest(TableCase):
         self.assertEqual(found, [SUM_B, SUM_C, SUM_B])
         for digest, layers in ((SUM_B, [layer, other, dict(layer, size=9)]),  # T44
                                (SUM_A, [dict(layer, digest=SUM_A)])):
+            raw = json_bytes(dict(IMAGE_DOC, layers=layers))
             self.refused(imagec.InvalidDocument, "two sizes for " + digest,
-                         imagec.decode_manifest, json_bytes(dict(IMAGE_DOC, layers=layers)))
+                         imagec.decode_manifest, raw)
 
-    # Whether it is an image's, config media types; old registries gave others to images.
+    # Whether it is an image's, config media types; old registries gave images others.
     @rows((kind, image) for image, *kinds in (
         (True, MEDIA_TYPES["oci"]["config"], MEDIA_TYPES["docker"]["config"],
          "application/octet-stream", "application/json", "text/html", ""),
@@ -3773,7 +3777,7 @@ class MatchingTest(TableCase):
         ("exact", "linux/arm64", "linux/amd64 linux/arm64 linux/arm/v7", [1, 2]),
         ("none", "linux/s390x", "linux/amd64 linux/arm64", []),
         ("other system", "linux/amd64", "windows/amd64 freebsd/amd64", []),
-        ("aliases", "linux/amd64", "linux/x86_64 linux/amd64/v1 Linux/AMD64", [0, 1, 2]),
+        ("alias", "linux/amd64", "linux/x86_64 linux/amd64/v1 Linux/AMD64", [0, 1, 2]),
         ("docker's order", "linux/arm64",
          "linux/arm/v5 linux/arm/v7 linux/arm64/v8 linux/arm linux/arm/v8",
          [2, 4, 1, 3, 0]),
@@ -3794,7 +3798,7 @@ class MatchingTest(TableCase):
         ("no entries", "linux/amd64", "", []),
         ("what is no manifest", "linux/amd64",
          "application/vnd.example=linux/amd64 docker=linux/amd64 signed=-", [1, 2]),
-        ("any build", "windows/amd64", "windows/amd64//10.0.1.1 windows/amd64", [0, 1])))
+        ("builds", "windows/amd64", "windows/amd64//10.0.1.1 windows/amd64", [0, 1])))
     def test_matching(self, name, wanted, entries, places):
         platform = imagec.Platform.normal(*wanted.split("/"))
         found = imagec.matching(index_of(entries), platform)
@@ -4625,13 +4629,13 @@ class UnpackTest(TableCase):
         self.refused(imagec.TooLarge, "layer 1 takes more than", lambda: unpacked(
             [gzip_bytes(LAYER_TAR)] + [chunk] * 8, limit=len(LAYER_TAR)))
 
-    @rows(itertools.product([bytes] + [zstd_frame] * CAN_ZSTD, (1000, 1 << 20)))
+    @rows(itertools.product([bytes] + [zstd_frame] * CAN_ZSTD, (1000, 4 << 20)))
     def test_the_limit_stops_at_once(self, packed, limit):
         drawn = []
-        blob = packed(bytes(1 << 16)) * 64  # all of it behind the tar's end
+        blob = packed(bytes(1 << 18)) * 64  # all of it behind the tar's end
         with self.assertRaises(imagec.LimitExceeded):
             imagec.prove((drawn.append(part) or part
-                          for part in pieces(blob, itertools.repeat(1 << 16))),
+                          for part in pieces(blob, itertools.repeat(1 << 18))),
                          imagec.Descriptor("", imagec.Digest.of(blob), len(blob)),
                          lambda chunks: unpacked(chunks, limit=limit))
         self.assertLess(len(drawn), 32)
@@ -5067,8 +5071,8 @@ class CredentialsTest(ResolveCase):
         self.assertEqual(self.user(self.keyring()), "next")
 
     @rows((name,) for name in (
-        "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0", "\xfc",
-        " ", "none"))  # CVE-2021-41092 was another entry taken in its place
+        "../../x", "a b;id", "/bin/x", "x/y", "-x", ".x", "x\ny", "$(id)", "x\0",
+        "\xfc", " ", "none"))  # CVE-2021-41092 was another entry taken in its place
     def test_t82_bad_names(self, name):
         self.file("bin/docker-credential-x", "#!/bin/sh\ntouch %s\n" % self.at("ran"))
         for config in ({"credsStore": name}, {"credHelpers": {"r.test": name}}):
@@ -5218,31 +5222,6 @@ NET_ODD_HOSTS = (
     ":5000", "a:+5",
 )
 
-#: (Location, path it must lead to, or None where it must be refused)
-NET_LOCATIONS = tuple((location, path) for path, locations in (
-    ("/end", (
-        "/end", "../end", "//{host}/end", "{url}/end", "{url}/end#part",
-        "HTTP://{host}/end", "/end?" + "e" * 9000, "{url}/end#a#/b@c",
-        "http:///end")),  # RFC 3986, 5.2.2, as all browsers read it
-    ("/a/end", ("end",)),
-    ("/a/start", ("?q=1",)),  # RFC 3986, 5.3: the path stays
-    ("/end?%C3%A9", ("/end?" + "\xc3\xa9",)),  # UTF-8, as http.client reads it
-    ("/hop/0", ("/hop/9",)),
-    (None, (
-        "", "/a/start",  # is the same URL again
-        "/hop/back",  # leads back in two steps
-        "/hop/10",  # T56: one more than allowed
-        "file:///etc/passwd", "data:text/plain,hello", "gopher://{host}/end",  # T79
-        "ftp://{host}/end",  # T79: urllib follows this one
-        "javascript:alert(1)", "http://alice:S3CR3T@{host}/end",
-        "http://good.test@{host}/end",  # T93
-        "http://{host}\\@good.test/end",  # T93: urlsplit says host good.test
-        "http://{host}/e\tnd",  # T93: urlsplit drops the tab
-        "http://{host}/e nd", "http://{host}:99999/end", "http://{host}:0/end",
-        "http://[::1/end", "http://{host}x/end", "http://\xc3\xa9.test/end")
-     + tuple("http://%s/end" % host for host in NET_ODD_HOSTS)),
-) for location in locations)
-
 #: (how near, addresses), by IANA's special-purpose address registries. T74
 NET_ADDRESSES = (
     (None, "a.test 1.2.3 0x7f.1 2130706433 [::1]"),
@@ -5363,7 +5342,30 @@ class TransportTest(NetworkCase):
         self.assertNotIn("Authorization", sent)
         self.assertNotIn("Cookie", sent)
 
-    @rows(NET_LOCATIONS)
+    # (Location, path it must lead to, or None where it must be refused)
+    @rows((location, path) for path, locations in (
+        ("/end", (
+            "/end", "../end", "//{host}/end", "{url}/end", "{url}/end#part",
+            "HTTP://{host}/end", "/end?" + "e" * 9000, "{url}/end#a#/b@c",
+            "http:///end")),  # RFC 3986, 5.2.2, as all browsers read it
+        ("/a/end", ("end",)),
+        ("/a/start", ("?q=1",)),  # RFC 3986, 5.3: the path stays
+        ("/end?%C3%A9", ("/end?" + "\xc3\xa9",)),  # UTF-8, as http.client reads it
+        ("/hop/0", ("/hop/9",)),
+        (None, (
+            "", "/a/start",  # is the same URL again
+            "/hop/back",  # leads back in two steps
+            "/hop/10",  # T56: one more than allowed
+            "file:///etc/passwd", "data:text/plain,hello", "gopher://{host}/end",  # T79
+            "ftp://{host}/end",  # T79: urllib follows this one
+            "javascript:alert(1)", "http://alice:S3CR3T@{host}/end",
+            "http://good.test@{host}/end",  # T93
+            "http://{host}\\@good.test/end",  # T93: urlsplit says host good.test
+            "http://{host}/e\tnd",  # T93: urlsplit drops the tab
+            "http://{host}/e nd", "http://{host}:99999/end", "http://{host}:0/end",
+            "http://[::1/end", "http://{host}x/end", "http://\xc3\xa9.test/end")
+         + tuple("http://%s/end" % host for host in NET_ODD_HOSTS)))
+        for location in locations)
     def test_t56_t79_t93_locations(self, location, expected):
         server = self.server({"/end": say(b"hello"), "/a/end": say(b"hello"),
                               "/hop/back": to("/a/start")})
@@ -5432,7 +5434,7 @@ class TransportTest(NetworkCase):
         self.assertEqual(imagec._address_rank(address), near and (
             "public", "private", "loopback", "link-local").index(near))
 
-    # (hosts on the way, the last of which is not reached unless it is "", storage hosts).
+    # (hosts on the way, of which the last is not reached unless it is -, storage hosts).
     # T74; {port} is everybody's.
     @rows((("private.test public.test private.test", ""),
            ("registry.test public.test private.test", ""),
@@ -5579,7 +5581,7 @@ class TransportTest(NetworkCase):
         self.gives(expected, lambda: self.get(self.transport(), server.url + "/it"),
                    imagec.LimitExceeded, "1048576")
 
-    # (name, action): each leaves us waiting for ever, in a way that THREAT_STALLS has not
+    # (name, action): each leaves us waiting for ever, as THREAT_STALLS do not
     @rows((("silent in the handshake, T109", hang(30, "accept")),
            ("drip in the handshake, T57",
             [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
@@ -5591,7 +5593,8 @@ class TransportTest(NetworkCase):
                                more=itertools.repeat(
                                    b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 100000))),
            ("100 Continue, slowly, T58",
-            [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
+            [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500),
+             drip(0.02, 25, "status")]),
            ("100 and more trailers, T58", lambda reply: _set(
                reply, raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
                more=itertools.repeat(b"X: y\r\n" * 9999, 1000000)))))
@@ -5958,9 +5961,8 @@ class TLSFilesTest(ResolveCase):
             store = self.client_registry(demand=ssl.CERT_OPTIONAL)
             registry = self.client_registry(auth="basic", anonymous=False)
             store.blobs, registry.redirect_blobs_to = registry.blobs, store.url
-            self.resolve(registry.host, client_pair=self.pair(),
-                      storage_hosts=[store.host] * named, username="alice",
-                      password=PASSWORD)
+            self.resolve(registry.host, client_pair=self.pair(), username="alice",
+                         password=PASSWORD, storage_hosts=[store.host] * named)
             self.assertEqual(set(store.shown), {None})
             self.assertNotIn(None, registry.shown)
             self.assertEqual(authorizations(store), [])
@@ -6445,12 +6447,12 @@ class ProxyTest(ResolveCase):
     @rows((url,) for url in (
         "", "://", "http://", "socks5://", "http://:80", "ftp://p.test:1",
         "https://p.test:1", "socks4://p.test:1", "socks4://u:S3CR3T@p.test:1",
-        "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://p.test:99999",
-        "http://[::1", "file:///etc/passwd", "socks5://%s:p@p.test:1" % ("b" * 256),
+        "socks4a://p.test:1", "http://p.test:0", "http://p.test:x", "http://[::1",
+        "file:///etc/passwd", "http://p.test:99999",
+        "socks5://%s:p@p.test:1" % ("b" * 256),
         "socks5h://b:%s@p.test:1" % ("p" * 256),
-        # passwords that were not quoted
-        "http://u:S3CR3T#@p.test:1", "http://u:S3CR3T/x@p.test:1",
-        "http://u:S3CR3T?@p.test:1"))
+        "http://u:S3CR3T#@p.test:1",  # passwords that were not quoted
+        "http://u:S3CR3T/x@p.test:1", "http://u:S3CR3T?@p.test:1"))
     def test_t89_malformed(self, url):
         # In the environment, no more than a word is no proxy at all.
         for argv, environ in ((("--proxy", url), {}),) + (
@@ -6707,7 +6709,7 @@ class AuthorizationTest(NetworkCase):
         ("https://registry.test/v2/", "https://evil.test/t", ("evil.test:80",), False),
         ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
         ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
-        ("https://registry.a.test/v2/", "https://registry.a.test.evil/token", (), False),
+        ("https://registry.a.test/v2/", "https://registry.a.test.evil/t", (), False),
         ("https://registry.a.test/v2/", "https://auth.eva.test/token", (), False),
         ("http://registry.a.test/v2/", "http://auth.a.test/token", (), False),  # no TLS
         ("https://10.1.2.3/v2/", "https://10.1.2.4/token", (), False),
@@ -7028,14 +7030,14 @@ class ProbeTest(NetworkCase):
     # certificate is refused, connections)
     @rows((("loopback, plain", {}, None, {}, "http", 2),
            ("loopback, TLS", {"tls": True}, TEST_CERT, {}, "https", 1),
-           ("wants a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https", 1),
+           ("a token", {"tls": True, "auth": "bearer"}, TEST_CERT, {}, "https", 1),
            ("a password", {"tls": True, "auth": "basic"}, TEST_CERT, {}, "https", 1),
            ("untrusted", {"tls": True}, None, {}, None, 2),
            ("wrong host", {"tls": "wrong-host"}, OTHER_CERT, {}, None, 2),
            ("expired", {"tls": "expired"}, EXPIRED_CERT, {}, None, 2),
            ("untrusted, unverified", {"tls": True}, None, {"skip": True}, "https", 1),
-           ("wrong, unverified", {"tls": "wrong-host"}, None, {"skip": True}, "https", 1),
-           ("old, unverified", {"tls": "expired"}, None, {"skip": True}, "https", 1),
+           ("wrong, skipped", {"tls": "wrong-host"}, None, {"skip": True}, "https", 1),
+           ("old, skipped", {"tls": "expired"}, None, {"skip": True}, "https", 1),
            # What does not speak TLS does not speak it unverified.
            ("plain, http allowed", {}, None, {"http": True}, "http", 2),
            ("TLS, http allowed", {"tls": True}, TEST_CERT, {"http": True}, "https", 1),
@@ -7078,8 +7080,8 @@ class ProbeTest(NetworkCase):
         (b"HTTP/1.0 403 No\x1b[2J\r\n\r\nclient sent TLS to plain port",
          "it answers in plain HTTP/1.0 403 No\\x1b[2J;"),
         # What else such words mean, they do not from outside of TLS.
-        (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "CERTIFICATE_VERIFY_FAILED;"),
-        (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", " an alert: no certificate;"),
+        (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "VERIFY_FAILED;"),
+        (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "alert: no certificate;"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
         (b"220 mail.test ESMTP ready\r\n", "TLS failed")))
     def test_t114_no_tls_spoken(self, junk, words, skip):
@@ -7674,7 +7676,7 @@ class MirrorTest(ResolveCase):
         mirror.repositories["lab/app"][self.image.digest] = (
             other.manifest, other.media_type, self.image.digest)
         image = self.resolve(self.origin.host, "lab/app@" + self.image.digest,
-                          mirrors=[mirror.host])
+                             mirrors=[mirror.host])
         self.assertEqual(len(image.layers), 2)
         self.assertEqual(len(self.said), 1)
 
@@ -7704,7 +7706,7 @@ class MirrorTest(ResolveCase):
         self.docker_config({"auths": {origin.host: field_entry("alice")}})
         self.resolve(origin.host, mirrors=[mirror.host])
         self.resolve(origin.host, mirrors=[mirror.host], username="alice",
-                  password=PASSWORD)
+                     password=PASSWORD)
         self.assertEqual(authorizations(mirror), [])
         self.assertTrue(authorizations(origin))
 
@@ -8024,8 +8026,8 @@ class RangesTest(DownloadCase):
         return [request.headers.get("Range") for request in registry.requests
                 if "/blobs/" in request.path]
 
-    # (name, what requests for parts of a blob meet from the third on, how often; whether
-    # more of them follow; whether the blob begins anew)
+    # (name, what requests for parts of a blob meet from the third on, how often;
+    # whether more of them follow; whether the blob begins anew)
     @rows((("as asked for", (), 0, True, False),
            ("the whole", no_range(), 1, False, False),
            ("404", status(404), 1, False, False), ("416", status(416), 1, False, False),
@@ -8162,7 +8164,8 @@ class DownloadTest(DownloadCase):
             partial.close()
         partial.close()  # by who clears up
 
-    @rows(itertools.product((True, False), NET_PARTIALS))
+    @rows(itertools.product((True,), NET_PARTIALS),
+          in_turn(itertools.product((False,), NET_PARTIALS), 2))
     def test_t101_t102_t103_t104_partial_files(self, size, row):
         _, content, action, offsets = row
         registry = self.filled()
@@ -8176,7 +8179,8 @@ class DownloadTest(DownloadCase):
     # (name, what is sent for the blob, its coding, is its length told, requests)
     @rows((("raw", NET_BLOB, "aws-chunked", True, 1),
            ("raw, of no length", NET_BLOB, "gzip", False, 1),
-           ("gzip", NET_GZIP, "gzip", True, 1), ("x-gzip", NET_GZIP, "X-GZIP", False, 1),
+           ("gzip", NET_GZIP, "gzip", True, 1),
+           ("x-gzip", NET_GZIP, "X-GZIP", False, 1),
            ("stored in gzip", gzip_bytes(NET_BLOB, 0), "gzip", True, 1),
            ("two members", gzip_bytes(NET_BLOB[:9]) + gzip_bytes(NET_BLOB[9:], 1),
             "gzip", True, 1),
@@ -8247,10 +8251,10 @@ class DownloadTest(DownloadCase):
            ("error page with 200, T30", body(b"<Error>AccessDenied</Error>"),
             imagec.SizeMismatch, False),
            ("empty", body(b""), imagec.SizeMismatch, False),
-           ("206 unasked, T102", partial("bytes 0-9/10", 0), imagec.RegistryError, False),
+           ("206, T102", partial("bytes 0-9/10", 0), imagec.RegistryError, False),
            ("reset, T100", reset(), imagec.TransportError, True),
            ("cut, T22", truncate(), imagec.TransportError, True),
-           ("cut after a byte each time, T64", truncate(1), imagec.TransportError, True),
+           ("cut after each byte, T64", truncate(1), imagec.TransportError, True),
            ("500", status(500), imagec.RegistryError, True),
            ("404", status(404), imagec.NotFound, False)))
     def test_t25_bad_blobs_leave_nothing(self, _, action, kind, retried):
@@ -8422,7 +8426,7 @@ class DownloadTest(DownloadCase):
         with record(os.fsync), record(os.replace):
             self.download(self.filled()).run()
         first, named, second = calls
-        self.assertEqual((first[0], second[0]), ("fsync", "fsync"))  # the directory, too
+        self.assertEqual(first[0] + second[0], "fsyncfsync")  # the directory, too
         self.assertEqual(named, ("replace", self.path + ".partial", self.path))
 
     @able(hasattr(os, "posix_fadvise"), "be told to write behind")
