@@ -6307,11 +6307,11 @@ class TreeWriter:
     """Puts a Tree's files in place in a directory, with what rights we have.
 
     The data files are moved, not copied. What could not be done is counted in `undone`,
-    a dict of words -> how often.
+    a dict of words -> how often; if `modes`, it is an error where these cannot be set.
     """
 
-    def __init__(self, tree):
-        self._tree, self._root = tree, os.geteuid() == 0
+    def __init__(self, tree, modes=True):
+        self._tree, self._modes, self._root = tree, modes, os.geteuid() == 0
         self.undone = collections.Counter()
         self.at = b""  # the path of what is being made
 
@@ -6385,7 +6385,8 @@ class TreeWriter:
                 self._try("extended attributes not set", os.setxattr, place, name,
                           value, follow_symlinks=False)
         if entry.kind != "symlink":
-            os.chmod(place, 0o666 if entry.kind == "char" else entry.mode)
+            self._try("modes not set", os.chmod, place,
+                      0o666 if entry.kind == "char" else entry.mode)
         self._try("times not set", os.utime, place, ns=(entry.mtime, entry.mtime),
                   follow_symlinks=False)
 
@@ -6393,6 +6394,8 @@ class TreeWriter:
         try:
             action(*args, **kwargs)
         except (OSError, OverflowError):
+            if self._modes and action is os.chmod:
+                raise
             self.undone[undone] += 1
 
 
@@ -6468,8 +6471,9 @@ class RootfsOutput(Spooled):
         elif os.path.lexists(path) and not (
                 os.path.isdir(path) and not os.path.islink(path)
                 and not os.listdir(path)):
-            raise OutputError(path, "is there already, and not an empty directory",
-                              "choose another place with -o")
+            raise OutputError(path, "is there already, and %s" % (
+                "a link" if os.path.islink(path) else "not an empty directory"),
+                "choose another place with -o")
         elif os.path.ismount(path) or os.path.lexists(path) and (
                 os.path.samefile(path, os.curdir)):
             raise OutputError(path, "is a mount point or where you are: nothing can "
@@ -6520,7 +6524,7 @@ class RootfsOutput(Spooled):
         return tree
 
     def _write_directory(self, tree):
-        writer = TreeWriter(tree)
+        writer = TreeWriter(tree, self.images)
         root = os.path.join(self._spool, "root")
         try:
             writer.write(root)
@@ -6575,7 +6579,8 @@ class FilesOutput(RootfsOutput):
     """The files of an artifact by their titles, in a directory or as one tar.
 
     A directory that ORAS has packed is unpacked by the rules of layers; a Helm chart
-    goes by its config. All is ours, without setuid bits and extended attributes.
+    goes by its config. All is ours, without setuid bits and extended attributes, and
+    others may do what the umask says.
     """
 
     format = "files"
@@ -6631,10 +6636,15 @@ class FilesOutput(RootfsOutput):
                 self._stores[blob.digest].shared = shared
             tree._directory(above, make=True).children[last] = node
         own = (os.geteuid(), os.getegid()) if hasattr(os, "geteuid") else (0, 0)
+        allowed, kept = 0o777, {}
+        if not self._tar:  # as for any new file; an empty directory stays as it is
+            allowed &= os.stat(make_directory(self._spool, "layers")).st_mode
+            with contextlib.suppress(FileNotFoundError):
+                kept[tree.root] = stat.S_IMODE(os.stat(self.path).st_mode)
         for _, node, _ in itertools.chain([(b"", tree.root, None)], tree.walk()):
             entry = node.entry
-            entry = entry._replace(mode=entry.mode & 0o777, uid=own[0], gid=own[1],
-                                   xattrs=())
+            entry = entry._replace(mode=kept.get(node, entry.mode & allowed),
+                                   uid=own[0], gid=own[1], xattrs=())
             node.record, node.kept = entry.dumps(), node.kept and entry
         return tree
 

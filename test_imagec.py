@@ -9121,8 +9121,11 @@ class StickTest(StoredCase):
             self.pull(*options, "-o", self.at("stick", name),
                       self.serve(ARCHIVE_TARS)[0])
             self.verify(self.at("stick", name))
+        self.origin.add("lab/thing", "1", build_artifact([(FILE, b"1", "f")]))
+        self.pull("--format", "files", "-o", self.at("stick", "art"),
+                  self.origin.host + "/lab/thing:1")
         self.assertEqual(sorted(os.listdir(self.at("stick"))),
-                         ["images", "layout", "x.tar"])
+                         ["art", "images", "layout", "x.tar"])
 
 
 class OCIOutputTest(StoredCase):
@@ -10547,8 +10550,11 @@ class RootfsOutputTest(StoredCase):
         os.mkdir(self.at("empty"))
         os.symlink("empty", self.at("link"))
         before = stored_state(self.work)
-        for name in ("file", "full", "link", "file/x"):
-            self.pull("--format", "rootfs", "-o", self.at(name), reference, expect=1)
+        for name, words in (("file", "and not an empty"), ("full", "and not an empty"),
+                            ("link", "and a link; "), ("file/x", "and is not a dir")):
+            run = self.pull("--format", "rootfs", "-o", self.at(name), reference,
+                            expect=1)
+            self.assertIn(words, run.err)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.at("empty"))
         for name in (".", "./", "../empty", self.at("empty")):
@@ -10779,11 +10785,32 @@ class FilesTest(StoredCase):
         self.assertEqual(statuses + [run.status], [0, 0], err + run.err)
         self.assertNotIn("not set", err + run.err)
         self.assertIn("'d': devices and unknown types left out: 2", run.err)
-        for path, mode in ((".", 0o755), ("d", 0o777), ("d/f", 0o755), ("e", 0o755),
+        for path, mode in ((".", 0o755), ("d", 0o755), ("d/f", 0o755), ("e", 0o755),
                            ("e/g", 0o644)):
             facts = os.stat(self.at("out", path))
             self.assertEqual((stat.S_IMODE(facts.st_mode), facts.st_uid, facts.st_gid),
                              (mode, os.geteuid(), os.getegid()), path)
+
+    def test_modes(self):
+        """As of any new file, where the file system has modes."""
+        reference, _ = self.offered([packed("f=1", "d"), (FILE, b"2", "e/g")], {})
+        self.addCleanup(os.umask, os.umask(0o77))
+        os.mkdir(self.at("there"))
+        os.chmod(self.at("there"), 0o1731)
+        no_modes = mock.patch.object(os, "chmod", side_effect=OSError(errno.ENOSYS, "FAT"))
+        for out, top, patch in (("new", 0o700, contextlib.suppress()),
+                                ("there", 0o1731, contextlib.suppress()),
+                                ("fat", 0o700, no_modes)):
+            with self.subTest(out), patch:
+                run = self.main("pull", "--progress", "none", "--format", "files", "-o",
+                                self.at(out), reference)
+                self.assertEqual("modes not set: 5\n" in run.err, out == "fat", run.err)
+                self.assertEqual([stat.S_IMODE(os.stat(self.at(out, path)).st_mode)
+                                  for path in (".", "d", "d/f", "e/g")],
+                                 [top, 0o700, 0o600, 0o600])
+        with no_modes:  # there they are the image's
+            self.pull("--format", "rootfs", "-o", self.at("root"),
+                      self.serve([raw_words("a=1")])[0], expect=1)
 
     @rows(UNSAFE_FILES)
     def test_unsafe_names(self, layers, words):
