@@ -8999,10 +8999,14 @@ class Pusher:
         return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
 
     def sizes(self, reference, blobs):
-        """Bytes of these blobs, see push, that are not there, and bytes that are."""
+        """Bytes of these blobs, see push, that are not there, and bytes that are, or
+        will be by what has been asked for before.
+        """
+        repository = reference.repository
         size, there = sum(at.size for _, at in blobs), sum(
             at.size for one, at in blobs
-            if self._target.has_blob(reference.repository, one))
+            if one.digest in self._has or self._target.has_blob(repository, one))
+        self._has.update((blob.digest, repository) for blob, _ in blobs)
         return size - there, there
 
     def push(self, reference, documents, blobs):
