@@ -5303,16 +5303,17 @@ class Image(value_type(
 
 class _Stream:
     """A binary file in the shape of a Partial. It may take less than it is given, as
-    pipes do; it is closed at the end where it is our `own`.
+    pipes do; it is closed at the end where it is ours, which has a `path`.
     """
 
-    def __init__(self, file, own=False):
-        self._file, self._own = file, own
+    def __init__(self, file, path=None):
+        self._file, self._path = file, path
 
     def write(self, data):
         view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view):]
+        with naming_file(self._path):
+            while len(view):
+                view = view[self._file.write(view):]
 
     def write_behind(self, _size=None):
         """Nothing of a pipe has to be put on disk."""
@@ -5323,7 +5324,7 @@ class _Stream:
         self._file.flush()
 
     def close(self):
-        if self._own:
+        if self._path is not None:
             self._file.close()
 
 
@@ -7807,7 +7808,7 @@ def new_output(path, format=None, tag=None, stream=None, sole=None):
             os.path.isfile(path) or os.path.isdir(path)):
         if sole:
             raise OutputError(path, "is no file", "use -o")
-        stream = _Stream(open(path, "wb", buffering=0), True)
+        stream = _Stream(open(path, "wb", buffering=0), path)
     elif stream is not None:
         stream = _Stream(stream)
     output = OUTPUTS[name](path, tag, stream)
@@ -9070,12 +9071,11 @@ def _run_push(args, session):
     import tempfile
     pusher, path = Pusher(session, args.place, args.tag, args.partial), args.path
     with contextlib.suppress() if path != "-" else (
-            tempfile.NamedTemporaryFile()) as spool:
+            tempfile.NamedTemporaryFile(buffering=0)) as spool:
         if spool is not None:
             path = spool.name
-            drain(map(spool.write, pieces(open(0, "rb", closefd=False),
-                                          check=session.transport.check)))
-            spool.flush()
+            drain(map(_Stream(spool, path).write, pieces(
+                open(0, "rb", closefd=False), check=session.transport.check)))
         for image in pusher.plan(path, args.path):
             with session.trying(image[0]):
                 if args.dry_run:
@@ -9197,7 +9197,8 @@ def _run_selftest(args, session):
             raise Unsupported("this host cannot pull images: %s" % error) from error
 
     good, (server, _, repository) = True, (args.host or DOCKER_HUB_API).partition("/")
-    place = args.host and Reference.parse(args.host + "/any/thing" * (not repository))
+    place = args.host is not None and Reference.parse(
+        args.host and args.host + "/any/thing" * (not repository))
     with tempfile.TemporaryDirectory(prefix="imagec-") as directory:
         for what, value, fine in itertools.chain(
                 describe_host(session.transport.tls.rootless(server)), proofs(),
@@ -9892,7 +9893,7 @@ def _run(args, progress):
         raise UsageError("%s takes one --platform" % args.command)
     with Session(password=read_password(args),
                  notify=None if progress.kind == "none" else progress,
-                 client_pair=args.cert and (args.cert, args.key),
+                 client_pair=None if args.cert is None else (args.cert, args.key),
                  **options) as session, _ending(session.transport):
         for result in COMMANDS[args.command][0](args, session):
             print_result(result, sys.stdout)
@@ -9977,10 +9978,16 @@ def _second_signal(numbers):
 def _local_words(error, args):
     """An OSError of this host in words: which file, what is wrong, what to do."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
-    words = "%s%s" % (printable(name) + ": " if name else "", _reason(error))
-    room = args.command == "pull" and error.errno in (
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return words + "; free some space or choose another place with -o" * room
+    hints = dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "; free some space or choose another place with " + (
+            "-o" if args.command == "pull" and args.output != "-" else "TMPDIR"))
+    hints[errno.EBUSY] = "; it is mounted there: write into it with -o -"
+    hint = hints.get(error.errno, "")
+    if name is None and hint:
+        name, hint = "standard output", ""
+    return "%s%s%s" % ("" if name is None else (printable(name) or "''") + ": ",
+                       _reason(error), hint)
 
 
 def _forget(stream):

@@ -15005,11 +15005,28 @@ class PushTest(PushCase):
         self.push_from_stdin(self.archive)
         self.has("lab/docker", "1", self.images["lab/docker"])
 
+    @able(os.name == "posix", "limit the size of files")
+    def test_temporary_files_that_are_full(self):
+        import resource
+        served = self.serve(self.archive)
+        size, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (size, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, hard))
+        for ended in (self.push_from_stdin(self.archive, expect=1), RegistryCase.main(
+                self, "pull", "-q", "-o", "-", served + "/lab/docker:1")):
+            self.assert_one_line(ended, 1, "imagec: %s.*: File too large; .* with TMPDIR"
+                                 % re.escape(tempfile.gettempdir() + os.sep))
+
     def test_dry_run_and_library(self):
         path, events = self.layout_of(PUSH_NAMED), []
+        size = sum(map(len, PUSH_IMAGE.blobs.values()))
+        run = self.push(self.layout_of(PUSH_NAMED, *(
+            (PUSH_IMAGE, name) for name in ("a.b/app:2", "a.b/other:1"))), "--dry-run")
+        self.assertEqual([tuple(map(int, pair)) for pair in re.findall(
+            "send: ([0-9]+) bytes; already there: ([0-9]+)", run.out.decode())],
+            [(size, 0), (0, size), (0, size)])  # what comes along comes once
         run = self.push(path, "--dry-run")
         self.assertEqual(self.asked(), (0, 0, 0, 0))
-        size = sum(map(len, PUSH_IMAGE.blobs.values()))
         with self.fails(imagec.TransportError):
             imagec.push(path, "127.0.0.1:1", keep_going=True)
         one, = imagec.push(path, self.target.host, progress=events.append, no_creds=True)
@@ -16152,6 +16169,9 @@ MANIFEST = "GET .*/manifests/"
 FAILURES = (
     ("fly", 2, "fly"),
     ("pull", 2, "REF"),
+    ("selftest ''", 2, "invalid reference ''"),
+    ("pull --from-file '' {ref}", 1, "imagec: '': No such"),
+    ("digest --cert '' --key '' {ref}", 2, "cannot read cert"),
     ("pull --format floppy {ref}", 2, "floppy"),
     ("digest --timeout x {ref}", 2, "float value: 'x'"),
     ("pull -o {root} --format archive {ref}", 1, "is a directory"),
@@ -16410,14 +16430,15 @@ class CommandLineFailureTest(CommandLineCase):
             self.assertLess(max(len(str(error)), len(repr(error))), 10000)
             self.assertTrue(str(error).endswith("not there; try another"))
 
-    @rows(((None, ""), (b"/a/b", "/a/b: "), (b"/a/\xff", r"/a/\udcff: "), (3, "3: "),
-           ("/a/\x1b", r"/a/\x1b: ")))
-    def test_full_disk(self, name, shown):
-        error = OSError(28, "No space left on device", name)
+    @rows(((None, "standard output: ", ""), (b"/a/b", "/a/b: "), (3, "3: "), ("", "'': "),
+           (b"/a/\xff", r"/a/\udcff: "), ("/a/\x1b", r"/a/\x1b: "),
+           ("x", "x: ", "; .* mounted .*-o -", errno.EBUSY)))
+    def test_full_disk(self, name, shown, hint="; .*-o", code=errno.ENOSPC):
+        error = OSError(code, os.strerror(code), name)
         with mock.patch.object(imagec.Partial, "write", side_effect=error):
             ended = self.pull("-q", self.ref)
-        self.assert_one_line(ended, 1, "imagec: %sNo space left on device; .*-o"
-                             % re.escape(shown))
+        self.assert_one_line(ended, 1, "imagec: %s%s%s\n" % (
+            re.escape(shown), os.strerror(code), hint))
         self.assert_nothing_final()
 
     def test_cancel_leaves_no_socket_open(self):
@@ -17036,7 +17057,8 @@ class StreamTest(CommandLineCase):
             self.assertEqual([one.status for one in told], [0, 0])  # the image counts
             for argv, ended in self.printing(full):
                 with self.subTest(argv=argv):
-                    self.assert_one_line(ended, 1, "No space left")
+                    self.assert_one_line(ended, 1, "imagec: standard output: No space "
+                                                   "left on device\n")
 
     def test_poor_encodings(self):
         many = self.offer("many", build_index(
@@ -18463,7 +18485,8 @@ class LocalFaultsTest(ThreatCase):
     @able(os.path.exists("/dev/full"), "fill /dev/full")
     def test_t120_full_device(self):
         for format in ("archive", "rootfs"):
-            self.assert_one_line(self.pull(format, "/dev/full"), 1, "No space left")
+            self.assert_one_line(self.pull(format, "/dev/full"), 1,
+                                 "/dev/full: No space left")
             self.assertTrue(stat.S_ISCHR(os.stat("/dev/full").st_mode))
         self.assertEqual(os.listdir(self.work), [])
 
