@@ -1618,8 +1618,6 @@ Measured = collections.namedtuple("Measured", "status out err peak")
 
 REAL_USER = "alice"
 REAL_PASSWORD = "S3CR3T-alice"
-HTPASSWD = "alice:$2y$05$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n"
-
 
 #: In CI: what is skipped fails, but for what a kind of machine cannot have.
 NO_SKIP = bool(os.environ.get("IMAGEC_TEST_NO_SKIP"))
@@ -1832,7 +1830,8 @@ class DockerRegistry:
             "http": http_part, "compatibility": {"schema1": {"enabled": True}}}
         if self.auth == "htpasswd":
             config["auth"] = {"htpasswd": {"realm": "registry.test",
-                                           "path": self._path("htpasswd", HTPASSWD)}}
+                                           "path": self._path("htpasswd", "alice:$2y$05"
+                "$iDvtX8u8w5YZoCLdJ05Lju5JHv5DI7R3BLLUsGlllgBJcffhe47cy\n")}}
         elif self.auth == "token":
             config["auth"] = {"token": {
                 "realm": self.token_server.url + "/token",
@@ -2425,20 +2424,6 @@ def threat_alarm(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-class FailsOnce:
-    """Stands in for a function of os; fails at the call of that number."""
-
-    def __init__(self, name, code, at):
-        self.true, self.code, self.at = getattr(os, name), code, at
-        self.calls = 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at:
-            raise OSError(self.code, os.strerror(self.code))
-        return self.true(*args, **kwargs)
-
-
 def threat_tree(image):
     """{name: digest} of the files in an image without directories whited out."""
     files = {}
@@ -2562,17 +2547,6 @@ SERVE_CANARY = b"canary that nobody may see"
 ServeAnswer = collections.namedtuple("ServeAnswer", "status headers body")
 
 
-def serve_images():
-    """{repository: BuiltImage} of every kind there is."""
-    # Images of one configuration are one image to podman.
-    images = {"lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
-              for kind in ("schema1", "schema1-signed", "docker", "oci")}
-    other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
-    images["lab/index"] = images["library/alpine"] = build_index(
-        [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
-    return images
-
-
 def serve_ask(host, path, method="GET", headers=None, tls=None):
     """The ServeAnswer to a request: to a host, or on a connection that stays."""
     if isinstance(host, str):
@@ -2638,7 +2612,13 @@ class ServeCase(RegistryCase):
 
     @classmethod
     def _fill(cls):
-        cls.images = serve_images()
+        # Images of one configuration are one image to podman.
+        cls.images = images = {
+            "lab/" + kind: build_image(SERVE_TARS, kind, author=kind)
+            for kind in ("schema1", "schema1-signed", "docker", "oci")}
+        other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
+        images["lab/index"] = images["library/alpine"] = build_index(
+            [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
         #: Which of them are in the tree, in the layout and in the archive.
         cls.held = {"layers": list(cls.images), "archive": ["lab/docker"],
                     "oci": [name for name in cls.images if "schema1" not in name]}
@@ -17120,21 +17100,6 @@ MUTABLE_CALLS = frozenset("""
     dict list set bytearray OrderedDict defaultdict Counter deque
 """.split())
 
-IMPORT_SECONDS = 0.15  # of CPU; the promise is 0.1, the rest is for a busy machine
-IMPORT_RATIO = 2  # of what importing takes, to that of what any client must import
-IMPORT_FLOOR = ("hashlib", "http.client", "json", "logging", "ssl", "urllib.request")
-IMPORT_SCRIPT = """
-import importlib, sys, time
-sys.path.insert(0, sys.argv[1])
-start = time.process_time()
-for name in sys.argv[2:]:
-    importlib.import_module(name)
-print(time.process_time() - start)
-if "vendor.imagec" in sys.modules:
-    print(sys.modules["vendor.imagec"].Reference.parse("alpine"))
-"""
-
-
 def dotted_name(node):
     """`a.b.c` for a chain of attributes of a name, else None."""
     if isinstance(node, ast.Name):
@@ -17391,28 +17356,33 @@ class ArchitectureTest(unittest.TestCase):
         self.assertEqual(threads, threading.active_count())
 
     def test_import_is_quick_and_works_vendored(self):
+        """In 0.1 s, and twice what any client must import, of the processor."""
+        def seconds(*modules):
+            return float(subprocess.check_output([sys.executable, "-Ic", """if True:
+                import importlib, sys, time
+                sys.path.insert(0, sys.argv[1])
+                start = time.process_time()
+                modules = list(map(importlib.import_module, sys.argv[2:]))
+                print(time.process_time() - start)
+                if hasattr(modules[0], "Reference"):
+                    modules[0].Reference.parse("alpine")
+                """, root, *modules]))
+
         with tempfile.TemporaryDirectory() as root:
             for path in (MODULE_PATH, importlib.util.cache_from_source(MODULE_PATH)):
                 if os.path.exists(path):
                     copy = write_file(path.replace(HOME, root + "/vendor"), b"")
                     shutil.copy2(path, copy)
-
-            def seconds(*modules):
-                out = subprocess.check_output(
-                    [sys.executable, "-I", "-c", IMPORT_SCRIPT, root, *modules]).split()
-                self.assertEqual(out[1:], [b"docker.io/library/alpine:latest"] * (
-                    "vendor.imagec" in modules))
-                return float(out[0])
-
             pairs = []
             # The least of some: the first may compile it, a busy machine adds to each.
             for _ in range(20):
-                pairs.append((seconds("vendor.imagec"), seconds(*IMPORT_FLOOR)))
+                pairs.append((seconds("vendor.imagec"), seconds(*(
+                    "hashlib http.client json logging ssl urllib.request").split())))
                 ours, theirs = (min(column) for column in zip(*pairs))
-                if len(pairs) > 1 and ours < min(IMPORT_RATIO * theirs, IMPORT_SECONDS):
+                if len(pairs) > 1 and ours < min(2 * theirs, 0.15):
                     break
-        self.assertLess(ours / theirs, IMPORT_RATIO)
-        self.assertLess(ours, IMPORT_SECONDS)
+        self.assertLess(ours / theirs, 2)
+        self.assertLess(ours, 0.15)  # for a busy machine
 
 
 COMMAND_ROW = '^    "%s": (?s:.*?)(?=^    "|^})'
@@ -17494,11 +17464,6 @@ class AnnexTest(RegistryCase):
 
 
 # -- The README
-
-README_COMMAND = re.compile(
-    r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec\.py|test_imagec\.py)[^#\n]*)"
-    r"|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`")
-
 
 class ReadmeTest(RegistryCase):
     """What README.md says is so: each command runs, on images served here."""
@@ -17615,7 +17580,10 @@ class ReadmeTest(RegistryCase):
     @needs("bash")
     def test_every_command(self):
         commands = [(first or second).replace("\\|", "|").strip()
-                    for first, second in README_COMMAND.findall(self.text)]
+                    for first, second in re.findall(
+                        r"(?m)^\$? ?((?:echo .*\| )?python3 (?:imagec|test_imagec)\.py"
+                        r"[^#\n]*)|`((?:echo [^`]*\| )?python3 imagec\.py[^`]*)`",
+                        self.text)]
         self.assertGreater(len(commands), 20)
         for command in commands:
             if "test_imagec.py" in command:
@@ -17652,14 +17620,6 @@ THREAT_ALL = tuple(THREAT_PHASES)
 THREAT_TOLD, THREAT_PINNED = THREAT_ALL[1:3], THREAT_ALL[3:]
 THREAT_BODIES = THREAT_ALL[1:]
 THREAT_SOME = ("probe", "token", "manifest", "last layer")  # one of each way to read
-
-
-def threat_names(image):
-    """The digests that THREAT_PHASES speak of."""
-    # Largest first: that is the order one worker fetches them in.
-    order = sorted(set(image.layers), key=lambda one: -len(image.blobs[one]))
-    return {"manifest": image.digest, "config": sha256(image.config),
-            "first": order[0], "last": order[-1]}
 
 
 #: (error class, word) of its message, then name, action, times, phases
@@ -17749,7 +17709,11 @@ class FaultsCase(ThreatCase):
         super().setUp()
         self.source = self.registry(auth="bearer", tls=True)
         self.ref = self.source.host + "/lab/app:1"
-        self.names = threat_names(self.image)
+        # Largest first: that is the order one worker fetches them in.
+        order = sorted(self.image.layers, key=lambda one: -len(self.image.blobs[one]))
+        self.names = {
+            "manifest": self.image.digest, "config": sha256(self.image.config),
+            "first": order[0], "last": order[-1]}
         self.old = [build_image(tars, compress=functools.partial(gzip_bytes, level=1),
                                 config={"User": "old"})
                     for tars in ([tar_bytes([("old", b"old")])], THREAT_TARS)]
@@ -17921,8 +17885,6 @@ class FaultsTest(FaultsCase):
 
 THREAT_SEED = int(os.environ.get("IMAGEC_FUZZ_SEED", "20140612"))
 THREAT_SECONDS = float(os.environ.get("IMAGEC_FUZZ_SECONDS", "2"))
-THREAT_CASE_SECONDS = 10  # after which a case counts as hanging
-THREAT_CASE_BYTES = imagec.XZ_MEMORY_LIMIT + (32 << 20)
 THREAT_ODD = ODD_VALUES + (
     False, 0, 1, 1e308, 1 << 70, "a\0b", "/", "../../canary", {"": None},
     {"a": {"b": []}}, "sha512:" + "0" * 128, "9" * 40, "application/json",
@@ -18056,9 +18018,10 @@ class FuzzTest(ThreatCase):
                 getattr(self, "fuzz_" + family)(dice)
 
         try:
-            with threat_alarm(THREAT_CASE_SECONDS):
+            with threat_alarm(10):
                 if number % 16 == 8:  # to measure takes its time
-                    self.assertLess(peak_memory(case), THREAT_CASE_BYTES)
+                    self.assertLess(peak_memory(case) - (32 << 20),
+                                    imagec.XZ_MEMORY_LIMIT)
                 else:
                     case()
         except Exception as error:
@@ -18323,7 +18286,13 @@ class KillTest(KillCase, ThreatProcessCase):
         beside = path if name != "root" else self.at("old")
         self.complete(self.ref[:-1] + "0", format, beside)
         before = contents(self.work)
-        run = self.hit_anywhere(format, path, number)
+        size = sum(map(len, self.image.blobs.values()))
+        # At least one: before that Python may still be starting, and obeys by itself.
+        goal = self.source.sent_blob_bytes + max(
+            1, min(1, self.dice.uniform(0, 1.5)) * size * 0.9)
+        run = self.hit(self.pull_argv(self.ref, format, path),
+                       lambda: self.source.sent_blob_bytes >= goal, number,
+                       late=self.dice.uniform(0, 0.03), patches=self.patches)
         if sys.version_info >= (3, 8):  # before, Python tells what a finalizer raised
             self.assertLessEqual(run.err.count("\n"), 1)
         if run.status == -number != -signal.SIGKILL:
@@ -18344,19 +18313,8 @@ class KillTest(KillCase, ThreatProcessCase):
         self.assert_whole(beside)
 
     def complete(self, ref, format, path):
-        """A pull that nothing stops completes what is not complete."""
         self.fetch(ref, format, path)
         self.assert_whole(path)
-
-    def hit_anywhere(self, format, path, number):
-        """Pull, and send the signal after so many bytes, or so long after the last."""
-        size = sum(map(len, self.image.blobs.values()))
-        # At least one: before that Python may still be starting, and obeys by itself.
-        goal = self.source.sent_blob_bytes + max(
-            1, min(1, self.dice.uniform(0, 1.5)) * size * 0.9)
-        return self.hit(self.pull_argv(self.ref, format, path),
-                        lambda: self.source.sent_blob_bytes >= goal, number,
-                        late=self.dice.uniform(0, 0.03), patches=self.patches)
 
 
 # -- Local faults
@@ -18371,13 +18329,20 @@ class LocalFaultsTest(ThreatCase):
 
     def broken(self, name, code, at, format, path):
         """Pull while a function of os fails at one call: (how many, what came out)."""
-        fault, error = FailsOnce(name, code, at), None
-        with mock.patch.object(os, name, fault):
+        true, calls, error = getattr(os, name), [], None
+
+        def call(*args, **options):
+            calls.append(args)
+            if len(calls) == at:
+                raise OSError(code, os.strerror(code))
+            return true(*args, **options)
+
+        with mock.patch.object(os, name, call):
             try:
                 self.fetch(self.ref, format, path, jobs=1)
             except (imagec.ImagecError, OSError) as caught:
                 error = caught
-        return fault.calls, error
+        return len(calls), error
 
     def test_t120_t126_t129_any_call_may_fail(self):
         """At some call of each kind: nothing half-made, and the next run completes."""
@@ -18659,23 +18624,6 @@ class LocalLimitsTest(ThreatProcessCase):
 
 # -- Time that is up
 
-#: (function, of which class or module, format, output, is it pulled twice): where time
-#: is up
-THREAT_WORK = (
-    ("unpack", imagec, "layers", "layers", False),
-    ("_existing", imagec.Download, "layers", "layers", True),
-    ("_existing", imagec.Download, "oci", "oci", True),
-    ("prove", imagec, "oci", "oci", False),
-    ("_existing", imagec.Download, "archive", "image.tar", True),
-    ("_move", imagec.ArchiveOutput, "archive", "image.tar", False),
-    ("apply", imagec.Tree, "rootfs", "root", False),
-    ("write", imagec.TreeWriter, "rootfs", "root", False),
-    ("_move", imagec.TreeWriter, "rootfs", "root", False),
-    ("tree_tar_size", imagec, "rootfs", "root.tar", False),
-    ("write_tree_tar", imagec, "rootfs", "root.tar", False),
-)
-
-
 class WorkTest(ThreatCase):
     """Whatever is done when time is up, or Ctrl-C comes, is not done to its end."""
 
@@ -18700,7 +18648,19 @@ class WorkTest(ThreatCase):
                 return error, done
         return None, done
 
-    @rows([row + end for row in THREAT_WORK for end in (
+    @rows([row + end for row in (
+        # function, of which class or module, format, output, is it pulled twice
+        ("unpack", imagec, "layers", "layers", False),
+        ("_existing", imagec.Download, "layers", "layers", True),
+        ("_existing", imagec.Download, "oci", "oci", True),
+        ("prove", imagec, "oci", "oci", False),
+        ("_existing", imagec.Download, "archive", "image.tar", True),
+        ("_move", imagec.ArchiveOutput, "archive", "image.tar", False),
+        ("apply", imagec.Tree, "rootfs", "root", False),
+        ("write", imagec.TreeWriter, "rootfs", "root", False),
+        ("_move", imagec.TreeWriter, "rootfs", "root", False),
+        ("tree_tar_size", imagec, "rootfs", "root.tar", False),
+        ("write_tree_tar", imagec, "rootfs", "root.tar", False),) for end in (
         (imagec.Timeout, "deadline", 0),
         (KeyboardInterrupt, "stop", KeyboardInterrupt()))])
     def test_at_its_beginning(self, name, place, format, output, again, kind, *end):
@@ -18729,18 +18689,6 @@ THREAT_MEMORY = 48 << 10  # KiB
 def threat_long(name):
     """A file with a long name, GNU's way."""
     return tar_member(name + b"\0", kind=b"L", name=b"././@LongLink") + tar_header()
-
-
-def threat_sparse_map():
-    """A sparse file whose map of a mebibyte has no end, as often as it fits."""
-    return pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + tar_member(
-        b"99999999\n" + b"0\n" * (500 << 10))
-
-
-def threat_link_chain(count):
-    """Hard links, each to the one that follows it."""
-    return tar_bytes([("l%d" % n, b"", {"type": b"1", "linkname": "l%d" % (n + 1)})
-                      for n in range(count)] + [("l%d" % count, b"x")])
 
 
 def threat_link_maze():
@@ -18891,8 +18839,12 @@ class MemoryTest(ThreatProcessCase):
         ("many pax records, T67", lambda: (tar_member(b"".join(
             b"31 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000)), kind=b"x")
             + tar_header(name=b"f")) * 20),
-        ("a sparse map without end, T152", threat_sparse_map),
-        ("a chain of hard links, T157", lambda: threat_link_chain(2000)),
+        ("a sparse map without end, T152", lambda: pax(
+            (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + tar_member(
+                b"99999999\n" + b"0\n" * (500 << 10))),
+        ("a chain of hard links, T157", lambda: b"".join(
+            tar_header(kind=b"1", name=b"l%d" % n, patches=[(157, b"l%d" % (n + 1))])
+            for n in range(2000)) + tar_header(name=b"l2000")),
         ("a link through a maze, T157", threat_link_maze),
         ("many members, T67", lambda: b"".join(
             tar_header(name=b"f%d" % n) for n in range(10000))),
@@ -19142,11 +19094,8 @@ class PullContract:
         self.assertEqual((ended.status, ended.err), (0, ""))
         return ordered(ended.out.decode("ascii"))
 
-    def tags_to_pull(self):
-        return [tag for tag in CONTRACT_TAGS if tag != "zstd" or CAN_ZSTD]
-
     def test_pull_every_kind(self):
-        for tag in self.tags_to_pull():
+        for tag in CONTRACT_TAGS[:3 + CAN_ZSTD]:
             with self.subTest(tag):
                 witness = self.witness(tag)
                 image = self.fetch(self.app + tag)
@@ -19544,11 +19493,6 @@ class ReadersTest(ReadersCase, PodmanCase):
         skopeo_copy("docker://" + self.name(tag), "dir:" + copy, "--format", "v2s2")
         return readers_blobs(copy)["manifest.json"]
 
-    def same_manifest(self, tag, found, wanted):
-        if tag == "v2s1":  # skopeo sets white space of its own
-            found, wanted = json.loads(found.decode()), json.loads(wanted.decode())
-        self.assertEqual(found, wanted)
-
     @rows(KINDS)
     def test_skopeo_sees_the_same_manifests(self, tag):
         wanted = self.modern(tag)
@@ -19558,7 +19502,8 @@ class ReadersTest(ReadersCase, PodmanCase):
         if tag in ("oci", "zstd"):  # by name skopeo 1.9 finds these only
             places += [place + ":" + tag for place in places]
         for place in places:
-            self.same_manifest(tag, skopeo_raw(place), wanted)
+            read = json.loads if tag == "v2s1" else bytes  # there skopeo sets spaces
+            self.assertEqual(read(skopeo_raw(place)), read(wanted))
             layers = skopeo_inspect(place)["Layers"]
             self.assertEqual(layers, [layer["digest"] for layer in
                                       json.loads(wanted.decode())["layers"]])
