@@ -17244,7 +17244,8 @@ class ArchitectureTest(unittest.TestCase):
         promised = [getattr(imagec, name) for name in imagec.__all__]
         signed = [one for one in promised if inspect.isfunction(one)] + [
             one.parse for one in promised if hasattr(one, "parse")] + [
-            imagec.Session.__init__, imagec.Session.pull, imagec.Session.credentials] + [getattr(imagec.Registry, name) for name in (
+            imagec.Session.__init__, imagec.Session.pull, imagec.Session.credentials] + [
+            getattr(imagec.Registry, name) for name in (
                 "learn_registry_url learn_auth_url fetch_manifest head_manifest "
                 "open_blob tags").split()]
         for one in signed:
@@ -17406,9 +17407,10 @@ class AnnexTest(RegistryCase):
         """The source without some annexes; what is left names nothing of them."""
         lines = house().source.split("\n")
         edges = [1] + house().starts + [len(lines) + 1]
-        parts = ["\n".join(lines[start - 1:end - 1] + [""]) for start, end, title in zip(
-            edges, edges[1:], ["header"] + [one[1] for one in house().rooms])
-            if title.rstrip("*") not in annexes]
+        titles = ["header"] + [title.rstrip("*") for _, title, _ in house().rooms]
+        parts = ["\n".join(lines[start - 1:end - 1] + [""])
+                 for start, end, title in zip(edges, edges[1:], titles)
+                 if title not in annexes]
         for pattern in [r"^ +[0-9]+  %s\* .*\n" % name for name in annexes] + [
                 row for name in annexes for row in ANNEXES[name][1]]:
             found = [re.subn("(?m)" + pattern, "", part) for part in parts]
@@ -19028,8 +19030,8 @@ class ThreatRowsTest(ThreatCase):
         os.chmod(self.file(".netrc", "machine 127.0.0.1 login alice password %s\n"
                            % PASSWORD), 0o600)
         self.source.auth = "basic"
-        for number, way in enumerate(in_turn((
-                [os.path.join(home, "imagec.py")], ["linked.py"], ["-m", "linked"]), 3)):
+        ways = ([os.path.join(home, "imagec.py")], ["linked.py"], ["-m", "linked"])
+        for number, way in enumerate(in_turn(ways, 3)):
             run = subprocess.run([sys.executable] + way + list(self.pull_argv(
                 self.ref, *OUTPUTS[number])), cwd=self.work, stderr=subprocess.PIPE,
                 timeout=60)
