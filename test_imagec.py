@@ -14089,18 +14089,17 @@ class ServeListsTest(ServeCase):
         self.host = self.serve(shelf)
 
     def test_what_refers_to_a_manifest(self):
-        image, config = build_image(FIELD_SMALL), MEDIA_TYPES["oci"]["config"]
-        entries, subject = {}, {"subject": image.descriptor()}
+        image, entries = build_image(FIELD_SMALL), {}
+        config = MEDIA_TYPES["oci"]["config"]
         for kind, other, said in (
                 (SPDX, referring(image, annotations={"k": "v"}),
                  {"artifactType": SPDX, "annotations": {"k": "v"}}),
                 (config, build_image(FIELD_SMALL[:1]), {"artifactType": config}),
                 (None, build_index([]), {})):
-            raw = json_bytes(dict(json.loads(other.manifest.decode()), **subject))
-            one = BuiltImage(raw, other.media_type)
+            one = remade(other, subject=image.descriptor())
             entries[kind] = one.descriptor(**said)
             for _ in range(2):  # it may be in two places
-                self.server.shelf.add((), None, imagec.decode_manifest(raw))
+                self.server.shelf.add((), None, imagec.decode_manifest(one.manifest))
         path = "/v2/a.test/lab/app/referrers/"
         for digest, wanted in (  # a filter is not applied, and does not say it is
                 (image.digest, list(entries.values())), (sha256(b"none"), []),
@@ -15686,9 +15685,7 @@ class OnDiskTest(CommandLineCase):
                 "reference"])
 
     def test_one_platform_of_an_index(self):
-        for format in imagec.OUTPUTS:
-            if format in ("rootfs", "files"):
-                continue
+        for format in set(imagec.OUTPUTS).difference(("rootfs", "files")):
             path = self.put(format, "--format", format, "--platform", "linux/arm64",
                             self.many)
             self.assertEqual(self.asked("digest", path), self.index.digest + "\n")
@@ -16250,17 +16247,14 @@ class CommandLineFailureTest(CommandLineCase):
 
     def setUp(self):
         super().setUp()
-        self.words = {
-            "ref": self.ref, "host": self.origin.host, "root": self.root,
-            "digest": self.digest, "layer": self.image.layers[1],
-            "config": sha256(self.image.config)}
+        self.words = {"ref": self.ref, "host": self.origin.host, "root": self.root}
         self.offer("many", build_index([(self.image, SERVE_AMD),
                                         (self.image, ("linux", "arm", "v7"))]))
 
     @rows(FAILURES)
     def test_failures(self, command, code, words, match=None, *fault):
         self.file("file")
-        fault = match and self.origin.fault(match.format(**self.words), *fault)
+        fault = match and self.origin.fault(match, *fault)
         argv = [word.format(**self.words) for word in shlex.split(command)]
         if argv[:1] == ["pull"]:
             argv[1:1] = ["-q", "-o", self.output]
@@ -16397,7 +16391,7 @@ class CommandLineFailureTest(CommandLineCase):
         self.assert_one_line(ended, 4, "os0/a+, .*[.]{3}.*--platform")
         self.assertLess(len(ended.err), 2000)
         long = "x" * 300000
-        for action in (body(spoiled_manifest(self.image, mediaType=long)),
+        for action in (body(remade(self.image, mediaType=long).manifest),
                        body(b'{"%s":1,"%s":2}' % (2 * (long.encode("ascii"),)))):
             fault = self.origin.fault(MANIFEST, action, EVER)
             for more in ((), ("--debug",)):
@@ -16441,11 +16435,6 @@ class CommandLineFailureTest(CommandLineCase):
 
 # -- Command line: what a server may not do to a terminal, and may not make us tell
 
-def spoiled_manifest(image, **members):
-    """The image's manifest with other members."""
-    return json_bytes(dict(json.loads(image.manifest.decode()), **members))
-
-
 class TerminalInjectionTest(CommandLineCase):
     """Escape sequences in whatever a server sends do not reach the terminal (T07)."""
 
@@ -16457,18 +16446,16 @@ class TerminalInjectionTest(CommandLineCase):
                 code, body=json_bytes(words))
         yield "tags", "tags", "tags/list", body(json_bytes(
             {"name": POISON, "tags": ["good", POISON, 3]}))
-        yield "media type", "digest", MANIFEST, body(
-            spoiled_manifest(self.image, mediaType=POISON))
-        yield "config type", "pull", MANIFEST, body(spoiled_manifest(
-            self.image, config={"mediaType": POISON, "size": 1, "digest": self.digest}))
-        yield "digest", "pull", MANIFEST, body(spoiled_manifest(self.image, layers=[
-            {"mediaType": POISON, "size": 1, "digest": POISON}]))
+        for members in (
+                {"mediaType": POISON},
+                {"config": {"mediaType": POISON, "size": 1, "digest": self.digest}},
+                {"layers": [{"mediaType": POISON, "size": 1, "digest": POISON}]}):
+            yield str(members), "pull", MANIFEST, body(
+                remade(self.image, **members).manifest)
         yield "key", "pull", MANIFEST, body(b'{"\x1b[31m":1,"\x1b[31m":2}')
-        for name, value in (
-                ("Content-Type", "\x1b[31m"), ("Content-Encoding", "\x1b[31m"),
-                ("Docker-Content-Digest", "\x1b[31m"), ("Retry-After", "\x1b[31m"),
-                ("Docker-Distribution-Api-Version", "\x1b[31m")):
-            yield name, "pull", MANIFEST, headers(**{name: value})
+        for name in ("Content-Type", "Content-Encoding", "Docker-Content-Digest",
+                     "Retry-After", "Docker-Distribution-Api-Version"):
+            yield name, "pull", MANIFEST, headers(**{name: "\x1b[31m"})
         for place in ("http://\x1b[31m.test/", "http://h\x9b31m/", "\x1b]0;x\x07://x"):
             yield "Location", "pull", "blobs", redirect(place)
             yield "realm", "digest", MANIFEST, status(401, {
@@ -16673,7 +16660,7 @@ class SecretsTest(CommandLineCase):
 
     def repeated(self, secret):
         """What a server that has a secret may say, in each place (match, action)."""
-        yield MANIFEST, body(spoiled_manifest(self.image, mediaType="a/" + secret))
+        yield MANIFEST, body(remade(self.image, mediaType="a/" + secret).manifest)
         yield MANIFEST, headers(docker_content_digest="sha256:" + secret)
         yield MANIFEST, headers(content_encoding=secret)
         yield MANIFEST, headers(Warning='299 - "%s"' % secret)
