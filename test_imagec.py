@@ -15803,20 +15803,15 @@ class OnDiskTest(CommandLineCase):
 class CommandLineCredentialsTest(CommandLineCase):
     """-u with its two sources of a password, and where it goes."""
 
-    @rows((  # (what, options, stdin, environment)
-        ("stdin", ("--password-stdin",), PASSWORD, {}),
-        ("stdin, a line", ("--password-stdin",), PASSWORD + "\r\n", {}),
-        ("stdin, lines", ("--password-stdin",), FIELD_JSON_KEY, {}, FIELD_JSON_KEY[:-1]),
-        ("stdin, an empty line", ("--password-stdin",), PASSWORD + "\n\n", {},
-         PASSWORD + "\n"),
-        ("environment", (), "", {"IMAGEC_PASSWORD": PASSWORD}),
-        ("environment, a line", (), "", {"IMAGEC_PASSWORD": PASSWORD + "\n"}),
-        ("stdin before environment", ("--password-stdin",), PASSWORD,
-         {"IMAGEC_PASSWORD": "other"}),
-    ))
-    def test_password_sources(self, _what, options, stdin, environ, sent=PASSWORD):
+    @rows((  # (standard input, IMAGEC_PASSWORD[, what is sent])
+        (PASSWORD, ""), (PASSWORD + "\r\n", ""), ("", PASSWORD), ("", PASSWORD + "\n"),
+        (PASSWORD, "other"), (PASSWORD + "\n\n", "", PASSWORD + "\n"),
+        (FIELD_JSON_KEY, "", FIELD_JSON_KEY[:-1])))
+    def test_password_sources(self, stdin, environ, sent=PASSWORD):
         self.origin.auth, self.origin.users = "basic", {"alice": sent}
-        self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin, **environ)
+        options = ["--password-stdin"] * bool(stdin)
+        self.done("digest", "-u", "alice", self.ref, *options, stdin=stdin,
+                  IMAGEC_PASSWORD=environ)
         self.assertEqual(self.origin.requests[-1].headers["Authorization"],
                          "Basic " + field_base64("alice:" + sent))
 
@@ -16326,20 +16321,15 @@ class CommandLineFailureTest(CommandLineCase):
                     self.assertFalse([one for one in begun if one.is_alive()])
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
 
-    @rows((  # (what, options, stdin, auth of the registry, words)
-        ("wrong password", ("-u", "alice", "--password-stdin"), "S3CR3T-WRONG", "basic",
-         "user alice with a password, .*; check the .*password"),
-        ("wrong password for a token", ("-u", "alice", "--password-stdin"),
-         "S3CR3T-WRONG", "bearer", "user alice with a password, .*; check the .*password"),
-        ("a line too many", ("-u", "alice", "--password-stdin"), PASSWORD + "\n\n",
-         "basic", "a password of several lines"),
-        ("no password", (), "", "basic", "-u USER"),
-        ("no token for all", (), "", "bearer", "anonymous"),
-    ))
-    def test_denials(self, _what, options, stdin, auth, words):
+    @rows((  # (auth of the registry, standard input, words)
+        ("basic", "S3CR3T-WRONG", "user alice with a password, .*; check the .*passw"),
+        ("bearer", "S3CR3T-WRONG", "user alice with a password, .*; check the .*passw"),
+        ("basic", PASSWORD + "\n\n", "a password of several lines"),
+        ("basic", "", "-u USER"), ("bearer", "", "anonymous")))
+    def test_denials(self, auth, stdin, words):
         self.origin.auth, self.origin.anonymous = auth, False
-        ended = self.pull("-q", *options + (self.ref,), stdin=stdin)
-        self.assert_one_line(ended, 5, words)
+        login = ("-u", "alice", "--password-stdin") if stdin else ()
+        self.assert_one_line(self.pull("-q", *login, self.ref, stdin=stdin), 5, words)
         self.assertEqual(self.files(), [])
 
     @rows((  # (the server's, options, SSL_CERT_FILE, a file in SSL_CERT_DIR, refusal)
@@ -16463,14 +16453,11 @@ class TerminalInjectionTest(CommandLineCase):
         config = json.dumps(dict(json.loads(self.image.config.decode("utf-8")),
                                  author=POISON), indent=1, ensure_ascii=False).encode()
         self.assertIn(b"\xc2\x9b31m", config)
-        image = build_image(FIELD_SMALL)
-        image.blobs[sha256(config)] = config
-        manifest = json.loads(image.manifest.decode("utf-8"))
-        manifest["config"].update(digest=sha256(config), size=len(config))
-        manifest["annotations"] = {"x": POISON}
-        raw = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8")
-        image.manifest, image.digest = raw, sha256(raw)
-        self.origin.add("lab/app", "1", image)
+        image = remade(self.image, lambda document: document["config"].update(
+            digest=self.origin.add_blob("lab/app", config), size=len(config)))
+        raw = json.dumps(dict(json.loads(image.manifest.decode()), annotations={
+            "x": POISON}), indent=1, ensure_ascii=False).encode()
+        self.origin.add_manifest("lab/app", "1", raw, image.media_type)
         for option, expected in (("--raw", raw), ("--config", config)):
             self.assertEqual(self.main("inspect", option, self.ref),
                              Ended(0, expected, ""))
@@ -16491,9 +16478,8 @@ class TerminalInjectionTest(CommandLineCase):
         poisoned = build_image(
             FIELD_SMALL, platform=(POISON, POISON, POISON), author=POISON,
             config={"Labels": {POISON: POISON}, "Env": [POISON]}, created=POISON)
-        index = build_index([(poisoned, (POISON, POISON, POISON))])
         self.offer("1", poisoned)
-        many = self.offer("many", index)
+        many = self.offer("many", build_index([(poisoned, (POISON, POISON, POISON))]))
         for argv in (("inspect", self.ref), ("layers", self.ref), ("digest", many),
                      ("inspect", many), ("pull", "-o", self.output, many),
                      ("layers", "--json", self.ref),
