@@ -13851,7 +13851,9 @@ class ShelfTest(ServeCase):
             "schemaVersion": 2,
             "manifests": [image.descriptor(annotations=annotations)]}))
         shelf = imagec.Shelf(path)
-        self.assertEqual(list(shelf.repositories), names)
+        self.assertEqual((list(shelf.repositories.items()), set(shelf.documents)), (
+            [(name, {tag: image.digest} if tag else {}) for name in names],
+            {image.digest}))
         for reference in {image.digest, tag} - {None}:
             self.assertEqual(serve_raw_of(shelf, names[0], reference), image.manifest)
 
