@@ -13990,17 +13990,14 @@ class ConformanceTest(ServeCase):
     def setUp(self):
         super().setUp()
         self.host = self.serve(self.layout)
+        self.ask = functools.partial(serve_ask, self.host)
         index = self.images["lab/index"]
-        digest = index.children[0].layers[1]
-        self.blob = index.children[0].blobs[digest]
+        digest, blob = list(index.children[0].blobs.items())[-1]
         self.facts = {
             "name": "lab/index", "host": self.origin, "digest": index.digest,
             "type": index.media_type, "size": len(index.manifest),
             "child": index.children[1].digest, "zeros": ZEROS,
-            "blob": digest, "blob_size": len(self.blob)}
-
-    def ask(self, *args, **named):
-        return serve_ask(self.host, *args, **named)
+            "blob": digest, "blob_size": len(blob)}
 
     @rows(SERVE_CONFORMANCE)
     def test_get_and_head(self, path, status, code, headers):
@@ -14014,6 +14011,8 @@ class ConformanceTest(ServeCase):
             self.assertEqual(answer.headers[name], value.format(**self.facts))
         if status >= 400:
             self.refused(answer, status, code)
+            self.assertNotIn(self.store.encode(), answer.body)
+            self.assertNotIn("Python", str(answer.headers))
         self.assertEqual((head.status, head.body), (status, b""))
         for one in (head, answer):
             del one.headers["Date"]
@@ -14064,12 +14063,6 @@ class ConformanceTest(ServeCase):
                     span = "bytes %d-%d/%d" % (first, end - 1, size) if part else None
                 self.assertEqual(answer.headers["Content-Range"], span)
 
-    def test_errors_tell_nothing_of_this_host(self):
-        for path in ("/v2/no/such/manifests/1", "/v2/lab/index/blobs/x", "/x"):
-            answer = self.ask(path)
-            self.assertNotIn(self.root.encode(), answer.body)
-            self.assertNotIn("Python", str(answer.headers))
-
 
 class ServeListsTest(ServeCase):
     """tags/list and _catalog, whole and in pages."""
@@ -14092,21 +14085,21 @@ class ServeListsTest(ServeCase):
         self.host = self.serve(shelf)
 
     def test_what_refers_to_a_manifest(self):
-        image, entries = build_image(FIELD_SMALL), {}
-        config = MEDIA_TYPES["oci"]["config"]
-        for kind, other, said in (
-                (SPDX, referring(image, annotations={"k": "v"}),
+        image, entries = build_image(FIELD_SMALL), []
+        for other, said in (
+                (referring(image, annotations={"k": "v"}),
                  {"artifactType": SPDX, "annotations": {"k": "v"}}),
-                (config, build_image(FIELD_SMALL[:1]), {"artifactType": config}),
-                (None, build_index([]), {})):
+                (build_image(FIELD_SMALL[:1]),
+                 {"artifactType": MEDIA_TYPES["oci"]["config"]}),
+                (build_index([]), {})):
             one = remade(other, subject=image.descriptor())
-            entries[kind] = one.descriptor(**said)
+            entries.append(one.descriptor(**said))
             for _ in range(2):  # it may be in two places
                 self.server.shelf.add((), None, imagec.decode_manifest(one.manifest))
         path = "/v2/a.test/lab/app/referrers/"
         for digest, wanted in (  # a filter is not applied, and does not say it is
-                (image.digest, list(entries.values())), (sha256(b"none"), []),
-                (image.digest + "?artifactType=a/b", list(entries.values()))):
+                (image.digest, entries), (sha256(b"none"), []),
+                (image.digest + "?artifactType=a/b", entries)):
             answer = serve_ask(self.host, path + digest)
             self.assertEqual((answer.status, answer.headers["Content-Type"],
                               answer.headers["OCI-Filters-Applied"]),
@@ -15271,10 +15264,9 @@ class CommandLineCase(RegistryCase):
 
     def assert_nothing_final(self):
         """Only verified blobs and unfinished ones may be left by a failed pull."""
-        for name in self.files():
+        for name, data in contents(self.output).items():
             self.assertRegex(name, r"\.partial$|/([0-9a-f]{64})/\1\.tar$")
             if name.endswith(".tar"):
-                data = file_bytes(os.path.join(self.output, name))
                 self.assertIn(sha256(data), self.image.layers)
 
 
@@ -16893,11 +16885,6 @@ class StreamTest(CommandLineCase):
                 if "-o -" in line:
                     self.assertEqual(faults_of(self.file("x.tar", ended.out)), [])
         self.assertTrue([name for name in self.files() if name.endswith("fest.json")])
-
-    def test_list_from_standard_input(self):
-        ended = self.main("pull", "-q", "--from-file", "-",
-                          stdin="\ufeff%s\r\nUPPER\r\n" % self.ref)
-        self.assert_one_line(ended, 2, "standard input, line 2: .*UPPER")
 
     #: (what a Python lacks, command line, status, what is said of it)
     @rows((
