@@ -5975,7 +5975,6 @@ def recompress(fetched, path, rename=None, wait=time.sleep, check=go_on):
 
 _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
-_DEPTH_LIMIT = 1024  # directories inside one another
 _DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
 OPEN_PACKS = 8  # files of LayerPacks held open at once
 _RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
@@ -6133,13 +6132,13 @@ class Tree:
         Whiteouts first, for they speak of the layers below wherever they stand. Raises
         InvalidDocument, LimitExceeded.
         """
-        hidden = [parts for parts in (
-            self._parts(Entry.loads(record).path) for record in store.records
-            if _WHITEOUT in record) if is_whiteout(parts)]
-        own = {self._parts(entry.path) for entry in map(
+        # Not the parts of their paths are kept, which weigh twenty times as much.
+        hidden = [record for record in store.records if _WHITEOUT in record
+                  and is_whiteout(self._parts(Entry.loads(record).path))]
+        own = {b"/".join(self._parts(entry.path)) for entry in map(
             Entry.loads, store.records if hidden else ()) if entry.kind == "dir"}
-        for parts in hidden:
-            self._white_out(parts, own)
+        for record in hidden:
+            self._white_out(self._parts(Entry.loads(record).path), own)
         todo, passes = store.records, 0
         while todo:  # again, from the end, for links that stand before their targets
             late = [record for record in todo if not self._add(record, store)][::-1]
@@ -6182,50 +6181,49 @@ class Tree:
         return None if left else directory
 
     def lead(self, parts, make=False, own=()):
-        """(directory, names of the way there, parts left) to which `parts` lead.
+        """(directory, its path with a slash behind, parts left) to which `parts` lead.
 
         Links are followed inside the root as in a chroot. Nothing is left where a
         directory that is missing is to be made. A link that the layer replaces by a
         directory of its `own` leads nowhere.
         """
         todo = list(reversed(parts))
-        trail, names, hops = [self.root], [], 0
+        trail, hops = [(self.root, b"")], 0
         while todo:
             part = todo.pop()
-            if hops:
-                self._detours += 1
-                if self._detours > _DETOUR_LIMIT:
-                    raise LimitExceeded("its links lead round and round")
+            self._detours += hops > 0
+            if self._detours > _DETOUR_LIMIT:
+                raise LimitExceeded("its links lead round and round")
             if part == b"..":
-                del trail[max(1, len(trail) - 1):], names[-1:]
+                del trail[max(1, len(trail) - 1):]
                 continue
-            node = trail[-1].children.get(part)
-            entry = None
+            directory, above = trail[-1]
+            node, path, entry = directory.children.get(part), above + part, None
             if node is not None and node.children is None:
                 entry = node.kept = node.entry  # many names may lead here
             if entry and entry.kind == "symlink":
-                if not hops and parts[:len(trail)] in own:
-                    return trail[-1], names, [part] + todo[::-1]
-                hops += 1
+                if not hops and path in own:
+                    return directory, above, [part] + todo[::-1]
+                hops, target = hops + 1, entry.link
+                self._detours += len(target) >> 8  # its slashes take time, too
                 if hops > _LINK_LIMIT:
                     raise InvalidDocument("links in a loop at %s"
                                           % show(b"/".join(parts)))
-                target = entry.link
                 if target.startswith(b"/"):
-                    del trail[1:], names[:]
+                    del trail[1:]
                 todo.extend(p for p in reversed(target.split(b"/")) if p not in (b"",
                                                                                 b"."))
                 continue
             if node is None or node.children is None:
                 if not make:
-                    return trail[-1], names, [part] + todo[::-1]
-                self._census.add(1, 0, show(b"/".join(names + [part])))
-                node = trail[-1].children[part] = Node(_IMPLICIT, children={})
-            trail.append(node)
-            names.append(part)
-            if len(trail) > _DEPTH_LIMIT:
-                raise LimitExceeded("more than %d directories deep" % _DEPTH_LIMIT)
-        return trail[-1], names, []
+                    return directory, above, [part] + todo[::-1]
+                self._census.add(1, 0, show(path))
+                node = directory.children[part] = Node(_IMPLICIT, children={})
+            if len(path) > PATH_MAX:  # which every name below it would repeat
+                raise LimitExceeded("%s: a directory whose path takes more than the "
+                                    "limit of %d bytes" % (show(path), PATH_MAX))
+            trail.append((node, path + b"/"))
+        return (*trail[-1], [])
 
     def _add(self, record, store):
         """Puts a member in place; False for a hard link whose target is not there."""
@@ -6263,22 +6261,26 @@ class Tree:
                 record, store, {} if entry.kind == "dir" else None)
         return True
 
-    def walk(self, path=b"", node=None):
+    def walk(self, path=b"", node=None, last=False):
         """Yields (path, Node, the path by which the Node has come before, or None) of
-        a `node` at `path` and everything below it, or below the root: parents first, by
-        name.
+        a `node` at `path` and everything below it, or below the root: by name, a
+        directory first or `last`.
         """
-        first, stack = {}, [(path, node or self.root)]
+        # Paths are made one at a time: those of a directory share what is above them.
+        first, stack = {}, [(b"", path, node or self.root, last)]
         while stack:
             self.check()
-            path, node = stack.pop()
-            if path:
-                yield path, node, first.get(node)
+            above, name, node, later = stack.pop()
+            path = above + name
+            if later and node.children:
+                stack.append((above, name, node, False))
+            elif path:
+                yield path, node, b"".join(first.get(node, ())) or None
                 if node.kept:
-                    first.setdefault(node, path)
-            if node.children:
+                    first.setdefault(node, (above, name))
+            if node.children and later == last:
                 above, below = path + b"/" if path else b"", node.children
-                stack.extend([(above + name, below[name])
+                stack.extend([(above, name, below[name], last)
                               for name in sorted(below, reverse=True)])
 
 
@@ -6320,7 +6322,6 @@ class TreeWriter:
         """Makes `directory` (which must not exist) the root of the tree, ours alone."""
         base = os.fsencode(directory)
         os.mkdir(base, 0o700)
-        directories = []
         for self.at, node, first in self._tree.walk():
             path, place = self.at, base + b"/" + self.at  # join costs as much as lstat
             if os.path.lexists(place):
@@ -6329,7 +6330,6 @@ class TreeWriter:
             entry = node.entry
             if node.children is not None:
                 os.mkdir(place, 0o700)
-                directories.append((path, node))
             elif first and entry.kind != "symlink" and (  # systems differ on those
                     os.path.lexists(base + b"/" + first)):
                 os.link(base + b"/" + first, place)
@@ -6337,9 +6337,9 @@ class TreeWriter:
                 self._dress(place, entry)
             else:
                 self.undone["device nodes not made"] += 1
-        for self.at, node in reversed(directories):  # last, or they refuse children
-            self._tree.check()
-            self._dress(os.path.join(base, self.at), node.entry)
+        for self.at, node, _ in self._tree.walk(last=True):  # or they refuse children
+            if node.children is not None:
+                self._dress(os.path.join(base, self.at), node.entry)
 
     def finish(self, directory):
         """All is in its place: the root's own attributes open it to others."""
@@ -6442,10 +6442,11 @@ def write_tree_tar(tree, write):
 def tree_tar_size(tree):
     """The bytes write_tree_tar writes at the least: holes are written as zeros."""
     size = TAR_BLOCK
-    for _, node, first in tree.walk():
+    for path, node, first in tree.walk():
         entry = node.entry
         stored = entry.size if entry.where is not None and first is None else 0
-        size += TAR_BLOCK + stored + -stored % TAR_BLOCK
+        size += TAR_BLOCK + stored + -stored % TAR_BLOCK + (
+            len(path) > 100 and TAR_BLOCK + len(path))  # a pax header
     return size
 
 
@@ -8224,27 +8225,26 @@ class Look:
         self._census, self._check = Census(session.max_files), session.transport.check
         self._waiting = [layer for layer in image.layers if not layer.throwaway]
         self._drawn = []  # their _Headers, oldest first
-        self._hidden = set()  # what these hide of layers below: the parts of paths
+        self._hidden = set()  # the paths that these hide of layers below
         self._plain = True  # whether no link below changes where their members are
 
     def find(self, path):
         """(path, Node, Tree) of what the text `path` leads to; raises NotFound."""
-        parts = way = member_parts(os.fsencode(path))
-        tree = None
+        parts = member_parts(os.fsencode(path))
+        way, tree = b"/".join(parts), None
         while tree is None or not self._decided(way):
             while not self._decided(way):
                 self._drawn.insert(0, self._headers(self._waiting.pop()))
             tree = Tree(self._check, self._census)
             for headers in self._drawn:
                 tree.apply(headers)
-            directory, names, left = tree.lead(parts)
-            way = tuple(names + left)
+            directory, above, left = tree.lead(parts)
+            way = (above + b"/".join(left)).rstrip(b"/")
         node = directory.children.get(left[0]) if left else directory
-        path = b"/".join(way)
         if node is None or left[1:]:
             raise NotFound("%s: there is no file %s" % (
-                self._image.reference or self._image.path, show(b"/" + path)))
-        return path, node, tree
+                self._image.reference or self._image.path, show(b"/" + way)))
+        return way, node, tree
 
     def data(self, node):
         """Yields the data of a file's Node, once all of its layer is proved."""
@@ -8281,29 +8281,31 @@ class Look:
 
     def _decided(self, way):
         """Whether no layer below those drawn has a say in what is there."""
+        parts = way.split(b"/")
         return not self._waiting or self._plain and any(
-            way[:depth] in self._hidden for depth in range(len(way) + 1))
+            b"/".join(parts[:depth]) in self._hidden for depth in range(len(parts) + 1))
 
     def _headers(self, layer):
         """The _Headers of a layer; notes what that hides, and whether it is plain."""
         headers = _Headers(self._spool, self._census, "layer " + str(layer.digest))
         headers.layer = layer
         self._draw(headers)
-        made, there = {()}, set()  # directories, and what else
+        made, there = {b""}, set()  # directories, and what else
         for entry in map(Entry.loads, headers.records):
             self._check()
             parts = member_parts(entry.path)
-            above = parts[:-1]
-            self._plain &= above in made and (entry.kind != "hardlink"
-                                              or member_parts(entry.link) in there)
+            path, above = b"/".join(parts), b"/".join(parts[:-1])
+            self._plain &= above in made and (
+                entry.kind != "hardlink"
+                or b"/".join(member_parts(entry.link)) in there)
             if is_whiteout(parts):
-                self._hidden.add(above if parts[-1] == _OPAQUE else
-                                 above + (parts[-1][len(_WHITEOUT):],))
+                self._hidden.add(above if parts[-1] == _OPAQUE else b"/".join(
+                    parts[:-1] + (parts[-1][len(_WHITEOUT):],)))
             elif entry.kind == "dir":
-                made.add(parts)
+                made.add(path)
             elif entry.kind != "unknown":
-                self._plain &= parts not in made
-                there.add(parts)
+                self._plain &= path not in made
+                there.add(path)
         self._hidden |= there
         return headers
 
