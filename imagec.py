@@ -9579,14 +9579,15 @@ def version_key(tag):
 
 def _run_tags(args, session):
     import fnmatch
+    import heapq
     if args.newest is not None and args.newest < 1:
         raise UsageError("--newest %d: at least one" % args.newest)
     name = named(args.reference)._replace(digest=None)
     tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
             if fnmatch.fnmatchcase(tag, args.match))
     if args.newest is not None:
-        tags = sorted((tag for tag in tags if re.match("(?!sha[0-9]+-).*[0-9]", tag)),
-                      key=version_key, reverse=True)[:args.newest]
+        tags = heapq.nlargest(args.newest, (
+            tag for tag in tags if re.match("(?!sha[0-9]+-).*[0-9]", tag)), version_key)
     for tag in tags:
         full = str(name._replace(tag=tag))
         yield SECRETS.hide(json.dumps({"tag": tag, "reference": full}) if args.json

@@ -15512,6 +15512,10 @@ class CommandLineTest(CommandLineCase):
             "dev-1", "alpha1"]
         self.assertEqual(sorted(newest_first, key=imagec.version_key),
                          newest_first[::-1])
+        many = ["%d" % n + ".1" * 60 for n in range(999)]
+        with mock.patch.object(imagec.Registry, "tags", lambda *_: many):
+            self.assertLess(peak_memory(lambda: self.assertEqual(
+                self.done("tags", "--newest", "1", self.ref[:-2]), many[-1:])), 2 << 20)
         for wrong in ("0", "-1", "x"):
             self.assert_one_line(self.main("tags", "--newest=" + wrong, self.ref), 2,
                                  "--newest")
@@ -16996,10 +17000,10 @@ class StreamTest(CommandLineCase):
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
-    errno fcntl fnmatch functools gc getpass glob hashlib hmac http io ipaddress
-    itertools json logging lzma marshal os platform queue random re selectors shutil
-    signal socket socketserver ssl stat struct subprocess sys tempfile threading time
-    types urllib zlib
+    errno fcntl fnmatch functools gc getpass glob hashlib heapq hmac http io
+    ipaddress itertools json logging lzma marshal os platform queue random re selectors
+    shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
+    time types urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
