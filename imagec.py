@@ -2112,12 +2112,14 @@ class Keyring:
     4. $DOCKER_CONFIG/config.json, else ~/.docker/config.json;
     5. podman's auth.json in its places; 6. ~/.dockercfg.
 
-    With `anonymous` there are none. `sole` says in words what else is for one registry
-    only, None for nothing.
+    With `anonymous` there are none. `check` raises where a helper should not be waited
+    for. `sole` says in words what else is for one registry only, None for nothing.
     """
 
-    def __init__(self, given=None, authfile=None, anonymous=False, sole=None):
+    def __init__(self, given=None, authfile=None, anonymous=False, check=go_on,
+                 sole=None):
         self._given, self._authfile, self._anonymous = given, authfile, anonymous
+        self._check = check
         self._sole = sole or given and "one user name and password"
         self._sole_host = None
         self._lock = threading.Lock()
@@ -2135,7 +2137,7 @@ class Keyring:
                 self.claim(host)
                 return self._given
             if (host, repository) not in self._found:
-                found = (_find_in_config(name, config, host, repository)
+                found = (_find_in_config(name, config, host, repository, self._check)
                          for name, config in self.sources() if config)
                 self._found[host, repository] = next(filter(None, found), None)
             return self._found[host, repository]
@@ -2195,7 +2197,7 @@ def _read_config(path, named=False, raw=None):
         return None
 
 
-def _find_in_config(name, config, host, repository):
+def _find_in_config(name, config, host, repository, check):
     """What one file says. Its helpers come before its entries, and rule them out."""
     keys = [DOCKER_HUB_KEY, *_HUB_NAMES] if host == DOCKER_HUB else [host]
     helpers, auths = (value if isinstance(value, dict) else {} for value in map(
@@ -2205,7 +2207,7 @@ def _find_in_config(name, config, host, repository):
         if helper == "":  # for this host none, nor the store: docker's rule
             break
         if isinstance(helper, str):
-            return _ask_helper(helper, keys[0], "%s (%s)" % (name, where))
+            return _ask_helper(helper, keys[0], "%s (%s)" % (name, where), check)
     found = (_entry_credentials(auths[key], "%s (%s)" % (name, key))
              for key in _config_keys(auths, host, repository))
     return next(filter(None, found), None)
@@ -2253,7 +2255,7 @@ def _entry_credentials(entry, source):
         return None
 
 
-def _ask_helper(suffix, server, source):
+def _ask_helper(suffix, server, source, check):
     """What docker-credential-SUFFIX says of `server`; None where it has nothing.
 
     See github.com/docker/docker-credential-helpers. It is a program of the user's.
@@ -2265,7 +2267,7 @@ def _ask_helper(suffix, server, source):
         raise CredentialsError("%s names the credential helper %s, which is not on the "
                                "PATH" % (source, printable(program, 80)),
                                hint="install it, or pull with --no-creds")
-    status, output = _run_helper([path, "get"], server, program)
+    status, output = _run_helper([path, "get"], server, program, check)
     if status:
         if output.decode("utf-8", "replace").strip() in _HELPER_EMPTY:
             return None
@@ -2286,7 +2288,7 @@ def _ask_helper(suffix, server, source):
         raise CredentialsError(error.message) from None
 
 
-def _run_helper(command, text, program):
+def _run_helper(command, text, program, check):
     """(exit status, output) of a helper, bounded in time and size."""
     import subprocess
     try:
@@ -2304,14 +2306,20 @@ def _run_helper(command, text, program):
                 process.stdin.close()
             output.append(process.stdout.read(TOKEN_LIMIT))  # who says more is cut off
 
-    # A thread: what the helper started may hold the pipe open after it is killed.
-    reader = begin(talk)
-    reader.join(HELPER_TIMEOUT)
-    if reader.is_alive():
+    end = time.monotonic() + HELPER_TIMEOUT
+    try:
+        # A thread: what the helper started may hold the pipe open after it is killed.
+        reader = begin(talk)
+        while reader.is_alive():
+            check()
+            left = end - time.monotonic()
+            if left <= 0:
+                raise CredentialsError("%s did not answer within %g seconds"
+                                       % (program, HELPER_TIMEOUT))
+            reader.join(min(left, CANCEL_NOTICED))
+    finally:
         process.kill()
         process.wait()
-        raise CredentialsError("%s did not answer within %g seconds"
-                               % (program, HELPER_TIMEOUT))
     return process.returncode, output[0]
 
 
@@ -7030,14 +7038,14 @@ class Session:
         #: The Credentials of the command line, None for none.
         self.given = None if username is None else Credentials(
             username, password, source="the command line")
-        self._keyring = Keyring(
-            self.given, authfile, no_creds,
-            sole="--insecure-skip-verify is for one registry" if insecure_skip_verify
-            else insecure_allow_http and "--insecure-allow-http is for one registry")
-        self._mirror_keyring = Keyring(None, authfile, no_creds)
         self._mirrors = [split_place(mirror, "mirror") for mirror in mirrors]
         self.transport = Transport(timeout, idle_timeout, insecure_skip_verify, cacert,
                                    client_pair, proxy, storage_hosts=storage_hosts)
+        self._keyring = Keyring(
+            self.given, authfile, no_creds, self.transport.check,
+            "--insecure-skip-verify is for one registry" if insecure_skip_verify
+            else insecure_allow_http and "--insecure-allow-http is for one registry")
+        self._mirror_keyring = Keyring(None, authfile, no_creds, self.transport.check)
         for host in token_hosts + storage_hosts:
             self.transport.tls.name(host, insecure_allow_http, registry=False)
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts

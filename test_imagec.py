@@ -5007,6 +5007,13 @@ class CredentialsTest(ResolveCase):
                 facts = found and (found.username, found.password, found.identity_token)
                 self.assertEqual(facts, expected)
 
+    def test_helper_is_not_waited_for_when_all_is_to_end(self):
+        self.docker_config({"credsStore": "h"})
+        self.helper("h", "exec sleep 20")
+        with threat_alarm(10), self.session(timeout=0.2) as session:
+            with self.fails(imagec.Timeout, "--timeout"):
+                session.credentials(imagec.Reference.parse("r.test/a"))
+
     def test_helper_is_asked_by_the_protocol(self):
         self.helper("h", 'echo "$@" >$0.args; cat >$0.in; echo "{}"')
         for host, server in (("r.test:5000", b"r.test:5000"),
