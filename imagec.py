@@ -3279,7 +3279,12 @@ def registry_error(response, what):
                  for e in Document.parse(body, "error").children("errors", 100)]
     except ImagecError:
         pairs = []
-    codes = [SECRETS.hide(code) for code, _ in pairs]
+    signed = Secrets()  # a store may repeat what its URL was signed with
+    signed.add(*(value for name, value in urllib.parse.parse_qsl(
+        urllib.parse.urlsplit(response.url).query)
+        if re.search("(?i)sig|token|cred|key|policy|verify|state", name)))
+    pairs = [tuple(map(signed.hide, map(SECRETS.hide, pair))) for pair in pairs]
+    codes = [code for code, _ in pairs]
     words = "; ".join("%s: %s" % pair if pair[1] else pair[0] for pair in pairs)
     words = "HTTP %d" % response.status + (
         words and ", " + printable(words, ERROR_TEXT_LIMIT))

@@ -16608,6 +16608,12 @@ class SecretsTest(CommandLineCase):
         self.assertTrue(fault is None or fault.used, "fault never met")
         self.clear()
 
+    def test_store_repeats_what_its_url_was_signed_with(self):
+        self.origin.redirect_blobs_to = self.origin.url
+        self.origin.fault("/cdn/", status(400, body=json_bytes({"errors": [
+            {"code": SIGNATURE, "message": "/cdn/x?sig=%s&x" % SIGNATURE}]})))
+        self.assert_one_line(self.pull(self.ref), 1, r"400, \*\*\*: /cdn/x\?sig=\*\*\*&x,")
+
     @rows((("http://u:S3CR3T@127.0.0.1:1", 1), ("socks5://u:S3CR3T@127.0.0.1:1", 1),
            ("ftp://u:S3CR3T@127.0.0.1:1", 2), ("http://u:S3CR3T@{host}", 1)))
     def test_proxies(self, proxy, code):
