@@ -9573,8 +9573,10 @@ def _run_auth(args, session):
         raise UsageError("not a registry: %s" % shown(args.host, 100),
                          "expected HOST[:PORT][/REPOSITORY]")
     found = session.credentials(Reference(host, repository, None, None))
-    yield printable("%s: %s" % (
-        args.host, found or "anonymous, no source has credentials for it"))
+    yield json.dumps(hidden({
+        "registry": args.host, "username": found and found.username,
+        "source": found and found.source})) if args.json else printable("%s: %s" % (
+            args.host, found or "anonymous, no source has credentials for it"))
 
 
 #: A number in a tag, a mark of what comes before a release (PEP 440, semver.org), else.
@@ -9721,7 +9723,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--dry-run", "pull push", "say what would be fetched or sent, and stop"),
     ("-j --jobs N", "pull push", "connections at once", JOBS),
     ("--progress auto|plain|none", "pull push", "a line redrawn, or lines", "auto"),
-    ("--json", "pull push layers ls digest verify tags", "results as JSON"),
+    ("--json", "pull push layers ls inspect digest auth verify tags", "as JSON"),
     ("--platform platforms OS/ARCH[/VARIANT]...", _PULLS, "default: this host's; "
      "several: to oci or archive; all: the whole index, to oci"),
     ("--image NAME", "verify " + _IMAGE, "which of several at a path"),
