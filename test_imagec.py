@@ -3080,8 +3080,6 @@ class DocumentsTest(TableCase):
         self.assertEqual(imagec.canonical_json(value), text.encode("utf-8"))
 
 
-# -- 5  Signatures
-
 # moby v24, distribution/fixtures/validate_manifest/good_manifest, deflated.
 SIGNED_MANIFEST = zlib.decompress(base64.b85decode("".join("""
 c-rk(S#R4$5Pr|E5ZIR%h~mAM<eRO-rzAU6d?YH2y(q0skqSx4k`4d&E-59J6DK`T6fGJ-0J+~ByL0T!@ZnXX(e
@@ -4840,8 +4838,6 @@ class CredentialsTest(ResolveCase):
         found = keyring.lookup(host, repository)
         return found and found.username
 
-    # -- where they are looked for
-
     def test_sources_in_order(self):
         variables = {}
         for name, variable, value, path in (  # the last comes first
@@ -4931,8 +4927,6 @@ class CredentialsTest(ResolveCase):
         os.environ["DOCKER_CONFIG"] = "./~/.docker"  # this one is named
         self.assertEqual(self.user(self.keyring()), "r.test")
 
-    # -- which entry is taken
-
     @rows(FIELD_KEYS)
     def test_keys(self, keys, host, repository, winner):
         self.docker_config(field_auths(*keys))
@@ -4983,8 +4977,6 @@ class CredentialsTest(ResolveCase):
             self.assertEqual(run.status, 2, run.err)
             self.assertRegex(run.err, r"\Aimagec: the password, [^\n]+\n\Z")
             self.assertNotIn("S3CR3T", run.err)
-
-    # -- helpers
 
     @rows(FIELD_HELPERS)
     def test_helpers(self, _name, script, expected):
@@ -5083,8 +5075,6 @@ class CredentialsTest(ResolveCase):
                 self.keyring().lookup("r.test", "a")
         self.assertFalse(os.path.exists("ran"))
 
-    # -- what is told of them
-
     def test_auth_command(self):
         self.helper("h", _FIELD_SAYS % ("bob", PASSWORD))
         path = self.docker_config({
@@ -5119,8 +5109,6 @@ class CredentialsTest(ResolveCase):
         run = self.main("auth", "r.test", "-u", "bob", IMAGEC_PASSWORD=PASSWORD)
         self.assertRegex(run.out, "^r.test: .*bob.*the command line")
         self.assertNotIn(PASSWORD, run.out)
-
-    # -- what the wire sees
 
     def asked_for_tokens(self, registry):
         """(method, form or query, Authorization) of each request for a token."""
@@ -6069,21 +6057,18 @@ class TLSFilesTest(ResolveCase):
                          [True] * 4 + [False])
 
     def test_roots_are_read_while_the_host_is_reached(self):
-        reached, threads = threading.Event(), []
+        reached, read = threading.Event(), []
 
-        def read(context):
-            threads.append(threading.current_thread())
-            self.assertTrue(reached.wait(10))
-
-        def reach(connection, *_args):
+        def reach(*_args):
             reached.set()
             raise OSError("that far")
 
-        with mock.patch.object(ssl.SSLContext, "load_default_certs", read), \
-                mock.patch.object(imagec._Kept, "_reach", reach), \
-                self.fails(imagec.TransportError, "that far"):
+        with mock.patch.object(ssl.SSLContext, "load_default_certs", lambda _context: (
+                read.append(reached.wait(10)))), self.fails(
+                    imagec.TransportError, "that far"), mock.patch.object(
+                        imagec._Kept, "_reach", reach):
             self.transport().open("GET", "https://r.test/v2/")
-        threads[0].join()
+        self.wait_until(lambda: read == [True])
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError), \
                 mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
             imagec.TLSSettings().context("r.test")
@@ -6455,8 +6440,6 @@ class ProxyTest(ResolveCase):
             with self.fails(imagec.TransportError):
                 self.fetch(registry, proxy=self.proxy.url, idle_timeout=0.08)
         self.assertEqual(registry.requests, [])
-
-    # -- SOCKS
 
     @rows((("socks5",), ("socks5h",), ("SOCKS5H",)))
     def test_socks(self, scheme):
@@ -6953,8 +6936,6 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(registry.connections, 2)  # TLS was tried first
 
 
-# -- Registry
-
 #: (name, what the manifest's reply becomes, error unless it is taken, words)
 NET_MANIFEST_REPLIES = (
     ("as it is", lambda reply: reply), ("chunked", chunked()),
@@ -7355,8 +7336,6 @@ class RegistryTest(KnownCase):
         with self.fails(imagec.NotFound):
             self.client(self.filled()).learn_auth_url("app", "none")
 
-    # -- tags
-
     def tags(self, registry):
         return list(self.client(registry).tags("app"))
 
@@ -7556,8 +7535,6 @@ class ReferrersTest(NetworkCase):
         self.assertEqual(self.said, [])  # it is not left
 
 
-# -- Mirrors
-
 _FIELD_BLOB, _FIELD_MANIFEST = "GET .*/blobs/", "GET .*/manifests/"
 
 class MirrorTest(ResolveCase):
@@ -7678,8 +7655,6 @@ class MirrorTest(ResolveCase):
         size = len(large.blobs[large.layers[0]])
         self.assertLess(origin.sent_blob_bytes, size * 0.55)
 
-    # -- secrets
-
     @rows((("basic",), ("bearer",)))
     def test_credentials_of_the_origin_stay_there(self, auth):
         origin = self.filled(auth=auth, anonymous=False)
@@ -7704,8 +7679,6 @@ class MirrorTest(ResolveCase):
         self.docker_config({"credHelpers": {mirror.host: "none"}})
         self.resolve(self.origin.host, mirrors=[mirror.host])
         self.assertEqual(len(self.said), 1)
-
-    # -- failures
 
     def test_all_fail(self):
         mirror = self.filled()
@@ -12208,8 +12181,6 @@ class DryRunTest(FieldCase):
             self.assertEqual(run.status, code, run.err)
         self.assertEqual(paths(self.origin, "/blobs/"), [])
         self.assertFalse(os.path.lexists(self.at()))
-
-    # -- the disk
 
     def disk(self, free):
         return mock.patch("shutil.disk_usage", return_value=mock.Mock(free=free))
@@ -20449,9 +20420,10 @@ def run_side_by_side(groups, verbose=False):
     """Runs lists of tests, each in a process: {test id: (wrong, lacks)}.
 
     Twice as many at once as there are cores, for most wait for sockets now and then.
+    The last first: what takes longest, kills and real programs, ends the file.
     """
     from multiprocessing.connection import wait
-    groups, running, fates = groups[::-1], [], {}
+    groups, running, fates = groups[:], [], {}
     try:
         while groups or running:
             while groups and len(running) < 2 * (os.cpu_count() or 1):
@@ -20476,16 +20448,12 @@ def run_side_by_side(groups, verbose=False):
 
 
 def chosen_tests(names):
-    """The ids of the tests in the classes or tests named, or in all, a list a class.
-
-    The slowest classes first, as measured; the rest in the order of the file.
-    """
+    """The ids of the tests in the classes or tests named, or in all, a list a class."""
     loader, module = unittest.defaultTestLoader, sys.modules["__main__"]
     classes = [name for name, value in vars(module).items()
                if isinstance(value, type) and issubclass(value, unittest.TestCase)]
     groups = []
-    for name in names or sorted(classes, key=lambda name: SLOW_CLASSES.index(
-            name) if name in SLOW_CLASSES else len(SLOW_CLASSES)):
+    for name in names or classes:
         kind, _, test = name.partition(".")
         if kind not in classes or test and not hasattr(vars(module)[kind], test):
             sys.exit("no such test: %s" % name)
@@ -20527,12 +20495,6 @@ def main():
         len(fates) - len(bad) - skipped, len(bad), skipped))
     return 0 if fates and not bad and len(fates) == count else 1
 
-
-#: What takes longest begins first, so that it does not end last.
-SLOW_CLASSES = (
-    "StallsTest", "FaultsTest", "ReadersTest", "MemoryTest", "LocalFaultsTest",
-    "MirrorTest", "RealResumeTest", "StreamTest", "UnsafeLayersTest", "ServeTest",
-    "ServeSkopeoTest", "KillTest", "ResumeTest", "LocalLimitsTest", "RealRegistryTest")
 
 if __name__ == "__main__":
     sys.exit(main())
