@@ -2942,7 +2942,8 @@ class TLSSettings:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             return lambda: context
-        # They are hundreds: reading them takes longer than a handshake.
+        # They are hundreds: reading them takes longer than a handshake. Not by `begin`,
+        # whose threads Python does not wait for: libcrypto is cleared up at the end.
         reading = threading.Thread(target=context.load_default_certs)
         try:
             reading.start()
