@@ -7558,38 +7558,40 @@ def _in_threads(work, todo, count, transport):
 
     The first error ends the others and comes out.
     """
-    import concurrent.futures
-    executor = concurrent.futures.ThreadPoolExecutor(max(1, count))
-    futures, good, ends = [], False, [None] * count
+    threads, ended, errors, ends = [], threading.Semaphore(0), [], [None] * count
     todo.extend(ends)
-    # What a signal raised inside of threading could leave its locks held for ever.
-    transport.watched = True
-    try:
-        for _ in ends:
-            try:
-                futures.append(executor.submit(work))
-            except RuntimeError:  # no more threads are to be had
-                break
-        if count and not futures:
+
+    def run():
+        try:
             work()
-        pending = futures
-        while pending:  # in short waits: a signal may come to another thread
-            done, pending = concurrent.futures.wait(
-                futures, CANCEL_NOTICED, concurrent.futures.FIRST_EXCEPTION)
-            if any(future.exception() for future in done):
+        except BaseException as error:  # carried to who waits
+            errors.append(error)
+        ended.release()
+
+    # What a signal raised inside of threading could leave its locks held for ever.
+    transport.watched, good = True, False
+    try:
+        with contextlib.suppress(OSError):  # no more are to be had
+            for _ in ends:
+                threads.append(begin(run))
+        if ends and not threads:
+            work()
+        for _ in threads:  # in short waits: a signal may come to another thread
+            while not ended.acquire(timeout=CANCEL_NOTICED):
+                transport.check()
+            if errors:
                 break
-            transport.check()
         else:
             good = True
     finally:
         if not good:
             transport.cancel()
             todo.extendleft(ends)
-        executor.shutdown()
+        for thread in threads:
+            thread.join()
         transport.watched = False
     if transport.stop is not None:  # it came after the last look
         raise transport.stop
-    errors = list(filter(None, (future.exception() for future in futures)))
     if errors:
         raise min(errors, key=lambda error: isinstance(error, Cancelled))
 
