@@ -2878,6 +2878,10 @@ class TLSSettings:
         #: turned out to be bad.
         self._insecure = {}
         self._begun = functools.lru_cache(maxsize=None)(self._begin)
+        self._by_need = roots_by_need()
+        #: Whether to read all roots. Those by need may lack what somebody has put into
+        #: the file that has all.
+        self.whole = not self._by_need or "SSL_CERT_FILE" in os.environ
 
     def name(self, host, forgiving=False, registry=True):
         """The user named `host` (`HOST[:PORT]`).
@@ -2890,8 +2894,13 @@ class TLSSettings:
         if self._skip_verify or forgiving:
             self._insecure.setdefault(host_name(host), self._skip_verify)
 
-    def forgives(self, host):
-        """Whether a certificate of `host` that has turned out to be bad is taken."""
+    def relents(self, host, whole):
+        """Whether to ask `host` again, whose certificate has turned out to be bad: for
+        that was not by the `whole` of the system's roots, or for it is taken.
+        """
+        if not whole:
+            self.whole = True
+            return True
         taken = self._insecure.get(host_name(host))
         if taken is False:
             log.warning("the certificate of %s is not verified", host)
@@ -2903,26 +2912,21 @@ class TLSSettings:
         return self.begin(host)()
 
     def begin(self, host):
-        """What gives `context`: the system's roots are read until it is called."""
+        """What gives `context`: the system's roots may be read until it is called."""
         verify = not self._insecure.get(host_name(host))
         roots, pairs = host_certificates(host)
         if self._cacert is not None:
             roots.append(self._cacert)
         if self._client_pair is not None and host in self._named:
             pairs.append(self._client_pair)
-        return self._begun(verify, tuple(roots), tuple(pairs))
+        return self._begun(self.whole, verify, tuple(roots), tuple(pairs))
 
     def rootless(self, host):
         """Whether no CA certificate that we have could speak for `host`."""
-        import glob
-        paths = ssl.get_default_verify_paths()
-        places = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
-        return not (self._skip_verify or self.context(host).cert_store_stats()["x509"]
-                    # OpenSSL looks into these by need, for what is called by a hash.
-                    or any(glob.glob(glob.escape(place) + "/????????.[0-9]")
-                           for place in places.split(os.pathsep)))
+        return not (self._skip_verify or self._by_need
+                    or self.context(host).cert_store_stats()["x509"])
 
-    def _begin(self, verify, roots, pairs):
+    def _begin(self, whole, verify, roots, pairs):
         # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
         # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2942,8 +2946,11 @@ class TLSSettings:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             return lambda: context
-        # They are hundreds: reading them takes longer than a handshake. Not by `begin`,
-        # whose threads Python does not wait for: libcrypto is cleared up at the end.
+        if not whole:
+            context.load_verify_locations(capath=os.pathsep.join(self._by_need))
+            return lambda: context
+        # Not by `begin`, whose threads Python does not wait for: libcrypto is cleared
+        # up at the end.
         reading = threading.Thread(target=context.load_default_certs)
         try:
             reading.start()
@@ -3115,7 +3122,7 @@ class Transport:
     def _exchange(self, request):
         """One request over a connection, kept or new."""
         while True:
-            connection = self._take(request)
+            connection, whole = self._take(request), self.tls.whole
             try:
                 connection.start(request.timeout)
                 if connection.sock is None:
@@ -3140,7 +3147,7 @@ class Transport:
                 # is no failed try, another connection tells. But none is sent to twice.
                 if not (isinstance(error, ConnectionError) and connection.used
                         and request.data is None
-                        or _distrusts(error) and self.tls.forgives(request.host)):
+                        or _distrusts(error) and self.tls.relents(request.host, whole)):
                     raise
 
     def _take(self, request):
@@ -3190,6 +3197,19 @@ def check_redirect(response, parts, seen, stay):
         raise UnsafeRedirect(
             "%s redirects from https to http" % response.place,
             None if stay else _LENIENCE % "--storage-host " + parts.netloc)
+
+
+def roots_by_need():
+    """The directories of the system's roots by their hashes: OpenSSL looks into them by
+    need. Reading all roots, hundreds, takes longer than a handshake.
+    """
+    paths, found = ssl.get_default_verify_paths(), []
+    for place in os.environ.get(paths.openssl_capath_env,
+                                paths.openssl_capath).split(os.pathsep):
+        with contextlib.suppress(OSError):
+            found += [place] * any(re.fullmatch(r"[0-9a-f]{8}\.[0-9]", name)
+                                   for name in os.listdir(place))
+    return found
 
 
 def host_certificates(host):

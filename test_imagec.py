@@ -6044,10 +6044,10 @@ class TLSFilesTest(ResolveCase):
         settings = imagec.TLSSettings()
         contexts = [settings.context(host) for host in (
             "a.test", "b.test:5000", "own.test", "a.test")]
-        self.assertFalse(settings.forgives("a.test"))
+        self.assertFalse(settings.relents("a.test", True))
         settings.name("a.test:5000", forgiving=True)
         self.assertIs(settings.context("a.test"), contexts[0])
-        self.assertTrue(settings.forgives("a.test"))
+        self.assertTrue(settings.relents("a.test", True))
         contexts.append(settings.context("a.test"))
         self.assertEqual([context is contexts[0] for context in contexts],
                          [True, True, False, True, False])
@@ -6073,6 +6073,28 @@ class TLSFilesTest(ResolveCase):
                 mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
             imagec.TLSSettings().context("r.test")
         self.assertTrue(read.called)
+
+    def test_roots_by_need(self):
+        registry = self.filled(tls=True)
+        os.environ.pop("SSL_CERT_FILE")
+        os.environ["SSL_CERT_DIR"] = "/none" + os.pathsep + self.at("certs")
+        self.file("certs/ce275665.0", TEST_CERT)  # of CN = localhost: openssl x509 -hash
+        with mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
+            self.resolve(registry.host)
+        self.assertFalse(read.called)
+        # Where the server's is not among them, all are read, for each who asks then.
+        remove(self.at("certs"))
+        self.file("certs/0a1b2c3d.0", OTHER_CERT)
+        with mock.patch.object(ssl.SSLContext, "load_default_certs", lambda context: (
+                context.load_verify_locations(cadata=TEST_CERT))), \
+                concurrent.futures.ThreadPoolExecutor(4) as pool:
+            transport = self.transport()
+            for response in pool.map(lambda _: transport.open(
+                    "GET", "https://%s/v2/" % registry.host), range(4)):
+                self.assertEqual(response.status, 200)
+                response.discard()
+            with self.fails(imagec.CertificateError):
+                transport.open("GET", "https://%s/v2/" % by_name("x.localhost", registry))
 
     def test_context_is_as_strict_as_the_librarys(self):
         context, library = (imagec.TLSSettings().context("a.test"),
@@ -16979,7 +17001,7 @@ class StreamTest(CommandLineCase):
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
-    errno fcntl fnmatch functools gc getpass glob hashlib heapq hmac http io
+    errno fcntl fnmatch functools gc getpass hashlib heapq hmac http io
     ipaddress itertools json logging lzma marshal os platform queue random re selectors
     shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
     time types urllib zlib
