@@ -2880,8 +2880,8 @@ class TLSSettings:
         self._begun = functools.lru_cache(maxsize=None)(self._begin)
         self._by_need = roots_by_need()
         #: Whether to read all roots. Those by need may lack what somebody has put into
-        #: the file that has all.
-        self.whole = not self._by_need or "SSL_CERT_FILE" in os.environ
+        #: the file that has all, or what SSL_CERT_FILE has.
+        self.whole = not self._by_need
 
     def name(self, host, forgiving=False, registry=True):
         """The user named `host` (`HOST[:PORT]`).

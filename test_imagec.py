@@ -6076,7 +6076,6 @@ class TLSFilesTest(ResolveCase):
 
     def test_roots_by_need(self):
         registry = self.filled(tls=True)
-        os.environ.pop("SSL_CERT_FILE")
         os.environ["SSL_CERT_DIR"] = "/none" + os.pathsep + self.at("certs")
         self.file("certs/ce275665.0", TEST_CERT)  # of CN = localhost: openssl x509 -hash
         with mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
@@ -6085,16 +6084,15 @@ class TLSFilesTest(ResolveCase):
         # Where the server's is not among them, all are read, for each who asks then.
         remove(self.at("certs"))
         self.file("certs/0a1b2c3d.0", OTHER_CERT)
-        with mock.patch.object(ssl.SSLContext, "load_default_certs", lambda context: (
-                context.load_verify_locations(cadata=TEST_CERT))), \
-                concurrent.futures.ThreadPoolExecutor(4) as pool:
-            transport = self.transport()
+        os.environ["SSL_CERT_FILE"], transport = self.file("own.pem", TEST_CERT), (
+            self.transport())
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
             for response in pool.map(lambda _: transport.open(
                     "GET", "https://%s/v2/" % registry.host), range(4)):
                 self.assertEqual(response.status, 200)
                 response.discard()
-            with self.fails(imagec.CertificateError):
-                transport.open("GET", "https://%s/v2/" % by_name("x.localhost", registry))
+        with self.fails(imagec.CertificateError):
+            transport.open("GET", "https://%s/v2/" % by_name("x.localhost", registry))
 
     def test_context_is_as_strict_as_the_librarys(self):
         context, library = (imagec.TLSSettings().context("a.test"),
