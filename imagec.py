@@ -136,7 +136,7 @@ PLATFORM_LIMIT = 255  # characters of each part of one: an index repeats them
 INDEX_DEPTH_LIMIT = 8  # indexes inside indexes; two are seen in the field
 DOCUMENT_COUNT_LIMIT = 1000  # manifests and indexes that one name leads to
 DOCUMENT_BYTES_LIMIT = 64 * MIB  # of all of them
-CONTENTS_LIMIT = 16 * MIB  # bytes of a list of what a layout holds: INDEX_COUNT_LIMIT
+CONTENTS_LIMIT = 16 * MIB  # bytes of a layout's index.json: INDEX_COUNT_LIMIT entries
 TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 PAGE_COUNT_LIMIT = 10000  # pages of one list; some registries give 100 entries a page
@@ -160,36 +160,36 @@ PAX_COUNT_LIMIT = 4096  # records of one pax header
 TAR_EXTENSION_LIMIT = 1 * MIB  # bytes of one pax or long-name member; Go's archive/tar
 
 IDLE_TIMEOUT = 60  # seconds without a byte
-PATIENCE = 5  # silences: until a blob begins, which a cache may fetch first, at most
-STALL_BYTES = 256 * KIB  # that a blob must bring in as long; a document must be there
+PATIENCE = 5  # silences at most until a blob begins: a cache may have to fetch it first
+STALL_BYTES = 256 * KIB  # that a blob must bring in as long; a document, all of it
 LOCK_TOLD = 5  # seconds until it is told that another process is waited for
 LOCK_PATIENCE = 600  # seconds in which what it writes must grow
 CANCEL_NOTICED = 0.5  # seconds at most until a thread that waits sees a cancel
 CLEARING_UP = 1.0  # seconds that a second signal leaves
-CONNECT_TIMEOUT = 10  # seconds until a connection, and for TLS on it; docker's for TLS
+CONNECT_TIMEOUT = 10  # seconds to connect, and as many again for TLS; docker's for TLS
 CONNECT_DELAY = 0.25  # seconds until the next address is tried, too (RFC 8305, 5)
-IDLE_CONNECTIONS_LIMIT = 32  # kept for later; each is a descriptor, of often 1,024
+IDLE_CONNECTIONS_LIMIT = 32  # kept for reuse; a process often has 1,024 descriptors
 ATTEMPTS = 5  # per request, the first included; docker's
 BACKOFF, BACKOFF_LIMIT = 0.5, 20.0  # seconds: doubled a try, capped
 RETRY_AFTER_LIMIT = 60.0  # seconds; containers/image
 PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth it
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
-PROGRESS_INTERVAL = 10  # seconds between two lines of progress where there is none
+PROGRESS_INTERVAL = 10  # seconds between two lines of progress where none is live
 REDIRECT_LIMIT = 10  # hops; Go's net/http
-NO_REFERRERS_API = 400, 404, 405, 406, 501  # statuses there; go-containerregistry
+NO_REFERRERS_API = 400, 404, 405, 406, 501  # statuses without it; go-containerregistry
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
 
 SERVE_THREADS = 256  # connections served at once
-SERVE_TIMEOUT = 60  # seconds for a request's head; a client may as long take nothing
+SERVE_TIMEOUT = 60  # seconds for a request's head, or that a client may take nothing
 SERVE_IDLE = 1  # seconds a connection is kept idle while others wait for a place
 HELPER_TIMEOUT = 30  # seconds for a credential helper; some ask a person or a cloud
-JOBS = 4  # connections; as many images and layers at once
-RANGE = 8 * MIB  # bytes; of what SOCI advises for ECR the least
+JOBS = 4  # connections: as many images or layers are fetched at once
+RANGE = 8 * MIB  # bytes asked for at once; the least that SOCI advises for ECR
 RANGES_AFTER = 1  # second that a blob must have been coming on one connection
-RANGES_LEFT = 32 * MIB  # bytes that must be out still
-RANGES_PACE = 64 * MIB  # bytes a second that one connection brings: no more would help
+RANGES_LEFT = 32 * MIB  # bytes of it that must still be to come
+RANGES_PACE = 64 * MIB  # bytes a second: where one connection has it, more are no use
 USER_AGENT = "imagec/" + __version__
 
 DOCKER_HUB = "docker.io"
@@ -236,8 +236,8 @@ class Secrets:
         self._forms = ()  # newest last; changed as a whole: reading takes no lock
 
     def add(self, *secrets):
-        """Each of the texts `secrets` (None: nothing) is hidden from now on, as it is
-        and percent-encoded. Under four characters it would blank out every text.
+        """Hides each of the texts `secrets` (None: nothing) from now on, as it is and
+        percent-encoded; not those under four characters, which would blank out a lot.
         """
         forms = {form for secret in filter(None, secrets) for form in (
             secret, urllib.parse.quote(secret), urllib.parse.quote_plus(secret))}
@@ -249,7 +249,7 @@ class Secrets:
             self._forms = tuple(older + forms)[-SECRET_FORMS_LIMIT:]
 
     def hide(self, text):
-        """`text` with `***` for each of them, and for what a URL has before its @."""
+        """`text` with `***` for each of them, and for the user and password in URLs."""
         text = re.sub("(?<=://)[^\\s/:@]*:[^\\s/]*@(?!sha[0-9]+:)", "***@", text)
         for form in sorted(self._forms, key=len, reverse=True):
             if form in text:  # a short one only where it stands alone
@@ -265,7 +265,7 @@ def printable(text, limit=None):
     """`text` without SECRETS and with everything a terminal might obey escaped.
 
     That is what is not printable, bidi and surrogates included. Over `limit` characters
-    the middle becomes `...`. Bytes name a file.
+    the middle becomes `...`. Bytes are taken for a file's name.
     """
     text = SECRETS.hide(os.fsdecode(text) if isinstance(text, bytes) else str(text))
     if limit is not None and len(text) > limit:
@@ -370,7 +370,7 @@ class TransportError(ImagecError):
 
 
 class CertificateError(TransportError):
-    """A certificate, the server's or ours, does not do for the other side."""
+    """A certificate, the server's or ours, is not accepted by the other side."""
 
 
 class UnsafeRedirect(TransportError):
@@ -386,7 +386,7 @@ class Cancelled(TransportError):
 
 
 class RegistryError(ImagecError):
-    """An HTTP error of a registry: `status`, error `codes`, the `url` without query."""
+    """An error of a registry: `codes`; HTTP `status` and `url` (no query), or None."""
 
     def __init__(self, message, status=None, codes=(), url=None, hint=None):
         super().__init__(message, hint, status in RETRIED_STATUSES)
@@ -398,7 +398,7 @@ class NotFound(RegistryError):
 
 
 class NoMatchingPlatform(NotFound):
-    """The index has nothing for the Platform `wanted`, but for those `available`."""
+    """There is no image for the Platform `wanted`, only for those `available`."""
 
     def __init__(self, wanted, available):
         names = printable(", ".join(sorted(set(map(str, available)))), 1000)
