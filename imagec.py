@@ -442,9 +442,8 @@ _ANY_DIGEST = "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+"
 
 
 def shown(text, limit=None):
-    """What was to be a name, for a message: before an @ may stand a password.
-
-    Not where a digest follows it.
+    """`text`, which was to be a name, for a message: without what is before an @, which
+    may be a password, unless a digest follows.
     """
     return printable(re.sub("^.*@(?!sha[0-9]+:[^@]*$)", "***@", text, flags=re.DOTALL),
                      limit)
@@ -595,14 +594,14 @@ _VARIANTS = {  # of an architecture: spelling -> norm
 
 class Platform(value_type("Platform", "os architecture variant os_version", "", "")):
     """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
-    Of `os_version`, a build of Windows, any will do.
+    `os_version`, a build of Windows, is shown only: any will do.
     """
 
     __slots__ = ()
 
     @classmethod
     def normal(cls, os, architecture, variant="", os_version=""):
-        """A Platform by containerd's norm: aliases folded, implied variants out."""
+        """A Platform by containerd's norm: one spelling of aliases and of variants."""
         os, arch = os.lower(), architecture.lower()
         variant = variant.lower()
         if arch in _ARCHITECTURES:
@@ -747,7 +746,7 @@ class Document:
     def get(self, name, kind, default=None):
         """Member `name`, of exactly the type `kind`; `default` where it is absent.
 
-        For dict it is a Document.
+        For dict it is a Document. Raises InvalidDocument, as do all that follow.
         """
         if self._folded.get(name.casefold(), 0) != (name in self.value):
             raise InvalidDocument("%s has '%s' in another case: ambiguous"
@@ -871,8 +870,8 @@ class Descriptor(value_type(
     """A pointer to content (OCI image-spec, descriptor.md).
 
     `size` is in bytes, None where the manifest does not say (schema1); `platform` is
-    None where there is none. The `digest` may be of an algorithm that we cannot check
-    in an entry of an index only: others do not suffer by it.
+    None where there is none. Only in an entry of an index may the `digest` be of an
+    algorithm that we cannot check: the other entries do not suffer by it.
     """
 
     __slots__ = ()
@@ -890,7 +889,7 @@ class Descriptor(value_type(
 
     @classmethod
     def of_referrer(cls, document):
-        """The same as lists have it (distribution-spec, "Listing Referrers")."""
+        """The same for a list of referrers (distribution-spec, "Listing Referrers")."""
         kind = document.artifact_type or isinstance(document, Manifest) and (
             document.config.media_type) or ""
         return cls.of(document, annotations=document.annotations, artifact_type=kind)
@@ -904,7 +903,7 @@ class Descriptor(value_type(
                    document.texts("annotations"), document.get("artifactType", str, ""))
 
     def as_json(self):
-        """It as an index has it, without what is empty."""
+        """The entry of an index it makes, JSON-able, without what is empty."""
         platform = self.platform and {name: part for name, part in zip(
             ("os", "architecture", "variant", "os.version"), self.platform) if part}
         members = {"mediaType": self.media_type, "digest": str(self.digest),
@@ -933,8 +932,8 @@ class Manifest(value_type(
         "annotations", "", None, {})):
     """A schema2 or OCI image manifest: `raw` bytes as received, and what they say.
 
-    `artifact_type` says what it is if not an image, "" for an image; `subject` is what
-    it refers to, None for nothing.
+    `config` and `layers` are Descriptors; `artifact_type` is "" for an image, else what
+    it is; `subject` is the Digest of what it refers to, None for nothing.
     """
 
     __slots__ = ()
@@ -942,7 +941,7 @@ class Manifest(value_type(
 
 class Index(value_type(
         "Index", "raw media_type digest manifests subject annotations", None, {})):
-    """A docker manifest list or OCI image index; for `subject` see Manifest."""
+    """A docker manifest list or OCI index of Descriptors, `manifests`. See Manifest."""
 
     __slots__ = ()
     artifact_type = ""  # see Manifest
@@ -951,9 +950,9 @@ class Index(value_type(
 class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False, None)):
     """One layer of an image.
 
-    `id` is the v1 id for schema1, else the hex of the OCI chainID; `blob` the
-    Descriptor of what is transferred; `diff_id` is None where only unpacking tells
-    (schema1) and that was not done yet; `v1_json` is its v1 image JSON, as text. A
+    `id` is the v1 id for schema1, else the hex of the OCI chainID, "" for an artifact's
+    blob; `blob` the Descriptor of what is transferred; `diff_id` is None for that, and
+    for schema1 until it is unpacked; `v1_json` is its v1 image JSON, as text. A
     `throwaway` layer (schema1) changed nothing: modern formats leave it out. `size` is
     the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
     """
@@ -993,9 +992,9 @@ def decode_manifest(
     """The Manifest, Index or Schema1Manifest in the bytes `raw`.
 
     `content_type` is the HTTP header, None where there was none; `digest` is what it
-    must have, None to take the digest it has. Its kind is decided by the header, the
-    body's `mediaType`, and its shape, and all that speak must agree. Raises
-    DigestMismatch, InvalidDocument.
+    must have, None to take the digest it has; `what` names it in errors. Header, the
+    body's `mediaType`, and its shape decide of what kind it is: all that speak must
+    agree. Raises DigestMismatch, InvalidDocument, Unsupported.
     """
     signature, payload = None, raw
     if digest and Digest.of(raw, digest.require_known().algorithm) != digest:
@@ -1201,13 +1200,15 @@ def choose(fetch, document, platform):
 
 
 class ImageConfig(value_type("ImageConfig", "raw value platform diff_ids")):
-    """An image config (OCI image-spec, config.md): `raw` bytes, `value` the object."""
+    """An image config (OCI image-spec, config.md): `raw` bytes, `value` the object, the
+    Digests `diff_ids` of its unpacked layers, oldest first, `platform` what it is for.
+    """
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, raw: bytes, what: str = "config") -> "ImageConfig":
-        """The ImageConfig in the bytes `raw`; raises InvalidDocument."""
+        """The ImageConfig in the bytes `raw`; raises InvalidDocument, Unsupported."""
         document = Document.parse(raw, what)
         rootfs = document.need("rootfs", dict)
         if rootfs.get("type", str, "layers") != "layers":
@@ -1228,17 +1229,17 @@ def blob_layers(blobs):
 def list_layers(manifest, config=None):
     """The Layers of an image, oldest first.
 
-    `config` is its ImageConfig, None for schema1. Raises VerificationError where it
-    does not have as many diffIDs as the manifest has layers.
+    `config` is its ImageConfig, None for schema1. Raises VerificationError where its
+    diffIDs are not as many as the layers, or two are of one blob.
     """
     if isinstance(manifest, Schema1Manifest):
         return manifest.layers
     if len(config.diff_ids) != len(manifest.layers):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
-    proved, layers, chain = {}, [], None
+    known, layers, chain = {}, [], None
     for blob, diff_id in zip(manifest.layers, config.diff_ids):
-        if proved.setdefault(blob.digest, diff_id) != diff_id:  # it is unpacked once
+        if known.setdefault(blob.digest, diff_id) != diff_id:  # it is unpacked once
             raise VerificationError("config gives two diffIDs to one blob, %s"
                                     % str(blob.digest))
         parent, chain = chain, diff_id
