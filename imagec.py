@@ -1344,7 +1344,7 @@ class Entry(value_type(
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
     logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
-    `device` is (major, minor), or None; `where` in a LayerStore its data is.
+    `device` is (major, minor), or None; `where` tells a LayerStore its data, or None.
     """
 
     __slots__ = ()
@@ -1355,7 +1355,7 @@ class Entry(value_type(
         return cls._make(marshal.loads(record))
 
     def dumps(self):
-        """It as bytes, a third of its weight in memory, which they never leave."""
+        """It as bytes, which weigh a third of it; they never leave this process."""
         return marshal.dumps(tuple(self), 2)
 
 
@@ -1475,7 +1475,7 @@ class Tar:
     read to its end marker; what is behind stays in `chunks`. tarfile would end without
     a word at a broken header. So far, `size` is the sum of the logical sizes in the
     headers, in bytes, `members` counts, `offset` is how many bytes were read; `sparse`
-    tells of the last member. Members may not hold more than `limit` bytes, holes
+    is whether the last member is. Members may not hold more than `limit` bytes, holes
     included. Raises InvalidDocument, LimitExceeded, TooLarge.
     """
 
@@ -1723,7 +1723,7 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
 # each chunk of what they unpack to; it raises where work should not go on.
 
 def go_on():
-    """The `check` of who has no limit: one raises where work should not go on."""
+    """A `check` that never raises, as others do where work should not go on."""
 
 
 def begin(target):
@@ -1759,7 +1759,7 @@ def proved(chunks: collections.abc.Iterable, digest: Digest, size: "int | None" 
     """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
 
     SizeMismatch as soon as there are too many bytes, or where there are too few;
-    DigestMismatch. `size` is None where the manifest does not say.
+    DigestMismatch. `size` is None where it is not known; `what` names it in errors.
     """
     what, received = what or "blob " + str(digest), 0
     hashing = hashlib.new(digest.algorithm)
@@ -1847,7 +1847,7 @@ _MAGIC = (  # what each codec begins with, six bytes at most
 
 
 def codec_of(file):
-    """The name of what stands next in a binary file is compressed with, else "tar"."""
+    """What that which stands next in a binary file is compressed with, else "tar"."""
     head = file.read(6)
     file.seek(-len(head), os.SEEK_CUR)
     return re.match(_MAGIC, head).lastgroup
@@ -1864,7 +1864,7 @@ def could_unpack(file):
 
 
 def inflated(chunks, what):
-    """Yields the tar in a layer's blob; what it is packed with, magic tells.
+    """Yields what a layer's blob unpacks to; its first bytes tell how it is packed.
 
     Raises InvalidDocument, Unsupported.
     """
@@ -1924,7 +1924,7 @@ def _codec_error(what, name, words):
 def _zstd_program(chunks, what):
     """Yields what the `zstd` program unpacks, where Python has no `compression.zstd`.
 
-    It takes gzip and xz behind a frame for what they are; the diffID decides.
+    It also unpacks gzip and xz behind a frame; the diffID decides.
     """
     import shutil
     import subprocess
@@ -2045,7 +2045,7 @@ def prove(chunks, blob, unpack=None):
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"  # docker's own key for Docker Hub
 _HUB_NAMES = (DOCKER_HUB, "index.docker.io", DOCKER_HUB_API)
 _CONTROL = "[\0-\x1f\x7f\ud800-\udfff]"  # RFC 7617, and what is no UTF-8
-#: Of a password; against the RFC, but a cloud's JSON key is one, of many lines.
+#: In a password, against the RFC, line breaks are fit: a cloud's JSON key has them.
 _NO_PASSWORD = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
 _NO_TOKEN = "[^!-~]"
 #: What a helper says when it simply has nothing (docker-credential-helpers, errors.go).
@@ -2057,9 +2057,9 @@ class Credentials:
     """Who we are to one registry: a user name and password, an identity token (a
     refresh token for its token server), or a ready registry token. Each may be None.
 
-    `source` says in words where they were found. Not a tuple, whose repr shows all, but
-    the simplest keyring: it gives itself for every host. Raises UsageError for what
-    cannot be sent, as NUL, or a token that is not ASCII.
+    `source` says in words where they were found. No tuple, whose repr would show all.
+    As a keyring, it gives itself for every host. Raises UsageError for what cannot be
+    sent, such as NUL, or a token that is not ASCII.
     """
 
     __slots__ = "username", "password", "identity_token", "registry_token", "source"
@@ -2199,7 +2199,7 @@ def _read_config(path, named=False, raw=None):
 
 
 def _find_in_config(name, config, host, repository, check):
-    """What one file says. Its helpers come before its entries, and rule them out."""
+    """The Credentials in one file, if any; a helper it names rules out its entries."""
     keys = [DOCKER_HUB_KEY, *_HUB_NAMES] if host == DOCKER_HUB else [host]
     helpers, auths = (value if isinstance(value, dict) else {} for value in map(
         config.get, ("credHelpers", "auths")))
