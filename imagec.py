@@ -2472,7 +2472,7 @@ class _Kept(http.client.HTTPConnection):
         self.key = request.type, request.host, request.proxy
 
     def start(self, seconds):
-        """An exchange begins, or (None) its body; its headers may take so long."""
+        """An exchange begins, whose headers may take `seconds`; None: its body does."""
         self._window, self._count = self._transport.clock(), 0
         self.until = seconds and self._window + seconds
         self._allowed = seconds or self._transport.idle_timeout
@@ -2480,8 +2480,8 @@ class _Kept(http.client.HTTPConnection):
     def turns(self, most=float("inf"), what="next to nothing came"):
         """Yields seconds to wait for the next step, which may take `most` together.
 
-        In short turns, so that a cancel is noticed in any case. Raises Timeout where
-        there are none left.
+        In short turns, so that a cancel is noticed in any case. Raises socket.timeout
+        where there are none left, and what `check` of the Transport raises.
         """
         clock, now = self._transport.clock, self._transport.clock()
         end = min(self.until or now + self._transport.idle_timeout, now + most)
@@ -2503,7 +2503,7 @@ class _Kept(http.client.HTTPConnection):
                 pass
 
     def receive(self, sock, buffer):
-        """How many bytes have come into `buffer`; Timeout where they are too few."""
+        """How many bytes have come into `buffer`; socket.timeout where too few have."""
         if self._late:
             error, self._late = self._late, None
             raise error
@@ -2625,7 +2625,7 @@ class _Kept(http.client.HTTPConnection):
                     error = error or OSError(number, os.strerror(number))
 
     def send(self, data):
-        """Sends all of `data`, which is bytes; what follows has its own time."""
+        """Sends all the bytes `data`; the time for what follows begins behind them."""
         data = memoryview(data)
         while data:
             data = data[self.in_turns(self.sock, lambda: self.sock.send(data)):]
@@ -2699,9 +2699,9 @@ class _ProxyHandler(urllib.request.ProxyHandler):
     """The environment's proxies, or the one given; NO_PROXY understood the way Go does
     (CIDR, ports, leading dots). The environment's are never used for loopback.
 
-    A request learns the `proxy` it goes through (HOST:PORT), the `login` that takes, as
-    a header has it, and `tunnel`, where that connects us to the host: (scheme, user,
-    password).
+    A request learns the `proxy` it goes through (HOST:PORT), the value `login` of a
+    Proxy-Authorization header, and `tunnel`, where that connects us to the host:
+    (scheme, user, password).
     """
 
     def __init__(self, proxy=None):
@@ -2778,9 +2778,9 @@ class Response(contextlib.AbstractContextManager):
     """An HTTP response whose body is still to be read.
 
     `url` is where it finally came from, `place` the same for messages; `length` that of
-    the body as it is sent, None if that is not told; `coded` whether it claims a
-    Content-Encoding, which nobody asked for; `rank` how near its server is,
-    `first_rank` how near the one that was asked first.
+    the body as it is sent, in bytes, None if that is not told; `coded` whether it
+    claims a Content-Encoding, which nobody asked for; `rank` how near its server is,
+    `first_rank` how near the one that was asked first; see _address_rank.
     """
 
     def __init__(self, transport, connection, reply, request):
@@ -3016,7 +3016,7 @@ class Transport:
                 self._idle.pop().close()
 
     def retrying(self, action, attempts=None):
-        """`action()`, tried again while it raises errors that may pass."""
+        """`action()`, in `attempts` (None: ATTEMPTS) tries where errors may pass."""
         for failures in itertools.count(1):
             try:
                 return action()
@@ -3046,15 +3046,15 @@ class Transport:
 
     def open(self, method, url, headers=None, data=None, trusting=ANYWHERE, stay=None,
              seconds=None):
-        """The Response to one request, redirects followed; raises TransportError.
+        """The Response to one request, redirects followed.
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         ANYWHERE: the user chose it. No redirect leads nearer than any server on the way
         is. Authorization stays with the origin it was meant for. Where `stay` is not
-        None, redirects stay with its host, and Authorization also goes to https there
-        and to those of these --token-host (see names_host). The headers may take so
-        many `seconds`, None: one silence. With `data`, which is bytes or yields them,
-        no redirect is followed.
+        None but hosts (see names_host), redirects stay on the URL's, and Authorization
+        also goes to https there, and to those of `stay`. The headers may take so many
+        `seconds`, None: one silence. With `data`, which is bytes or yields them, no
+        redirect is followed. Raises TransportError, and AccessDenied of a proxy.
         """
         headers = dict(headers or {}, **{"Accept-Encoding": "identity"})
         parts = first = checked_url(url)
@@ -3167,7 +3167,7 @@ class Transport:
         return fresh
 
     def keep(self, connection):
-        """Takes a connection back, which another exchange may use."""
+        """Keeps a connection, which another exchange may use."""
         with self._lock:
             self._idle.append(connection)
             limit = 0 if self._cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
@@ -3189,7 +3189,7 @@ class Transport:
 def check_redirect(response, parts, seen, stay):
     """Raises UnsafeRedirect where a response must not lead to a URL taken apart.
 
-    `seen` are the URLs on the way to it; `stay` tells that these share a host.
+    `seen` are the URLs on the way to it; `stay` tells that it must be of the same host.
     """
     if stay and parts.hostname != checked_url(response.url).hostname:
         raise UnsafeRedirect("%s redirects to another host, %s" % (
@@ -3293,7 +3293,7 @@ def _transport_error(error, url):
 
 
 def registry_error(response, what):
-    """The RegistryError for a response, in the words it has (spec, "Error Codes")."""
+    """The RegistryError for a reply to `what`, in its words (spec, "Error Codes")."""
     import email.utils
     try:
         body = response.read(ERROR_BODY_LIMIT, "error")
@@ -3429,7 +3429,7 @@ def fetch_token(transport: Transport, url: str,
     as OAuth2 wants it, and by GET where the server does not know that. `trusting`: see
     Transport.open. On its host the server may redirect to https, and, without the
     password unless it is one of the `token_hosts` (see names_host), to another port.
-    Raises AccessDenied, TransportError, InvalidDocument. Source: distribution's specs.
+    Raises RegistryError, TransportError, InvalidDocument. Source: distribution's specs.
     """
     basic = credentials.basic() if credentials else None
 
@@ -3467,7 +3467,7 @@ def fetch_token(transport: Transport, url: str,
 
 
 class Endpoint:
-    """A host (`HOST[:PORT]`) that speaks the distribution API: found, and let in.
+    """A host (`HOST[:PORT]`) with the distribution API: its URL, and who we are there.
 
     `allow_http` lets it fall back to unverified https, the probe also to http; a
     loopback host may fall back to http without it. `credentials` is None or has
@@ -3477,12 +3477,12 @@ class Endpoint:
     """
 
     url = None  # the base of the API, where it has been learnt
-    rank = None  # how near its address is
-    challenge = None  # the Challenge in force, where the registry has asked for one
-    withheld = None  # in words, the password that a token server of others' did not get
+    rank = None  # how near its address is, see _address_rank
+    challenge = None  # the Challenge to answer, where the registry has sent one
+    withheld = None  # in words, why a token server did not get the password
     doubt = None  # why it may be no registry, in words
-    ranges = True  # whether it may have been asked for parts of blobs, and gave them
-    actions = "pull"  # what its tokens let do
+    ranges = True  # False once parts of a blob did not come as asked for
+    actions = "pull"  # what its tokens are to allow
 
     def __init__(self, host, transport, credentials=None, allow_http=False,
                  token_hosts=(), namespace=None):
@@ -3499,7 +3499,7 @@ class Endpoint:
     def learn_registry_url(self) -> str:
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
 
-        Raises TransportError where no registry answers.
+        Raises TransportError, RegistryError where no registry answers.
         """
         with self._lock:
             if self.url is None:
@@ -3551,8 +3551,8 @@ class Endpoint:
     def _learn_challenge(self, response, repository=None):
         """Takes that of a 401; raises AccessDenied where we can answer none.
 
-        Its scope is for that `repository`: at /v2/ ghcr.io names one that is made up,
-        and a token server may deny all where one is denied.
+        Its scope is kept for that `repository` only: at /v2/ ghcr.io names one that is
+        made up, and a token server may deny all where one is denied.
         """
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
@@ -3570,7 +3570,7 @@ class Endpoint:
     def authorization(self, repository, refused=None):
         """The Authorization value for `repository`, None where none is asked for.
 
-        It has no token that was `refused`. The keyring is asked if the registry asks.
+        A `refused` token is fetched anew. The keyring is asked if the registry asks.
         """
         challenge = self.challenge
         if challenge is None:
@@ -3641,7 +3641,7 @@ def content_range(response):
 
 
 class Registry(Endpoint):
-    """The pull part of one host's distribution API; see Endpoint for its making."""
+    """The pull part of one host's distribution API; for its arguments see Endpoint."""
 
     def _request(self, method, path, authorization, headers, data=None):
         url = self.url + urllib.parse.quote(path, safe="/:?=&%~+,;!@$'()*")
@@ -3754,7 +3754,7 @@ class Registry(Endpoint):
     def head_manifest(self, repository: str, tag: str) -> "Digest | None":
         """The Digest a tag stands for by the registry's word, None where it gives none.
 
-        Cheaper than fetch_manifest, and no pull by Docker Hub's count.
+        Cheaper than fetch_manifest, and no pull by Docker Hub's count. Raises the same.
         """
         what = "manifest %s:%s" % (repository, tag)
         response, _ = self._document("HEAD", "%s/manifests/%s" % (repository, tag),
@@ -3775,7 +3775,7 @@ class Registry(Endpoint):
 
         By Digest its digest is checked, and its `size` where that is not None; by tag,
         a Docker-Content-Digest header must agree with the body. Raises NotFound,
-        AccessDenied, VerificationError, InvalidDocument, TransportError.
+        AccessDenied, VerificationError, InvalidDocument, Unsupported, TransportError.
         """
         digest = reference if isinstance(reference, Digest) else None
         what = "manifest %s%s%s" % (repository, "@" if digest else ":", reference)
@@ -3799,7 +3799,7 @@ class Registry(Endpoint):
 
     def fetch_blob(self, repository: str, descriptor: Descriptor,
                    what: str = "blob") -> bytes:
-        """The bytes a Descriptor points to, checked: a document."""
+        """The document a Descriptor points to, proved; raises as fetch_manifest."""
         if descriptor.size > DOCUMENT_LIMIT:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
                                 % (what, descriptor.size, DOCUMENT_LIMIT))
@@ -3812,9 +3812,10 @@ class Registry(Endpoint):
                   end: "int | None" = None) -> Response:
         """A Response with the bytes of a Descriptor's blob from `offset` on, to `end`.
 
-        Its status is 206 where the server honours the offset, 200 where it sends all,
-        416 where it has nothing there. The URLs of a foreign layer are not followed:
-        any manifest may name them (CVE-2020-15157), only old Windows images do.
+        That is left out if `offset` is 0; None: all. The status is 206 where the server
+        honours the offset, 200 where it sends all, 416 where it has nothing there. The
+        URLs of a foreign layer are not followed: any manifest may name them
+        (CVE-2020-15157), only old Windows images do.
         """
         headers, expected = {}, (200,)
         if offset:
@@ -3825,7 +3826,7 @@ class Registry(Endpoint):
                               "blob " + digest, headers, expected)
 
     def tags(self, repository: str, once: bool = False) -> collections.abc.Iterator:
-        """Yields a repository's tags page by page, or `once`, in one try, of the first.
+        """Yields a repository's tags, page by page; `once`: the first, in one try only.
 
         See distribution-spec, "Listing Tags". What is no tag by the grammar is passed
         over with a warning.
@@ -3871,7 +3872,7 @@ class Registry(Endpoint):
 
 
 def list_referrers(registry, repository, digest):
-    """The Descriptors of what has a manifest, by its Digest, for its subject, as a
+    """The Descriptors of what has the manifest of a Digest for its subject, as a
     Registry lists them (spec, "Listing Referrers"); none where it has no such list.
     """
     found, size = [], 0
@@ -3930,9 +3931,9 @@ class Source:
         return place != (self.home, self.repository)
 
     def referrers(self, digest):
-        """{tag: Descriptors} of what refers to a manifest, by its Digest.
+        """{tag: Descriptors} of what refers to the manifest of a Digest.
 
-        What registries list goes by the tag that clients keep for those that do not.
+        What a registry lists goes by the tag under which clients keep it elsewhere.
         """
         found = {digest.tag: self.seek(list_referrers, digest) or getattr(
             self.seek(Registry.fetch_manifest, digest.tag), "manifests", ())}
@@ -3943,7 +3944,7 @@ class Source:
         return {tag: entries for tag, entries in found.items() if entries}
 
     def manifest(self, reference):
-        """What a Reference names, decoded; an error tells which tags are like it."""
+        """What a Reference names, decoded; NotFound tells which tags are like it."""
         try:
             return self.ask(Registry.fetch_manifest,
                             reference.digest or reference.tag)[0]
@@ -3963,11 +3964,11 @@ class Source:
         return self.seek(Registry.fetch_manifest, entry.digest, entry.size)
 
     def blob(self, descriptor):
-        """The bytes a Descriptor points to, checked; None as above."""
+        """The bytes a Descriptor points to, checked; None where it is not there."""
         return self.seek(Registry.fetch_blob, descriptor)
 
     def seek(self, method, *arguments):
-        """What the first place gives that has any; no mirror is left for lacking it."""
+        """What the first place that has it gives, or None; no mirror is left for it."""
         for registry, repository in list(self._places):
             with contextlib.suppress(
                     NotFound if registry is self.home else ImagecError):
@@ -3977,7 +3978,7 @@ class Source:
         return None
 
     def ask(self, method, *arguments, errors=ImagecError):
-        """(what that method of Registry gives, the first place without `errors`)."""
+        """(what a method of Registry gives, the first place without `errors`)."""
         while True:
             registry, repository = place = self._places[0]
             try:
