@@ -4193,7 +4193,7 @@ class Partial:
 
 
 def ours_alone(path, status):
-    """Whether what os.stat tells of is ours, and not for everybody to write to.
+    """Whether the file of that `status` is ours, and not for everybody to write to.
 
     A group's bit is not looked at: under a umask of 002 our own files have it, and then
     new ones would be no better. Nor are they where all belongs to whom the mount says,
@@ -4211,7 +4211,7 @@ def ours_alone(path, status):
 
 
 def _try_lock(fd):
-    """Locks the file; False where another holds it. No lock where there is none."""
+    """Locks the file; False where another holds it. Where there are no locks, True."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -4272,7 +4272,7 @@ def existing_parent(path):
 
 
 def check_writable(path):
-    """Raises OutputError unless the directory `path` can be, or be made, written to."""
+    """Raises OutputError unless the directory `path` can be written to, or made."""
     there = existing_parent(path)
     if not os.path.isdir(there):
         raise OutputError(there, "is there and is not a directory",
@@ -4362,7 +4362,7 @@ def same_file(source, path, check):
 
 
 def unchanged(path, status):
-    """Whether the file at `path` is the one, as it was, that os.stat told of."""
+    """Whether the file at `path` is still the one, unchanged, of that `status`."""
     with contextlib.suppress(FileNotFoundError):
         now = os.lstat(path)
         return os.path.samestat(now, status) and (now.st_size, now.st_mtime_ns) == (
@@ -4421,7 +4421,7 @@ class Reader:
         self.asked, self.beside, self._names = set(), {}, None
 
     def names(self):
-        """Those of all that is no directory, sorted; they are looked for once."""
+        """The names of all but directories, sorted; they are looked for once."""
         if self._names is not None:
             return self._names
         found, waiting = [], [(self.path, "")]
@@ -4546,8 +4546,8 @@ READABLE = "what can be read is a layers tree, an OCI layout or an archive of im
 def open_place(path, check=go_on, unlisted=_raise):
     """The Reader of what a pull has written to `path`.
 
-    Raises OutputError where there is nothing of an image, InvalidDocument where a file
-    is no tar.
+    Raises OutputError where there is nothing of an image; of a file InvalidDocument
+    where it is no tar, Unsupported where it is a compressed one.
     """
     try:
         mode = os.stat(path).st_mode
@@ -4632,7 +4632,7 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
     `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
     is that of its entry, None in a tree, and `origin` the Origin noted there, None for
     none. `documents` yields, decoded, the indexes that lead to it, then it and what is
-    below it, outermost first: none that was drawn of a name before. `tree` is what the
+    below it, outermost first, less what an earlier name has yielded. `tree` is what the
     names of its files in the `reader` begin with, None in a layout.
     """
 
@@ -4640,7 +4640,7 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
 
     @property
     def along(self):
-        """See came_along."""
+        """Whether it is here for what it refers to; see came_along."""
         return came_along(self.origin, self.name, self.tag)
 
     @property
@@ -4688,9 +4688,9 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
                     yield blob.digest, self.reader.region(name)
 
     def layers(self, manifest):
-        """The Layers of an image in it, less all but their blobs of an artifact.
+        """The Layers of an image in it; of an artifact's they have only the blob.
 
-        Raises what its config is wrong about.
+        Raises InvalidDocument, VerificationError, Unsupported of its config, OSError.
         """
         config = None
         if isinstance(manifest, Manifest):
@@ -4880,8 +4880,8 @@ class _DockerLayout(_Layout):
 
 
 def held(path, name=None, check=go_on):
-    """What is at `path` of an image of that `name`: its documents, configs too, as
-    bytes. What is missing or bad is left out, and what is over DOCUMENT_BYTES_LIMIT.
+    """The documents, configs too, as bytes, of what is at `path` by that full `name`
+    (None: by any). What is missing or bad is left out; DOCUMENT_BYTES_LIMIT ends it.
     """
     def forgiving(_name):
         return contextlib.suppress(OSError, InvalidDocument, VerificationError,
@@ -5221,7 +5221,7 @@ class Ranges:
                     future.result()
                     for offset in range(slot, slot + size, CHUNK):
                         yield self._read(offset, min(CHUNK, slot + size - offset))
-            except (ImagecError, OSError, RuntimeError) as error:  # no thread: the last
+            except (ImagecError, OSError, RuntimeError) as error:  # that: no thread
                 check()
                 self._place[0].ranges = False
                 raise TransportError("no ranges: %s" % error, retryable=True) from None
@@ -5290,7 +5290,7 @@ class Image(value_type(
     `digest` is what the reference stands for: the outermost document's. `indexes` are
     the ones that led to `manifest`, outermost first; `config` is None for schema1 until
     its layers are unpacked; `platform` is what the image says it is for. `format` and
-    `path` say where it was pulled to, else they are None.
+    `path` say how and where it was pulled to, else they are None.
 
     It may also be an artifact: then `layers` are all its blobs, its config too, as
     Layers without id, `platform` is None. Or a whole index: that is its `manifest`
@@ -5300,7 +5300,8 @@ class Image(value_type(
     `subject` is the Digest of what it came along with, for it refers to that; None for
     what was asked for. Where it is not `named`, another of that name is. `signed` is
     what proves that it is signed as the Session wants; see SignedBy. `without` are the
-    Digests of the layers that are left out. `stored` is the Stored it was read from.
+    Digests of the layers that are left out. `stored` is the Stored it was read from, at
+    `path`: such a one may have None for a `reference`.
     """
 
     __slots__ = ()
@@ -5312,7 +5313,7 @@ class Image(value_type(
 
     @property
     def image_id(self):
-        """docker's image ID; None for schema1 before its layers are unpacked."""
+        """docker's image ID; None where there is no `config`."""
         return self.config and str(Digest.of(self.config.raw))
 
     def require_file_system(self):
@@ -5396,7 +5397,7 @@ class Output:
                            else path)
 
     def held(self, reference, registry_url):
-        """The documents it has of an image of that name, as bytes, outermost first."""
+        """The documents it has already of a Reference, as bytes, outermost first."""
         return []
 
     def accept(self, image):
@@ -5408,29 +5409,28 @@ class Output:
         """The Place of the blob of an Image's layer; touches nothing."""
 
     def elsewhere(self, image, bases):
-        """Those of its layers, by their Digests, that may be left out.
+        """The Digests of its layers that may be left out.
 
-        For each image there is elsewhere `bases` has the digests of its layers.
+        `bases` has a list of its layers' digests for each image there is elsewhere.
         """
         known = {digest for base in bases for digest in base}
         return tuple(layer.digest for layer in image.layers if layer.digest in known)
 
     def find(self, images):
-        """Looks which of their blobs are there already; touches nothing."""
+        """Looks which blobs of these Images are there already; touches nothing."""
 
     def open(self, images):
-        """These are all that will come: makes the place for them."""
+        """Makes the place for these Images, which are all that will come."""
 
     def visit(self, layer, tar):
         """Takes what it wants from the layer's Tar; see unpack."""
-        for _ in tar:
-            pass
+        drain(tar)
 
     def add(self, layer, fetched):
         """A layer's blob is there, proved; from any thread."""
 
     def close(self, images):
-        """All blobs are there: what makes them these Images. Gives where each is."""
+        """All blobs are there: makes them these Images, and gives the path of each."""
 
     def abandon(self):
         """The pull has failed: puts away what no later run can use."""
