@@ -6742,7 +6742,7 @@ class PublicKey(value_type("PublicKey", "name curve numbers")):
 
     @classmethod
     def parse(cls, pem, name):
-        """The PublicKey in `pem`, one SubjectPublicKeyInfo (RFC 7468, 13): bytes."""
+        """The PublicKey in the bytes `pem` (RFC 7468, 13); raises UsageError."""
         try:
             blocks = re.findall(
                 "-----BEGIN ([A-Z0-9 ]+)-----\r?\n(.*?)-----END \\1-----",
@@ -6868,7 +6868,7 @@ def _pair(data, size=None):
 
 
 def _maker(keys, made, jose=False):
-    """Which of the keys made one of (signature, message)s; raises VerificationError."""
+    """Which key made one of the (signature, message) pairs, or VerificationError."""
     for signature, message in made:
         for key in keys:
             if key.verifies(signature, message, jose):
@@ -6888,7 +6888,7 @@ def _libtrust(keys, _layer, raw):
 
 
 def _simple_signing(keys, layer, raw):
-    """The same of cosign to 2: containers/image, containers-signature.5.md."""
+    """As _libtrust, cosign to 2: containers/image, containers-signature.5.md."""
     signature = _base64(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
     key = _maker(keys, [(signature, raw)])
     critical = Document.parse(raw, "payload").need("critical", dict)
@@ -6900,7 +6900,7 @@ def _simple_signing(keys, layer, raw):
 
 
 def _bundle(keys, _layer, raw):
-    """The same of cosign from 3 on: DSSE (protocol.md) around an in-toto statement."""
+    """As _libtrust, cosign from 3: DSSE (protocol.md) around an in-toto statement."""
     envelope = Document.parse(raw, "bundle").need("dsseEnvelope", dict)
     kind = envelope.need("payloadType", str).encode("utf-8")
     payload = _base64(envelope.need("payload", str))
@@ -6923,7 +6923,7 @@ SIGNATURE_FORMS = {DOCKER_SCHEMA1_SIGNED: _libtrust, SIMPLE_SIGNING: _simple_sig
 
 
 def signer(keys, digest, layer, raw, name=None):
-    """Which of some PublicKeys signed a Digest, by what a layer's blob `raw` holds.
+    """Which of the PublicKeys signed a Digest, by what a layer's blob `raw` holds.
 
     For `name` see SignedBy. Raises VerificationError, InvalidDocument: why not.
     """
@@ -6964,8 +6964,8 @@ class SignedBy:
 
         `documents` are what a name stands for and what leads from there down to an
         image. One of them must be signed: in what refers to it in `place`, a Source or
-        what is like one, or of schema1, in itself: then there is no Descriptor. Raises
-        VerificationError: none is.
+        the like; schema1 may be in itself, and then the Descriptor is None. Raises
+        VerificationError where none is.
         """
         good, bad = [], collections.Counter()
         for document, entry, layer in itertools.islice(
@@ -7022,21 +7022,21 @@ OUTPUTS = {output.format: output for output in (
 
 
 class Session:
-    """The registries one command talks to, and how.
+    """The registries one command talks to, and how; for use in a `with`.
 
     `username` and `password` are for the registry of the first reference asked for, and
     no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
     in seconds. `mirrors` are `HOST[:PORT][/PREFIX]` texts, tried in order before each
     registry. `storage_hosts` and `token_hosts` are `HOST[:PORT]` texts or URLs, for any
     port where they have none; the insecure options are for one registry, its mirrors
-    and these. `recompress` is None or "gzip", to rewrite zstd layers for old consumers:
-    manifest and digests follow; with `referrers` what refers to an image comes along;
-    with `keep_going` an image that fails does not end a pull: `failures` has it; what
-    the references or paths `without` have already is left out; of the directory `below`
-    alone a root file system is made. Only what a key in the files `verify_keys` signed
-    is taken (None: in those that IMAGEC_VERIFY_KEY names; (): anything), as
-    `verify_name` if that is not None. For `insecure_allow_http` and `token_hosts` see
-    Registry, for `authfile` Keyring, for the others Transport. Close it or use `with`.
+    and these. `recompress` is None or "gzip", to rewrite zstd layers: manifest and
+    digests follow; `referrers`: what refers to an image comes along; `keep_going`: an
+    image that fails does not end a pull, `failures` has it; layers that the references
+    or paths `without` have are left out; `below` is the directory to make the root of.
+    Only what a key in the files `verify_keys` signed is taken (None: those named in
+    IMAGEC_VERIFY_KEY; (): anything), as `verify_name` if that is not None. A layer may
+    have `max_layer_size` bytes, `notify(Event)` hears of progress. For `token_hosts`,
+    `insecure_allow_http` see Endpoint, for `authfile` Keyring, for others Transport.
     """
 
     def __init__(
@@ -7059,7 +7059,7 @@ class Session:
                 raise UsageError("%s %s: a limit must be over 0" % (what, limit))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
                                                 without)):
-            raise UsageError("mirrors, hosts, and what to do without, come in lists")
+            raise UsageError("mirrors, hosts and without are lists, not one text")
         token_hosts, storage_hosts = map(_authorities, (token_hosts, storage_hosts))
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
@@ -7105,7 +7105,7 @@ class Session:
             self.failures.append((str(what), error))
 
     def registry(self, host, namespace=None, kind=Registry):
-        """The Registry at the API host `host`; `namespace` where it is a mirror."""
+        """The Registry at the API host `host`; where it is a mirror, of `namespace`."""
         if (host, namespace, kind) not in self._registries:
             self._registries[host, namespace, kind] = kind(
                 host, self.transport,
@@ -7265,7 +7265,7 @@ class Session:
     def pull(self, references: list, output: "str | os.PathLike | Output",
              platform: "Platform | str | list | None" = None, format: str = None,
              tag: "Reference | str | None" = None) -> list:
-        """Pulls `references` into one `output`: their Images. For the rest see pull."""
+        """Pulls `references` into one `output`; gives their Images. See pull."""
         if not isinstance(output, Output):
             output = new_output(output, format, tag and Reference.parse(str(tag)))
         return Puller(self, output).pull(
@@ -7319,9 +7319,9 @@ class Puller:
                 images, fetched, modern, paths) if image.subject is None]
 
     def resolve(self, references, platform):
-        """What they are: images as the output will hold them.
+        """The Images of the references, as the output will hold them.
 
-        Raises UsageError where it cannot be what is asked for.
+        Raises UsageError where it cannot take what is asked for.
         """
         session, output = self._session, self._output
         several = isinstance(platform, list)
@@ -7437,7 +7437,7 @@ class Puller:
 
         They must not fail where they are to be a stream: there is no beginning again.
         """
-        output, session = self._output, self._session
+        output = self._output
         while images:
             output.open(images)
             fetched = self._fetch(images, output.stream is None)
@@ -7551,8 +7551,8 @@ def gathered(image, done, notify):
 def in_parallel(session, actions, forgiving=True):
     """The results of (what it is for, action) pairs, in order.
 
-    The first error ends the others and comes out; where the rest goes on, and that is
-    `forgiving`, it ends just those for the same, whose results are None.
+    The first error ends the others and comes out; if `forgiving` and the Session keeps
+    going, it only ends those for the same thing, whose results are None.
     """
     results, failed = [None] * len(actions), {}
     forgiving = forgiving and session.failures is not None
@@ -7623,7 +7623,7 @@ def _rule(keys, name):
         keys = os.environ["IMAGEC_VERIFY_KEY"].split(os.pathsep)
     keys = [keys] if isinstance(keys, (str, os.PathLike)) else keys
     if name is not None and not keys:
-        raise UsageError("a name to verify, but no key", "add --verify-key")
+        raise UsageError("--verify-name, but no key to verify by", "add --verify-key")
     return CHECKS["verify_keys"](keys, name) if keys else None
 
 
@@ -7649,8 +7649,8 @@ def split_place(text, what):
 def stored_image(path, name=None, platform=None, check=go_on):
     """The Image at `path` for a Platform, or "all"; see image_of.
 
-    `name` says which of several: its full name, or the end of it. The `reference` is
-    None where it has no name. Raises UsageError, OutputError.
+    `name` says which of several: its full name, or the end of it. Its `reference` is
+    None where it has no name. Raises UsageError where not one is meant, OutputError.
     """
     def config_of(pointer):
         raw = reader.read(found.file_of(pointer))
@@ -7722,7 +7722,7 @@ def image_of(reference, registry_url, top, platform, fetch, config_of=None):
 
 
 def joined(images):
-    """Images of one index as one, that is an index made here and lists just these."""
+    """Images of one index as one Image: an index made here, which lists just these."""
     manifests = {image.manifest.digest: image.manifest for image in images}
     entries = [next(entry for entry in json.loads(image.indexes[-1].raw.decode("utf-8"))
                     ["manifests"] if entry["digest"] == str(image.manifest.digest))
@@ -7779,7 +7779,7 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
          format: "str | None" = None, platform: "Platform | str | list | None" = None,
          tag: "Reference | str | None" = None,
          progress: "collections.abc.Callable | None" = None, **options) -> Image:
-    """Pulls an image, every byte checked; the Image.
+    """Pulls an image, every byte checked; gives the Image.
 
         imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
 
@@ -7798,7 +7798,7 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
 
 
 def parse_platform(text):
-    """A Platform or "all", of a list of several a list. Raises InvalidReference."""
+    """A Platform or "all"; of a list of several, a list. Raises UsageError."""
     if isinstance(text, list) and len(text) != 1:
         if not text:
             raise UsageError("an empty list of platforms")
@@ -7810,14 +7810,15 @@ def parse_platform(text):
 
 
 def new_output(path, format=None, tag=None, stream=None, sole=None):
-    """The object of the Outputs room for these; raises UsageError, OutputError.
+    """The Output for these; raises UsageError, OutputError, Unsupported.
 
     A `path` that is a pipe or device is written as a stream: it must not be replaced.
-    Nor does it go by a default name, which is one that has a `sole`.
+    With a `sole`, see Output, the path is a default, and no such thing may be there.
     """
     path = os.fsdecode(path)
     if not path or path == "-" and stream is None:
-        raise UsageError("the output's path is empty, or -, which is no file's")
+        raise UsageError("expected the path of a file or directory to write, got '%s'"
+                         % path)
     if len(os.fsencode(path)) > PATH_MAX or path.count(os.sep) > PATH_PARTS_LIMIT:
         raise OutputError(path[:60] + "...", "is longer than %d bytes or deeper than "
                           "%d directories" % (PATH_MAX, PATH_PARTS_LIMIT))
@@ -7865,7 +7866,7 @@ def planned(images, move, size, there, as_json):
 def is_path(text):
     """Whether what a user wrote is a path, not a reference.
 
-    A bare word is no directory: who may write to this one must not choose an image.
+    A bare word names no directory: others may have put one of that name here.
     """
     return bool(re.match(r"[/~]|\.\.?(?:[/\\]|\Z)|[A-Za-z]:[/\\]", text)) or (
         text.lower().endswith(".tar") and os.path.isfile(text))
@@ -7884,7 +7885,7 @@ def named(text):
 
 
 def asked(args, session, outermost=False):
-    """The Image `args` name, in a registry or at a path, or the outermost document."""
+    """The Image `args` name, in a registry or at a path, or its outermost document."""
     text = args.reference
     if is_path(text):
         log.info("reading what is at the path %s", text)
