@@ -7933,9 +7933,9 @@ class Audit:
         self._optional = {}  # digest -> whether all that lists it may lack it
 
     def check(self, path, beside=()):
-        """Re-checks what stands at `path`; blobs not there may be at those `beside` it.
+        """Re-checks what is at `path`; blobs not there may be at the paths `beside`.
 
-        Raises OutputError where nothing does, or no image that can be checked.
+        Gives itself. Raises OutputError where no image is there that can be checked.
         """
         def unlisted(error):
             with self._noting(os.path.relpath(error.filename, path)):
@@ -8141,9 +8141,9 @@ class _Stock:
         return raw
 
     def prove(self, rule, name=None):
-        """Has a SignedBy prove each image, or that of a name.
+        """Has a SignedBy prove each image, or those of a name, or of the end of one.
 
-        Raises VerificationError, and Unsupported for what was made here.
+        Raises VerificationError, and Unsupported for what was rewritten here.
         """
         tags = {digest.tag for digest in self._documents}
         images = [found for found in self._names if not self._refers(found, tags)]
@@ -8202,7 +8202,8 @@ class _Stock:
 
 def _run_verify(args, session):
     if args.image is not None and session.rule is None:
-        raise UsageError("--image, but all is looked at", "it goes with --verify-key")
+        raise UsageError("--image goes with --verify-key",
+                         "without that, verify looks at all there is")
     audit = Audit(session.transport.check).check(args.path, args.bases or ())
     if args.json:
         yield SECRETS.hide(json.dumps({
@@ -8221,8 +8222,8 @@ def _run_verify(args, session):
                           "%d" % len(audit.absent),
                           "pull again, or run this as who may read them")
     if audit.elsewhere:
-        raise OutputError(args.path, "incomplete: blobs elsewhere: %d" % len(
-            audit.elsewhere), "name with --with PATH what has them")
+        raise OutputError(args.path, "is incomplete: blobs elsewhere: %d" % len(
+            audit.elsewhere), "name what has them in --with PATH")
     if session.rule is not None:
         _Stock(audit.reader).prove(session.rule, args.image)
     more = len(audit.ignored) - 1
@@ -8325,7 +8326,7 @@ class Look:
             b"/".join(parts[:depth]) in self._hidden for depth in range(len(parts) + 1))
 
     def _headers(self, layer):
-        """The _Headers of a layer; notes what that hides, and whether it is plain."""
+        """The _Headers of a layer; notes what it hides, and whether it is plain."""
         headers = _Headers(self._spool, self._census, "layer " + str(layer.digest))
         headers.layer = layer
         self._draw(headers)
@@ -8408,11 +8409,11 @@ _FIELD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*"  # RFC 7230, 3.2
 class Shelf:
     """What a server has: documents by repository and tag or digest, blobs by digest.
 
-    Made from what pulls wrote at `paths`, whose first has a name that two have. A
+    Made from what pulls wrote at `paths`; a name that two have is that of the first. A
     repository goes by the name it was pulled by (`docker.io/library/alpine`), by that
     without the host (`library/alpine`), and Docker Hub's own images by their short name
     (`alpine`). By its digest each has any document. `check` is called as it is made,
-    and may raise.
+    and may raise. Raises OutputError, InvalidDocument, Unsupported.
     """
 
     def __init__(self, *paths, check=go_on):
@@ -8464,7 +8465,7 @@ class Shelf:
                     found.full or digest, path))
 
     def add(self, names, tag, document):
-        """Puts a document on the shelf: by its digest and, if not None, a tag."""
+        """Puts a document into repositories by its digest and, if not None, a tag."""
         digest = str(document.digest)
         self.documents[digest] = document.raw, document.media_type
         if document.subject is not None:
@@ -8517,9 +8518,9 @@ def new_server(shelf: Shelf, address: tuple, credentials: "Credentials | None" =
                tls: "tuple | None" = None):
     """A threading HTTP server of a Shelf at (host, port); `serve_forever` runs it.
 
-    `credentials` ask for Basic authentication; `tls` is a (certificate, key) pair of
-    files. At most SERVE_THREADS connections are served at once, others take the place
-    of idle ones.
+    `credentials` are those to ask for, None: none; `tls` is a (certificate, key) pair
+    of PEM files, None: http. At most SERVE_THREADS connections are served at once,
+    others take the place of idle ones. Raises UsageError, OSError.
     """
     import http.server
     import socketserver
@@ -8699,7 +8700,7 @@ class RegistryHandler:
                          headers=[("Docker-Content-Digest", digest)])
 
     def page(self, key, values, path, query, value):
-        """A list, or as much of it as is asked for (distribution-spec, "tags")."""
+        """Sends a list, or as much as is asked for (distribution-spec, "tags")."""
         values, extra = [v for v in values if v > query.get("last", "")], []
         if re.fullmatch("[0-9]{1,9}", query.get("n", "")):
             count = int(query["n"])
@@ -8712,7 +8713,7 @@ class RegistryHandler:
         return self.send(200, body, "application/json", extra)
 
     def blob(self, digest):
-        """What a digest stands for, or a part of it."""
+        """Sends the blob of a digest, or the part of it that is asked for."""
         region = self.server.shelf.blob(digest)
         if region is None:
             return self.fail(404, "BLOB_UNKNOWN", "blob unknown to registry")
@@ -8763,7 +8764,7 @@ class RegistryHandler:
             self.wfile.write(body)
 
     def fail(self, status, code, message, headers=()):
-        """An error as the distribution-spec wants it."""
+        """Sends an error as the distribution-spec wants it."""
         body = json.dumps({"errors": [{"code": code, "message": message}]})
         self.send(status, body.encode("ascii"), "application/json", headers)
 
@@ -8951,7 +8952,7 @@ class Pusher:
         self._has = {}  # digest of a blob -> a repository there that has it
 
     def plan(self, path, name):
-        """For each image at `path`, which is called `name`, the arguments of `push`."""
+        """The arguments of `push` for each image at `path`, called `name` in errors."""
         @contextlib.contextmanager
         def noting(file):
             with self._session.trying(file), lenient(file):
@@ -9052,8 +9053,8 @@ class Pusher:
         return size - there, there
 
     def push(self, reference, documents, blobs):
-        """Sends the last of the documents, with those before it, which it lists, and
-        (Descriptor, Region) pairs: the References by which what went is there.
+        """Sends the (Descriptor, Region) pairs `blobs`, then the documents, each behind
+        what it lists: the References by which what went is there.
         """
         target, notify, top = self._target, self._session.notify, documents[-1]
         repository, tag = reference.repository, reference.tag
@@ -9157,7 +9158,7 @@ def test_shelf(directory):
 
 
 def describe_host(rootless):
-    """Yields (what, what it is, whether it is good enough) of a `rootless` host."""
+    """Yields (what, what it is, whether it will do); `rootless`: no CA certificate."""
     import shutil
     yield "Python", "%d.%d.%d" % sys.version_info[:3], True
     yield "TLS", ssl.OPENSSL_VERSION, True
@@ -9265,11 +9266,11 @@ EXIT_STATUSES = {
 
 
 class Progress(logging.Handler):
-    """Standard error: log records, and what a pull or push does.
+    """Standard error: log records, and the Events of a pull or push it is called with.
 
-    Of that there is a line for each layer that is done, and one for the rest. On a
-    terminal that is a live one, redrawn in place; elsewhere, and where `kind` is
-    "plain", it comes from time to time. With "none" nothing is told.
+    Of these there is a line for each layer that is done, and one for the rest. On a
+    terminal, if `kind` is "auto", that is a live one, redrawn in place; else it comes
+    from time to time.
     """
 
     DONE = ("Download complete", "Already exists", "Pushed")
@@ -9375,7 +9376,7 @@ def layer_json(layer, **more):
 
 
 def pinned(image):
-    """`NAME:TAG@DIGEST`: an Image's reference with what it stood for, None for none."""
+    """`NAME:TAG@DIGEST`: an Image's reference with its digest, None if it has none."""
     return image.reference and str(image.reference._replace(digest=image.digest))
 
 
@@ -9438,7 +9439,7 @@ def destinations(args, references):
             if one.digest else one.tag, platform, args.without and "update")))
             + ".tar" * (format in (None, "archive")))
         if names.setdefault(name, one) != one:
-            raise UsageError("%s and %s are both %s; use -o FILE" % (
+            raise UsageError("%s and %s would both be %s; use -o FILE" % (
                 names[name], one, name))
     return [(name, format or "archive", [one], one) for name, one in names.items()]
 
@@ -9622,7 +9623,7 @@ def _run_tags(args, session):
     import fnmatch
     import heapq
     if args.newest is not None and args.newest < 1:
-        raise UsageError("--newest %d: at least one" % args.newest)
+        raise UsageError("--newest %d: expected 1 or more" % args.newest)
     name = named(args.reference)._replace(digest=None)
     tags = (tag for tag in session.registry(name.api_host).tags(name.repository)
             if fnmatch.fnmatchcase(tag, args.match))
@@ -9660,12 +9661,12 @@ COMMANDS = {
     "pull": (_run_pull, "fetch images, every byte checked"),
     "layers": (_run_layers, "list an image's layers, oldest first: id, digest, bytes"),
     "ls": (_run_ls, "list the files of an image, those below a path"),
-    "cat": (_run_cat, "one file of an image"),
+    "cat": (_run_cat, "print one file of an image"),
     "inspect": (_run_inspect, "say what an image is"),
     "digest": (_run_digest, "print the manifest's digest"),
     "auth": (_run_auth, "say which credentials would be used for a registry"),
-    "serve": (_run_serve, "a read-only registry over what was pulled"),
-    "push": (_run_push, "what was pulled, into a registry, digests kept"),
+    "serve": (_run_serve, "serve what was pulled as a read-only registry"),
+    "push": (_run_push, "send what was pulled to a registry, digests kept"),
     "selftest": (_run_selftest, "prove that this host can pull"),
     "verify": (_run_verify, "re-check, offline, what a pull wrote"),
     "tags": (_run_tags, "list a repository's tags"),
@@ -9720,7 +9721,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("reference REF", _IMAGE, _REF + ", or a path: ./PATH, /PATH or FILE.tar"),
     ("reference REPO", "tags", "[HOST[:PORT]/]REPOSITORY"),
     ("path PATH", "verify push", "a layers tree, layout or archive; push: - is stdin"),
-    ("paths PATH...", "serve", "layouts and so on; the first has a name that two have"),
+    ("paths PATH...", "serve", "what pulls wrote; a name that two have is the first's"),
     ("path PATH", "cat", "the file"), ("path [PATH]", "ls", "below it", "/"),
     ("place HOST[:PORT][/PREFIX]", "push", "where to"),
     ("host HOST[:PORT][/REPOSITORY]", "auth", "which registry"),
@@ -9731,16 +9732,16 @@ OPTIONS = [Row.of(*row) for row in (
     ("--recompress gzip", "pull", "rewrite zstd layers for old Docker; digests change"),
     ("--referrers", "pull", "take along what refers to it (to oci or archive)"),
     ("--without REF|PATH...", "pull", "leave out what this has (to oci or archive)"),
-    ("--path below PATH", "pull", "what is below it alone (to rootfs)"),
+    ("--path below PATH", "pull", "take only what is below it (to rootfs)"),
     ("--tag NAME[:TAG]", "pull push", "the name to go by; default: its own"),
-    ("--partial", "push", "indexes that lack images, too, as far as that goes"),
+    ("--partial", "push", "push indexes that lack images, too, where these are taken"),
     ("--raw", "inspect", "the manifest's exact bytes"),
     ("--config", "inspect", "the config's exact bytes"),
     ("--match GLOB", "tags", "only these: * ? [] in it", "*"),
     ("--newest N", "tags", "the newest versions, newest first; none without a digit"),
     ("--full", "tags", "as REPOSITORY:TAG, which pull --from-file - takes"),
-    ("--with bases PATH...", "verify", "may have blobs that are not there"),
-    ("--listen HOST:PORT", "serve", "where to", "127.0.0.1:5000"),
+    ("--with bases PATH...", "verify", "where blobs that are not there may be"),
+    ("--listen HOST:PORT", "serve", "the address to serve at", "127.0.0.1:5000"),
     ("--tls-cert FILE", "serve", "PEM certificate, with"),
     ("--tls-key FILE", "serve", "its PEM key"),
     ("--max-layer-size BYTES", "pull ls cat", "refuse larger ones", LAYER_SIZE_LIMIT),
@@ -9776,9 +9777,8 @@ OPTIONS = [Row.of(*row) for row in (
 
 
 def parse_arguments(argv):
-    """The arguments of a command line, by the attributes of Rows, None of others.
-
-    Raises UsageError; SystemExit where --help or --version told all.
+    """The arguments of a command line, by the attributes of all Rows; None for those of
+    other commands. Raises UsageError; SystemExit where --help or --version told all.
     """
     import argparse
 
@@ -9859,8 +9859,8 @@ def read_password(args):
     if args.username is None and not args.password_stdin:
         return None
     if args.username is None or ":" in args.username:
-        raise UsageError("a password goes with -u USER, a user name alone",
-                         "it comes from IMAGEC_PASSWORD or --password-stdin")
+        raise UsageError("a password goes with -u USER, a name without a colon",
+                         "the password comes from IMAGEC_PASSWORD or --password-stdin")
     password = not args.password_stdin and os.environ.get("IMAGEC_PASSWORD")
     if not password and sys.stdin is not None and sys.stdin.isatty():
         import getpass
@@ -9884,7 +9884,7 @@ def exit_status(error):
 
 
 def main(argv: "list | None" = None) -> int:
-    """Runs the command line `argv`: the exit status. None: sys.argv's, and exits."""
+    """Runs the arguments `argv`; gives the exit status. None: sys.argv's, and exits."""
     if argv is None:  # what zipapp makes drops what comes back
         sys.exit(main(sys.argv[1:]))
     spare = 0

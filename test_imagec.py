@@ -15348,7 +15348,7 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual((ended.status, set(os.listdir("."))), (
             1, {"app_1.tar", "other_1.tar"}), ended.err)
         self.assert_one_line(self.main("pull", "-q", self.ref, self.ref.replace(
-            "lab", "other")), 2, "lab/app:1 and .*other/app:1 are both app_1.tar; use -o")
+            "lab", "other")), 2, "lab/app:1 and .*other/app:1 would both be app_1.tar; use -o")
 
     @rows([(["docker", "podman"], "{0}: docker load -i {0}"),
            (["podman"], "{0}: podman load -i {0}"),
@@ -15852,7 +15852,7 @@ class CommandLineCredentialsTest(CommandLineCase):
         ("no such option: -P;", ("digest -Phunter2 {ref}", "digest -qPhunter2 {ref}",
                                  "-P hunter2 digest {ref}")),
         ("more arguments", ("digest -u me {ref} hunter2",)),
-        ("user name alone", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
+        ("a name without a colon", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
         # userinfo, wherever a host or a URL is expected
         ("not a mirror", ("pull --mirror https://u:hunter2@h.test {ref}",
                           "pull --mirror u:hunter2@h.test {ref}",
