@@ -2283,7 +2283,7 @@ def _ask_helper(suffix, server, source, check):
             return Credentials(identity_token=secret, source=source)
         return Credentials(username, secret, source=source) if secret else None
     except InvalidDocument:
-        raise CredentialsError("%s answered for %s what is not its protocol"
+        raise CredentialsError("%s gave an answer for %s that is not of its protocol"
                                % (program, server)) from None
     except UsageError as error:
         raise CredentialsError(error.message) from None
@@ -4122,7 +4122,7 @@ class Partial:
         return iter(lambda: os.read(self._fd, CHUNK), b"")
 
     def skip(self, offset, size):
-        """Keeps `size` bytes that it has already, at `offset`: here, it must be."""
+        """Keeps the `size` bytes it has from here on, which must be at `offset`."""
         if os.lseek(self._fd, 0, os.SEEK_CUR) != offset:
             raise OutputError(self.path, "is not what it seemed to be", "pull again")
         os.lseek(self._fd, size, os.SEEK_CUR)
@@ -4157,7 +4157,7 @@ class Partial:
             self._begun = end
 
     def sync(self):
-        """Has it on disk."""
+        """Waits until it is on disk."""
         with naming_file(self.path):
             os.fsync(self._fd)
 
@@ -4731,10 +4731,7 @@ def blobs_of(path, check):
 
 
 def stored_referrers(names, digest):
-    """{tag: Descriptors} of what refers to a manifest, of what `stored` gives.
-
-    See Source.referrers.
-    """
+    """What Source.referrers gives, found among `names`, which are of `stored`."""
     found = {}
     for one in names:
         tag = str(one.name or one.tag).rpartition(":")[2]
@@ -4854,8 +4851,7 @@ class _DockerLayout(_Layout):
                             {NAME_ANNOTATION: str(tag)} if tag else {}), None
 
     def _manifest(self, name, layers):
-        """The Manifest made for a config and its layers; None where one is not there.
-        """
+        """The Manifest made for a config and its layers; None where one is missing."""
         config = ImageConfig.parse(self._reader.read(name))
         if len(layers) != len(config.diff_ids):
             raise VerificationError("it lists %d diffIDs, manifest.json %d layers"
@@ -5567,7 +5563,7 @@ OCI_LAYOUT = b'{"imageLayoutVersion": "1.0.0"}'  # OCI image-spec, image-layout.
 
 
 def index_entry(image, name):
-    """An image's descriptor in an OCI layout's index.json; `name` may be None."""
+    """An image's entry in a layout's index.json; `name` is a Reference or None."""
     document, platform = image.manifest, image.platform
     annotations = Origin(
         image.digest, image.reference.name, str(platform or ""),
@@ -5790,8 +5786,8 @@ class ArchiveOutput(Spooled):
                              or one.digest) for one in stored(open_place(
                                  self.path, self.check)) if not one.along}
             if own not in found or found - {own, self.sole.name}:
-                raise OutputError(self.path, "holds %.300s" % (
-                    ", ".join(sorted(found)) or "no image"), "use -o")
+                raise OutputError(self.path, "holds %.300s, and is not replaced" % (
+                    ", ".join(sorted(found)) or "no image"), "name a file with -o")
 
     def accept(self, image):
         try:
@@ -6031,8 +6027,8 @@ class Census:
         self._members = self._names = 0
 
     def add(self, members, names, what):
-        """Counts `members` of a layer `what`, their names of so many bytes; or uncounts
-        them. Raises TooLarge, LimitExceeded.
+        """Counts `members` of a layer `what` and the bytes `names` of their names; less
+        than none uncounts. Raises TooLarge, LimitExceeded.
         """
         with self._lock:
             self._members += members
@@ -6065,7 +6061,7 @@ class LayerStore:
         self._made = None  # the directory that was made last
 
     def visit(self, tar):
-        """Keeps the members of a Tar, and nothing of a try before, that failed."""
+        """Keeps the members of a Tar, and none of an earlier try, which failed."""
         self._census.add(-len(self.records), -self._names, self._what)
         self.records, self._names = [], 0
         for entry, data in tar:
@@ -6229,7 +6225,8 @@ class Tree:
             part = todo.pop()
             self._detours += hops > 0
             if self._detours > _DETOUR_LIMIT:
-                raise LimitExceeded("its links lead round and round")
+                raise LimitExceeded("its links take more than %d steps to follow"
+                                    % _DETOUR_LIMIT)
             if part == b"..":
                 del trail[max(1, len(trail) - 1):]
                 continue
@@ -6441,10 +6438,7 @@ _TYPES = {"file": b"0", "hardlink": b"1", "symlink": b"2", "char": b"3", "block"
 
 
 def write_tree_tar(tree, write):
-    """The Tree as one tar, like `docker export`, through `write(bytes)`.
-
-    Its data must be in LayerPacks.
-    """
+    """Writes a Tree of LayerPacks as one tar, like `docker export`: `write(bytes)`."""
     def header(entry, name):
         write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:10]))
 
@@ -7847,7 +7841,7 @@ def new_output(path, format=None, tag=None, stream=None, sole=None):
     if stream is None and OUTPUTS[name].streams and os.path.exists(path) and not (
             os.path.isfile(path) or os.path.isdir(path)):
         if sole:
-            raise OutputError(path, "is no file", "use -o")
+            raise OutputError(path, "is no file", "name one with -o")
         stream = _Stream(open(path, "wb", buffering=0), path)
     elif stream is not None:
         stream = _Stream(stream)
@@ -8067,7 +8061,7 @@ class Audit:
                         raise VerificationError("is not the layer's v1 JSON")
 
     def _blob(self, found, descriptor, name, tar=False, diff_id=None):
-        """Checks one blob, and once; its Unpacked where it is a `tar` and good."""
+        """Checks one blob, only once; its Unpacked where it is a `tar` and good."""
         question = name, descriptor.size, tar, diff_id and diff_id.algorithm
         if question in self._seen:
             return self._seen[question]
@@ -9136,7 +9130,7 @@ def _run_push(args, session):
 # --------------------------------------------------------------------------------------
 
 def test_shelf(directory):
-    """A Shelf with one small image; its blobs, in `directory`, fit who runs this."""
+    """A Shelf of one small image of our own files; its blobs are in `directory`."""
     shelf, host, text = Shelf(), Platform.host(), b"This came through imagec.\n"
     owner = {"uid": os.geteuid(), "gid": os.getegid()} if hasattr(os, "geteuid") else {}
     tar = b"".join(tar_header(name, 0, b"5", 0o755, **owner) for name in (

@@ -8581,7 +8581,7 @@ class ArchiveOutputTest(StoredCase):
         os.chdir(self.work)
         os.mkfifo("app_1.tar")
         with threat_alarm(30):
-            self.assertIn("is no file; use -o", self.pull(reference, expect=1).err)
+            self.assertIn("is no file; name one", self.pull(reference, expect=1).err)
             got = []
             reader = threading.Thread(
                 target=lambda: got.append(file_bytes("app_1.tar")), daemon=True)
@@ -15341,14 +15341,14 @@ class CommandLineTest(CommandLineCase):
             argv and pull("-o", "app_1.tar", *argv)
             before = file_bytes("app_1.tar")
             self.assert_one_line(self.main("pull", "-q", self.ref), 1,
-                                 "app_1.tar: holds %s; use -o" % holds)
+                                 "app_1.tar: holds %s, and is not replaced; " % holds)
             self.assertEqual((os.listdir("."), file_bytes("app_1.tar")), (
                 ["app_1.tar"], before))
         ended = self.main("pull", "-q", "--keep-going", self.ref, other)
         self.assertEqual((ended.status, set(os.listdir("."))), (
             1, {"app_1.tar", "other_1.tar"}), ended.err)
         self.assert_one_line(self.main("pull", "-q", self.ref, self.ref.replace(
-            "lab", "other")), 2, "lab/app:1 and .*other/app:1 would both be app_1.tar; use -o")
+            "lab", "other")), 2, "and .*other/app:1 would both be app_1.tar; use -o")
 
     @rows([(["docker", "podman"], "{0}: docker load -i {0}"),
            (["podman"], "{0}: podman load -i {0}"),
@@ -15852,7 +15852,7 @@ class CommandLineCredentialsTest(CommandLineCase):
         ("no such option: -P;", ("digest -Phunter2 {ref}", "digest -qPhunter2 {ref}",
                                  "-P hunter2 digest {ref}")),
         ("more arguments", ("digest -u me {ref} hunter2",)),
-        ("a name without a colon", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
+        ("without a colon", ("digest -u me:hunter2 {ref}", "pull -ume:hunter2 {ref}")),
         # userinfo, wherever a host or a URL is expected
         ("not a mirror", ("pull --mirror https://u:hunter2@h.test {ref}",
                           "pull --mirror u:hunter2@h.test {ref}",
