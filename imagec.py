@@ -1344,7 +1344,7 @@ class Entry(value_type(
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
     logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
-    `device` is (major, minor), or None; `where` tells a LayerStore its data, or None.
+    `device` is (major, minor), or None; `where` a LayerStore has its data, or None.
     """
 
     __slots__ = ()
@@ -1847,7 +1847,7 @@ _MAGIC = (  # what each codec begins with, six bytes at most
 
 
 def codec_of(file):
-    """What that which stands next in a binary file is compressed with, else "tar"."""
+    """The codec of what stands next in a binary file, by name; "tar" for none."""
     head = file.read(6)
     file.seek(-len(head), os.SEEK_CUR)
     return re.match(_MAGIC, head).lastgroup
@@ -3050,8 +3050,8 @@ class Transport:
 
         `trusting` is how near (see _address_rank) the server that chose this URL is;
         ANYWHERE: the user chose it. No redirect leads nearer than any server on the way
-        is. Authorization stays with the origin it was meant for. Where `stay` is not
-        None but hosts (see names_host), redirects stay on the URL's, and Authorization
+        is. Authorization stays with the origin it was meant for. Where `stay` is a list
+        of hosts (see names_host), redirects stay on the URL's host, and Authorization
         also goes to https there, and to those of `stay`. The headers may take so many
         `seconds`, None: one silence. With `data`, which is bytes or yields them, no
         redirect is followed. Raises TransportError, and AccessDenied of a proxy.
@@ -3812,7 +3812,7 @@ class Registry(Endpoint):
                   end: "int | None" = None) -> Response:
         """A Response with the bytes of a Descriptor's blob from `offset` on, to `end`.
 
-        That is left out if `offset` is 0; None: all. The status is 206 where the server
+        To its end if `offset` is 0 or `end` None. The status is 206 where the server
         honours the offset, 200 where it sends all, 416 where it has nothing there. The
         URLs of a foreign layer are not followed: any manifest may name them
         (CVE-2020-15157), only old Windows images do.
@@ -4688,7 +4688,7 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
                     yield blob.digest, self.reader.region(name)
 
     def layers(self, manifest):
-        """The Layers of an image in it; of an artifact's they have only the blob.
+        """The Layers of an image in it; those of an artifact have nothing but the blob.
 
         Raises InvalidDocument, VerificationError, Unsupported of its config, OSError.
         """
@@ -5217,7 +5217,7 @@ class Ranges:
                     future.result()
                     for offset in range(slot, slot + size, CHUNK):
                         yield self._read(offset, min(CHUNK, slot + size - offset))
-            except (ImagecError, OSError, RuntimeError) as error:  # that: no thread
+            except (ImagecError, OSError, RuntimeError) as error:  # the last: no thread
                 check()
                 self._place[0].ranges = False
                 raise TransportError("no ranges: %s" % error, retryable=True) from None
@@ -6027,8 +6027,8 @@ class Census:
         self._members = self._names = 0
 
     def add(self, members, names, what):
-        """Counts `members` of a layer `what` and the bytes `names` of their names; less
-        than none uncounts. Raises TooLarge, LimitExceeded.
+        """Counts `members` of a layer `what`, whose names take `names` bytes; negative
+        numbers uncount. Raises TooLarge, LimitExceeded.
         """
         with self._lock:
             self._members += members
@@ -6438,7 +6438,7 @@ _TYPES = {"file": b"0", "hardlink": b"1", "symlink": b"2", "char": b"3", "block"
 
 
 def write_tree_tar(tree, write):
-    """Writes a Tree of LayerPacks as one tar, like `docker export`: `write(bytes)`."""
+    """Writes a Tree of LayerPacks as one tar, as `docker export`, by `write(bytes)`."""
     def header(entry, name):
         write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:10]))
 
@@ -7026,7 +7026,7 @@ class Session:
     and these. `recompress` is None or "gzip", to rewrite zstd layers: manifest and
     digests follow; `referrers`: what refers to an image comes along; `keep_going`: an
     image that fails does not end a pull, `failures` has it; layers that the references
-    or paths `without` have are left out; `below` is the directory to make the root of.
+    or paths `without` have are left out; `below` is the directory to be the root.
     Only what a key in the files `verify_keys` signed is taken (None: those named in
     IMAGEC_VERIFY_KEY; (): anything), as `verify_name` if that is not None. A layer may
     have `max_layer_size` bytes, `notify(Event)` hears of progress. For `token_hosts`,
@@ -7053,7 +7053,7 @@ class Session:
                 raise UsageError("%s %s: a limit must be over 0" % (what, limit))
         if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
                                                 without)):
-            raise UsageError("mirrors, hosts and without are lists, not one text")
+            raise UsageError("expected lists, not texts: mirrors, hosts, without")
         token_hosts, storage_hosts = map(_authorities, (token_hosts, storage_hosts))
         if recompress not in (None, "gzip"):
             raise UsageError("cannot recompress to %r: only to gzip" % recompress)
@@ -7617,7 +7617,7 @@ def _rule(keys, name):
         keys = os.environ["IMAGEC_VERIFY_KEY"].split(os.pathsep)
     keys = [keys] if isinstance(keys, (str, os.PathLike)) else keys
     if name is not None and not keys:
-        raise UsageError("--verify-name, but no key to verify by", "add --verify-key")
+        raise UsageError("--verify-name, but no key", "add --verify-key")
     return CHECKS["verify_keys"](keys, name) if keys else None
 
 
@@ -8459,7 +8459,7 @@ class Shelf:
                     found.full or digest, path))
 
     def add(self, names, tag, document):
-        """Puts a document into repositories by its digest and, if not None, a tag."""
+        """Puts a document here by its digest and, if not None, by a tag of `names`."""
         digest = str(document.digest)
         self.documents[digest] = document.raw, document.media_type
         if document.subject is not None:
