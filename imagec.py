@@ -638,7 +638,7 @@ class Platform(value_type("Platform", "os architecture variant os_version", "", 
         return cls.normal("linux", machine or "amd64")
 
     def candidates(self):
-        """Platforms that can run here, best first, in the order docker tries them."""
+        """The Platforms it can run, best first, in the order docker tries them."""
         version = re.fullmatch(r"v([0-9])(?:\.([0-9]))?", self.variant)
         major, minor = map(int, version.groups("0")) if version else (0, 0)
         chain, tail = [self.variant], []
@@ -671,8 +671,8 @@ def parse_json(raw, what, repeatable=False):
     """The value of the JSON text in the bytes `raw`; raises InvalidDocument.
 
     Refuses what json.loads lets pass: other encodings, duplicate keys, NaN and
-    Infinity, numbers no other parser holds, and nesting beyond JSON_DEPTH_LIMIT. Where
-    keys are `repeatable`, the last of each counts, and a warning tells.
+    Infinity, numbers no other parser holds, and what is over JSON_DEPTH_LIMIT or
+    JSON_COUNT_LIMIT. Where keys are `repeatable`, the last counts, and a warning tells.
     """
     def pairs(items):
         value = dict(items)
@@ -2826,7 +2826,7 @@ class Response(contextlib.AbstractContextManager):
     def read(self, limit, what):
         """The whole body, up to `limit` bytes; raises LimitExceeded, TransportError.
 
-        One that claims to be compressed, and is no JSON, is decompressed.
+        One that claims to be compressed, and begins as gzip does, is decompressed.
         """
         if self.length is not None and self.length > limit:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
@@ -4007,8 +4007,8 @@ _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 class Event(value_type("Event", "status id current total", "", None, None)):
     """Something to tell who watches: docker's event stream, as a value.
 
-    `id` is the short name of a layer, "" for the whole; `current` and `total` are
-    bytes, None where they mean nothing.
+    `id` is the short name of a layer, or the tag or digest where an image begins, else
+    ""; `current` and `total` are bytes, None where they mean nothing.
     """
 
     __slots__ = ()
@@ -4124,7 +4124,8 @@ class Partial:
     def skip(self, offset, size):
         """Keeps the `size` bytes it has from here on, which must be at `offset`."""
         if os.lseek(self._fd, 0, os.SEEK_CUR) != offset:
-            raise OutputError(self.path, "is not what it seemed to be", "pull again")
+            raise OutputError(self.path, "another program has changed it meanwhile",
+                              "pull again")
         os.lseek(self._fd, size, os.SEEK_CUR)
 
     def truncate(self, size=0):
@@ -8413,10 +8414,10 @@ class Shelf:
     def __init__(self, *paths, check=go_on):
         self.repositories = {}  # name -> tag -> digest, as text
         self.documents = {}  # digest, as text -> (bytes, media type)
-        self.referrers = {}  # the same of a subject -> digest -> what an index says
+        self.referrers = {}  # digest of a subject -> digest -> its entry in an index
         self.blobs = {}  # Digest -> Region
         self._good = {}  # Digest -> the file's identity when it was proved
-        self._locks = collections.defaultdict(threading.Lock)  # Digest -> who proves it
+        self._locks = collections.defaultdict(threading.Lock)  # Digest -> for its proof
         elsewhere = set()  # the Digests of what was left out
         for path in reversed(paths):
             with naming(path):
@@ -8603,10 +8604,10 @@ class RegistryHandler:
         super().handle_one_request()
 
     def parse_request(self):
-        """Whether the head that came is one; answers it where not.
+        """Whether the head that came is good; answers it where not.
 
-        One that a proxy before us may read in another way is none: then what is a body
-        to it would be a request to us (RFC 7230, 3.2.4 and 3.3.3).
+        One that a proxy before us may read in another way is not: what is a body to it
+        would be a request to us (RFC 7230, 3.2.4 and 3.3.3).
         """
         if not super().parse_request():
             return False
@@ -9028,7 +9029,7 @@ class Pusher:
         listed.difference_update(blobs, order)
         lacking = listed.union(lacking).difference(blobs)
         if lacking:
-            raise OutputError(name, "%s: not to be had, here or there: %s" % (
+            raise OutputError(name, "%s: neither here nor in the registry: %s" % (
                 reference, ", ".join(sorted(map(str, lacking)))),
                 "push first what it builds on" if lacking <= elsewhere else "pull again"
                 + ", or push what is here of an index with --partial" * bool(
@@ -9675,8 +9676,8 @@ _REF = "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
 class Row(value_type("Row", "flags attribute metavar commands explained default")):
     """An option of some commands, or an argument, which has no `flags`.
 
-    `metavar` is its value: in lowercase words to choose from, with "..." several, in
-    "[]" of arguments what may be missing; "" for a switch.
+    `metavar` stands for its value: in lowercase, the choices; with "...", several; in
+    "[]", an argument that may be missing; "" for a switch.
     """
 
     __slots__ = ()
@@ -9716,7 +9717,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("reference REPO", "tags", "[HOST[:PORT]/]REPOSITORY"),
     ("path PATH", "verify push", "a layers tree, layout or archive; push: - is stdin"),
     ("paths PATH...", "serve", "what pulls wrote; a name that two have is the first's"),
-    ("path PATH", "cat", "the file"), ("path [PATH]", "ls", "below it", "/"),
+    ("path PATH", "cat", "the file"), ("path [PATH]", "ls", "files below it", "/"),
     ("place HOST[:PORT][/PREFIX]", "push", "where to"),
     ("host HOST[:PORT][/REPOSITORY]", "auth", "which registry"),
     ("host [HOST[:PORT]]", "selftest", "a registry to look at too"),
@@ -9728,15 +9729,15 @@ OPTIONS = [Row.of(*row) for row in (
     ("--without REF|PATH...", "pull", "leave out what this has (to oci or archive)"),
     ("--path below PATH", "pull", "take only what is below it (to rootfs)"),
     ("--tag NAME[:TAG]", "pull push", "the name to go by; default: its own"),
-    ("--partial", "push", "push indexes that lack images, too, where these are taken"),
+    ("--partial", "push", "push indexes that lack images, too"),
     ("--raw", "inspect", "the manifest's exact bytes"),
     ("--config", "inspect", "the config's exact bytes"),
     ("--match GLOB", "tags", "only these: * ? [] in it", "*"),
     ("--newest N", "tags", "the newest versions, newest first; none without a digit"),
     ("--full", "tags", "as REPOSITORY:TAG, which pull --from-file - takes"),
-    ("--with bases PATH...", "verify", "where blobs that are not there may be"),
+    ("--with bases PATH...", "verify", "where blobs missing from PATH may be"),
     ("--listen HOST:PORT", "serve", "the address to serve at", "127.0.0.1:5000"),
-    ("--tls-cert FILE", "serve", "PEM certificate, with"),
+    ("--tls-cert FILE", "serve", "PEM certificate: serve https, with"),
     ("--tls-key FILE", "serve", "its PEM key"),
     ("--max-layer-size BYTES", "pull ls cat", "refuse larger ones", LAYER_SIZE_LIMIT),
     ("--max-files N", "pull ls cat", "refuse to unpack more", MEMBER_COUNT_LIMIT),
@@ -9748,12 +9749,12 @@ OPTIONS = [Row.of(*row) for row in (
     ("--platform platforms OS/ARCH[/VARIANT]...", _PULLS, "default: this host's; "
      "several: to oci or archive; all: the whole index, to oci"),
     ("--image NAME", "verify " + _IMAGE, "which of several at a path"),
-    ("--verify-key verify_keys FILE...", _SIGNED, "PEM; one of these has signed it"),
+    ("--verify-key verify_keys FILE...", _SIGNED, "PEM; one of these must have signed"),
     ("--verify-name HOST/REPOSITORY", _SIGNED, "and under this name"),
     ("--no-verify-key", _PULLS, "take it, whoever signed it"),
     ("--mirror mirrors HOST[:PORT][/PREFIX]...", _PULLS, "try there first"),
-    ("-u --username USER", "auth serve " + _NETWORK, "with IMAGEC_PASSWORD, or"),
-    ("--password-stdin", "auth serve " + _NETWORK, "all of it, or the terminal"),
+    ("-u --username USER", "auth serve " + _NETWORK, "password: IMAGEC_PASSWORD, or"),
+    ("--password-stdin", "auth serve " + _NETWORK, "all of stdin; a terminal is asked"),
     ("--authfile FILE", "auth " + _NETWORK, "the only file of credentials looked into"),
     ("--no-creds", "auth " + _NETWORK, "use no credentials that lie around"),
     ("--token-host token_hosts HOST[:PORT]...", _NETWORK, "may be sent the password"),
@@ -9765,7 +9766,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--insecure-skip-verify", _NETWORK, "take any TLS certificate of the registry, "
      "its mirrors, token and storage hosts"),
     ("--insecure-allow-http", _NETWORK, "fall back to unverified https, then to http"),
-    ("--timeout SECONDS", "verify serve " + _NETWORK, "for all; else while bytes come"),
+    ("--timeout SECONDS", "verify serve " + _NETWORK, "for all; default: no limit"),
     ("-q --quiet", _ANY, "no progress, few warnings"),
     ("--debug", _ANY, "log each step; tracebacks of errors"))]
 

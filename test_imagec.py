@@ -9587,7 +9587,7 @@ class WithoutTest(StoredCase):
             run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
             self.assertEqual(run.status, 1, run.err)
             for digest in self.image.layers[:2]:
-                self.assertRegex(run.err, "not to be had, here or there: .*%s.*; push "
+                self.assertRegex(run.err, "neither here nor in the registry: .*%s.*; push "
                                           "first what it builds on" % digest)
             self.assertEqual({request.method for request in target.requests} - {"GET"},
                              {"HEAD"})
@@ -14728,7 +14728,7 @@ PUSH_BAD = (
     ([PUSH_NAMED], [PUSH_IMAGE.digest], (), 1, PUSH_IMAGE.digest + "; pull again$"),
     ([PUSH_NAMED], PUSH_IMAGE.layers[:1], (), 1, PUSH_IMAGE.layers[0] + "; pull again$"),
     ([(PUSH_INDEX, "a.b/app:1")], PUSH_OTHER.layers, ("--partial",), 1, "; pull again$"),
-    ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "not to be had"),
+    ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "neither here nor"),
 )
 
 #: (what is wrong with a FakeRegistry: its attributes, cuts and faults; how often an
@@ -14860,7 +14860,7 @@ class PushTest(PushCase):
         for tag in "12":
             imagec.pull(registry.host + "/a/b:" + tag, path, "layers", no_creds=True)
         os.unlink(*glob.glob(os.path.join(path, "*/*/v2/a/b/2/config.json")))
-        self.assertIn("b:2: not to be had", self.push(path, "--keep-going", expect=1).err)
+        self.assertIn("b:2: neither here nor", self.push(path, "--keep-going", expect=1).err)
         self.has("a/b", "1", PUSH_IMAGE)
 
     @rows(PUSH_NAMES)
