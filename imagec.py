@@ -409,15 +409,15 @@ class NoMatchingPlatform(NotFound):
 
 
 class AccessDenied(RegistryError):
-    """The registry or its token server does not let us."""
+    """The registry, its token server or a proxy does not let us."""
 
 
 class CredentialsError(AccessDenied):
-    """Where credentials should come from is broken."""
+    """A source of credentials is broken."""
 
 
 class OutputError(ImagecError):
-    """The destination `path` cannot take what was pulled."""
+    """The `path` cannot take what is pulled, or lacks what is to be read there."""
 
     def __init__(self, path, message, hint=None):
         super().__init__("%s: %s" % (path, message), hint)
@@ -2085,7 +2085,7 @@ class Credentials:
         return basic_header(self.username, self.password)
 
     def lookup(self, _host, _repository):
-        """These Credentials."""
+        """These Credentials, whatever the host; see Keyring.lookup."""
         return self
 
     def __str__(self):
@@ -3346,7 +3346,7 @@ _AUTH = (r"""(?s)[\s,]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:"""
 
 
 class Challenge(value_type("Challenge", "scheme parameters")):
-    """A challenge of a WWW-Authenticate header: lowercase `scheme`, `parameters`."""
+    """A WWW-Authenticate header's challenge: lowercase `scheme`, dict `parameters`."""
 
     __slots__ = ()
 
@@ -3848,7 +3848,7 @@ class Registry(Endpoint):
                                 printable(tag, 80))
 
     def pages(self, path, repository, what, tries=None, **headers):
-        """Yields (Response, body) of each page of a list of a repository's."""
+        """Yields (Response, body) of each page of a repository's list at `path`."""
         seen = set()
         while path is not None:
             if path in seen or len(seen) == PAGE_COUNT_LIMIT:
@@ -5182,7 +5182,7 @@ class Ranges:
     """The rest of a blob, in ranges that several connections fetch ahead.
 
     Registries and their CDNs pace each connection. `first` is the Response it has come
-    by so far, from `place`, of a Source's; `count` is how many connections may be used.
+    by so far, from `place`, one of the Source's; up to `count` connections are used.
     What comes early waits for its turn in a file in `directory`, which has no name.
     """
 
