@@ -1229,11 +1229,12 @@ def blob_layers(blobs):
 def list_layers(manifest, config=None):
     """The Layers of an image, oldest first.
 
-    `config` is its ImageConfig, None for schema1. Raises VerificationError where its
-    diffIDs are not as many as the layers, or two are of one blob.
+    `config` is its ImageConfig, None of schema1 and artifacts. Raises VerificationError
+    where its diffIDs are not as many as the layers, or two are of one blob.
     """
-    if isinstance(manifest, Schema1Manifest):
-        return manifest.layers
+    if config is None:
+        return manifest.layers if isinstance(manifest, Schema1Manifest) else (
+            blob_layers(manifest.layers))
     if len(config.diff_ids) != len(manifest.layers):
         raise VerificationError("config lists %d diffIDs, the manifest %d layers"
                                 % (len(config.diff_ids), len(manifest.layers)))
@@ -4676,7 +4677,8 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
             found = [entry for entry in document.manifests if self.tree is None
                      and entry.media_type not in ("", *MANIFEST_SHAPES)]
         else:
-            found = document.layers if self.tree is None else self.layers(document)
+            found = document.layers if self.tree is None else (
+                list_layers(document, self.config(document)))
         for one in found:
             yield getattr(one, "blob", one), self.file_of(one)
 
@@ -4688,17 +4690,14 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
                 with noting(name), contextlib.suppress(*absent):
                     yield blob.digest, self.reader.region(name)
 
-    def layers(self, manifest):
-        """The Layers of an image in it; those of an artifact have nothing but the blob.
+    def config(self, manifest):
+        """The ImageConfig of an image in it; None of schema1 and of an artifact.
 
-        Raises InvalidDocument, VerificationError, Unsupported of its config, OSError.
+        Raises InvalidDocument, Unsupported, OSError.
         """
-        config = None
-        if isinstance(manifest, Manifest):
-            if manifest.artifact_type:
-                return blob_layers(manifest.layers)
-            config = ImageConfig.parse(self.reader.read(self.file_of(manifest.config)))
-        return list_layers(manifest, config)
+        if isinstance(manifest, Manifest) and not manifest.artifact_type:
+            return ImageConfig.parse(self.reader.read(self.file_of(manifest.config)))
+        return None
 
 
 def lenient(_name):
@@ -7921,10 +7920,11 @@ class Audit:
         self.images, self.blobs, self.elsewhere = 0, 0, set()
         self._go_on = check
         self._seen = {}  # (name, size, whether a tar) -> Unpacked or None
-        self._names = collections.defaultdict(set)  # digest of an image -> its names
-        self._named = {}  # full name -> digest of its entry
-        self._noted = set()  # digests of what a pull of ours has noted
-        self._images = {}  # digest -> what docker calls it: see _image
+        self._named = {None: None}  # full name, None for none -> digest of its entry
+        self._noted = set()  # (digest, name) of each entry that a pull of ours noted
+        self._images = {}  # digest -> (os, architecture) by its config, or None
+        # Digest of an entry, None for any -> hashes of what docker may be told of it.
+        self._docker = collections.defaultdict(set)
         self._optional = {}  # digest -> whether all that lists it may lack it
 
     def check(self, path, beside=()):
@@ -7959,22 +7959,27 @@ class Audit:
         but not all (image-layout.md: "MAY be missing").
         """
         name = None if found.along else found.name
-        self._names[found.digest].add(name)
+        self._noted.update([(found.digest, name)] if found.origin else ())
         names = {name}
         if name and re.fullmatch(_TAG, found.tag or ""):  # what others go by
             names.add("%s:%s" % (name.rpartition(":")[0], found.tag))
         for one in filter(None, names):
             if self._named.setdefault(one, found.digest) != found.digest:
                 self.faults.append("index.json: %s stands for two images" % one)
-        listed, way = set(), found.origin.indexes if found.origin else ()
+        firsts, listed, way = {}, set(), found.origin.indexes if found.origin else ()
         for document in found.documents:
-            self._names[document.digest].add(name)
-            self._noted.update([document.digest] if found.origin else ())
             if isinstance(document, Index):
+                firsts[document.digest] = {  # Windows goes by its version, too
+                    one.platform[:3 + (one.platform.os == "windows")]: one.digest
+                    for one in reversed(document.manifests) if one.media_type
+                    in MANIFEST_SHAPES and "unknown" not in (one.platform or "unknown")}
                 listed.update(entry.digest for entry in document.manifests
                               if document.digest not in way)
             else:
                 self._image(found, document)
+        for index, first in firsts.items():  # no reader takes what is no first
+            self._docker[index].update(*[self._docker[one] for way, one in first.items()
+                                         if self._images.get(one) == way[:2]])
         for digest in found.without:
             if self.absent.pop(blob_name(digest), None):
                 self.elsewhere.add(digest)
@@ -8030,7 +8035,7 @@ class Audit:
 
     def _image(self, found, manifest):
         self.images += 1
-        layers = []
+        config, layers = None, []
         where = (found.tree or "") + "manifest.json"
         if isinstance(manifest, Manifest):
             where = found.file_of(manifest.config)
@@ -8041,10 +8046,13 @@ class Audit:
             return self.faults.append(blob_name(manifest.digest)
                                       + ": is schema1: layouts hold none")
         with self._noting(where):
-            layers = found.layers(manifest)
-        other = manifest.artifact_type or found.along
-        self._images[manifest.digest] = () if other else (
-            where, list(map(found.file_of, layers)))
+            config = found.config(manifest)
+            layers = list_layers(manifest, config)
+        self._images[manifest.digest] = config and config.platform[:2]
+        if not (manifest.artifact_type or found.along):
+            what = Digest.of(canonical_json([where, *map(found.file_of, layers)]))
+            self._docker[manifest.digest] = {what}
+            self._docker[None].add(what)
         for layer in layers:
             name = found.file_of(layer)
             tar = layer.blob.is_tar and not manifest.artifact_type
@@ -8082,35 +8090,32 @@ class Audit:
     def _check_docker(self, reader, names):
         """What docker reads must say what index.json says; the blobs are checked.
 
-        It need not say all where no pull of ours noted it: ctr names one platform.
+        It need not say all where no pull of ours noted it: ctr names one platform. But
+        of two by one name, docker takes the last.
         """
-        images, noted, named = set(), set(), set()
-        for digest, (config, layers) in filter(all, self._images.items()):
-            tags = self._names[digest] - {None}
-            told = [canonical_json([config, layers, tag]) for tag in tags or [None]]
-            images.update(told)
-            if digest in self._noted:
-                noted.update(told)
-            else:
-                images.add(canonical_json([config, layers, None]))
-            named.update(tags if layers else ())
         for name in sorted({"manifest.json", "repositories"}.intersection(names)):
             with self._noting(name):
                 value = parse_json(reader.read(name, CONTENTS_LIMIT), name)
                 if name == "repositories":  # of docker before 1.10, with ids of its own
-                    least = most = named
-                    told = {Reference.full("%s:%s" % (repository, tag))
-                            for repository, tags in Document(value, name).value.items()
-                            if type(tags) is dict for tag in tags}
+                    good = self._named.keys() >= {
+                        Reference.full("%s:%s" % (repository, tag))
+                        for repository, tags in Document(value, name).value.items()
+                        if type(tags) is dict for tag in tags}
                 else:
-                    least, most = noted, images
-                    told = {canonical_json([one.need("Config", str),
-                                            one.get("Layers", list, []),
-                                            tag and Reference.full(str(tag))])
-                            for one in Document({name: value}, name).children(
-                                name, INDEX_COUNT_LIMIT)
-                            for tag in one.get("RepoTags", list) or [None]}
-                if not (least <= told <= most and bool(told) == bool(most)):
+                    told = collections.defaultdict(set)  # name -> what has it
+                    for one in Document({name: value}, name).children(
+                            name, INDEX_COUNT_LIMIT):
+                        what = Digest.of(canonical_json([
+                            one.need("Config", str), *one.get("Layers", list, [])]))
+                        for tag in [None, *map(str, one.get("RepoTags", list, []))]:
+                            told[tag and Reference.full(tag)].add(what)
+                    good = bool(told) == bool(self._docker[None]) and all(
+                        self._docker[digest] & told[tag] for digest, tag in self._noted
+                        if self._docker[digest]) and all(
+                        whats <= self._docker[self._named.get(tag, "")]
+                        and (tag is None or len(whats) == 1)
+                        for tag, whats in told.items())
+                if not good:
                     raise InvalidDocument("names other images than index.json")
 
 

@@ -12926,6 +12926,58 @@ class AuditTest(StoredCase):
         self.pull("--format", "oci", "-o", folder, self.reference)
         self.verify(folder)  # where nobody reads what docker is told
 
+    def exported(self, top, tags, *told):
+        """The path of an archive as of ctr: `top` by tags, docker `told` (image, tags).
+        """
+        name, blobs = "registry.test/lab/app:", {
+            AUDIT_BLOBS + sha256(data)[7:]: data for one in [top] + top.children
+            for data in [one.manifest, *one.blobs.values()]}
+        return write_file(self.at("exported.tar"), tar_bytes([
+            *blobs.items(), ("oci-layout", LAYOUT),
+            ("index.json", json_bytes({"schemaVersion": 2, "manifests": [
+                top.descriptor(annotations={OCI_NAME: name + tag}) for tag in tags]})),
+            ("manifest.json", json_bytes([{
+                "Config": AUDIT_BLOBS + sha256(image.config)[7:],
+                "Layers": [AUDIT_BLOBS + layer[7:] for layer in image.layers],
+                "RepoTags": [name + tag for tag in tags]} for image, tags in told]))]))
+
+    #: (what, platforms of the second image by the index, which has tags 1 and 2, and by
+    #: its config, {which image: the tags that docker gives to it}, status)
+    @rows((
+        ("ctr on one host", ARM64, ARM64, {0: "12"}, 0),
+        ("ctr on another", ARM64, ARM64, {1: "12"}, 0),
+        ("no tag", ARM64, ARM64, {1: ""}, 0),
+        ("a tag each", ARM64, ARM64, {0: "1", 1: "2"}, 0),
+        ("a tag for two", ARM64, ARM64, {0: "1", 1: "1"}, 3),
+        ("a tag more", ARM64, ARM64, {0: "13"}, 3),
+        ("not first of its platform", AMD64, AMD64, {1: "1"}, 3),
+        ("for another by the index", ARM64, AMD64, {1: "1"}, 3),
+        ("for none by the index", None, AMD64, {1: "1"}, 3),
+        ("for nobody by the index", NO_PLATFORM, AMD64, {1: "1"}, 3),
+        ("for nobody", NO_PLATFORM, NO_PLATFORM, {1: "1"}, 3)))
+    def test_docker_is_told_what_a_reader_takes(self, _what, listed, own, told, status):
+        images = [build_image([raw_words("a=%d" % place)], platform=platform)
+                  for place, platform in enumerate((AMD64, own))]
+        index = build_index(list(zip(images, (AMD64, listed))))
+        self.verify(self.exported(index, "12", *[
+            (images[place], tags) for place, tags in told.items()]), status)
+
+    def test_windows_goes_by_its_version(self):
+        images = [build_image([raw_words(word)], platform=("windows", "amd64", None))
+                  for word in ("a=1", "a=2")]
+        index = build_index((), extra_entries=[one.descriptor(platform={
+            "os": "windows", "architecture": "amd64", "os.version": version})
+            for one, version in zip(images, ("10.0.17763.1", "10.0.20348.1"))])
+        index.children = images
+        for image in images:
+            self.verify(self.exported(index, "1", (image, "1")))
+
+    def test_many_names_of_many_layers_take_little(self):
+        image, tags = build_image([raw_words("a=1")] * 256), list(map(str, range(256)))
+        path = self.exported(image, tags, (image, tags))
+        self.assertLess(peak_memory(lambda: self.assertEqual(faults_of(path), [])),
+                        4 << 20)
+
     @staticmethod
     def repack(folder, names, path):
         """A tar of the folder, in the order of `names`, then what is new in it."""
@@ -19733,8 +19785,9 @@ class DockerTest(ReadersCase):
                             self.at("part.tar"), name)
             self.docker.ctr("images", "pull", "--plain-http", "--snapshotter", "native",
                             "--all-platforms", name)
+            self.docker.ctr("images", "tag", name, name + "0")
             self.docker.ctr("images", "export", "--all-platforms", self.at("whole.tar"),
-                            name)
+                            name, name + "0")
             self.docker("pull", name)
         self.docker("save", "--output", self.at("saved.tar"), name)
         self.assertEqual(faults_of(self.at("whole.tar")), [])
