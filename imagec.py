@@ -1550,8 +1550,8 @@ class Tar:
         if size > TAR_EXTENSION_LIMIT:
             raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
                                 "%d" % (self._what, size, TAR_EXTENSION_LIMIT))
-        if kind in b"xX" and self._pax:
-            raise ValueError("two extended headers of one member")
+        if kind == b"X" or self._pax and kind in b"xg" or self._long and kind == b"g":
+            raise ValueError("extended headers that readers disagree on")
         data = self._take(size + -size % TAR_BLOCK)[:size]
         if kind in b"LK":
             self._long[kind] = data.partition(b"\0")[0]
@@ -1581,8 +1581,8 @@ class Tar:
             stored = size = self._number(b"size", size)
             size = self._number(b"GNU.sparse.realsize", size)
             inline = any(key.startswith(b"GNU.sparse.") for key in self._pax)
-            if inline and (b"1", b"0") != (self._pax.get(b"GNU.sparse.major"),
-                                           self._pax.get(b"GNU.sparse.minor")):
+            if inline and (b"1", b"0", None) != tuple(map(self._pax.get, (
+                    b"GNU.sparse.major", b"GNU.sparse.minor", b"GNU.sparse.size"))):
                 raise ValueError("a sparse file whose map is of an unknown kind")
             entry = self._extended(entry)
             self._pax, self._long = {}, {}

@@ -4120,7 +4120,6 @@ GOOD_TARS = (
      + tar_member(b"x"), 651, 2),
     ("pax size twice", pax((b"size", b"9"), (b"size", b"650")) + A_FILE, 650, 1),
     ("pax value with odd bytes", pax((b"path", b"a=\n\0\xff")) + A_FILE, 650, 1),
-    ("pax of Solaris", pax((b"path", b"x"), kind=b"X") + A_FILE, 650, 1),
     ("empty pax", tar_member(kind=b"x") + A_FILE, 650, 1),
     ("global pax", pax((b"comment", b"0" * 40), kind=b"g") + A_FILE * 2, 1300, 2),
     ("GNU long name", tar_member(b"n" * 600 + b"\0", kind=b"L") + A_FILE, 650, 1),
@@ -4176,6 +4175,14 @@ BAD_TARS = (
     ("base-256 checksum", A_FILE[:148] + b"\x80" + (
         sum(A_FILE[:148]) + 256 + sum(A_FILE[156:512])).to_bytes(7, "big")
      + A_FILE[156:], "after 0 members"),
+    ("pax of Solaris", pax((b"path", b"x"), kind=b"X") + A_FILE, "disagree"),
+    ("a name before a global header",
+     tar_member(b"n\0", kind=b"L") + pax((b"a", b"b"), kind=b"g") + A_FILE, "disagree"),
+    ("pax before a global header",
+     pax((b"path", b"x")) + pax((b"a", b"b"), kind=b"g") + A_FILE, "disagree"),
+    ("two sizes of a sparse file", pax(*((b"GNU.sparse." + key, value) for key, value in (
+        (b"major", b"1"), (b"minor", b"0"), (b"size", b"9"), (b"realsize", b"650"))))
+     + tar_member(in_blocks(b"0\n")), "unknown kind"),
     ("sparse, but ustar", tar_header(0, kind=b"S"), "after 0 members"),
     ("sparse map that ends early", tar_header(0, kind=b"S", patches=[
         GNU_MAGIC, (386, b"%011o\0" * 2 % (0, 0)), (482, b"\1"), (483, b"%011o\0" % 9)])
