@@ -4565,10 +4565,15 @@ def open_place(path, check=go_on, unlisted=_raise):
         raise OutputError(path, "no image is in it", READABLE)
     if not stat.S_ISDIR(mode):
         raise OutputError(path, "is neither a file nor a directory")
-    if os.path.exists(os.path.join(path, "version")) and (
-            os.path.exists(os.path.join(path, "manifest.json"))):
-        raise OutputError(path, "is no layout, but what skopeo and podman call dir:",
-                          READABLE)
+    copied, marked, *layout = [os.path.lexists(os.path.join(path, name)) for name in (
+        "version", "oci-layout", "index.json", "blobs")]
+    if (copied or marked) and os.path.lexists(os.path.join(path, "manifest.json")):
+        with Region(os.path.join(path, "manifest.json"), 0, 0).open() as file:
+            if file.read(KIB).lstrip()[:1] != b"[":  # docker's list, of an archive
+                raise OutputError(path, "is no layout, or not only, but what skopeo and "
+                                  "podman call dir:", READABLE)
+    if all(layout) and not marked:
+        raise OutputError(path, "is a layout to others, but has no oci-layout")
     return Reader(path, check, unlisted)
 
 

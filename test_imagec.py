@@ -13197,6 +13197,9 @@ class AuditTest(StoredCase):
             shutil.copy(self.at("emptied", name), self.at("like a layout"))
         for name in ("version", "manifest.json"):
             self.file("work/copied/" + name, "{}")
+        write_file(os.path.join(self.good("oci", "both"), "manifest.json"), b" {}")
+        os.makedirs(self.at("half", "blobs"))
+        self.file("work/half/index.json", "{}")
         hint = "; what can be read is a layers tree, an OCI layout or an archive"
         for name, status, words in (
                 ("", 1, "''"), ("absent", 1, "not there"), ("text", 3, "content"),
@@ -13205,7 +13208,8 @@ class AuditTest(StoredCase):
                 ("other.tar", 1, "no image"), ("root.tar", 1, "no image"),
                 ("root", 1, "no image"), ("empty", 1, "no image"),
                 ("emptied", 1, "no image"), ("like a layout", 1, "no image"),
-                ("copied", 1, "no layout, but what skopeo and podman call dir:")):
+                ("copied", 1, "no layout, or not only, but what skopeo and podman call"),
+                ("both", 1, "no layout, or not only"), ("half", 1, "has no oci-layout")):
             with self.subTest(name):
                 run = self.main("verify", name and self.at(name))
                 self.assertEqual((run.status, run.out), (status, b""))
