@@ -1678,7 +1678,7 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
     Written here because tarfile's differ between Pythons in the fields of devices, and
     an archive must not. `name` and `link` are bytes, `mtime` is in nanoseconds.
     """
-    pax = {_XATTR + key: value for key, value in xattrs}
+    pax = {_XATTR + key: value for key, value in dict(xattrs).items()}
     major, minor = device or (0, 0)
 
     def fits(key, value, width):
@@ -1704,11 +1704,12 @@ def tar_header(name, size, kind=b"0", mode=0o644, uid=0, gid=0, mtime=0, link=b"
             b"%d.%09d" % divmod(abs(mtime), 10 ** 9)).rstrip(b"0")
     if not pax:
         return block
-    records = b""
+    records = []
     for key, value in sorted(pax.items()):  # it counts itself
         length = len(key) + len(value) + 3
         length += len(str(length + len(str(length))))
-        records += b"%d %s=%s\n" % (length, key, value)
+        records.append(b"%d %s=%s\n" % (length, key, value))
+    records = b"".join(records)
     return (tar_header(b"././@PaxHeader", len(records), b"x") + records
             + bytes(-len(records) % TAR_BLOCK) + block)
 
@@ -6287,10 +6288,14 @@ class Tree:
                 raise InvalidDocument("a hard link to the directory %s"
                                       % show(entry.link))
             found = target.entry
+            xattrs = found.xattrs if type(found.xattrs) is dict else dict(found.xattrs)
+            xattrs.update(entry.xattrs)
+            if len(xattrs) > PAX_COUNT_LIMIT:
+                raise LimitExceeded("%s: over %d extended attributes"
+                                    % (show(entry.path), PAX_COUNT_LIMIT))
             target.kept = found._replace(  # docker and podman: for the inode
                 mode=entry.mode, uid=entry.uid, gid=entry.gid, mtime=entry.mtime,
-                xattrs=tuple(dict(found.xattrs + entry.xattrs).items())
-                if entry.xattrs else found.xattrs)
+                xattrs=xattrs)
             parent.children[parts[-1]] = target
         elif entry.kind == "dir" and old is not None and old.children is not None:
             old.record = record
@@ -6417,7 +6422,7 @@ class TreeWriter:
             self._try("owners not set", os.lchown, place, entry.uid, entry.gid)
         elif (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
             self.undone["owners not set"] += 1
-        for name, value in entry.xattrs:
+        for name, value in dict(entry.xattrs).items():
             if not name.startswith(_RESTORED_XATTRS) or not hasattr(os, "setxattr"):
                 self.undone["extended attributes not set"] += 1
             else:

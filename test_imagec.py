@@ -10039,6 +10039,18 @@ class FlatteningTest(unittest.TestCase):
             self.assertEqual((tree.root if path == b"./" else node).entry, entry)
             self.assertEqual(inside, b"d/x")
 
+    def test_attributes_of_links_take_no_time(self):
+        links = [flat_row("l%d=>a" % number)._replace(xattrs=((b"user.%d" % number, b""),))
+                 for number in range(imagec.PAX_COUNT_LIMIT + 1)]
+        with cpu_within(2):
+            tree = flat_tree(["a=1"])
+            tree.apply(flat_layer(links[:-1]))
+            node = next(node for _, node, _ in tree.walk())
+            self.assertEqual(len(dict(node.entry.xattrs)), len(links) - 1)
+            self.assertIn(b"4095=", imagec.tar_header(b"a", 0, xattrs=node.entry.xattrs))
+        with self.assertRaises(imagec.LimitExceeded):
+            tree.apply(flat_layer(links[-1:]))
+
     def test_a_write_in_part(self):
         class Stingy(io.BytesIO):
             def write(self, data):
