@@ -5610,29 +5610,35 @@ def contents(path, index):
     return raw
 
 
-def add_to_index(manifests, entry):
-    """Puts `entry` into a layout's list of manifests, in place.
+def add_to_index(manifests, entries):
+    """Puts `entries` into a layout's list of manifests, in place.
 
     An older entry of the same name stays, but nameless (as containers/image does it),
     and no entry stands twice. A tag that another image's entry goes by is not taken
     from it: the newcomer goes by its full name.
     """
-    name = entry.get("annotations", {}).get(NAME_ANNOTATION)
-    for old in list(manifests):
-        annotations = old.get("annotations") or {}
-        if name is not None and names_in(annotations)[0] == name:
-            for key in (NAME_ANNOTATION, TAG_ANNOTATION):
-                annotations.pop(key, None)
-        elif name is not None and (
-                annotations.get(TAG_ANNOTATION)
-                == entry["annotations"][TAG_ANNOTATION]):
-            entry["annotations"][TAG_ANNOTATION] = name
-        if old.get("digest") == entry["digest"]:
-            if not annotations.get(TAG_ANNOTATION):
-                manifests.remove(old)
-            elif name is None:
-                return
-    manifests.append(entry)
+    names = [names_in(old.get("annotations") or {})[0] for old in manifests]
+    for entry in entries:
+        name = entry.get("annotations", {}).get(NAME_ANNOTATION)
+        for number in reversed(range(len(manifests))):
+            old = manifests[number]
+            annotations = old.get("annotations") or {}
+            if name is not None and names[number] == name:
+                names[number] = None
+                for key in (NAME_ANNOTATION, TAG_ANNOTATION):
+                    annotations.pop(key, None)
+            elif name is not None and (
+                    annotations.get(TAG_ANNOTATION)
+                    == entry["annotations"][TAG_ANNOTATION]):
+                entry["annotations"][TAG_ANNOTATION] = name
+            if old.get("digest") == entry["digest"]:
+                if not annotations.get(TAG_ANNOTATION):
+                    del manifests[number], names[number]
+                elif name is None:
+                    break
+        else:
+            manifests.append(entry)
+            names.append(name)
 
 
 class OCIOutput(Output):
@@ -5706,9 +5712,8 @@ class OCIOutput(Output):
         # Its lock is the lock of the index.
         with Partial(self._index, self.wait) as partial:
             index = self._read_index()
-            for image in images:
-                add_to_index(index["manifests"],
-                             index_entry(image, self.name_of(image)))
+            add_to_index(index["manifests"], [
+                index_entry(image, self.name_of(image)) for image in images])
             raw = contents(self.path, index)
             partial.truncate()
             partial.write(raw)
@@ -5922,9 +5927,9 @@ class ArchiveOutput(Spooled):
         members = [(blob_name(digest), raw) for digest, raw in documents.items()
                    if digest not in blobs]  # of an artifact, say
         lists, repositories = {"index.json": [], REFERRERS: []}, {}
-        for image, name in images:
-            add_to_index(lists["index.json" if image.subject is None else REFERRERS],
-                         index_entry(image, name))
+        for where, entries in lists.items():
+            add_to_index(entries, [index_entry(*pair) for pair in images if (
+                pair[0].subject is not None) == (where == REFERRERS)])
         images = [pair for pair in images if pair[0].subject is None and pair[0].config]
         for image, name in images:
             if name is not None and image.layers:  # what docker before 1.10 reads

@@ -9180,6 +9180,13 @@ class OCIOutputTest(StoredCase):
         self.assertEqual(self.names(), [(image.digest, None, None),
                                         (newer.digest, reference, "1")])
 
+    def test_names_in_a_list_take_no_time(self):
+        entries = [{"digest": "sha256:%064d" % number, "annotations": {
+            OCI_NAME: "docker.io/library/a:%d" % number, OCI_TAG: "%d" % number}}
+            for number in range(1500)]
+        with cpu_within(2):
+            imagec.add_to_index([], entries)
+
     @rows([("INDEX_COUNT_LIMIT", 1), ("CONTENTS_LIMIT", 600)])
     def test_a_list_that_nobody_would_read_is_not_written(self, name, limit):
         self.clear()
