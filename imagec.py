@@ -4607,7 +4607,8 @@ class Origin(value_type(
             annotations.get(ORIGIN_ANNOTATION + field, "") for field in cls._fields]
         try:  # we write none of an algorithm unknown to us
             digest, indexes, subject, without = [
-                tuple(map(Digest.parse, text.split())) for text in (digest, *texts)]
+                tuple(map(Digest.parse, dict.fromkeys(text.split())))
+                for text in (digest, *texts)]
         except InvalidReference as error:
             raise InvalidDocument(ORIGIN_ANNOTATION + "*: " + error.message) from None
         if indexes[:1] not in ((), digest):
@@ -4808,6 +4809,7 @@ class _Layout:
         if way and None not in map(self._below.get, way):
             led = set(way[:1])
             for digest in way:
+                self._reader.check()
                 led |= self._below[digest] if digest in led else set()
             if entry.digest not in led and not (
                     led.issuperset(self._below.get(entry.digest) or [None])):
