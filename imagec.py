@@ -4620,8 +4620,10 @@ class Origin(value_type(
 def names_in(annotations):
     """(full name, tag) that an entry of a layout goes by, as texts, None for none."""
     name, tag = map(annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
-    if name is None and not re.fullmatch(_TAG, str(tag or "none")):
-        name, tag = tag, None  # podman has the whole name there
+    if not re.fullmatch(_TAG, str(tag or "none")):
+        name, tag = name or tag, None  # podman has the whole name there, ctr "@DIGEST"
+    if re.fullmatch("(sha256:)?[0-9a-f]{64}", str(name)):
+        name = None  # an image's ID: Kubernetes gives it as one more name
     return name and Reference.full(str(name)), tag
 
 
@@ -8987,7 +8989,8 @@ class Pusher:
         # What refers to another comes last, and goes where that goes.
         names = [(getattr(self._drawn.get(found.digest, (None,))[0], "subject", None),
                   found) for found in names]
-        names.sort(key=lambda name: bool(name[0] or name[1].along))
+        names.sort(key=lambda name: (bool(name[0] or name[1].along), not (
+            name[1].full or name[1].tag)))
         if self._tag and [one for subject, one in names
                           if not (subject or one.along)][1:]:
             raise UsageError("--tag names one image, %s holds more" % name)
@@ -8995,8 +8998,8 @@ class Pusher:
         for subject, found in names:
             digest = found.digest or found.documents and found.documents[-1].digest
             with self._session.trying(found.full or digest):
-                if not digest:
-                    continue
+                if not digest or digest in homes and not (found.full or found.tag):
+                    continue  # it has a name already
                 own = not self._tag and found.full and Reference.parse(found.full)
                 tag = own and own.tag or found.tag
                 home = own.repository if own else homes.get(subject) or tag and label(
@@ -9005,7 +9008,8 @@ class Pusher:
                     home, tag = self._tag.repository, tag if named else self._tag.tag
                 if not home:
                     raise UsageError("no name for %s" % str(digest), "--tag names it")
-                homes.update((one.digest, home) for one in found.documents)
+                homes.update((one, home) for one in (
+                    digest, *(one.digest for one in found.documents)))
                 there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
                     ":" + tag if tag else "@" + str(digest))))
                 if named.setdefault(there, digest) != digest:

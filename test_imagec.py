@@ -14782,6 +14782,8 @@ PUSH_NAMES = (
     ([(PUSH_IMAGE, "docker.io/library/app:1")], (), {"library/app:1": PUSH_IMAGE}),
     ([(PUSH_IMAGE, "example.com:5000/a/b:1")], (), {"a/b:1": PUSH_IMAGE}),
     ([(PUSH_IMAGE, "example.com/a@" + PUSH_IMAGE.digest)], (), {"a": PUSH_IMAGE}),
+    # As containerd names images for Kubernetes: by their ID, too.
+    ([(PUSH_IMAGE, PUSH_IMAGE.layers[0]), PUSH_NAMED], (), {"app:1": PUSH_IMAGE}),
     ([(PUSH_IMAGE, "1.0")], (), {"lay-out:1.0": PUSH_IMAGE}),
     ([PUSH_NAMED], ("--tag", "x/y:2"), {"x/y:2": PUSH_IMAGE}),
     ([(PUSH_IMAGE, "Foo Bar")], ("--tag", "x"), {"x:latest": PUSH_IMAGE}),
@@ -14854,6 +14856,8 @@ class PushCase(ServeCase):
         for image, name in entries:
             notes = {imagec.NAME_ANNOTATION if re.search("[/ ]", name) else
                      imagec.TAG_ANNOTATION: name} if name else {}
+            if "@" in (name or ""):  # as ctr has it
+                notes[imagec.TAG_ANNOTATION] = "@" + image.digest
             manifests.append(image.descriptor(annotations=notes))
             for data in [data for one in [image] + image.children
                          for data in [one.manifest] + list(one.blobs.values())]:
