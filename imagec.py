@@ -7198,7 +7198,8 @@ class Session:
         A mirror is left where that fails: what it has may not be what was signed.
         """
         return self.source(reference).ask(lambda *_place: action(
-            self.manifest(reference, held)), errors=VerificationError)[0]
+            self.manifest(reference, held)), errors=(
+                VerificationError, NoMatchingPlatform))[0]
 
     @staticmethod
     def _fetcher(source, held, others):
