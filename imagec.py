@@ -4699,6 +4699,13 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
                 with noting(name), contextlib.suppress(*absent):
                     yield blob.digest, self.reader.region(name)
 
+    def has(self, document):
+        """Yields the Digests of the layers that are there, whole, or elsewhere."""
+        there = {pair[0]: pair[1].size for pair in self.regions(document, lenient)}
+        for one in document.layers if isinstance(document, Manifest) else ():
+            if one.digest in self.without or there.get(one.digest) == one.size:
+                yield one.digest
+
     def config(self, manifest):
         """The ImageConfig of an image in it; None of schema1 and of an artifact.
 
@@ -7386,15 +7393,13 @@ class Puller:
         for text in session.without:
             if is_path(str(text)):
                 with naming(text):
-                    documents = [document for found in stored(open_place(
+                    bases += [list(found.has(document)) for found in stored(open_place(
                         os.path.expanduser(text), session.transport.check), lenient)
                         for document in found.documents]
             else:
-                reference = Reference.parse(str(text))
-                documents = [document for one in self._images_of(reference, platform)
-                             for document in (one.manifest, *one.below)]
-            bases += [[layer.digest for layer in document.layers]
-                      for document in documents if isinstance(document, Manifest)]
+                bases += [[layer.digest for layer in getattr(document, "layers", ())]
+                          for one in self._images_of(Reference.parse(str(text)), platform)
+                          for document in (one.manifest, *one.below)]
         configs = {one.config.digest for image in images for one in (
             image.manifest, *image.below) if isinstance(one, Manifest)}
         images = [image if isinstance(image.manifest, Schema1Manifest) else

@@ -9557,6 +9557,18 @@ class WithoutTest(StoredCase):
             gets = [self.blob_gets(digest) for digest in self.image.layers]
             self.assertEqual([now - then for now, then in zip(gets, before)], [0, 0, 1])
 
+    def test_what_a_base_lacks_is_fetched(self):
+        base = self.bases()[2]
+        blobs = [os.path.join(base, "blobs", "sha256", digest[7:])
+                 for digest in self.image.layers[:2]]
+        os.truncate(blobs[1], 5)
+        self.assertEqual(self.left_out("app:2", "torn.tar", base), [0])
+        os.unlink(blobs[0])
+        self.assertEqual(self.left_out("app:2", "gone", base), [])
+        # What it left out itself, for that was elsewhere, still is.
+        self.pull("--without", self.old, "--format", "oci", "-o", self.at("u"), self.new)
+        self.assertEqual(self.left_out("app:2", "again", self.at("u")), [0, 1, 2])
+
     def test_docker_needs_the_layers_below(self):
         self.assertEqual(self.left_out("other:1", "x.tar", self.old), [0])
         self.assertEqual(self.left_out("other:1", "x", self.old), [0, 2])
