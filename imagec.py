@@ -3010,6 +3010,10 @@ class Transport:
         """Ends every exchange under way, from any thread."""
         self._cancelled.set()
 
+    def resume(self):
+        """They have ended: others may begin."""
+        self._cancelled.clear()
+
     def close(self):
         """Closes every connection."""
         self.cancel()
@@ -7631,6 +7635,8 @@ def _in_threads(work, todo, count, transport):
         for thread in threads:
             thread.join()
         transport.watched = False
+        if not good:
+            transport.resume()
     if transport.stop is not None:  # it came after the last look
         raise transport.stop
     if errors:

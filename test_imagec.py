@@ -11676,6 +11676,17 @@ class PullTest(PullCase):
             written.append(contents(output) or file_bytes(output))
         self.assertEqual(*written)
 
+    def test_a_failure_ends_no_later_pull_of_a_session(self):
+        registry = self.filled()
+        registry.fault(self.image.layers[0], status(404))
+        with imagec.Session() as session:
+            for name in ("/none:1", "/app:1"):
+                with self.fails(imagec.NotFound):
+                    session.pull([registry.host + name], self.dest,
+                                 imagec.Platform.parse(NET_PLATFORM))
+            found, = session.pull([registry.host + "/app:1"], self.dest, NET_PLATFORM)
+        self.assertEqual(str(found.digest), self.image.digest)
+
     def test_a_session_may_try_again_what_failed(self):
         registry = self.filled()
         registry.fault(self.image.layers[0], status(404))
