@@ -47,6 +47,9 @@ if __name__ == "__main__":
         # The script's directory, or with -m the current one: whoever can write there
         # would choose what is imported below, and later.
         del sys.path[0]
+    import signal
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a traceback says nothing here
 
 
 def lacking(error):
@@ -10082,4 +10085,6 @@ if __name__ == "__main__":
     if hasattr(gc, "freeze"):  # 3.7
         gc.freeze()  # looking through all that takes 8 ms each time
     gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -17048,6 +17048,14 @@ class StreamTest(CommandLineCase):
                 self.assertEqual((ended.returncode, ended.stdout.decode()),
                                  (status, out.format(digest)))
 
+    def test_interrupted_before_it_has_begun(self):
+        self.file("work/slow/ipaddress.py", "import os, signal, time\n"
+                  "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+        ended = subprocess.run(
+            [sys.executable, "-S", MODULE_PATH, "--version"], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=self.at("slow")))
+        self.assertEqual((ended.returncode, ended.stderr), (-signal.SIGINT, b""))
+
     def test_two_copies_in_one_process(self):
         self.patch(mock.patch.object(imagec.log, "filters", imagec.log.filters[:]))
         spec = importlib.util.spec_from_file_location("vendored", MODULE_PATH)
