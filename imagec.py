@@ -9428,9 +9428,11 @@ def _run_pull(args, session):
     if args.output == "-" and (stream is None or sys.stdout.isatty()):
         raise UsageError("standard output is closed or a terminal: no image goes there",
                          "pipe it on, or name a file with -o")
-    for output, wanted in [
-            (new_output(path, format, tag, stream, sole), wanted)
-            for path, format, wanted, sole in destinations(args, references)]:
+    outputs = []
+    for path, format, wanted, sole in destinations(args, references):
+        with session.trying(sole or path):
+            outputs.append((new_output(path, format, tag, stream, sole), wanted))
+    for output, wanted in outputs:
         images = []
         with session.trying(output.sole or output.path):
             if args.dry_run:
@@ -9460,11 +9462,12 @@ def _run_pull(args, session):
 def destinations(args, references):
     """(path, format, References, the one it has the name of) of each output."""
     path, format, names = os.path.expanduser(args.output or ""), args.format, {}
-    own = format != "layers" if args.output is None else format is None and (
-        path[-1:] in ("/", os.sep) or os.path.isdir(path))
+    own = format != "layers" if args.output is None else (
+        format in (None, "archive") and (path[-1:] in ("/", os.sep)
+                                         or os.path.isdir(path)))
     for mark, kept in LAYOUT_MARKS.items():
         if own and path and os.path.lexists(os.path.join(path, mark)):
-            own, format = False, kept
+            own, format = False, format or kept
     if not own:
         return [("images" if args.output is None else path, format, references, None)]
     platform = "+".join(str(parse_platform(one)).replace("/", "-")

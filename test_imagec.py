@@ -15418,7 +15418,10 @@ class CommandLineTest(CommandLineCase):
         ("--format files", "{chart}", "app_chart"), ("-o images", "{ref}", "images"),
         ("--format layers", "{ref}", "images"), ("-o X.TAR", "{ref} {many}", "X.TAR"),
         ("-o {place}/", "{ref}", "app_1.tar"), ("-o .", "{ref}", "app_1.tar"),
-        ("-o ~/x.tar", "{ref}", "x.tar"), ("-o new/", "{ref} {many}", "new")))
+        ("-o ~/x.tar", "{ref}", "x.tar"), ("-o new/", "{ref} {many}", "new"),
+        ("--format archive -o .", "{ref}", "app_1.tar"),
+        ("--format archive -o new/", "{ref} {many}", "new"),
+        ("--format rootfs -o root/", "{ref}", "root")))
     def test_where_a_pull_goes(self, options, references, made):
         os.environ["HOME"] = self.work
         self.clear()
@@ -15441,6 +15444,16 @@ class CommandLineTest(CommandLineCase):
             pull("-o", format, other)
             self.assertNotIn("app_2.tar", os.listdir(format))
             self.assertEqual(faults_of(format), [])
+
+    def test_keep_going_past_a_place_that_is_taken(self):
+        pull, other = self.there(), self.offer("2", build_image(FIELD_SMALL[:1]))
+        for format, name in (("rootfs", "app_1"), ("archive", "app_1.tar")):
+            os.makedirs(os.path.join(name, "mine"))
+            ended = self.main("pull", "-q", "--keep-going", "--format", format, self.ref,
+                              other)
+            self.assertEqual(ended.status, 1, ended.err)
+            self.assertIn("app_2" + name[5:], os.listdir("."))
+            self.assertIn("failed: %s" % self.ref, ended.err)
 
     def test_a_default_name_takes_no_place_of_another_image(self):
         pull, other = self.there(), self.origin.host + "/lab/other:1"
@@ -16225,7 +16238,6 @@ FAILURES = (
     ("digest --cert '' --key '' {ref}", 2, "cannot read cert"),
     ("pull --format floppy {ref}", 2, "floppy"),
     ("digest --timeout x {ref}", 2, "float value: 'x'"),
-    ("pull -o {root} --format archive {ref}", 1, "is a directory"),
     ("pull --max-layer-size 0 {ref}", 2, "over 0"),
     ("inspect --platform all --platform arm64 {ref}", 2, "all goes alone"),
     ("layers --platform amd64 --platform arm64 {ref}", 2,
