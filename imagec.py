@@ -5035,6 +5035,9 @@ class Download:
             try:
                 unpacked = self._receive(partial)
             except (VerificationError, InvalidDocument) as error:
+                if self._origin:
+                    error.source = error.source or "%s/%s" % (
+                        self._origin[0].host, self._origin[1])
                 # A larger limit may go on with it.
                 if not isinstance(error, TooLarge) or self._blob.size is None:
                     partial.discard()
