@@ -7326,8 +7326,10 @@ class Puller:
             return []
         # 2. Is there room for what is still to fetch?
         if output.stream is None:
-            check_free(output.path, sum(max(0, (blob.size or 0) - there)
-                                        for _, blob, there in self.plan(images)))
+            sizes = [0] + [max(0, (blob.size or 0) - there)
+                           for _, blob, there in self.plan(images)]
+            # One is on its way from the spool.
+            check_free(output.path, sum(sizes) + max(sizes) * output.streams)
         self._verbatim = {layer.digest for image in images for layer in image.wanted
                           if not layer.id}  # an artifact's blobs have none
         self._opaque = {layer.digest for image in images for layer in image.wanted
