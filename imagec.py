@@ -5487,6 +5487,12 @@ class LayersOutput(Output):
     unpacks = verbatim = True
     _plain = None  # whether names can be as they are, where that was tried
 
+    def __init__(self, path, tag=None, stream=None):
+        super().__init__(path, tag, stream)
+        if os.path.lexists(os.path.join(path, "oci-layout")):
+            raise OutputError(path, "is an OCI image layout: nobody would look for a "
+                              "layers tree there", "choose another place with -o")
+
     def _parts(self, reference, registry_url):
         url = urllib.parse.urlsplit(registry_url)
         name = "%s-%s" % reference.digest if reference.digest else reference.tag
@@ -5751,8 +5757,8 @@ class Spooled(Output):
     streams = True
 
     def __init__(self, path, tag=None, stream=None):
-        super().__init__(path, tag, stream)
-        self._target, self._spool = None, path.rstrip("/") + PARTIAL + ".d"
+        super().__init__(path.rstrip("/") or path, tag, stream)
+        self._target, self._spool = None, self.path + PARTIAL + ".d"
         if stream is None:
             self._check_free()
 
@@ -5770,7 +5776,7 @@ class Spooled(Output):
             self._check_free()
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             # Its lock is the lock of the spool too.
-            self._target = Partial(self.path.rstrip("/"), self.wait)
+            self._target = Partial(self.path, self.wait)
             self._check_free()  # another pull may have been waited for
             private_directory(self._spool)
         self._ours = True

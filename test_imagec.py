@@ -9209,6 +9209,12 @@ class OCIOutputTest(StoredCase):
                                         (new.digest, reference, "1")])
         self.verify(self.out)
 
+    def test_no_layers_tree_goes_into_it(self):
+        reference, _ = self.serve(ARCHIVE_TARS)
+        self.layout(reference)
+        run = self.main("pull", "-q", "--format", "layers", "-o", self.out, reference)
+        self.assert_one_line(run, 1, "is an OCI image layout: nobody would look for")
+
     def test_nameless(self):
         reference, image = self.serve(ARCHIVE_TARS)
         by_digest = reference[:-2] + "@" + image.digest
@@ -10573,8 +10579,9 @@ class RootfsOutputTest(StoredCase):
         os.symlink("empty", self.at("link"))
         before = stored_state(self.work)
         for name, words in (("file", "and not an empty"), ("full", "and not an empty"),
-                            ("link", "and a link; "), ("file/x", "and is not a dir")):
-            run = self.pull("--format", "rootfs", "-o", self.at(name), reference,
+                            ("link", "and a link; "), ("link/", "and a link; "),
+                            ("file/x", "and is not a dir")):
+            run = self.pull("--format", "rootfs", "-o", self.work + "/" + name, reference,
                             expect=1)
             self.assertIn(words, run.err)
         self.addCleanup(os.chdir, os.getcwd())
