@@ -6993,7 +6993,8 @@ class SignedBy:
                     self._keys.append(PublicKey.parse(file.read(KEY_LIMIT), str(path)))
             except OSError as error:
                 raise UsageError("the public key '%s' cannot be read: %s" % (
-                    path, error.strerror)) from None
+                    path, error.strerror), "it is named by --verify-key or in "
+                    "IMAGEC_VERIFY_KEY") from None
 
     def prove(self, what, documents, place):
         """(name of the key, Digest, Descriptor of the signature) of each that will do.
