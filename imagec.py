@@ -4578,8 +4578,8 @@ def open_place(path, check=go_on, unlisted=_raise):
     if (copied or marked) and os.path.lexists(os.path.join(path, "manifest.json")):
         with Region(os.path.join(path, "manifest.json"), 0, 0).open() as file:
             if file.read(KIB).lstrip()[:1] != b"[":  # docker's list, of an archive
-                raise OutputError(path, "is no layout, or not only, but what skopeo and "
-                                  "podman call dir:", READABLE)
+                raise OutputError(path, "is no layout, or not only, but what skopeo "
+                                  "and podman call dir:", READABLE)
     if all(layout) and not marked:
         raise OutputError(path, "is a layout to others, but has no oci-layout")
     return Reader(path, check, unlisted)
@@ -4744,13 +4744,20 @@ def stored(reader, noting=naming):
             noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
 
 
+def stored_at(path, check):
+    """What `stored` gives of the place `path`; raises OutputError for nothing."""
+    with naming(path):
+        names = list(stored(open_place(path, check), lenient))
+    if not names:
+        raise OutputError(path, "no image is in it", READABLE)
+    return names
+
+
 def blobs_of(path, check):
     """{name in a layout: Region} of the blobs that are at `path`, by whatever name."""
-    with naming(path):
-        return {blob_name(digest): region
-                for found in stored(open_place(path, check), lenient)
-                for document in found.documents
-                for digest, region in found.regions(document, lenient)}
+    return {blob_name(digest): region
+            for found in stored_at(path, check) for document in found.documents
+            for digest, region in found.regions(document, lenient)}
 
 
 def stored_referrers(names, digest):
@@ -7094,8 +7101,7 @@ class Session:
                             ("max_files", max_files), ("jobs", jobs)):
             if not limit > 0:  # nor NaN
                 raise UsageError("%s %s: a limit must be over 0" % (what, limit))
-        if any(isinstance(one, str) for one in (mirrors, token_hosts, storage_hosts,
-                                                without)):
+        if str in map(type, (mirrors, token_hosts, storage_hosts, without)):
             raise UsageError("expected lists, not texts: mirrors, hosts, without")
         token_hosts, storage_hosts = map(_authorities, (token_hosts, storage_hosts))
         if recompress not in (None, "gzip"):
@@ -7219,11 +7225,11 @@ class Session:
     def trusting(self, reference, held, action):
         """What action(document), which proves it, gives for what `manifest` gives.
 
-        A mirror is left where that fails: what it has may not be what was signed.
+        A mirror is left where that fails: it may have another than is meant.
         """
+        wrong = VerificationError, NoMatchingPlatform
         return self.source(reference).ask(lambda *_place: action(
-            self.manifest(reference, held)), errors=(
-                VerificationError, NoMatchingPlatform))[0]
+            self.manifest(reference, held)), errors=wrong)[0]
 
     @staticmethod
     def _fetcher(source, held, others):
@@ -7411,14 +7417,18 @@ class Puller:
         session, bases = self._session, []
         for text in session.without:
             if is_path(str(text)):
-                with naming(text):
-                    bases += [list(found.has(document)) for found in stored(open_place(
-                        os.path.expanduser(text), session.transport.check), lenient)
-                        for document in found.documents]
+                path, output = os.path.expanduser(text), self._output
+                bases += [list(found.has(document)) for found in stored_at(
+                    path, session.transport.check) for document in found.documents]
+                if output.streams and os.path.exists(output.path) and (
+                        os.path.samefile(path, output.path)):
+                    raise OutputError(path, "is what the update builds on",
+                                      "choose another name with -o")
             else:
-                bases += [[layer.digest for layer in getattr(document, "layers", ())]
-                          for one in self._images_of(Reference.parse(str(text)), platform)
-                          for document in (one.manifest, *one.below)]
+                bases += [[layer.digest for layer in document.layers] for one in (
+                    self._images_of(Reference.parse(str(text)), platform))
+                    for document in (one.manifest, *one.below)
+                    if isinstance(document, Manifest)]
         configs = {one.config.digest for image in images for one in (
             image.manifest, *image.below) if isinstance(one, Manifest)}
         images = [image if isinstance(image.manifest, Schema1Manifest) else
@@ -7916,7 +7926,8 @@ def named(text):
     """The Reference a user wrote where it cannot be a path; raises UsageError."""
     if is_path(text):
         raise UsageError("%s is a path, not a name in a registry" % shown(text, 300),
-                         "ls, inspect and verify read it, push and serve hand it on")
+                         "ls, inspect and verify read it, push hands it on, and serve, "
+                         "for pull, too")
     if re.fullmatch(r"localhost|(?:localhost|[^/@]+\.[^/@]+):[0-9]{2,5}", text):
         raise UsageError("%s is a registry" % text, "expected %s/REPOSITORY" % text)
     if text.lower().endswith(".tar"):
@@ -9016,8 +9027,8 @@ class Pusher:
         # What refers to another comes last, and goes where that goes.
         names = [(getattr(self._drawn.get(found.digest, (None,))[0], "subject", None),
                   found) for found in names]
-        names.sort(key=lambda name: (bool(name[0] or name[1].along), not (
-            name[1].full or name[1].tag)))
+        names.sort(key=lambda name: bool(name[0] or name[1].along))
+        known = {found.digest for _, found in names if found.full or found.tag}
         if self._tag and [one for subject, one in names
                           if not (subject or one.along)][1:]:
             raise UsageError("--tag names one image, %s holds more" % name)
@@ -9025,8 +9036,8 @@ class Pusher:
         for subject, found in names:
             digest = found.digest or found.documents and found.documents[-1].digest
             with self._session.trying(found.full or digest):
-                if not digest or digest in homes and not (found.full or found.tag):
-                    continue  # it has a name already
+                if not digest or digest in known and not (found.full or found.tag):
+                    continue  # another name has it
                 own = not self._tag and found.full and Reference.parse(found.full)
                 tag = own and own.tag or found.tag
                 home = own.repository if own else homes.get(subject) or tag and label(
@@ -9035,8 +9046,7 @@ class Pusher:
                     home, tag = self._tag.repository, tag if named else self._tag.tag
                 if not home:
                     raise UsageError("no name for %s" % str(digest), "--tag names it")
-                homes.update((one, home) for one in (
-                    digest, *(one.digest for one in found.documents)))
+                homes.update((one.digest, home) for one in found.documents)
                 there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
                     ":" + tag if tag else "@" + str(digest))))
                 if named.setdefault(there, digest) != digest:

@@ -9563,6 +9563,23 @@ class WithoutTest(StoredCase):
             gets = [self.blob_gets(digest) for digest in self.image.layers]
             self.assertEqual([now - then for now, then in zip(gets, before)], [0, 0, 1])
 
+    def test_a_base_is_not_replaced_by_its_update(self):
+        archive = self.bases()[1]
+        before, paths_before = file_bytes(archive), len(self.origin.requests)
+        os.link(archive, self.at("same.tar"))
+        for base, output, words in (
+                (archive, archive, "is what the update builds on; choose another name"),
+                (self.at("same.tar"), archive, "is what the update builds on"),
+                (self.work, self.at("u.tar"), "no image is in it"),
+                (tempfile.mkdtemp(dir=self.work), self.at("u.tar"), "no image is in")):
+            run = self.main("pull", "-q", "--without", base, "-o", output, self.new)
+            self.assert_one_line(run, 1, words)
+        self.assertEqual(file_bytes(archive), before)
+        self.assertFalse([request for request in self.origin.requests[paths_before:]
+                          if self.image.layers[2] in request.path])
+        run = self.main("verify", archive, "--with", tempfile.mkdtemp(dir=self.work))
+        self.assert_one_line(run, 1, "no image is in it")
+
     def test_what_a_base_lacks_is_fetched(self):
         base = self.bases()[2]
         blobs = [os.path.join(base, "blobs", "sha256", digest[7:])
@@ -11632,7 +11649,7 @@ class PullTest(PullCase):
         (_, error), = session.failures
         self.assertIsInstance(error, imagec.NotFound)
         with self.fails(imagec.NotFound):
-            imagec.pull(registry.host + "/gone:1", self.dest, keep_going=True)
+            imagec.pull(registry.host + "/gone:1", self.at("x.tar"), keep_going=True)
 
     @rows([({"reference": "UPPER"},), ({"format": "none"},), ({"jobs": 0},),
            ({"platform": "a/b/c/d/e"},), ({"username": "alice"},), ({"output": ""},),
@@ -13260,7 +13277,7 @@ class AuditTest(StoredCase):
                 ("other.tar", 1, "no image"), ("root.tar", 1, "no image"),
                 ("root", 1, "no image"), ("empty", 1, "no image"),
                 ("emptied", 1, "no image"), ("like a layout", 1, "no image"),
-                ("copied", 1, "no layout, or not only, but what skopeo and podman call"),
+                ("copied", 1, "no layout, or not only, but what skopeo and podman"),
                 ("both", 1, "no layout, or not only"), ("half", 1, "has no oci-layout")):
             with self.subTest(name):
                 run = self.main("verify", name and self.at(name))
@@ -16311,7 +16328,7 @@ SENTENCES = (
        name, command + name) for command, name in (
            ("pull {ref} ", "docker://x"), ("layers ", "https://quay.io/x"))),
     (2, "./x is a path, not a name in a registry; ls, inspect and verify read it, push "
-     "and serve hand it on", "pull ./x", "tags ./x"),
+     "hands it on, and serve, for pull, too", "pull ./x", "tags ./x"),
     (2, "localhost:5000 is a registry; expected localhost:5000/REPOSITORY",
      "tags localhost:5000"),
     (2, "{host} is a registry; expected {host}/REPOSITORY", "pull {host}"),
