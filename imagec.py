@@ -2413,8 +2413,10 @@ def checked_url(url, base=None):
                 not _AUTHORITY.fullmatch(parts.netloc)):
             raise ValueError
     except ValueError:
-        raise UnsafeRedirect("expected a URL of http or https with a plain name or "
-                             "address and no odd characters, got " + shown) from None
+        raise UnsafeRedirect(
+            "expected a URL of http or https with a plain name or address and no odd "
+            "characters, got %s%s" % (shown, base and ", from " + bare_url(base) or "")
+        ) from None
     return parts._replace(fragment="")
 
 
