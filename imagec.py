@@ -7469,7 +7469,8 @@ class Puller:
         for image in images:
             if image is not named:
                 log.info("%s is the one for %s; the one for %s has its ID only, %s",
-                         reference, named.platform, image.platform, image.image_id)
+                         output.name_of(named) or reference, named.platform,
+                         image.platform, image.image_id)
         return [image._replace(named=image is named) for image in images]
 
     def plan(self, images):

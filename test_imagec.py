@@ -12119,9 +12119,13 @@ class PlatformsTest(StoredCase):
                           for image in images},
                          {sha256(self.images[number].config)[7:]:
                           [self.ref] if number == named else None for number in wanted})
-        self.assertRegex(run.err, "is the one for %s; the one for .* sha256:" % (
-            self.PLATFORMS[named]))
+        self.assertRegex(run.err, "%s is the one for %s; the one for .* sha256:" % (
+            self.ref, self.PLATFORMS[named]))
         self.assertEqual(run.out.decode().count(self.ref + "@" + self.index.digest), 2)
+
+    def test_the_tag_goes_to_one_of_two(self):
+        run = self.of("x.tar", *self.PLATFORMS[:2], also=("--tag", "m:two"))
+        self.assertIn("docker.io/library/m:two is the one for", run.err)
 
     def test_one_by_two_words(self):
         for path in ("out", "x.tar"):
