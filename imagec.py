@@ -2915,12 +2915,10 @@ class TLSSettings:
             self._insecure[host_name(host)] = True
         return taken is not None
 
-    def context(self, host):
-        """The TLS settings for one host; those of others where they do for it, too."""
-        return self.begin(host)()
-
     def begin(self, host):
-        """What gives `context`: the system's roots may be read until it is called."""
+        """A function that gives the TLS settings for one host, and waits until the
+        system's roots are read; the same for others where they do for these, too.
+        """
         verify = not self._insecure.get(host_name(host))
         roots, pairs = host_certificates(host)
         if self._cacert is not None:
@@ -2932,7 +2930,7 @@ class TLSSettings:
     def rootless(self, host):
         """Whether no CA certificate that we have could speak for `host`."""
         return not (self._skip_verify or self._by_need
-                    or self.context(host).cert_store_stats()["x509"])
+                    or self.begin(host)().cert_store_stats()["x509"])
 
     def _begin(self, whole, verify, roots, pairs):
         # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
@@ -3933,13 +3931,13 @@ class Source:
         return self._places[0][0].host
 
     def leave(self, place, error):
-        """`place` has failed with `error`; whether another is left to try."""
+        """`place`, if any, has failed with `error`; whether another is left to try."""
         self.transport.check()
         with self._lock:
             if place in self._places[:-1]:
                 log.warning("leaving the mirror %s: %s", place[0].host, error)
                 self._places.remove(place)
-        return place != (self.home, self.repository)
+        return place not in (None, (self.home, self.repository))
 
     def referrers(self, digest):
         """{tag: Descriptors} of what refers to the manifest of a Digest.
@@ -4036,7 +4034,7 @@ def naming_file(path):
         raise
 
 
-class Partial:
+class Partial(contextlib.AbstractContextManager):
     """A file on its way to the name `final`: written as FINAL.partial, locked.
 
     The lock makes a second pull of the same thing wait for the first instead of writing
@@ -4197,9 +4195,6 @@ class Partial:
             if fd is not None:
                 os.close(fd)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_exc):
         self.close()
 
@@ -4258,21 +4253,18 @@ def remove_tree(path):
     if os.path.islink(path):
         os.unlink(path)
         return
-    within = [path] if os.path.lexists(path) else []
-    while within:  # shutil calls itself for each level: an image may have too many
-        deeper = None
+    found = [path] if os.path.lexists(path) else []
+    for place in found:  # it grows; shutil calls itself for each level
         with contextlib.suppress(OSError):  # FAT has no modes
-            os.chmod(within[-1], 0o700)
-        with os.scandir(within[-1]) as entries:
-            for entry in entries:
+            os.chmod(place, 0o700)
+        with os.scandir(place) as entries:
+            for entry in list(entries):
                 if entry.is_dir(follow_symlinks=False):
-                    deeper = entry.path
-                    break
-                os.unlink(entry.path)
-        if deeper is None:
-            os.rmdir(within.pop())
-        else:
-            within.append(deeper)
+                    found.append(entry.path)
+                else:
+                    os.unlink(entry.path)
+    for place in reversed(found):
+        os.rmdir(place)
 
 
 def existing_parent(path):
@@ -4286,11 +4278,9 @@ def existing_parent(path):
 def check_writable(path):
     """Raises OutputError unless the directory `path` can be written to, or made."""
     there = existing_parent(path)
-    if not os.path.isdir(there):
-        raise OutputError(there, "is there and is not a directory",
-                          "choose another place with -o")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(there, "no permission to write there",
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        raise OutputError(there, "no permission to write there" if os.path.isdir(there)
+                          else "is there and is not a directory",
                           "choose another place with -o")
 
 
@@ -4351,7 +4341,6 @@ def make_directory(base, *parts):
 
 def private_directory(path):
     """Makes sure `path` is a directory of ours alone, not a link planted there."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     status = os.lstat(path)
@@ -4388,10 +4377,7 @@ class Region(value_type("Region", "path offset size")):
     __slots__ = ()
 
     def open(self):
-        """The file, at the first of them: a regular one, no link, and not waited for.
-
-        Raises OSError, InvalidDocument.
-        """
+        """The file, at the first of them: a regular one, no link, not waited for."""
         file = open(self.path, "rb", opener=lambda path, flags: os.open(
             path, flags | _O_NOFOLLOW | _O_NONBLOCK))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -4415,20 +4401,16 @@ def regular(path):
     return None
 
 
-def _raise(error):
-    raise error
-
-
 class Reader:
     """The files of a layout or of `layers` trees in a directory, by their names in it.
 
     `path` is the user's choice and may be a link; below it none is followed. `check` is
-    called as work goes on, and may raise; `unlisted(OSError)` hears of directories that
-    cannot be listed. `asked` collects the names of files that were wanted; `beside` has
-    the Regions of some that may not be here, by their names: see blobs_of.
+    called as work goes on, and may raise; `unlisted(OSError)`, else who asks, hears of
+    directories that cannot be listed. `asked` collects the names of files that were
+    wanted; `beside` has the Regions of some that may not be here, see blobs_of.
     """
 
-    def __init__(self, path, check=go_on, unlisted=_raise):
+    def __init__(self, path, check=go_on, unlisted=None):
         self.path, self.check, self._unlisted = path, check, unlisted
         self.asked, self.beside, self._names = set(), {}, None
 
@@ -4448,6 +4430,8 @@ class Reader:
                         else:
                             found.append(prefix + entry.name)
             except OSError as error:
+                if self._unlisted is None:
+                    raise
                 self._unlisted(error)
         self._names = sorted(found)
         return self._names
@@ -4555,7 +4539,7 @@ class TarReader(Reader):
 READABLE = "what can be read is a layers tree, an OCI layout or an archive of images"
 
 
-def open_place(path, check=go_on, unlisted=_raise):
+def open_place(path, check=go_on, unlisted=None):
     """The Reader of what a pull has written to `path`.
 
     Raises OutputError where there is nothing of an image; of a file InvalidDocument
@@ -4674,12 +4658,6 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
         """The Digests of its layers that were left out, for they are elsewhere."""
         return self.origin.without if self.origin else ()
 
-    @property
-    def outermost(self):
-        """The digest that its name goes by where it is from; None in a tree."""
-        return self.origin.indexes[0] if self.origin and self.origin.indexes else (
-            self.digest)
-
     def file_of(self, blob):
         """The name of the file that holds a Layer, or a config by its Descriptor."""
         if self.tree is None:
@@ -4716,10 +4694,7 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
                 yield one.digest
 
     def config(self, manifest):
-        """The ImageConfig of an image in it; None of schema1 and of an artifact.
-
-        Raises InvalidDocument, Unsupported, OSError.
-        """
+        """The ImageConfig of an image in it; None of schema1 and of an artifact."""
         if isinstance(manifest, Manifest) and not manifest.artifact_type:
             return ImageConfig.parse(self.reader.read(self.file_of(manifest.config)))
         return None
@@ -4742,8 +4717,8 @@ def stored(reader, noting=naming):
         yield from (_DockerLayout if docker else _Layout)(reader, noting).stored()
         return
     for tree, name, digest in _trees(reader):
-        yield Stored(reader, tree, name, None, None, None, _noted(
-            noting, tree + "manifest.json", _tree_documents(reader, tree, digest)))
+        yield Stored(reader, tree, name, None, None, None,
+                     _tree_documents(reader, noting, tree, digest))
 
 
 def stored_at(path, check):
@@ -4775,11 +4750,6 @@ def stored_referrers(names, digest):
     return found
 
 
-def _noted(noting, name, documents):
-    with noting(name):
-        yield from documents
-
-
 def label(path):
     """The repository to which what has only a tag belongs: by the name of its place."""
     return re.sub("[^a-z0-9]+", "-", os.path.basename(
@@ -4801,8 +4771,7 @@ class _Layout:
         for entry, origin in list(self._entries()):
             name, tag = names_in(entry.annotations)
             documents = self._documents(entry, origin.indexes if origin else ())
-            yield Stored(self._reader, None, name, tag, entry.digest, origin,
-                         _noted(self._noting, "index.json", documents))
+            yield Stored(self._reader, None, name, tag, entry.digest, origin, documents)
 
     def _entries(self):
         """Yields (Descriptor, Origin or None) of each entry of its index.json."""
@@ -4824,22 +4793,23 @@ class _Layout:
                         yield entry, origin
 
     def _documents(self, entry, way):
-        for digest in way:
-            if digest not in self._below:
-                document = self._fetch(Descriptor("", digest, None))
-                self._below.setdefault(digest, document and set())
-                yield from [document] if document else ()
-        for *_, document in walk(self._fetch, [entry], seen=self._seen):
-            yield document
-        if way and None not in map(self._below.get, way):
-            led = set(way[:1])
+        with self._noting("index.json"):
             for digest in way:
-                self._reader.check()
-                led |= self._below[digest] if digest in led else set()
-            if entry.digest not in led and not (
-                    led.issuperset(self._below.get(entry.digest) or [None])):
-                raise VerificationError("%s does not lead to %s"
-                                        % (way[0], entry.digest))
+                if digest not in self._below:
+                    document = self._fetch(Descriptor("", digest, None))
+                    self._below.setdefault(digest, document and set())
+                    yield from [document] if document else ()
+            for *_, document in walk(self._fetch, [entry], seen=self._seen):
+                yield document
+            if way and None not in map(self._below.get, way):
+                led = set(way[:1])
+                for digest in way:
+                    self._reader.check()
+                    led |= self._below[digest] if digest in led else set()
+                if entry.digest not in led and not (
+                        led.issuperset(self._below.get(entry.digest) or [None])):
+                    raise VerificationError("%s does not lead to %s"
+                                            % (way[0], entry.digest))
 
     def _fetch(self, descriptor):
         digest, kind = descriptor.digest, descriptor.media_type
@@ -4964,29 +4934,30 @@ def _tree_name(path, tree):
         *found.groups(), "@" + str(digest) if digest else ":" + tag)), digest
 
 
-def _tree_documents(reader, tree, digest):
+def _tree_documents(reader, noting, tree, digest):
     """Yields the documents of a `layers` tree, outermost first."""
     found, above = {}, None
-    with contextlib.suppress(FileNotFoundError):
-        for depth in range(INDEX_DEPTH_LIMIT):
-            name = "index.%d.json" % depth if depth else "index.json"
-            found[name] = reader.read(tree + name)
-    found["manifest.json"] = reader.read(tree + "manifest.json")
-    for name, raw in found.items():
-        digests = [Digest.of(raw, algorithm) for algorithm in _DIGEST_LENGTHS]
-        if above is not None and not (isinstance(above, Index) and any(
-                entry.digest in digests and entry.size == len(raw)
-                for entry in above.manifests)):
-            raise VerificationError("the index does not lead to it")
-        above = decode_manifest(raw, None, None if above else digest, name)
-        yield above
-    if isinstance(above, Index):
-        raise InvalidDocument("it is an index, not an image")
+    with noting(tree + "manifest.json"):
+        with contextlib.suppress(FileNotFoundError):
+            for depth in range(INDEX_DEPTH_LIMIT):
+                name = "index.%d.json" % depth if depth else "index.json"
+                found[name] = reader.read(tree + name)
+        found["manifest.json"] = reader.read(tree + "manifest.json")
+        for name, raw in found.items():
+            digests = [Digest.of(raw, algorithm) for algorithm in _DIGEST_LENGTHS]
+            if above is not None and not (isinstance(above, Index) and any(
+                    entry.digest in digests and entry.size == len(raw)
+                    for entry in above.manifests)):
+                raise VerificationError("the index does not lead to it")
+            above = decode_manifest(raw, None, None if above else digest, name)
+            yield above
+        if isinstance(above, Index):
+            raise InvalidDocument("it is an index, not an image")
 
 
-class Fetched(value_type("Fetched", "blob region unpacked reused")):
+class Fetched(value_type("Fetched", "blob region unpacked")):
     """A proved blob: its Descriptor, with the size; the Region it is in; what it
-    unpacks to, None where it was not unpacked; whether it was there already.
+    unpacks to, None where it was not unpacked.
     """
 
     __slots__ = ()
@@ -5053,8 +5024,7 @@ class Download:
                 raise
             self._tell("Verifying Checksum")
             region = Region(partial.path, 0, partial.size())
-            found = Fetched(self._blob._replace(size=region.size), region, unpacked,
-                            False)
+            found = Fetched(self._blob._replace(size=region.size), region, unpacked)
             after = self._rewrite(found)
             if after is found:
                 partial.commit(self._durable)
@@ -5083,8 +5053,7 @@ class Download:
                             "again: %s", region.path, error)
                 continue
             self._tell("Already exists")
-            return Fetched(self._blob._replace(size=region.size), region, unpacked,
-                           True)
+            return Fetched(self._blob._replace(size=region.size), region, unpacked)
         return None
 
     def _receive(self, partial):
@@ -5104,16 +5073,12 @@ class Download:
                         self._origin[0].ranges = False
                 elif self._coded and not self._otherwise:
                     self._otherwise = True
-                elif self._leave(error):
+                elif self._source.leave(self._origin, error):
                     again = self._otherwise = False
                 else:
                     raise
                 log.info("%s; starting over", error)
                 partial.truncate()
-
-    def _leave(self, error):
-        """Whether the blob can be had from another place than the one that failed."""
-        return self._origin is not None and self._source.leave(self._origin, error)
 
     def _chunks(self, partial):
         """Yields the blob: what an earlier run left, then what the registry sends.
@@ -5147,7 +5112,7 @@ class Download:
                 try:
                     self._source.transport.back_off(error, failures)
                 except ImagecError:
-                    if not self._leave(error):
+                    if not self._source.leave(self._origin, error):
                         raise
                     failures = 0
                 self._resumed = received > 0
@@ -5252,18 +5217,16 @@ class Ranges:
                         check()
                     future.result()
                     for offset in range(slot, slot + size, CHUNK):
-                        yield self._read(offset, min(CHUNK, slot + size - offset))
+                        with self._lock:
+                            self._file.seek(offset)
+                            data = self._file.read(min(CHUNK, slot + size - offset))
+                        yield data
             except (ImagecError, OSError, RuntimeError) as error:  # the last: no thread
                 check()
                 self._place[0].ranges = False
                 raise TransportError("no ranges: %s" % error, retryable=True) from None
             finally:
                 self._over = True
-
-    def _read(self, offset, size):
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(size)
 
     def _fetch(self, slot, start, end):
         """Puts the bytes from `start` to before `end` into the file, at `slot`."""
@@ -5494,20 +5457,18 @@ class LayersOutput(Output):
 
     format = "layers"
     unpacks = verbatim = True
-    _plain = None  # whether names can be as they are, where that was tried
 
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path, tag, stream)
         if os.path.lexists(os.path.join(path, "oci-layout")):
             raise OutputError(path, "is an OCI image layout: nobody would look for a "
                               "layers tree there", "choose another place with -o")
+        self._plain = keeps_names(path)  # names can be as they are
 
     def _parts(self, reference, registry_url):
         url = urllib.parse.urlsplit(registry_url)
         name = "%s-%s" % reference.digest if reference.digest else reference.tag
         parts = [url.scheme, url.netloc, "v2", *reference.repository.split("/"), name]
-        if self._plain is None:
-            self._plain = keeps_names(self.path)
         return parts if self._plain else list(map(portable, parts))
 
     def _folder(self, image):
@@ -5567,8 +5528,7 @@ class LayersOutput(Output):
                     os.unlink(os.path.join(folder, name))
             for directory in {os.path.dirname(path) for _, path in moves}:
                 sync_directory(directory)
-            partial.commit(durable=False)
-            sync_directory(folder)
+            partial.commit()
         return folder
 
     def _blobs_to_move(self, image, folder):
@@ -5630,9 +5590,8 @@ def made_index(entries, origin=None):
 
 
 def contents(path, index):
-    """`index`, JSON-able, as the bytes of the list of what a layout at `path` holds.
-
-    Raises OutputError where nobody would read it.
+    """`index`, JSON-able, as the bytes of the list of what a layout at `path` holds;
+    raises OutputError where nobody would read it.
     """
     raw = canonical_json(index)
     try:
@@ -5687,15 +5646,10 @@ class OCIOutput(Output):
         super().__init__(path, tag, stream)
         self._index = os.path.join(path, "index.json")
         self._reader = Reader(path)
-        if os.path.isdir(path) and not self._begun(os.listdir(path)):
+        begun = {"blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL}
+        # Else it is empty, or a layout that another pull is about to make.
+        if os.path.isdir(path) and not begun.issuperset(os.listdir(path)):
             self._check_layout()
-
-    @staticmethod
-    def _begun(names):
-        """Whether a directory is empty, or a layout another pull is about to make."""
-        return "oci-layout" not in names and all(
-            name in ("blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL)
-            for name in names)
 
     def _check_layout(self):
         """Refuses to touch what is there and is no layout we understand."""
@@ -5915,7 +5869,7 @@ class ArchiveOutput(Spooled):
         if self._done is None:
             self._done = set()
             self._write(_prologue())
-        for blob, region, *_ in self._line:
+        for blob, region, _ in self._line:
             if blob.digest not in self._done:  # two layers may have become one
                 self._done.add(blob.digest)
                 self._write(_member_header(blob_name(blob.digest), blob.size))
@@ -6017,7 +5971,7 @@ def recompress(fetched, path, rename=None, wait=time.sleep, check=go_on):
     It goes to `path`, or where `rename(Descriptor)` says. The same layer gives the same
     bytes with the same zlib. Of any other layer it gives the same Fetched.
     """
-    blob, region, *_ = fetched
+    blob, region, _ = fetched
     digest = hashlib.sha256()
     with region.open() as file:
         if codec_of(file) != "zstd":
@@ -6055,7 +6009,6 @@ def recompress(fetched, path, rename=None, wait=time.sleep, check=go_on):
 _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _LINK_LIMIT = 40  # symlinks followed for one name; Linux's MAXSYMLINKS
 _DETOUR_LIMIT = 2000000  # steps behind links, for a whole image
-OPEN_PACKS = 8  # files of LayerPacks held open at once
 _RESTORED_XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
 #: A directory that no layer speaks of.
 _IMPLICIT = Entry(b"", "dir", 0, 0o755, 0, 0, 0).dumps()
@@ -6118,12 +6071,8 @@ class LayerStore:
                                       "nothing" % (self._what, show(entry.path)))
             where = None
             if entry.kind == "file" and entry.size:
-                try:
+                with naming_file("%s of %s" % (show(entry.path), self._what)):
                     where = self._keep(data)
-                except OSError as error:  # whose it is, not where on its way
-                    error.filename = error.filename or "%s of %s" % (
-                        show(entry.path), self._what)
-                    raise
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
             self._names += names
@@ -6206,10 +6155,8 @@ class Tree:
         self._detours = 0  # steps taken behind links
 
     def apply(self, store):
-        """Applies one layer, that of a LayerStore.
-
-        Whiteouts first, for they speak of the layers below wherever they stand. Raises
-        InvalidDocument, LimitExceeded.
+        """Applies one layer, that of a LayerStore: whiteouts first, for they speak of
+        the layers below wherever they stand.
         """
         # Not the parts of their paths are kept, which weigh twenty times as much.
         hidden = [record for record in store.records if _WHITEOUT in record
@@ -6433,8 +6380,12 @@ class TreeWriter:
 
     def _make(self, entry, store, place):
         """A file, link or device, still without its attributes; whether it was made."""
-        if entry.where is not None:
-            self._move(store.path(entry.where), store.shared, place)
+        if entry.where is not None and not store.shared:
+            os.rename(store.path(entry.where), place)
+        elif entry.where is not None:
+            with open(store.path(entry.where), "rb") as file, open(place, "xb") as copy:
+                for piece in pieces(file, check=self._tree.check):
+                    copy.write(piece)
         elif entry.kind == "file":
             os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         elif entry.kind == "symlink":
@@ -6448,14 +6399,6 @@ class TreeWriter:
         else:
             return False
         return True
-
-    def _move(self, path, shared, place):
-        """A layer that is there twice has its data once: then each file is a copy."""
-        if not shared:
-            return os.rename(path, place)
-        with open(path, "rb") as file, open(place, "xb") as copy:
-            for piece in pieces(file, check=self._tree.check):
-                copy.write(piece)
 
     def _dress(self, place, entry):
         """Owner, then extended attributes, mode (chown takes setuid away) and times."""
@@ -6495,7 +6438,7 @@ def write_tree_tar(tree, write):
 
     header(tree.root.entry, b"./")
     with contextlib.ExitStack() as stack:
-        files = {}
+        pack = None  # whose file is open: neighbours mostly are of one layer
         for path, node, first in tree.walk():
             entry = node.entry
             if first is not None:
@@ -6504,14 +6447,10 @@ def write_tree_tar(tree, write):
             header(entry, path + b"/" * (entry.kind == "dir"))
             if entry.where is None:
                 continue
-            pack = node.store
-            if pack not in files:
-                if len(files) == OPEN_PACKS:
-                    stack.close()
-                    files.clear()
-                files[pack] = stack.enter_context(
-                    open(pack.path(None), "rb", buffering=0))
-            file = files[pack]
+            if node.store is not pack:
+                stack.close()
+                pack = node.store
+                file = stack.enter_context(open(pack.path(None), "rb", buffering=0))
             file.seek(entry.where)
             for data in pieces(file, entry.size, tree.check):
                 write(data)
@@ -6649,15 +6588,6 @@ _CHART_ENDINGS = {  # helm.sh/helm, pkg/registry
     "application/vnd.cncf.helm.chart.provenance.v1.prov": ".tgz.prov"}
 
 
-class _Blob(value_type("_Blob", "where shared")):
-    """A file that is one member's data, in the shape of a LayerStore."""
-
-    __slots__ = ()
-
-    def path(self, _number):
-        return self.where
-
-
 class FilesOutput(RootfsOutput):
     """The files of an artifact by their titles, in a directory or as one tar.
 
@@ -6713,7 +6643,8 @@ class FilesOutput(RootfsOutput):
             layer, = blob_layers([blob])
             path, shared = self.place(image, layer).path, times[blob.digest] > 1
             node = Node(Entry(b"", "file", blob.size, 0o644, 0, 0, 0, where=(
-                0 if blob.size else None)).dumps(), _Blob(path, shared))
+                0 if blob.size else None)).dumps(), types.SimpleNamespace(
+                    path=lambda _number, path=path: path, shared=shared))
             if blob.annotations.get(_UNPACK, "").lower() == "true":
                 node = self._directory(name, layer, path)
                 self._stores[blob.digest].shared = shared
@@ -7580,7 +7511,7 @@ def gathered(image, done, notify):
 
     Raises VerificationError where another image knew a blob by other facts.
     """
-    fetched = [Fetched(layer.blob, None, None, True)
+    fetched = [Fetched(layer.blob, None, None)
                if layer.digest in image.without else done[layer.digest]
                for layer in image.layers]
     if None in fetched:
@@ -8223,7 +8154,8 @@ class _Stock:
                 one = found.documents[-1]
             if one is None:
                 raise VerificationError("%s: there is no manifest" % (name,))
-            if found.origin and found.origin.digest != found.outermost:
+            if found.origin and found.origin.digest != (
+                    *found.origin.indexes, found.digest)[0]:
                 raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
             # Nobody signed an index that was made here: but what it lists.
             made = ORIGIN_ANNOTATION + "digest" in one.annotations
