@@ -6427,8 +6427,7 @@ class TreeWriter:
             self.undone[undone] += 1
 
 
-_TYPES = {"file": b"0", "hardlink": b"1", "symlink": b"2", "char": b"3", "block": b"4",
-          "dir": b"5", "fifo": b"6"}  # in a header
+_TYPES = {kind: flag for flag, kind in _KINDS.items() if b"0" <= flag < b"7"}
 
 
 def write_tree_tar(tree, write):
