@@ -18751,7 +18751,7 @@ class WorkTest(ThreatCase):
         ("_move", imagec.ArchiveOutput, "archive", "image.tar", False),
         ("apply", imagec.Tree, "rootfs", "root", False),
         ("write", imagec.TreeWriter, "rootfs", "root", False),
-        ("_move", imagec.TreeWriter, "rootfs", "root", False),
+        ("_make", imagec.TreeWriter, "rootfs", "root", False),
         ("tree_tar_size", imagec, "rootfs", "root.tar", False),
         ("write_tree_tar", imagec, "rootfs", "root.tar", False),) for end in (
         (imagec.Timeout, "deadline", 0),
