@@ -4737,19 +4737,6 @@ def blobs_of(path, check):
             for digest, region in found.regions(document, lenient)}
 
 
-def stored_referrers(names, digest):
-    """What Source.referrers gives, found among `names`, which are of `stored`."""
-    found = {}
-    for one in names:
-        tag = str(one.name or one.tag).rpartition(":")[2]
-        for document in one.documents:
-            cosign = document.digest == one.digest and tag.startswith(digest.tag + ".")
-            if cosign or document.subject == digest:
-                found.setdefault(tag if cosign else digest.tag, []).append(
-                    Descriptor.of(document, artifact_type=document.artifact_type))
-    return found
-
-
 def label(path):
     """The repository to which what has only a tag belongs: by the name of its place."""
     return re.sub("[^a-z0-9]+", "-", os.path.basename(
@@ -7259,8 +7246,7 @@ class Puller:
         output.max_files, output.recompress = session.max_files, session.recompress
         output.max_layer_size, output.below = session.max_layer_size, session.below
         self._earlier = len(session.failures or ())  # failures, of other pulls
-        self._opaque = frozenset()  # digests of layers that only unpacking tells about
-        self._busy = set()  # those of layers that are being fetched
+        self._busy = set()  # digests of layers that are being fetched
 
     def pull(self, references, platform):
         """The Images; see Session.pull."""
@@ -7275,10 +7261,6 @@ class Puller:
                            for _, blob, there in self.plan(images)]
             # One is on its way from the spool.
             check_free(output.path, sum(sizes) + max(sizes) * output.streams)
-        self._verbatim = {layer.digest for image in images for layer in image.wanted
-                          if not layer.id}  # an artifact's blobs have none
-        self._opaque = {layer.digest for image in images for layer in image.wanted
-                        if layer.id and layer.diff_id is None}
         try:
             # 3. A place for them, and into it their layers, each proved.
             images, fetched = self._fetch_all(images)
@@ -7448,20 +7430,19 @@ class Puller:
                 if layer.digest not in wanted:
                     notify(Event("Pulling fs layer", layer.digest.hex[:12], None,
                                  layer.blob_size))
-                elif wanted[layer.digest][1].diff_id or not layer.diff_id:
-                    continue
-                wanted[layer.digest] = image, layer
+                wanted.setdefault(layer.digest, []).append((image, layer))
+        for pairs in wanted.values():  # first who knows what it unpacks to
+            pairs.sort(key=lambda pair: pair[1].diff_id is None)
         done = dict(zip(wanted, in_parallel(self._session, [
-            (image.reference, lambda image=image, layer=layer: (
-                self._fetch_layer(image, layer)))
-            for image, layer in wanted.values()], forgiving)))
+            (pairs[0][0].reference, lambda pairs=pairs: self._fetch_layer(pairs))
+            for pairs in wanted.values()], forgiving)))
         return in_parallel(self._session, [
             (image.reference, lambda image=image: gathered(image, done, notify))
             for image in images], forgiving)
 
-    def _fetch_layer(self, image, layer):
-        """One layer into its place: its Fetched."""
-        session, output = self._session, self._output
+    def _fetch_layer(self, pairs):
+        """The blob of these (Image, Layer) pairs, into its place: its Fetched."""
+        session, output, (image, layer) = self._session, self._output, pairs[0]
         place = output.place(image, layer)
 
         def look(chunks):
@@ -7476,8 +7457,10 @@ class Puller:
                     lambda blob: output.place(image, layer._replace(blob=blob)).path),
                 output.wait, output.check) if rewrites else fetched
 
-        rewrites = layer.digest not in self._verbatim and session.recompress
-        unpacks = output.unpacks or rewrites or layer.digest in self._opaque
+        # An artifact's have no id; of schema1 only unpacking tells the diffID.
+        rewrites = all(one.id for _, one in pairs) and session.recompress
+        unpacks = output.unpacks or rewrites or any(
+            one.id and one.diff_id is None for _, one in pairs)
         self._busy.add(layer.digest)
         try:
             fetched = Download(
@@ -7627,6 +7610,46 @@ def split_place(text, what):
                          "expected HOST[:PORT][/PREFIX]" + (
                              " and --tag NAME[:TAG]" * (what == "registry")))
     return host, prefix + "/" if prefix else ""
+
+
+class Stock:
+    """What a pull has written to a place, all of it read, and asked as a Source is.
+
+    `names` has the Stored, with lists of documents, and the digest of a tree's last.
+    """
+
+    def __init__(self, reader, noting=lenient):
+        self.reader, self.names = reader, []
+        self.drawn = {}  # digest -> (the document of that, the Stored it is of)
+        for found in stored(reader, noting):
+            documents = list(found.documents)
+            found = found._replace(documents=documents, digest=found.digest or (
+                documents or [found])[-1].digest)
+            self.names.append(found)
+            self.drawn.update((one.digest, (one, found)) for one in documents)
+
+    def referrers(self, digest):
+        """See Source.referrers."""
+        found = {}
+        for one in self.names:
+            tag = str(one.name or one.tag).rpartition(":")[2]
+            for document in one.documents:
+                cosign = document.digest == one.digest and (
+                    tag.startswith(digest.tag + "."))
+                if cosign or document.subject == digest:
+                    found.setdefault(tag if cosign else digest.tag, []).append(
+                        Descriptor.of(document, artifact_type=document.artifact_type))
+        return found
+
+    def document(self, entry):
+        """What a Descriptor leads to, decoded; None where it is not there."""
+        return self.drawn.get(entry.digest, (None,))[0]
+
+    def blob(self, descriptor):
+        """The bytes a Descriptor points to, checked."""
+        raw = self.reader.read(blob_name(descriptor.digest))
+        descriptor.digest.check(raw, "blob")
+        return raw
 
 
 def stored_image(path, name=None, platform=None, check=go_on):
@@ -8109,86 +8132,64 @@ class Audit:
                     raise InvalidDocument("names other images than index.json")
 
 
-class _Stock:
-    """What stands at a place, asked for signatures as a Source is."""
+def _prove_signed(stock, rule, name=None):
+    """Has a SignedBy prove each image in a Stock, or those of a name, or the end of one.
 
-    def __init__(self, reader):
-        self._reader = reader
-        self._names = [found._replace(documents=list(found.documents))
-                       for found in stored(reader, lenient)]
-        self._documents = {one.digest: one for found in self._names
-                           for one in found.documents}
+    Raises VerificationError, and Unsupported for what was rewritten here.
+    """
+    images = [found for found in stock.names if not _refers(stock, found)]
+    if len(images) < len(stock.names):
+        log.info("not asked who signed what refers to others here: %d",
+                 len(stock.names) - len(images))
+    asked = [found for found in images if name is None or any(re.search(
+        "(?:^|[/:])%s\\Z" % re.escape(name), one or "")
+        for one in (found.name, found.tag))]
+    if not asked:
+        raise VerificationError("there is no image %s" % (name or "to prove"))
+    for found in asked:
+        name = found.name or found.tag or found.tree or found.digest
+        one = stock.document(found)
+        if one is None:
+            raise VerificationError("%s: there is no manifest" % (name,))
+        if found.origin and found.origin.digest != (
+                *found.origin.indexes, found.digest)[0]:
+            raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
+        # Nobody signed an index that was made here: but what it lists.
+        made = ORIGIN_ANNOTATION + "digest" in one.annotations
+        for each in made and getattr(one, "manifests", ()) or [one]:
+            documents = [document for document, _ in stock.drawn.values()]
+            rule.prove(name, [*documents, each], stock)
 
-    def referrers(self, digest):
-        return stored_referrers(self._names, digest)
 
-    def document(self, entry):
-        return self._documents.get(entry.digest)
+def _refers(stock, found):
+    """Whether this only says something of what is here, too, by all its names.
 
-    def blob(self, descriptor):
-        raw = self._reader.read(blob_name(descriptor.digest))
-        descriptor.digest.check(raw, "blob")
-        return raw
+    An image never does: readers would run it.
+    """
+    names = [name.rpartition(":")[2].partition(".")[0]
+             for name in (found.name, found.tag) if name]
+    one = stock.document(found)
+    listed = map(stock.document, one.manifests) if isinstance(one, Index) else [one]
+    return not any(_runs(stock.reader, each) for each in listed) and (
+        {digest.tag for digest in stock.drawn}.issuperset(names) if names
+        else one.subject in stock.drawn)
 
-    def prove(self, rule, name=None):
-        """Has a SignedBy prove each image, or those of a name, or of the end of one.
 
-        Raises VerificationError, and Unsupported for what was rewritten here.
-        """
-        tags = {digest.tag for digest in self._documents}
-        images = [found for found in self._names if not self._refers(found, tags)]
-        if len(images) < len(self._names):
-            log.info("not asked who signed what refers to others here: %d",
-                     len(self._names) - len(images))
-        asked = [found for found in images if name is None or any(re.search(
-            "(?:^|[/:])%s\\Z" % re.escape(name), one or "")
-            for one in (found.name, found.tag))]
-        if not asked:
-            raise VerificationError("there is no image %s" % (name or "to prove"))
-        for found in asked:
-            name = found.name or found.tag or found.digest or (
-                found.tree + "manifest.json")
-            one = self._documents.get(found.digest)
-            if found.tree is not None and found.documents:
-                one = found.documents[-1]
-            if one is None:
-                raise VerificationError("%s: there is no manifest" % (name,))
-            if found.origin and found.origin.digest != (
-                    *found.origin.indexes, found.digest)[0]:
-                raise Unsupported("%s was rewritten: it cannot be proved" % (name,))
-            # Nobody signed an index that was made here: but what it lists.
-            made = ORIGIN_ANNOTATION + "digest" in one.annotations
-            for each in made and getattr(one, "manifests", ()) or [one]:
-                rule.prove(name, [*self._documents.values(), each], self)
+def _runs(reader, one):
+    """Whether some program would run a document, None for one that is not here.
 
-    def _refers(self, found, tags):
-        """Whether this only says something of what is here, too, by all its names.
-
-        An image never does: readers would run it.
-        """
-        names = [name.rpartition(":")[2].partition(".")[0]
-                 for name in (found.name, found.tag) if name]
-        one = self._documents.get(found.digest)
-        listed = [one] if not isinstance(one, Index) else [
-            self._documents.get(entry.digest) for entry in one.manifests]
-        return not any(map(self._runs, listed)) and (
-            tags.issuperset(names) if names else one.subject in self._documents)
-
-    def _runs(self, one):
-        """Whether some reader would run a document, None for one that is not here.
-
-        Most go by the type of its config, none by those of its layers.
-        """
-        if not getattr(one, "artifact_type", ""):
-            return True
-        if one.media_type != DOCKER_MANIFEST and not re.match(
-                _IMAGE_CONFIG, one.config.media_type):
-            return False
-        for layer in one.layers:
-            with self._reader.region(blob_name(layer.digest)).open() as file:
-                if could_unpack(file):
-                    return True
+    Most go by the type of its config, none by those of its layers.
+    """
+    if not getattr(one, "artifact_type", ""):
+        return True
+    if one.media_type != DOCKER_MANIFEST and not re.match(
+            _IMAGE_CONFIG, one.config.media_type):
         return False
+    for layer in one.layers:
+        with reader.region(blob_name(layer.digest)).open() as file:
+            if could_unpack(file):
+                return True
+    return False
 
 
 def _run_verify(args, session):
@@ -8216,7 +8217,7 @@ def _run_verify(args, session):
         raise OutputError(args.path, "is incomplete: blobs elsewhere: %d" % len(
             audit.elsewhere), "name what has them in --with PATH")
     if session.rule is not None:
-        _Stock(audit.reader).prove(session.rule, args.image)
+        _prove_signed(Stock(audit.reader), session.rule, args.image)
     more = len(audit.ignored) - 1
     if audit.ignored:
         log.error("warning: %s: not looked at, for no image needs it: %s%s", args.path,
@@ -8950,17 +8951,14 @@ class Pusher:
                 yield
 
         with naming("standard input" if name == "-" else name):
-            reader = open_place(path, self._session.transport.check)
-            names = [found._replace(documents=list(found.documents))
-                     for found in stored(reader, noting)]
-        self._drawn = {one.digest: (one, found) for found in names
-                       for one in found.documents}
+            self._stock = stock = Stock(open_place(
+                path, self._session.transport.check), noting)
         if any(found.origin.indexes if found.origin else found.tree is not None
-               and found.documents[1:] for found in names):
+               and found.documents[1:] for found in stock.names):
             log.warning("the index of one image is not pushed: --platform all keeps it")
         # What refers to another comes last, and goes where that goes.
-        names = [(getattr(self._drawn.get(found.digest, (None,))[0], "subject", None),
-                  found) for found in names]
+        names = [(getattr(stock.document(found), "subject", None), found)
+                 for found in stock.names]
         names.sort(key=lambda name: bool(name[0] or name[1].along))
         known = {found.digest for _, found in names if found.full or found.tag}
         if self._tag and [one for subject, one in names
@@ -8968,7 +8966,7 @@ class Pusher:
             raise UsageError("--tag names one image, %s holds more" % name)
         named, homes, plans = {}, {}, []
         for subject, found in names:
-            digest = found.digest or found.documents and found.documents[-1].digest
+            digest = found.digest
             with self._session.trying(found.full or digest):
                 if not digest or digest in known and not (found.full or found.tag):
                     continue  # another name has it
@@ -8997,9 +8995,8 @@ class Pusher:
         """The documents below a digest, each behind what it lists, images first, and
         (Descriptor, Region) pairs of the blobs of these.
         """
-        found = {trail[-1].digest: trail[-1] for trail in walk(
-            lambda entry: self._drawn.get(entry.digest, (None,))[0],
-            [Descriptor("", digest, 0)])}
+        found = {one.digest: one for *_, one in walk(
+            self._stock.document, [Descriptor("", digest, 0)])}
         order, waiting = {}, list(found)[:1]
         while waiting:  # turned round, walk's order is no such one where indexes share
             one = waiting[-1]
@@ -9014,7 +9011,7 @@ class Pusher:
         for one in documents:
             listed.update(entry.digest for entry in getattr(one, "manifests", ())
                           if not self._partial)
-            found = self._drawn[one.digest][1]
+            found = self._stock.drawn[one.digest][1]
             elsewhere.update(found.without)
             with contextlib.suppress(FileNotFoundError):  # no config, then no layers
                 for blob, file in found.blobs(one):
@@ -9543,14 +9540,12 @@ def referrers_json(image, session):
             if place.home.url is None:  # it may be out of reach, and take its time
                 raise Unsupported("only a mirror was asked, not %s itself"
                                   % place.home.host)
-            found = [place.referrers(one.digest) for one in documents]
         else:
-            names = [one._replace(documents=list(one.documents))
-                     for one in stored(image.stored.reader, lenient)]
-            found = [stored_referrers(names, one.digest) for one in documents]
+            place = Stock(image.stored.reader)
         rows += [(str(one.digest), entry.artifact_type, tag, entry)
-                 for one, tags in zip(documents, found)
-                 for tag, entries in tags.items() for entry in entries]
+                 for one in documents
+                 for tag, entries in place.referrers(one.digest).items()
+                 for entry in entries]
         return [{"subject": subject, "type": kind, "tag": tag,
                  "digest": str(entry.digest), "size": entry.size}
                 for subject, kind, tag, entry in rows]
