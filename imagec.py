@@ -659,6 +659,10 @@ class Platform(value_type("Platform", "os architecture variant os_version", "", 
         ways = [(self.architecture, variant) for variant in chain] + tail
         return [self._replace(architecture=a, variant=v) for a, v in ways]
 
+    def runs(self, other):
+        """Whether it can run what is for another Platform."""
+        return other[:3] in [way[:3] for way in self.candidates()]
+
     def __str__(self):
         text = "/".join(filter(None, (self.os, self.architecture, self.variant)))
         return text + (" (%s)" % self.os_version if self.os_version else "")
@@ -7128,8 +7132,7 @@ class Session:
             image = image_of(reference, source.registry_url, top, platform,
                              self._fetcher(source, held, others), config_of)
         wanted = platform or Platform.host()
-        if image.platform and wanted != "all" and (
-                image.platform[:3] not in [way[:3] for way in wanted.candidates()]):
+        if image.platform and wanted != "all" and not wanted.runs(image.platform):
             log.error("warning: %s is for %s, not for %s",  # with -q, too
                       reference, image.platform, wanted)
         return image._replace(
@@ -7720,8 +7723,8 @@ def image_of(reference, registry_url, top, platform, fetch, config_of=None):
     config = config_of(manifest.config) if isinstance(manifest, Manifest) else None
     actual = config.platform if config else Platform.normal(
         "linux", manifest.architecture or "")
-    if platform is wanted and actual.architecture and not indexes and not matching(
-            made_index([Descriptor.of(manifest, platform=actual).as_json()]), wanted):
+    if platform is wanted and actual.architecture and not (
+            indexes or wanted.runs(actual)):
         raise NoMatchingPlatform(wanted, [actual])
     return Image(*about, config, actual if actual.architecture else wanted,
                  list_layers(manifest, config))
@@ -8133,7 +8136,7 @@ class Audit:
 
 
 def _prove_signed(stock, rule, name=None):
-    """Has a SignedBy prove each image in a Stock, or those of a name, or the end of one.
+    """Has a SignedBy prove each image in a Stock, or those of a name or the end of one.
 
     Raises VerificationError, and Unsupported for what was rewritten here.
     """
@@ -8157,8 +8160,8 @@ def _prove_signed(stock, rule, name=None):
         # Nobody signed an index that was made here: but what it lists.
         made = ORIGIN_ANNOTATION + "digest" in one.annotations
         for each in made and getattr(one, "manifests", ()) or [one]:
-            documents = [document for document, _ in stock.drawn.values()]
-            rule.prove(name, [*documents, each], stock)
+            rule.prove(name, [*(known for known, _ in stock.drawn.values()), each],
+                       stock)
 
 
 def _refers(stock, found):
@@ -8582,7 +8585,6 @@ class RegistryHandler:
     server_version, sys_version = USER_AGENT, ""
     default_request_version = "HTTP/1.0"  # else what is no request gets no status line
     disable_nagle_algorithm = True
-    answered = False  # whether the answer has begun
 
     def handle(self):
         """Answers a connection's requests; one that begins with TLS hears it is wrong.
@@ -8624,7 +8626,7 @@ class RegistryHandler:
 
     def do_GET(self):
         """Answers a GET or HEAD."""
-        self.answered = False
+        self.answered = False  # whether the answer has begun
         if self.headers.get("Content-Length", "0") != "0" or (
                 "Transfer-Encoding" in self.headers):
             self.close_connection = True  # a body is not the next request
