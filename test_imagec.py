@@ -7149,14 +7149,10 @@ class ProbeTest(NetworkCase):
     def test_nothing_listens(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # and never listens
-            place = "127.0.0.1:%d" % taken.getsockname()[1]
-            with threat_alarm(15), self.fails(imagec.TransportError, place, "refused"):
-                self.probe(None, host=place)
-        self.assertEqual(self.naps, [])
-
-    def test_t110_unknown_host(self):
-        with self.fails(imagec.TransportError, "cannot resolve host registry.invalid"):
-            self.probe(None, host="registry.invalid")
+            for place, words in (("127.0.0.1:%d" % taken.getsockname()[1], "refused"),
+                                 ("registry.invalid", "cannot resolve host")):  # T110
+                with threat_alarm(15), self.fails(imagec.TransportError, place, words):
+                    self.probe(None, host=place)
         self.assertEqual(self.naps, [])
 
     def test_probed_once(self):
@@ -7221,13 +7217,6 @@ class RegistryTest(KnownCase):
         for wrong in (0, size - 1, size + 1):
             with self.subTest(size=wrong), self.fails(imagec.SizeMismatch, str(size)):
                 client.fetch_manifest("app", wanted, wrong)
-
-    @rows(itertools.product((0, 1, 0.5, -1), (False, True)))
-    def test_t22_t23_cut_manifests_are_asked_for_again(self, amount, tls):
-        registry = self.filled(tls=tls)
-        registry.fault("/manifests/", truncate(amount))
-        found = self.client(registry).fetch_manifest("app", "1")
-        self.assertEqual(found.raw, self.image.manifest)
 
     def test_t41_a_tag_is_read_once(self):
         registry = self.filled(build_index([(self.image, ("linux", "amd64", None))]))
@@ -7303,18 +7292,6 @@ class RegistryTest(KnownCase):
                              (build_image(NET_TARS, "schema1"), None)])
         with self.fails(imagec.Unsupported):
             self.resolve(self.filled(index), "all")
-
-    def test_all_of_an_index_with_others_in_it(self):
-        """image-index.md: "MUST NOT generate an error"."""
-        huge = dict(_descriptor("application/x", b"y"), size=1 << 40)  # not there
-        index = build_index([(self.image, None)], extra_entries=[
-            _descriptor("text/plain", b"x"), huge])
-        registry = self.filled(index)
-        registry.add_blob("app", b"x")
-        found = self.resolve(registry, "all")
-        self.assertEqual(found.manifest.raw, index.manifest)
-        self.assertEqual({str(layer.digest) for layer in found.layers},
-                         set(self.image.blobs) | {sha256(b"x")})
 
     # (code, body's errors, error class, words), each one request. T106
     @rows(((400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
@@ -7537,14 +7514,6 @@ class ReferrersTest(NetworkCase):
             self.referring()
         self.assertLess(len(self.origin.requests), 30)
 
-    @rows((suffix,) for suffix in ("sig", "att", "sbom"))
-    def test_cosign(self, suffix):
-        tag, signed = tag_of(self.image, "." + suffix), signature()
-        self.offer(self.sboms[0])
-        self.origin.add("app", tag, signed)
-        self.assertEqual(self.referring(), dict(self.listed(self.sboms[0]),
-                                                **{tag: [signed.digest]}))
-
     def test_sha512(self):
         digest = "sha512:" + "0123" * 32
         self.assertEqual(self.referring(digest=digest), {})
@@ -7555,9 +7524,11 @@ class ReferrersTest(NetworkCase):
         mirror = self.filled(lists_referrers=False)
         self.offer(self.sboms[0])
         self.origin.add("app", tag_of(self.image, ".sig"), signature())
+        self.origin.add("app", tag_of(self.image, ".sbom"), signature(b"2"))
         mirror.add("app", tag_of(self.image, ".att"), signature(b"1"))
         found = self.referring(mirrors=[mirror.host])
-        self.assertEqual(len(found), 3)
+        self.assertEqual(set(found), {tag_of(self.image, end) for end in (
+            "", ".sig", ".att", ".sbom")})
         self.assertEqual(paths(self.origin, ".att"), [])
         self.assertEqual(self.said, [])  # it is not left
 
@@ -7580,12 +7551,6 @@ class MirrorTest(ResolveCase):
         self.assertEqual(len(paths(two, "/blobs/")), 3)
         self.assertEqual(self.origin.requests, [])
 
-    def test_prefix(self):
-        mirror = self.filled(name="cache/hub/lab/app")
-        for text in ("%s/cache/hub", "%s/cache/hub/", "http://%s/cache/hub"):
-            self.resolve(self.origin.host, mirrors=[text % mirror.host])
-        self.assertEqual(self.origin.requests, [])
-
     def test_docker_hub(self):
         mirror = self.filled(name="library/alpine")
         prefixed = self.filled(name="hub/library/alpine")
@@ -7594,26 +7559,18 @@ class MirrorTest(ResolveCase):
                 image = self.resolve(None, name, mirrors=[place])
                 self.assertEqual(str(image.reference), "docker.io/library/alpine:1")
 
-    def test_namespace(self):
-        mirror = self.filled()
-        mirror.fault(_FIELD_BLOB, status(404))
-        self.resolve(self.origin.host, mirrors=[mirror.host])
-        asked = [r for r in mirror.requests if r.route != "/v2/"]
-        self.assertTrue(asked)
-        for request in asked:
-            self.assertEqual(request.query.get("ns"), [self.origin.host])
-        self.assertEqual([r for r in self.origin.requests if "ns=" in r.path], [])
-
     def test_name_written_down_is_the_origins(self):
         mirror = self.filled(name="cache/lab/app")
-        mirrors, name = [mirror.host + "/cache"], self.origin.host + "/lab/app:1"
-        image = self.pull(self.origin.host, to="tree", mirrors=mirrors)
+        name = self.origin.host + "/lab/app:1"
+        image = self.pull(self.origin.host, to="tree", mirrors=[mirror.host + "/cache"])
         self.assertTrue(image.path.endswith(
             os.path.join(self.origin.host, "v2", "lab", "app", "1")), image.path)
-        self.pull(self.origin.host, to="layout", format="oci", mirrors=mirrors)
+        self.pull(self.origin.host, to="layout", format="oci",
+                  mirrors=[mirror.host + "/cache/"])
         entry, = json.loads(file_text(self.at("layout/index.json")))["manifests"]
         self.assertEqual(entry["annotations"]["io.containerd.image.name"], name)
-        self.pull(self.origin.host, to="a.tar", mirrors=mirrors)
+        self.pull(self.origin.host, to="a.tar",
+                  mirrors=["http://%s/cache" % mirror.host])
         with tarfile.open(self.at("a.tar")) as tar:
             listed = json.loads(tar.extractfile("manifest.json").read().decode("ascii"))
         self.assertEqual(listed[0]["RepoTags"], [name])
@@ -8963,14 +8920,6 @@ class ArchiveOutputTest(StoredCase):
             self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
         self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
 
-    def test_full_device(self):
-        if not os.path.exists("/dev/full"):
-            cannot("fill /dev/full")
-        process = self.start("pull", "-q", "-o", "-", self.serve(ARCHIVE_TARS)[0],
-                             redirections=">/dev/full")
-        err = process.communicate()[1]
-        self.assertEqual((process.returncode, err.count(b"\n")), (1, 1), err)
-
     @rows(in_turn(((2, 0, 1, 3), (0, 1, 2, 3)), 2))
     def test_killed_and_run_again(self, hangs, *others):
         """Once a layer is all it waits for, what it has of the others is kept."""
@@ -9199,15 +9148,6 @@ class OCIOutputTest(StoredCase):
             run = self.pull("-o", self.at("x.tar"), two, self.names()[0][1], expect=1)
             self.assertRegex(run.err, "x.tar: cannot hold|over|more than")
         self.layout(two)
-
-    def test_tag_that_moves(self):
-        reference, old = self.serve(ARCHIVE_TARS[:1])
-        self.layout(reference)
-        reference, new = self.serve(ARCHIVE_TARS[1:])
-        self.layout(reference)
-        self.assertEqual(self.names(), [(old.digest, None, None),
-                                        (new.digest, reference, "1")])
-        self.verify(self.out)
 
     def test_no_layers_tree_goes_into_it(self):
         reference, _ = self.serve(ARCHIVE_TARS)
@@ -12154,6 +12094,7 @@ class PlatformsTest(StoredCase):
         self.assertIn("gives two sizes for " + self.images[0].layers[0], run.err)
 
     def test_all_with_what_is_no_manifest(self):
+        """image-index.md: "MUST NOT generate an error"."""
         data = b"<xml/>"
         self.index = build_index([(self.images[0], AMD64)],
                                  extra_entries=[_descriptor("application/xml", data)])
@@ -13903,7 +13844,7 @@ SERVE_RANGES = (
     ("bytes=0-0", 10, (0, 1)), ("bytes=0-9", 10, (0, 10)), ("bytes=0-", 10, (0, 10)),
     ("bytes=3-6", 10, (3, 7)), ("bytes=9-", 10, (9, 10)), ("bytes=5-999", 10, (5, 10)),
     ("bytes=10-", 10, ValueError), ("bytes=10-12", 10, ValueError),
-    ("bytes=0-", 0, ValueError),
+    ("bytes=0-", 0, ValueError), (None, 0, None),
     # RFC 7233 would have it ignored, RFC 9110 lets a server reject it.
     ("bytes=5-2", 10, ValueError),
 ) + tuple((value, 10, None) for value in (
@@ -14282,19 +14223,17 @@ class ServeListsTest(ServeCase):
 
     def test_pages_make_up_the_whole(self):
         for path, key, whole in (("/v2/a.test/lab/app/tags/list", "tags", self.TAGS),
-                                 ("/v2/_catalog", "repositories", self.names)):
+                                 ("/v2/_catalog", "repositories", self.names),
+                                 ("/v2/lab/app/tags/list?ns=a.test", "tags", self.TAGS),
+                                 ("/v2/lab/app/tags/list?ns=b.test", "tags",
+                                  ["b1", "b2", "b3"])):
             for count in range(1, len(whole) + 2):
                 with self.subTest(path=path, count=count):
-                    pages = self.pages("%s?n=%d" % (path, count), key)
+                    pages = self.pages(path + "?&"["?" in path] + "n=%d" % count, key)
                     self.assertEqual(sum(pages, []), whole)
                     self.assertEqual({len(page) for page in pages[:-1]} - {count},
                                      set())
                     self.assertTrue(pages[-1])
-
-    @rows((("a.test", TAGS), ("b.test", ["b1", "b2", "b3"])))
-    def test_namespace_on_every_page(self, namespace, whole):
-        pages = self.pages("/v2/lab/app/tags/list?n=2&ns=" + namespace)
-        self.assertEqual(sum(pages, []), whole)
 
 
 #: Request targets that are no names of ours; none may lead to a file.
@@ -14480,14 +14419,6 @@ class ServeTest(ServeCase):
                     b"\r\n\r\n")
             self.assertRegex(head, rb"^HTTP/1\.[01] 200 ")
             self.assertEqual(rest, body)
-
-    def test_empty_blob(self):
-        shelf, digest, _ = self.shelf_of(b"")
-        connection = self.connect(self.serve(shelf))
-        for method in ("GET", "HEAD", "GET"):
-            answer = serve_ask(connection, "/v2/lab/app/blobs/" + digest, method)
-            self.assertEqual((answer.status, answer.body), (200, b""))
-            self.assertIsNotNone(connection.sock)
 
     def test_parallel_clients(self):
         host, image = self.serve(self.layout), self.images["lab/oci"]
@@ -14728,10 +14659,6 @@ class ServeCommandTest(ServeCase):
         self.assertRegex(run.out, r"\A[^\n]*%s[1-9][0-9]*/v2/: lab/docker\n\Z"
                          % re.escape(url))
         self.assertIn(self.archive, run.out)
-
-    def test_loopback_is_the_default(self):
-        args = imagec.parse_arguments(["serve", "x"])
-        self.assertEqual(args.listen, "127.0.0.1:5000")
 
     @rows([(("--listen", listen), "--listen") for listen in (
         "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:1 ",
@@ -16040,7 +15967,8 @@ class CommandLineCredentialsTest(CommandLineCase):
             found = parse(["pull", "-ux"] + options.split() + ["a", "b"])
             self.assertEqual((found.jobs, found.quiet, found.username),
                              (jobs, "q" in options, "x"))
-        self.assertEqual(parse(["serve", "--", "-p"]).paths, ["-p"])
+        found = parse(["serve", "--", "-p"])
+        self.assertEqual((found.paths, found.listen), (["-p"], "127.0.0.1:5000"))
         for line in ("a -o x b c", "-o x a -q b c", "a b -qo x c", "a -o=x b -- c",
                      "a --output=x b c", "a -ox b c -q", "-j 2 a b -ox c"):
             found = parse(["pull"] + line.split())
@@ -17110,7 +17038,7 @@ class StreamTest(CommandLineCase):
         """Each command that prints, and how it ends where `stdout` takes nothing."""
         commands = (("pull", "-q", "-o", self.output, self.ref), ("tags", self.ref),
                     ("layers", self.ref), ("inspect", "--raw", self.ref),
-                    ("inspect", self.ref))
+                    ("inspect", self.ref), ("pull", "-q", "-o", "-", self.ref))
         return zip(commands, self.forked(*commands, streams="2", stdout=stdout))
 
     def test_reader_that_has_had_enough(self):
