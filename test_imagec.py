@@ -1470,7 +1470,7 @@ class RegistryCase(unittest.TestCase):
         self.assertRegex(ended.err, r"\Aimagec: [^\n]+\n\Z")
         self.assertNotIn("Traceback", ended.err)
         self.assertRegex(ended.err, words)
-        self.assertEqual(ended.out, b"")
+        self.assertFalse(ended.out)
 
     def wait_until(self, true):
         """Wait until `true()`, not for ever."""
@@ -3811,9 +3811,8 @@ class LayersTest(TableCase):
         images = [json.loads(layer.v1_json) for layer in found]
         self.assertEqual([(image["id"], image.get("parent")) for image in images],
                          list(zip(HTTPD_CHAIN_IDS, (None,) + HTTPD_CHAIN_IDS)))
-
-    def test_the_newest_has_the_config(self):
-        *older, newest = [json.loads(each.v1_json) for each in self._httpd()]
+        # The newest has the config.
+        *older, newest = images
         wanted = dict(CONFIG_DOC, id=HTTPD_CHAIN_IDS[2], parent=HTTPD_CHAIN_IDS[1])
         del wanted["rootfs"], wanted["history"]
         self.assertEqual(newest, wanted)
@@ -4981,8 +4980,7 @@ class CredentialsTest(ResolveCase):
                                          (("--password-stdin",), "S3CR3T\udcff", "")):
             run = self.main("digest", "-u", "alice", "r.test/lab/app", *options,
                             stdin=stdin, IMAGEC_PASSWORD=variable)
-            self.assertEqual(run.status, 2, run.err)
-            self.assertRegex(run.err, r"\Aimagec: the password, [^\n]+\n\Z")
+            self.assert_one_line(run, 2, "^imagec: the password, ")
             self.assertNotIn("S3CR3T", run.err)
 
     @rows(FIELD_HELPERS)
@@ -5110,9 +5108,7 @@ class CredentialsTest(ResolveCase):
 
     def test_auth_command_with_a_broken_source(self):
         self.docker_config({"credsStore": "none"})
-        run = self.main("auth", "r.test")
-        self.assertEqual((run.status, run.out), (5, ""))
-        self.assertRegex(run.err, r"\Aimagec: .*docker-credential-none.*\n\Z")
+        self.assert_one_line(self.main("auth", "r.test"), 5, "docker-credential-none")
         run = self.main("auth", "r.test", "-u", "bob", IMAGEC_PASSWORD=PASSWORD)
         self.assertRegex(run.out, "^r.test: .*bob.*the command line")
         self.assertNotIn(PASSWORD, run.out)
@@ -5123,16 +5119,6 @@ class CredentialsTest(ResolveCase):
             request.body.decode("ascii") or request.path.partition("?")[2])),
             request.headers.get("Authorization"))
             for request in registry.requests if request.route == "/token"]
-
-    def test_password_from_a_config(self):
-        for auth in ("basic", "bearer"):
-            registry = self.filled(auth=auth, anonymous=False)
-            entry = field_entry("alice")
-            self.docker_config({"auths": {registry.host + "/lab": entry}})
-            self.resolve(registry.host)
-            self.docker_config({"auths": {registry.host + "/else": entry}})
-            with self.fails(imagec.AccessDenied):
-                self.resolve(registry.host)
 
     def test_identity_token(self):
         registry = self.filled(auth="bearer", anonymous=False)
@@ -5928,9 +5914,7 @@ class TLSFilesTest(ResolveCase):
         run = self.main("digest", "--cert", certificate, "--key", key, ref)
         self.assertEqual((run.status, run.err), (0, ""))
         for half in (("--cert", certificate), ("--key", key)):
-            run = self.main("digest", ref, *half)
-            self.assertEqual((run.status, run.out), (2, ""))
-            self.assertIn("--cert and --key", run.err)
+            self.assert_one_line(self.main("digest", ref, *half), 2, "--cert and --key")
 
     def test_client_certificate_is_for_named_registries_only(self):
         for named in (False, True):
@@ -5984,22 +5968,6 @@ class TLSFilesTest(ResolveCase):
         self.certs_d(registry.host, ca_crt="no PEM")
         with self.fails(imagec.UsageError, "ca.crt"):
             self.resolve(registry.host)
-
-    def test_what_is_said_of_a_bad_certificate(self):
-        # OpenSSL calls one that is expired and its own root self-signed.
-        # 3.6 has no words for what is wrong with a chain.
-        unknown = "self" if sys.version_info > (3, 7) else "verify failed"
-        for kind, pem, word in (("expired", EXPIRED_CERT, "certificate"),
-                                ("wrong-host", OTHER_CERT, "127.0.0.1")):
-            registry = self.registry(tls=kind)
-            trusted = self.file("trusted.pem", pem)
-            for cacert, words in ((trusted, (word,)), (None, (unknown,))):
-                with self.subTest(kind=kind, cacert=cacert), self.fails(
-                        imagec.CertificateError, registry.host, "--cacert",
-                        "--insecure-skip-verify", *words):
-                    self.resolve(registry.host, cacert=cacert)
-            self.assertEqual(registry.requests, [])
-            self.assertEqual(registry.connections, 4)  # each by https, then by http
 
     # (whose certificate is bad besides the registry's, is it of the same host name or
     # far, options, what the refusal names, None where it is taken)
@@ -6451,10 +6419,8 @@ class ProxyTest(ResolveCase):
         for argv, environ in ((("--proxy", url), {}),) + (
                 (((), {"https_proxy": url}),) if "p.test" in url else ()):
             run = self.main("digest", "r.test/a", *argv, **environ)
-            self.assertEqual((run.status, run.out), (2, ""))
             # What to write must not be taken for somebody's password.
-            self.assertRegex(run.err,
-                             r"\Aimagec: .*proxy.*\[USER:PASSWORD@\]HOST.*\n\Z")
+            self.assert_one_line(run, 2, r"proxy.*\[USER:PASSWORD@\]HOST")
             self.assertNotIn(PASSWORD, run.err)
 
     @rows((("page", say(b"<html>", content_type="text/html")),
@@ -7031,12 +6997,15 @@ class ProbeTest(NetworkCase):
            ("plain, http allowed", {}, None, {"http": True}, "http", 2),
            ("TLS, http allowed", {"tls": True}, TEST_CERT, {"http": True}, "https", 1),
            ("untrusted, allowed", {"tls": True}, None, {"http": True}, "https", 2)))
-    def test_schemes_and_certificates(self, _name, kind, root, options, scheme, tries):
+    def test_schemes_and_certificates(self, name, kind, root, options, scheme, tries):
         os.environ["SSL_CERT_FILE"] = self.file("others.pem", OTHER_CERT)
         registry = self.registry(**kind)
         self.gives(scheme and "%s://%s/v2/" % (scheme, registry.host),
                    lambda: self.probe(registry, root, **options),
-                   imagec.CertificateError, registry.host, "--insecure-skip-verify")
+                   imagec.CertificateError, registry.host, "--insecure-skip-verify",
+                   # 3.6 has no words for what is wrong with a chain.
+                   "--cacert", "self" if name == "untrusted" and sys.version_info > (
+                       3, 7) else "")
         self.assertEqual(authorizations(registry), [])
         self.assertEqual([r.method for r in registry.requests], ["GET"] * bool(scheme))
         self.assertEqual((registry.connections, self.naps), (tries, []))
@@ -7695,9 +7664,8 @@ class MirrorTest(ResolveCase):
         "", "/", "/x", "http://", "ftp://h/x", "u:S3CR3T@h", "h/UPPER", "h/a b", "h//x",
         "h/../x", "h:x", "h?x", "h/x:1", "-h")])
     def test_malformed(self, text):
-        run = self.main("digest", "r.test/a", "--mirror=" + text)
-        self.assertEqual((run.status, run.out), (2, ""), run.err)
-        self.assertRegex(run.err, r"\Aimagec: .*mirror.*\n\Z")
+        self.assert_one_line(self.main("digest", "r.test/a", "--mirror=" + text), 2,
+                             "mirror")
 
 
 # -- Rate limits
@@ -8185,6 +8153,8 @@ class DownloadTest(DownloadCase):
     @rows((("flipped bit, T25", flip(), imagec.DigestMismatch, False),
            ("flipped first bit", flip(0), imagec.DigestMismatch, False),
            ("extra byte, T24", extra(1), imagec.SizeMismatch, False),
+           *((framing + " for ever, T52", endless(framing=framing), imagec.SizeMismatch,
+              False) for framing in ("chunked", "length", "close")),
            ("shorter, and says so", body(NET_BLOB[:-1]), imagec.SizeMismatch, False),
            ("error page with 200, T30", body(b"<Error>AccessDenied</Error>"),
             imagec.SizeMismatch, False),
@@ -8204,6 +8174,7 @@ class DownloadTest(DownloadCase):
             self.download(registry).run()
         self.assertEqual((len(self.offsets(registry)), len(self.naps)),
                          (tries, tries - 1))
+        self.assertLess(registry.sent_blob_bytes, 16 * imagec.MIB)
         # What a broken connection has left is there to go on with.
         wrong = issubclass(kind, imagec.VerificationError)
         self.assertLessEqual(set(self.holds()), set() if wrong else {"blob.partial"})
@@ -8219,16 +8190,6 @@ class DownloadTest(DownloadCase):
                         registry.fault("/blobs/", [framing, truncate(count)])
                         self.download(registry, client=client).run()
                         self.assertEqual(self.holds(), {"blob": NET_BLOB})
-
-    def test_t24_t52_no_more_is_read_than_was_promised(self):
-        for framing in ("chunked", "length", "close"):
-            with self.subTest(framing=framing):
-                registry = self.filled()
-                registry.fault("/blobs/", endless(framing=framing))
-                with self.fails(imagec.SizeMismatch, str(NET_SIZE)):
-                    self.download(registry).run()
-                self.assertLess(registry.sent_blob_bytes, 16 * imagec.MIB)
-                self.assertEqual(self.holds(), {})
 
     def test_t107_t108_resuming_asks_the_registry_again(self):
         cdn = self.registry(auth=None)
@@ -10591,19 +10552,9 @@ class RootfsOutputTest(StoredCase):
 class RootlessTest(StoredCase):
     """What is done, and what is told, where a user has no special rights (T155)."""
 
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.nobody = kept(Servant(STORED_NOBODY))
-
     def setUp(self):
         super().setUp()
         os.chmod(self.work, 0o777)
-
-    def as_nobody(self, *work):
-        ended = [self.nobody.end(self.nobody.start(*argv, cwd=self.work))
-                 for argv in work]
-        return [one.status for one in ended], "".join(one.err for one in ended)
 
     def command(self, *members, out="out", name="lab/app:1"):
         reference, _ = self.serve([raw_layer(*members)], name)
@@ -11564,19 +11515,14 @@ class OutputsTest(PullCase):
 class PullTest(PullCase):
     """From a reference to an output."""
 
-    def test_pull_function(self):
-        registry, events = self.filled(auth="bearer", anonymous=False), []
-        found = imagec.pull(registry.host + "/app:1", self.dest, platform=NET_PLATFORM,
-                            username="alice", password=PASSWORD, progress=events.append)
-        self.assertEqual(str(found.digest), self.image.digest)
-        self.assertEqual(events[-1].status, "Digest: " + self.image.digest)
-
     def test_pull_function_takes_values(self):
-        registry = self.filled()
+        registry, events = self.filled(), []
         for output in (pathlib.Path(self.dest), pathlib.Path(self.dest + ".tar")):
             imagec.pull(imagec.Reference.parse(registry.host + "/app:1"), output,
-                        platform=imagec.Platform.parse(NET_PLATFORM))
+                        platform=imagec.Platform.parse(NET_PLATFORM),
+                        progress=events.append)
             self.assertEqual(faults_of(str(output)), [])
+            self.assertEqual(events[-1].status, "Digest: " + self.image.digest)
 
     def test_session_takes_what_the_function_takes(self):
         registry = self.filled()
@@ -11676,14 +11622,6 @@ class PullTest(PullCase):
         self.assertEqual((self.tree(), self.fetched(registry)), (before, []))
         with self.fails(imagec.LimitExceeded, "--max-layer-size"):
             self.pull(registry, max_layer_size=10)
-
-    @rows([(1, 2), (4, 4)])
-    def test_t107_tokens_that_run_out_in_the_middle(self, jobs, uses):
-        self.dest = os.path.join(self.root, str(jobs))
-        registry = self.filled(auth="bearer")
-        registry.token_uses = uses
-        self.pull(registry, jobs=jobs)
-        self.assertGreater(len(paths(registry, "/token")), 1)
 
     @rows([("oci",), ("docker",), ("schema1",)])
     def test_t44_the_same_blob_twice(self, kind):
@@ -13345,8 +13283,7 @@ class AuditTest(StoredCase):
         ("verify", "serve"), ("oci", "layers", "archive")), 3))
     def test_the_command_has_a_deadline(self, command, format):
         run = self.main(command, self.good(format), "--timeout", "0.000001")
-        self.assertEqual((run.status, run.out), (1, b""), run.err)
-        self.assertRegex(run.err, r"\Aimagec: not done within [^\n]+\n\Z")
+        self.assert_one_line(run, 1, "^imagec: not done within ")
 
     #: (platforms of which the image is here, whether our pull has noted that, status,
     #: where before or behind the index the first of them has an entry of its own)
@@ -16216,7 +16153,6 @@ FAILURES = (
      "resolve host nosuch.invalid: "),
     ("digest --insecure-allow-http r.invalid/a", 1,
      "cannot resolve host r.invalid: .*; check the name"),
-    ("pull registry.invalid/lab/app", 1, "cannot resolve host registry.invalid"),
     ("digest {ref}", 1, "TLS[^;]*$", "GET /v2/$", garbage(b"SSH-2.0-x\r\n"), EVER),
     ("digest {ref}", 1, "is out of order, .*HTTP 500", "GET /v2/$", status(500), EVER),
     ("pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
@@ -16237,9 +16173,6 @@ FAILURES = (
     ("pull --platform linux/s390x {host}/lab/app:many", 4, "linux/amd64, linux/arm/v7"),
     ("pull --max-layer-size 100 {ref}", 1, "--max-layer-size"),
     ("digest --timeout 0.5 {ref}", 1, "--timeout", MANIFEST, hang()),
-    ("pull -o {root}/file {ref}", 1, "file.*not a directory"),
-    ("pull -o {root}/file/a {ref}", 1, "not a directory"),
-    ("pull -o /dev/null {ref}", 1, "not a directory"),
 )
 
 
