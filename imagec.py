@@ -4006,6 +4006,7 @@ class Source:
 # --------------------------------------------------------------------------------------
 
 PARTIAL = ".partial"  # suffix of what is not yet proved
+MOVED = "another program has changed it meanwhile", "pull again"  # of an OutputError
 NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
 ORIGIN_ANNOTATION = "io.github.imagec."  # and the name of a field of an Origin
@@ -4137,8 +4138,7 @@ class Partial(contextlib.AbstractContextManager):
     def skip(self, offset, size):
         """Keeps the `size` bytes it has from here on, which must be at `offset`."""
         if os.lseek(self._fd, 0, os.SEEK_CUR) != offset:
-            raise OutputError(self.path, "another program has changed it meanwhile",
-                              "pull again")
+            raise OutputError(self.path, *MOVED)
         os.lseek(self._fd, size, os.SEEK_CUR)
 
     def truncate(self, size=0):
@@ -5501,12 +5501,10 @@ class LayersOutput(Output):
             partial.truncate()
             partial.write(image.manifest.raw)
             moves = list(self._blobs_to_move(image, folder))
-            aside = ASIDE if os.path.lexists(partial.final) else ""
             for name, raw in documents.items():
                 path = os.path.join(folder, *name.split("/"))
-                write_file(path + aside, raw, self.wait)
-                if aside:
-                    moves.append((path + aside, path))
+                write_file(path + ASIDE, raw, self.wait)
+                moves.append((path + ASIDE, path))
             partial.sync()
             for source, path in moves:
                 os.replace(source, path)
@@ -5533,8 +5531,7 @@ class LayersOutput(Output):
                                            there[:-len(ASIDE)])
                            if unchanged(one, status)), None)
             if source is None:
-                raise OutputError(path, "another program has changed it meanwhile",
-                                  "pull again")
+                raise OutputError(path, *MOVED)
             if source not in (path, path + ASIDE):
                 same_file(source, path + ASIDE, self.check)
             if source != path:
@@ -5885,8 +5882,7 @@ class ArchiveOutput(Spooled):
             self._target.truncate(None)
             self._write(tail)
         if self._status and not unchanged(self._old, self._status):
-            raise OutputError(self.path, "another program has changed it meanwhile",
-                              "pull again")
+            raise OutputError(self.path, *MOVED)
         self._end(not stays)
         return [self.path] * len(images)
 
