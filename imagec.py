@@ -4441,10 +4441,8 @@ class Reader:
         return self._names
 
     def region(self, name):
-        """The Region of a file.
-
-        Raises FileNotFoundError where nothing is there, InvalidDocument where it is no
-        regular file.
+        """The Region of a file; raises FileNotFoundError where nothing is there,
+        InvalidDocument where it is no regular file.
         """
         self.asked.add(name)
         try:
@@ -4994,11 +4992,8 @@ class Download:
         """The Fetched. Raises ImagecError and OSError, and leaves then no file there
         that was not there, but maybe PATH.partial to go on with.
         """
-        found = self._existing()
-        if found:
-            return self._rewrite(found)
         with Partial(self._place.path, self._source.transport.wait) as partial:
-            found = self._existing()  # another pull may have finished while we waited
+            found = self._existing()
             if found:
                 partial.discard()
                 return self._rewrite(found)
@@ -5184,10 +5179,8 @@ class Ranges:
         self._over, self._lock = False, threading.Lock()
 
     def chunks(self, at):
-        """Yields the blob from byte `at` on.
-
-        Raises TransportError where a range does not come as asked for; then there will
-        be no others from this place.
+        """Yields the blob from byte `at` on; raises TransportError where a range does
+        not come as asked for: then there will be no others from this place.
         """
         import concurrent.futures
         import tempfile
