@@ -7187,13 +7187,6 @@ class RegistryTest(KnownCase):
             with self.subTest(size=wrong), self.fails(imagec.SizeMismatch, str(size)):
                 client.fetch_manifest("app", wanted, wrong)
 
-    def test_t41_a_tag_is_read_once(self):
-        registry = self.filled(build_index([(self.image, ("linux", "amd64", None))]))
-        self.resolve(registry)
-        self.assertEqual(paths(registry, "/manifests/"),
-                         ["GET /v2/app/manifests/1",
-                          "GET /v2/app/manifests/" + self.image.digest])
-
     def test_t42_the_digest_wins_over_the_tag(self):
         registry = self.filled(NET_OTHER)
         registry.add("app", None, self.image)
@@ -8253,15 +8246,13 @@ class DownloadTest(DownloadCase):
     @able(hasattr(os, "geteuid"), "tell users apart")
     def test_t132_directories_of_others(self):
         place = os.path.join(self.place, "x.partial.d")
-        for mode, good in ((0o700, True), (0o755, True), (0o777, False)):
-            imagec.private_directory(place)
+        os.mkdir(place)
+        for mode in (0o700, 0o755):
             os.chmod(place, mode)
-            with self.subTest(mode="%o" % mode):
-                if good:
-                    imagec.private_directory(place)
-                    continue
-                with self.fails(imagec.OutputError, place):
-                    imagec.private_directory(place)
+            imagec.private_directory(place)
+        os.chmod(place, 0o777)
+        with self.fails(imagec.OutputError, place):
+            imagec.private_directory(place)
 
     @able(os.name == "posix", "lock files")
     def test_t124_a_lock_that_is_held(self):
@@ -8383,14 +8374,6 @@ class DownloadTest(DownloadCase):
 
 # -- Resume
 
-def field_files(top):
-    """{path: size} of the files below a place, or of the one that stands there."""
-    found = {top: os.path.getsize(top)} if os.path.isfile(top) else {}
-    found.update((path, facts.st_size) for path, facts in below(top)
-                 if not stat.S_ISDIR(facts.st_mode))
-    return found
-
-
 class ResumeTest(FieldCase):
     """What is on disk is not fetched again, in this run or the next."""
 
@@ -8419,10 +8402,15 @@ class ResumeTest(FieldCase):
         self.assertEqual(faults_of(self.at(name)), [])
 
     def test_archive_has_each_blob_when_its_turn_has_come(self):
-        self.failing(imagec.NotFound, status(404), to="a.tar")
+        registry = self.failing(imagec.NotFound, status(404), to="a.tar")
         self.assertGreater(os.path.getsize(self.at("a.tar.partial")), 118000)
         self.assertEqual(os.listdir(self.at("a.tar.partial.d/blobs")),
                          [self.image.layers[2][7:] + ".partial"])
+        run = self.main("pull", "--dry-run", "--platform", "linux/amd64", "-o",
+                        self.at("a.tar"), registry.host + "/lab/app:1")
+        *there, last = [len(self.image.blobs[digest]) for digest in self.image.layers]
+        self.assertIn("\nto fetch: %d bytes; already there: %d\n" % (last, sum(there)),
+                      run.out)
 
 # --------------------------------------------------------------------------------------
 # 12  Outputs
@@ -9194,13 +9182,13 @@ class OCIOutputTest(StoredCase):
         self.layout(self.serve(ARCHIVE_TARS)[0], expect=1)
         self.assertEqual(os.listdir(self.at("canary")), [])
 
-    def test_T012_a_link_to_it_is_the_users(self):
-        os.mkdir(self.at("real"))
-        os.symlink("real", self.out)
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        self.assertIn("index.json", os.listdir(self.at("real")))
-        self.verify(self.out)
+    @rows((("oci",), ("layers",)))
+    def test_T012_a_link_to_it_is_the_users(self, format):
+        os.mkdir(self.at("real-" + format))
+        os.symlink("real-" + format, self.at(format))
+        self.pull("--format", format, "-o", self.at(format), self.serve(ARCHIVE_TARS)[0])
+        self.assertTrue(contents(self.at("real-" + format)))
+        self.verify(self.at(format))
 
     def test_T012_planted_links(self):
         reference, image = self.serve(ARCHIVE_TARS)
@@ -9711,15 +9699,6 @@ class RecompressTest(StoredCase):
         layer = json.loads(blobs[0].decode())["layers"][0]
         self.assertEqual(set(layer), {"mediaType", "size", "digest", "annotations"})
         self.assertEqual(layer["annotations"], {"mine": "x"})
-
-    def test_what_is_not_zstd_stays(self):
-        layers = iter([gzip_bytes, zstd_bytes, None])
-        reference, image = self.serve(
-            ARCHIVE_TARS[:2], "lab/mixed:1", compress=lambda tar: next(layers)(tar))
-        self.recompressed("out.tar", reference)
-        members = self.members(self.at("out.tar"))
-        self.assertIn("blobs/sha256/" + image.layers[0][7:], members)
-        self.assertNotIn("blobs/sha256/" + image.layers[1][7:], members)
 
     def test_shared_by_two_images(self):
         other, _ = self.serve(ARCHIVE_TARS[1:], "lab/other:1", compress=zstd_bytes)
@@ -11469,18 +11448,6 @@ class OutputsTest(PullCase):
         self.assertEqual(file_bytes(os.path.join(found.path, "manifest.json")), odd)
         self.assertEqual(str(found.digest), sha256(odd))
 
-    def test_the_manifest_comes_last(self):
-        written, real = [], os.replace
-        registry = self.filled()
-        for _ in range(2):  # where nothing is, and where the same is
-            with mock.patch("os.replace", lambda source, path: (
-                    written.append(os.path.basename(path)), real(source, path))):
-                self.pull(registry)
-            self.assertEqual(written.pop(), "manifest.json")
-            self.assertIn("config.json", written)
-            self.assertNotIn("manifest.json", written)
-            del written[:]
-
     def test_t12_links_below_the_destination(self):
         registry = self.filled()
         canary = os.path.join(self.root, "canary")
@@ -11494,13 +11461,6 @@ class OutputsTest(PullCase):
                 with self.fails(imagec.OutputError, "not a directory"):
                     self.pull(registry)
                 self.assertEqual(os.listdir(canary), [])
-
-    def test_the_destination_itself_may_be_a_link(self):
-        real = os.path.join(self.root, "real")
-        os.mkdir(real)
-        os.symlink(real, self.dest)
-        self.pull(self.filled())
-        self.assertTrue(contents(real))
 
     def test_t126_destinations(self):
         for place in os.devnull, self.file("file") + "/below":
@@ -12072,11 +12032,11 @@ class DryRunTest(FieldCase):
              platform="linux/amd64"):
         """(results, bytes to fetch, bytes there) of a plan, which writes nothing."""
         path = self.at(name)
-        before = field_files(self.root), os.path.exists(path)
+        before = contents(self.root), os.path.exists(path)
         run = self.main("pull", "--dry-run", "--platform", platform, "--format", format,
                         "-o", path, ref or self.ref, *argv)
         self.assertEqual((run.status, run.err), (0, ""))
-        self.assertEqual((field_files(self.root), os.path.exists(path)), before)
+        self.assertEqual((contents(self.root), os.path.exists(path)), before)
         *images, sums = run.out.splitlines()
         found = re.fullmatch(r"to fetch: (\d+) bytes; already there: (\d+)", sums)
         return (images, *map(int, found.groups()))
@@ -12109,19 +12069,6 @@ class DryRunTest(FieldCase):
         _, fetch, there = self.plan(format=format, name=name)
         self.assertEqual(fetch + there, sum(self.sizes))
         self.assertGreaterEqual(there, 20)
-
-    def test_layers_that_an_unfinished_archive_has(self):
-        large = build_image([tar_bytes([("f%d" % n, noise(9000 - 500 * n, n))])
-                             for n in range(2)])
-        origin = self.filled(large)
-        host = origin.host
-        fault = origin.fault("/blobs/" + large.layers[1], status(404), EVER)
-        with self.fails(imagec.NotFound):
-            self.pull(host, to="a.tar", jobs=1)
-        fault.times = fault.used
-        self.assertEqual(self.plan(format="archive", name="a.tar", ref=host
-                                   + "/lab/app:1")[1:], tuple(
-            len(large.blobs[digest]) for digest in large.layers[::-1]))
 
     def test_several_images_share_layers(self):
         other = build_image(FIELD_SMALL[:1] + (tar_bytes([("x", b"y")]),))
@@ -12741,17 +12688,6 @@ class AuditTest(StoredCase):
         for path in (self.at(name), self.at(name + ".tar")):
             self.pull("--format", format, "-o", path, self.reference)
             self.assertEqual(faults_of(path), [])
-
-    def test_what_two_trees_share_is_checked_in_both(self):
-        self.offer(self.image, "2")
-        root = self.good("layers")
-        self.pull("-o", root, self.reference[:-1] + "2")
-        for tag in "12":
-            place, = glob.glob(os.path.join(os.path.dirname(self.folder), tag,
-                                            self.words["i0"], "*.tar"))
-            damage_flip(place)
-            self.faults(root, "app/%s/%s" % (tag, self.words["i0"]))
-            damage_flip(place)
 
     def test_a_tree_in_the_directory_of_another(self):
         root = self.good("layers")
@@ -14356,20 +14292,6 @@ class ServeTest(ServeCase):
                     b"\r\n\r\n")
             self.assertRegex(head, rb"^HTTP/1\.[01] 200 ")
             self.assertEqual(rest, body)
-
-    def test_parallel_clients(self):
-        host, image = self.serve(self.layout), self.images["lab/oci"]
-        paths = ["/v2/lab/oci/manifests/1"] + [
-            "/v2/lab/oci/blobs/" + digest for digest in image.layers]
-        bodies = [image.manifest] + [image.blobs[digest] for digest in image.layers]
-
-        def client(_):
-            with contextlib.closing(http.client.HTTPConnection(host, timeout=5)) as one:
-                return [serve_ask(one, path).body for path in paths]
-
-        with concurrent.futures.ThreadPoolExecutor(60) as pool:
-            for found in pool.map(client, range(60)):
-                self.assertTrue(found == bodies)  # to tell how they differ takes ages
 
     def test_slow_client_blocks_nobody(self):
         shelf, digest, _ = self.shelf_of(bytes(16 << 20))
@@ -20260,8 +20182,8 @@ class RealPushTest(PushCase):
     @staticmethod
     def stored(registry):
         """{path: bytes} of all that a registry keeps, but for unfinished uploads."""
-        return {os.path.relpath(path, registry.storage): file_bytes(path)
-                for path in field_files(registry.storage) if "/_uploads/" not in path}
+        return {path: data for path, data in contents(registry.storage).items()
+                if "/_uploads/" not in path}
 
     @rows(((None,), ("htpasswd",), ("token",)))
     def test_skopeo_sees_what_was_pushed(self, auth):
