@@ -232,17 +232,23 @@ def der(kind, *parts):
         bytes([0x80 + len(size)]) + size if len(data) >= 128 else size) + data
 
 
+def der_number(number):
+    return der(2, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def der_pair(r, s):
+    return der(0x30, der_number(r), der_number(s))
+
+
 def certificate(*changes, secret=TEST_SECRET):
     """TEST_CERT with changes (old bytes, new bytes), signed again."""
     signed = ssl.PEM_cert_to_DER_cert(TEST_CERT)[4:301]  # all but the signature
     for old, new in changes:
         assert old in signed
         signed = signed.replace(old, new)
-    pair = [der(2, number.to_bytes(number.bit_length() // 8 + 1, "big"))
-            for number in ecdsa(signed, secret)]
     return ssl.DER_cert_to_PEM_cert(der(
         0x30, signed, bytes.fromhex("300a06082a8648ce3d040302"),
-        der(3, b"\0", der(0x30, *pair))))
+        der(3, b"\0", der_pair(*ecdsa(signed, secret)))))
 
 
 EXPIRED_CERT = certificate((b"21260101", b"20210101"))
@@ -1386,6 +1392,11 @@ class RegistryCase(unittest.TestCase):
             content = json.dumps(content)
         return write_file(os.path.join(self.root, *name.split("/")), content)
 
+    def enter(self, place):
+        """Make it the current directory until the end of the test."""
+        self.addCleanup(os.chdir, HOME)
+        os.chdir(place)
+
     def registry(self, **options):
         """Start a FakeRegistry that ends with the test."""
         registry = FakeRegistry(**options)
@@ -2130,8 +2141,6 @@ def paths(server, word=""):
     lines = ("%s %s" % (r.method, r.route) for r in server.requests)
     return [line for line in lines if word in line]
 
-
-# -- A home of its own, no DNS
 
 FIELD_SMALL = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", b"two" * 1000)]))
 FIELD_HUB = "https://index.docker.io/v1/"
@@ -4918,8 +4927,7 @@ class CredentialsTest(ResolveCase):
 
     @able(os.name == "posix", "have no home")
     def test_without_a_home_there_are_no_files(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.root)
+        self.enter(self.root)
         auths = field_auths("r.test")
         for name in (".docker/config.json", ".config/containers/auth.json"):
             self.file("~/" + name, auths)
@@ -5071,8 +5079,7 @@ class CredentialsTest(ResolveCase):
     def test_t82_helper_in_the_working_directory_is_not_run(self):
         path = self.file("here/docker-credential-h", "#!/bin/sh\ntouch ran\n")
         os.chmod(path, 0o755)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.at("here"))
+        self.enter(self.at("here"))
         self.docker_config({"credsStore": "h"})
         for place in ("", ".", "/none", "../here"):
             os.environ["PATH"] = place + os.pathsep + "/usr/bin"
@@ -7661,8 +7668,6 @@ class MirrorTest(ResolveCase):
                              "mirror")
 
 
-# -- Rate limits
-
 #: (Retry-After at FIELD_NOW, seconds slept before the second try; None where ours are)
 FIELD_RETRIES = (
     (None, None), ("0", 0), ("7", 7), (" 7 ", 7), ("60", 60), ("61", 60),
@@ -8372,8 +8377,6 @@ class DownloadTest(DownloadCase):
                 self.download(registry, data, unpack=True, diff_id=bad).run()
 
 
-# -- Resume
-
 class ResumeTest(FieldCase):
     """What is on disk is not fetched again, in this run or the next."""
 
@@ -8490,8 +8493,7 @@ class ArchiveOutputTest(StoredCase):
     @able(hasattr(os, "mkfifo"), "make fifos")
     def test_a_pipe_is_for_who_names_it(self):
         reference, _ = self.serve(ARCHIVE_TARS)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.work)
+        self.enter(self.work)
         os.mkfifo("app_1.tar")
         with threat_alarm(30):
             self.assertIn("is no file; name one", self.pull(reference, expect=1).err)
@@ -9194,7 +9196,7 @@ class OCIOutputTest(StoredCase):
         reference, image = self.serve(ARCHIVE_TARS)
         os.makedirs(self.blob(""))
         write_file(self.at("victim"), b"untouched")
-        write_file(self.at("out", "oci-layout"), LAYOUT)
+        write_file(self.at("out", "oci-layout.partial"), b"{")  # another's, just begun
         for path in (self.blob(image.layers[0]), self.blob(image.digest),
                      self.blob(image.layers[1]) + ".partial",
                      self.at("out", "index.json.partial")):
@@ -9263,12 +9265,6 @@ class OCIOutputTest(StoredCase):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda one: imagec.pull(one, self.out, "oci"), references))
         self.assertEqual(sorted(row[1] for row in self.names()), sorted(references))
-        self.verify(self.out)
-
-    def test_T124_another_has_just_begun(self):
-        os.makedirs(self.blob(""))
-        write_file(self.at("out", "oci-layout.partial"), b"{")
-        self.layout(self.serve(ARCHIVE_TARS)[0])
         self.verify(self.out)
 
     def multi(self):
@@ -10156,8 +10152,7 @@ class UnsafeLayersTest(StoredCase):
         os.mkfifo(self.at("canary", "pipe"))
         for path in (self.work, self.canary):
             os.chmod(path, 0o777)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.work)
+        self.enter(self.work)
 
     @rows(UNSAFE)
     def test_nothing_outside_is_touched(self, _, layers, wanted, words=None):
@@ -10480,8 +10475,7 @@ class RootfsOutputTest(StoredCase):
             run = self.pull("--format", "rootfs", "-o", self.work + "/" + name, reference,
                             expect=1)
             self.assertIn(words, run.err)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.at("empty"))
+        self.enter(self.at("empty"))
         for name in (".", "./", "../empty", self.at("empty")):
             run = self.pull("--format", "rootfs", "-o", name, reference, expect=1)
             self.assertIn("where you are", run.err)
@@ -10791,14 +10785,6 @@ def pem(label, data):
 def der_of(key):
     return ssl.PEM_cert_to_DER_cert(
         key.decode("ascii").replace("PUBLIC KEY", "CERTIFICATE"))
-
-
-def der_number(number):
-    return der(2, number.to_bytes(number.bit_length() // 8 + 1, "big"))
-
-
-def der_pair(r, s):
-    return der(0x30, der_number(r), der_number(s))
 
 
 def public_key(kind, *bits):
@@ -15214,8 +15200,7 @@ class CommandLineTest(CommandLineCase):
 
     def there(self):
         """A current directory of its own; what is in it after a pull, by its names."""
-        self.addCleanup(os.chdir, HOME)
-        os.chdir(self.work)
+        self.enter(self.work)
         return lambda *argv: (self.done("pull", "-q", *argv) and set(os.listdir(".")))
 
     @rows((  # (options, what it is, names of references, what that makes)
@@ -15682,8 +15667,7 @@ class OnDiskTest(CommandLineCase):
                          self.digest + "\n")
 
     def test_what_is_a_path(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.work)
+        self.enter(self.work)
         self.put("a/x.tar", self.ref)
         self.put("a/lab", "--format", "oci", self.ref)
         self.put("X.TAR", "--format", "archive", self.ref)
@@ -16082,19 +16066,14 @@ FAILURES = (
     ("pull --tag a:1 {ref}", 2, "--tag goes with"),
     ("pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
     ("auth ''", 2, "HOST"),
-    ("auth 'a b'", 2, "HOST"),
     ("pull lab/App", 2, "lowercase"),
     ("pull 'lab/app\n'", 2, r"lab/app\\+n"),
     ("pull {ref} a//b", 2, "a//b"),
     ("digest {host}/lab/app@sha256:12", 2, "64"),
     ("digest --cacert {root}/none {ref}", 2, "--cacert"),
-    ("digest 127.0.0.1:1/lab/app", 1, "refused"),
-    ("digest {ref}", 1, "no registry", "GET /v2/$", status(410, body=HTML), EVER),
     ("digest {ref}", 4, "not found.*its /v2/ answers HTTP 404", "GET",
      status(404, body=HTML), EVER),
     ("pull --platform linux/s390x {host}/lab/app:many", 4, "linux/amd64, linux/arm/v7"),
-    ("pull --max-layer-size 100 {ref}", 1, "--max-layer-size"),
-    ("digest --timeout 0.5 {ref}", 1, "--timeout", MANIFEST, hang()),
 )
 
 
@@ -17340,8 +17319,6 @@ class AnnexTest(RegistryCase):
         self.assertEqual([title for title in entered if title.endswith("*")], [])
 
 
-# -- The README
-
 class ReadmeTest(RegistryCase):
     """What README.md says is so: each command runs, on images served here."""
 
@@ -17365,8 +17342,7 @@ class ReadmeTest(RegistryCase):
         self.file("work/images.txt", "# two of them\n%s/alpine\n%s/debian:12\n" % (
             self.open.host, self.open.host))
         self.text = file_text(os.path.join(HOME, "README.md"))
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.work)
+        self.enter(self.work)
 
     def section(self, title):
         found = self.text.partition("\n## %s\n" % title)[2].partition("\n## ")[0]
@@ -18061,8 +18037,6 @@ class FuzzTest(ThreatCase):
             remove(case)
 
 
-# -- Killed, interrupted, terminated
-
 THREAT_KILLS = int(os.environ.get("IMAGEC_KILLS", "6"))
 THREAT_SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143)) + (
     ((signal.SIGKILL, -signal.SIGKILL),) if hasattr(signal, "SIGKILL") else ())
@@ -18192,8 +18166,6 @@ class KillTest(KillCase, ThreatProcessCase):
         self.fetch(ref, format, path)
         self.assert_whole(path)
 
-
-# -- Local faults
 
 class LocalFaultsTest(ThreatCase):
     """The disk and the host fail: T120 T126 T129 T130 T133."""
@@ -18380,8 +18352,7 @@ class LocalFaultsTest(ThreatCase):
         self.assert_one_line(self.pull(format, path), 1, "%s: is a link to what is not "
                              "there; choose another" % re.escape(path))
         os.mkdir(self.at("gone"))
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.at("gone"))
+        self.enter(self.at("gone"))
         os.rmdir(self.at("gone"))
         name = os.path.basename(path)
         self.assert_one_line(self.pull(format, name), 1, "%s: the current directory is "
@@ -18498,8 +18469,6 @@ class LocalLimitsTest(ThreatProcessCase):
         self.assertEqual(os.listdir(other), [])
 
 
-# -- Time that is up
-
 class WorkTest(ThreatCase):
     """Whatever is done when time is up, or Ctrl-C comes, is not done to its end."""
 
@@ -18576,12 +18545,12 @@ def threat_link_maze():
                 tar_header(name=b"s/f%d" % n) for n in range(150))
 
 
-
-
 FIFTY, FIFTY_MORE = (
     b"".join(tar_header(name=b"%s%02d" % (name, n)) for n in range(50)) + TAR_END
     for name in (b"a", b"b"))
 DEEP = b"".join(tar_header(name=b"%d/" % n + b"d/" * 33 + b"f") for n in range(2))
+
+
 class BombTest(ThreatCase):
     """Small things that want to be large: T50 T51 T54 T55 T60 T61 T67 T68."""
 
@@ -18736,8 +18705,6 @@ class MemoryTest(ThreatProcessCase):
         self.assertIn(run.status, (0, 3), run.err)
         self.assertLess(run.peak, THREAT_MEMORY + (32 << 10))
 
-
-# -- Limits
 
 def counted(document, name):
     """decode_manifest() of a document with so many entries of that name."""
@@ -19062,8 +19029,6 @@ class PullContract:
                          witness.diff_ids)
 
 
-# -- The double
-
 @functools.lru_cache(maxsize=None)
 def double_images():
     """{tag: image} as the real registry would hold them."""
@@ -19090,8 +19055,6 @@ class DoublePullTest(PullContract, CommandLineCase):
     def expected_tags(self):
         return sorted(double_images())
 
-
-# -- The real registry
 
 class Seeded:
     """What all real registries of this run serve, and what skopeo says of it."""
@@ -19782,8 +19745,6 @@ class FieldProgram:
         return file_text(self._log)
 
 
-# -- Certificates
-
 @needs("docker-registry", "skopeo")
 class RealClientCertTest(RealFieldCase):
     """A registry that wants a client certificate."""
@@ -19802,8 +19763,6 @@ class RealClientCertTest(RealFieldCase):
         self.take("--cert", self.file("me.cert", OTHER_CERT),
                   "--key", self.file("me.key", OTHER_KEY), expect=1)
 
-
-# -- Proxies
 
 class RealProxyCase(RealFieldCase):
     """Pulls through a proxy, from a registry with TLS and from one without."""
@@ -19915,8 +19874,6 @@ class RealSOCKSTest(RealProxyCase):
                         ref="127.0.0.1:1/lab/app:1", expect=1)
         self.assertIn("SOCKS proxy", run.err)
 
-
-# -- Resume and mirrors
 
 @needs("openssl")
 class RealKeysTest(RegistryCase):
