@@ -2564,19 +2564,7 @@ class _Kept(http.client.HTTPConnection):
         if tls:
             self.sock = tls().wrap_socket(self.sock, server_hostname=self.host,
                                           do_handshake_on_connect=False)
-            try:
-                self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
-            except ssl.SSLError as error:
-                rest = b""
-                if "WRONG_VERSION_NUMBER" in str(error):  # "HTTP/" as a record's head
-                    with contextlib.suppress(OSError):
-                        rest = socket.socket.recv(self.sock, KIB)
-                line = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", rest)
-                if not line:
-                    raise
-                raise TransportError("%s: TLS failed: it answers in plain HTTP/%s" % (
-                    request.host, printable(line.group().decode("latin-1"), 100)),
-                    _LENIENCE % "--insecure-allow-http") from error
+            self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""
