@@ -6966,7 +6966,7 @@ OUTPUTS = {output.format: output for output in (
 
 
 class Session:
-    """The registries one command talks to, and how; for use in a `with`.
+    """The registries one command talks to, and how; for a `with`, and one thread.
 
     `username` and `password` are for the registry of the first reference asked for, and
     no other; without them the Keyring's sources are asked, unless `no_creds`. Times are
@@ -8072,12 +8072,14 @@ class Audit:
         what = "layer " + str(descriptor.digest)
         with self._noting(name):
             region = found.reader.region(name)
-            if descriptor.size not in (None, region.size):  # or: each lie is hashed
-                raise SizeMismatch("blob", descriptor.size, region.size)
-            self._seen[question] = prove(
-                region.pieces(self._go_on), descriptor,
-                (lambda chunks: unpack(chunks, what, float("inf"), check=self._go_on,
-                                       diff_id=diff_id)) if tar else None)
+            foreign = region is self.reader.beside.get(name)
+            with naming(region.path if foreign else None):
+                if descriptor.size not in (None, region.size):  # or: each lie is hashed
+                    raise SizeMismatch("blob", descriptor.size, region.size)
+                self._seen[question] = prove(
+                    region.pieces(self._go_on), descriptor,
+                    (lambda chunks: unpack(chunks, what, float("inf"), diff_id=diff_id,
+                                           check=self._go_on)) if tar else None)
         return self._seen[question]
 
     def _check_docker(self, reader, names):

@@ -9466,7 +9466,10 @@ class WithoutTest(StoredCase):
         base = self.bases()[2]
         blobs = [os.path.join(base, "blobs", "sha256", digest[7:])
                  for digest in self.image.layers[:2]]
+        self.left_out("app:2", "u.tar", base)
         os.truncate(blobs[1], 5)
+        run = self.main("verify", self.at("u.tar"), "--with", base)
+        self.assertIn("got 5, from %s\n" % blobs[1], run.err)
         self.assertEqual(self.left_out("app:2", "torn.tar", base), [0])
         os.unlink(blobs[0])
         self.assertEqual(self.left_out("app:2", "gone", base), [])
