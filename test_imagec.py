@@ -1914,8 +1914,6 @@ def seed(registry, repository, layers):
 # Fixtures: tables, and what cases share
 # --------------------------------------------------------------------------------------
 
-# -- Tables, rows
-
 #: (format, where it goes): everything a pull can write.
 IMAGE_FORMATS = [name for name, output in imagec.OUTPUTS.items() if output.images]
 OUTPUTS = (
@@ -3711,7 +3709,7 @@ class Schema1Test(TableCase):
     @rows(((["a"], "a"), (["cb", "ba", "a"], "abc"),
            # docker drops the newer of neighbours with one id, and never sees its parent
            (["cb", "bf", "ba", "a"], "abc"), (["ba", "bf", "bb", "ba", "a"], "ab"),
-           (["ab", "a"], "a")))
+           (["ab", "a"], "a"), ([("a", "")], "a")))  # an empty parent is none
     def test_chains_read(self, entries, expected):
         found = imagec.decode_manifest(schema1_chain(entries))
         self.assertEqual("".join(layer.id[0] for layer in found.layers), expected)
@@ -3727,10 +3725,6 @@ class Schema1Test(TableCase):
         self.assertEqual([layer.throwaway for layer in found.layers], [False, True])
         blobs = [str(layer.blob.digest) for layer in found.layers]
         self.assertEqual(blobs, [SUM_A, SUM_A])
-
-    def test_an_empty_parent_is_none(self):
-        raw = schema1_json({"id": "a" * 64, "parent": ""})
-        self.assertEqual(len(imagec.decode_manifest(raw).layers), 1)
 
     def test_any_v1_value_reads_or_is_refused(self):
         self.none_stray(put_to_use, (
@@ -7521,14 +7515,6 @@ class MirrorTest(ResolveCase):
         self.pull(self.origin.host, to="b", mirrors=["127.0.0.1:1", two.host])
         self.assertEqual(len(paths(two, "/blobs/")), 3)
         self.assertEqual(self.origin.requests, [])
-
-    def test_docker_hub(self):
-        mirror = self.filled(name="library/alpine")
-        prefixed = self.filled(name="hub/library/alpine")
-        for place in (mirror.host, prefixed.host + "/hub"):
-            for name in ("alpine:1", "docker.io/library/alpine:1"):
-                image = self.resolve(None, name, mirrors=[place])
-                self.assertEqual(str(image.reference), "docker.io/library/alpine:1")
 
     def test_name_written_down_is_the_origins(self):
         mirror = self.filled(name="cache/lab/app")
@@ -11682,16 +11668,6 @@ class PullTest(PullCase):
             self.pull(registry, "app:odd", **login)
         self.assertEqual(elsewhere.connections, 0)
 
-    def test_t81_a_password_is_for_one_registry(self):
-        first, second = (self.filled(auth="basic") for _ in range(2))
-        one, other = (imagec.Reference.parse(each.host + "/app:1")
-                      for each in (first, second))
-        with self.session(username="alice", password=PASSWORD) as session:
-            session.manifest(one)
-            with self.fails(imagec.UsageError, second.host):
-                session.manifest(other)
-        self.assertEqual(second.connections, 0)
-
 
 def imagec_threads():
     """How many of an executor's threads are alive."""
@@ -14984,8 +14960,6 @@ class SelfTestTest(ServeCase):
         self.assertEqual("this host can pull images" in run.out, not code)
 
     @rows(((imagec.TransportError("no way"), [], "no way"),
-           (imagec.DigestMismatch("blob", "a", "b"), [], "blob"),
-           (imagec.InvalidDocument("bad"), [], "bad"),
            (OSError(28, "full"), [], "full"),
            (None, ["layer.tar: is not what it was"], "is not what it was"),
            (None, [], "tampered")))  # too good to be true
@@ -18543,7 +18517,6 @@ class BombTest(ThreatCase):
             {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
              "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
         ("pax header of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"x"), "limit"),
-        ("long name of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"L"), "limit"),
         ("file of 8 GiB, T50", lambda: tar_header((8 << 30) - 1), "max-layer-size"),
     ))
     def test_t50_t51_t67_layers(self, _name, make, word):
