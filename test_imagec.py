@@ -26,7 +26,6 @@ import errno
 import functools
 import gc
 import glob
-import gzip
 import hashlib
 import hmac
 import http.client
@@ -39,7 +38,6 @@ import logging
 import lzma
 import os
 import pathlib
-import py_compile
 import pydoc
 import random
 import re
@@ -8595,7 +8593,7 @@ class ArchiveOutputTest(StoredCase):
     def test_archive_that_others_may_change(self, _name, expose):
         """What was proved of it may be another thing at once: A21."""
         self.clear()
-        path, (reference, image) = self.at("out.tar"), self.serve(ARCHIVE_TARS)
+        path, (reference, _) = self.at("out.tar"), self.serve(ARCHIVE_TARS)
         self.archive(reference)
         good = file_bytes(path)
         expose(path)
@@ -15197,7 +15195,8 @@ class CommandLineTest(CommandLineCase):
             self.assertEqual(faults_of(format), [])
 
     def test_keep_going_past_a_place_that_is_taken(self):
-        pull, other = self.there(), self.offer("2", build_image(FIELD_SMALL[:1]))
+        self.enter(self.work)
+        other = self.offer("2", build_image(FIELD_SMALL[:1]))
         for format, name in (("rootfs", "app_1"), ("archive", "app_1.tar")):
             os.makedirs(os.path.join(name, "mine"))
             ended = self.main("pull", "-q", "--keep-going", "--format", format, self.ref,
