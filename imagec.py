@@ -808,8 +808,10 @@ class Document:
         members = self.get(name, dict)
         texts = {key: text for key, text in (members.value if members else {}).items()
                  if text is not None}
-        if not all(type(text) is str for text in texts.values()):
-            raise InvalidDocument("%s: '%s' must hold strings" % (self.where, name))
+        if not all(type(text) is str for text in texts.values()) or (
+                re.search("[\ud800-\udfff]", "".join(texts.values()))):
+            raise InvalidDocument("%s: '%s' must hold strings of valid Unicode"
+                                  % (self.where, name))
         return texts
 
     def base64url(self, name):
@@ -6591,7 +6593,7 @@ class FilesOutput(RootfsOutput):
                     log.warning("%s: a file without name is %s", image.reference, name)
             parts = [part for part in name.split("/") if part not in ("", ".")]
             if not parts or name[0] == "/" or ".." in parts or len(name) > PATH_MAX or (
-                    re.search("[\0\ud800-\udfff]", name)):
+                    "\0" in name):
                 raise InvalidDocument("%s: unsafe name of a file: %s" % (
                     image.reference, printable(name, 100)))
             found.append(("/".join(parts), blob))
