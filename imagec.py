@@ -1413,10 +1413,13 @@ def _tar_entry(block):
     if kind == b"S" and magic != _GNU_MAGIC:
         raise ValueError("a sparse file of GNU tar in a header that is not GNU's")
     name = name.partition(b"\0")[0]
-    if prefix[0] and magic[:6] != b"ustar\0" and (
-            magic != _GNU_MAGIC or max(prefix) > 127
-            or re.match(rb"[0-7 \0]{24}", prefix)):
-        prefix = b""  # two times with GNU's magic; but Go before 1.8 had prefixes there
+    if prefix[0]:
+        if magic == _GNU_MAGIC:
+            prefix = _gnu_prefix(prefix)
+        elif magic[:6] != b"ustar\0":
+            prefix = b""
+        elif block[508:] == b"tar\0":  # star has two times behind it
+            prefix = prefix[:131]
     prefix = prefix.partition(b"\0")[0]
     if prefix:
         name = prefix + b"/" + name
@@ -1425,6 +1428,19 @@ def _tar_entry(block):
         _tar_number(mode) & 0o7777, max(_tar_number(uid), 0), max(_tar_number(gid), 0),
         _tar_number(mtime) * 10 ** 9, link.partition(b"\0")[0],
         (_tar_number(major), _tar_number(minor)) if kind in b"34" else None)
+
+
+def _gnu_prefix(field):
+    """The prefix in a GNU header, as Go reads it, which before 1.8 wrote one there: if
+    it begins with two times, each a number or empty, there is none.
+    """
+    try:
+        for time in filter(lambda time: time[0], (field[:12], field[12:24])):
+            _tar_number(time)
+        return b""
+    except ValueError:
+        prefix = field.partition(b"\0")[0]
+        return prefix if max(prefix) < 128 else b""
 
 
 def _pax_number(text, key):
@@ -1571,7 +1587,8 @@ class Tar:
             raise LimitExceeded("%s: a pax header of more than %d lines"
                                 % (self._what, PAX_COUNT_LIMIT))
         for key, value in _pax_records(data):
-            if b"\0" in key or not value and key in (b"path", b"linkpath"):
+            if b"\0" in key or not value and key in (b"path", b"linkpath",
+                                                     b"GNU.sparse.name"):
                 raise ValueError("a pax record that readers disagree on")
             if kind == b"g":
                 if key in (b"path", b"linkpath", b"size"):
@@ -1632,7 +1649,7 @@ class Tar:
             uid=self._number(b"uid", entry.uid), gid=self._number(b"gid", entry.gid),
             mtime=_pax_time(pax[b"mtime"]) if b"mtime" in pax else entry.mtime,
             xattrs=tuple(sorted((key[len(_XATTR):], value) for key, value in pax.items()
-                                if key.startswith(_XATTR))))
+                                if key.startswith(_XATTR) and value)))
 
     def _spread(self, sparse):
         """Yields the data of a sparse file, and the numbers of bytes between it."""

@@ -4190,6 +4190,7 @@ BAD_TARS = (
     ("two sizes of a sparse file", pax(*((b"GNU.sparse." + key, value) for key, value in (
         (b"major", b"1"), (b"minor", b"0"), (b"size", b"9"), (b"realsize", b"650"))))
      + tar_member(in_blocks(b"0\n")), "unknown kind"),
+    ("no name of a sparse file", pax((b"GNU.sparse.name", b"")) + A_FILE, "disagree"),
     ("sparse, but ustar", tar_header(0, kind=b"S"), "after 0 members"),
     ("sparse map that ends early", tar_header(0, kind=b"S", patches=[
         GNU_MAGIC, (386, b"%011o\0" * 2 % (0, 0)), (482, b"\1"), (483, b"%011o\0" % 9)])
@@ -4261,6 +4262,12 @@ ENTRIES = (
     # Go before 1.8, where a number needed base-256.
     ("Go", raw_member(b"f", tail=b"a/dir", magic=b"ustar  \0",
                       uid=b"\x80" + bytes(6) + b"\5"), dict(path=b"a/dir/f", uid=5)),
+    ("star", raw_member(b"f", tail=b"d".ljust(131, b"r") + b"14000000000\0" * 2
+                        + bytes(8) + b"tar\0"), dict(path=b"d".ljust(131, b"r") + b"/f")),
+    ("Go, no first time", raw_member(b"f", tail=b"0 0", magic=b"ustar  \0"),
+     dict(path=b"0 0/f")),
+    ("GNU, no second time", raw_member(
+        b"f", tail=b"14000000000\0\0junk", magic=b"ustar  \0"), dict(path=b"f")),
     ("Go, not ASCII", raw_member(b"f", tail=b"d\xffr", magic=b"ustar  \0"),
      dict(path=b"f")),
     ("long names", tar_member(b"n" * 150 + b"\0", kind=b"L")
