@@ -3878,8 +3878,8 @@ class Registry(Endpoint):
                 response, body = self._document("GET", path, repository, "%s of %s" % (
                     what, repository), tries=tries, **headers)
             yield response, body
-            link = re.match(r'''(?i)\s*<([^<>]*)>[^<>,]*;\s*rel="?next"?(?![\w-])''',
-                            response.headers.get("Link", "")[:HEADER_LIMIT])  # RFC 8288
+            link = re.search(_NEXT, ", ".join(
+                response.headers.get_all("Link", []))[:HEADER_LIMIT])
             path = url = link and checked_url(link.group(1), response.url)
             # Behind a proxy a registry may not know by what scheme and port it is
             # asked: it is asked as before.
@@ -3889,6 +3889,10 @@ class Registry(Endpoint):
             elif url:
                 raise UnsafeRedirect("%s: the %s goes on at another host, %s"
                                      % (self.host, what, url.hostname))
+
+
+#: RFC 8288; what stands in quotes may hold anything.
+_NEXT = r'''(?i)<([^<>]*)>(?:;[^<>;,"]*(?:"[^"]*")?)*?;\s*rel="?next"?(?![\w-])'''
 
 
 def list_referrers(registry, repository, digest):

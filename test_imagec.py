@@ -6972,6 +6972,8 @@ NET_LINKS = tuple((link.format(list="/v2/app/tags/list?last=b", next='rel="next"
     ("abcd", ("<{list}>; {next}", "<{list}>; rel=next", "  <{list}>;  {next}; x=y",
               "<list?last=b>; {next}", "<?last=b>; {next}", "<{url}{list}>; {next}",
               "<https://{host}{list}>; rel=\"Next\"",  # asked as before
+              "</v2/x>; rel=\"first\", <{list}>; {next}",
+              "<{list}>; title=\"a, b; <c>\"; {next}",
               "<http://127.0.0.1{list}>; rel=next")),
     ("ab", ("<{list}>; rel=\"prev\"", "<{list}>; rel=\"nextish\"", "<{list}>", "junk",
             "")),
