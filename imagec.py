@@ -8151,6 +8151,7 @@ def _prove_signed(stock, rule, name=None):
         for one in (found.name, found.tag))]
     if not asked:
         raise VerificationError("there is no image %s" % (name or "to prove"))
+    proved = set()  # one image may go by many names
     for found in asked:
         name = found.name or found.tag or found.tree or found.digest
         one = stock.document(found)
@@ -8162,8 +8163,10 @@ def _prove_signed(stock, rule, name=None):
         # Nobody signed an index that was made here: but what it lists.
         made = ORIGIN_ANNOTATION + "digest" in one.annotations
         for each in made and getattr(one, "manifests", ()) or [one]:
-            rule.prove(name, [*(known for known, _ in stock.drawn.values()), each],
-                       stock)
+            if each.digest not in proved:
+                proved.add(each.digest)
+                rule.prove(name, [*(known for known, _ in stock.drawn.values()), each],
+                           stock)
 
 
 def _refers(stock, found):

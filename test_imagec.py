@@ -13261,6 +13261,15 @@ class SignedVerifyTest(SignedCase):
             write_file(self.at("out", "blobs", "sha256", sha256(data)[7:]), data)
         return image
 
+    def test_one_image_by_many_names_is_proved_once(self):
+        self.pull_signed()
+        self.changed(lambda index: index["manifests"].extend([dict(
+            index["manifests"][0], annotations={OCI_NAME: "a.b/c:%d" % number})
+            for number in range(5)]))
+        with mock.patch.object(imagec.SignedBy, "prove") as prove:
+            self.proved()
+        self.assertEqual(prove.call_count, 1)
+
     def evil(self, **members):
         """An image that nobody has signed, in the layout; its entry in index.json."""
         return self.add_blobs(remade(build_image(
