@@ -7939,6 +7939,7 @@ class Audit:
         self._named = {None: None}  # full name, None for none -> digest of its entry
         self._noted = set()  # (digest, name) of each entry that a pull of ours noted
         self._images = {}  # digest -> (os, architecture) by its config, or None
+        self._firsts = {}  # digest of an index -> what it has first: see _first_of
         # Digest of an entry, None for any -> hashes of what docker may be told of it.
         self._docker = collections.defaultdict(set)
         self._optional = {}  # digest -> whether all that lists it may lack it
@@ -7982,20 +7983,19 @@ class Audit:
         for one in filter(None, names):
             if self._named.setdefault(one, found.digest) != found.digest:
                 self.faults.append("index.json: %s stands for two images" % one)
-        firsts, listed, way = {}, set(), found.origin.indexes if found.origin else ()
+        indexes, listed, way = [], set(), found.origin.indexes if found.origin else ()
         for document in found.documents:
             if isinstance(document, Index):
-                firsts[document.digest] = {  # Windows goes by its version, too
-                    one.platform[:3 + (one.platform.os == "windows")]: one.digest
-                    for one in reversed(document.manifests) if one.media_type
-                    in MANIFEST_SHAPES and "unknown" not in (one.platform or "unknown")}
+                indexes.insert(0, document)
                 listed.update(entry.digest for entry in document.manifests
                               if document.digest not in way)
             else:
                 self._image(found, document)
-        for index, first in firsts.items():  # no reader takes what is no first
-            self._docker[index].update(*[self._docker[one] for way, one in first.items()
-                                         if self._images.get(one) == way[:2]])
+        for index in indexes:  # no reader takes what is no first
+            first = self._firsts[index.digest] = self._first_of(index)
+            self._docker[index.digest].update(*[
+                self._docker[one] for way, one in first.items()
+                if _agree(self._images.get(one), way)])
         for digest in found.without:
             if self.absent.pop(blob_name(digest), None):
                 self.elsewhere.add(digest)
@@ -8003,6 +8003,24 @@ class Audit:
         for digest in listed:
             self._optional[digest] = optional and self._optional.get(digest, True)
         self._optional[found.digest] = False
+
+    def _first_of(self, index):
+        """{platform: digest} of what readers take from an Index: of each the first.
+
+        What names none, as it may, is for that of its config, but comes last.
+        """
+        first = {}
+        for one in sorted(index.manifests, key=lambda one: one.platform is None):
+            way, own = one.platform, self._images.get(one.digest)
+            if one.media_type not in MANIFEST_SHAPES or "unknown" in (way or ()):
+                continue
+            if way:  # Windows goes by its version, too
+                first.setdefault(way[:3 + (way.os == "windows")], one.digest)
+                continue
+            below = self._firsts.get(one.digest, {own: one.digest} if own else {})
+            first.update([(way, digest) for way, digest in below.items() if not any(
+                _agree(way, other) or _agree(other, way) for other in first)])
+        return first
 
     @contextlib.contextmanager
     def _noting(self, name):
@@ -8135,6 +8153,13 @@ class Audit:
                         for tag, whats in told.items())
                 if not good:
                     raise InvalidDocument("names other images than index.json")
+
+
+def _agree(own, other):
+    """Whether `own` (os, architecture), "" for any, may be those of a platform; None is
+    no platform's.
+    """
+    return bool(own) and all(mine in ("", part) for mine, part in zip(own[:2], other))
 
 
 def _prove_signed(stock, rule, name=None):

@@ -12800,6 +12800,9 @@ class AuditTest(StoredCase):
         ("not first of its platform", AMD64, AMD64, {1: "1"}, 3),
         ("for another by the index", ARM64, AMD64, {1: "1"}, 3),
         ("for none by the index", None, AMD64, {1: "1"}, 3),
+        ("for its own by the index", None, ARM64, {1: "1"}, 0),
+        ("for less by the index", ("linux", "", None), AMD64, {1: "1"}, 3),
+        ("for less by its config", ARM64, ("linux", "", None), {1: "1"}, 0),
         ("for nobody by the index", NO_PLATFORM, AMD64, {1: "1"}, 3),
         ("for nobody", NO_PLATFORM, NO_PLATFORM, {1: "1"}, 3)))
     def test_docker_is_told_what_a_reader_takes(self, _what, listed, own, told, status):
@@ -12808,6 +12811,17 @@ class AuditTest(StoredCase):
         index = build_index(list(zip(images, (AMD64, listed))))
         self.verify(self.exported(index, "12", *[
             (images[place], tags) for place, tags in told.items()]), status)
+
+    def test_docker_is_told_what_a_nested_index_has(self):
+        good, other = [build_image([raw_words(word)], platform=AMD64)
+                       for word in ("a=1", "a=2")]
+        inner = build_index([(other, None)])
+        alone, second = (build_index(entries) for entries in (
+            [(inner, None)], [(inner, None), (good, AMD64)]))
+        for index, told, status in ((alone, other, 0), (second, good, 0),
+                                    (second, other, 3)):
+            index.children = [good, other, inner]
+            self.verify(self.exported(index, "1", (told, "1")), status)
 
     def test_windows_goes_by_its_version(self):
         images = [build_image([raw_words(word)], platform=("windows", "amd64", None))
