@@ -4512,6 +4512,7 @@ class TarReader(Reader):
             if codec != "tar":
                 raise Unsupported("compressed with " + codec, "unpack it first")
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
+            odd = None  # a name that other readers take for another
             for entry, _ in tar:
                 size += len(entry.path) + len(entry.link)
                 if tar.members > MEMBER_COUNT_LIMIT or size > MEMBER_NAMES_LIMIT:
@@ -4520,6 +4521,8 @@ class TarReader(Reader):
                 name = entry.path.decode("utf-8", "backslashreplace")
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
+                elif entry.kind != "dir" and re.search(r"(\A|/)\.{0,2}(/|\Z)", name):
+                    odd = odd or name
                 link = entry.kind == "symlink" and name.count("/") == 1 and (
                     re.fullmatch(_FOLDER_LINK, entry.link))
                 region = link.group(1).decode("ascii") if link else None
@@ -4532,6 +4535,8 @@ class TarReader(Reader):
                 raise InvalidDocument("there is more behind the end of the tar")
         if not self._names:
             raise InvalidDocument("no tar, or an empty one")
+        if odd and {"oci-layout", "manifest.json"}.intersection(self.regions):
+            raise InvalidDocument("%s: expected a plain name" % printable(odd, 100))
         self.docker = "manifest.json" in self.regions and (
             "oci-layout" not in self.regions)
 

@@ -12870,7 +12870,7 @@ class AuditTest(StoredCase):
         path = self.good("archive")
         good = file_bytes(path)[:-1024]
         for member, words in (
-                (raw_member(b"./index.json", b"{}"), "./index.json"),
+                (raw_member(b"./index.json", b"{}"), "./index.json: expected a plain"),
                 (raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
                  "./index.json"),
                 (raw_member(b"index.json"), "index.json: stands 2 times"),
@@ -12880,7 +12880,8 @@ class AuditTest(StoredCase):
                 (raw_member(b"blobs", kind=b"5"), "blobs/"),
                 (raw_member(b"./", kind=b"5"), "./: extra"),
                 (raw_member(b"x/", kind=b"5"), "x/: extra"),
-                (raw_member(b"index.json/"), "index.json/"),
+                (raw_member(b"index.json/"), "index.json/: expected a plain name"),
+                (raw_member(b"blobs//x"), "blobs//x: expected a plain name"),
                 (raw_member(b"x", kind=b"2", link=b"index.json"), "x: extra"),
                 (raw_member(b"index.json", kind=b"2", link=b"x"), "index.json"),
                 (raw_member(b"null", kind=b"3"), "null: extra"),
