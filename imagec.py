@@ -4577,16 +4577,25 @@ def open_place(path, check=go_on, unlisted=None):
         raise OutputError(path, "no image is in it", READABLE)
     if not stat.S_ISDIR(mode):
         raise OutputError(path, "is neither a file nor a directory")
-    copied, marked, *layout = [os.path.lexists(os.path.join(path, name)) for name in (
-        "version", "oci-layout", "index.json", "blobs")]
-    if (copied or marked) and os.path.lexists(os.path.join(path, "manifest.json")):
+    refuse_others(path)
+    return Reader(path, check, unlisted)
+
+
+def refuse_others(path):
+    """Raises OutputError where what is in a directory is another thing to others."""
+    names = {}
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        names.update((entry.name, entry.is_dir(follow_symlinks=False))
+                     for entry in entries)
+    if names.get("manifest.json") is False and any(
+            re.fullmatch("version|oci-layout|([a-z0-9]+-)?[0-9a-f]{64,128}", name)
+            for name, directory in names.items() if not directory):
         with Region(os.path.join(path, "manifest.json"), 0, 0).open() as file:
             if file.read(KIB).lstrip()[:1] != b"[":  # docker's list, of an archive
                 raise OutputError(path, "is no layout, or not only, but what skopeo "
                                   "and podman call dir:", READABLE)
-    if all(layout) and not marked:
+    if {"index.json", "blobs"}.issubset(names) and "oci-layout" not in names:
         raise OutputError(path, "is a layout to others, but has no oci-layout")
-    return Reader(path, check, unlisted)
 
 
 class Origin(value_type(
@@ -5463,6 +5472,8 @@ class LayersOutput(Output):
         if os.path.lexists(os.path.join(path, "oci-layout")):
             raise OutputError(path, "is an OCI image layout: nobody would look for a "
                               "layers tree there", "choose another place with -o")
+        if os.path.isdir(path):
+            refuse_others(path)
         self._plain = keeps_names(path)  # names can be as they are
 
     def _parts(self, reference, registry_url):
@@ -5647,6 +5658,7 @@ class OCIOutput(Output):
         # Else it is empty, or a layout that another pull is about to make.
         if os.path.isdir(path) and not begun.issuperset(os.listdir(path)):
             self._check_layout()
+            refuse_others(path)
 
     def _check_layout(self):
         """Refuses to touch what is there and is no layout we understand."""

@@ -9100,6 +9100,13 @@ class OCIOutputTest(StoredCase):
         self.layout(reference)
         run = self.main("pull", "-q", "--format", "layers", "-o", self.out, reference)
         self.assert_one_line(run, 1, "is an OCI image layout: nobody would look for")
+        write_file(self.at("out", "manifest.json"), b"{}")
+        for name, format in (("out", "oci"), ("copied", "layers")):
+            for more in ("manifest.json", "version"):
+                write_file(self.at("copied", more), b"{}")
+            run = self.main("pull", "-q", "--format", format, "-o", self.at(name),
+                            reference)
+            self.assert_one_line(run, 1, "but what skopeo and podman call dir:")
 
     def test_nameless(self):
         reference, image = self.serve(ARCHIVE_TARS)
@@ -13053,6 +13060,8 @@ class AuditTest(StoredCase):
         for name in ("version", "manifest.json"):
             self.file("work/copied/" + name, "{}")
         write_file(os.path.join(self.good("oci", "both"), "manifest.json"), b" {}")
+        self.file("work/odd/manifest.json", "{}")
+        self.file("work/odd/" + "0a" * 32, "x")
         os.makedirs(self.at("half", "blobs"))
         self.file("work/half/index.json", "{}")
         hint = "; what can be read is a layers tree, an OCI layout or an archive"
@@ -13064,7 +13073,8 @@ class AuditTest(StoredCase):
                 ("root", 1, "no image"), ("empty", 1, "no image"),
                 ("emptied", 1, "no image"), ("like a layout", 1, "no image"),
                 ("copied", 1, "no layout, or not only, but what skopeo and podman"),
-                ("both", 1, "no layout, or not only"), ("half", 1, "has no oci-layout")):
+                ("both", 1, "no layout, or not only"), ("odd", 1, "no layout, or not"),
+                ("half", 1, "has no oci-layout")):
             with self.subTest(name):
                 run = self.main("verify", name and self.at(name))
                 self.assertEqual((run.status, run.out), (status, b""))
