@@ -8026,15 +8026,17 @@ class Audit:
 
         What names none, as it may, is for that of its config, but comes last.
         """
-        first = {}
-        for one in sorted(index.manifests, key=lambda one: one.platform is None):
-            way, own = one.platform, self._images.get(one.digest)
+        first, rest = {}, {}
+        for one in index.manifests:
+            way = one.platform
             if one.media_type not in MANIFEST_SHAPES or "unknown" in (way or ()):
                 continue
             if way:  # Windows goes by its version, too
                 first.setdefault(way[:3 + (way.os == "windows")], one.digest)
-                continue
-            below = self._firsts.get(one.digest, {own: one.digest} if own else {})
+            else:
+                rest[one.digest] = self._images.get(one.digest)
+        for digest, own in rest.items():
+            below = self._firsts.get(digest, {own: digest} if own else {})
             first.update([(way, digest) for way, digest in below.items() if not any(
                 _agree(way, other) or _agree(other, way) for other in first)])
         return first

@@ -12830,6 +12830,16 @@ class AuditTest(StoredCase):
             index.children = [good, other, inner]
             self.verify(self.exported(index, "1", (told, "1")), status)
 
+    def test_an_index_listed_again_and_again_takes_no_time(self):
+        platforms = [("os%d" % number, "amd64", None) for number in range(60)]
+        images = [build_image([raw_words("a=%d" % number)], platform=platform)
+                  for number, platform in enumerate(platforms)]
+        inner = build_index(list(zip(images, platforms)))
+        index = build_index([(inner, None)] * 6000)
+        index.children = [*images, inner]
+        with cpu_within(10):
+            self.verify(self.exported(index, "1", (images[7], "1")))
+
     def test_windows_goes_by_its_version(self):
         images = [build_image([raw_words(word)], platform=("windows", "amd64", None))
                   for word in ("a=1", "a=2")]
