@@ -1435,8 +1435,9 @@ def _gnu_prefix(field):
     it begins with two times, each a number or empty, there is none.
     """
     try:
-        for time in filter(lambda time: time[0], (field[:12], field[12:24])):
-            _tar_number(time)
+        for seconds in field[:12], field[12:24]:
+            if seconds[0]:
+                _tar_number(seconds)
         return b""
     except ValueError:
         prefix = field.partition(b"\0")[0]
