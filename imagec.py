@@ -8187,7 +8187,8 @@ def _prove_signed(stock, rule, name=None):
 
     Raises VerificationError, and Unsupported for what was rewritten here.
     """
-    images = [found for found in stock.names if not _refers(stock, found)]
+    tags = {digest.tag for digest in stock.drawn}
+    images = [found for found in stock.names if not _refers(stock, found, tags)]
     if len(images) < len(stock.names):
         log.info("not asked who signed what refers to others here: %d",
                  len(stock.names) - len(images))
@@ -8196,7 +8197,7 @@ def _prove_signed(stock, rule, name=None):
         for one in (found.name, found.tag))]
     if not asked:
         raise VerificationError("there is no image %s" % (name or "to prove"))
-    proved = set()  # one image may go by many names
+    done = set()  # one image may go by many names
     for found in asked:
         name = found.name or found.tag or found.tree or found.digest
         one = stock.document(found)
@@ -8208,13 +8209,13 @@ def _prove_signed(stock, rule, name=None):
         # Nobody signed an index that was made here: but what it lists.
         made = ORIGIN_ANNOTATION + "digest" in one.annotations
         for each in made and getattr(one, "manifests", ()) or [one]:
-            if each.digest not in proved:
-                proved.add(each.digest)
+            if each.digest not in done:
+                done.add(each.digest)
                 rule.prove(name, [*(known for known, _ in stock.drawn.values()), each],
                            stock)
 
 
-def _refers(stock, found):
+def _refers(stock, found, tags):
     """Whether this only says something of what is here, too, by all its names.
 
     An image never does: readers would run it.
@@ -8224,8 +8225,7 @@ def _refers(stock, found):
     one = stock.document(found)
     listed = map(stock.document, one.manifests) if isinstance(one, Index) else [one]
     return not any(_runs(stock.reader, each) for each in listed) and (
-        {digest.tag for digest in stock.drawn}.issuperset(names) if names
-        else one.subject in stock.drawn)
+        tags.issuperset(names) if names else one.subject in stock.drawn)
 
 
 def _runs(reader, one):

@@ -13296,6 +13296,20 @@ class SignedVerifyTest(SignedCase):
             write_file(self.at("out", "blobs", "sha256", sha256(data)[7:]), data)
         return image
 
+    def test_tags_of_what_is_there_are_made_once(self):
+        self.pull_signed()
+        notes = [self.add_blobs(build_artifact([("text/x", b"%d" % number, None)]))
+                 for number in range(9)]
+        self.changed(lambda index: index["manifests"].extend(
+            note.descriptor(annotations={OCI_TAG: "%s.x%d" % (
+                self.index.digest.replace(":", "-"), number)})
+            for number, note in enumerate(notes)))
+        asked, stock = [], imagec.Stock(imagec.open_place(self.at("out")))
+        with mock.patch.object(imagec.Digest, "tag", property(asked.append)), \
+                self.fails(imagec.VerificationError, "no image x"):
+            imagec._prove_signed(stock, None, "x")
+        self.assertEqual(len(asked), len(stock.drawn))
+
     def test_one_image_by_many_names_is_proved_once(self):
         self.pull_signed()
         self.changed(lambda index: index["manifests"].extend([dict(
