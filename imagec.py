@@ -2582,7 +2582,8 @@ class _Kept(http.client.HTTPConnection):
         elif request.tunnel:
             self._ask_socks(*request.tunnel[1:])
         if tls:
-            self.sock = tls().wrap_socket(self.sock, server_hostname=self.host,
+            name = self.host if sys.version_info < (3, 7) else self.host.encode("ascii")
+            self.sock = tls().wrap_socket(self.sock, server_hostname=name,
                                           do_handshake_on_connect=False)
             self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
 
@@ -2591,8 +2592,9 @@ class _Kept(http.client.HTTPConnection):
         worked, turns = self._transport.worked, collections.defaultdict(itertools.count)
         local = host.lower().endswith(".localhost")  # not every resolver knows
         try:
-            found = socket.getaddrinfo("localhost" if local else host, port, 0,
-                                       socket.SOCK_STREAM)
+            found = socket.getaddrinfo(  # of a text it would make IDNA, which is slow
+                b"localhost" if local else host.encode("ascii"), port, 0,
+                socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise TransportError(
                 "cannot resolve host %s: %s" % (host, _reason(error)),
@@ -2755,7 +2757,8 @@ def split_proxy(url):
         if parts.hostname and port and not (
                 parts.path.strip("/") or parts.query or parts.fragment) and (
                     max(len(word.encode("utf-8")) for word in login) < 256):
-            return (parts.scheme, authority(parts.hostname, port), *login)
+            name = parts.hostname.encode("idna").decode("ascii")
+            return (parts.scheme, authority(name, port), *login)
     except (ValueError, KeyError):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?

@@ -2055,6 +2055,7 @@ class NetworkCase(RegistryCase):
                 super().connect(("127.0.0.1", target[1]))
 
         def lookup(host, *rest, **named):
+            host = host.decode("ascii") if isinstance(host, bytes) else host
             if host.endswith(".invalid") or (
                     self.places is not NET_PLACES and host not in self.places):
                 raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -5487,8 +5488,8 @@ class TransportTest(NetworkCase):
 
         def several(host, port, *rest):
             # One that is too near, one where nothing listens, and then the good one.
-            worse = lookup("private.test", port, *rest) + lookup("public.test", 1, *rest)
-            return (worse if host == "public2.test" else []) + lookup(host, port, *rest)
+            worse = lookup(b"private.test", port, *rest) + lookup(b"public.test", 1, *rest)
+            return (worse if host == b"public2.test" else []) + lookup(host, port, *rest)
 
         server.replies["/start"] = to("http://public2.test:%d/end" % server.port)
         with mock.patch("socket.getaddrinfo", several):
@@ -16834,8 +16835,8 @@ class StreamTest(CommandLineCase):
         ("_ssl", "verify x", 1,
          "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
         ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
-        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue",
-         "digest -q {ref}", 0, None)))
+        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue "
+         "encodings.idna", "digest -q {ref}", 0, None)))
     def test_a_python_that_lacks(self, names, command, status, words):
         ended = subprocess.run(
             [sys.executable, "-I", "-S", "-c", LACKING, names, MODULE_PATH]
