@@ -74,7 +74,6 @@ try:
     import ipaddress
     import itertools
     import json
-    import logging
     import marshal
     import os
     import random
@@ -111,9 +110,6 @@ __all__ = [  # in the order of the rooms; an annex's names in lines of their own
     "push",
     "main",
 ]
-
-log = logging.getLogger("imagec")
-
 
 # --------------------------------------------------------------------------------------
 # 1  Limits and media types: every number and literal, with its unit and source
@@ -279,13 +275,34 @@ def printable(text, limit=None):
                    for c in text)
 
 
-def _fit_to_show(record):
-    """A filter of log records: whoever handles one gets a text without secrets."""
-    record.msg, record.args = printable(record.getMessage(), 2 * MESSAGE_LIMIT), None
-    return True
+class Log:
+    """Tells what happens, without SECRETS: the `listener(level, text)` if there is one,
+    as `main` has, else who listens to logging.getLogger("imagec").
+
+    That is got only where somebody may: to import logging takes longer than TLS does.
+    """
+
+    DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as logging has them
+    listener = None
+
+    def _tell(self, level, text, *args):
+        if self.listener is None and level < self.WARNING and (
+                "logging" not in sys.modules):
+            return
+        text = printable(text % args if args else text, 2 * MESSAGE_LIMIT)
+        if self.listener is not None:
+            self.listener(level, text)
+        else:
+            import logging
+            logging.getLogger("imagec").log(level, "%s", text)
+
+    debug = functools.partialmethod(_tell, DEBUG)
+    info = functools.partialmethod(_tell, INFO)
+    warning = functools.partialmethod(_tell, WARNING)
+    error = functools.partialmethod(_tell, ERROR)
 
 
-log.addFilter(_fit_to_show)
+log = Log()
 
 
 class ImagecError(Exception):
@@ -9309,8 +9326,8 @@ EXIT_STATUSES = {
     KeyboardInterrupt: 130, SystemExit: 143}  # of SIGTERM, see _ending
 
 
-class Progress(logging.Handler):
-    """Standard error: log records, and the Events of a pull or push it is called with.
+class Progress:
+    """Standard error: what is logged, and the Events it is called with.
 
     Of these there is a line for each layer that is done, and one for the rest. On a
     terminal, if `kind` is "auto", that is a live one, redrawn in place; else it comes
@@ -9320,7 +9337,7 @@ class Progress(logging.Handler):
     DONE = ("Download complete", "Already exists", "Pushed")
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
-        super().__init__()
+        self.level, self.lock = Log.INFO, threading.Lock()
         self.kind, self._stream, self._clock = kind, stream, clock
         self._terminal = stream is not None and stream.isatty() and (
             os.environ.get("TERM", "dumb") != "dumb")
@@ -9328,13 +9345,12 @@ class Progress(logging.Handler):
         self._received, self._began, self._due = 0, clock(), 0
         self._shown = ""  # the live line that is on the screen
 
-    def emit(self, record):
-        """Tells of a log record; the live line comes back with the next Event."""
-        kind = "" if record.levelno in (logging.INFO, logging.ERROR) else (
-            record.levelname.lower() + ": ")
-        self._write(["imagec: " + encodable(printable(
-            kind + line, 2 * MESSAGE_LIMIT), self._stream)
-            for line in self.format(record).splitlines()])
+    def tell(self, level, text):
+        """Tells what is logged; the live line comes back with the next Event."""
+        kind = {Log.DEBUG: "debug: ", Log.WARNING: "warning: "}.get(level, "")
+        if level >= self.level:
+            with self.lock:
+                self._write(["imagec: " + encodable(kind + text, self._stream)])
 
     def __call__(self, event):
         """Tells of an Event of a pull."""
@@ -9936,32 +9952,33 @@ def main(argv: "list | None" = None) -> int:
     while spare < 3:  # or a file would take a closed stream's place, and what it gets
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    argv, progress, level = list(argv), Progress(sys.stderr), log.level
-    args = types.SimpleNamespace(command="")
-    log.addHandler(progress)
-    log.setLevel(logging.INFO)
+    argv, progress, before = list(argv), Progress(sys.stderr), log.listener
+    args = types.SimpleNamespace(command="", debug=False)
+    log.listener = progress.tell
     try:
         try:
             args = parse_arguments(argv)
         except SystemExit:  # --help or --version told all
             return 0
         if args.debug or args.quiet:
-            log.setLevel(logging.DEBUG if args.debug else logging.ERROR)
+            progress.level = Log.DEBUG if args.debug else Log.ERROR
         return _run(args, progress)
     except (ImagecError, OSError, ImportError, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, OSError):
             _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has had enough
-        log.debug("the error came from here", exc_info=True)
+        if args.debug:
+            import traceback
+            for line in traceback.format_exc().splitlines():
+                log.debug("%s", line)
         log.error("%s", _local_words(error, args) if isinstance(error, OSError)
                   else lacking(error) if isinstance(error, ImportError)
                   else str(error) or "interrupted" + "; run it again to go on" * (
                       args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)
     finally:
-        log.removeHandler(progress)
-        log.setLevel(level)
+        log.listener = before
         _forget(sys.stderr)
 
 

@@ -72,6 +72,7 @@ import imagec
 
 MODULE_PATH = os.path.abspath(imagec.__file__)
 HOME = os.path.dirname(MODULE_PATH)
+LOG = logging.getLogger("imagec")  # whom it tells what happens
 #: In memory where the system has such a place: thousands of files come and go.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -1369,8 +1370,8 @@ class RegistryCase(unittest.TestCase):
         self.naps, self.said = [], []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.said.append(record.getMessage())
-        self.patch(mock.patch.object(imagec.log, "handlers", [handler]))
-        self.patch(mock.patch.object(imagec.log, "propagate", False))
+        self.patch(mock.patch.object(LOG, "handlers", [handler]))
+        self.patch(mock.patch.object(LOG, "propagate", False))
 
     def patch(self, patcher):
         started = patcher.start()
@@ -7366,7 +7367,7 @@ class RegistryTest(KnownCase):
                None, True, ["a"], {"a": 1}, "\u00e9", "\u202e", "ok-1._", "x" * 128]
         registry = self.tagged("a")
         registry.fault("/tags/list", body(json_bytes({"tags": odd})))
-        with self.assertLogs(imagec.log, "WARNING") as logged:
+        with self.assertLogs(LOG, "WARNING") as logged:
             self.assertEqual(self.tags(registry), ["ok-1._", "x" * 128])
         self.assertEqual(len(logged.output), len(odd) - 2)
         self.assertTrue("".join(logged.output).isprintable(), logged.output)
@@ -11659,7 +11660,7 @@ class PullTest(PullCase):
     def test_t43_a_platform_that_lies_is_told(self):
         image = build_image(NET_TARS, platform=ARM64)
         index = build_index([(image, AMD64)])
-        with self.assertLogs(imagec.log, "WARNING") as logged:
+        with self.assertLogs(LOG, "WARNING") as logged:
             found = self.pull(self.filled(index))
         self.assertIn("is for linux/arm64", "".join(logged.output))
         self.assertEqual(found.platform.architecture, "arm64")
@@ -15149,7 +15150,7 @@ class CommandLineCase(RegistryCase):
     def setUp(self):
         super().setUp()
         # The command line's own handler is the one that counts.
-        self.patch(mock.patch.object(imagec.log, "handlers", []))
+        self.patch(mock.patch.object(LOG, "handlers", []))
         self.output = os.path.join(self.root, "images")
         self.origin = self.registry()
         self.digest, self.ref = self.image.digest, self.offer("1", self.image)
@@ -15545,10 +15546,11 @@ class CommandLineTest(CommandLineCase):
             self.assertEqual("trying again" in ended.err, not quiet)
 
     def test_logging_is_left_as_it_was(self):
-        before = imagec.log.level, list(imagec.log.handlers)
+        before = LOG.level, list(LOG.handlers)
         for name in (self.ref, "Bad"):
             self.main("digest", "--debug", name)
-            self.assertEqual((imagec.log.level, list(imagec.log.handlers)), before)
+            self.assertEqual((LOG.level, LOG.handlers, imagec.log.listener),
+                             before + (None,))
 
     def test_every_error_has_its_status(self):
         expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
@@ -15982,7 +15984,7 @@ class CommandLineProgressTest(CommandLineCase):
         progress(imagec.Event("Download complete", "bb"))
         self.now += 60
         self.come(progress, "aa", 999700)
-        progress.emit(logging.makeLogRecord({"msg": "enough", "levelno": logging.INFO}))
+        progress.tell(logging.INFO, "enough")
         self.assertEqual(self.shown(stream.getvalue()), [
             "1: Pulling from lab/app", "bb: Resuming at 500kB", "cc: Already exists",
             "bb: Download complete", "imagec: enough", ""])
@@ -16501,9 +16503,9 @@ class SecretsTest(CommandLineCase):
                 "auth": field_base64("<token>:"), "identitytoken": who[1]}}})
             argv = ("--authfile", options["authfile"])
         ref, events, told, error = origin.host + "/lab/app:1", [], io.StringIO(), None
-        self.addCleanup(imagec.log.setLevel, imagec.log.level)
-        imagec.log.setLevel(logging.DEBUG)
-        with mock.patch.object(imagec.log, "handlers", [logging.StreamHandler(told)]), \
+        self.addCleanup(LOG.setLevel, LOG.level)
+        LOG.setLevel(logging.DEBUG)
+        with mock.patch.object(LOG, "handlers", [logging.StreamHandler(told)]), \
                 mock.patch.multiple(imagec, ATTEMPTS=2, SECRETS=imagec.Secrets()), \
                 self.session(notify=events.append, **options) as session:
             try:
@@ -16638,12 +16640,11 @@ class SecretsTest(CommandLineCase):
 
     def test_log_records_of_whoever_listens(self):
         imagec.Credentials("alice", PASSWORD)
-        log, seen = logging.getLogger("imagec"), []
-        handler = logging.Handler()
+        seen, handler = [], logging.Handler()
         handler.emit = seen.append
-        with mock.patch.object(log, "handlers", [handler]), mock.patch.object(
-                log, "propagate", False):
-            log.warning("%s says %s\n%d%%", "h", PASSWORD, 5)
+        with mock.patch.object(LOG, "handlers", [handler]):
+            imagec.log.warning("%s says %s\n%d%%", "h", PASSWORD, 5)
+            imagec.log.info("this nobody wants")
         self.assertEqual([one.getMessage() for one in seen], [r"h says ***\n5%"])
         self.assertNotIn(PASSWORD, repr(vars(seen[0])))
 
@@ -16835,8 +16836,8 @@ class StreamTest(CommandLineCase):
         ("_ssl", "verify x", 1,
          "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
         ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
-        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue "
-         "encodings.idna", "digest -q {ref}", 0, None)))
+        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue logging "
+         "traceback encodings.idna", "digest -q {ref}", 0, None)))
     def test_a_python_that_lacks(self, names, command, status, words):
         ended = subprocess.run(
             [sys.executable, "-I", "-S", "-c", LACKING, names, MODULE_PATH]
@@ -16877,7 +16878,6 @@ class StreamTest(CommandLineCase):
         self.assertEqual((ended.returncode, ended.stderr), (-signal.SIGINT, b""))
 
     def test_two_copies_in_one_process(self):
-        self.patch(mock.patch.object(imagec.log, "filters", imagec.log.filters[:]))
         spec = importlib.util.spec_from_file_location("vendored", MODULE_PATH)
         other = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, vendored=other):
@@ -16941,7 +16941,7 @@ IMPORTS = frozenset("""
     errno fcntl fnmatch functools gc getpass hashlib heapq hmac http io
     ipaddress itertools json logging lzma marshal os platform queue random re selectors
     shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
-    time types urllib zlib
+    time traceback types urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
 
@@ -17182,10 +17182,10 @@ class ArchitectureTest(unittest.TestCase):
             ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp))
 
     #: An error or log line may be shown by whoever shares the process, and must not tell
-    #: a secret of another session.
-    CHANGED = {"SECRETS"}
+    #: a secret of another session. And while `main` runs, it hears what is logged.
+    CHANGED = {"SECRETS", "log"}
 
-    def test_only_the_secrets_are_a_state_of_the_process(self):
+    def test_two_things_are_a_state_of_the_process(self):
         ours = {statement.name for statement in house().tree.body
                 if isinstance(statement, ast.ClassDef)
                 and "value_type" not in [dotted_name(getattr(base, "func", base))
