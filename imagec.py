@@ -277,17 +277,17 @@ def printable(text, limit=None):
 
 class Log:
     """Tells what happens, without SECRETS: the `listener(level, text)` if there is one,
-    as `main` has, else who listens to logging.getLogger("imagec").
+    as `main` has, from its `level` on; else who listens to logging.getLogger("imagec").
 
     That is got only where somebody may: to import logging takes longer than TLS does.
     """
 
     DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as logging has them
-    listener = None
+    listener, level = None, INFO
 
     def _tell(self, level, text, *args):
-        if self.listener is None and level < self.WARNING and (
-                "logging" not in sys.modules):
+        least = self.level if self.listener else self.WARNING
+        if level < least and (self.listener or "logging" not in sys.modules):
             return
         text = printable(text % args if args else text, 2 * MESSAGE_LIMIT)
         if self.listener is not None:
@@ -9326,24 +9326,23 @@ class Progress:
     DONE = ("Download complete", "Already exists", "Pushed")
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
-        self.level, self.lock = Log.INFO, threading.Lock()
         self.kind, self._stream, self._clock = kind, stream, clock
         self._terminal = stream is not None and stream.isatty() and (
             os.environ.get("TERM", "dumb") != "dumb")
         self._layers = {}  # of this image: id -> bytes there, in all, whether done
         self._received, self._began, self._due = 0, clock(), 0
         self._shown = ""  # the live line that is on the screen
+        self._lock = threading.Lock()
 
     def tell(self, level, text):
         """Tells what is logged; the live line comes back with the next Event."""
         kind = {Log.DEBUG: "debug: ", Log.WARNING: "warning: "}.get(level, "")
-        if level >= self.level:
-            with self.lock:
-                self._write(["imagec: " + encodable(kind + text, self._stream)])
+        with self._lock:
+            self._write(["imagec: " + encodable(kind + text, self._stream)])
 
     def __call__(self, event):
         """Tells of an Event of a pull."""
-        with self.lock:
+        with self._lock:
             now, live = self._clock(), self.kind == "auto" and self._terminal
             interval = REDRAW_INTERVAL if live else PROGRESS_INTERVAL
             line, rest = "%s%s" % (event.id and event.id + ": ", event.status), ""
@@ -9941,16 +9940,16 @@ def main(argv: "list | None" = None) -> int:
     while spare < 3:  # or a file would take a closed stream's place, and what it gets
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    argv, progress, before = list(argv), Progress(sys.stderr), log.listener
+    argv, progress, before = list(argv), Progress(sys.stderr), (log.listener, log.level)
     args = types.SimpleNamespace(command="", debug=False)
-    log.listener = progress.tell
+    log.listener, log.level = progress.tell, Log.INFO
     try:
         try:
             args = parse_arguments(argv)
         except SystemExit:  # --help or --version told all
             return 0
         if args.debug or args.quiet:
-            progress.level = Log.DEBUG if args.debug else Log.ERROR
+            log.level = Log.DEBUG if args.debug else Log.ERROR
         return _run(args, progress)
     except (ImagecError, OSError, ImportError, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, OSError):
@@ -9967,7 +9966,7 @@ def main(argv: "list | None" = None) -> int:
                       args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)
     finally:
-        log.listener = before
+        log.listener, log.level = before
         _forget(sys.stderr)
 
 
