@@ -140,6 +140,7 @@ TAG_COUNT_LIMIT = 1000000  # tags of one repository
 TAG_PAGE = 1000  # tags asked for at once; the most ECR gives
 PAGE_COUNT_LIMIT = 10000  # pages of one list; some registries give 100 entries a page
 PATH_LENGTH_LIMIT = 255  # characters of a repository; distribution/reference
+NAME_LIMIT = 1024  # characters of all of a reference, or of a digest
 PATH_MAX = 4096  # bytes of a path; Linux
 RSA_BITS = 2048, 8192  # least and most of a modulus; crypto/tls takes no more
 KEY_LIMIT = 64 * KIB  # bytes of a file with a public key; RSA of 8,192 bits has 1,400
@@ -539,6 +540,8 @@ class Reference(value_type("Reference", "host repository tag digest")):
             raise InvalidReference("invalid reference '%s': %s"
                                    % (shown(text, 300), why))
 
+        if len(text) > NAME_LIMIT:
+            refuse("longer than %d characters" % NAME_LIMIT)
         if re.fullmatch("(?:sha256:)?[a-f0-9]{64}", text):
             refuse("looks like an image ID, which no registry knows: name the image")
         if "://" in text:
@@ -813,7 +816,8 @@ class Document:
         It may be of an algorithm that we cannot check: see Digest.require_known.
         """
         algorithm, _, encoded = str(value).partition(":")
-        if algorithm not in _DIGEST_LENGTHS and re.fullmatch(_ANY_DIGEST, str(value)):
+        if algorithm not in _DIGEST_LENGTHS and len(str(value)) <= NAME_LIMIT and (
+                re.fullmatch(_ANY_DIGEST, str(value))):
             return Digest(algorithm, encoded)
         try:
             return Digest.parse(value)
@@ -1284,7 +1288,7 @@ def list_layers(manifest, config=None):
 
 def _raw_members(text):
     """{key: text as it stands, less white space} of a JSON object: Go's RawMessage."""
-    text = re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
+    text = re.sub(r'("[^"\\]*(?:\\.[^"\\]*)*")|\s+', r"\1", text)
     decoder, members, at = json.JSONDecoder(), {}, 1
     while text.startswith('"', at):
         key, colon = decoder.raw_decode(text, at)

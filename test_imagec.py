@@ -18734,6 +18734,8 @@ class LimitsTest(unittest.TestCase):
     @rows((
         # the limit, what it is set to, what has n of what it counts
         ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
+        ("NAME_LIMIT", 20, lambda n: imagec.Reference.parse("h.io/".ljust(n, "a"))),
+        ("NAME_LIMIT", 20, lambda n: imagec.Document.as_digest("x:".ljust(n, "a"), "")),
         ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(
             b'{"":' + b"1" * n + b"}", "")),
         ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
