@@ -9809,7 +9809,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--image NAME", "verify " + _IMAGE, "which of several at a path"),
     ("--verify-key verify_keys FILE...", _SIGNED, "PEM; one of these must have signed"),
     ("--verify-name HOST/REPOSITORY", _SIGNED, "and under this name"),
-    ("--no-verify-key", _PULLS, "take it, whoever signed it"),
+    ("--no-verify-key", _SIGNED, "take it, whoever signed it"),
     ("--mirror mirrors HOST[:PORT][/PREFIX]...", _PULLS, "try there first"),
     ("-u --username USER", "auth serve " + _NETWORK, "password: IMAGEC_PASSWORD, or"),
     ("--password-stdin", "auth serve " + _NETWORK, "all of stdin; a terminal is asked"),

@@ -13332,8 +13332,11 @@ class SignedVerifyTest(SignedCase):
             run = self.proved(name, 0, "%s: signed by %s: %s\n" % (
                 self.reference, self.key, self.index.digest))
             self.assertIn("not asked who signed what refers to others here: 1", run.err)
-            self.assertIn("by none of the keys", self.main(
-                "verify", "--verify-key", self.other, self.at(name)).err)
+            for argv in (("--verify-key", self.other), ()):
+                run = self.main("verify", self.at(name), *argv,
+                                IMAGEC_VERIFY_KEY=self.other)
+                self.assertEqual(run.status, 3, run.err)
+                self.assertIn("by none of the keys", run.err)
 
     def test_with_what_it_builds_on(self):
         self.pull_signed()
