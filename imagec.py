@@ -2436,7 +2436,7 @@ def _address_rank(address):
 
 #: Host and port of a URL from outside. No % in it: urllib.request unquotes a host, and
 #: what comes out would stand in a CONNECT line.
-_AUTHORITY = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_AUTHORITY = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 
 
 def checked_url(url, base=None):
@@ -2714,8 +2714,8 @@ class _Kept(http.client.HTTPConnection):
             ip = ipaddress.ip_address(self.host)
             target = (b"\1" if ip.version == 4 else b"\4") + ip.packed
         except ValueError:
-            name = self.host.encode("idna")
-            target = b"\3" + bytes([len(name)]) + name
+            name = self.host.encode("ascii")
+            target = b"\3%c%s" % (len(name), name)
         _, status, _, kind = talk(b"\5\1\0" + target + struct.pack(">H", self.port), 4)
         if status:
             raise TransportError("%s: %s:%d: it %s" % (
