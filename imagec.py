@@ -3984,11 +3984,18 @@ class Source:
 
         What a registry lists goes by the tag under which clients keep it elsewhere.
         """
+        def tagged(tag):
+            try:
+                return self.seek(Registry.fetch_manifest, tag)
+            except Unsupported as error:  # of a draft's type, say
+                log.warning("left out: %s", error)
+                return None
+
         found = {digest.tag: self.seek(list_referrers, digest) or getattr(
-            self.seek(Registry.fetch_manifest, digest.tag), "manifests", ())}
+            tagged(digest.tag), "manifests", ())}
         for suffix in ("sig", "att", "sbom"):  # cosign, SIGNATURE_SPEC.md
             tag = "%s.%s" % (digest.tag, suffix)
-            one = self.seek(Registry.fetch_manifest, tag)
+            one = tagged(tag)
             found[tag] = one and [Descriptor.of(one, artifact_type=one.artifact_type)]
         return {tag: entries for tag, entries in found.items() if entries}
 

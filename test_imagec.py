@@ -7494,6 +7494,16 @@ class ReferrersTest(NetworkCase):
         self.assertEqual({name.rpartition("/")[2].partition(".")[0] for name in paths(
             self.origin, "/manifests/")}, {digest[:71].replace(":", "-")})
 
+    def test_what_is_of_no_type_we_know_is_left_out(self):
+        self.offer(lists_referrers=False)
+        self.origin.add("app", tag_of(self.image, ".sig"), signature())
+        for tag in (tag_of(self.image), tag_of(self.image, ".sbom")):
+            kind = "application/vnd.oci.artifact.manifest.v1+json"
+            self.origin.add_manifest("app", tag, json_bytes(dict(
+                IMAGE_DOC, mediaType=kind)), kind)
+        self.assertEqual(list(self.referring()), [tag_of(self.image, ".sig")])
+        self.assertEqual(len(self.said), 2)
+
     def test_what_a_mirror_lacks_is_looked_for_at_home(self):
         mirror = self.filled(lists_referrers=False)
         self.offer(self.sboms[0])
