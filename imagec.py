@@ -176,6 +176,7 @@ PROGRESS_BYTES = 1 * MIB  # received since the last failure: the try was worth i
 REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where none is live
 REDIRECT_LIMIT = 10  # hops; Go's net/http
+WARNING_LIMIT = 20  # that a registry may give; each is kept
 NO_REFERRERS_API = 400, 404, 405, 406, 501  # statuses without it; go-containerregistry
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
@@ -3701,9 +3702,10 @@ class Registry(Endpoint):
         response = self.transport.open(method, url, headers, data, self.rank,
                                        seconds=seconds)
         for value in response.headers.get_all("Warning", []):
-            # RFC 7234, 5.5. Each is shown once.
+            # RFC 7234, 5.5. Each is shown once, and not too many.
             warning = re.match(r'299 \S+ "((?:[^"\\]|\\.){1,400})"', value)
-            if warning and warning.group(1) not in self._warned:
+            if warning and warning.group(1) not in self._warned and (
+                    len(self._warned) < WARNING_LIMIT):
                 self._warned.add(warning.group(1))
                 log.warning("%s says: %s", self.host, printable(warning.group(1)))
         return response
