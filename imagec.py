@@ -4035,13 +4035,23 @@ class Source:
                     return found
         return None
 
-    def ask(self, method, *arguments, errors=ImagecError):
-        """(what a method of Registry gives, the first place without `errors`)."""
+    def ask(self, method, *arguments):
+        """(what a method of Registry gives, the first place without an error)."""
         while True:
             registry, repository = place = self._places[0]
             try:
                 return method(registry, repository, *arguments), place
-            except errors as error:
+            except ImagecError as error:
+                if not self.leave(place, error):
+                    raise
+
+    def trusting(self, fetch, action):
+        """What action(fetch()) gives, without an error, of what the first place has."""
+        while True:
+            found, place = fetch(), self._places[0]
+            try:
+                return action(found)
+            except ImagecError as error:
                 if not self.leave(place, error):
                     raise
 
@@ -7200,9 +7210,8 @@ class Session:
 
         A mirror is left where that fails: it may have another than is meant.
         """
-        wrong = VerificationError, NoMatchingPlatform
-        return self.source(reference).ask(lambda *_place: action(
-            self.manifest(reference, held)), errors=wrong)[0]
+        return self.source(reference).trusting(
+            lambda: self.manifest(reference, held), action)
 
     @staticmethod
     def _fetcher(source, held, others):

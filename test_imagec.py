@@ -12311,6 +12311,8 @@ class SignedPullTest(SignedCase):
     def test_mirrors(self):
         """A mirror may lack the signature, but not have another, nor another image."""
         mirror, pull = self.registry(), ["pull", "-o", self.at("out.tar")]
+        gone = build_index([], extra_entries=[build_image([tar_bytes([("old", b"")])]).descriptor(
+            platform={"os": "linux", "architecture": "amd64"})])
         mirror.add("lab/app", "1", self.index)
         self.sign(self.index)
         for change, home, *others in (
@@ -12320,13 +12322,14 @@ class SignedPullTest(SignedCase):
                 (lambda: mirror.add("lab/app", "1", build_image(FIELD_SMALL[:1])), 1,
                  ["digest"], ["layers"], pull + ["--platform", "linux/arm64"]),
                 (lambda: mirror.add("lab/app", "1", build_index([
-                    (self.image, ("plan9", "mips", None))])), 1)):
+                    (self.image, ("plan9", "mips", None))])), 1),
+                (lambda: mirror.add("lab/app", "1", gone), 1)):
             change()
             for argv in others + [pull]:
                 remove(self.at("out.tar"))
                 run = self.run_it(*argv, "--mirror", mirror.host, "--verify-key",
                                   self.key, self.reference)
-                self.assertEqual(bool(re.search("leaving the mirror %s: (no image|%s)" % (
+                self.assertEqual(bool(re.search("leaving the mirror %s: (no image|man|%s)" % (
                     mirror.host, self.reference), run.err)), bool(home), run.err)
             self.assertEqual(self.blob_gets(self.image.layers[0]), home, run.err)
             run = self.main("verify", "--verify-key", self.key, self.at("out.tar"))
