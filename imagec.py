@@ -4343,6 +4343,16 @@ def check_writable(path):
                           "choose another place with -o")
 
 
+def check_ours(path):
+    """Raises OutputError where what is at `path` is another's, and so has to stay."""
+    with contextlib.suppress(FileNotFoundError):
+        there, above = os.lstat(path), os.stat(os.path.dirname(os.path.abspath(path)))
+        if above.st_mode & stat.S_ISVTX and os.geteuid() not in (
+                0, there.st_uid, above.st_uid):
+            raise OutputError(path, "is there already, and another user's",
+                              "choose another place with -o")
+
+
 def check_free(path, needed):
     """Raises OutputError where the disk of `path` cannot hold `needed` bytes more."""
     import shutil
@@ -5776,6 +5786,7 @@ class Spooled(Output):
         super().__init__(path.rstrip("/") or path, tag, stream)
         self._target, self._spool = None, self.path + PARTIAL + ".d"
         if stream is None:
+            check_ours(self.path)
             self._check_free()
 
     def _check_free(self):

@@ -8519,6 +8519,19 @@ class ArchiveOutputTest(StoredCase):
                 imagec.UsageError, "link is standard output; write -o -"):
             imagec.new_output(self.at("link"), "archive")
 
+    @able(hasattr(os, "geteuid"), "know users")
+    def test_what_is_another_users_in_a_sticky_directory(self):
+        path = write_file(self.at("a.tar"), b"")
+        for mode, user, refused in ((0o1777, 4711, True), (0o777, 4711, False),
+                                    (0o1777, 0, False), (0o1777, None, False)):
+            os.chmod(self.work, mode)
+            user = os.geteuid() if user is None else user
+            with self.subTest(mode=mode, user=user), mock.patch(
+                    "os.geteuid", return_value=user), contextlib.ExitStack() as stack:
+                if refused:
+                    stack.enter_context(self.fails(imagec.OutputError, path, "another"))
+                imagec.new_output(path)
+
     def test_a_lock_is_not_waited_for_for_ever(self):
         reference = self.serve(ARCHIVE_TARS)[0]
         for form, name in (("archive", "a.tar"), ("rootfs", "root"),
