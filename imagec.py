@@ -541,8 +541,6 @@ class Reference(value_type("Reference", "host repository tag digest")):
             raise InvalidReference("invalid reference '%s': %s"
                                    % (shown(text, 300), why))
 
-        if len(text) > NAME_LIMIT:
-            refuse("longer than %d characters" % NAME_LIMIT)
         if re.fullmatch("(?:sha256:)?[a-f0-9]{64}", text):
             refuse("looks like an image ID, which no registry knows: name the image")
         if "://" in text:
@@ -558,7 +556,7 @@ class Reference(value_type("Reference", "host repository tag digest")):
         name = rest.partition(":")[0]
         if name != name.lower():
             refuse("a repository must be lowercase")
-        match = _REFERENCE.fullmatch(host + "/" + rest)
+        match = len(text) <= NAME_LIMIT and _REFERENCE.fullmatch(host + "/" + rest)
         if not match:
             refuse("expected [HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]")
         host, port, repository, tag, digest = match.groups()
