@@ -6219,6 +6219,8 @@ class Tree:
         """Applies one layer, that of a LayerStore: whiteouts first, for they speak of
         the layers below wherever they stand.
         """
+        if store.shared:  # it has been counted once
+            self._census.add(len(store.records), 0, "a layer that is there again")
         # Not the parts of their paths are kept, which weigh twenty times as much.
         hidden = [record for record in store.records if _WHITEOUT in record
                   and is_whiteout(self._parts(Entry.loads(record).path))]

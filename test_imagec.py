@@ -2229,7 +2229,8 @@ def flat_row(word):
 
 def flat_layer(entries):
     """What Tree.apply takes: such Entries as a LayerStore has them."""
-    return types.SimpleNamespace(records=[entry.dumps() for entry in entries])
+    return types.SimpleNamespace(records=[entry.dumps() for entry in entries],
+                                 shared=False)
 
 
 def flat_tree(layers):
@@ -10750,6 +10751,12 @@ class FilesTest(StoredCase):
             self.pull("--format", "rootfs", "-o", self.at("root"),
                       self.serve([raw_words("a=1")])[0], expect=1)
 
+    @rows((("4", 0), ("3", 1)))
+    def test_files_are_counted(self, limit, status):
+        reference, _ = self.offered([packed("x=1 y=2", "a"), packed("x=1 y=2", "b")], {})
+        self.pull("--format", "files", "-o", self.at("out"), "--max-files", limit,
+                  reference, expect=status)
+
     @rows(UNSAFE_FILES)
     def test_unsafe_names(self, layers, words):
         reference, image = self.offered(layers, {})
@@ -18632,7 +18639,8 @@ class BombTest(ThreatCase):
         ("one more", [FIFTY], "49", 1, "--max-files"),
         ("two layers", [FIFTY, FIFTY_MORE], "100", 0, ""),
         ("one more in both", [FIFTY, FIFTY_MORE], "99", 1, "--max-files"),
-        ("one layer twice", [FIFTY, FIFTY], "50", 0, ""),
+        ("one layer twice", [FIFTY, FIFTY], "100", 0, ""),
+        ("one more in one twice", [FIFTY, FIFTY], "99", 1, "--max-files"),
         ("implied", [DEEP + TAR_END], "70", 0, ""),
         ("one more implied", [DEEP + TAR_END], "69", 1, "--max-files"),
         ("names", [FIFTY, FIFTY_MORE, tar_header(name=b"x") + TAR_END], "1000", 3,
