@@ -4784,6 +4784,11 @@ def lenient(_name):
     return contextlib.suppress(FileNotFoundError, Unsupported)
 
 
+def forgiving(_name):
+    """The same, and what is bad, too."""
+    return contextlib.suppress(OSError, InvalidDocument, VerificationError, Unsupported)
+
+
 def stored(reader, noting=naming):
     """Yields a Stored for each name of an image in what a pull has written.
 
@@ -4832,9 +4837,9 @@ class _Layout:
         self._below = {}  # digest of an index -> those it lists; None: not read
         self._made = {}  # digest -> bytes of a manifest made here
 
-    def stored(self):
-        """Yields a Stored for each entry."""
-        for entry, origin in list(self._entries()):
+    def stored(self, entries=None):
+        """Yields a Stored for each entry, or for these that `_entries` gave."""
+        for entry, origin in list(self._entries() if entries is None else entries):
             name, tag = names_in(entry.annotations)
             documents = self._documents(entry, origin.indexes if origin else ())
             yield Stored(self._reader, None, name, tag, entry.digest, origin, documents)
@@ -4944,21 +4949,16 @@ class _DockerLayout(_Layout):
         return made
 
 
-def held(path, name=None, check=go_on):
-    """The documents, configs too, as bytes, of what is at `path` by that full `name`
-    (None: by any). What is missing or bad is left out; DOCUMENT_BYTES_LIMIT ends it.
+def held(names):
+    """The documents, configs too, as bytes, of these Stored, as far as they are there;
+    DOCUMENT_BYTES_LIMIT ends it.
     """
-    def forgiving(_name):
-        return contextlib.suppress(OSError, InvalidDocument, VerificationError,
-                                   Unsupported)
-
     documents, room = [], DOCUMENT_BYTES_LIMIT
-    for found in stored(Reader(path, check, lambda error: None), forgiving):
-        wanted = name in (None, found.name) and not found.tree  # which is another's
-        for document in found.documents if wanted else ():
+    for found in names:
+        for document in () if found.tree else found.documents:  # that is another's
             documents.append(document.raw)
             if isinstance(document, Manifest):
-                with forgiving(name):
+                with forgiving(None):
                     documents.append(found.reader.read(found.file_of(document.config)))
             room -= sum(map(len, documents[-2:]))
             if room < 0:
@@ -5541,9 +5541,9 @@ class LayersOutput(Output):
     def held(self, reference, registry_url):
         # The registry may not have been probed yet, and then its scheme is a guess.
         _, *parts = self._parts(reference, registry_url)
-        return [raw for scheme in ("https", "http")
-                for raw in held(os.path.join(self.path, scheme, *parts),
-                                check=self.check)]
+        return [raw for scheme in ("https", "http") for raw in held(stored(Reader(
+            os.path.join(self.path, scheme, *parts), self.check, lambda error: None),
+            forgiving))]
 
     def place(self, image, layer):
         path = _layer_path(self._folder(image), layer)
@@ -5706,6 +5706,7 @@ class OCIOutput(Output):
         super().__init__(path, tag, stream)
         self._index = os.path.join(path, "index.json")
         self._reader = Reader(path)
+        self._lock, self._entries = threading.Lock(), collections.defaultdict(list)
         begun = {"blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL}
         # Else it is empty, or a layout that another pull is about to make.
         if os.path.isdir(path) and not begun.issuperset(os.listdir(path)):
@@ -5747,8 +5748,12 @@ class OCIOutput(Output):
             write_file(marker, OCI_LAYOUT, self.wait)
 
     def held(self, reference, registry_url):
-        return held(self.path, str(self._tag or reference._replace(digest=None)),
-                    self.check)
+        layout = _Layout(Reader(self.path, self.check), forgiving)
+        with self._lock:  # it is read once, for as many as are asked for
+            for pair in () if self._entries else layout._entries():
+                self._entries[names_in(pair[0].annotations)[0]].append(pair)
+        return held(layout.stored(self._entries.get(
+            str(self._tag or reference._replace(digest=None)), ())))
 
     def place(self, image, layer):
         return Place(self._blob(layer.digest))

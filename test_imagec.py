@@ -7690,6 +7690,10 @@ FIELD_RETRIES = (
 FIELD_NOW = 1445412470.0  # ten seconds before 07:28
 
 
+def held_at(path, check=imagec.go_on):
+    return imagec.held(imagec.stored(imagec.Reader(path, check), imagec.forgiving))
+
+
 class RateLimitTest(ResolveCase):
     """429, Retry-After, fewer requests that count, and what registries have to say."""
 
@@ -7761,12 +7765,23 @@ class RateLimitTest(ResolveCase):
         more.add("lab/app", "1", build_image(FIELD_SMALL[:1]))
         for one in (registry, more):
             self.pull(one.host, format="oci")
-        held = imagec.held(self.at("out"))
+        held = held_at(self.at("out"))
         self.assertEqual(len(held), 4)
         with mock.patch.object(imagec, "DOCUMENT_BYTES_LIMIT", len(held[0])):
-            self.assertEqual(imagec.held(self.at("out")), held[:2])
+            self.assertEqual(held_at(self.at("out")), held[:2])
         with self.assertRaises(imagec.Timeout):
-            imagec.held(self.at("out"), check=mock.Mock(side_effect=imagec.Timeout("")))
+            held_at(self.at("out"), mock.Mock(side_effect=imagec.Timeout("")))
+
+    def test_what_is_held_is_listed_once(self):
+        registry, read = self.filled(), imagec._Layout._entries
+        registry.add("lab/app", "2", self.image)
+        for expected in (["GET"] * 2, ["HEAD"] * 2):
+            with mock.patch.object(imagec._Layout, "_entries", autospec=True,
+                                   side_effect=read) as reads, self.session() as session:
+                session.pull(["%s/lab/app:%d" % (registry.host, tag) for tag in (1, 2)],
+                             self.at("out"), imagec.Platform.parse("linux/amd64"), "oci")
+            self.assertEqual(self.manifests(registry), expected)
+        self.assertEqual(reads.call_count, 1)
 
     def test_odd_entries_hide_no_other(self):
         self.pull(self.filled().host, format="oci")
@@ -7775,7 +7790,7 @@ class RateLimitTest(ResolveCase):
         for odd in ({"annotations": {"a": None}}, {"digest": "md5:x"}, {"size": "1"}):
             self.file("out/index.json", dict(
                 index, manifests=[dict(entry, **odd), entry]))
-            self.assertEqual(imagec.held(self.at())[:1], [self.image.manifest], odd)
+            self.assertEqual(held_at(self.at("out"))[:1], [self.image.manifest], odd)
 
     @rows([(status(code),) for code in (405, 404, 500)],
           [(headers(docker_content_digest=None),)])
@@ -12689,7 +12704,7 @@ class AuditTest(StoredCase):
         self.origin.add("lab/app/1", "2", self.image)
         self.pull("-o", root, self.reference[:-2] + "/1:2")
         self.assertEqual(imagec.Audit().check(root).images, 2)
-        self.assertEqual(len(imagec.held(self.folder)), 3)
+        self.assertEqual(len(held_at(self.folder)), 3)
         write_file(os.path.join(root, "manifest.json"), b"{}")  # is no tree above these
         self.told(root, 1, "manifest.json")
         damage_flip(os.path.join(self.folder, "2", *["{i0}", "{i0}.tar"]).format(
