@@ -9085,9 +9085,12 @@ class Pusher:
                         name, there))
         if not (named or self._session.failures):
             raise OutputError(name, "no image is in it", READABLE)
+        below = {}  # many names may have one digest
         for there, one in named.items():
             with self._session.trying(there):
-                plans.append((there, *self._below(name, there, one)))
+                key = there.repository, one
+                below[key] = below.get(key) or self._below(name, there, one)
+                plans.append((there, *below[key]))
         return plans
 
     def _below(self, name, reference, digest):
@@ -9108,6 +9111,7 @@ class Pusher:
         documents = sorted(order.values(), key=lambda one: isinstance(one, Index))
         listed, lacking, elsewhere, blobs = {digest}, set(), set(), {}
         for one in documents:
+            self._session.transport.check()
             listed.update(entry.digest for entry in getattr(one, "manifests", ())
                           if not self._partial)
             found = self._stock.drawn[one.digest][1]

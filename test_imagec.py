@@ -14864,6 +14864,14 @@ class PushTest(PushCase):
             blob for image in expected.values() for one in [image] + image.children
             for blob in one.blobs}))
 
+    def test_what_has_many_names_is_looked_at_once(self):
+        path = self.layout_of(*[(PUSH_INDEX, "a.b/" + name) for name in (
+            "app:1", "app:2", "b:1")])
+        with mock.patch.object(imagec.Pusher, "_below", autospec=True,
+                               side_effect=imagec.Pusher._below) as below:
+            self.push(path, "--dry-run")
+        self.assertEqual(below.call_count, 2)
+
     @rows(PUSH_BAD)
     def test_nothing_is_sent(self, entries, without, argv, code, words):
         self.assert_one_line(self.push(
