@@ -7700,25 +7700,26 @@ class Stock:
     def __init__(self, reader, noting=lenient):
         self.reader, self.names = reader, []
         self.drawn = {}  # digest -> (the document of that, the Stored it is of)
+        # Tag of a digest -> see `referrers`
+        self._referring = collections.defaultdict(lambda: collections.defaultdict(list))
         for found in stored(reader, noting):
             documents = list(found.documents)
             found = found._replace(documents=documents, digest=found.digest or (
                 documents or [found])[-1].digest)
             self.names.append(found)
             self.drawn.update((one.digest, (one, found)) for one in documents)
+            tag = str(found.name or found.tag).rpartition(":")[2]
+            for one in documents:
+                about = {one.subject.tag: one.subject.tag} if one.subject else {}
+                if one.digest == found.digest and "." in tag:  # cosign's
+                    about[tag.partition(".")[0]] = tag
+                for whose, name in about.items():
+                    self._referring[whose][name].append(
+                        Descriptor.of(one, artifact_type=one.artifact_type))
 
     def referrers(self, digest):
         """See Source.referrers."""
-        found = {}
-        for one in self.names:
-            tag = str(one.name or one.tag).rpartition(":")[2]
-            for document in one.documents:
-                cosign = document.digest == one.digest and (
-                    tag.startswith(digest.tag + "."))
-                if cosign or document.subject == digest:
-                    found.setdefault(tag if cosign else digest.tag, []).append(
-                        Descriptor.of(document, artifact_type=document.artifact_type))
-        return found
+        return self._referring.get(digest.tag, {})
 
     def document(self, entry):
         """What a Descriptor leads to, decoded; None where it is not there."""
@@ -8071,7 +8072,7 @@ class Audit:
             first = self._firsts[index.digest] = self._first_of(index)
             self._docker[index.digest].update(*[
                 self._docker[one] for way, one in first.items()
-                if _agree(self._images.get(one), way)])
+                if self._images.get(one) in _kin(way)])
         for digest in found.without:
             if self.absent.pop(blob_name(digest), None):
                 self.elsewhere.add(digest)
@@ -8085,19 +8086,23 @@ class Audit:
 
         What names none, as it may, is for that of its config, but comes last.
         """
-        first, rest = {}, {}
+        given, rest, first, named, kin = {}, {}, {}, set(), set()
         for one in index.manifests:
-            way = one.platform
+            way, own = one.platform, self._images.get(one.digest)
             if one.media_type not in MANIFEST_SHAPES or "unknown" in (way or ()):
                 continue
             if way:  # Windows goes by its version, too
-                first.setdefault(way[:3 + (way.os == "windows")], one.digest)
+                given.setdefault(way[:3 + (way.os == "windows")], one.digest)
             else:
-                rest[one.digest] = self._images.get(one.digest)
-        for digest, own in rest.items():
-            below = self._firsts.get(digest, {own: digest} if own else {})
-            first.update([(way, digest) for way, digest in below.items() if not any(
-                _agree(way, other) or _agree(other, way) for other in first)])
+                rest[one.digest] = self._firsts.get(
+                    one.digest, {own: one.digest} if own else {})
+        for below in (given, *rest.values()):
+            self._go_on()
+            new = {way: below[way] for way in below if way[:2] not in kin
+                   and named.isdisjoint(_kin(way))}
+            first.update(new)
+            named.update(way[:2] for way in new)
+            kin.update(*map(_kin, new))
         return first
 
     @contextlib.contextmanager
@@ -8233,11 +8238,9 @@ class Audit:
                     raise InvalidDocument("names other images than index.json")
 
 
-def _agree(own, other):
-    """Whether `own` (os, architecture), "" for any, may be those of a platform; None is
-    no platform's.
-    """
-    return bool(own) and all(mine in ("", part) for mine, part in zip(own[:2], other))
+def _kin(way):
+    """The (os, architecture), "" for any, that may be those of a platform."""
+    return set(itertools.product((way[0], ""), (way[1], "")))
 
 
 def _prove_signed(stock, rule, name=None):
@@ -8246,7 +8249,11 @@ def _prove_signed(stock, rule, name=None):
     Raises VerificationError, and Unsupported for what was rewritten here.
     """
     tags = {digest.tag for digest in stock.drawn}
-    images = [found for found in stock.names if not _refers(stock, found, tags)]
+    indexes = [one for one, _ in stock.drawn.values() if isinstance(one, Index)]
+    notes = {digest for digest, (one, _) in stock.drawn.items()
+             if not _runs(stock.reader, one)}
+    images = [found for found in stock.names
+              if not _refers(stock, found, tags, notes)]
     if len(images) < len(stock.names):
         log.info("not asked who signed what refers to others here: %d",
                  len(stock.names) - len(images))
@@ -8257,6 +8264,7 @@ def _prove_signed(stock, rule, name=None):
         raise VerificationError("there is no image %s" % (name or "to prove"))
     done = set()  # one image may go by many names
     for found in asked:
+        stock.reader.check()
         name = found.name or found.tag or found.tree or found.digest
         one = stock.document(found)
         if one is None:
@@ -8269,35 +8277,35 @@ def _prove_signed(stock, rule, name=None):
         for each in made and getattr(one, "manifests", ()) or [one]:
             if each.digest not in done:
                 done.add(each.digest)
-                rule.prove(name, [*(known for known, _ in stock.drawn.values()), each],
-                           stock)
+                rule.prove(name, indexes + [each], stock)
 
 
-def _refers(stock, found, tags):
+def _refers(stock, found, tags, notes):
     """Whether this only says something of what is here, too, by all its names.
 
-    An image never does: readers would run it.
+    What is none of the `notes` never does: readers would run it.
     """
     names = [name.rpartition(":")[2].partition(".")[0]
              for name in (found.name, found.tag) if name]
     one = stock.document(found)
-    listed = map(stock.document, one.manifests) if isinstance(one, Index) else [one]
-    return not any(_runs(stock.reader, each) for each in listed) and (
+    listed = one.manifests if isinstance(one, Index) else [found]
+    return notes.issuperset(each.digest for each in listed) and (
         tags.issuperset(names) if names else one.subject in stock.drawn)
 
 
 def _runs(reader, one):
-    """Whether some program would run a document, None for one that is not here.
+    """Whether some program would run a document.
 
     Most go by the type of its config, none by those of its layers.
     """
-    if not getattr(one, "artifact_type", ""):
+    reader.check()
+    if not one.artifact_type:
         return True
     if one.media_type != DOCKER_MANIFEST and not re.match(
             _IMAGE_CONFIG, one.config.media_type):
         return False
-    for layer in one.layers:
-        with reader.region(blob_name(layer.digest)).open() as file:
+    for name in {blob_name(layer.digest) for layer in one.layers}:
+        with reader.region(name).open() as file:
             if could_unpack(file):
                 return True
     return False

@@ -13160,6 +13160,19 @@ class AuditTest(StoredCase):
             self.faults(root, "one name leads to more than 5")
             self.assertTrue(imagec.Shelf(root).repositories)
 
+    def test_platforms_of_nested_indexes_take_no_time(self):
+        root, entries = self.good("oci"), []
+        for name in "ab":
+            entries += [self.image.descriptor(platform={
+                "os": name + str(n), "architecture": "x"}) for n in range(1000)]
+            raw = json_bytes({"schemaVersion": 2, "manifests": entries})
+            write_file(os.path.join(root, AUDIT_BLOBS, sha256(raw)[7:]), raw)
+            entries = [_descriptor(MEDIA_TYPES["oci"]["index"], raw)]
+        write_file(os.path.join(root, "index.json"), json_bytes(
+            {"schemaVersion": 2, "manifests": entries}))
+        with cpu_within(2):
+            self.verify(root)
+
     def test_blob_of_many_sizes_or_types_is_hashed_once(self):
         root, data = self.good("oci"), b"<xml/>"
         document = json.loads(self.image.manifest.decode())
@@ -13359,6 +13372,24 @@ class SignedVerifyTest(SignedCase):
                 self.fails(imagec.VerificationError, "no image x"):
             imagec._prove_signed(stock, None, "x")
         self.assertEqual(len(asked), len(stock.drawn))
+
+    def test_what_is_there_many_times_is_looked_at_once(self):
+        self.pull_signed()
+        note = self.add_blobs(build_artifact(
+            [("application/json", b"{}", None)] * 3, None,
+            config_type=MEDIA_TYPES["oci"]["config"]))
+        notes = self.add_blobs(build_index([(note, None)] * 3))
+        self.changed(lambda index: index["manifests"].append(notes.descriptor(
+            annotations={OCI_TAG: tag_of(self.index, ".x")})))
+        with mock.patch.object(imagec, "could_unpack",
+                               wraps=imagec.could_unpack) as looked:
+            self.proved()
+        self.assertEqual(looked.call_count, 2)  # at the signature, too
+        stock = imagec.Stock(imagec.open_place(self.at("out")))
+        del stock.names
+        self.assertEqual(
+            sorted(stock.referrers(imagec.Digest.parse(self.index.digest))),
+            [tag_of(self.index, end) for end in (".sig", ".x")])
 
     def test_one_image_by_many_names_is_proved_once(self):
         self.pull_signed()
