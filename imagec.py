@@ -322,6 +322,9 @@ class ImagecError(Exception):
         super().__init__(self.message)
         self.hint, self.retryable = hint, retryable
 
+    def __reduce__(self):  # or no other process could be told
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
     def __str__(self):
         return printable("%s%s%s" % (
             self.message, ", from %s" % self.source if self.source else "",

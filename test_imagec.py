@@ -38,6 +38,7 @@ import logging
 import lzma
 import os
 import pathlib
+import pickle
 import pydoc
 import random
 import re
@@ -1974,7 +1975,9 @@ class TableCase(unittest.TestCase):
         self.assertIs(type(caught.exception), kind)
         self.assertIn(words, str(caught.exception))
         self.assertTrue(str(caught.exception).isprintable())  # T07
-        return caught.exception
+        copied = pickle.loads(pickle.dumps(caught.exception))  # as multiprocessing does
+        self.assertEqual(repr(copied) + str(copied), "%r%s" % ((caught.exception,) * 2))
+        return copied
 
     def none_stray(self, call, cases):
         """Call with each (name, argument); no error but ImagecError may come out."""
