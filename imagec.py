@@ -1814,7 +1814,7 @@ def proved(chunks: collections.abc.Iterable, digest: Digest, size: "int | None" 
     DigestMismatch. `size` is None where it is not known; `what` names it in errors.
     """
     what, received = what or "blob " + str(digest), 0
-    hashing = hashlib.new(digest.algorithm)
+    hashing = hashlib.new(digest.require_known().algorithm)
     for data in chunks:
         received += len(data)
         if size is not None and received > size:

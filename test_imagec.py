@@ -4369,6 +4369,11 @@ class ProvedTest(TableCase):
         self.assertEqual((error.expected, error.actual), (right, wrong))
         self.assertEqual(list(imagec.proved([b"right"], right, 5)), [b"right"])
 
+    @rows((("md5", "0" * 32), ("crc32", "00")))
+    def test_what_proves_nothing(self, *digest):
+        self.refused(imagec.Unsupported, "another algorithm", list, imagec.proved(
+            [], imagec.Digest(*digest)))
+
 
 class TarTest(TableCase):
     """The sizes in a tar add up, or the tar is refused."""
