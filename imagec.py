@@ -3819,13 +3819,14 @@ class Registry(Endpoint):
     def fetch_manifest(
             self, repository: str, reference: "str | Digest",
             size: "int | None" = None) -> "Manifest | Index | Schema1Manifest":
-        """The manifest `reference` (a tag, or a Digest) names, decoded.
+        """The manifest `reference` (a tag or digest) names, decoded.
 
-        By Digest its digest is checked, and its `size` where that is not None; by tag,
+        By digest its digest is checked, and its `size` where that is not None; by tag,
         a Docker-Content-Digest header must agree with the body. Raises NotFound,
         AccessDenied, VerificationError, InvalidDocument, Unsupported, TransportError.
         """
-        digest = reference if isinstance(reference, Digest) else None
+        digest = Digest.parse(reference) if ":" in reference else (  # as in no tag
+            reference if isinstance(reference, Digest) else None)
         what = "manifest %s%s%s" % (repository, "@" if digest else ":", reference)
         with naming(self.host):
             response, raw = self._document(

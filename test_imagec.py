@@ -7195,9 +7195,10 @@ class RegistryTest(KnownCase):
     def test_t20_the_users_digest_decides(self, claimed):
         wanted, registry = imagec.Digest.parse(self.image.digest), self.filled()
         registry.fault("/manifests/", body(
-            NET_OTHER.manifest, docker_content_digest=claimed))
-        with self.fails(imagec.DigestMismatch, str(wanted), NET_OTHER.digest):
-            self.client(registry).fetch_manifest("app", wanted)
+            NET_OTHER.manifest, docker_content_digest=claimed), EVER)
+        for one in wanted, str(wanted):
+            with self.fails(imagec.DigestMismatch, str(wanted), NET_OTHER.digest):
+                self.client(registry).fetch_manifest("app", one)
 
     def test_t24_sizes_are_checked_too(self):
         client = self.client(self.filled())
