@@ -3849,7 +3849,7 @@ class Registry(Endpoint):
     def fetch_blob(self, repository: str, descriptor: Descriptor,
                    what: str = "blob") -> bytes:
         """The document a Descriptor points to, proved; raises as fetch_manifest."""
-        if descriptor.size > DOCUMENT_LIMIT:
+        if (descriptor.size or 0) > DOCUMENT_LIMIT:
             raise LimitExceeded("%s is %d bytes, more than the limit of %d"
                                 % (what, descriptor.size, DOCUMENT_LIMIT))
         with naming(self.host):

@@ -7311,7 +7311,9 @@ class RegistryTest(KnownCase):
         registry.fault("/blobs/", [truncate(), close_delimited()])
         with self.fails(imagec.SizeMismatch, str(config.digest)):
             client.fetch_blob("app", config, str(config.digest))
-        self.assertEqual(client.fetch_blob("app", config), self.image.config)
+        for size in config.size, None:
+            self.assertEqual(client.fetch_blob("app", config._replace(size=size)),
+                             self.image.config)
 
     def test_learn_auth_url(self):
         registry = self.filled(auth="bearer")
