@@ -3724,8 +3724,10 @@ class Registry(Endpoint):
             response, sent = self._elsewhere(method, response, headers), None
         elif response.status == 401:
             with response:  # whose connection may serve for the token
-                self._learn_challenge(response, repository)
                 refusal = self._refusal(response, what, repository, sent)
+                if "WWW-Authenticate" not in response.headers:
+                    raise refusal
+                self._learn_challenge(response, repository)
             answer = self.authorization(repository, sent)
             if answer == sent:
                 raise refusal

@@ -7279,6 +7279,7 @@ class RegistryTest(KnownCase):
 
     # (code, body's errors, error class, words), each one request. T106
     @rows(((400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
+           (401, [("UNAUTHORIZED", "you owe")], imagec.AccessDenied, "you owe (anony"),
            (403, [("DENIED", "go away")], imagec.AccessDenied, "DENIED: go away"),
            (404, [("MANIFEST_UNKNOWN", "no manifest")], imagec.NotFound, "no manifest"),
            (404, [("NAME_UNKNOWN", "no repository")], imagec.NotFound, "NAME_UNKNOWN"),
