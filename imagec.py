@@ -4258,6 +4258,7 @@ class Partial(contextlib.AbstractContextManager):
         fd, self._fd = self._fd, None  # a signal must not have it closed twice
         with naming_file(self.path):
             if fd is not None:
+                _try_lock(fd, "LOCK_UN")  # a process forked meanwhile holds it, too
                 os.close(fd)
 
     def __exit__(self, *_exc):
@@ -4282,14 +4283,14 @@ def ours_alone(path, status):
     return told(status) == fresh
 
 
-def _try_lock(fd):
-    """Locks the file; False where another holds it. Where there are no locks, True."""
+def _try_lock(fd, how="LOCK_EX"):
+    """Locks the file; False where another holds it. Where no locks are, True."""
     try:
         import fcntl
     except ImportError:  # Windows
         return True
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, getattr(fcntl, how) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True

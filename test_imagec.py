@@ -8328,6 +8328,12 @@ class DownloadTest(DownloadCase):
                 waited = now[0] - 1000
                 self.assertLess(abs(waited - (freed or 600)), 10)
 
+    def test_t124_a_process_that_was_forked_holds_no_lock(self):
+        partial = imagec.Partial(self.path)
+        self.addCleanup(os.close, os.dup(partial._fd))  # as fork does
+        partial.close()
+        imagec.Partial(self.path, wait=self.fail).close()
+
     def test_t132_a_directory_in_the_way(self):
         os.mkdir(self.path + ".partial")
         with self.assertRaises(OSError):
