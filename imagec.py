@@ -7317,6 +7317,8 @@ class Session:
              platform: "Platform | str | list | None" = None, format: str = None,
              tag: "Reference | str | None" = None) -> list:
         """Pulls `references` into one `output`; gives their Images. See pull."""
+        if isinstance(references, (str, Reference)):
+            raise UsageError("expected a list of references, not one")
         if not isinstance(output, Output):
             output = new_output(output, format, tag and Reference.parse(str(tag)))
         return Puller(self, output).pull(
@@ -7894,14 +7896,14 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
 
 def parse_platform(text):
     """A Platform or "all"; of a list of several, a list. Raises UsageError."""
-    if isinstance(text, list) and len(text) != 1:
-        if not text:
-            raise UsageError("an empty list of platforms")
-        if "all" in text:
-            raise UsageError("--platform all goes alone")
-        return list(map(parse_platform, text))
-    text = text[0] if isinstance(text, list) else text
-    return text if text == "all" or isinstance(text, Platform) else Platform.parse(text)
+    texts = [text] if isinstance(text, (str, Platform)) else list(text)
+    if not texts:
+        raise UsageError("an empty list of platforms")
+    if "all" in texts and texts[1:]:
+        raise UsageError("--platform all goes alone")
+    found = [one if one == "all" or isinstance(one, Platform) else Platform.parse(one)
+             for one in texts]
+    return found if texts[1:] else found[0]
 
 
 def new_output(path, format=None, tag=None, stream=None, sole=None):

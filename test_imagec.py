@@ -11534,8 +11534,10 @@ class PullTest(PullCase):
     def test_session_takes_what_the_function_takes(self):
         registry = self.filled()
         session = self.session(keep_going=True)
+        with self.fails(imagec.UsageError, "list of references"):
+            session.pull(registry.host + "/app:1", self.dest)
         one, = session.pull([registry.host + "/app:1", registry.host + "/gone:1"],
-                            self.dest, NET_PLATFORM, "oci", "x:2")
+                            self.dest, (NET_PLATFORM,), "oci", "x:2")
         self.assertEqual(str(one.digest), self.image.digest)
         self.assertIn(b'"docker.io/library/x:2"', file_bytes(self.dest + "/index.json"))
         (_, error), = session.failures
