@@ -8545,6 +8545,7 @@ class Shelf:
         self._good = {}  # Digest -> the file's identity when it was proved
         self._locks = collections.defaultdict(threading.Lock)  # Digest -> for its proof
         elsewhere = set()  # the Digests of what was left out
+        paths = list(map(os.fsdecode, paths))
         for path in reversed(paths):
             with naming(path):
                 elsewhere.update(self._fill(path, open_place(

@@ -13900,6 +13900,8 @@ class ShelfTest(ServeCase):
                 expected.update({"alpine", "docker.io/library/alpine"})
             found = imagec.Shelf(self.places[format]).repositories
             self.assertEqual(set(found), expected)
+            self.assertEqual(imagec.Shelf(os.fsencode(
+                self.places[format])).repositories, found)
             for image, name in ((self.images[name], name) for name in names):
                 image = image if format == "oci" else (image.children or [image])[0]
                 self.assertEqual(found[name], {"1": image.digest})
