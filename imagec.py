@@ -9183,8 +9183,9 @@ class Pusher:
         made = isinstance(top, Index) and documents[1:] and all(
             one.subject and one.subject.tag == tag for one in documents[:-1])
         for one in documents[:-1] if made else documents:  # each is put on that list
+            name = one is top and tag or one.digest
             try:
-                target.put_manifest(repository, one is top and tag or one.digest, one)
+                target.put_manifest(repository, name, one)
             except RegistryError as error:
                 if self._partial and isinstance(one, Index) and (
                         error.status in (400, 404, 422)):
@@ -9195,6 +9196,9 @@ class Pusher:
                 if "MANIFEST_BLOB_UNKNOWN" in error.codes and not target.doubted:
                     target.doubted = True
                     return self.push(reference, documents, blobs)
+                with contextlib.suppress(ImagecError):  # of a tag that must not change
+                    if target.head_manifest(repository, name) == one.digest:
+                        continue
                 if isinstance(one, Schema1Manifest):
                     error.hint = "push what pull -o FILE.tar makes of the image"
                 raise
