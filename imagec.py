@@ -3599,8 +3599,8 @@ class Endpoint:
     def _learn_challenge(self, response, repository=None):
         """Takes that of a 401; raises AccessDenied where we can answer none.
 
-        Its scope is kept for that `repository` only: at /v2/ ghcr.io names one that is
-        made up, and a token server may deny all where one is denied.
+        Its scope is for one token, and that `repository`: at /v2/ ghcr.io names one
+        that is made up, and a token server may deny all where one is denied.
         """
         challenge = Challenge.choose(Challenge.parse(
             response.headers.get_all("WWW-Authenticate", [])))
@@ -3638,7 +3638,7 @@ class Endpoint:
         return "Bearer " + token.value
 
     def _auth_url(self, challenge, repository):
-        named = dict(challenge.parameters, scope=self._scopes.get(repository) or "")
+        named = dict(challenge.parameters, scope=self._scopes.pop(repository, ""))
         return auth_url(challenge._replace(parameters=named), repository, self.url,
                         self.actions)
 
@@ -8973,12 +8973,14 @@ class Target(Registry):
                                            repository, sending, at, end, blob)[0], end
                 return notify(Event("Pushed", name))
             except ImagecError as error:
-                status, mount = getattr(error, "status", None), ""
+                status, lent, mount = getattr(error, "status", None), mount, ""
                 if status == 413 and most > MIB:
                     most = max(MIB, most // 64)  # nginx takes no more by itself
                     error.retryable, error.retry_after = True, 0
                 elif at and status in (400, 404, 416):  # or be wrong about it
                     place, error.retryable = None, True
+                elif lent and not (place or error.retryable):  # but not to us
+                    error.retryable, error.retry_after = True, 0
                 failures += 1
                 self.transport.back_off(error, failures)
         return notify(Event("Already exists", name))

@@ -15069,6 +15069,34 @@ class PushFaultsTest(PushCase):
             self.has("app", "1", PUSH_IMAGE)
             self.assertEqual((self.target.cuts, self.asked()), ([], expected))
 
+    def refuses(self, match, reply):
+        """A "METHOD path" that `match` finds is not done."""
+        before = self.target._refusal
+        self.target._refusal = lambda request: reply if re.search(
+            match, "%s %s" % (request.method, request.path)) else before(request)
+
+    @rows(((400,), (401,), (403,), (405,)))
+    def test_a_blob_that_is_not_lent(self, code):
+        self.target = target = self.registry(linked=True, auth="bearer")
+        self.refuses("mount=", Reply(code, headers={"WWW-Authenticate": (
+            'Bearer realm="%s/token",scope="repository:app:pull"' % target.url)}))
+        target.fault("/token.*app%3Apull$", status(403), EVER)
+        # Each token has run out when it comes.
+        self.patch(mock.patch.object(imagec.Token, "expires", property(
+            lambda _: 0, lambda *_: None)))
+        self.push(self.layout_of(PUSH_NAMED, (PUSH_IMAGE, "a.b/b:1")))
+        self.has("b", "1", PUSH_IMAGE)
+        self.assertEqual(self.asked(), (9, 6, 0, 0))
+
+    @rows(((400, 1), (403, 5), (409, 1)))
+    def test_tags_that_must_not_change(self, code, exit):
+        self.target, path = self.registry(linked=True), self.layout_of(PUSH_NAMED)
+        out = self.push(path).out
+        self.refuses("PUT .*/manifests/1$", Reply(code))
+        self.assertEqual(self.push(path).out, out)
+        self.target.add("app", "1", PUSH_OTHER)
+        self.assertIn("HTTP %d" % code, self.push(path, expect=exit).err)
+
     @rows((("127.0.0.1", None), ("localhost", None), ("localhost", "basic")))
     def test_moved(self, host, auth):
         """Asked on at another place, which gets no credential unless it is our own."""
