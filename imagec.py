@@ -9395,7 +9395,7 @@ class Progress:
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
         self.kind, self._stream, self._clock = kind, stream, clock
-        self._terminal = stream is not None and stream.isatty() and (
+        self._terminal = getattr(stream, "isatty", bool)() and (
             os.environ.get("TERM", "dumb") != "dumb")
         self._layers = {}  # of this image: id -> bytes there, in all, whether done
         self._received, self._began, self._due = 0, clock(), 0
@@ -9504,7 +9504,7 @@ def _run_pull(args, session):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
     if tag is not None and (len(references) > 1 or tag.tag is None):
         raise UsageError("--tag names one image, as NAME[:TAG]")
-    stream = sys.stdout.buffer if args.output == "-" and sys.stdout else None
+    stream = getattr(sys.stdout, "buffer", None) if args.output == "-" else None
     if args.output == "-" and (stream is None or sys.stdout.isatty()):
         raise UsageError("standard output is closed or a terminal: no image goes there",
                          "pipe it on, or name a file with -o")
@@ -9758,7 +9758,7 @@ def print_result(result, stream):
     if stream is None:  # closed
         return
     if isinstance(result, bytes):
-        if not stream.isatty():
+        if hasattr(stream, "buffer") and not stream.isatty():  # Jupyter's has none
             stream.buffer.write(result)
             stream.buffer.flush()
             return

@@ -15355,6 +15355,16 @@ class CommandLineTest(CommandLineCase):
             self.assertEqual(self.done("pull", "-q", "-o", self.output, *references),
                              lines)
 
+    @rows(((["digest"], 0, "sha256:"), (["inspect", "--raw"], 0, "schemaVersion"),
+           (["pull", "-o", "-"], 2, "")))
+    def test_streams_that_take_text_alone(self, argv, code, words):
+        """As those of a notebook, or of who collects what is said."""
+        out, told = io.StringIO(), []
+        err = types.SimpleNamespace(write=told.append, flush=int)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            self.assertEqual(imagec.main(argv + [self.ref]), code, told)
+        self.assertIn(words, out.getvalue())
+
     def there(self):
         """A current directory of its own; what is in it after a pull, by its names."""
         self.enter(self.work)
