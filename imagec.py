@@ -3472,12 +3472,11 @@ def fetch_token(transport: Transport, url: str,
                 token_hosts: "list | tuple" = ()) -> Token:
     """The Token that the token server at `url` (see auth_url) gives.
 
-    Anonymous where `credentials` is None; they go to its host, whoever chose that. With
-    an identity token it is asked by POST, as OAuth2 wants it, and by GET where the
-    server does not know that. `trusting`: see Transport.open. On its host the server
-    may redirect to https, and, without the password unless it is one of the
-    `token_hosts` (see names_host), to another port. Raises RegistryError,
-    TransportError, InvalidDocument. Source: distribution's specs.
+    `credentials` (None: anonymous) go to its host, whoever chose that; an identity
+    token by POST, as OAuth2 wants it, or by GET if it does not know that. `trusting`:
+    see Transport.open. On its host the server may redirect to https, and, without the
+    password unless it is one of the `token_hosts` (see names_host), to another port.
+    Raises RegistryError, TransportError, InvalidDocument. Source: distribution's specs.
     """
     basic = credentials.basic() if credentials else None
 
@@ -3774,9 +3773,8 @@ class Registry(Endpoint):
     def learn_auth_url(self, repository: str, reference: str) -> "str | None":
         """The URL that gives a token to pull `reference` (a tag or digest), or None.
 
-        The registry chooses its host: whether that may have a password is for you to
-        say. None where no token is needed. Raises NotFound where there is no such
-        image, and AccessDenied where access is by other means than a token.
+        None where no token is needed. The registry chooses its host: trust it or not.
+        Raises NotFound where there is no image, AccessDenied where access is otherwise.
         """
         self.learn_registry_url()
         with self._request("HEAD", "%s/manifests/%s" % (repository, reference), None,
