@@ -4616,8 +4616,8 @@ class TarReader(Reader):
 READABLE = "what can be read is a layers tree, an OCI layout or an archive of images"
 
 
-def open_place(path, check=go_on, unlisted=None):
-    """The Reader of what a pull has written to `path`.
+def open_place(path, check=go_on, unlisted=None, beside=()):
+    """The Reader of what a pull has written to `path`; blobs of it may be at `beside`.
 
     Raises OutputError where there is nothing of an image; of a file InvalidDocument
     where it is no tar, Unsupported where it is a compressed one.
@@ -4631,13 +4631,16 @@ def open_place(path, check=go_on, unlisted=None):
         if reader.docker:
             log.warning("%s has no manifests: those of its images, and so their "
                         "digests, are made here", reader.path)
-        if reader.docker or "oci-layout" in reader.names():
-            return reader
-        raise OutputError(path, "no image is in it", READABLE)
-    if not stat.S_ISDIR(mode):
+        elif "oci-layout" not in reader.names():
+            raise OutputError(path, "no image is in it", READABLE)
+    elif stat.S_ISDIR(mode):
+        refuse_others(path)
+        reader = Reader(path, check, unlisted)
+    else:
         raise OutputError(path, "is neither a file nor a directory")
-    refuse_others(path)
-    return Reader(path, check, unlisted)
+    for other in beside:
+        reader.beside.update(blobs_of(other, check))
+    return reader
 
 
 def refuse_others(path):
@@ -8040,9 +8043,7 @@ class Audit:
                 raise error
 
         with self._noting("content"):
-            self.reader = reader = open_place(path, self._go_on, unlisted)
-            for other in beside:
-                reader.beside.update(blobs_of(other, self._go_on))
+            self.reader = reader = open_place(path, self._go_on, unlisted, beside)
             for found in stored(reader, self._noting):
                 self._check_stored(found)
             for name in map(blob_name, filter(self._optional.get, self._optional)):
@@ -9062,8 +9063,8 @@ class Pusher:
         self._target = session.registry(home.api_host, kind=Target)
         self._has = {}  # digest of a blob -> a repository there that has it
 
-    def plan(self, path, name):
-        """The arguments of `push` for each image at `path`, called `name` in errors."""
+    def plan(self, path, name, beside=()):
+        """What `push` takes for each image at `path`, called `name`; see open_place."""
         @contextlib.contextmanager
         def noting(file):
             with self._session.trying(file), lenient(file):
@@ -9071,7 +9072,7 @@ class Pusher:
 
         with naming("standard input" if name == "-" else name):
             self._stock = stock = Stock(open_place(
-                path, self._session.transport.check), noting)
+                path, self._session.transport.check, beside=beside), noting)
         if any(found.origin.indexes if found.origin else found.tree is not None
                and found.documents[1:] for found in stock.names):
             log.warning("the index of one image is not pushed: --platform all keeps it")
@@ -9148,9 +9149,9 @@ class Pusher:
         if lacking:
             raise OutputError(name, "%s: neither here nor in the registry: %s" % (
                 reference, ", ".join(sorted(map(str, lacking)))),
-                "push first what it builds on" if lacking <= elsewhere else "pull again"
-                + ", or push what is here of an index with --partial" * bool(
-                    listed - {digest}))
+                "name what it builds on in --with PATH" if lacking <= elsewhere else
+                "pull again" + ", or push what is here of an index with --partial"
+                * bool(listed - {digest}))
         return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
 
     def sizes(self, reference, blobs):
@@ -9208,16 +9209,16 @@ class Pusher:
 
 def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
          partial: bool = False, progress: "collections.abc.Callable | None" = None,
-         **options) -> list:
+         beside: list = (), **options) -> list:
     """Pushes what a pull wrote to `path`: the References there, each with its digest.
 
     `place` is `HOST[:PORT][/PREFIX]`; `tag` the name there, `NAME[:TAG]`, of the only
-    image, None for its own; if `partial`, indexes may lack images. For `progress`, for
-    `options` and for what it raises see pull.
+    image, None for its own; if `partial`, indexes may lack images; `beside` are paths
+    of what an update builds on. For `progress`, `options` and what it raises see pull.
     """
     with Session(notify=progress, **options) as session:
         pusher, path, there = Pusher(session, place, tag, partial), os.fspath(path), []
-        for image in pusher.plan(path, path):
+        for image in pusher.plan(path, path, beside):
             with session.trying(image[0]):
                 there += pusher.push(*image)
         for _, error in session.failures or ():
@@ -9234,7 +9235,7 @@ def _run_push(args, session):
             path = spool.name
             drain(map(_Stream(spool, path).write, pieces(
                 open(0, "rb", closefd=False), check=session.transport.check)))
-        for image in pusher.plan(path, args.path):
+        for image in pusher.plan(path, args.path, args.bases or ()):
             with session.trying(image[0]):
                 if args.dry_run:
                     name, documents, blobs = image
@@ -9855,7 +9856,7 @@ OPTIONS = [Row.of(*row) for row in (
     ("--match GLOB", "tags", "only these: * ? [] in it", "*"),
     ("--newest N", "tags", "the newest versions, newest first; none without a digit"),
     ("--full", "tags", "as REPOSITORY:TAG, which pull --from-file - takes"),
-    ("--with bases PATH...", "verify", "where blobs missing from PATH may be"),
+    ("--with bases PATH...", "verify push", "where blobs missing from PATH may be"),
     ("--listen HOST:PORT", "serve", "the address to serve at", "127.0.0.1:5000"),
     ("--tls-cert FILE", "serve", "PEM certificate: serve https, with"),
     ("--tls-key FILE", "serve", "its PEM key"),

@@ -9585,10 +9585,17 @@ class WithoutTest(StoredCase):
             run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
             self.assertEqual(run.status, 1, run.err)
             for digest in self.image.layers[:2]:
-                self.assertRegex(run.err, "neither here nor in the registry: .*%s.*; push "
-                                          "first what it builds on" % digest)
+                self.assertRegex(run.err, "neither here nor in the registry: .*%s.*; name "
+                                          "what it builds on in --with" % digest)
             self.assertEqual({request.method for request in target.requests} - {"GET"},
                              {"HEAD"})
+            other = self.registry()
+            for argv in (), ("--dry-run",):
+                run = self.main("push", self.at(name), other.host, "--with", base, *argv)
+                self.assertEqual(run.status, 0, run.err)
+            self.assertEqual(set(other.blobs), set(self.image.blobs))
+            self.assertTrue(imagec.push(self.at(name), self.registry().host,
+                                        beside=[base], no_creds=True))
             self.main("push", base, target.host, "--tag", "lab/app:1")
             run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
             self.assertEqual(run.status, 0, run.err)
