@@ -4462,7 +4462,7 @@ class Region(value_type("Region", "path offset size")):
 
     def pieces(self, check=go_on):
         """Yields the bytes, in pieces."""
-        with self.open() as file:
+        with naming_file(self.path), self.open() as file:
             yield from pieces(file, self.size, check)
 
 
@@ -7132,7 +7132,7 @@ class Session:
         self._allow_http, self._token_hosts = insecure_allow_http, token_hosts
         self.jobs, self.recompress, self.referrers = jobs, recompress, referrers
         self.without, self.below = without, below
-        #: (text, ImagecError) pairs of what failed where the rest goes on, else None.
+        #: (text, error) pairs of what failed where the rest goes on, else None.
         self.failures = [] if keep_going else None
         self.max_layer_size, self.max_files = max_layer_size, max_files
         self.notify = lambda event: notify and notify(event._replace(
@@ -7149,11 +7149,11 @@ class Session:
 
     @contextlib.contextmanager
     def trying(self, what):
-        """An error inside is one of the `failures`, where these are collected."""
+        """An error inside, but of standard output, is one of `failures` if not None."""
         try:
             yield
-        except ImagecError as error:
-            if self.failures is None:
+        except (ImagecError, OSError) as error:
+            if self.failures is None or getattr(error, "filename", what) is None:
                 raise
             self.failures.append((str(what), error))
 
@@ -7618,7 +7618,7 @@ def in_parallel(session, actions, forgiving=True):
             try:
                 if what not in failed:
                     results[number] = action()
-            except ImagecError as error:
+            except (ImagecError, OSError) as error:
                 if not forgiving:
                     raise
                 failed.setdefault(what, error)
@@ -10059,7 +10059,8 @@ def _run(args, progress):
         for result in COMMANDS[args.command][0](args, session):
             print_result(result, sys.stdout)
         for what, error in session.failures or ():
-            log.error("failed: %s: %s", what, error)
+            log.error("failed: %s: %s", what, _local_words(error, args) if isinstance(
+                error, OSError) else error)
         if session.failures:
             log.error("failed: %d", len(session.failures))
             return exit_status(session.failures[0][1])

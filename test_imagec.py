@@ -14887,17 +14887,25 @@ class PushTest(PushCase):
         self.assertEqual((again.out, self.asked()), (run.out, asked))
 
     def test_keep_going(self):
-        """One is refused, one lacks a layer, one has no name, of one nothing is good."""
-        images = [build_image([tar_bytes([(name, b"x")])]) for name in "abcdef"]
+        """One is refused, one lacks a layer, one has no name, of one nothing is good, one
+        cannot be read.
+        """
+        images = [build_image([tar_bytes([(name, b"x")])]) for name in "abcdefg"]
         self.target.fault("POST .*/lab/b/", status(403), EVER)
         path = self.layout_of((images[4], "Foo Bar"), *[
-            (image, "h.test/lab/%s:1" % name) for name, image in zip("abcdef", images)
+            (image, "h.test/lab/%s:1" % name) for name, image in zip("abcdefg", images)
             if name != "e"], without=images[3].layers)
         write_file(os.path.join(path, "blobs", *images[5].digest.split(":")), b"{}")
-        run = self.push(path, "--keep-going", expect=3)
+        closed = imagec.blob_name(imagec.Digest.parse(images[6].layers[0]))
+        unreadable = mock.patch.object(imagec, "open", lambda path, *args, **more: open(
+            path if not path.endswith(closed) else self.work, *args, **more), create=True)
+        with unreadable:
+            run = self.push(path, "--keep-going", expect=3)
         self.has("lab/a", "1", images[0])
         self.has("lab/c", "1", images[2])
         self.assertEqual(re.findall("/lab/(.):1@", run.out.decode()), ["a", "c"])
+        self.assertIn("failed: %s/lab/g:1: %s: Is a dir" % (
+            self.target.host, self.work), run.err)
         for name in ("%s/lab/b:1" % self.target.host, "%s/lab/d:1" % self.target.host,
                      "Foo Bar", "blobs/sha256/" + images[5].digest[7:]):
             self.assertIn("failed: " + name, run.err)
@@ -15421,13 +15429,14 @@ class CommandLineTest(CommandLineCase):
     def test_keep_going_past_a_place_that_is_taken(self):
         self.enter(self.work)
         other = self.offer("2", build_image(FIELD_SMALL[:1]))
-        for format, name in (("rootfs", "app_1"), ("archive", "app_1.tar")):
+        for format, name in (("rootfs", "app_1"), ("archive", "app_1.tar.partial"),
+                             ("archive", "app_1.tar")):
             os.makedirs(os.path.join(name, "mine"))
             ended = self.main("pull", "-q", "--keep-going", "--format", format, self.ref,
                               other)
             self.assertEqual(ended.status, 1, ended.err)
-            self.assertIn("app_2" + name[5:], os.listdir("."))
-            self.assertIn("failed: %s" % self.ref, ended.err)
+            self.assertIn("app_2" + name[5:9], os.listdir("."))
+            self.assertIn("failed: %s: %s: " % (self.ref, name), ended.err)
 
     def test_a_default_name_takes_no_place_of_another_image(self):
         pull, other = self.there(), self.origin.host + "/lab/other:1"
