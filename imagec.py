@@ -9532,6 +9532,8 @@ def _run_pull(args, session):
                 path = "'%s'" % path.replace("'", "'\\''")
             programs = ["docker", "podman"] if output.format == "archive" and any(
                 image.config for image in images) else []
+            if images[1:] and any(image.without for image in images):
+                del programs[1:]  # podman takes one image without its layers, no more
             programs = list(filter(shutil.which, programs))[:1] or programs
             if programs or output.path != args.output:
                 log.info("%s%s%s", output.path, ": " if programs else "", " or ".join(

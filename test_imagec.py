@@ -15465,10 +15465,14 @@ class CommandLineTest(CommandLineCase):
         for name in installed:
             os.chmod(self.file("%s/%s" % (installed[0], name), "#!"), 0o755)
         chart = self.offer("chart", build_artifact([("text/x", b"x", "x.txt")]))
+        other = self.offer("2", build_image(FIELD_SMALL[:1]))
         for argv, said in (([self.ref], words.format("app_1.tar")),
                            ([self.ref, "--format", "oci"], "app_1"),
                            ([self.ref, "-o", "a b.tar"], words.replace(
                                "-i {0}", "-i 'a b.tar'").format("a b.tar")),
+                           ([self.ref, other, "--without", self.ref, "-o", "u.tar"],
+                            words.partition(" or ")[0].format("u.tar") if installed !=
+                            ["podman"] else "u.tar: docker load -i u.tar"),
                            ([chart], "app_chart.tar")):
             ended = self.main("pull", *argv,
                               PATH=os.path.join(self.root, *installed[:1] or ["none"]))
