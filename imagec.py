@@ -6674,7 +6674,7 @@ class FilesOutput(RootfsOutput):
     """
 
     format = "files"
-    unpacks = images = False
+    unpacks = images = partly = False
 
     def accept(self, image):
         if image.platform is not None:
@@ -7321,7 +7321,7 @@ class Session:
         if isinstance(references, (str, Reference)):
             raise UsageError("expected a list of references, not one")
         if not isinstance(output, Output):
-            output = new_output(output, format, tag and Reference.parse(str(tag)))
+            output = new_output(output, format, tag)
         return Puller(self, output).pull(
             [Reference.parse(str(one)) for one in references],
             None if platform is None else parse_platform(platform))
@@ -7382,7 +7382,7 @@ class Puller:
                 ("--referrers", session.referrers, output.layout, "oci or archive"),
                 ("--recompress", session.recompress, output.layout, "oci or archive"),
                 ("--without", session.without, output.layout, "oci or archive"),
-                ("--path", session.below, output.partly, "rootfs")):
+                ("--path", session.below is not None, output.partly, "rootfs")):
             if given and not taken:
                 raise UsageError("%s does not go with --format %s"
                                  % (option, output.format), "add --format " + formats)
@@ -7935,9 +7935,10 @@ def new_output(path, format=None, tag=None, stream=None, sole=None):
     if name not in OUTPUTS:
         raise UsageError("unknown format %r: expected one of %s"
                          % (name, ", ".join(OUTPUTS)))
-    if tag is not None and not OUTPUTS[name].layout:
-        raise UsageError("format %s keeps no name to load it by" % name,
-                         "--tag goes with --format archive or oci")
+    tag = None if tag is None else Reference.parse(str(tag))
+    if tag and (tag.digest or not OUTPUTS[name].layout):
+        raise UsageError("format %s keeps no such name: %s" % (name, str(tag)),
+                         "--tag NAME[:TAG] goes with --format archive or oci")
     if stream is None and os.path.islink(path) and os.path.isfile(path):
         with contextlib.suppress(OSError):  # it may be closed
             if os.path.samestat(os.stat(path), os.fstat(1)):
@@ -9498,10 +9499,9 @@ def pinned(image):
 def _run_pull(args, session):
     references = list(map(named, args.references or ())) + read_list(
         args.from_file, session.trying)
-    tag = None if args.tag is None else Reference.parse(args.tag)
     if not (references or session.failures):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
-    if tag is not None and (len(references) > 1 or tag.tag is None):
+    if args.tag is not None and len(references) > 1:
         raise UsageError("--tag names one image, as NAME[:TAG]")
     stream = getattr(sys.stdout, "buffer", None) if args.output == "-" else None
     if args.output == "-" and (stream is None or sys.stdout.isatty()):
@@ -9510,7 +9510,7 @@ def _run_pull(args, session):
     outputs = []
     for path, format, wanted, sole in destinations(args, references):
         with session.trying(sole or path):
-            outputs.append((new_output(path, format, tag, stream, sole), wanted))
+            outputs.append((new_output(path, format, args.tag, stream, sole), wanted))
     for output, wanted in outputs:
         images = []
         with session.trying(output.sole or output.path):

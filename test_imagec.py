@@ -8803,6 +8803,7 @@ class ArchiveOutputTest(StoredCase):
     def test_tag_is_for_one_image(self):
         reference, image = self.serve(ARCHIVE_TARS[:1])
         for options in (("--tag", "a", reference, reference),
+                        ("--tag", "a:1@" + image.digest, reference),
                         ("--tag", "a@" + image.digest, reference)):
             self.pull("-o", self.at("out.tar"), *options, expect=2)
         self.assertEqual(os.listdir(self.work), [])
@@ -11556,7 +11557,8 @@ class PullTest(PullCase):
            ({"platform": "a/b/c/d/e"},), ({"username": "alice"},), ({"output": ""},),
            ({"output": "-"},), ({"mirrors": "m.test"},), ({"token_hosts": "t.test"},),
            ({"timeout": 0},), ({"max_layer_size": -1},), ({"timeout": float("nan")},),
-           ({"platform": []},),
+           ({"platform": []},), ({"tag": "", "format": "oci"},),
+           ({"tag": "x:1@sha256:" + "0" * 64, "format": "oci"},),
            ({"without": "app"},)])
     def test_pull_function_refuses(self, options):
         with self.fails(imagec.UsageError):
@@ -16240,6 +16242,8 @@ FAILURES = (
      "--recompress .* --format layers; add --format oci or archive"),
     ("pull --path /etc {ref} -o {root}/a.tar", 2,
      "--path .* --format archive; add --format rootfs"),
+    ("pull --path '' {ref} -o {root}/a.tar", 2, "--path .* --format archive; add"),
+    ("pull --path d {ref} --format files", 2, "--path .* --format files; add"),
     ("pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
     ("digest --image a {ref}", 2, "--image goes with"),
     ("pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
@@ -16252,8 +16256,8 @@ FAILURES = (
     ("digest {ref}", 1, "is out of order, .*HTTP 500", "GET /v2/$", status(500), EVER),
     ("pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
     ("pull -o {root}/x.TGZ {ref}", 2, "FILE.tar"),
-    ("pull --tag a:1 {ref}", 2, "--tag goes with"),
-    ("pull --tag a:1 --format rootfs {ref}", 2, "--tag goes with"),
+    ("pull --tag a:1 {ref}", 2, r"--tag NAME\[:TAG\] goes with"),
+    ("pull --tag a:1 --format rootfs {ref}", 2, r"--tag NAME\[:TAG\] goes with"),
     ("auth ''", 2, "HOST"),
     ("pull lab/App", 2, "lowercase"),
     ("pull 'lab/app\n'", 2, r"lab/app\\+n"),
