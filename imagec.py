@@ -4743,6 +4743,12 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
             self.origin.repository, self.origin.digest)
 
     @property
+    def reference(self):
+        """That as a Reference, None where it is none."""
+        with contextlib.suppress(InvalidReference):
+            return Reference.parse(self.full or "")
+
+    @property
     def without(self):
         """The Digests of its layers that were left out, for they are elsewhere."""
         return self.origin.without if self.origin else ()
@@ -7744,11 +7750,29 @@ class Stock:
         return raw
 
 
+def picked(path, names, name, several=False):
+    """Those of the Stored `names` at `path` that go by `name`, None: by any. That is a
+    name, tag or digest, or the end of one; if not `several`, rather a whole name.
+    Raises UsageError for none, and for too many.
+    """
+    known = [(str(one.name or one.tag or one.digest or one.tree), one) for one in names]
+    found = not several and [one for text, one in known if text == name] or [
+        one for text, one in known if name is None or any(
+            re.search(r"(?:\A|[/:@])%s\Z" % re.escape(name), str(part))
+            for part in (text, one.full, one.tag, one.digest, *(one.origin or ())[:1])
+            if part)]
+    if not found or found[1:] and not several:
+        raise UsageError("%s holds %s" % (
+            path, ", ".join(text for text, _ in known) or "no image"),
+            "choose one with --image NAME" if known else None)
+    return found
+
+
 def stored_image(path, name=None, platform=None, check=go_on):
     """The Image at `path` for a Platform, or "all"; see image_of.
 
-    `name` says which of several: its full name, or the end of it. Its `reference` is
-    None where it has no name. Raises UsageError where not one is meant, OutputError.
+    `name` says which of several, see picked. Its `reference` is None where it has no
+    name. Raises UsageError, OutputError.
     """
     def config_of(pointer):
         raw = reader.read(found.file_of(pointer))
@@ -7762,17 +7786,9 @@ def stored_image(path, name=None, platform=None, check=go_on):
                               "--platform chooses another" if len(there) > 1 else None)
         return dict(zip(digests, documents)).get(entry.digest)
 
-    reader, reference = open_place(path, check), None
-    names = [(str(one.name or one.tag or one.digest or one.tree), one)
-             for one in stored(reader, lenient) if not one.along]
-    picked = [one for full, one in names if full == name] or [
-        one for full, one in names
-        if name is None or re.search(r"[/:]%s\Z" % re.escape(name), full)]
-    if len(picked) != 1:
-        raise UsageError("%s holds %s" % (
-            path, ", ".join(full for full, _ in names) or "no image"),
-            "choose one with --image NAME" if names else None)
-    found, = picked
+    reader = open_place(path, check)
+    found, = picked(path, [one for one in stored(reader, lenient) if not one.along],
+                    name)
     documents = list(found.documents)
     if not documents:
         raise OutputError(path, "lacks " + blob_name(found.digest))
@@ -7782,9 +7798,7 @@ def stored_image(path, name=None, platform=None, check=go_on):
         one.artifact_type or isinstance(one, Index))]
     if platform is None and len(there) == 1:  # another tool may have copied just it
         at = documents.index(there[0])
-    with contextlib.suppress(InvalidReference):
-        reference = Reference.parse(found.full or "")
-    image = image_of(reference, None, documents[at], platform, fetch, config_of)
+    image = image_of(found.reference, None, documents[at], platform, fetch, config_of)
     return image._replace(digest=digests[0], path=path, stored=found, indexes=tuple(
         one for one in documents[:at] if isinstance(one, Index)) + image.indexes)
 
@@ -8255,7 +8269,7 @@ def _kin(way):
 
 
 def _prove_signed(stock, rule, name=None):
-    """Has a SignedBy prove each image in a Stock, or those of a name or the end of one.
+    """Has a SignedBy prove each image in a Stock, or those of a name: see picked.
 
     Raises VerificationError, and Unsupported for what was rewritten here.
     """
@@ -8268,13 +8282,10 @@ def _prove_signed(stock, rule, name=None):
     if len(images) < len(stock.names):
         log.info("not asked who signed what refers to others here: %d",
                  len(stock.names) - len(images))
-    asked = [found for found in images if name is None or any(re.search(
-        "(?:^|[/:])%s\\Z" % re.escape(name), one or "")
-        for one in (found.name, found.tag))]
-    if not asked:
-        raise VerificationError("there is no image %s" % (name or "to prove"))
+    if not images:
+        raise VerificationError("there is no image to prove")
     done = set()  # one image may go by many names
-    for found in asked:
+    for found in picked(stock.reader.path, images, name, several=True):
         stock.reader.check()
         name = found.name or found.tag or found.tree or found.digest
         one = stock.document(found)

@@ -13398,7 +13398,7 @@ class SignedVerifyTest(SignedCase):
             for number, note in enumerate(notes)))
         asked, stock = [], imagec.Stock(imagec.open_place(self.at("out")))
         with mock.patch.object(imagec.Digest, "tag", property(asked.append)), \
-                self.fails(imagec.VerificationError, "no image x"):
+                self.fails(imagec.UsageError, "choose one with --image"):
             imagec._prove_signed(stock, None, "x")
         self.assertEqual(len(asked), len(stock.drawn))
 
@@ -13560,7 +13560,10 @@ class SignedVerifyTest(SignedCase):
         self.proved("out", 3, "found none")
         self.proved("out", 0, "signed by", "--image", "lab/app:1")
         self.proved("out", 3, "found none", "--image", "evil:1")
-        self.proved("out", 3, "there is no image vil:1", "--image", "vil:1")
+        self.proved("out", 0, "signed by", "--image", json.loads(file_text(
+            self.at("out", "index.json")))["manifests"][0]["digest"])
+        self.proved("out", 2, "/lab/app:1, %s/lab/evil:1; choose" % self.origin.host,
+                    "--image", "vil:1")
         self.changed(lambda index: index["manifests"][-1]["annotations"].update({
             OCI_NAME: self.origin.host + "/lab/evil:2"}))
         self.proved("out", 3, "found none", "--image", "1")  # a reader's tag for it
@@ -15837,7 +15840,8 @@ class OnDiskTest(CommandLineCase):
             self.assert_one_line(
                 self.main(command, "-q", path), 2, "x.tar holds %s, %s; "
                 "choose one with --image" % (self.ref, self.many))
-        for name in (self.many, "app:many", "lab/app:many", "many"):
+        for name in (self.many, "app:many", "lab/app:many", "many",
+                     self.index.digest[7:], sha256(self.index.manifest)):
             self.assertEqual(self.asked("digest", path, "--image", name),
                              self.index.digest + "\n")
         for name in ("any", "lab/app", ".*", "app:man", ""):
@@ -15854,8 +15858,9 @@ class OnDiskTest(CommandLineCase):
         path = self.put("x.tar", by_digest)
         value = json.loads(self.asked("inspect", path))
         self.assertEqual(value["reference"], by_digest)
-        self.assertEqual(self.asked("digest", path, "--image", self.digest),
-                         self.digest + "\n")
+        for name in self.digest, by_digest:
+            self.assertEqual(self.asked("digest", path, "--image", name),
+                             self.digest + "\n")
 
     def test_what_is_a_path(self):
         self.enter(self.work)
