@@ -7072,7 +7072,7 @@ class SignedBy:
 # --------------------------------------------------------------------------------------
 
 #: What a directory has that a pull has made -> the format it is of.
-LAYOUT_MARKS = {"http": "layers", "https": "layers", "oci-layout": "oci"}
+LAYOUT_MARKS = {"http/*/v2": "layers", "https/*/v2": "layers", "oci-layout": "oci"}
 LEFT_OUT = "left out, for %s lacks it: %s, of type %s"
 #: Parameter of a Session -> the rule that an image must keep before it is fetched.
 CHECKS = {"verify_keys": SignedBy}
@@ -8013,7 +8013,8 @@ def asked(args, session, outermost=False):
         return (image.indexes + (image.manifest,))[0] if outermost else image
     if args.image is not None:
         raise UsageError("--image goes with a path", "for one here write ./PATH")
-    if any(os.path.exists(os.path.join(text, mark)) for mark in LAYOUT_MARKS):
+    import glob
+    if any(glob.glob(os.path.join(text, mark)) for mark in LAYOUT_MARKS):
         log.info("for what is in the directory here write ./%s", text)
     reference = named(text)
     if not outermost:
@@ -9553,12 +9554,13 @@ def _run_pull(args, session):
 
 def destinations(args, references):
     """(path, format, References, the one it has the name of) of each output."""
+    import glob
     path, format, names = os.path.expanduser(args.output or ""), args.format, {}
     own = format != "layers" if args.output is None else (
         format in (None, "archive") and (path[-1:] in ("/", os.sep)
                                          or os.path.isdir(path)))
     for mark, kept in LAYOUT_MARKS.items():
-        if own and path and os.path.lexists(os.path.join(path, mark)):
+        if own and path and glob.glob(os.path.join(glob.escape(path), mark)):
             own, format = False, format or kept
     if not own:
         return [("images" if args.output is None else path, format, references, None)]

@@ -15404,6 +15404,7 @@ class CommandLineTest(CommandLineCase):
         ("--format files", "{chart}", "app_chart"), ("-o images", "{ref}", "images"),
         ("--format layers", "{ref}", "images"), ("-o X.TAR", "{ref} {many}", "X.TAR"),
         ("-o {place}/", "{ref}", "app_1.tar"), ("-o .", "{ref}", "app_1.tar"),
+        ("-o .", "{ref}", "app_1.tar http https"),  # what others may call theirs
         ("-o ~/x.tar", "{ref}", "x.tar"), ("-o new/", "{ref} {many}", "new"),
         ("--format archive -o .", "{ref}", "app_1.tar"),
         ("--format archive -o new/", "{ref} {many}", "new"),
@@ -15412,6 +15413,7 @@ class CommandLineTest(CommandLineCase):
         os.environ["HOME"] = self.work
         self.clear()
         pull = self.there()
+        list(map(os.mkdir, re.findall(r"\bhttps?\b", made)))
         words = dict(
             ref=self.ref, app=self.ref[:-2], digest=self.digest, place=self.work,
             many=self.offer("many", self.index),
@@ -17116,7 +17118,7 @@ class StreamTest(CommandLineCase):
 #: Everything the file may import; a guard against a dependency slipping in.
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
-    errno fcntl fnmatch functools gc getpass hashlib heapq hmac http io
+    errno fcntl fnmatch functools gc getpass glob hashlib heapq hmac http io
     ipaddress itertools json logging lzma marshal os platform queue random re selectors
     shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
     time traceback types urllib zlib
