@@ -7221,7 +7221,7 @@ class Session:
             return ImageConfig.parse(raw, what)
 
         source, others = self.source(reference), []
-        with naming("%s/%s" % (source.host, source.repository)):
+        with naming(str(reference._replace(host=source.host))):
             image = image_of(reference, source.registry_url, top, platform,
                              self._fetcher(source, held, others), config_of)
         wanted = platform or Platform.host()

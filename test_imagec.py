@@ -16309,7 +16309,7 @@ SENTENCES = (
      "what is there", "digest {host}/lab/none:1"),
     *((4, "no image for platform linux/amd64; there is: linux/arm/v7, from %s; choose "
        "with --platform" % place, "layers --platform amd64 " + path)
-      for place, path in (("{host}/lab/app", "{host}/lab/app:arm"),
+      for place, path in (("{host}/lab/app:arm", "{host}/lab/app:arm"),
                           ("{root}/arm.tar", "{root}/arm.tar"))),
     (0, None, "layers --platform linux/arm64 {root}/arm.tar",  # it runs there
      "digest {host}/lab/app:arm", "layers --platform arm {host}/lab/app:none"),
