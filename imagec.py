@@ -9065,10 +9065,10 @@ class Pusher:
             raise UsageError("not a registry: " + shown(place, 100), "expected "
                              "HOST[:PORT][/PREFIX], without what ends in ://")
         self._host, self._prefix = split_place(place, "registry")
-        if re.match("localhost/|[^/]*[.:][^/]*/", tag or ""):
-            raise UsageError("--tag names a host: " + shown(tag, 300),
+        if re.match("localhost/|[^/]*[.:][^/]*/|.*@", tag or ""):
+            raise UsageError("--tag names a host or digest: " + shown(tag, 300),
                              "expected NAME[:TAG], which goes below " + place)
-        home = Reference.parse("%s/%s" % (self._host, tag or "x"))
+        home = Reference.parse("%s/%s" % (self._host, "x" if tag is None else tag))
         if home.host != self._host:
             raise UsageError("not a registry: " + self._host,
                              "expected HOST:PORT, or a host's name with a dot")
@@ -9083,7 +9083,8 @@ class Pusher:
             with self._session.trying(file), lenient(file):
                 yield
 
-        with naming("standard input" if name == "-" else name):
+        place, name = label(name), "standard input" if name == "-" else name
+        with naming(name):
             self._stock = stock = Stock(open_place(
                 path, self._session.transport.check, beside=beside), noting)
         if any(found.origin.indexes if found.origin else found.tree is not None
@@ -9094,29 +9095,28 @@ class Pusher:
                  for found in stock.names]
         names.sort(key=lambda name: bool(name[0] or name[1].along))
         known = {found.digest for _, found in names if found.full or found.tag}
-        if self._tag and [one for subject, one in names
-                          if not (subject or one.along)][1:]:
+        images = {one.digest for subject, one in names if not (subject or one.along)}
+        if self._tag and len(images) > 1:
             raise UsageError("--tag names one image, %s holds more" % name)
         named, homes, plans = {}, {}, []
         for subject, found in names:
             digest = found.digest
             with self._session.trying(found.full or digest):
-                if not digest or digest in known and not (found.full or found.tag):
+                if not digest or digest in known and not (found.full or found.tag) or (
+                        self._tag and named and digest in images):
                     continue  # another name has it
-                own = not self._tag and found.full and Reference.parse(found.full)
-                tag = own and own.tag or found.tag
-                home = own.repository if own else homes.get(subject) or tag and label(
-                    name)
-                if self._tag:
-                    home, tag = self._tag.repository, tag if named else self._tag.tag
+                own = self._tag or found.reference
+                tag = own and not (self._tag and named) and own.tag or found.tag
+                home = own.repository if own else not found.full and (
+                    homes.get(subject) or tag and place)
                 if not home:
-                    raise UsageError("no name for %s" % str(digest), "--tag names it")
+                    raise UsageError("%s: no name in a registry: %s" % (
+                        name, found.full or digest), "try --tag, or --keep-going")
                 homes.update((one.digest, home) for one in found.documents)
                 there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
                     ":" + tag if tag else "@" + str(digest))))
                 if named.setdefault(there, digest) != digest:
-                    raise UsageError("two images in %s would both be %s" % (
-                        name, there))
+                    raise UsageError("%s: two images would both be %s" % (name, there))
         if not (named or self._session.failures):
             raise OutputError(name, "no image is in it", READABLE)
         below = {}  # many names may have one digest
@@ -9242,8 +9242,8 @@ def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
 def _run_push(args, session):
     import tempfile
     pusher, path = Pusher(session, args.place, args.tag, args.partial), args.path
-    with contextlib.suppress() if path != "-" else (
-            tempfile.NamedTemporaryFile(buffering=0)) as spool:
+    with contextlib.suppress() if path != "-" else tempfile.NamedTemporaryFile(
+            buffering=0, prefix="imagec-stdin-") as spool:
         if spool is not None:
             path = spool.name
             drain(map(_Stream(spool, path).write, pieces(

@@ -14754,6 +14754,7 @@ PUSH_NAMES = (
     ([(PUSH_IMAGE, "1.0")], (), {"lay-out:1.0": PUSH_IMAGE}),
     ([PUSH_NAMED], ("--tag", "x/y:2"), {"x/y:2": PUSH_IMAGE}),
     ([(PUSH_IMAGE, "Foo Bar")], ("--tag", "x"), {"x:latest": PUSH_IMAGE}),
+    ([PUSH_NAMED, (PUSH_IMAGE, "a.b/b:2")], ("--tag", "x"), {"x:latest": PUSH_IMAGE}),
     ([PUSH_NAMED, (PUSH_IMAGE, "a.b/b:1")], (), {"app:1": PUSH_IMAGE, "b:1": PUSH_IMAGE}),
     # What refers to an image goes where that goes, and is no other image.
     ([(PUSH_SIGNATURE, None), PUSH_NAMED], (),
@@ -14770,9 +14771,12 @@ PUSH_NAMES = (
 PUSH_BAD = (
     ([PUSH_NAMED, (PUSH_OTHER, "b.c/app:1")], (), (), 2, "both be [^ ]*/pre/app:1"),
     ([(PUSH_IMAGE, "a.b/a:1"), (PUSH_OTHER, "a.b/b:1")], (), ("--tag", "c"), 2, "--tag"),
-    ([(PUSH_IMAGE, None)], (), (), 2, "--tag names it"),
-    ([PUSH_NAMED], (), ("--tag", "a.b/x:1"), 2, "names a host: a.b/x:1; .*below 127"),
-    ([(PUSH_IMAGE, "Foo Bar")], (), (), 2, "invalid reference"),
+    ([(PUSH_IMAGE, None)], (), (), 2, "Out: no name .*: %s; try --tag" % PUSH_IMAGE.digest),
+    ([PUSH_NAMED], (), ("--tag", "a.b/x:1"), 2, "host or digest: a.b/x:1; .*below 127"),
+    ([PUSH_NAMED], (), ("--tag=x:1@" + PUSH_IMAGE.digest,), 2, "digest: x:1@sha256:.*;"),
+    ([PUSH_NAMED], (), ("--tag=",), 2, "invalid reference"),
+    ([PUSH_NAMED, (PUSH_IMAGE, "Foo Bar")], (), (), 2,
+     "Out: no name in a registry: Foo Bar; try --tag, or --keep-going$"),
     ([], (), (), 1, "no image"),
     ([(PUSH_INDEX, "a.b/app:1")], [PUSH_OTHER.digest], (), 1,
      "%s; .*--partial" % PUSH_OTHER.digest),
