@@ -7071,7 +7071,7 @@ class SignedBy:
 # 15  Pull: the steps from a reference to an output
 # --------------------------------------------------------------------------------------
 
-#: What a directory has that a pull has made -> the format it is of.
+#: What a directory has that a pull has made, as glob takes it -> its format.
 LAYOUT_MARKS = {"http/*/v2": "layers", "https/*/v2": "layers", "oci-layout": "oci"}
 LEFT_OUT = "left out, for %s lacks it: %s, of type %s"
 #: Parameter of a Session -> the rule that an image must keep before it is fetched.
@@ -7976,6 +7976,13 @@ def planned(images, move, size, there, as_json):
     return images + ["to %s: %d bytes; already there: %d" % (move, size, there)]
 
 
+def format_of(path):
+    """The format of what a pull has made in a directory; None for none."""
+    import glob
+    return next((format for mark, format in LAYOUT_MARKS.items() if glob.glob(
+        os.path.join(glob.escape(path), mark))), None)
+
+
 def is_path(text):
     """Whether what a user wrote is a path, not a reference.
 
@@ -8013,8 +8020,7 @@ def asked(args, session, outermost=False):
         return (image.indexes + (image.manifest,))[0] if outermost else image
     if args.image is not None:
         raise UsageError("--image goes with a path", "for one here write ./PATH")
-    import glob
-    if any(glob.glob(os.path.join(text, mark)) for mark in LAYOUT_MARKS):
+    if os.path.isdir(text) and format_of(text):
         log.info("for what is in the directory here write ./%s", text)
     reference = named(text)
     if not outermost:
@@ -9554,16 +9560,14 @@ def _run_pull(args, session):
 
 def destinations(args, references):
     """(path, format, References, the one it has the name of) of each output."""
-    import glob
     path, format, names = os.path.expanduser(args.output or ""), args.format, {}
     own = format != "layers" if args.output is None else (
         format in (None, "archive") and (path[-1:] in ("/", os.sep)
                                          or os.path.isdir(path)))
-    for mark, kept in LAYOUT_MARKS.items():
-        if own and path and glob.glob(os.path.join(glob.escape(path), mark)):
-            own, format = False, format or kept
-    if not own:
-        return [("images" if args.output is None else path, format, references, None)]
+    kept = format_of(path) if own and os.path.isdir(path) else None
+    if kept or not own:
+        return [("images" if args.output is None else path, format or kept, references,
+                 None)]
     platform = "+".join(str(parse_platform(one)).replace("/", "-")
                         for one in args.platforms or ())
     for one in references:
