@@ -9217,7 +9217,9 @@ class Pusher:
                     target.doubted = True
                     return self.push(reference, documents, blobs)
                 with contextlib.suppress(ImagecError):  # of a tag that must not change
-                    if target.head_manifest(repository, name) == one.digest:
+                    if error.status not in RETRIED_STATUSES and (
+                            error.url.endswith("/" + str(name))) and (
+                            target.head_manifest(repository, name) == one.digest):
                         continue
                 if isinstance(one, Schema1Manifest):
                     error.hint = "push what pull -o FILE.tar makes of the image"

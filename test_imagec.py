@@ -15120,6 +15120,11 @@ class PushFaultsTest(PushCase):
         self.assertEqual(self.push(path).out, out)
         self.target.add("app", "1", PUSH_OTHER)
         self.assertIn("HTTP %d" % code, self.push(path, expect=exit).err)
+        # What refers to an image may be there, but the list of it has to be, too.
+        self.target = self.registry(linked=True, lists_referrers=False)
+        self.refuses("PUT .*/manifests/sha256-", Reply(code))
+        self.push(self.layout_of((PUSH_IMAGE, "a.b/app:1"), (build_artifact(
+            [("a/b", b"{}", None)], subject=PUSH_IMAGE.descriptor()), None)), expect=exit)
 
     @rows((("127.0.0.1", None), ("localhost", None), ("localhost", "basic")))
     def test_moved(self, host, auth):
