@@ -8761,6 +8761,7 @@ class RegistryHandler:
         self.answered = False  # whether the answer has begun
         if (self.headers.get_all("Content-Length", ["0"]) != ["0"]
                 or "Transfer-Encoding" in self.headers or self.headers.get_payload()
+                or self.headers.defects or self.headers.get_unixfrom()
                 or not all(re.fullmatch("[A-Za-z0-9-]+:[^\r\n]*", ":".join(field))
                            for field in self.headers.items())):
             # A body, or what may be one to a proxy before us, is no next request.
