@@ -4050,12 +4050,13 @@ class Source:
                     raise
 
     def trusting(self, fetch, action):
-        """What action(fetch()) gives, without an error, of what the first place has."""
+        """What action(fetch()) gives of the first place that has what is good."""
         while True:
-            found, place = fetch(), self._places[0]
+            place = self._places[0]
+            found = fetch()
             try:
                 return action(found)
-            except ImagecError as error:
+            except (VerificationError, InvalidDocument, Unsupported, NotFound) as error:
                 if not self.leave(place, error):
                     raise
 

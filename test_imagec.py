@@ -7662,6 +7662,29 @@ class MirrorTest(ResolveCase):
                 self.resolve(self.origin.host, mirrors=[mirror.host, "127.0.0.1:1"])
         self.assertEqual(len(self.said), 4)
 
+    def test_home_that_fails_is_asked_once(self):
+        mirror = self.filled()
+        mirror.fault(_FIELD_BLOB, status(404), EVER)
+        self.origin.fault(_FIELD_BLOB, status(503), EVER)
+        with self.fails(imagec.RegistryError, self.origin.host):
+            self.resolve(self.origin.host, mirrors=[mirror.host])
+        self.assertEqual(len(paths(self.origin, "/blobs/")), imagec.ATTEMPTS)
+
+    def test_a_mirror_that_is_left_meanwhile(self):
+        places = [(mock.Mock(host="m"), "a"), (mock.Mock(host="h"), "a")]
+        source, found = imagec.Source(places), [7, 0]
+
+        def fetch():
+            source.leave(places[0], "what another has met")
+            return found.pop()
+
+        def action(number):
+            if not number:
+                raise imagec.InvalidDocument("of the mirror")
+            return number
+
+        self.assertEqual(source.trusting(fetch, action), 7)
+
     def test_origin_that_spoils_is_an_error(self):
         mirror = self.filled()
         for registry in (mirror, self.origin):
