@@ -278,22 +278,25 @@ def printable(text, limit=None):
 
 
 class Log:
-    """Tells what happens, without SECRETS: the `listener(level, text)` if there is one,
-    as `main` has, from its `level` on; else who listens to logging.getLogger("imagec").
+    """Tells what happens, without SECRETS: the last of its `listeners`, which `main`
+    has, from its `level` on; else who listens to logging.getLogger("imagec").
 
     That is got only where somebody may: to import logging takes longer than TLS does.
     """
 
     DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as logging has them
-    listener, level = None, INFO
+
+    def __init__(self):
+        self.listeners = []
 
     def _tell(self, level, text, *args):
-        least = self.level if self.listener else self.WARNING
-        if level < least and (self.listener or "logging" not in sys.modules):
+        heard = self.listeners[-1:]  # it may end meanwhile
+        least = heard[0].level if heard else self.WARNING
+        if level < least and (heard or "logging" not in sys.modules):
             return
         text = printable(text % args if args else text, 2 * MESSAGE_LIMIT)
-        if self.listener is not None:
-            self.listener(level, text)
+        if heard:
+            heard[0].tell(level, text)
         else:
             import logging
             logging.getLogger("imagec").log(level, "%s", text)
@@ -9414,6 +9417,7 @@ class Progress:
     """
 
     DONE = ("Download complete", "Already exists", "Pushed")
+    level = Log.INFO  # from which on it tells what is logged
 
     def __init__(self, stream, kind="none", clock=time.monotonic):
         self.kind, self._stream, self._clock = kind, stream, clock
@@ -10030,16 +10034,16 @@ def main(argv: "list | None" = None) -> int:
     while spare < 3:  # or a file would take a closed stream's place, and what it gets
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    argv, progress, before = list(argv), Progress(sys.stderr), (log.listener, log.level)
+    argv, progress = list(argv), Progress(sys.stderr)
     args = types.SimpleNamespace(command="", debug=False)
-    log.listener, log.level = progress.tell, Log.INFO
+    log.listeners.append(progress)
     try:
         try:
             args = parse_arguments(argv)
         except SystemExit:  # --help or --version told all
             return 0
         if args.debug or args.quiet:
-            log.level = Log.DEBUG if args.debug else Log.ERROR
+            progress.level = Log.DEBUG if args.debug else Log.ERROR
         return _run(args, progress)
     except (ImagecError, OSError, ImportError, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, OSError):
@@ -10056,7 +10060,7 @@ def main(argv: "list | None" = None) -> int:
                       args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)
     finally:
-        log.listener, log.level = before
+        log.listeners.remove(progress)
         _forget(sys.stderr)
 
 

@@ -15761,8 +15761,8 @@ class CommandLineTest(CommandLineCase):
         before = LOG.level, list(LOG.handlers)
         for name in (self.ref, "Bad"):
             self.main("digest", "--debug", name)
-            self.assertEqual((LOG.level, LOG.handlers, imagec.log.listener),
-                             before + (None,))
+            self.assertEqual((LOG.level, LOG.handlers, imagec.log.listeners),
+                             before + ([],))
 
     def test_every_error_has_its_status(self):
         expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
@@ -17052,8 +17052,10 @@ class StreamTest(CommandLineCase):
         ("_ssl", "verify x", 1,
          "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
         ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
-        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue logging "
-         "traceback encodings.idna", "digest -q {ref}", 0, None)))
+        # Of old Pythons `threading` and sockets want some.
+        ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue logging"
+         + " encodings.idna" * (sys.version_info >= (3, 7))
+         + " traceback" * (sys.version_info >= (3, 8)), "digest -q {ref}", 0, None)))
     def test_a_python_that_lacks(self, names, command, status, words):
         ended = subprocess.run(
             [sys.executable, "-I", "-S", "-c", LACKING, names, MODULE_PATH]
