@@ -35,7 +35,8 @@ An annex, marked *, is what a pull to `layers`, `oci` or `archive` never enters.
 
 Importing this module does nothing. Only `ImagecError` (with its subclasses) and the
 `OSError` of the local disk come out of its public functions. It logs to
-`logging.getLogger("imagec")`. What is in `__all__`, and nothing else, is promised.
+`logging.getLogger("imagec")`, but `main` to standard error. What is in `__all__`, and
+nothing else, is promised.
 """
 
 import gc
@@ -3805,7 +3806,7 @@ class Registry(Endpoint):
         return self.transport.retrying(fetch, tries)
 
     def head_manifest(self, repository: str, tag: str) -> "Digest | None":
-        """The Digest a tag stands for by the registry's word, None where it gives none.
+        """The Digest a tag (or digest) stands for by the registry's word, or None.
 
         Cheaper than fetch_manifest, and no pull by Docker Hub's count. Raises the same.
         """
@@ -3828,7 +3829,8 @@ class Registry(Endpoint):
 
         By digest its digest is checked, and its `size` where that is not None; by tag,
         a Docker-Content-Digest header must agree with the body. Raises NotFound,
-        AccessDenied, VerificationError, InvalidDocument, Unsupported, TransportError.
+        AccessDenied, VerificationError, InvalidDocument, Unsupported, TransportError,
+        InvalidReference where a text is neither.
         """
         digest = Digest.parse(reference) if ":" in reference else (  # as in no tag
             reference if isinstance(reference, Digest) else None)
