@@ -1436,8 +1436,8 @@ class RegistryCase(unittest.TestCase):
         self.addCleanup(transport.close)
         return transport
 
-    def main(self, *argv, stdin="", stderr=None, **environ):
-        """Run a command line here; it retries at once, and syncs nothing."""
+    def main(self, *argv, stdin="", stderr=None, expect=None, **environ):
+        """Run a command line here; it retries at once, syncs nothing, ends as expected."""
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
         given = io.TextIOWrapper(io.BytesIO(
             stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
@@ -1450,6 +1450,8 @@ class RegistryCase(unittest.TestCase):
             warnings.simplefilter("ignore", ResourceWarning)
             status = imagec.main(list(argv))
         out.flush()
+        if expect is not None:
+            self.assertEqual(status, expect, err.getvalue())
         return Ended(status, out.buffer.getvalue(), err.getvalue())
 
     def start(self, *argv, redirections="", python=sys.executable, environ=None,
@@ -2364,8 +2366,7 @@ class StoredCase(RegistryCase):
         return self.origin.host + "/" + name, image
 
     def pull(self, *argv, expect=0):
-        run = self.main("pull", "-q", *argv)
-        self.assertEqual(run.status, expect, run.err)
+        run = self.main("pull", "-q", *argv, expect=expect)
         self.assertNotIn("Traceback", run.err)
         return run
 
@@ -2378,9 +2379,7 @@ class StoredCase(RegistryCase):
         return [one.status for one in ended], err
 
     def verify(self, path, expect=0):
-        run = self.main("verify", path)
-        self.assertEqual(run.status, expect, run.err)
-        return run.err
+        return self.main("verify", path, expect=expect).err
 
     def blob_gets(self, digest=""):
         return sum("/blobs/" + digest in request.path and request.method == "GET"
@@ -2482,8 +2481,9 @@ class ThreatCase(RegistryCase):
         with session or self.session(**options) as session:
             return self.pulled_by(session, path, format, ref)
 
-    def pull(self, format, path, *more, tag="1"):
-        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more))
+    def pull(self, format, path, *more, tag="1", **options):
+        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more),
+                         **options)
 
     def pull_argv(self, ref, format, path, *more):
         return ("pull", "-q", "--platform", "linux/amd64", "--format", format,
@@ -6894,8 +6894,7 @@ class AuthorizedTest(NetworkCase):
         allowed = allowed and (
             "--token-host", allowed.format(port=place.rpartition(":")[2]))
         ended = self.main("layers", "-q", "-u", "alice", *allowed,
-                          registry.host + "/app:1", IMAGEC_PASSWORD=PASSWORD)
-        self.assertEqual(ended.status, 0, ended.err)
+                          registry.host + "/app:1", IMAGEC_PASSWORD=PASSWORD, expect=0)
         self.assertEqual(len(authorizations(tokens)), seen)
         self.assertEqual(ended.err, "" if seen else (
             "imagec: warning: no password sent to http://%s/token, which is not a token "
@@ -9432,8 +9431,7 @@ class ArtifactsTest(StoredCase):
             held = []
             for _ in range(2):
                 run = self.main("pull", "--progress", "none", "--format", format, "-o",
-                                self.at(format), reference)
-                self.assertEqual(run.status, 0, run.err)
+                                self.at(format), reference, expect=0)
                 self.assertEqual("docker cannot load" in run.err, format == "archive")
                 held.append(contents(self.at(format)) or file_bytes(self.at(format)))
             self.assertEqual(*held)
@@ -9579,8 +9577,7 @@ class WithoutTest(StoredCase):
         self.assertIn("layers left out, for they are elsewhere: 3 of 3, bytes: %d" % sum(
             len(self.image.blobs[digest]) for digest in self.image.layers), run.err)
         run = self.main("pull", "--without", self.old, "-o", self.at("o.tar"), self.new)
-        run = self.main("verify", self.at("o.tar"))
-        self.assertEqual(run.status, 1)
+        run = self.main("verify", self.at("o.tar"), expect=1)
         self.assertIn("incomplete: blobs elsewhere: 2", run.err)
         self.assert_one_line(self.main("ls", "-q", self.at("o.tar")), 1,
                              "o.tar: is an update: layer .* is elsewhere; serve")
@@ -9597,8 +9594,7 @@ class WithoutTest(StoredCase):
                     ARCHIVE_TARS[:2], compress=None)], "docker", True))
             self.left_out("app:2", name, base)
             for other, status in ((self.at("less"), 1), (base, 0)):
-                run = self.main("verify", self.at(name), "--with", other)
-                self.assertEqual(run.status, status, run.err)
+                self.main("verify", self.at(name), "--with", other, expect=status)
             remove(self.at(name))
 
     def test_pushed_where_the_rest_is(self):
@@ -9606,8 +9602,8 @@ class WithoutTest(StoredCase):
         for name in ("new.tar", "new"):
             self.left_out("app:2", name, base)
             target = self.registry()
-            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
-            self.assertEqual(run.status, 1, run.err)
+            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2",
+                            expect=1)
             for digest in self.image.layers[:2]:
                 self.assertRegex(run.err, "neither here nor in the registry: .*%s.*; name "
                                           "what it builds on in --with" % digest)
@@ -9615,14 +9611,14 @@ class WithoutTest(StoredCase):
                              {"HEAD"})
             other = self.registry()
             for argv in (), ("--dry-run",):
-                run = self.main("push", self.at(name), other.host, "--with", base, *argv)
-                self.assertEqual(run.status, 0, run.err)
+                self.main("push", self.at(name), other.host, "--with", base, *argv,
+                          expect=0)
             self.assertEqual(set(other.blobs), set(self.image.blobs))
             self.assertTrue(imagec.push(self.at(name), self.registry().host,
                                         beside=[base], no_creds=True))
             self.main("push", base, target.host, "--tag", "lab/app:1")
-            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2")
-            self.assertEqual(run.status, 0, run.err)
+            run = self.main("push", self.at(name), target.host, "--tag", "lab/app:2",
+                            expect=0)
             self.assertIn(self.image.digest, run.out.decode())
 
     def test_a_config_is_no_layer_that_is_elsewhere(self):
@@ -10365,8 +10361,7 @@ class RootfsOutputTest(StoredCase):
         """Pull an image of the layers: (where it is, what was said)."""
         reference, _ = self.serve(list(layers), name)
         run = self.main("pull", "--progress", "none", "--format", "rootfs", "-o",
-                        self.at(out), reference)
-        self.assertEqual(run.status, 0, run.err)
+                        self.at(out), reference, expect=0)
         # Where we are not root: a directory no layer speaks of is root's.
         err = run.err if ROOT else re.sub(".*owners not set.*\n", "", run.err)
         return os.fsencode(self.at(out)), err
@@ -11814,8 +11809,7 @@ class AlongTest(StoredCase):
     def along(self, out, format="archive", *more):
         """Pull with what refers to it; {tag: entry} of what came along."""
         run = self.main("pull", "--format", format, "-o", self.at(out), "--referrers",
-                        "--platform", "linux/amd64", self.ref, *more)
-        self.assertEqual(run.status, 0, run.err)
+                        "--platform", "linux/amd64", self.ref, *more, expect=0)
         self.assertEqual(run.out.decode(), self.ref + "@" + self.index.digest + "\n")
         self.assertEqual(self.verify(self.at(out)), "")
         if format == "oci":
@@ -11980,8 +11974,8 @@ class PlatformsTest(StoredCase):
         """Pull for some platforms, and verify that; what is told."""
         words = [word for name in platforms for word in ("--platform", name)]
         run = self.main("pull", self.ref, *also, "--progress", "none", "-o",
-                        self.at(path), "--format", format or "archive", *words)
-        self.assertEqual(run.status, 0, run.err)
+                        self.at(path), "--format", format or "archive", *words,
+                        expect=0)
         self.assertEqual(self.verify(self.at(path)), "")
         return run
 
@@ -12157,9 +12151,8 @@ class DryRunTest(FieldCase):
     def test_refuses_what_a_pull_would_refuse(self, options, format, code):
         self.origin.add("lab/app", "1", build_index([(self.image, AMD64)]))
         for more in in_turn(((), ("--dry-run",)), 2):
-            run = self.main("pull", self.ref, "-o", self.at(), "--format", format,
-                            *options.format(ref=self.ref).split(), *more)
-            self.assertEqual(run.status, code, run.err)
+            self.main("pull", self.ref, "-o", self.at(), "--format", format,
+                      *options.format(ref=self.ref).split(), *more, expect=code)
         self.assertEqual(paths(self.origin, "/blobs/"), [])
         self.assertFalse(os.path.lexists(self.at()))
 
@@ -12229,9 +12222,8 @@ class SignedCase(StoredCase):
 
     def run_it(self, command, *argv, expect=0, **environ):
         self.origin.requests.clear()
-        run = self.main(command, *argv, "--platform", "linux/amd64", **environ)
-        self.assertEqual(run.status, expect, run.err)
-        return run
+        return self.main(command, *argv, "--platform", "linux/amd64", expect=expect,
+                         **environ)
 
 
 def signature_image(*signatures):
@@ -12343,8 +12335,7 @@ class SignedPullTest(SignedCase):
                 self.run_it(command, *argv, **rule)
                 self.run_it(command, "--verify-key", self.other, *argv, expect=3, **rule)
         for argv in (("tags", self.origin.host + "/lab/app"), ("selftest",)):
-            run = self.main(*argv, **rule)
-            self.assertEqual(run.status, 0, run.err)
+            self.main(*argv, expect=0, **rule)
         with mock.patch.dict(os.environ, rule), self.fails(
                 imagec.VerificationError, "by none of the keys"):
             imagec.pull(self.reference, self.at("b.tar"), platform="linux/amd64",
@@ -12419,8 +12410,7 @@ class SignedPullTest(SignedCase):
                 self.assertEqual(bool(re.search("leaving the mirror %s: (no image|man|%s)" % (
                     mirror.host, self.reference), run.err)), bool(home), run.err)
             self.assertEqual(self.blob_gets(self.image.layers[0]), home, run.err)
-            run = self.main("verify", "--verify-key", self.key, self.at("out.tar"))
-            self.assertEqual(run.status, 0, run.err)
+            self.main("verify", "--verify-key", self.key, self.at("out.tar"), expect=0)
         self.unsign(self.index)
         self.run_it("digest", "--mirror", mirror.host, "--verify-key", self.key,
                     self.reference, expect=3)
@@ -12456,8 +12446,7 @@ class SignedPullTest(SignedCase):
                 argv = [part for one in platform for part in ("--platform", one)]
                 self.pull("--verify-key", self.key, *argv, "-o", self.at(name),
                           *["--format", "oci"] * (name == "out"), self.reference)
-                run = self.main("verify", "--verify-key", self.key, self.at(name))
-                self.assertEqual(run.status, 0, run.err)
+                self.main("verify", "--verify-key", self.key, self.at(name), expect=0)
                 held = contents(self.at(name)) if name == "out" else self.members(
                     self.at(name))
                 kept = simple(simple_payload(self.index.digest))[1]
@@ -12817,8 +12806,7 @@ class AuditTest(StoredCase):
 
     def told(self, path, count, *names):
         """Verify what holds something beside its images: good, but for that."""
-        run = self.main("verify", path)
-        self.assertEqual(run.status, 0, run.err)
+        run = self.main("verify", path, expect=0)
         self.assertRegex(run.err, r"\Aimagec: warning: [^\n]+\n\Z")
         more = re.search("(?: and ([0-9]+) more)?\n", run.err).group(1)
         self.assertEqual(int(more or 0) + 1, count)
@@ -13395,8 +13383,8 @@ class SignedVerifyTest(SignedCase):
                          self.reference)
 
     def proved(self, name="out", expect=0, words="", *argv):
-        run = self.main("verify", "--verify-key", self.key, *argv, self.at(name))
-        self.assertEqual(run.status, expect, run.err)
+        run = self.main("verify", "--verify-key", self.key, *argv, self.at(name),
+                        expect=expect)
         self.assertIn(words, run.err)
         return run
 
@@ -13465,8 +13453,7 @@ class SignedVerifyTest(SignedCase):
             self.assertIn("not asked who signed what refers to others here: 1", run.err)
             for argv in (("--verify-key", self.other), ()):
                 run = self.main("verify", self.at(name), *argv,
-                                IMAGEC_VERIFY_KEY=self.other)
-                self.assertEqual(run.status, 3, run.err)
+                                IMAGEC_VERIFY_KEY=self.other, expect=3)
                 self.assertIn("by none of the keys", run.err)
 
     def test_with_what_it_builds_on(self):
@@ -13609,10 +13596,8 @@ class SignedVerifyTest(SignedCase):
         for name, platform in (("out.tar", "linux/amd64"), ("out", "all")):
             server = imagec.new_server(imagec.Shelf(self.at(name)), ("127.0.0.1", 0))
             with imagec.serving(server):
-                run = self.main("digest", "--platform", platform, "--verify-key",
-                                self.key, "127.0.0.1:%d/lab/app:1"
-                                % server.server_address[1])
-            self.assertEqual(run.status, 0, run.err)
+                self.main("digest", "--platform", platform, "--verify-key", self.key,
+                          "127.0.0.1:%d/lab/app:1" % server.server_address[1], expect=0)
 
 
 # --------------------------------------------------------------------------------------
@@ -13716,8 +13701,7 @@ class LookTest(StoredCase):
 
     def read(self, *argv, expect=0):
         """(standard output, standard error) of a command."""
-        run = self.main(*argv)
-        self.assertEqual(run.status, expect, run.err)
+        run = self.main(*argv, expect=expect)
         self.assertNotIn("Traceback", run.err)
         self.assertEqual(os.listdir(tempfile.gettempdir()), [])
         return run.out, run.err
@@ -14717,8 +14701,7 @@ class ServeCommandTest(ServeCase):
     def test_time_that_is_up(self):
         with threat_alarm(60):
             run = RegistryCase.main(self, "serve", self.archive, "--listen",
-                                    "127.0.0.1:0", "--timeout", "0.4")
-        self.assertEqual(run.status, 1)
+                                    "127.0.0.1:0", "--timeout", "0.4", expect=1)
         self.assertIn("not done within 0.4 seconds", run.err)
 
     def test_sigterm(self):
@@ -14869,8 +14852,7 @@ class PushCase(ServeCase):
 
     def push(self, path, *argv, expect=0, place="", **options):
         run = RegistryCase.main(self, "push", path, "-j1", self.target.host + place,
-                                *argv, **options)
-        self.assertEqual(run.status, expect, run.err)
+                                *argv, expect=expect, **options)
         self.assertNotIn(SIGNATURE, run.err)
         return run
 
@@ -15246,8 +15228,7 @@ class SelfTestTest(ServeCase):
             {"auths": {registry.host: {"auth": SERVE_ALICE}}}))
         run = self.hasty(registry.host, *[word.format(work=self.work) for word in argv],
                          DOCKER_CONFIG=config.format(work=self.work),
-                         IMAGEC_PASSWORD=PASSWORD)
-        self.assertEqual(run.status, 0, run.err)
+                         IMAGEC_PASSWORD=PASSWORD, expect=0)
         self.assertRegex(run.out, "(?m)^registry +%s/v2/$" % registry.url)
         self.assertRegex(run.out, "(?m)^" + words)
         known = "alice" in words
@@ -15264,8 +15245,7 @@ class SelfTestTest(ServeCase):
                 (PASSWORD, 0, "")):
             del registry.requests[:]
             run = self.hasty(registry.host + repository, "-u", "alice",
-                             IMAGEC_PASSWORD=password)
-            self.assertEqual(run.status, code, run.err)
+                             IMAGEC_PASSWORD=password, expect=code)
             self.assertRegex(run.err, r"\A%s\Z" % words)
             self.assertEqual([request.query.get("scope") for request in
                               registry.requests if request.route == "/token"], scopes)
@@ -15274,8 +15254,8 @@ class SelfTestTest(ServeCase):
         tokens = self.registry(auth="bearer")
         realm = tokens.url.replace("127.0.0.1", "localhost")
         registry = self.registry(auth="bearer", realm=realm + "/token")
-        run = self.hasty(registry.host, "-u", "alice", IMAGEC_PASSWORD=PASSWORD)
-        self.assertEqual(run.status, 1, run.err)
+        run = self.hasty(registry.host, "-u", "alice", IMAGEC_PASSWORD=PASSWORD,
+                         expect=1)
         self.assertRegex(run.out, "(?m)^lets us in .*--token-host localhost:.*not enough")
         self.assertEqual(authorizations(tokens), [])
 
@@ -15475,9 +15455,8 @@ class CommandLineTest(CommandLineCase):
         for format, name in (("rootfs", "app_1"), ("archive", "app_1.tar.partial"),
                              ("archive", "app_1.tar")):
             os.makedirs(os.path.join(name, "mine"))
-            ended = self.main("pull", "-q", "--keep-going", "--format", format, self.ref,
-                              other)
-            self.assertEqual(ended.status, 1, ended.err)
+            ended = self.main("pull", "-q", "--keep-going", "--format", format,
+                              self.ref, other, expect=1)
             self.assertIn("app_2" + name[5:9], os.listdir("."))
             self.assertIn("failed: %s: %s: " % (self.ref, name), ended.err)
 
@@ -15675,9 +15654,9 @@ class CommandLineTest(CommandLineCase):
         self.origin.add("lab/good", "2", build_image([tar_bytes([(format, b"")])]))
         host, self.output = self.origin.host, self.at(format)
         listed = "{0}/lab/no:1\n\n{0}/LAB\n{0}/lab/bad:a\n{0}/lab/good:2\n".format(host)
-        ended = self.pull("--format", format, "--keep-going", self.ref, host + "/lab/bad:b",
-                          "--from-file", "-", stdin=listed)
-        self.assertEqual(ended.status, 2, ended.err)
+        ended = self.pull("--format", format, "--keep-going", self.ref,
+                          host + "/lab/bad:b", "--from-file", "-", stdin=listed,
+                          expect=2)
         self.assertEqual(re.findall("lab/(.*)@", ended.out.decode()), ["app:1", "good:2"])
         self.assertEqual(faults_of(self.output), [])
         for line, words in zip(ended.err.splitlines()[-5:], (
@@ -15704,8 +15683,7 @@ class CommandLineTest(CommandLineCase):
         other = self.origin.host + "/lab/other:1"
         self.origin.add("lab/other", "1", build_image([tar_bytes([("g", b"g")])]))
         self.origin.fault("lab/app/referrers/", status(403), EVER)
-        ended = self.pull(*argv, other)
-        self.assertEqual(ended.status, 5, ended.err)
+        ended = self.pull(*argv, other, expect=5)
         self.assertRegex(ended.out.decode(), r"\A\S+/lab/other:1@\S+\n\Z")
         self.assertEqual(faults_of(self.at("a.tar")), [])
 
@@ -15717,8 +15695,7 @@ class CommandLineTest(CommandLineCase):
             if "app:1" in names:
                 self.origin.fault("/blobs/" + self.image.layers[0], flip())
             ended = self.pull("--keep-going", *options, *[
-                self.origin.host + "/lab/" + name for name in names])
-            self.assertEqual(ended.status, 4, ended.err)
+                self.origin.host + "/lab/" + name for name in names], expect=4)
             self.assertIn("\nimagec: failed: 2\n", ended.err)
             self.assertEqual((self.files(), os.path.exists(place)), ([], False))
 
@@ -15729,8 +15706,7 @@ class CommandLineTest(CommandLineCase):
         self.origin.fault("/blobs/" + bad.layers[0], flip())
         for name, expect in ("bad:1", 3), ("no", 4):
             ended = self.main("pull", "-o", "-", "--keep-going", self.ref,
-                              host + "/lab/" + name)
-            self.assertEqual(ended.status, expect, ended.err)
+                              host + "/lab/" + name, expect=expect)
         self.assertEqual(faults_of(self.file("work/out.tar", ended.out)), [])
 
     def test_version_and_help(self):
@@ -15753,8 +15729,7 @@ class CommandLineTest(CommandLineCase):
     def test_retries_are_told_unless_quiet(self):
         for quiet in ((), ("-q",)):
             self.origin.fault("manifests", status(503), times=1)
-            ended = self.main("digest", self.ref, *quiet)
-            self.assertEqual(ended.status, 0)
+            ended = self.main("digest", self.ref, *quiet, expect=0)
             self.assertEqual("trying again" in ended.err, not quiet)
 
     def test_logging_is_left_as_it_was(self):
@@ -16174,8 +16149,8 @@ class CommandLineProgressTest(CommandLineCase):
 
     def test_an_error_stands_by_itself(self):
         self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
-        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm")
-        self.assertEqual(ended.status, 4)
+        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm",
+                          expect=4)
         lines = self.shown(ended.err)
         self.assertRegex(lines[-2], "^imagec: .*" + self.image.layers[-1])
         self.assertFalse([line for line in lines if re.match(self.REST, line)])
@@ -16420,8 +16395,7 @@ class CommandLineFailureTest(CommandLineCase):
 
         self.origin.fault("blobs/" + self.image.layers[0], hang(), EVER)
         with mock.patch.object(imagec.Puller, "_fetch", struck):
-            ended = self.pull("-q", "--timeout", "5", self.ref)
-        self.assertEqual(ended.status, 143, ended.err)
+            ended = self.pull("-q", "--timeout", "5", self.ref, expect=143)
         said = ended.err.splitlines()[-1 if sys.version_info < (3, 8) else 0:]
         self.assertEqual(said, ["imagec: ended by SIGTERM"])
         self.assert_nothing_final(self.output, self.image.layers)
@@ -16444,9 +16418,8 @@ class CommandLineFailureTest(CommandLineCase):
                         mock.patch.object(threading.Thread, "start", struck):
                     del begun[:]
                     out = "%s%d%s" % (self.output, number, format)
-                    ended = self.pull("-q", "--timeout", "5", "--format", format,
-                                      "-o", out, self.ref)
-                    self.assertEqual(ended.status, status, ended.err)
+                    ended = self.pull("-q", "--timeout", "5", "--format", format, "-o",
+                                      out, self.ref, expect=status)
                     self.assertIn("ended by" if number == signal.SIGTERM else
                                   "interrupted; run it again to go on", ended.err)
                     self.assertTrue(begun)
@@ -16595,8 +16568,7 @@ class TerminalInjectionTest(CommandLineCase):
                              Ended(0, expected, ""))
             terminal = type("", (io.TextIOWrapper,), {"isatty": FakeTerminal.isatty})
             with mock.patch.object(io, "TextIOWrapper", terminal):
-                ended = self.main("inspect", option, self.ref)
-            self.assertEqual(ended.status, 0)
+                ended = self.main("inspect", option, self.ref, expect=0)
             self.assert_clean(ended)
             self.assertEqual(ended.out.count(b"\n"), expected.count(b"\n") + 1)
 
@@ -16735,8 +16707,7 @@ class SecretsTest(CommandLineCase):
             ended = self.main("pull", "--debug", "--platform", "linux/amd64",
                               "--format", format, "-o", path, "--timeout",
                               str(options["idle_timeout"]), ref, *argv,
-                              stdin=who[1] if who else "")
-        self.assertEqual(ended.status, code, ended.err)
+                              stdin=who[1] if who else "", expect=code)
         self.assertIn("imagec: debug: ", ended.err)
         self.assert_no_secret(ended.err, ended.out)
         self.assertTrue(fault is None or fault.used, "fault never met")
@@ -16754,8 +16725,7 @@ class SecretsTest(CommandLineCase):
         double = self.registry()
         for host in ("registry.test", "registry.test:80"):
             ended = self.pull("--debug", "--proxy", proxy.format(host=double.host),
-                              host + "/lab/app")
-            self.assertEqual(ended.status, code, ended.err)
+                              host + "/lab/app", expect=code)
             self.assert_no_secret(ended.err, ended.out)
             if "{host}" in proxy:
                 asked = double.requests.pop()
@@ -18527,8 +18497,7 @@ class LocalFaultsTest(ThreatCase):
         if run.status:
             self.assert_one_line(run, 1)
             self.assert_only_verified(path)
-            run = self.pull(format, path)
-            self.assertEqual(run.status, 0, run.err)
+            self.pull(format, path, expect=0)
         self.assert_whole(path)
 
     @able(os.path.exists("/dev/full"), "fill /dev/full")
@@ -18866,8 +18835,7 @@ class BombTest(ThreatCase):
             self.assert_one_line(self.pull("rootfs", self.at("root.tar")), 1,
                                  r"root.tar: 8\d{6} bytes are needed, 4194304")
             self.assertEqual(written.mock_calls, [])
-        run = self.pull("rootfs", self.at("root.tar"))
-        self.assertEqual(run.status, 0, run.err)
+        self.pull("rootfs", self.at("root.tar"), expect=0)
         with tarfile.open(self.at("root.tar")) as tar:
             self.assertEqual(tar.getmember("x").size, 8 << 20)
 
@@ -19961,8 +19929,7 @@ class RealFieldCase(FieldCase):
     def take(self, *argv, expect=0, to="out", ref=None):
         """Pull by a command line; its run."""
         run = self.main("pull", "-q", "--platform", "linux/amd64", "-o", self.at(to),
-                        ref or self.ref, *argv)
-        self.assertEqual(run.status, expect, run.err)
+                        ref or self.ref, *argv, expect=expect)
         if not expect:
             self.assertEqual(faults_of(self.at(to)), [])
             shutil.rmtree(self.at(to))
@@ -20161,9 +20128,9 @@ class RealSignedTest(RegistryCase):
             for name in images:
                 push(registry, name)
         for key, status in ((TEST_PUBLIC, 0), (OTHER_PUBLIC, 3)):
-            run = self.main("pull", "-o", self.at("out.tar"), "--verify-key",
-                            self.file("k.pub", key), registry.host + "/lab/app:1")
-            self.assertEqual(run.status, status, run.err)
+            self.main("pull", "-o", self.at("out.tar"), "--verify-key",
+                      self.file("k.pub", key), registry.host + "/lab/app:1",
+                      expect=status)
         run = self.main("verify", "--verify-key", self.file("k.pub", TEST_PUBLIC),
                         self.at("out.tar"))
         self.assertIn("lab/app:1: signed by ", run.err)
@@ -20194,8 +20161,7 @@ class RealMirrorTest(RealFieldCase):
         cache = self.started(REGISTRY_PROXY_REMOTEURL=upstream.url)
         ref = upstream.host + "/lab/app:1"
         argv = ("--progress", "none", "--mirror", cache.host, ref)
-        run = self.main("pull", "-o", self.at("a.tar"), *argv)
-        self.assertEqual(run.status, 0)
+        run = self.main("pull", "-o", self.at("a.tar"), *argv, expect=0)
         self.assertNotIn("mirror", run.err)
         self.assertTrue(run.out.startswith(ref + "@sha256:"))
         self.assertEqual(faults_of(self.at("a.tar")), [])
@@ -20439,8 +20405,7 @@ class RealPushTest(PushCase):
             (signature, "example.com/app:%s.sig" % PUSH_INDEX.digest.replace(":", "-"))))
 
         def run(*argv):
-            ended = RegistryCase.main(self, *argv, *key)
-            self.assertEqual(ended.status, 0, ended.err)
+            RegistryCase.main(self, *argv, *key, expect=0)
 
         take = "--format oci --platform all --referrers -o".split()
         run("pull", first.host + "/app:1", *take, self.at("stick"))
