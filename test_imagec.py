@@ -288,8 +288,7 @@ MEDIA_TYPES = {
                "layer": _DOCKER + "image.rootfs.diff.tar",
                "gzip": ".gzip", "zstd": ".zstd"},
     "schema1": {"manifest": _DOCKER + "distribution.manifest.v1+json"},
-    "schema1-signed": {"manifest": _DOCKER + "distribution.manifest.v1+prettyjws"},
-}
+    "schema1-signed": {"manifest": _DOCKER + "distribution.manifest.v1+prettyjws"}}
 
 
 class BuiltImage:
@@ -425,12 +424,10 @@ def _schema2(steps, kind, platform, diff_ids, extra):
     layers = [blob for blob in steps if blob is not None]
     codings = {b"\x1f\x8b": types["gzip"], b"\x28\xb5": types["zstd"]}
     document = {
-        "schemaVersion": 2,
-        "mediaType": types["manifest"],
+        "schemaVersion": 2, "mediaType": types["manifest"],
         "config": _descriptor(types["config"], config),
         "layers": [_descriptor(types["layer"] + codings.get(blob[:2], ""), blob)
-                   for blob in layers],
-    }
+                   for blob in layers]}
     image = BuiltImage(json_bytes(document, 3), types["manifest"], config=config)
     image.blobs[sha256(config)] = config
     return image
@@ -444,14 +441,11 @@ def _schema1(steps, kind, platform, extra):
     blobs = [EMPTY_LAYER if blob is None else blob for blob in steps]
     history = _v1_history(steps, platform, extra)
     document = {
-        "schemaVersion": 1,
-        "name": "library/fixture",
-        "tag": "latest",
+        "schemaVersion": 1, "name": "library/fixture", "tag": "latest",
         "architecture": platform[1],
         "fsLayers": [{"blobSum": sha256(blob)} for blob in reversed(blobs)],
         "history": [{"v1Compatibility": json_bytes(entry).decode("ascii") + "\n"}
-                    for entry in reversed(history)],
-    }
+                    for entry in reversed(history)]}
     payload = json_bytes(document, 3)
     body = _sign(payload) if kind == "schema1-signed" else payload
     media_type = MEDIA_TYPES[kind]["manifest"]
@@ -1437,7 +1431,7 @@ class RegistryCase(unittest.TestCase):
         return transport
 
     def main(self, *argv, stdin="", stderr=None, expect=None, **environ):
-        """Run a command line here; it retries at once, syncs nothing, ends as expected."""
+        """Run a command line, to end as expected; it syncs nothing, retries at once."""
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
         given = io.TextIOWrapper(io.BytesIO(
             stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
@@ -1920,8 +1914,7 @@ def seed(registry, repository, layers):
 IMAGE_FORMATS = [name for name, output in imagec.OUTPUTS.items() if output.images]
 OUTPUTS = (
     ("layers", "images"), ("oci", "layout"), ("archive", "image.tar"),
-    ("rootfs", "root"), ("rootfs", "root.tar"),
-)
+    ("rootfs", "root"), ("rootfs", "root.tar"))
 SEED = 20140612  # of every random choice: a failure repeats itself
 #: Whether each case meets each format, which takes minutes. Else they take turns, from
 #: another on on each Python, so that all of them together meet all, or nearly.
@@ -2025,21 +2018,16 @@ def worded(*groups):
 HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
 #: Host name -> the address it has here. No test asks the real DNS for anything.
 NET_PLACES = {
-    "registry.test": "127.0.0.1",
-    "other.test": "127.0.0.1",
-    "public.test": "93.184.216.34",
-    "public2.test": "93.184.216.35",
-    "private.test": "10.1.2.3",
-    "metadata.test": "169.254.169.254",
-    "shared.test": "100.64.1.2",
-}
+    "registry.test": "127.0.0.1", "other.test": "127.0.0.1",
+    "public.test": "93.184.216.34", "public2.test": "93.184.216.35",
+    "private.test": "10.1.2.3", "metadata.test": "169.254.169.254",
+    "shared.test": "100.64.1.2"}
 EVER = None  # of a fault: for ever
 BEARER = {"Authorization": "Bearer S3CR3T"}
 NET_TARS = [
     tar_bytes([("etc", None), ("etc/os-release", b"fixture")]),
     tar_bytes([("bin", None), ("bin/sh", b"\x7fELF" * 300)]),
-    tar_bytes([("var", None), ("var/log", b"quiet")]),
-]
+    tar_bytes([("var", None), ("var/log", b"quiet")])]
 NET_OTHER = build_image(NET_TARS[:1])
 
 
@@ -2399,8 +2387,7 @@ THREAT_POSIX = able(hasattr(os, "fork"), "fork")
 THREAT_TARS = [
     tar_bytes([("etc", None), ("etc/a", b"one"), ("etc/n", noise(9000, 1))]),
     tar_bytes([("bin", None), ("bin/sh", noise(5000, 2), {"mode": 0o755})]),
-    tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")]),
-]
+    tar_bytes([("etc/b", b"two" * 50), ("etc/.wh.a", b"")])]
 
 
 def threat_rows(path=None, blob=None):
@@ -2781,8 +2768,7 @@ GOOD_REFERENCES = (
     ("h.io:1/a:latest", "h.io:1/a"), ("h.io:65535/a:latest", "h.io:65535/a"),
     # T05: 255 characters of repository, the host not counted
     ("h.io/%s:latest" % ("a" * 255), "h.io/" + "a" * 255),
-    ("docker.io/library/%s:latest" % ("a" * 247), "a" * 247),
-)
+    ("docker.io/library/%s:latest" % ("a" * 247), "a" * 247))
 
 BAD_REFERENCES = worded(
     ("expected [HOST[:PORT]/]REPOSITORY", ""),
@@ -2815,8 +2801,7 @@ BAD_REFERENCES = worded(
     ("'***@h.io/x@sha256:", "u:S3CR3T@h.io/x@" + SHA256_A),
     ("'a//b@sha256:", "a//b@" + SHA256_A),
     ("port", "h.io:0/x", "h.io:99999/x", "h.io:65536/x"),
-    ("longer than 255", "h.io/" + "a" * 256, "a" * 248),
-)
+    ("longer than 255", "h.io/" + "a" * 256, "a" * 248))
 
 HOSTS = (
     # uname's machine, bytes of a pointer, platform
@@ -2827,8 +2812,7 @@ HOSTS = (
     ("armv6l", 4, "linux/arm/v6"), ("armv5tel", 4, "linux/arm/v5"),
     ("ppc64le", 8, "linux/ppc64le"), ("s390x", 8, "linux/s390x"),
     ("riscv64", 8, "linux/riscv64"), ("loongarch64", 8, "linux/loong64"),
-    ("mips64", 8, "linux/mips64"), ("", 8, "linux/amd64"),
-)
+    ("mips64", 8, "linux/mips64"), ("", 8, "linux/amd64"))
 
 
 class NamesTest(TableCase):
@@ -2903,20 +2887,17 @@ class NamesTest(TableCase):
     @rows((("linux/amd64", "linux/amd64", "LINUX/AMD64", "linux/x86_64", "linux/x86-64",
             "linux/amd64/v1"),
            ("linux/amd64/v3", "linux/amd64/v3"),
-           ("linux/386", "linux/i386", "linux/i686"),
-           ("darwin/arm64", "macos/arm64"),
+           ("linux/386", "linux/i386", "linux/i686"), ("darwin/arm64", "macos/arm64"),
            # one word that is no system is an architecture
            ("linux/arm64", "linux/aarch64", "linux/arm64/8", "linux/arm64/v8",
             "linux/arm64/v8.0", "aarch64"),
            ("linux/arm64/v8.2", "linux/arm64/v8.2"),
            ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
-           ("linux/arm64/v9.2", "linux/arm64/v9.2"),
-           ("linux/arm/v5", "linux/arm/5"),
+           ("linux/arm64/v9.2", "linux/arm64/v9.2"), ("linux/arm/v5", "linux/arm/5"),
            ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel",
             "linux/armhf/v6"),
            ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
-           ("linux/arm/v8", "linux/arm/8"),
-           ("linux/loong64", "linux/loongarch64"),
+           ("linux/arm/v8", "linux/arm/8"), ("linux/loong64", "linux/loongarch64"),
            ("windows/amd64", "windows/amd64"),
            ("linux/s390x", "s390x")))
     def test_good_platforms(self, name, *texts):
@@ -2943,14 +2924,11 @@ class NamesTest(TableCase):
     # The order in which docker tries them: containerd/platforms, platformVector.
     # platform, then architecture/variant, best first
     @rows(row.split() for row in (
-        "linux/amd64 amd64 386",
-        "linux/amd64/v1 amd64 386",
+        "linux/amd64 amd64 386", "linux/amd64/v1 amd64 386",
         "linux/amd64/v2 amd64/v2 amd64 386",
         "linux/amd64/v4 amd64/v4 amd64/v3 amd64/v2 amd64 386",
-        "linux/386 386",
-        "linux/arm/v8 arm/v8 arm/v7 arm/v6 arm/v5",
-        "linux/arm arm/v7 arm/v6 arm/v5",
-        "linux/arm/v6 arm/v6 arm/v5",
+        "linux/386 386", "linux/arm/v8 arm/v8 arm/v7 arm/v6 arm/v5",
+        "linux/arm arm/v7 arm/v6 arm/v5", "linux/arm/v6 arm/v6 arm/v5",
         "linux/arm/v5 arm/v5",
         "linux/arm64 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
         "linux/arm64/v8.2 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6 arm/v5",
@@ -2963,8 +2941,7 @@ class NamesTest(TableCase):
         " arm64/v9.1 arm64/v9 arm64/v8.9 arm64/v8.8 arm64/v8.7 arm64/v8.6 arm64/v8.5"
         " arm64/v8.4 arm64/v8.3 arm64/v8.2 arm64/v8.1 arm64 arm/v8 arm/v7 arm/v6"
         " arm/v5",
-        "linux/s390x s390x",
-        "windows/amd64 amd64 386",
+        "linux/s390x s390x", "windows/amd64 amd64 386",
         "linux/riscv64/rva20u64 riscv64/rva20u64"))
     def test_candidates(self, text, *expected):
         found = imagec.Platform.parse(text).candidates()
@@ -3009,8 +2986,7 @@ JSON_REFUSED = worded(
     ("a number of 33 digits", b"[%s]" % (b"9" * 33)),
     ("a number of 200000 digits", b"[%s]" % (b"7" * 200000)),
     (HTML_HINT, b"<html><body>Sign in</body></html>", b"\n <!DOCTYPE html>",
-     b'<?xml version="1.0"?><Error/>'),
-)
+     b'<?xml version="1.0"?><Error/>'))
 
 
 class DocumentsTest(TableCase):
@@ -3178,8 +3154,7 @@ class SignaturesTest(TableCase):
 
     # T32
     @rows(worded(
-        ("must be a JSON array", {}, "x"),
-        ("no signatures in its list", []),
+        ("must be a JSON array", {}, "x"), ("no signatures in its list", []),
         ("is not a JSON object", [5], [None], [{"protected": url64(b"[]")}]),
         ("has no 'protected'", [{}], length_and_tail(5, b"\n}") + [{}]),
         ("must be a JSON string", [{"protected": 5}], length_and_tail(5, 5)),
@@ -3216,13 +3191,11 @@ class SignaturesTest(TableCase):
 
 # What rows write instead of the media types.
 MANIFEST_TYPES = {
-    "oci": MEDIA_TYPES["oci"]["manifest"],
-    "oci index": MEDIA_TYPES["oci"]["index"],
+    "oci": MEDIA_TYPES["oci"]["manifest"], "oci index": MEDIA_TYPES["oci"]["index"],
     "docker": MEDIA_TYPES["docker"]["manifest"],
     "docker list": MEDIA_TYPES["docker"]["index"],
     "schema1": MEDIA_TYPES["schema1"]["manifest"],
-    "signed": MEDIA_TYPES["schema1-signed"]["manifest"],
-}
+    "signed": MEDIA_TYPES["schema1-signed"]["manifest"]}
 
 SUM_A, SUM_B, SUM_C = ("sha256:" + digit * 64 for digit in "abc")
 OTHER_DIGEST = "sha256+b64u:LCa0a2j_xo_5m0U8HTBBNBNCLXBkg7-g-YpeiGJm564"  # the spec's
@@ -3231,8 +3204,7 @@ IMAGE_DOC = {
     "config": {"mediaType": MEDIA_TYPES["oci"]["config"], "digest": SUM_A, "size": 7},
     "layers": [{"mediaType": "", "digest": SUM_B, "size": 8,
                 "annotations": {"k": "v", "o": None}}],
-    "annotations": {"k": "v"},
-}
+    "annotations": {"k": "v"}}
 DOCKER_DOC = dict(IMAGE_DOC, config=dict(
     IMAGE_DOC["config"], mediaType=MEDIA_TYPES["docker"]["config"]))
 INDEX_DOC = {
@@ -3241,21 +3213,17 @@ INDEX_DOC = {
         {"mediaType": MANIFEST_TYPES["oci"], "digest": SUM_A, "size": 7,
          "platform": {"os": "linux", "architecture": "arm64", "variant": "v8",
                       "os.version": "", "os.features": ["x"]}},
-        {"mediaType": MANIFEST_TYPES["oci index"], "digest": SUM_B, "size": 8},
-    ],
-}
+        {"mediaType": MANIFEST_TYPES["oci index"], "digest": SUM_B, "size": 8}]}
 V1_DOC = {
     "id": "a" * 64, "parent": "b" * 64, "throwaway": True, "os": "linux",
     "created": CREATED, "author": "a", "comment": "c", "config": {"Env": ["A=b"]},
     "container_config": {"Cmd": ["a"]}, "architecture": "amd64", "variant": "v1",
-    "docker_version": "1.7.0", "Size": 5,
-}
+    "docker_version": "1.7.0", "Size": 5}
 SCHEMA1_DOC = {
     "schemaVersion": 1, "name": "library/x", "tag": "1", "architecture": "amd64",
     "fsLayers": [{"blobSum": SUM_A}, {"blobSum": SUM_B}],
     "history": [{"v1Compatibility": json.dumps(V1_DOC)},
-                {"v1Compatibility": json.dumps({"id": "b" * 64})}],
-}
+                {"v1Compatibility": json.dumps({"id": "b" * 64})}]}
 CONFIG_DOC = {
     "os": "linux", "architecture": "amd64", "variant": "v1",
     "created": CREATED, "author": "a",
@@ -3263,14 +3231,11 @@ CONFIG_DOC = {
     "rootfs": {"type": "layers", "diff_ids": [SUM_C]},
     "history": [
         {"created": CREATED, "created_by": "x", "author": "a", "comment": "c"},
-        {"created_by": "y", "empty_layer": True},
-    ],
-}
+        {"created_by": "y", "empty_layer": True}]}
 PRETTY_DOC = dict(SCHEMA1_DOC, signatures=length_and_tail(0, json_bytes(SCHEMA1_DOC)))
 DOCUMENTS = (
     ("image", IMAGE_DOC), ("index", INDEX_DOC), ("schema1", SCHEMA1_DOC),
-    ("signed", PRETTY_DOC), ("config", CONFIG_DOC),
-)
+    ("signed", PRETTY_DOC), ("config", CONFIG_DOC))
 
 TYPES_DECIDED = (
     # Content-Type, mediaType, document, kind
@@ -3304,8 +3269,7 @@ TYPES_DECIDED = (
     (None, None, dict(IMAGE_DOC, layers=None), "oci"),
     (None, None, {key: IMAGE_DOC[key] for key in ("schemaVersion", "config")}, "oci"),
     (None, None, dict(INDEX_DOC, manifests=None), "oci index"),
-    ("docker", None, dict(DOCKER_DOC, mediaType=""), "docker"),
-)
+    ("docker", None, dict(DOCKER_DOC, mediaType=""), "docker"))
 
 # T34, CVE-2021-41190: all that two clients could read as two things.
 AMBIGUOUS = worded(
@@ -3349,8 +3313,7 @@ AMBIGUOUS = worded(
      (None, None, dict(IMAGE_DOC, schemaversion=1))),
     ("not an image", *((None, None, dict(IMAGE_DOC, mediaType=kind)) for kind in (
         "application/vnd.oci.artifact.manifest.v1+json",
-        "application/vnd.docker.plugin.v1+json", "text/html", "\x1b[2J"))),
-)
+        "application/vnd.docker.plugin.v1+json", "text/html", "\x1b[2J"))))
 
 MEMBER_FAULTS = (
     # document, path, words, values put in place of that member
@@ -3403,8 +3366,7 @@ MEMBER_FAULTS = (
     ("config", ("rootfs", "diff_ids"), "diff_ids[0]: invalid digest", [5], [SUM_C[7:]]),
     ("config", ("rootfs", "diff_ids"), "diff_ids[1]: invalid digest", [SUM_C, "../x"]),
     ("config", ("os",), "must be a JSON string", 5),
-    ("config", ("architecture",), "not valid Unicode", "\ud800"),
-)
+    ("config", ("architecture",), "not valid Unicode", "\ud800"))
 
 
 def schema1_json(*entries):
@@ -3452,8 +3414,7 @@ SCHEMA1_REFUSED = worded(
     ("no schema1 manifest", schema1_signed(json_bytes(IMAGE_DOC))),
     ("ambiguous", schema1_signed(json_bytes(dict(SCHEMA1_DOC, layers=[])))),
     ("schemaVersion is 2",
-     schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))),
-)
+     schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))))
 
 
 def index_of(entries):
@@ -3477,20 +3438,17 @@ def index_of(entries):
 # What a member may turn into.
 ODD_VALUES = (
     None, True, -1, 5, 1.5, 2 ** 53, "", "x", "\ud800", "\x1b[2J", SUM_A, [], [None],
-    [[]], {}, {"\ud800": "\ud800"},
-)
+    [[]], {}, {"\ud800": "\ud800"})
 
 # The httpd image of containers/image's fixtures: diffIDs, then chainIDs.
 HTTPD_DIFF_IDS = (
     "142a601d97936307e75220c35dde0348971a9584c21e7cb42e1f7004005432ab",
     "90fcc66ad3be9f1757f954b750deb37032f208428aa12599fcb02182b9065a9c",
-    "5a8624bb7e76d1e6829f9c64c43185e02bc07f97a2189eb048609a8914e72c56",
-)
+    "5a8624bb7e76d1e6829f9c64c43185e02bc07f97a2189eb048609a8914e72c56")
 HTTPD_CHAIN_IDS = (
     "142a601d97936307e75220c35dde0348971a9584c21e7cb42e1f7004005432ab",
     "39cc9bc61f1d680287d64dbbb72e88b7aca7ee3c0f1939c2ea75d0b8753badd9",
-    "66c05cb57dcb0902897832378391f1054c62054ad30034535b32223a3e114575",
-)
+    "66c05cb57dcb0902897832378391f1054c62054ad30034535b32223a3e114575")
 
 
 def type_header(text):
@@ -4085,23 +4043,18 @@ SPARSE_FILES = (  # (name, bytes): all are that content
     ("old, the data in one more block", old_sparse(SPARSE_EXTENTS, 75009, 4)),
     ("old, a full block", old_sparse(SPARSE_EXTENTS, 75009, 23)),
     ("old, three more", old_sparse(SPARSE_EXTENTS, 75009, 50)),
-    ("pax", pax_sparse(SPARSE_EXTENTS, 75009)),
-)
+    ("pax", pax_sparse(SPARSE_EXTENTS, 75009)))
 NOISE = bytes(random.Random(SEED).choices(range(256), k=600))
 TAR_TEXT = b"hello, world\n" * 50  # 650 bytes: two blocks
 A_FILE = tar_member(TAR_TEXT)
 
 GOOD_TARS = (
     # name, bytes, size, members
-    ("nothing", b"", 0, 0),
-    ("an end", TAR_END, 0, 0),
-    ("zeros", bytes(10240), 0, 0),
-    ("zeros, not in blocks", bytes(1500), 0, 0),
-    ("a file", A_FILE + TAR_END, 650, 1),
-    ("files", A_FILE * 3 + TAR_END, 1950, 3),
+    ("nothing", b"", 0, 0), ("an end", TAR_END, 0, 0),
+    ("zeros", bytes(10240), 0, 0), ("zeros, not in blocks", bytes(1500), 0, 0),
+    ("a file", A_FILE + TAR_END, 650, 1), ("files", A_FILE * 3 + TAR_END, 1950, 3),
     # Go's archive/tar takes both of these
-    ("no end", A_FILE, 650, 1),
-    ("half an end", A_FILE + bytes(512), 650, 1),
+    ("no end", A_FILE, 650, 1), ("half an end", A_FILE + bytes(512), 650, 1),
     # what `umoci insert` writes; docker, podman, skopeo and umoci read it
     ("no padding", A_FILE[:512 + 650], 650, 1),
     ("half the padding", A_FILE[:-1], 650, 1),
@@ -4504,8 +4457,7 @@ SKIPPABLE_FRAME = b"\x5f\x2a\x4d\x18" + b"\3\0\0\0" + b"xyz"
 
 # Each unpacks to LAYER_TAR.
 LAYER_BLOBS = (
-    ("tar", LAYER_TAR),
-    ("gzip", gzip_bytes(LAYER_TAR)),
+    ("tar", LAYER_TAR), ("gzip", gzip_bytes(LAYER_TAR)),
     ("gzip, stored", gzip_bytes(LAYER_TAR, 0)),
     ("gzip, named", b"\x1f\x8b\x08\x08" + gzip_bytes(LAYER_TAR)[4:10] + b"name.tar\0"
      + gzip_bytes(LAYER_TAR)[10:]),
@@ -4519,13 +4471,11 @@ LAYER_BLOBS = (
     ("bzip2, streams", bz2.compress(HEAD_TAR) + bz2.compress(TAIL_TAR)),
     ("xz", lzma.compress(LAYER_TAR)),
     ("xz, streams", lzma.compress(HEAD_TAR) + lzma.compress(TAIL_TAR)),
-    ("xz, padded", lzma.compress(LAYER_TAR) + bytes(8)),
-)
+    ("xz, padded", lzma.compress(LAYER_TAR) + bytes(8)))
 ZSTD_BLOBS = (
     ("zstd", zstd_frame(LAYER_TAR)),
     ("zstd, frames", zstd_frame(HEAD_TAR) + zstd_frame(b"") + zstd_frame(TAIL_TAR)),
-    ("zstd, skippable", SKIPPABLE_FRAME + zstd_frame(LAYER_TAR) + SKIPPABLE_FRAME),
-)
+    ("zstd, skippable", SKIPPABLE_FRAME + zstd_frame(LAYER_TAR) + SKIPPABLE_FRAME))
 GOOD_LAYERS = LAYER_BLOBS + (ZSTD_BLOBS if CAN_ZSTD else ())
 
 BAD_LAYERS = (
@@ -4563,8 +4513,7 @@ BAD_ZSTD_LAYERS = (
     ("zstd, magic alone", b"\x28\xb5\x2f\xfd", " zstd data"),
     ("zstd, first frame of two", zstd_frame(HEAD_TAR), "the tar in it is cut short"),
     ("zstd, bad block", zstd_frame(LAYER_TAR)[:6] + b"\xff" * 9, "corrupt zstd data"),
-    ("zstd of text", zstd_frame(b"x" * 600), "not a valid tar after 0 members"),
-)
+    ("zstd of text", zstd_frame(b"x" * 600), "not a valid tar after 0 members"))
 
 
 class UnpackTest(TableCase):
@@ -4588,8 +4537,7 @@ class UnpackTest(TableCase):
 
     # name, blob, bytes of tar
     @rows((("docker's", EMPTY_LAYER, 1024),
-           ("tar", TAR_END, 1024),
-           ("gzip", gzip_bytes(TAR_END), 1024),
+           ("tar", TAR_END, 1024), ("gzip", gzip_bytes(TAR_END), 1024),
            ("no bytes", b"", 0)))  # docker takes it for an empty tar
     def test_empty_layers(self, name, blob, count):
         for parts in [*feedings(blob), [], [b"", b""]][:None if count == 0 else -2]:
@@ -4743,10 +4691,8 @@ FIELD_KEYS = (
     (_FIELD_NESTED, "r.test", "a/b/c", "r.test/a/b"),
     (_FIELD_NESTED, "r.test", "a/bc", "r.test/a"),
     (_FIELD_NESTED, "r.test", "ab", "r.test"),
-    (_FIELD_NESTED, "r.test", "", "r.test"),
-    (("r.test/a",), "r.test", "b", None),
-    (("r.test/a",), "r.test", "ab", None),
-    (("r.test/a/b",), "r.test", "a", None),
+    (_FIELD_NESTED, "r.test", "", "r.test"), (("r.test/a",), "r.test", "b", None),
+    (("r.test/a",), "r.test", "ab", None), (("r.test/a/b",), "r.test", "a", None),
     (("r.test:5000",), "r.test:5000", "a", "r.test:5000"),
     (("r.test:5000/a",), "r.test:5000", "a/b", "r.test:5000/a"),
     # URLs, as docker login once wrote them
@@ -4835,8 +4781,7 @@ FIELD_HELPERS = (
     ("token of two lines", _FIELD_SAYS % ("<token>", r"S3CR3T\u000a"), "token"),
     ("fails", "echo S3CR3T; exit 1", "status 1"),
     ("is killed", "kill -9 $$", "docker-credential-"),
-    ("says nothing", "exit 0", "protocol"),
-    ("not JSON", "echo S3CR3T", "protocol"),
+    ("says nothing", "exit 0", "protocol"), ("not JSON", "echo S3CR3T", "protocol"),
     ("a list", "echo '[\"S3CR3T\"]'", "protocol"),
     ("a number", "echo '{\"Username\": \"bob\", \"Secret\": 1}'", "protocol"),
     ("two secrets", "echo '{\"Secret\": \"S3CR3T\", \"Secret\": \"x\"}'", "protocol"),
@@ -4844,8 +4789,7 @@ FIELD_HELPERS = (
     ("hangs", "exec sleep 5", "seconds"),
     ("hangs unheard", "exec >&-; exec sleep 5", "seconds"),
     ("leaves a child", "sleep 2 & exec echo '%s'" % _FIELD_ANSWER % ("bob", PASSWORD),
-     "seconds"),
-)
+     "seconds"))
 
 
 class ResolveCase(FieldCase):
@@ -5208,8 +5152,7 @@ NET_ODD_HOSTS = (
     "127.0.0.1%3a6379", "127.0.0.1%20x", "%6cocalhost", "a.test%00", "a.test%40b.test",
     "[::1%25lo]", "[::1%0d%0a]", "[::1]x", "x[::1]", "[a.test]", "[v1.x]", "a:b@c",
     "a.test,b.test", "a.test;b", "a.test!", "a(b", "~a", "a=b", "a&b", "$a", "*",
-    ":5000", "a:+5",
-)
+    ":5000", "a:+5")
 
 #: (how near, addresses), by IANA's special-purpose address registries. T74
 NET_ADDRESSES = (
@@ -5230,8 +5173,7 @@ NET_ADDRESSES = (
     ("link-local", "169.254.169.254 224.0.0.1 fe80::1 fe80::1%lo ff02::1 "
                    "100.100.100.200 192.0.0.192 168.63.129.16 fd00:ec2::254 "
                    "::ffff:169.254.169.254 64:ff9b::a9fe:a9fe 2002:a9fe:a9fe:: "
-                   "::169.254.169.254 64:ff9b:1::a9fe:a9fe 64:ff9b::6464:64c8"),
-)
+                   "::169.254.169.254 64:ff9b:1::a9fe:a9fe 64:ff9b::6464:64c8"))
 
 #: (where the redirecting server is, where to, may it). T74; all ports are one server's.
 NET_NEARNESS = tuple(
@@ -5296,8 +5238,7 @@ NET_JUNK = (
     b"HTTP/1.1 1000 High\r\n\r\n", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Le",
     b"HTTP/1.1 200 " + b"K" * 100000 + b"\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
-)
+    b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n")
 
 
 class TransportTest(NetworkCase):
@@ -5305,8 +5246,7 @@ class TransportTest(NetworkCase):
 
     @rows((("no more", (9, ssl.SSLWantReadError()), 9, 0),
            ("more records", (9, 8, 7, ssl.SSLWantReadError()), 24, 0),
-           ("the end", (9, 8, 0), 17, 0),
-           ("full", (9, 1 << 20), 9 + (1 << 20), 0),
+           ("the end", (9, 8, 0), 17, 0), ("full", (9, 1 << 20), 9 + (1 << 20), 0),
            ("an error", (9, 8, ConnectionResetError("after")), 17, None),
            ("an error at once", (9, ssl.SSLError("after")), 9, None)))
     def test_TLS_records_that_are_there_come_at_once(self, _name, steps, first, then):
@@ -5851,12 +5791,10 @@ class TLSFilesTest(ResolveCase):
 
     # (files of the host's directory, CAs, pairs; None where half a pair is an error)
     @rows((("", "", ""),
-           ("ca.crt", "ca.crt", ""),
-           ("b.crt a.crt", "a.crt b.crt", ""),
+           ("ca.crt", "ca.crt", ""), ("b.crt a.crt", "a.crt b.crt", ""),
            ("me.cert me.key", "", "me"),
            ("ca.crt me.cert me.key you.cert you.key", "ca.crt", "me you"),
-           ("ca.pem readme.txt ca.crt.old", "", ""),
-           ("me.cert", None, "me.key"),
+           ("ca.pem readme.txt ca.crt.old", "", ""), ("me.cert", None, "me.key"),
            ("me.key ca.crt", None, "me.cert"),
            ("me.cert you.key", None, "me.key")))
     def test_files_of_a_host(self, names, roots, pairs):
@@ -5963,8 +5901,7 @@ class TLSFilesTest(ResolveCase):
            (TEST_CERT, OTHER_KEY, "client.cert"),
            (TEST_CERT, "-----BEGIN PRIVATE KEY-----\nx\n-----END PRIVATE KEY-----\n",
             "client.cert"),
-           ("no PEM", TEST_KEY, "client.cert"),
-           (None, TEST_KEY, "client.cert"),
+           ("no PEM", TEST_KEY, "client.cert"), (None, TEST_KEY, "client.cert"),
            (TEST_CERT, None, "client.cert")))
     def test_bad_pairs(self, certificate, key, word):
         registry = self.client_registry()
@@ -5994,8 +5931,7 @@ class TLSFilesTest(ResolveCase):
     # (whose certificate is bad besides the registry's, is it of the same host name or
     # far, options, what the refusal names, None where it is taken)
     @rows((("nobody", None, {}, None),
-           ("mirror", "far", {"mirrors": "far"}, None),
-           ("token", "near", {}, None),
+           ("mirror", "far", {"mirrors": "far"}, None), ("token", "near", {}, None),
            ("token", "far", {}, "--insecure-skip-verify and --token-host"),
            ("token", "far", {"storage_hosts": "far"}, None),
            ("token", "far", {"token_hosts": "far"}, None),
@@ -6556,19 +6492,13 @@ NET_CHALLENGES = (
      [("negotiate", {}), ("bearer", {"realm": "r"})]),
     (['Negotiate oYG2/+==, Basic realm="b"'],
      [("negotiate", {}), ("basic", {"realm": "b"})]),
-    (["Basic"], [("basic", {})]),
-    (["Bearer"], [("bearer", {})]),
+    (["Basic"], [("basic", {})]), (["Bearer"], [("bearer", {})]),
     (["  , Bearer  "], [("bearer", {})]),
     (['Bearer realm="r",service="un'], [("bearer", {"realm": "r"})]),
-    (['Bearer realm="r\\'], [("bearer", {})]),
-    (['Bearer =x, realm="r"'], []),
-    (["\xe9\x00 realm"], []),
-    (['realm="r"'], []),
-    ([""], []),
-    ([], []),
-    (["Bearer realm=" + "r" * 70000], []),
-    (["Bearer realm=" + "r" * 70000, 'Basic realm="b"'], [("basic", {"realm": "b"})]),
-)
+    (['Bearer realm="r\\'], [("bearer", {})]), (['Bearer =x, realm="r"'], []),
+    (["\xe9\x00 realm"], []), (['realm="r"'], []), ([""], []),
+    ([], []), (["Bearer realm=" + "r" * 70000], []),
+    (["Bearer realm=" + "r" * 70000, 'Basic realm="b"'], [("basic", {"realm": "b"})]))
 
 #: (realm, service, URL of the token or None where it must be refused)
 NET_REALMS = (
@@ -6972,8 +6902,7 @@ NET_MANIFEST_REPLIES = (
     ("endless drip, T52", endless(bytes(BLOCK), 0.001), imagec.LimitExceeded, "4194304"),
     ("endless error, T52", [endless(), lambda reply: _set(reply, code=404)],
      imagec.NotFound, "404"),
-    ("not modified", status(304), imagec.RegistryError, "304"),
-)
+    ("not modified", status(304), imagec.RegistryError, "304"))
 
 #: (Link of the first page of two, tags, None where it must be refused). T15
 NET_LINKS = tuple((link.format(list="/v2/app/tags/list?last=b", next='rel="next"',
@@ -7719,8 +7648,7 @@ FIELD_RETRIES = (
     ("Wed, 21 Oct 2015 07:28:20 GMT", 30), ("Wed, 21 Oct 2015 09:27:50 GMT", 60),
     ("Fri, 31 Dec 9999 23:59:59 GMT", 60), ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
     ("Wed, 99 Foo 2015 99:28:00 GMT", None), ("Mon Jan 9  , GMT", None),
-    ("Jan 9    , , 1.2", None),
-)
+    ("Jan 9    , , 1.2", None))
 FIELD_NOW = 1445412470.0  # ten seconds before 07:28
 
 
@@ -7871,8 +7799,7 @@ def good_after(start):
 
 #: (name, what FINAL.partial holds, action on the first reply, offsets asked for)
 NET_PARTIALS = (
-    ("none", None, None, [0]),
-    ("empty", b"", None, [0]),
+    ("none", None, None, [0]), ("empty", b"", None, [0]),
     ("good half", NET_BLOB[:NET_HALF], None, [NET_HALF]),
     ("all but a byte", NET_BLOB[:-1], None, [NET_SIZE - 1]),
     ("good and full, T103", NET_BLOB, None, []),
@@ -7912,8 +7839,7 @@ NET_PARTIALS = (
     ("said to be compressed", NET_BLOB[:NET_HALF], headers(content_encoding="gzip"),
      [NET_HALF]),
     ("cut again", NET_BLOB[:NET_HALF], truncate(1000), [NET_HALF, NET_HALF + 1000]),
-    ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]),
-)
+    ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]))
 
 
 class DownloadCase(KnownCase):
@@ -8321,8 +8247,7 @@ class DownloadTest(DownloadCase):
         """It is told, and given up where who holds it does not get on."""
         import fcntl
         for name, grows, freed, told, error in (
-                ("at once", False, 0.5, False, None),
-                ("soon", False, 9, True, None),
+                ("at once", False, 0.5, False, None), ("soon", False, 9, True, None),
                 ("a slow pull", True, 3000, True, None),
                 ("for ever", False, None, True, imagec.OutputError),
                 ("another user's", True, None, True, imagec.OutputError)):
@@ -9920,8 +9845,7 @@ FLAT_CASES = (
      "d/ d/e/ d/e/x=1 l/ l/e/"),
     ("T148: whiteout of the link", ["d/x=1 l->d", ".wh.l="], "d/ d/x=1"),
     # An opaque directory is the layer's own; what a lower link names is not it.
-    ("T148: opaque in a link", ["d/x=1 l->d", "l/.wh..wh..opq="], "d/ d/x=1 l->d"),
-)
+    ("T148: opaque in a link", ["d/x=1 l->d", "l/.wh..wh..opq="], "d/ d/x=1 l->d"))
 
 FLAT_NAMES = ("a", "b", "d", "d/a", "d/b", "d/e", "d/e/a", "e", "e/a", "e/d")
 
@@ -10160,8 +10084,7 @@ UNSAFE = (
     ("T140: a directory", unsafe_member(b"../x", b"", kind=b"5", mode=0), 0, "x/"),
     ("T140: absolute", lambda at: unsafe_member(os.fsencode(at + "/victim"))(at), 0),
     ("T140: two slashes", unsafe_member(b"//x"), 0, "x=bad"),
-    ("T140: empty", unsafe_member(b""), 3),
-    ("T140: dot", unsafe_member(b"."), 3),
+    ("T140: empty", unsafe_member(b""), 3), ("T140: dot", unsafe_member(b"."), 3),
     ("T140: NUL", unsafe_member(pax=[(b"path", b"a\0/../../canary/new")]), 3),
     ("T140: foreign", unsafe_words("..\\x=bad C:\\x=bad"), 0, "..\\x=bad C:\\x=bad"),
     ("T141: same layer", unsafe_words("d->@ d/victim=bad d/new=bad"), 0),
@@ -10227,8 +10150,7 @@ UNSAFE = (
     ("T159: overlay", unsafe_member(pax=[
         (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
         (b"SCHILY.xattr.security.selinux", b"x")]), 0, "x=bad"),
-    ("T164: link to a pipe", unsafe_words("etc/passwd->@/pipe"), 0),
-)
+    ("T164: link to a pipe", unsafe_words("etc/passwd->@/pipe"), 0))
 
 
 @able(os.name == "posix", "hold a root file system")
@@ -10337,8 +10259,7 @@ class UnsafeLayersTest(StoredCase):
 ROOTFS_NAMES = (
     b"caf\xe9", b"caf\xc3\xa9", b"new\nline", b"tab\there", b" lead and trail ",
     b"back\\slash", b"quote'\"", b"trailing.", b"=equals#hash", b"\x01\x7f\xff",
-    b"n" * 255, b"deep/" * 30 + b"x", b"p" * 120 + b"/" + b"q" * 200, b"-rf", b"%s{}",
-)
+    b"n" * 255, b"deep/" * 30 + b"x", b"p" * 120 + b"/" + b"q" * 200, b"-rf", b"%s{}")
 
 
 #: name, type, major, minor, the image's mode, may root make it for an image
@@ -10349,8 +10270,7 @@ ROOTFS_DEVICES = (
     (b"disk", b"4", 254, 0, 0o666, False), (b"loop", b"4", 7, 9, 0o660, False),
     (b"null in blocks", b"4", 1, 3, 0o666, False), (b"mem", b"3", 1, 1, 0o666, False),
     (b"kmsg", b"3", 1, 11, 0o666, False), (b"console", b"3", 5, 1, 0o666, False),
-    (b"other null", b"3", 0, 259, 0o666, False), (b"fuse", b"3", 10, 229, 0o666, False),
-)
+    (b"other null", b"3", 0, 259, 0o666, False), (b"fuse", b"3", 10, 229, 0o666, False))
 
 
 @able(os.name == "posix", "hold a root file system")
@@ -10724,8 +10644,7 @@ FILES = (
      sha256(b"{2}").replace(":", "-")[:19] + "={2}"),
     ("cosign's attestation", [("application/vnd.dsse.envelope.v1+json", b"{3}", None)],
      dict(kind=None, config_type=MEDIA_TYPES["oci"]["config"]),
-     sha256(b"{3}").replace(":", "-")[:19] + "={3}"),
-)
+     sha256(b"{3}").replace(":", "-")[:19] + "={3}"))
 UNSAFE_FILES = worded(
     ("unsafe name", *[([(FILE, b"1", name)],) for name in (
         "../x", "a/../../x", "a/..", "/x", "//x", ".", "/", "./", "a\0b", "a" * 4097)]),
@@ -10940,8 +10859,7 @@ KEYS_READ = (
         imagec._P256[0] - imagec._P256[4]).to_bytes(32, "big")), b"x",
      der_pair(*ecdsa(b"x", -1))),
     ("lines of Windows, and words around", b"of 2024:\r\n" + TEST_PUBLIC.replace(
-        b"\n", b"\r\n") + b"and no other\r\n", b"x", der_pair(*ecdsa(b"x"))),
-)
+        b"\n", b"\r\n") + b"and no other\r\n", b"x", der_pair(*ecdsa(b"x"))))
 
 def small_point():
     """(x, y) of a point on P-256 whose x + p has 32 bytes, too."""
@@ -10992,8 +10910,7 @@ KEYS_REFUSED = worded(
     ("RSA of 8193 bits", public_key(RSA_KIND, der_pair(2 ** 8193 - 1, 65537))),
     ("RSA of 2048 bits, exponent", *(public_key(RSA_KIND, der_pair(
         2 ** 2048 - 1, exponent)) for exponent in (0, 1, 2, 65536, 2 ** 32 + 1))),
-    ("RSA of 2048 bits", public_key(RSA_KIND, der_pair(2 ** 2047, 3))),
-)
+    ("RSA of 2048 bits", public_key(RSA_KIND, der_pair(2 ** 2047, 3))))
 
 R, S = ecdsa(b"x")
 
@@ -11037,8 +10954,7 @@ SIGNATURES_BAD = (
     ("r - n", der_parts((R - P256_ORDER).to_bytes(33, "big", signed=True),
                         S.to_bytes(33, "big"))),
     ("s and r", der_pair(S, R)), ("n - r", der_pair(P256_ORDER - R, S)),
-    ("r is huge", der_pair(2 ** 800, S)),
-)
+    ("r is huge", der_pair(2 ** 800, S)))
 
 RSA_PRIMES = 2 ** 107 - 1, 2 ** 521 - 1  # Mersenne's, and small: nothing is secret
 RSA_MODULUS, RSA_SIZE = RSA_PRIMES[0] * RSA_PRIMES[1], 79  # bytes
@@ -11087,8 +11003,7 @@ RSA_BAD = (
     ("too short", rsa(b"\0", INFO, HASHED)[1:]),
     ("too long", b"\0" + rsa(b"\0", INFO, HASHED)),
     ("s + n", (int.from_bytes(rsa(b"\0", INFO, HASHED), "big") + RSA_MODULUS).to_bytes(
-        RSA_SIZE, "big")),
-)
+        RSA_SIZE, "big")))
 
 
 class PublicKeyTest(TableCase):
@@ -11204,8 +11119,7 @@ SIGNED = (
     ("one of two subjects", bundle(dsse(IN_TOTO, statement(SUM_B, SUM_A))), None),
     ("a subject of another kind", bundle(dsse(IN_TOTO, statement(subject=[
         {"digest": {"gitCommit": "1"}}, {"name": "x", "digest": {
-            "sha256": SUM_A[7:], "sha512": "x"}}]))), None),
-)
+            "sha256": SUM_A[7:], "sha512": "x"}}]))), None))
 
 GOOD_BUNDLE = dsse(IN_TOTO, statement(SUM_A))
 #: (error class, words), then the layer with its blob[, the name it must be signed as]
@@ -11264,8 +11178,7 @@ SIGNED_REFUSED = worded(
     ((imagec.InvalidDocument, "statement is not valid JSON"), (bundle(dsse(IN_TOTO,
                                                                            b"")),)),
     ((imagec.InvalidDocument, "has no 'digest'"),
-     (bundle(dsse(IN_TOTO, statement(subject=[{"name": "x"}]))),)),
-)
+     (bundle(dsse(IN_TOTO, statement(subject=[{"name": "x"}]))),)))
 
 
 class SignerTest(TableCase):
@@ -12559,8 +12472,7 @@ AUDIT_LAYERS = (
     ("is a manifest", lambda path: shutil.copy(beside(path, "manifest.json"), path),
      "index.json"),
     ("is an index", lambda path: os.rename(beside(path, "index.json"), path),
-     "manifest.json"),
-)
+     "manifest.json"))
 AUDIT_BLOBS = "blobs/sha256/"
 AUDIT_OCI = (
     *((what, damage, AUDIT_BLOBS + blob) for blob in ("{b0}", "{c}", "{m}", "{x}")
@@ -12613,8 +12525,7 @@ AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] not in (
     ("no list", damage_write(b"{}"), "manifest.json"),
     ("no JSON", damage_write(b"["), "manifest.json"),
     ("wrong types", damage_write(b'[{"Config": [], "Layers": [[], 5]}]'),
-     "manifest.json"),
-)
+     "manifest.json"))
 
 class AuditTest(StoredCase):
     """verify: what a pull wrote is good; what became of it since is told."""
@@ -13639,8 +13550,7 @@ LOOK_CASES = (
     ("T148: a directory comes late", ["x/ d->x", "d/a=2 d/"], "d/a", None, 2),
     ("T148: and later", ["x/ d->x", "d/a=2", "d/"], "d/a", None, 3),
     ("above the root", ["a=1", "b=2"], "../../b", "2", 1),
-    ("a layer twice", ["a=1", "b=2", "a=1"], "b", "2", 2),
-)
+    ("a layer twice", ["a=1", "b=2", "a=1"], "b", "2", 2))
 LOOK_TARGETS = ("a", "b", "d", "/e", "d/e", "../e", "..", ".", "b/../d", "d/a", "x")
 
 
@@ -14264,8 +14174,7 @@ SERVE_TRICKS = (
     "/v2/\xff\xfe/manifests/1", "/v2/%ff%fe/manifests/1", "/v2/%d9%a1/manifests/1",
     "/v2/lab/oci/manifests/" + "a" * 60000, "/v2/" + "a/" * 5000 + "manifests/1",
     "/v2/" + "a" * 70000, "/v2/[::1/manifests/1", "http://[::1/v2/", "//[/v2/",
-    "http://127.0.0.1:bad/canary", "*",
-)
+    "http://127.0.0.1:bad/canary", "*")
 
 #: Bytes that are no request.
 SERVE_MALFORMED = (
@@ -14294,8 +14203,7 @@ SERVE_TWO_WAYS = tuple(fields + b"\r\nHost: x" for fields in (
     b" Content-Length: 38", b"X: y\r\n\tz",
     b"X: y\r\r\nContent-Length: 38", b"X: y\r\rContent-Length: 38",
     b"no colon\r\nContent-Length: 38", b": no name\r\nContent-Length: 38",
-    b"Content-Length\0: 38", b"Content(Length): 38", b"X\xff: y", b"X Y: z",
-))
+    b"Content-Length\0: 38", b"Content(Length): 38", b"X\xff: y", b"X Y: z"))
 
 SERVE_ALICE = field_base64("alice:" + PASSWORD)
 
@@ -14774,8 +14682,7 @@ PUSH_NAMES = (
     # Two of its indexes list a third.
     ([(PUSH_NEST, "a.b/app:1")], (), {"app:1": PUSH_NEST}),
     # No list of what refers to an image, though it has such a tag.
-    ([(PUSH_INDEX, "a.b/a:" + PUSH_TAG)], (), {"a:" + PUSH_TAG: PUSH_INDEX}),
-)
+    ([(PUSH_INDEX, "a.b/a:" + PUSH_TAG)], (), {"a:" + PUSH_TAG: PUSH_INDEX}))
 
 #: (such pairs, what is not in the layout, arguments, exit status, words of the error).
 PUSH_BAD = (
@@ -14793,8 +14700,7 @@ PUSH_BAD = (
     ([PUSH_NAMED], [PUSH_IMAGE.digest], (), 1, PUSH_IMAGE.digest + "; pull again$"),
     ([PUSH_NAMED], PUSH_IMAGE.layers[:1], (), 1, PUSH_IMAGE.layers[0] + "; pull again$"),
     ([(PUSH_INDEX, "a.b/app:1")], PUSH_OTHER.layers, ("--partial",), 1, "; pull again$"),
-    ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "neither here nor"),
-)
+    ([(BuiltImage(b"<xml/>", "application/xml"), "x")], (), (), 1, "neither here nor"))
 
 #: (what is wrong with a FakeRegistry: its attributes, cuts and faults; how often an
 #: upload is asked then by POST, PUT, GET and PATCH, or the exit status and words).
@@ -14820,8 +14726,7 @@ PUSH_FAULTS = (
     ("sent nearer", {}, [], [("POST", headers(location="http://169.254.1.1"))],
      (1, "nearer than")),
     ("sent to http", {"tls": True}, [], [("POST", headers(location="http://[::1]/x"))],
-     (1, "from https to http")),
-)
+     (1, "from https to http")))
 
 
 class PushCase(ServeCase):
@@ -15995,8 +15900,7 @@ class CommandLineCredentialsTest(CommandLineCase):
                             "auth https://u:hunter2@h.test/lab/app")),
         ("proxy's URL", ("digest --proxy http://u:hunter2/@h.test h.test/x",
                          "digest --proxy ftp://u:hunter2@h.test h.test/x")),
-        ("--listen", ("serve --listen u:hunter2@h.test images",)),
-    ))
+        ("--listen", ("serve --listen u:hunter2@h.test images",))))
     def test_what_may_be_a_password_is_not_repeated(self, words, commands):
         for command in commands:
             argv = command.format(ref=self.ref, host=self.origin.host).split()
@@ -16239,9 +16143,7 @@ MANIFEST = "GET .*/manifests/"
 #: (command line, status, words[, match, action, times of a fault: 1]). Every fault of a
 #: registry is met in FaultsTest.
 FAILURES = (
-    ("fly", 2, "fly"),
-    ("pull", 2, "REF"),
-    ("selftest ''", 2, "invalid reference ''"),
+    ("fly", 2, "fly"), ("pull", 2, "REF"), ("selftest ''", 2, "invalid reference ''"),
     ("pull --from-file '' {ref}", 1, "imagec: '': No such"),
     ("digest --cert '' --key '' {ref}", 2, "cannot read cert"),
     ("pull --format floppy {ref}", 2, "floppy"),
@@ -16276,16 +16178,13 @@ FAILURES = (
     ("pull -o {root}/x.TGZ {ref}", 2, "FILE.tar"),
     ("pull --tag a:1 {ref}", 2, r"--tag NAME\[:TAG\] goes with"),
     ("pull --tag a:1 --format rootfs {ref}", 2, r"--tag NAME\[:TAG\] goes with"),
-    ("auth ''", 2, "HOST"),
-    ("pull lab/App", 2, "lowercase"),
-    ("pull 'lab/app\n'", 2, r"lab/app\\+n"),
-    ("pull {ref} a//b", 2, "a//b"),
+    ("auth ''", 2, "HOST"), ("pull lab/App", 2, "lowercase"),
+    ("pull 'lab/app\n'", 2, r"lab/app\\+n"), ("pull {ref} a//b", 2, "a//b"),
     ("digest {host}/lab/app@sha256:12", 2, "64"),
     ("digest --cacert {root}/none {ref}", 2, "--cacert"),
     ("digest {ref}", 4, "not found.*its /v2/ answers HTTP 404", "GET",
      status(404, body=HTML), EVER),
-    ("pull --platform linux/s390x {host}/lab/app:many", 4, "linux/amd64, linux/arm/v7"),
-)
+    ("pull --platform linux/s390x {host}/lab/app:many", 4, "linux/amd64, linux/arm/v7"))
 
 
 #: (status, what is said, of which command lines). Arm is an image of one platform.
@@ -16325,8 +16224,7 @@ SENTENCES = (
     (0, None, "layers --platform linux/arm64 {root}/arm.tar",  # it runs there
      "digest {host}/lab/app:arm", "layers --platform arm {host}/lab/app:none"),
     (0, "warning: {host}/lab/app:arm is for linux/arm/v7, not for linux/amd64",
-     "layers {host}/lab/app:arm"),
-)
+     "layers {host}/lab/app:arm"))
 
 
 class CommandLineFailureTest(CommandLineCase):
@@ -16447,8 +16345,7 @@ class CommandLineFailureTest(CommandLineCase):
         ("expired", (), "own", None, "not to be trusted"),
         ("wrong-host", (), "own", None, "not to be trusted"),
         ("expired", ("--insecure-skip-verify",), "own", None, None),
-        ("expired", ("--insecure-allow-http",), "none", None, None),
-    ))
+        ("expired", ("--insecure-allow-http",), "none", None, None)))
     def test_certificates(self, tls, options, known, name, refusal):
         for roots, pem in (("own", TEST_CERT), ("other", OTHER_CERT), ("none", "")):
             self.file(roots + ".pem", pem)
@@ -16647,8 +16544,7 @@ SECRET_PULLS = (
     ("signed URL that stalls", hang(9), 1),
     ("signed URL in a loop", redirect("?sig=S3CR3T-SIG&again=1"), 1),
     ("signed URL into nothing", redirect(
-        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1),
-))
+        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1)))
 
 
 class SecretsTest(CommandLineCase):
@@ -16807,8 +16703,7 @@ class SecretsTest(CommandLineCase):
         ((), "see http://u:x@h/p, a@b", "see http://***@h/p, a@b"),
         ((), "http://u:a@b@h", "http://***@h"),
         ((), "ssh://git@h/x", "ssh://git@h/x"),
-        ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12"),
-    ))
+        ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12")))
     def test_hide(self, secrets, text, expected):
         known = imagec.Secrets()
         known.add(*secrets)
@@ -16877,12 +16772,10 @@ class SignalTest(CommandLineCase):
 
     #: (where it hangs, match, action, requests that hang)
     WAITS = (
-        ("probe", "GET /v2/$", hang(), 1),
-        ("manifest", MANIFEST, hang(), 1),
+        ("probe", "GET /v2/$", hang(), 1), ("manifest", MANIFEST, hang(), 1),
         ("layers", "blobs/(?!{config})", hang(), 4),
         ("bodies", "blobs/(?!{config})", drip(60, 20), 4),
-        ("between tries", MANIFEST, status(503, {"Retry-After": "30"}), 1),
-    )
+        ("between tries", MANIFEST, status(503, {"Retry-After": "30"}), 1))
 
     def hanging(self, match, action, count):
         """Where a pull will wait: (its reference, the fault, how often it is met)."""
@@ -17142,15 +17035,13 @@ ROOM_OF_USE = {
     "input": "Command line", "getpass": "Command line",
     "sys.exit": "Command line", "sys.argv": "Command line",
     "sys.stdin": "Command line", "sys.stdout": "Command line",
-    "sys.stderr": "Command line", "SystemExit": "Command line",
-}
+    "sys.stderr": "Command line", "SystemExit": "Command line"}
 #: (name, room) -> why it may stand there all the same.
 WAIVED_USES = {
     ("subprocess", "Credentials"): "a credential helper is a program",
     ("http", "Serve"): "a server speaks HTTP too", ("socket", "Serve"): "and listens",
     ("ssl", "Serve"): "with TLS", ("ssl", "Self-test"): "tells what TLS there is",
-    ("urllib.request", "Self-test"): "tells which proxies there are",
-}
+    ("urllib.request", "Self-test"): "tells which proxies there are"}
 
 MUTATORS = frozenset("""
     add append appendleft clear discard extend insert pop popitem popleft remove reverse
@@ -17456,8 +17347,7 @@ ANNEXES = {
     "Serve": (("Self-test",), ("^    \"Shelf\", \"new_server\",\n",
                                COMMAND_ROW % "serve")),
     "Push": ((), ("^    \"push\",\n", COMMAND_ROW % "push")),
-    "Self-test": ((), (COMMAND_ROW % "selftest",)),
-}
+    "Self-test": ((), (COMMAND_ROW % "selftest",))}
 
 
 class AnnexTest(RegistryCase):
@@ -17667,14 +17557,9 @@ class ReadmeTest(RegistryCase):
 
 #: Phase -> what its request looks like; {names} are filled in by the test.
 THREAT_PHASES = collections.OrderedDict([
-    ("probe", "GET /v2/$"),
-    ("token", "/token"),
-    ("index", "/manifests/1$"),
-    ("manifest", "/manifests/{manifest}$"),
-    ("config", "/blobs/{config}$"),
-    ("first layer", "/blobs/{first}$"),
-    ("last layer", "/blobs/{last}$"),
-])
+    ("probe", "GET /v2/$"), ("token", "/token"), ("index", "/manifests/1$"),
+    ("manifest", "/manifests/{manifest}$"), ("config", "/blobs/{config}$"),
+    ("first layer", "/blobs/{first}$"), ("last layer", "/blobs/{last}$")])
 THREAT_ALL = tuple(THREAT_PHASES)
 THREAT_TOLD, THREAT_PINNED = THREAT_ALL[1:3], THREAT_ALL[3:]
 THREAT_BODIES = THREAT_ALL[1:]
@@ -17722,8 +17607,7 @@ THREAT_FAULTS = worded(
      ("to itself, T56", redirect("?"), EVER, THREAT_ALL)),
     ((imagec.InvalidDocument, "JSON"), ("page", body(HTML), 1, THREAT_TOLD)),
     ((imagec.VerificationError, "expected"),
-     ("page", body(HTML), 1, THREAT_PINNED),
-     ("nothing", body(b""), 1, THREAT_PINNED),
+     ("page", body(HTML), 1, THREAT_PINNED), ("nothing", body(b""), 1, THREAT_PINNED),
      ("one byte more, T24", extra(1), 1, THREAT_PINNED)),
     ((imagec.InvalidDocument, ""),
      ("nothing", body(b""), 1, THREAT_TOLD),
@@ -17742,8 +17626,7 @@ THREAT_FAULTS = worded(
      ("lying header", headers(docker_content_digest=sha256(b"")), 1, THREAT_ALL[2:4])),
     ((imagec.TransportError, ""),
      ("many headers", garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 99999), EVER,
-      THREAT_ALL)),
-)
+      THREAT_ALL)))
 
 THREAT_STALLS = worded(
     ((imagec.Timeout, "next to nothing"),
@@ -17754,8 +17637,7 @@ THREAT_STALLS = worded(
       THREAT_ALL),
      ("headers for ever, T58", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
                                 drip(0.02, 3, "status")], EVER, THREAT_ALL),
-     ("no answer, T109", hang(30), EVER, THREAT_ALL)),
-)
+     ("no answer, T109", hang(30), EVER, THREAT_ALL)))
 
 class FaultsCase(ThreatCase):
     """What every fault leaves behind: one clear error, and nothing half-made (T163).
@@ -17945,25 +17827,21 @@ THREAT_SEED = int(os.environ.get("IMAGEC_FUZZ_SEED", "20140612"))
 THREAT_SECONDS = float(os.environ.get("IMAGEC_FUZZ_SECONDS", "2"))
 THREAT_ODD = ODD_VALUES + (
     False, 0, 1, 1e308, 1 << 70, "a\0b", "/", "../../canary", {"": None},
-    {"a": {"b": []}}, "sha512:" + "0" * 128, "9" * 40, "application/json",
-)
+    {"a": {"b": []}}, "sha512:" + "0" * 128, "9" * 40, "application/json")
 THREAT_WORDS = (
     b"\0", b"\n", b"\r\n", b"\r\n\r\n", b'"', b"\\", b"{", b"}", b"[[[[", b",", b":",
     b"null", b"NaN", b"1e999", b"-1", b"9" * 50, b"\xff\xfe", b"\xed\xa0\x80", b"../",
     b"\\000", b"\\057", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd",
-    b"\t",
-)
+    b"\t")
 THREAT_HEADS = (
     b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Type: text/plain\r\n\r\nbody",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;a=b\r\nbody\r\n0\r\n\r\n",
     b"HTTP/1.0 206 Partial\r\nContent-Range: bytes 0-3/4\r\n\r\nbody",
     b"HTTP/1.1 302 Found\r\nLocation: /again?x=y\r\nContent-Length: 0\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 401 No\r\nWWW-Authenticate: Basic\r\n\r\n",
-)
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 401 No\r\nWWW-Authenticate: Basic\r\n\r\n")
 THREAT_CHALLENGES = (
     'Bearer realm="https://auth.test/token",service="a b",scope="repository:x:pull"',
-    'Basic realm="x\\"y", Bearer realm=/token, charset=UTF-8', "Negotiate abc==, Basic",
-)
+    'Basic realm="x\\"y", Bearer realm=/token, charset=UTF-8', "Negotiate abc==, Basic")
 
 
 def threat_mutated(dice, data):
@@ -18770,8 +18648,7 @@ class BombTest(ThreatCase):
             {"id": lzma.FILTER_LZMA2, "dict_size": 256 << 20, "mode": lzma.MODE_FAST,
              "mf": lzma.MF_HC3, "nice_len": 2}]), "emory"),
         ("pax header of 8 GiB, T67", lambda: tar_header((8 << 30) - 1, b"x"), "limit"),
-        ("file of 8 GiB, T50", lambda: tar_header((8 << 30) - 1), "max-layer-size"),
-    ))
+        ("file of 8 GiB, T50", lambda: tar_header((8 << 30) - 1), "max-layer-size")))
     def test_t50_t51_t67_layers(self, _name, make, word):
         image = build_image([make()], compress=None)
         self.source.add("lab/app", "1", image)
@@ -18796,8 +18673,7 @@ class BombTest(ThreatCase):
         ("implied", [DEEP + TAR_END], "70", 0, ""),
         ("one more implied", [DEEP + TAR_END], "69", 1, "--max-files"),
         ("names", [FIFTY, FIFTY_MORE, tar_header(name=b"x") + TAR_END], "1000", 3,
-         "limit of 300 bytes"),
-    ))
+         "limit of 300 bytes")))
     def test_t67_t68_members_are_counted(self, _name, tars, limit, status, words):
         """Those of all layers together, and the directories they imply."""
         image = build_image(tars)
@@ -18896,8 +18772,7 @@ class MemoryTest(ThreatProcessCase):
             for n in range(2000)) + tar_header(name=b"l2000")),
         ("a link through a maze, T157", threat_link_maze),
         ("many members, T67", lambda: b"".join(
-            tar_header(name=b"f%d" % n) for n in range(10000))),
-    ))
+            tar_header(name=b"f%d" % n) for n in range(10000)))))
     def test_t67_t68_t152_t157_root_file_systems(self, _name, make):
         """Refused or made in seconds; what headers hold does not add up."""
         self.source.add("lab/app", "1", build_image([make() + TAR_END], compress=(
@@ -18948,8 +18823,7 @@ class LimitsTest(unittest.TestCase):
             "l%d->l%d" % (i, i + 1) for i in range(1, n)) + " l%d->b l1/x=1" % n])),
         ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output(
             "/" * n, "archive", stream=1)),
-        ("PATH_MAX", 9, lambda n: imagec.new_output("a" * n, "archive", stream=1)),
-    ))
+        ("PATH_MAX", 9, lambda n: imagec.new_output("a" * n, "archive", stream=1))))
     def test_below_at_and_above(self, name, limit, make):
         with mock.patch.object(imagec, name, limit):
             make(limit - 1)
@@ -19099,8 +18973,7 @@ Witness = collections.namedtuple("Witness", "raw digest layers diff_ids")
 
 CONTRACT_TARS = [
     tar_bytes([("etc", None), ("etc/motd", b"hello\n" * 900)]),
-    tar_bytes([("bin", None), ("bin/tool", bytes(range(256)) * 40, {"mode": 0o755})]),
-]
+    tar_bytes([("bin", None), ("bin/tool", bytes(range(256)) * 40, {"mode": 0o755})])]
 CONTRACT_TAGS = ("oci", "v2s1", "v2s2", "zstd")
 
 
@@ -19419,8 +19292,7 @@ READERS_LAYERS = [
      ("bin/.wh.sh", b""), ("bin/sh", b"again"), ("group", None, {"mode": 0o2770}),
      ("locked", None, {"mode": 0o555}), ("locked/x", b"x", {"mode": 0o400}),
      ("dangling", b"", {"type": b"2", "linkname": "../../no/where"}),
-     ("s", b"", {"type": b"2", "linkname": "etc"}), ("lib/deep/again", b"y")],
-]
+     ("s", b"", {"type": b"2", "linkname": "etc"}), ("lib/deep/again", b"y")]]
 READERS_TARS = [tar_bytes(layer) for layer in READERS_LAYERS]
 #: Members of the newest v1 image, where docker and others treat it in a way of its own.
 READERS_V1 = (
@@ -19432,8 +19304,7 @@ READERS_V1 = (
     {"author": "caf\xe9 \t\x01", "comment": "c", "Size": 7,
      "created": "2015-08-06T23:53:22.608570Z"},
     {"config": None, "container": "c" * 64, "id": "f" * 64,
-     "container_config": {"Cmd": ["/bin/sh", "-c", "a && b <c>"]}},
-)
+     "container_config": {"Cmd": ["/bin/sh", "-c", "a && b <c>"]}})
 
 
 def readers_facts(directory):
@@ -20097,8 +19968,7 @@ class RealKeysTest(RegistryCase):
         ("secp256k1", ("EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"), False),
         ("explicit", ("EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt",
                       "ec_param_enc:explicit"), False),
-        ("RSA-PSS", ("RSA-PSS",), False), ("Ed25519", ("ED25519",), False),
-    ))
+        ("RSA-PSS", ("RSA-PSS",), False), ("Ed25519", ("ED25519",), False)))
     def test_what_it_signs(self, name, options, does):
         self.openssl("genpkey", "-algorithm", *options, "-out", "key")
         self.openssl("pkey", "-in", "key", "-pubout", "-out", "public")
