@@ -8549,6 +8549,7 @@ def _run_cat(args, session):
 _ROUTE = (r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs|referrers)/"
           r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
               r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
+_FIELD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*"  # RFC 7230, 3.2
 
 
 class Shelf:
@@ -8754,10 +8755,22 @@ class RegistryHandler:
         super().handle_one_request()
 
     def parse_request(self):
-        """Whether the head that comes is good; answers it where not."""
-        good = super().parse_request()
+        """Whether the head that came is good; answers it where not.
+
+        One that a proxy before us may read in another way is not: what is a body to it
+        would be a request to us (RFC 7230, 3.2.4 and 3.3.3).
+        """
+        if not super().parse_request():
+            return False
         self.server.waits(self.connection, False)
-        return good
+        head, lengths = self.headers, self.headers.get_all("Content-Length", [])
+        if (head.defects or head.get_payload() or head.get_unixfrom() or lengths[1:]
+                or not all(re.fullmatch(_FIELD, ":".join(one)) for one in head.items())
+                or not all(re.fullmatch(r"[0-9]+[ \t]*", one) for one in lengths)):
+            self.close_connection = True
+            self.fail(400, "UNSUPPORTED", "malformed header fields")
+            return False
+        return True
 
     def log_message(self, format, *args):
         log.debug("serve: %s: %s", self.client_address[0], printable(format % args))
@@ -8765,13 +8778,9 @@ class RegistryHandler:
     def do_GET(self):
         """Answers a GET or HEAD."""
         self.answered = False  # whether the answer has begun
-        if (self.headers.get_all("Content-Length", ["0"]) != ["0"]
-                or "Transfer-Encoding" in self.headers or self.headers.get_payload()
-                or self.headers.defects or self.headers.get_unixfrom()
-                or not all(re.fullmatch("[A-Za-z0-9-]+:[^\r\n]*", ":".join(field))
-                           for field in self.headers.items())):
-            # A body, or what may be one to a proxy before us, is no next request.
-            self.close_connection = True
+        if self.headers.get("Content-Length", "0") != "0" or (
+                "Transfer-Encoding" in self.headers):
+            self.close_connection = True  # a body is not the next request
         try:
             if self.allowed():
                 self.answer(urllib.parse.urlsplit(self.path))

@@ -14285,6 +14285,7 @@ class ServeTest(ServeCase):
         found = serve_raw(
             self.archived(), method + b" /v2/ HTTP/1.1\r\n" + fields
             + b"\r\n\r\nGET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertRegex(found, rb"\AHTTP/1\.1 400 ")
         self.assertEqual(found.count(b"HTTP/1.1 "), 1, found)
         self.assertIn(b"\r\nConnection: close\r\n", found)
 
