@@ -9234,7 +9234,7 @@ class Pusher:
                     return self.push(reference, documents, blobs)
                 with contextlib.suppress(ImagecError):  # of a tag that must not change
                     if error.status not in RETRIED_STATUSES and (
-                            error.url.endswith("/" + str(name))) and (
+                            str(error.url).endswith("/" + str(name))) and (
                             target.head_manifest(repository, name) == one.digest):
                         continue
                 if isinstance(one, Schema1Manifest):

@@ -15035,6 +15035,8 @@ class PushFaultsTest(PushCase):
         self.assertEqual(self.push(path).out, out)
         self.target.add("app", "1", PUSH_OTHER)
         self.assertIn("HTTP %d" % code, self.push(path, expect=exit).err)
+        self.refuses("PUT", Reply(401, headers={"WWW-Authenticate": "Negotiate"}))
+        self.assert_one_line(self.push(path, "-q", expect=5), 5, "a kind we do not know")
         # What refers to an image may be there, but the list of it has to be, too.
         self.target = self.registry(linked=True, lists_referrers=False)
         self.refuses("PUT .*/manifests/sha256-", Reply(code))
