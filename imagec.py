@@ -282,7 +282,7 @@ class Log:
     """Tells what happens, without SECRETS: the last of its `listeners`, which `main`
     has, from its `level` on; else who listens to logging.getLogger("imagec").
 
-    That is got only where somebody may: to import logging takes longer than TLS does.
+    That is got only where somebody may: to import logging is a tenth of a start.
     """
 
     DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as logging has them
