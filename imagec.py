@@ -1810,6 +1810,20 @@ def pieces(file, size=float("inf"), check=go_on):
         yield data
 
 
+def waiting(file, check):
+    """Yields what comes on a pipe or the like, in pieces; `check` may end the wait."""
+    import select
+
+    def more():
+        check()
+        with contextlib.suppress(OSError, ValueError):  # no descriptor, or Windows
+            while not select.select([file], [], [], CANCEL_NOTICED)[0]:
+                check()
+        return file.read1(CHUNK)
+
+    return iter(more, b"")
+
+
 def proved(chunks: collections.abc.Iterable, digest: Digest, size: "int | None" = None,
            what: "str | None" = None) -> collections.abc.Iterator:
     """Yields `chunks` on; raises at their end unless they are the blob of the Digest.
@@ -9270,8 +9284,8 @@ def _run_push(args, session):
             buffering=0, prefix="imagec-stdin-") as spool:
         if spool is not None:
             path = spool.name
-            drain(map(_Stream(spool, path).write, pieces(
-                open(0, "rb", closefd=False), check=session.transport.check)))
+            drain(map(_Stream(spool, path).write, waiting(
+                open(0, "rb", closefd=False), session.transport.check)))
         for image in pusher.plan(path, args.path, args.bases or ()):
             with session.trying(image[0]):
                 if args.dry_run:
@@ -9535,7 +9549,7 @@ def pinned(image):
 
 def _run_pull(args, session):
     references = list(map(named, args.references or ())) + read_list(
-        args.from_file, session.trying)
+        args.from_file, session.trying, session.transport.check)
     if not (references or session.failures):
         raise UsageError("nothing to pull: name a REF, or a list with --from-file")
     if args.tag is not None and len(references) > 1:
@@ -9610,10 +9624,10 @@ def plan(session, references, output, args):
                    "fetch", sum(size for size, _ in there) - have, have, args.json)
 
 
-def read_list(path, trying):
+def read_list(path, trying, check):
     """The References in a file in UTF-8, one a line; "#" begins a comment. None: none.
 
-    A line is read inside of `trying(where it stands)`.
+    A line is read inside of `trying(where it stands)`; for `check` see waiting.
     """
     if path is None:
         return []
@@ -9622,7 +9636,8 @@ def read_list(path, trying):
     references, number, where = [], 0, "standard input" if path == "-" else path
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            text = b"".join(waiting(file, check))
+            for number, line in enumerate(text.split(b"\n"), 1):
                 # Windows puts U+FEFF before files, which some join.
                 line = line.decode("utf-8").lstrip("\ufeff").partition("#")[0].strip()
                 with trying("%s, line %d" % (where, number)):

@@ -16280,6 +16280,16 @@ class CommandLineFailureTest(CommandLineCase):
         self.main("digest", self.ref)
         self.assertEqual(len(paths(self.origin, "tags/list")), 1)
 
+    @able(os.name == "posix", "wait for pipes")
+    @rows((("pull", "--from-file"), ("push",)))
+    def test_time_is_up_while_standard_input_is_waited_for(self, *argv):
+        place = [self.origin.host] * (argv == ("push",))
+        process = self.start(*argv, "-", *place, "--timeout", "0.3",
+                             stdin=subprocess.PIPE)
+        with threat_alarm(20):
+            self.assertEqual(process.wait(), 1)
+        self.assertIn(b"not done within 0.3 seconds", process.stderr.read())
+
     @able(os.name == "posix", "signal as POSIX has it")
     def test_t123_SIGTERM_in_a_finalizer(self):
         # Python drops what is raised there: before 3.8 with words of its own.
