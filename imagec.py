@@ -219,6 +219,7 @@ MANIFEST_SHAPES = {
 ACCEPT = ", ".join(MANIFEST_SHAPES)
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"  # cosign to 2
 SIGSTORE_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"  # and from 3 on
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"  # what cosign 3.0 lists them by
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 
 
@@ -7078,7 +7079,7 @@ class SignedBy:
                 yield one, None, one
             for tag, entries in place.referrers(one.digest).items():
                 entries = [entry for entry in entries if tag != one.digest.tag
-                           or entry.artifact_type == SIGSTORE_BUNDLE]
+                           or entry.artifact_type in (SIGSTORE_BUNDLE, OCI_EMPTY)]
                 for entry in entries[:SIGNATURE_COUNT_LIMIT]:
                     found = place.document(entry)
                     # An image that has one among its layers would be kept, unsigned.

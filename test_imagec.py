@@ -12121,8 +12121,8 @@ class SignedCase(StoredCase):
     def unsign(self, image):
         self.origin.repositories["lab/app"].pop(tag_of(image, ".sig"), None)
 
-    def sign_by_bundle(self, image, **options):
-        """Puts what cosign 3 would, where a registry has no referrers API."""
+    def sign_by_bundle(self, image, listed=None, **options):
+        """Puts what cosign 3 would; by its tag, where it is to be `listed` as a type."""
         layer, raw = bundle(dsse(IN_TOTO, statement(image.digest), **options))
         made = build_artifact([(layer.media_type, raw, None)], layer.media_type,
                               subject=image.descriptor())
@@ -12130,6 +12130,10 @@ class SignedCase(StoredCase):
                                "application/spdx+json", subject=image.descriptor())
         for one in (made, other):
             self.origin.add("lab/app", None, one)
+        if listed:
+            self.origin.lists_referrers = False
+            self.origin.add("lab/app", tag_of(image), build_index(
+                [], extra_entries=[made.descriptor(artifactType=listed)]))
         self.other_digest = other.digest  # nobody has to ask for this
         return made
 
@@ -12156,6 +12160,9 @@ class SignedPullTest(SignedCase):
         ("image", lambda case: case.sign(case.image)),
         ("index", lambda case: case.sign_by_bundle(case.index)),
         ("image", lambda case: case.sign_by_bundle(case.image)),
+        *(("image", lambda case, kind=kind: case.sign_by_bundle(case.image, kind))
+          for kind in (imagec.SIGSTORE_BUNDLE,  # of cosign 3.1, and of 3.0
+                       "application/vnd.oci.empty.v1+json")),
         ("image", lambda case: case.put(case.image, None, *[  # the last of many
             simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 4)],
             simple(simple_payload(case.image.digest)))),
