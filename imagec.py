@@ -927,9 +927,10 @@ class Descriptor(value_type(
     @classmethod
     def of_referrer(cls, document):
         """The same for a list of referrers (distribution-spec, "Listing Referrers")."""
-        kind = document.artifact_type or isinstance(document, Manifest) and (
-            document.config.media_type) or ""
-        return cls.of(document, annotations=document.annotations, artifact_type=kind)
+        said = json.loads(document.raw.decode("utf-8"))
+        kind = said.get("artifactType") or said.get("config", {}).get("mediaType")
+        return cls.of(document, annotations=document.annotations,
+                      artifact_type=str(kind or ""))
 
     @classmethod
     def from_document(cls, document):

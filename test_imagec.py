@@ -14095,7 +14095,13 @@ class ServeListsTest(ServeCase):
                  {"artifactType": SPDX, "annotations": {"k": "v"}}),
                 (build_image(FIELD_SMALL[:1]),
                  {"artifactType": MEDIA_TYPES["oci"]["config"]}),
-                (build_index([]), {})):
+                (build_index([]), {}),
+                (remade(build_index([]), artifactType="a/i"), {"artifactType": "a/i"}),
+                (remade(build_image(FIELD_SMALL), artifactType="a/m"),
+                 {"artifactType": "a/m"}),
+                (build_artifact([(SPDX, b"{}", None)], None,
+                                config_type=MEDIA_TYPES["oci"]["config"]),
+                 {"artifactType": MEDIA_TYPES["oci"]["config"]})):
             one = remade(other, subject=image.descriptor())
             entries.append(one.descriptor(**said))
             for _ in range(2):  # it may be in two places
