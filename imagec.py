@@ -9082,8 +9082,10 @@ class Target(Registry):
         response, _ = self._document(
             "PUT", path, repository, path, (200, 201, 202), document.raw,
             **{"Content-Type": document.media_type})
-        if self._claimed(response) not in (None, document.digest):
-            raise DigestMismatch(path, document.digest, self._claimed(response))
+        claimed = self._claimed(response) or document.digest
+        if claimed not in (document.digest,  # it may be of another algorithm
+                           Digest.of(document.raw, claimed.algorithm)):
+            raise DigestMismatch(path, document.digest, claimed)
         if document.subject is None or "OCI-Subject" in response.headers:
             return
         listed, tag = [Descriptor.of_referrer(document)], document.subject.tag

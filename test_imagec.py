@@ -14735,6 +14735,9 @@ PUSH_FAULTS = (
     ("another was taken", {}, [],
      [("PUT .*/manifests/", headers(docker_content_digest="sha256:" + "0" * 64))],
      (3, "expected digest %s" % PUSH_IMAGE.digest)),
+    ("its digest by another algorithm", {}, [],
+     [("PUT .*/manifests/", headers(docker_content_digest="sha512:" + hashlib.sha512(
+         PUSH_IMAGE.manifest).hexdigest()))], (3, 3, 0, 0)),
     ("always cut", {}, [("PUT .*/uploads/", 0)] * 50, [], (1, "closed|reset")),
     ("nothing so large is taken", {"body_limit": 10}, [], [], (1, "HTTP 413")),
     ("sent nearer", {}, [], [("POST", headers(location="http://169.254.1.1"))],
