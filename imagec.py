@@ -9088,12 +9088,16 @@ class Target(Registry):
             raise DigestMismatch(path, document.digest, claimed)
         if document.subject is None or "OCI-Subject" in response.headers:
             return
-        listed, tag = [Descriptor.of_referrer(document)], document.subject.tag
+        listed, tag = [], document.subject.tag
         with contextlib.suppress(NotFound):
-            listed[:0] = getattr(self.fetch_manifest(repository, tag), "manifests", ())
-        if document.digest not in [entry.digest for entry in listed[:-1]]:
+            found = self.fetch_manifest(repository, tag)
+            if not isinstance(found, Index):
+                raise Unsupported("%s:%s is no list of what refers to an image: it "
+                                  "stays as it is" % (repository, tag))
+            listed = json.loads(found.raw.decode("utf-8")).get("manifests") or []
+        if str(document.digest) not in [entry["digest"] for entry in listed]:
             self.put_manifest(repository, tag, made_index(
-                [entry.as_json() for entry in listed]))
+                listed + [Descriptor.of_referrer(document).as_json()]))
 
 
 class Pusher:

@@ -14910,7 +14910,9 @@ class PushTest(PushCase):
         """By a tag where the registry has no list of its own, beside what is there."""
         self.target = self.registry(linked=True, lists_referrers=referrers)
         there = build_artifact([], subject=PUSH_IMAGE.descriptor(), a=1)
-        self.target.add("app", PUSH_TAG, build_index([(there, None)]))
+        self.target.add("app", None, there)
+        there = there.descriptor(annotations={"k": None}, urls=[], a=1)
+        self.target.add("app", PUSH_TAG, build_index([], extra_entries=[there]))
         made = build_index([(PUSH_SIGNATURE, None)])
         for entry in ((PUSH_SIGNATURE, None), (made, "example.com/app:" + PUSH_TAG)):
             run = self.push(self.layout_of(PUSH_NAMED, entry))
@@ -14919,7 +14921,15 @@ class PushTest(PushCase):
             self.assertEqual(
                 [(one["digest"], one["artifactType"]) for one in listed["manifests"][1:]],
                 [(PUSH_SIGNATURE.digest, "application/vnd.example")] * (not referrers))
+            self.assertEqual(listed["manifests"][0], there)
         self.assertEqual(run.out.count(b"\n"), 1)
+
+    def test_an_image_by_the_tag_of_such_a_list_stays(self):
+        self.target = self.registry(lists_referrers=False)
+        self.target.add("app", PUSH_TAG, PUSH_OTHER)
+        path = self.layout_of(PUSH_NAMED, (PUSH_SIGNATURE, None))
+        self.assertIn("is no list of what refers", self.push(path, expect=1).err)
+        self.has("app", PUSH_TAG, PUSH_OTHER)
 
     def test_partial(self):
         lacks = [PUSH_OTHER.digest] + list(PUSH_OTHER.blobs)
