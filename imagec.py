@@ -178,7 +178,8 @@ REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where none is live
 REDIRECT_LIMIT = 10  # hops; Go's net/http
 WARNING_LIMIT = 20  # that a registry may give; each is kept
-NO_REFERRERS_API = 400, 404, 405, 406, 501  # statuses without it; go-containerregistry
+#: Statuses without it; go-containerregistry. The 401 is old Harbors'.
+NO_REFERRERS_API = 400, 401, 404, 405, 406, 501
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
@@ -4013,10 +4014,13 @@ class Source:
         """
         def tagged(tag):
             try:
-                return self.seek(Registry.fetch_manifest, tag)
-            except Unsupported as error:  # of a draft's type, say
+                found = self.seek(Registry.fetch_manifest, tag)
+            except (AccessDenied, Unsupported) as error:
+                # Artifactory says 403 of what is not there; or of a draft's type, say.
                 log.warning("left out: %s", error)
                 return None
+            # GitLab takes such a tag for the digest.
+            return None if found and found.digest == digest else found
 
         found = {digest.tag: self.seek(list_referrers, digest) or getattr(
             tagged(digest.tag), "manifests", ())}

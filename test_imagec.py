@@ -7394,9 +7394,17 @@ class ReferrersTest(NetworkCase):
         self.origin.fault("/referrers/", action)
         self.assertEqual(self.referring(), self.listed(*self.sboms[:2]))
 
-    def test_a_tag_of_another_use(self):
-        self.origin.add("app", tag_of(self.image), self.image)
-        self.assertEqual(self.referring(), {})
+    @rows((("an image",), ("an index", "a")))  # GitLab takes a digest's tag for it
+    def test_a_tag_of_another_use(self, what, platform=None):
+        top = self.image if platform is None else build_index([(self.image, AMD64)])
+        self.origin.add("app", tag_of(top), top)
+        self.assertEqual(self.referring(top.digest), {})
+
+    @rows(itertools.product((401, 403), (".sig", ".att", "")))
+    def test_a_tag_that_is_denied(self, code, suffix):
+        self.origin.add("app", tag_of(self.image, ".sbom"), build_artifact([]))
+        self.origin.fault("manifests/%s$" % tag_of(self.image, suffix), status(code), EVER)
+        self.assertEqual(list(self.referring()), [tag_of(self.image, ".sbom")])
 
     @rows([("denied", status(403), imagec.AccessDenied, ""),
            ("out of order", status(500), imagec.RegistryError, ""),
