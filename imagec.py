@@ -3933,15 +3933,11 @@ class Registry(Endpoint):
             yield response, body
             link = re.search(_NEXT, ", ".join(
                 response.headers.get_all("Link", []))[:HEADER_LIMIT])
-            path = url = link and checked_url(link.group(1), response.url)
-            # Behind a proxy a registry may not know by what scheme and port it is
-            # asked: it is asked as before.
-            if url and url.hostname == checked_url(self.url).hostname and (
-                    url.path.startswith("/v2/")):
-                path = url._replace(scheme="", netloc="").geturl()[len("/v2/"):]
-            elif url:
-                raise UnsafeRedirect("%s: the %s goes on at another host, %s"
-                                     % (self.host, what, url.hostname))
+            # Behind a proxy a registry may not know where it is: only where to go on in
+            # the list is believed.
+            path, _, query = path.partition("?")
+            path = link and "%s?%s" % (path, checked_url(
+                link.group(1), response.url).query or query)
 
 
 #: RFC 8288; what stands in quotes may hold anything.
