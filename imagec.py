@@ -1104,8 +1104,8 @@ def _decode_image(document, raw, media_type, digest):
         one.require_known()
     kind = config.media_type
     image = re.match(_IMAGE_CONFIG, kind)
-    if image and layers and all(  # signatures, SBOMs
-            re.search("json|xml|text/", layer.media_type) for layer in layers):
+    if image and layers and (config.size < 3 or all(  # ORAS' {}; signatures, SBOMs
+            re.search("json|xml|text/", layer.media_type) for layer in layers)):
         image, kind = None, layers[0].media_type
     return Manifest(raw, media_type, digest, config, layers,
                     "" if image else document.get("artifactType", str) or kind,

@@ -3593,11 +3593,13 @@ class ManifestsTest(TableCase):
     @rows((("", MEDIA_TYPES["oci"]["layer"]), ("", ""), ("",),
            ("", "application/vnd.oci.image.layer.squashfs"),
            ("", "application/vnd.in-toto+json", MEDIA_TYPES["oci"]["layer"])),
+          [("a/b", "a/b")],  # of ORAS, with {} for a config
           [(kind, kind) for kind in (
               "application/vnd.in-toto+json", "application/vnd.dsse.envelope.v1+json",
               "application/vnd.dev.cosign.simplesigning.v1+json", "text/spdx")])
     def test_artifact_types(self, kind, *layers):
         image = build_artifact([(layer, b"", None) for layer in layers], None,
+                               b"{}" if layers == ("a/b",) else b'{"os": ""}',
                                config_type=MEDIA_TYPES["oci"]["config"])
         self.assertEqual(imagec.decode_manifest(image.manifest).artifact_type, kind)
 
