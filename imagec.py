@@ -9044,7 +9044,8 @@ class Target(Registry):
             query = "%s&digest=%s" % (place.query, str(blob.digest))
             place = place._replace(query=query.lstrip("&"))
         data = b"" if method == "POST" else draw and (lambda: draw(at, end))
-        expected = {"PATCH": (202,), "PUT": (201,)}.get(method, (200, 201, 202, 204))
+        expected = {"PATCH": (202, 204),  # Pulp's
+                    "PUT": (201,)}.get(method, (200, 201, 202, 204))
         with self._exchange(method, place, repository, "upload to " + repository,
                             headers, expected, data) as response:
             response.discard()
@@ -9090,10 +9091,12 @@ class Target(Registry):
         listed, tag = [], document.subject.tag
         with contextlib.suppress(NotFound):
             found = self.fetch_manifest(repository, tag)
-            if not isinstance(found, Index):
+            own = found.digest == document.subject  # as GitLab takes the tag
+            if not (own or isinstance(found, Index)):
                 raise Unsupported("%s:%s is no list of what refers to an image: it "
                                   "stays as it is" % (repository, tag))
-            listed = json.loads(found.raw.decode("utf-8")).get("manifests") or []
+            listed = [] if own else json.loads(found.raw.decode("utf-8")).get(
+                "manifests") or []
         if str(document.digest) not in [entry["digest"] for entry in listed]:
             self.put_manifest(repository, tag, made_index(
                 listed + [Descriptor.of_referrer(document).as_json()]))

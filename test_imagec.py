@@ -14732,6 +14732,8 @@ PUSH_FAULTS = (
     ("no answer to a POST", {}, [], [("POST", reset(0, "status"))], (4, 3, 0, 0)),
     ("429", {}, [], [("POST", status(429, {"Retry-After": "2"}))], (4, 3, 0, 0)),
     ("413", {"body_limit": 1 << 20}, [], [], (4, 4, 1, 1)),
+    ("a part answered as Pulp does", {"body_limit": 1 << 20}, [],
+     [("PATCH", lambda reply: _set(reply, status=204, body=b""))], (4, 4, 1, 1)),
     ("a HEAD that lies", {"lies": PUSH_IMAGE.blobs}, [], [], (3, 3, 0, 0)),
     ("a spent token", {"auth": "bearer", "token_uses": 4}, [], [], (4, 4, 0, 0)),
     ("another was taken", {}, [],
@@ -14925,6 +14927,15 @@ class PushTest(PushCase):
                 [(PUSH_SIGNATURE.digest, "application/vnd.example")] * (not referrers))
             self.assertEqual(listed["manifests"][0], there)
         self.assertEqual(run.out.count(b"\n"), 1)
+
+    def test_a_tag_that_is_taken_for_the_digest(self):
+        """GitLab's: there is no list then, but the image itself."""
+        self.target = self.registry(lists_referrers=False)
+        self.target.add("app", PUSH_TAG, PUSH_IMAGE)
+        self.push(self.layout_of(PUSH_NAMED, (PUSH_SIGNATURE, None)))
+        listed = json.loads(self.target.repositories["app"][PUSH_TAG][0].decode())
+        self.assertEqual([one["digest"] for one in listed["manifests"]],
+                         [PUSH_SIGNATURE.digest])
 
     def test_an_image_by_the_tag_of_such_a_list_stays(self):
         self.target = self.registry(lists_referrers=False)
