@@ -4574,7 +4574,7 @@ _FOLDER_LINK = rb"\.\./((?:[0-9a-f]{64}/)?[0-9A-Za-z_][0-9A-Za-z_.-]*)"
 
 
 class TarReader(Reader):
-    """The members of a layout that is a tar, by their names as they stand in it.
+    """The members of a layout that is a tar, by their names in it, without ./ in front.
 
     It is walked as layers are (see Tar): once, without a look at the data. `names` has
     them as often as they are there; directories end in "/". Where it is `docker`'s and
@@ -4598,11 +4598,14 @@ class TarReader(Reader):
                 if tar.members > MEMBER_COUNT_LIMIT or size > MEMBER_NAMES_LIMIT:
                     raise LimitExceeded("more than %d members, or %d bytes of names" % (
                         MEMBER_COUNT_LIMIT, MEMBER_NAMES_LIMIT))
-                name = entry.path.decode("utf-8", "backslashreplace")
+                text = entry.path.decode("utf-8", "backslashreplace")
+                name = re.sub(r"\A(\./)+", "", text)  # of `tar -C DIR -cf FILE .`
+                if entry.kind == "dir" and name in ("", "."):
+                    continue
                 if entry.kind == "dir" and not name.endswith("/"):
                     name += "/"
                 elif entry.kind != "dir" and re.search(r"(\A|/)\.{0,2}(/|\Z)", name):
-                    odd = odd or name
+                    odd = odd or text
                 link = entry.kind == "symlink" and name.count("/") == 1 and (
                     re.fullmatch(_FOLDER_LINK, entry.link))
                 region = link.group(1).decode("ascii") if link else None
@@ -4613,7 +4616,7 @@ class TarReader(Reader):
             file.seek(tar.offset)
             if any(data.strip(b"\0") for data in pieces(file, check=check)):
                 raise InvalidDocument("there is more behind the end of the tar")
-        if not self._names:
+        if not tar.members:
             raise InvalidDocument("no tar, or an empty one")
         if odd and {"oci-layout", "manifest.json"}.intersection(self.regions):
             raise InvalidDocument("%s: expected a plain name" % printable(odd, 100))
@@ -4971,14 +4974,17 @@ class _DockerLayout(_Layout):
         for digest, name in ((Digest.of(config.raw), name),
                              *zip(config.diff_ids, map(str, layers))):
             with self._noting(name):
-                region = self._reader.region(name)
+                region, kind = self._reader.region(name), OCI_LAYER.replace("+gzip", "")
                 with region.open() as file:
-                    if codec_of(file) != "tar":
+                    codec = codec_of(file)
+                if codec != "tar":  # crane, kaniko, jib and bazel call it by its digest
+                    packed = re.search(r"(?:\A|/)([0-9a-f]{64})\.tar\.\w+\Z", name)
+                    if not packed:
                         raise Unsupported("compressed, and its digest is nowhere")
+                    digest, kind = Digest("sha256", packed.group(1)), kind + "+" + codec
                 if self._reader.regions.setdefault(blob_name(digest), region) != region:
                     raise InvalidDocument("is there by another name, too")
-                blobs.append(Descriptor(OCI_LAYER.replace("+gzip", ""), digest,
-                                        region.size))
+                blobs.append(Descriptor(kind, digest, region.size))
         if len(blobs) <= len(layers):
             return None
         made = modern_manifest(config, blobs[1:], OCI_MANIFEST, OCI_CONFIG)

@@ -8438,13 +8438,16 @@ def remade(image, change=lambda document: None, **members):
 
 
 def docker_archive(images, style, links):
-    """What `docker save` before 25, or skopeo and podman, make of images lab/app:N."""
+    """What `docker save` before 25, or skopeo and podman, or crane (and kaniko, ko, jib
+    much like it) make of images lab/app:N.
+    """
     members, entries = collections.OrderedDict(), []
     for number, image in enumerate(images):
         names = []
         for place, digest in enumerate(image.layers):
             legacy = "%063d%d/" % (number, place)
-            name = legacy + "layer.tar" if style == "docker" else digest[7:] + ".tar"
+            name = legacy + "layer.tar" if style == "docker" else (
+                digest[7:] + ".tar" + ".gz" * (style == "crane"))
             first = members.get(digest)
             if first is None:
                 members[digest] = name
@@ -8454,13 +8457,15 @@ def docker_archive(images, style, links):
                                            link=b"../" + first.encode())
             elif first:
                 name = first
-            if links and style != "docker":
+            if links and style == "skopeo":
                 members[legacy] = raw_member(legacy.encode() + b"layer.tar", kind=b"2",
                                              link=b"../" + name.encode())
-            members[legacy + "VERSION"] = raw_member(legacy.encode() + b"VERSION",
-                                                     b"1.0")
+            if style != "crane":
+                members[legacy + "VERSION"] = raw_member(legacy.encode() + b"VERSION",
+                                                         b"1.0")
             names.append(name)
-        config = sha256(image.config)[7:] + ".json"
+        config = sha256(image.config)
+        config = config if style == "crane" else config[7:] + ".json"
         members[config] = raw_member(config.encode(), image.config)
         entries.append({"Config": config, "Layers": names,
                         "RepoTags": ["lab/app:%d" % number]})
@@ -12893,19 +12898,31 @@ class AuditTest(StoredCase):
                 gone = size in (1000, 1536)
                 self.faults(path, "index.json: missing" if gone else "content: ", gone)
 
+    def test_repacked_with_tar(self):
+        """As `tar -C DIR -cf FILE .` does it: each name begins with ./"""
+        path = self.good("oci")
+        with tarfile.open(self.at("again.tar"), "w") as tar:
+            tar.add(path, ".")
+        self.assertEqual(self.verify(self.at("again.tar")), "")
+        self.assertEqual(*(imagec.Shelf(one).repositories["lab/app"]
+                           for one in (path, self.at("again.tar"))))
+
     def test_members_that_are_not_of_an_archive(self):
         path = self.good("archive")
         good = file_bytes(path)[:-1024]
         for member, words in (
-                (raw_member(b"./index.json", b"{}"), "./index.json: expected a plain"),
+                (raw_member(b"./index.json", b"{}"), "or not the only one"),
+                (raw_member(b"././index.json", b"{}"), "or not the only one"),
+                (raw_member(b"blobs/./x", b"{}"), "blobs/./x: expected a plain"),
+                (raw_member(b"."), ": .: expected a plain name"),
+                (raw_member(b"./"), ": ./: expected a plain name"),
                 (raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
-                 "./index.json"),
+                 "index.json"),
                 (raw_member(b"index.json"), "index.json: stands 2 times"),
                 (raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
                  "index.json: stands 2 times"),
                 (raw_member(b"blobs/", kind=b"5"), "blobs/: stands 2 times"),
                 (raw_member(b"blobs", kind=b"5"), "blobs/"),
-                (raw_member(b"./", kind=b"5"), "./: extra"),
                 (raw_member(b"x/", kind=b"5"), "x/: extra"),
                 (raw_member(b"index.json/"), "index.json/: expected a plain name"),
                 (raw_member(b"blobs//x"), "blobs//x: expected a plain name"),
@@ -12956,11 +12973,12 @@ class AuditTest(StoredCase):
         self.faults(path, "manifest.json")
 
     #: What others have written, in docker's own form. (how, links?)
-    @rows((("docker", False), ("docker", True), ("skopeo", True)))
+    @rows((("docker", False), ("docker", True), ("skopeo", True), ("crane", False)))
     def test_archives_without_manifests(self, style, links):
-        path = self.at("%s%d.tar" % (style, links))
+        path, options = self.at("%s%d.tar" % (style, links)), {} if style == "crane" else {
+            "compress": None}
         tars = [raw_words("a=1"), raw_words("b=2"), raw_words("a=1")]
-        images = [build_image(tars, compress=None), build_image(tars[:2], compress=None)]
+        images = [build_image(tars, **options), build_image(tars[:2], **options)]
         good = docker_archive(images, style, links)
         digests = []
         for _ in range(2):
@@ -12976,7 +12994,8 @@ class AuditTest(StoredCase):
             made = imagec.decode_manifest(raw, media_type)
             self.assertEqual(str(made.config.digest), sha256(image.config))
             for layer in made.layers:
-                self.assertEqual(layer.media_type, MEDIA_TYPES["oci"]["layer"])
+                self.assertEqual(layer.media_type, MEDIA_TYPES["oci"]["layer"]
+                                 + "+gzip" * (style == "crane"))
                 self.assertEqual(b"".join(shelf.blob(layer.digest).pieces()),
                                  image.blobs[str(layer.digest)])
 
@@ -13049,7 +13068,10 @@ class AuditTest(StoredCase):
                 (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
                     b"l", image.blobs[image.layers[1]])), "expected digest"),
                 (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
-                (docker_archive([other], "skopeo", False)[:-1024], "compressed")):
+                (docker_archive([other], "skopeo", False)[:-1024], "compressed"),
+                (docker_archive([other], "crane", False)[:-1024].replace(
+                    other.blobs[other.layers[0]][:20], b"\x1f\x8b\x08" + b"x" * 17),
+                 "expected digest")):
             with self.subTest(words):
                 write_file(path, data + bytes(1024))
                 status = {None: 0, "missing": 1, "compressed": 1}.get(words, 3)
@@ -17072,8 +17094,8 @@ class StreamTest(CommandLineCase):
 IMPORTS = frozenset("""
     argparse base64 bz2 collections compression concurrent contextlib difflib email
     errno fcntl fnmatch functools gc getpass glob hashlib heapq hmac http io
-    ipaddress itertools json logging lzma marshal os platform queue random re selectors
-    shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
+    ipaddress itertools json logging lzma marshal os platform queue random re select
+    selectors shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
     time traceback types urllib zlib
 """.split())
 NEWER_IMPORTS = {"compression"}  # Python 3.14
