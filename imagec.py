@@ -4557,12 +4557,15 @@ class Reader:
 
     def read(self, name, limit=DOCUMENT_LIMIT):
         """The bytes of a document; raises as `region`, and LimitExceeded."""
-        self.check()
-        region = self.region(name)
-        if region.size > limit:
-            raise LimitExceeded("%s is larger than the limit of %d bytes"
-                                % (name, limit))
-        return b"".join(region.pieces())
+        while True:
+            self.check()
+            region = self.region(name)
+            if region.size > limit:
+                raise LimitExceeded("%s is larger than the limit of %d bytes"
+                                    % (name, limit))
+            raw = b"".join(region.pieces())
+            if region == self.region(name):  # no pull has just put another there
+                return raw
 
 
 def blob_name(digest):
@@ -4581,14 +4584,14 @@ class TarReader(Reader):
     no layout, a symlink to a regular member is that member, in the one form in which
     docker and podman write them. `regions` has the Region of each that is to be read,
     the member a link leads to, or None. Raises InvalidDocument where it is no tar, or
-    goes on behind its end.
+    goes on behind its end; OutputError where it has been replaced meanwhile.
     """
 
     def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
         self._names, self.regions = [], {}
         with Region(self.path, 0, 0).open() as file:
-            codec = codec_of(file)
+            self._status, codec = os.fstat(file.fileno()), codec_of(file)
             if codec != "tar":
                 raise Unsupported("compressed with " + codec, "unpack it first")
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
@@ -4624,6 +4627,8 @@ class TarReader(Reader):
             "oci-layout" not in self.regions)
 
     def _region(self, name):
+        if not unchanged(self.path, self._status):
+            raise OutputError(self.path, *MOVED)
         if name not in self.regions:
             raise FileNotFoundError(errno.ENOENT, "not there", name)
         region = self.regions[name]

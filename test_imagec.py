@@ -12907,6 +12907,30 @@ class AuditTest(StoredCase):
         self.assertEqual(*(imagec.Shelf(one).repositories["lab/app"]
                            for one in (path, self.at("again.tar"))))
 
+    def test_what_is_replaced_while_it_is_read(self):
+        """By another pull, say: that is no tampering."""
+        path, read = self.good("archive"), imagec.Reader.read
+
+        def replaced(reader, name, *more):
+            if name == "index.json":
+                write_file(path + "~", file_bytes(path))
+                os.rename(path + "~", path)
+            return read(reader, name, *more)
+
+        with mock.patch.object(imagec.Reader, "read", replaced):
+            self.assertIn("changed it meanwhile", self.verify(path, 1))
+        index = os.path.join(self.good("oci"), "index.json")
+        longer, lstat = json_bytes(json.loads(file_bytes(index).decode()), 3), os.lstat
+
+        def at_once(where, **more):
+            found = lstat(where, **more)
+            if str(where) == index:
+                write_file(index, longer)
+            return found
+
+        with mock.patch("os.lstat", at_once):
+            self.assertEqual(self.verify(os.path.dirname(index)), "")
+
     def test_members_that_are_not_of_an_archive(self):
         path = self.good("archive")
         good = file_bytes(path)[:-1024]
