@@ -4878,7 +4878,7 @@ class _Layout:
     def __init__(self, reader, noting):
         self._reader, self._noting = reader, noting
         self._seen = set()  # what was drawn, see walk
-        self._foreign = set()  # (digest, size) of what was proved and is no manifest
+        self._proved = set()  # (digest, size or Region) of blobs that may be large
         self._below = {}  # digest of an index -> those it lists; None: not read
         self._made = {}  # digest -> bytes of a manifest made here
 
@@ -4932,8 +4932,8 @@ class _Layout:
         with self._noting(blob_name(digest)):
             digest.require_known()
             if kind and kind not in MANIFEST_SHAPES:
-                if descriptor[1:3] not in self._foreign:  # it may be large
-                    self._foreign.add(descriptor[1:3])
+                if descriptor[1:3] not in self._proved:
+                    self._proved.add(descriptor[1:3])
                     drain(proved(self._reader.region(blob_name(digest)).pieces(
                         self._reader.check), digest, descriptor.size))
                 raise Unsupported("it is of type %s" % printable(kind, 80))
@@ -4987,8 +4987,10 @@ class _DockerLayout(_Layout):
                     if not packed:
                         raise Unsupported("compressed, and its digest is nowhere")
                     digest, kind = Digest("sha256", packed.group(1)), kind + "+" + codec
-                if self._reader.regions.setdefault(blob_name(digest), region) != region:
-                    raise InvalidDocument("is there by another name, too")
+                if self._reader.regions.setdefault(blob_name(digest), region) != (
+                        region) and (digest, region) not in self._proved:
+                    self._proved.add((digest, region))
+                    drain(proved(region.pieces(self._reader.check), digest))
                 blobs.append(Descriptor(kind, digest, region.size))
         if len(blobs) <= len(layers):
             return None

@@ -8438,24 +8438,24 @@ def remade(image, change=lambda document: None, **members):
 
 
 def docker_archive(images, style, links):
-    """What `docker save` before 25, or skopeo and podman, or crane (and kaniko, ko, jib
-    much like it) make of images lab/app:N.
+    """What `docker save` before 25, or skopeo and podman, or crane (kaniko, ko and jib
+    much like it), or crane in its legacy form make of images lab/app:N.
     """
     members, entries = collections.OrderedDict(), []
     for number, image in enumerate(images):
         names = []
         for place, digest in enumerate(image.layers):
             legacy = "%063d%d/" % (number, place)
-            name = legacy + "layer.tar" if style == "docker" else (
+            name = legacy + "layer.tar" if style in ("docker", "legacy") else (
                 digest[7:] + ".tar" + ".gz" * (style == "crane"))
             first = members.get(digest)
-            if first is None:
+            if first is None or style == "legacy":
                 members[digest] = name
                 members[name] = raw_member(name.encode(), image.blobs[digest])
             if links and style == "docker" and first:
                 members[name] = raw_member(name.encode(), kind=b"2",
                                            link=b"../" + first.encode())
-            elif first:
+            elif first and style != "legacy":
                 name = first
             if links and style == "skopeo":
                 members[legacy] = raw_member(legacy.encode() + b"layer.tar", kind=b"2",
@@ -12997,7 +12997,8 @@ class AuditTest(StoredCase):
         self.faults(path, "manifest.json")
 
     #: What others have written, in docker's own form. (how, links?)
-    @rows((("docker", False), ("docker", True), ("skopeo", True), ("crane", False)))
+    @rows((("docker", False), ("docker", True), ("skopeo", True), ("crane", False),
+           ("legacy", False)))
     def test_archives_without_manifests(self, style, links):
         path, options = self.at("%s%d.tar" % (style, links)), {} if style == "crane" else {
             "compress": None}
@@ -13093,6 +13094,9 @@ class AuditTest(StoredCase):
                     b"l", image.blobs[image.layers[1]])), "expected digest"),
                 (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
                 (docker_archive([other], "skopeo", False)[:-1024], "compressed"),
+                (b"TWICE".join(docker_archive([build_image(
+                    [raw_words("a=twice")] * 2, compress=None)], "legacy", False)
+                    .rsplit(b"twice", 1))[:-1024], "expected digest"),
                 (docker_archive([other], "crane", False)[:-1024].replace(
                     other.blobs[other.layers[0]][:20], b"\x1f\x8b\x08" + b"x" * 17),
                  "expected digest")):
