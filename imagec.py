@@ -5649,11 +5649,14 @@ class LayersOutput(Output):
             # It may be where another layer or image has it.
             there, status = self._added[layer.digest]
             # Another pull of the same, or that image, may have moved it.
-            source = next((one for one in (path, path + ASIDE, there,
-                                           there[:-len(ASIDE)])
-                           if unchanged(one, status)), None)
-            if source is None:
-                raise OutputError(path, *MOVED)
+            places = path, path + ASIDE, there, there[:-len(ASIDE)]
+            source = next((one for one in places if unchanged(one, status)), None)
+            if source is None:  # or have put its own there
+                region = next(filter(None, map(regular, places)), None)
+                if region is None:
+                    raise OutputError(path, *MOVED)
+                drain(proved(region.pieces(self.check), layer.digest))
+                source = region.path
             if source not in (path, path + ASIDE):
                 same_file(source, path + ASIDE, self.check)
             if source != path:

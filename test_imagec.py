@@ -18595,6 +18595,23 @@ class LocalLimitsTest(ThreatProcessCase):
                         self.check_done(path, run)
         self.assert_no_leftovers()
 
+    @rows(((b"", None), (b"x", imagec.DigestMismatch), (None, imagec.OutputError)))
+    def test_t124_another_pull_has_put_its_own_there(self, more, kind):
+        close = imagec.LayersOutput.close
+
+        def replaced(output, images):
+            for path, _ in output._added.values():
+                data = file_bytes(path)
+                os.unlink(path)
+                if more is not None:
+                    write_file(path, data + more)
+            return close(output, images)
+
+        path = self.at("images%s" % more)
+        with mock.patch.object(imagec.LayersOutput, "close", replaced), (
+                self.fails(kind) if kind else contextlib.ExitStack()):
+            self.assert_whole(imagec.pull(self.ref, path, "layers").path)
+
     def check_too_large(self, path, run):
         self.assert_one_line(run, 1, re.escape(os.path.basename(path)))
         self.assertIn("File too large", run.err)
