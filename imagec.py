@@ -10173,6 +10173,8 @@ def _ending(transport):
                 before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
         with _second_signal(before):
             yield
+    except Exception:  # as where a thread is just being started
+        raise transport.stop or sys.exc_info()[1]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16956,6 +16956,7 @@ class SignalTest(CommandLineCase):
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
                     done.append("cleared up")
+                    raise ValueError("generator already executing")  # and the like
         self.assertEqual(done, ["cleared up"])
         self.assertNotEqual(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
 
