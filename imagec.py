@@ -8722,11 +8722,14 @@ class _BoundedThreads:
     request_queue_size = 512  # connections that may wait
 
     def get_request(self):
-        if len(self.since) >= self.places:
+        try:
+            if len(self.since) >= self.places:
+                raise BlockingIOError
+            request, client_address = super().get_request()
+        except OSError:  # or there are no more descriptors
             self.end_waits(SERVE_IDLE, 1)
             time.sleep(0.01)
-            raise BlockingIOError  # serve_forever asks again, unless it is to end
-        request, client_address = super().get_request()
+            raise  # serve_forever asks again, unless it is to end
         request.settimeout(SERVE_TIMEOUT)
         if self.context is not None:  # shaking hands comes later: it may be slow
             request = self.context.wrap_socket(request, server_side=True,

@@ -14483,6 +14483,21 @@ class ServeTest(ServeCase):
         self.assertEqual(socks[0].recv(1), b"")
         self.asking(host, sock=socks[1])
 
+    def test_idle_makes_room_where_descriptors_are_none(self):
+        host, accept = self.serve(self.archive), socket.socket.accept
+        idle = self.asking(host)
+        self.wait_until(lambda: any(list(self.server.since.values())))
+
+        def none_left(sock):
+            if self.server.since:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return accept(sock)
+
+        with mock.patch.object(imagec, "SERVE_IDLE", 0), mock.patch.object(
+                socket.socket, "accept", none_left):
+            self.assertEqual(serve_ask(host, "/v2/").status, 200)
+        self.assertEqual(idle.recv(1), b"")
+
     def crowded(self):
         """Two connections to a server for so many, and a third that waits."""
         host = self.narrow(self.archive)
