@@ -3745,11 +3745,12 @@ class Registry(Endpoint):
         elif response.status == 401:
             with response:  # whose connection may serve for the token
                 refusal = self._refusal(response, what, repository, sent)
-                if "WWW-Authenticate" not in response.headers:
+                if not any(response.headers.get_all("WWW-Authenticate", [])):
                     raise refusal
                 self._learn_challenge(response, repository)
             answer = self.authorization(repository, sent)
-            if answer == sent:
+            # A token of the same text may be good again: Katello's.
+            if answer == sent and self.challenge.scheme == "basic":
                 raise refusal
             sent, response = answer, self._request(method, path, answer, headers, data)
         if response.status in expected:

@@ -7201,6 +7201,7 @@ class RegistryTest(KnownCase):
     # (code, body's errors, error class, words), each one request. T106
     @rows(((400, [("TAG_INVALID", "odd")], imagec.RegistryError, "TAG_INVALID: odd"),
            (401, [("UNAUTHORIZED", "you owe")], imagec.AccessDenied, "you owe (anony"),
+           (401, [], imagec.AccessDenied, "HTTP 401 (anony"),
            (403, [("DENIED", "go away")], imagec.AccessDenied, "DENIED: go away"),
            (404, [("MANIFEST_UNKNOWN", "no manifest")], imagec.NotFound, "no manifest"),
            (404, [("NAME_UNKNOWN", "no repository")], imagec.NotFound, "NAME_UNKNOWN"),
@@ -7215,8 +7216,9 @@ class RegistryTest(KnownCase):
            (404, [(5, "x")], imagec.NotFound, "HTTP 404")))
     def test_t106_refusals(self, code, errors, kind, words):
         registry = self.filled(tls=True)
-        registry.fault("/manifests/", status(code, (), json_bytes({"errors": [
-            {"code": name, "message": text} for name, text in errors]})))
+        registry.fault("/manifests/", status(code, {  # empty, as Harbor's
+            "WWW-Authenticate": ""} if errors and code == 401 else (), json_bytes(
+                {"errors": [{"code": name, "message": text} for name, text in errors]})))
         with self.fails(kind, words) as caught:
             self.client(registry).fetch_manifest("app", "1")
         self.assertTrue(str(caught.exception).isprintable())
