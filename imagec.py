@@ -3904,21 +3904,27 @@ class Registry(Endpoint):
         See distribution-spec, "Listing Tags". What is no tag by the grammar is passed
         over with a warning.
         """
-        path, count = "%s/tags/list?n=%d" % (repository, TAG_PAGE), 0
-        for _, body in itertools.islice(self.pages(
-                path, repository, "tag list", int(once)), once or None):
-            with naming(self.host):
-                tags = Document.parse(body, "tag list").get("tags", list, [])
-            count += len(tags)
-            if count > TAG_COUNT_LIMIT:
-                raise LimitExceeded("%s: more than %d tags"
-                                    % (repository, TAG_COUNT_LIMIT))
-            for tag in tags:
-                if type(tag) is str and re.fullmatch(_TAG, tag):
-                    yield tag
-                else:
-                    log.warning("%s: not a tag, passed over: %s", self.host,
-                                printable(tag, 80))
+        for query in "?n=%d" % TAG_PAGE, "":
+            path, count = "%s/tags/list%s" % (repository, query), 0
+            for response, body in itertools.islice(self.pages(
+                    path, repository, "tag list", int(once)), once or None):
+                with naming(self.host):
+                    tags = Document.parse(body, "tag list").get("tags", list, [])
+                if query and not count and len(tags) == TAG_PAGE and (
+                        "Link" not in response.headers):
+                    break  # some end there without a word, as Gitea
+                count += len(tags)
+                if count > TAG_COUNT_LIMIT:
+                    raise LimitExceeded("%s: more than %d tags"
+                                        % (repository, TAG_COUNT_LIMIT))
+                for tag in tags:
+                    if type(tag) is str and re.fullmatch(_TAG, tag):
+                        yield tag
+                    else:
+                        log.warning("%s: not a tag, passed over: %s", self.host,
+                                    printable(tag, 80))
+            else:
+                return
 
     def pages(self, path, repository, what, tries=None, **headers):
         """Yields (Response, body) of each page of a repository's list at `path`."""

@@ -7267,6 +7267,14 @@ class RegistryTest(KnownCase):
         self.assertEqual(self.tags(registry), names)
         self.assertEqual(len(paths(registry, "/tags/")), pages)
 
+    def test_a_list_that_is_cut_without_a_word(self):
+        """As Gitea's, which tells no link to where it goes on."""
+        registry = self.tagged(*"abcd")
+        registry.fault("/tags/list[?]n=2$", body(b'{"tags": ["a", "b"]}'))
+        with mock.patch.object(imagec, "TAG_PAGE", 2):
+            self.assertEqual(self.tags(registry), list("abcd"))
+        self.assertEqual(len(paths(registry, "/tags/")), 2)
+
     @rows(NET_LINKS)
     def test_t15_links(self, link, expected):
         registry = self.tagged(*"abcd")
