@@ -8868,7 +8868,9 @@ class RegistryHandler:
         if name is None:
             return self.send(200, b"{}", "application/json")
         host = query.get("ns")  # of which it must be
-        tags = shelf.repositories.get(shelf.names_of(host, name)[0] if host else name)
+        tags = shelf.repositories.get(
+            shelf.names_of(host, name)[0] if host and not name.startswith(host + "/")
+            else name)
         if tags is None:
             return self.fail(404, "NAME_UNKNOWN", "repository name not known")
         if kind == "blobs":
