@@ -3753,7 +3753,7 @@ class MatchingTest(TableCase):
 class LayersTest(TableCase):
     """A manifest and its config become layers with names of their own."""
 
-    def _listed(self, count=1, **members):
+    def _listed(self, count, **members):
         return self._list([{"digest": "sha256:%064x" % i, "size": i}
                            for i in range(count)], **members)
 
@@ -3793,14 +3793,6 @@ class LayersTest(TableCase):
         for image in older:
             self.assertLessEqual(set(image), {"id", "parent", "created"})
             self.assertEqual(image["created"], "1970-01-01T00:00:00Z")
-
-    @rows([[0], [2], [3]])
-    def test_as_many_diff_ids_as_layers(self, count):
-        # T26
-        with self.assertRaises(imagec.VerificationError) as caught:
-            self._listed(count)
-        self.assertEqual(str(caught.exception),
-                         "config lists 1 diffIDs, the manifest %d layers" % count)
 
     def test_no_layers(self):
         for rootfs in ({}, {"diff_ids": None}, {"type": "layers", "diff_ids": []}):
@@ -7494,9 +7486,6 @@ class MirrorTest(ResolveCase):
         self.pull(self.origin.host, mirrors=[one.host, two.host])
         self.assertEqual(len(paths(one, "/blobs/")), 3)
         self.assertEqual(two.requests + self.origin.requests, [])
-        self.pull(self.origin.host, to="b", mirrors=["127.0.0.1:1", two.host])
-        self.assertEqual(len(paths(two, "/blobs/")), 3)
-        self.assertEqual(self.origin.requests, [])
 
     def test_name_written_down_is_the_origins(self):
         mirror = self.filled(name="cache/lab/app")
@@ -7526,6 +7515,7 @@ class MirrorTest(ResolveCase):
            ("broken", status(500), _FIELD_MANIFEST),
            ("too many", status(429, {"Retry-After": "9"}), _FIELD_MANIFEST),
            ("manifest spoiled", flip(20), _FIELD_MANIFEST),
+           ("not proved", headers(docker_content_digest=sha256(b"")), _FIELD_MANIFEST),
            ("manifest cut", truncate(), _FIELD_MANIFEST),
            ("redirect loop", redirect("?"), _FIELD_MANIFEST),
            ("blobs missing", status(404), _FIELD_BLOB),
@@ -7550,16 +7540,6 @@ class MirrorTest(ResolveCase):
         self.assertIn("leaving the mirror %s: " % mirror.host, self.said[0])
         if name in ("busy", "too many"):
             self.assertEqual(self.naps, [])  # another place can be asked
-
-    def test_manifest_by_digest_is_proved(self):
-        other = build_image(FIELD_SMALL[:1])
-        mirror = self.filled()
-        mirror.repositories["lab/app"][self.image.digest] = (
-            other.manifest, other.media_type, self.image.digest)
-        image = self.resolve(self.origin.host, "lab/app@" + self.image.digest,
-                             mirrors=[mirror.host])
-        self.assertEqual(len(image.layers), 2)
-        self.assertEqual(len(self.said), 1)
 
     def test_index(self):
         index = build_index([(self.image, ("linux", "amd64", None))])
@@ -11576,18 +11556,14 @@ class PullTest(PullCase):
             self.assertEqual(len(session.failures or ()), 2 * bool(options))
         remove(self.dest)
 
-    def fetched(self, registry):
-        """The layers that were asked for."""
-        asked = [path.rpartition("/")[2] for path in paths(registry, "/blobs/")]
-        return [digest for digest in asked if digest in self.image.layers]
-
     def test_rerun(self):
         """It fetches nothing, and may not under a lower limit."""
         registry = self.filled()
         first, before = self.pull(registry), self.tree()
         del registry.requests[:]
         self.assertEqual(self.pull(registry), first)
-        self.assertEqual((self.tree(), self.fetched(registry)), (before, []))
+        self.assertEqual(self.tree(), before)
+        self.assertEqual([paths(registry, one) for one in self.image.layers], [[]] * 3)
         with self.fails(imagec.LimitExceeded, "--max-layer-size"):
             self.pull(registry, max_layer_size=10)
 
@@ -11607,7 +11583,8 @@ class PullTest(PullCase):
         one, two, three = self.image.diff_ids
         for diff_ids, kind in (([one, two, sha256(b"x")], imagec.DigestMismatch),
                                ([two, one, three], imagec.DigestMismatch),
-                               ([one, two], imagec.VerificationError)):
+                               ([one, two], imagec.VerificationError),
+                               ([one, two, three, three], imagec.VerificationError)):
             with self.subTest(diff_ids):
                 remove(self.dest)
                 image = build_image(NET_TARS, rootfs={
@@ -11617,27 +11594,6 @@ class PullTest(PullCase):
                 self.assertEqual(imagec.exit_status(caught.exception), 3)
                 self.assert_nothing_final(self.dest, image.layers)
 
-    @rows(in_turn(itertools.product(
-        ("sha256:../../../x", "../x", "", "sha256:", "sha256:" + "a" * 63,
-         "sha256:" + "a" * 65, "sha256:" + "A" * 64, "md5:" + "a" * 32,
-         "sha256:" + "a" * 63 + "\n", "sha256:" + "a" * 62 + "\\x"), (False, True)), 3))
-    def test_t01_hostile_digests_are_not_asked_for(self, digest, of_config):
-        registry = self.odd(lambda document: (
-            document["config"] if of_config else document["layers"][0]
-        ).update(digest=digest))
-        with self.fails(imagec.ImagecError, "digest"):
-            self.pull(registry, "app:odd")
-        self.assertEqual(paths(registry, "/blobs/"), [])
-        self.assert_nothing_final(self.dest)
-
-    @rows([("../../../../canary",), ("/etc/cron.d/x",), ("",), ("a" * 63,), ("A" * 64,),
-           ("a" * 64 + "\n",)])
-    def test_t03_hostile_v1_ids(self, name):
-        before = contents(self.root)
-        with self.fails(imagec.ImagecError, "id"):
-            self.pull(self.filled(build_image(NET_TARS[:1], "schema1", id=name)))
-        self.assertEqual(contents(self.root), before)
-
     def test_t04_annotations_are_no_paths(self):
         def annotate(document):
             for entry in [document, document["config"]] + document["layers"]:
@@ -11646,16 +11602,6 @@ class PullTest(PullCase):
 
         self.pull(self.odd(annotate), "app:odd")
         self.assertNotIn("evil", " ".join(contents(self.root)))
-
-    def test_t21_t25_earlier_layers_stay(self):
-        registry, layers = self.filled(), self.image.layers
-        registry.fault("/blobs/" + layers[2], flip())
-        with self.fails(imagec.DigestMismatch, layers[2]):
-            self.pull(registry, jobs=1)
-        self.assert_nothing_final(self.dest, layers[:2])
-        del registry.requests[:]
-        self.pull(registry, jobs=1)
-        self.assertEqual(self.fetched(registry), layers[2:])
 
     def test_t115_the_first_error_ends_the_rest(self):
         tars = [tar_bytes([("f%d" % n, os.urandom(9000 + n))]) for n in range(5)]
