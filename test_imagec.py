@@ -1029,7 +1029,6 @@ class FakeRegistry(Server):
     realm = None  # token URL; None = its own
     anonymous = True  # gives tokens without credentials
     service = "fixture"
-    token_field = "token"  # or access_token, both
     token_uses = None  # requests a token is good for, None = any number
     challenge = None  # WWW-Authenticate: a str, or a list for several headers
     redirect_blobs_to = None  # base URL of the FakeRegistry that serves /cdn/
@@ -1244,10 +1243,8 @@ class FakeRegistry(Server):
             return _error(401, "UNAUTHORIZED", "incorrect username or password")
         known = request.method == "POST" or "Authorization" in request.headers
         token = self.token(known, " ".join(form.get("scope", [])).split())
-        document = {field: token for field in ("token", "access_token")
-                    if self.token_field in (field, "both")}
         # Only token_uses ends a token.
-        return _json_reply(dict(document, expires_in=300))
+        return _json_reply({"token": token, "access_token": token, "expires_in": 300})
 
     def token(self, known, scopes):
         """A new token of who has these scopes, for a known user or for anybody."""
@@ -1673,7 +1670,6 @@ class TokenServer(FakeRegistry):
     `valid_for` seconds; registries grant up to 60 more.
     """
     auth, service, issuer = "bearer", "registry.test", "issuer.test"
-    token_field = "both"
     valid_for = 300
 
     def __init__(self):
@@ -4434,16 +4430,6 @@ def zstd_frame(data):
     return frame
 
 
-def greedy_xz(data):
-    """An xz whose header asks for a dictionary of 1.5 GiB."""
-    blob = bytearray(lzma.compress(data))
-    # After the stream header of 12 bytes come size, flags, filter and its properties.
-    end = 12 + (blob[12] + 1) * 4
-    blob[16] = 37
-    blob[end - 4:end] = struct.pack("<I", zlib.crc32(bytes(blob[12:end - 4])))
-    return bytes(blob)
-
-
 LAYER_TAR = tar_bytes([("etc", None), ("etc/motd", TAR_TEXT), ("bin", NOISE[:200])])
 HEAD_TAR, TAIL_TAR = LAYER_TAR[:700], LAYER_TAR[700:]
 EMPTY_GZIP = gzip_bytes(b"")
@@ -4486,7 +4472,6 @@ BAD_LAYERS = (
     ("gzip, second cut", gzip_bytes(HEAD_TAR) + gzip_bytes(TAIL_TAR)[:-1], "truncated"),
     ("gzip, crc", gzip_bytes(LAYER_TAR)[:-8] + b"\0" * 8, "corrupt gzip data"),
     ("gzip, length", gzip_bytes(LAYER_TAR)[:-4] + b"\0" * 4, "corrupt gzip data"),
-    ("xz, greedy", greedy_xz(LAYER_TAR), "corrupt xz data"),  # T51
     ("gzip of text", gzip_bytes(b"x" * 600), "not a valid tar after 0 members"),
     ("gzip of gzip", gzip_bytes(gzip_bytes(NOISE)), "after 0 members"),  # T50
     ("gzip of half a tar", gzip_bytes(LAYER_TAR[:700]), "the tar in it is cut short"),
@@ -4661,16 +4646,10 @@ class UnpackTest(TableCase):
         ends = (KeyboardInterrupt(), imagec.Timeout("late"), imagec.Cancelled("no"))
         for blob, end in itertools.product(blobs, ends):
             with self.subTest(blob[:4], end=type(end)):
-                asked = []
-
-                def check():
-                    asked.append(None)
-                    if len(asked) > 3:
-                        raise end
-
+                check = mock.Mock(side_effect=[None] * 3 + [end])
                 with self.assertRaises(type(end)):
                     unpacked([blob], check=check)
-                self.assertEqual(len(asked), 4)
+                self.assertEqual(check.call_count, 4)
 
 
 # --------------------------------------------------------------------------------------
@@ -10965,17 +10944,9 @@ SIGNATURES_BAD = (
 
 RSA_PRIMES = 2 ** 107 - 1, 2 ** 521 - 1  # Mersenne's, and small: nothing is secret
 RSA_MODULUS, RSA_SIZE = RSA_PRIMES[0] * RSA_PRIMES[1], 79  # bytes
-
-
-def inverse(number, modulus):
-    """1 / number modulo what it has no divisor in common with."""
-    one, other, x, y = number, modulus, 1, 0
-    while other:
-        one, other, x, y = other, one % other, y, x - one // other * y
-    return x % modulus
-
-
-RSA_SECRET = inverse(65537, (RSA_PRIMES[0] - 1) * (RSA_PRIMES[1] - 1))
+RSA_TOTIENT = (RSA_PRIMES[0] - 1) * (RSA_PRIMES[1] - 1)
+# 1 / 65537 modulo that: 65537 is a prime, so that Fermat tells which multiple to add.
+RSA_SECRET = (1 + RSA_TOTIENT * (-pow(RSA_TOTIENT, 65535, 65537) % 65537)) // 65537
 
 
 def rsa(*parts, tail=b""):
@@ -18898,17 +18869,10 @@ class LimitsTest(unittest.TestCase):
 
     @rows((
         # the limit, what it is set to, what has n of what it counts
-        ("PATH_LENGTH_LIMIT", 9, lambda n: imagec.Reference.parse("h.io/" + "a" * n)),
         ("NAME_LIMIT", 20, lambda n: imagec.Reference.parse("h.io/".ljust(n, "a"))),
         ("NAME_LIMIT", 20, lambda n: imagec.Document.as_digest("x:".ljust(n, "a"), "")),
-        ("NUMBER_LIMIT", 9, lambda n: imagec.Document.parse(
-            b'{"":' + b"1" * n + b"}", "")),
         ("JSON_COUNT_LIMIT", 9, lambda n: imagec.Document.parse(
             b'{"a":[%s]}' % b",".join([b"{}"] * (n - 2)), "x")),
-        ("JSON_DEPTH_LIMIT", 9, lambda n: imagec.Document.parse(
-            b'{"":' * n + b"1" + b"}" * n, "")),
-        ("INTEGER_LIMIT", 9, lambda n: imagec.Document(
-            {"size": n - 1}, "").size("size")),
         ("LAYER_COUNT_LIMIT", 9, counted(IMAGE_DOC, "layers")),
         ("LAYER_COUNT_LIMIT", 9, lambda n: imagec.decode_manifest(
             build_image([bytes(1024)] * n, "schema1").manifest)),
