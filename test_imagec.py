@@ -13290,6 +13290,7 @@ class SignedVerifyTest(SignedCase):
     def setUp(self):
         super().setUp()
         self.sign(self.index)
+        self.pull_signed()
 
     def pull_signed(self, name="out", platform="linux/amd64"):
         return self.pull("--verify-key", self.key, "--platform", platform, "-o",
@@ -13314,7 +13315,6 @@ class SignedVerifyTest(SignedCase):
         return image
 
     def test_tags_of_what_is_there_are_made_once(self):
-        self.pull_signed()
         notes = [self.add_blobs(build_artifact([("text/x", b"%d" % number, None)]))
                  for number in range(9)]
         self.changed(lambda index: index["manifests"].extend(
@@ -13328,7 +13328,6 @@ class SignedVerifyTest(SignedCase):
         self.assertEqual(len(asked), len(stock.drawn))
 
     def test_what_is_there_many_times_is_looked_at_once(self):
-        self.pull_signed()
         note = self.add_blobs(build_artifact(
             [("application/json", b"{}", None)] * 3, None,
             config_type=MEDIA_TYPES["oci"]["config"]))
@@ -13346,7 +13345,6 @@ class SignedVerifyTest(SignedCase):
             [tag_of(self.index, end) for end in (".sig", ".x")])
 
     def test_one_image_by_many_names_is_proved_once(self):
-        self.pull_signed()
         self.changed(lambda index: index["manifests"].extend([dict(
             index["manifests"][0], annotations={OCI_NAME: "a.b/c:%d" % number})
             for number in range(5)]))
@@ -13371,7 +13369,6 @@ class SignedVerifyTest(SignedCase):
                 self.assertIn("by none of the keys", run.err)
 
     def test_with_what_it_builds_on(self):
-        self.pull_signed()
         os.rename(self.at("out"), self.at("base"))
         self.pull("--verify-key", self.key, "--platform", "linux/amd64", "--format",
                   "oci", "-o", self.at("out"), "--without", self.at("base"),
@@ -13403,7 +13400,6 @@ class SignedVerifyTest(SignedCase):
             1])[7:], self.members(self.at("out.tar")))
 
     def test_another_in_its_place(self):
-        self.pull_signed()
         os.rename(self.at("out"), self.at("good"))
         for change in (
                 # in its name
@@ -13425,7 +13421,6 @@ class SignedVerifyTest(SignedCase):
                 self.assertNotIn("faults: ", self.proved("out", 3, "found none").err)
 
     def test_what_refers_to_nothing_here_or_is_not_read(self):
-        self.pull_signed()
         self.proved()
         before = file_bytes(self.at("out", "index.json"))
         for one, words in [(BuiltImage(b'{"mediaType": "application/x"}', "x/y"),
@@ -13439,7 +13434,6 @@ class SignedVerifyTest(SignedCase):
             write_file(self.at("out", "index.json"), before)
 
     def test_an_index_that_does_not_lead_to_it(self):
-        self.pull_signed()
         entry = self.evil()
         self.changed(lambda index: index["manifests"][0].update(entry))
         self.proved("out", 3, "does not lead to")
@@ -13461,7 +13455,6 @@ class SignedVerifyTest(SignedCase):
 
     def test_an_index_that_is_not_read(self):
         """What is signed, but cannot be read as an index, leads nowhere."""
-        self.pull_signed()
         odd = json_bytes({"schemaVersion": 2, "mediaType": "application/x",
                           "manifests": []})
         image = BuiltImage(odd, "application/x")
@@ -13477,7 +13470,6 @@ class SignedVerifyTest(SignedCase):
         self.proved("out", 3, "found none")
 
     def test_one_of_several(self):
-        self.pull_signed()
         entry = self.evil()
         self.changed(lambda index: index["manifests"].append(dict(entry, annotations={
             OCI_NAME: self.origin.host + "/lab/evil:1", OCI_TAG: "1"})))
@@ -13493,7 +13485,6 @@ class SignedVerifyTest(SignedCase):
         self.proved("out", 3, "found none", "--image", "1")  # a reader's tag for it
 
     def test_readers_run_whatever_its_layers_are_called(self):
-        self.pull_signed()
         tar = tar_bytes([("evil", b"")])
         for data, status in ((b"an SBOM" * 100, 0), (tar, 3), (gzip_bytes(tar), 3)):
             image = self.add_blobs(build_artifact(
@@ -13506,6 +13497,7 @@ class SignedVerifyTest(SignedCase):
         """What was pulled by key is pulled by key from a server of it, too."""
         self.sign(self.image)
         self.pull_signed("out.tar")
+        remove(self.at("out"))
         self.pull_signed("out", "all")
         for name, platform in (("out.tar", "linux/amd64"), ("out", "all")):
             server = imagec.new_server(imagec.Shelf(self.at(name)), ("127.0.0.1", 0))
