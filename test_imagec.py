@@ -8458,6 +8458,10 @@ def docker_archive(images, style, links):
 class ArchiveOutputTest(StoredCase):
     """One tar that is an OCI layout and a docker-archive."""
 
+    def setUp(self):
+        super().setUp()
+        self.ref, self.image = self.serve(ARCHIVE_TARS)
+
     def archive(self, *argv, out="out.tar"):
         self.pull("-o", self.at(out), *argv)
         return self.members(self.at(out))
@@ -8468,16 +8472,15 @@ class ArchiveOutputTest(StoredCase):
 
     @able(hasattr(os, "mkfifo"), "make fifos")
     def test_a_pipe_is_for_who_names_it(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
         self.enter(self.work)
         os.mkfifo("app_1.tar")
         with threat_alarm(30):
-            self.assertIn("is no file; name one", self.pull(reference, expect=1).err)
+            self.assertIn("is no file; name one", self.pull(self.ref, expect=1).err)
             got = []
             reader = threading.Thread(
                 target=lambda: got.append(file_bytes("app_1.tar")), daemon=True)
             reader.start()
-            self.pull("-o", "app_1.tar", reference)
+            self.pull("-o", "app_1.tar", self.ref)
             reader.join()
         self.verify(self.file("work/x.tar", got[0]))
 
@@ -8502,12 +8505,11 @@ class ArchiveOutputTest(StoredCase):
                 imagec.new_output(path)
 
     def test_a_lock_is_not_waited_for_for_ever(self):
-        reference = self.serve(ARCHIVE_TARS)[0]
         for form, name in (("archive", "a.tar"), ("rootfs", "root"),
                            ("rootfs", "r.tar")):
             with self.subTest(form), imagec.Partial(self.at(name)):
                 with self.assertRaises(imagec.Timeout):
-                    imagec.pull(reference, self.at(name), form, timeout=0.5)
+                    imagec.pull(self.ref, self.at(name), form, timeout=0.5)
 
     def test_partial_that_another_pull_just_renames(self):
         def gone(path, isfile=os.path.isfile):
@@ -8679,9 +8681,8 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(ours, theirs)
 
     def test_members_and_documents(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        members = self.archive(reference)
-        blobs = image.layers + [image.digest, sha256(image.config)]
+        members = self.archive(self.ref)
+        blobs = self.image.layers + [self.image.digest, sha256(self.image.config)]
         self.assertEqual(list(members), (
             ["oci-layout", "blobs", "blobs/sha256"] +
             ["blobs/sha256/" + digest[7:] for digest in blobs] +
@@ -8697,19 +8698,19 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(index, {
             "schemaVersion": 2, "mediaType": MEDIA_TYPES["oci"]["index"],
             "manifests": [{
-                "mediaType": image.media_type, "digest": image.digest,
-                "size": len(image.manifest),
+                "mediaType": self.image.media_type, "digest": self.image.digest,
+                "size": len(self.image.manifest),
                 "platform": {"architecture": "amd64", "os": "linux"},
                 "annotations": dict(origin_of(
-                    digest=image.digest, repository=reference[:-2],
-                    platforms="linux/amd64"), **{OCI_NAME: reference, OCI_TAG: "1"})}]})
+                    digest=self.image.digest, repository=self.ref[:-2],
+                    platforms="linux/amd64"), **{OCI_NAME: self.ref, OCI_TAG: "1"})}]})
         self.assertEqual(manifest, [{
-            "Config": "blobs/sha256/" + sha256(image.config)[7:],
-            "RepoTags": [reference],
-            "Layers": ["blobs/sha256/" + digest[7:] for digest in image.layers]}])
+            "Config": "blobs/sha256/" + sha256(self.image.config)[7:],
+            "RepoTags": [self.ref],
+            "Layers": ["blobs/sha256/" + digest[7:] for digest in self.image.layers]}])
         self.assertTrue(members["manifest.json"].endswith(b"\n"))
         repositories = json.loads(members["repositories"].decode())
-        self.assertEqual(list(repositories[reference[:-2]]), ["1"])
+        self.assertEqual(list(repositories[self.ref[:-2]]), ["1"])
 
     def test_names_it_is_loaded_by(self):
         reference, image = self.serve(ARCHIVE_TARS[:1])
@@ -8805,22 +8806,20 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(tags, [one, two, three])
 
     def test_parents_are_made(self):
-        reference = self.serve(ARCHIVE_TARS)[0]
         for format, name in outputs_in_turn(2):
             with self.subTest(format=format, name=name):
                 path = self.at("of", format, name)
-                self.pull("-o", path, "--format", format, reference)
+                self.pull("-o", path, "--format", format, self.ref)
                 self.assertEqual(faults_of(path), [])
 
     def test_pipe_named_as_a_file(self):
         # What /dev has free says nothing about who reads from there.
-        reference = self.serve(ARCHIVE_TARS)[0]
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
         with mock.patch.object(imagec, "existing_parent",
                                lambda path: self.fail("looked for room at " + path)):
             try:
-                self.pull("-o", "/dev/fd/%d" % writing, "--format", "archive", reference)
+                self.pull("-o", "/dev/fd/%d" % writing, "--format", "archive", self.ref)
             finally:
                 os.close(writing)
         self.assertIn(b"oci-layout", os.read(reading, 1 << 16))
@@ -8840,25 +8839,23 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(self.origin.requests, [])
 
     def test_standard_output(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
         for format in ("archive", "rootfs"):
             self.clear()
-            self.pull("-o", self.at("x.tar"), "--format", format, reference)
-            run = self.main("pull", reference, "-o", "-", "--format", format,
+            self.pull("-o", self.at("x.tar"), "--format", format, self.ref)
+            run = self.main("pull", self.ref, "-o", "-", "--format", format,
                             "--progress", "plain")
             self.assertEqual((run.status, run.out), (0, file_bytes(self.at("x.tar"))))
-            self.assertIn(reference, run.err)
+            self.assertIn(self.ref, run.err)
             self.assertEqual(os.listdir(self.work), ["x.tar"])
 
     def test_what_does_not_stream(self):
         """To a terminal nothing does, and no format that is a directory."""
-        reference, _ = self.serve(ARCHIVE_TARS)
         for format in ("layers", "oci"):
-            self.pull("-o", "-", "--format", format, reference, expect=2)
+            self.pull("-o", "-", "--format", format, self.ref, expect=2)
         out = io.TextIOWrapper(io.BytesIO())
         out.isatty = lambda: True
         with mock.patch.multiple(sys, stdout=out, stderr=io.StringIO()):
-            self.assertEqual(imagec.main(["pull", "-q", "-o", "-", reference]), 2)
+            self.assertEqual(imagec.main(["pull", "-q", "-o", "-", self.ref]), 2)
         self.assertEqual((out.buffer.getvalue(), self.origin.requests), (b"", []))
 
     @rows(in_turn(((2, 0, 1, 3), (0, 1, 2, 3)), 2))
@@ -8888,8 +8885,7 @@ class ArchiveOutputTest(StoredCase):
         self.assertEqual(members, self.archive(reference, out="fresh.tar"))
 
     def test_unfinished_archive_is_not_believed(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.archive(reference)
+        self.archive(self.ref)
         good = file_bytes(self.at("out.tar"))
         for what, data in (
                 ("flipped", good[:3000] + b"?" + good[3001:]), ("empty", b""),
@@ -8897,7 +8893,7 @@ class ArchiveOutputTest(StoredCase):
                 ("cut", good[:2600]), ("first byte", b"?" + good[1:])):
             with self.subTest(what):
                 write_file(self.at("out.tar.partial"), data)
-                self.archive(reference)
+                self.archive(self.ref)
                 self.assertEqual(file_bytes(self.at("out.tar")), good)
 
 
@@ -9005,6 +9001,7 @@ class OCIOutputTest(StoredCase):
     def setUp(self):
         super().setUp()
         self.out = self.at("out")
+        self.ref, self.image = self.serve(ARCHIVE_TARS)
 
     def layout(self, *argv, expect=0):
         return self.pull("--format", "oci", "-o", self.out, *argv, expect=expect)
@@ -9037,13 +9034,12 @@ class OCIOutputTest(StoredCase):
         self.verify(self.out)
 
     def test_a_header_of_another_algorithm_changes_nothing(self):
-        reference, image = self.serve(ARCHIVE_TARS)
         tags = self.origin.repositories["lab/app"]
         tags["1"] = tags["1"][:2] + ("sha512:" + hashlib.sha512(
-            image.manifest).hexdigest(),)
+            self.image.manifest).hexdigest(),)
         for _ in range(2):
-            self.assertIn(image.digest, self.layout(reference).out.decode())
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+            self.assertIn(self.image.digest, self.layout(self.ref).out.decode())
+        self.assertEqual(self.names(), [(self.image.digest, self.ref, "1")])
 
     def test_collects(self):
         one, first = self.serve(ARCHIVE_TARS[:2], "lab/one:1")
@@ -9061,14 +9057,13 @@ class OCIOutputTest(StoredCase):
 
     def test_whole_name_for_a_tag(self):
         """As skopeo and podman write it; an older entry stays, but nameless."""
-        reference, image = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
+        self.layout(self.ref)
         damage_json(lambda index: index["manifests"][0].update(annotations={
-            OCI_TAG: reference}))(os.path.join(self.out, "index.json"))
+            OCI_TAG: self.ref}))(os.path.join(self.out, "index.json"))
         _, newer = self.serve(ARCHIVE_TARS[1:])
-        self.layout(reference)
-        self.assertEqual(self.names(), [(image.digest, None, None),
-                                        (newer.digest, reference, "1")])
+        self.layout(self.ref)
+        self.assertEqual(self.names(), [(self.image.digest, None, None),
+                                        (newer.digest, self.ref, "1")])
 
     def test_names_in_a_list_take_no_time(self):
         entries = [{"digest": "sha256:%064d" % number, "annotations": {
@@ -9091,27 +9086,25 @@ class OCIOutputTest(StoredCase):
         self.layout(two)
 
     def test_no_layers_tree_goes_into_it(self):
-        reference, _ = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        run = self.main("pull", "-q", "--format", "layers", "-o", self.out, reference)
+        self.layout(self.ref)
+        run = self.main("pull", "-q", "--format", "layers", "-o", self.out, self.ref)
         self.assert_one_line(run, 1, "is an OCI image layout: nobody would look for")
         write_file(self.at("out", "manifest.json"), b"{}")
         for name, format in (("out", "oci"), ("copied", "layers")):
             for more in ("manifest.json", "version"):
                 write_file(self.at("copied", more), b"{}")
             run = self.main("pull", "-q", "--format", format, "-o", self.at(name),
-                            reference)
+                            self.ref)
             self.assert_one_line(run, 1, "but what skopeo and podman call dir:")
 
     def test_nameless(self):
-        reference, image = self.serve(ARCHIVE_TARS)
-        by_digest = reference[:-2] + "@" + image.digest
+        by_digest = self.ref[:-2] + "@" + self.image.digest
         self.layout(by_digest)
         self.layout(by_digest)
-        self.assertEqual(self.names(), [(image.digest, None, None)])
-        for one in (reference, by_digest):
+        self.assertEqual(self.names(), [(self.image.digest, None, None)])
+        for one in (self.ref, by_digest):
             self.layout(one)
-            self.assertEqual(self.names(), [(image.digest, reference, "1")])
+            self.assertEqual(self.names(), [(self.image.digest, self.ref, "1")])
         self.layout(by_digest, "--tag", "other:2")
         self.assertEqual([row[2] for row in self.names()], ["1", "2"])
 
@@ -9154,9 +9147,8 @@ class OCIOutputTest(StoredCase):
         remove(self.out)
         write_file(self.at("out", "oci-layout"), LAYOUT)
         write_file(self.at("out", "index.json"), index)
-        reference, image = self.serve(ARCHIVE_TARS)
-        self.layout(reference)
-        self.assertEqual(self.names(), [(image.digest, reference, "1")])
+        self.layout(self.ref)
+        self.assertEqual(self.names(), [(self.image.digest, self.ref, "1")])
 
     def test_entry_of_another_type_than_its_manifest_says(self):
         """The manifest's own word counts, each time and everywhere."""
@@ -9190,15 +9182,14 @@ class OCIOutputTest(StoredCase):
         self.verify(self.at(format))
 
     def test_T012_planted_links(self):
-        reference, image = self.serve(ARCHIVE_TARS)
         os.makedirs(self.blob(""))
         write_file(self.at("victim"), b"untouched")
         write_file(self.at("out", "oci-layout.partial"), b"{")  # another's, just begun
-        for path in (self.blob(image.layers[0]), self.blob(image.digest),
-                     self.blob(image.layers[1]) + ".partial",
+        for path in (self.blob(self.image.layers[0]), self.blob(self.image.digest),
+                     self.blob(self.image.layers[1]) + ".partial",
                      self.at("out", "index.json.partial")):
             os.symlink(self.at("victim"), path)
-        self.layout(reference)
+        self.layout(self.ref)
         self.assertEqual(file_bytes(self.at("victim")), b"untouched")
         self.verify(self.out)
 
