@@ -2646,12 +2646,6 @@ class ServeCase(RegistryCase):
             self.addCleanup(end)  # the last is the first to be called
         return "127.0.0.1:%d" % server.server_address[1]
 
-    def connect(self, host):
-        """A connection that is kept, for more than one request."""
-        connection = http.client.HTTPConnection(host, timeout=5)
-        self.addCleanup(connection.close)
-        return connection
-
     def pulled(self, host, name, format="oci", platform="linux/amd64", **options):
         path = os.path.join(tempfile.mkdtemp(dir=self.work), "out")
         path += ".tar" if format == "archive" else ""
@@ -2709,13 +2703,6 @@ class ServeCase(RegistryCase):
                                   r"imagec: [^\n]+\n\Z")
         for word in words:
             self.assertIn(word, run.err)
-
-    def process(self, *argv, stdin=b""):
-        """`imagec.py serve` as a process, and the first line it prints."""
-        process = self.start("serve", *argv, stdin=subprocess.PIPE)
-        process.stdin.write(stdin)
-        process.stdin.close()
-        return process, process.stdout.readline().decode("utf-8")
 
 
 # --------------------------------------------------------------------------------------
@@ -6577,10 +6564,8 @@ class AuthorizationTest(NetworkCase):
         ("https://registry.a.test/v2/", "https://auth.a.test/token", (), True),
         ("https://registry.a.test/v2/", "https://a.test/jwt", (), True),  # gitlab.com
         ("https://registry.test/v2/", "https://evil.test/token", (), False),
-        ("https://registry.test/v2/", "https://evil.test/token", ("evil.test",), True),
         ("https://registry.test/v2/", "https://evil.test/token", ("vil.test",), False),
         ("https://registry.test/v2/", "https://evil.test/t", ("Evil.test:443",), True),
-        ("https://registry.test/v2/", "https://evil.test/t", ("evil.test:80",), False),
         ("https://registry-1.docker.io/v2/", "https://auth.docker.io.evil/", (), False),
         ("https://other.test/v2/", "https://auth.docker.io/token", (), False),
         ("https://registry.a.test/v2/", "https://registry.a.test.evil/t", (), False),
@@ -13821,38 +13806,29 @@ class ShelfTest(ServeCase):
                 image = image if format == "oci" else (image.children or [image])[0]
                 self.assertEqual(found[name], {"1": image.digest})
 
-    NAMES_OF_NONE = ("Foo Bar", "a:b:c", "\u2028", "x" * 2000)
-
     @rows((({}, None, ["layout"]), ({OCI_TAG: "1.2"}, "1.2", ["layout"]),  # by skopeo
            (origin_of(digest=ZEROS, repository="h.test/a"), None, ["h.test/a", "a"]),
-           *(({OCI_NAME: name}, None, ["layout"]) for name in NAMES_OF_NONE)))
+           *(({OCI_NAME: name}, None, ["layout"]) for name in (
+               "Foo Bar", "a:b:c", "\u2028", "x" * 2000))))
     def test_nameless_entry_goes_by_its_origin_or_directory(
             self, annotations, tag, names):
         remove(self.at("layout"))
+        del self.said[:]
         path, image = self.copied()[0], self.images["lab/oci"]
         write_file(os.path.join(path, "index.json"), json_bytes({
             "schemaVersion": 2,
             "manifests": [image.descriptor(annotations=annotations)]}))
         shelf = imagec.Shelf(path)
+        odd = annotations.get(OCI_NAME)
+        self.assertEqual(len(self.said), bool(odd), self.said)
+        for warned in self.said:
+            self.assertIn(path, warned)
+            self.assertIn(imagec.printable(odd)[:100], warned)
         self.assertEqual((list(shelf.repositories.items()), set(shelf.documents)), (
             [(name, {tag: image.digest} if tag else {}) for name in names],
             {image.digest}))
         for reference in {image.digest, tag} - {None}:
             self.assertEqual(serve_raw_of(shelf, names[0], reference), image.manifest)
-
-    @rows((name,) for name in NAMES_OF_NONE)
-    def test_image_of_a_name_that_is_none_goes_by_its_digest(self, name):
-        remove(self.at("layout"))
-        del self.said[:]
-        path, _, _ = self.copied()
-        damage_json(lambda index: index["manifests"].insert(0, dict(
-            index["manifests"][0], annotations={OCI_NAME: name})))(
-                os.path.join(path, "index.json"))
-        self.assertIn("lab/oci", imagec.Shelf(path).catalog())
-        warned, = self.said
-        self.assertIn(path, warned)
-        if len(name) < 100:
-            self.assertIn(imagec.printable(name), warned)
 
     def test_what_cannot_be_served_is_passed_over(self):
         path, image = self.copied()[0], self.images["lab/oci"]
@@ -14312,7 +14288,8 @@ class ServeTest(ServeCase):
 
     def test_connection_is_kept(self):
         host = self.serve(self.layout)
-        connection, image = self.connect(host), self.images["lab/oci"]
+        image, connection = self.images["lab/oci"], http.client.HTTPConnection(host)
+        self.addCleanup(connection.close)
         serve_ask(connection, "/v2/")
         sock = connection.sock
         for path in ["/v2/no/such/manifests/1", "/v2/lab/oci/manifests/1",
@@ -14621,35 +14598,26 @@ class ServeCommandTest(ServeCase):
                                     "127.0.0.1:0", "--timeout", "0.4", expect=1)
         self.assertIn("not done within 0.4 seconds", run.err)
 
-    def test_sigterm(self):
+    @rows(((signal.SIGTERM, 143), (signal.SIGINT, 130)))
+    def test_ended(self, number, status):
         cert, key = self.pair()
-        host, ended = self.begun(
-            self.layout, "--tls-cert", cert, "--tls-key", key, "-u", "alice",
-            "--password-stdin", stdin=PASSWORD.encode() + b"\n")
+        process = self.start(
+            "serve", self.layout, "--tls-cert", cert, "--tls-key", key, "-u", "alice",
+            "--password-stdin", "--listen", "127.0.0.1:0", stdin=subprocess.PIPE)
+        process.stdin.write(PASSWORD.encode() + b"\n")
+        process.stdin.close()
+        host = re.search(b"https://(127.0.0.1:[0-9]+)/v2/",
+                         process.stdout.readline()).group(1).decode()
         context = self.client_context()
         self.assertEqual(serve_ask(host, "/v2/", tls=context).status, 401)
         answer = serve_ask(host, "/v2/lab/oci/manifests/1", tls=context, headers={
             "Authorization": "Basic " + SERVE_ALICE})
         self.assertEqual(answer.body, self.images["lab/oci"].manifest)
         with serve_connect(host):
-            ended(signal.SIGTERM, 143)
-
-    def test_sigint(self):
-        host, ended = self.begun(self.tree)
-        connection = self.connect(host)
-        self.assertEqual(serve_ask(connection, "/v2/").status, 200)
-        ended(signal.SIGINT, 130)
-
-    def begun(self, *argv, **options):
-        """The host of a server in a process, and what ends that and looks how."""
-        def ended(number, status):
             process.send_signal(number)
             self.assertEqual(process.wait(60), status)
-            self.assertRegex(process.stderr.read(), rb"\Aimagec: [^\n]+\n\Z")
-            self.assertEqual(process.stdout.read(), b"")
-
-        process, line = self.process(*argv, "--listen", "127.0.0.1:0", **options)
-        return re.search("https?://(127.0.0.1:[0-9]+)/v2/", line).group(1), ended
+        self.assertRegex(process.stderr.read(), rb"\Aimagec: [^\n]+\n\Z")
+        self.assertEqual(process.stdout.read(), b"")
 
 
 # --------------------------------------------------------------------------------------
@@ -16387,10 +16355,7 @@ class CommandLineFailureTest(CommandLineCase):
         (True, (), "none", "readme.pem", "this host has no CA certificates"),
         (True, (), "none", "0a1b2c3d.0", "not to be trusted"),
         (True, ("--cacert", "{root}/own.pem"), "none", None, None),
-        ("expired", (), "own", None, "not to be trusted"),
-        ("wrong-host", (), "own", None, "not to be trusted"),
-        ("expired", ("--insecure-skip-verify",), "own", None, None),
-        ("expired", ("--insecure-allow-http",), "none", None, None)))
+        ("expired", ("--insecure-skip-verify",), "own", None, None)))
     def test_certificates(self, tls, options, known, name, refusal):
         for roots, pem in (("own", TEST_CERT), ("other", OTHER_CERT), ("none", "")):
             self.file(roots + ".pem", pem)
