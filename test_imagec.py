@@ -14288,8 +14288,9 @@ class ServeTest(ServeCase):
 
     def test_connection_is_kept(self):
         host = self.serve(self.layout)
-        image, connection = self.images["lab/oci"], http.client.HTTPConnection(host)
+        connection = http.client.HTTPConnection(host, timeout=5)
         self.addCleanup(connection.close)
+        image = self.images["lab/oci"]
         serve_ask(connection, "/v2/")
         sock = connection.sock
         for path in ["/v2/no/such/manifests/1", "/v2/lab/oci/manifests/1",
