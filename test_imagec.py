@@ -16356,7 +16356,8 @@ class CommandLineFailureTest(CommandLineCase):
         (True, (), "none", "readme.pem", "this host has no CA certificates"),
         (True, (), "none", "0a1b2c3d.0", "not to be trusted"),
         (True, ("--cacert", "{root}/own.pem"), "none", None, None),
-        ("expired", ("--insecure-skip-verify",), "own", None, None)))
+        ("expired", ("--insecure-skip-verify",), "own", None, None),
+        ("expired", ("--insecure-allow-http",), "none", None, None)))
     def test_certificates(self, tls, options, known, name, refusal):
         for roots, pem in (("own", TEST_CERT), ("other", OTHER_CERT), ("none", "")):
             self.file(roots + ".pem", pem)
