@@ -3668,13 +3668,6 @@ class Schema1Test(TableCase):
         blobs = [int(layer.blob.digest.hex, 16) for layer in found.layers]
         self.assertEqual(blobs, kept)
 
-    def test_throwaway_and_shared_blobs(self):
-        document = dict(SCHEMA1_DOC, fsLayers=[{"blobSum": SUM_A}] * 2)
-        found = imagec.decode_manifest(json_bytes(document))
-        self.assertEqual([layer.throwaway for layer in found.layers], [False, True])
-        blobs = [str(layer.blob.digest) for layer in found.layers]
-        self.assertEqual(blobs, [SUM_A, SUM_A])
-
     def test_any_v1_value_reads_or_is_refused(self):
         self.none_stray(put_to_use, (
             (name, schema1_json(entry))
@@ -4054,10 +4047,9 @@ GOOD_TARS = (
 BAD_TARS = (
     # name, bytes, words
     ("text", b"not a tar at all", "cut short"),
-    ("more text", b"not a tar at all " * 40, "not a valid tar after 0 members"),
     # T30
-    ("XML", b"<Error><Code>NoSuchKey</Code></Error>".ljust(600), "after 0 members"),
-    ("a gzip inside", gzip_bytes(NOISE), "after 0 members"),
+    ("XML", b"<Error><Code>NoSuchKey</Code></Error>".ljust(600),
+     "not a valid tar after 0 members"),
     # T29: tarfile ends here without a word
     ("second checksum", A_FILE + A_FILE[:154] + bytes([A_FILE[154] ^ 1]) + A_FILE[155:],
      "after 1 members"),
@@ -4427,7 +4419,6 @@ BAD_LAYERS = (
     ("bzip2, zeros", bz2.compress(LAYER_TAR) + bytes(8), "corrupt bzip2 data"),
     # T28
     ("gzip, no trailer", gzip_bytes(LAYER_TAR)[:-8], "truncated gzip data"),
-    ("gzip, half", gzip_bytes(LAYER_TAR)[:100], "truncated gzip data"),
     ("gzip, second cut", gzip_bytes(HEAD_TAR) + gzip_bytes(TAIL_TAR)[:-1], "truncated"),
     ("gzip, crc", gzip_bytes(LAYER_TAR)[:-8] + b"\0" * 8, "corrupt gzip data"),
     ("gzip, length", gzip_bytes(LAYER_TAR)[:-4] + b"\0" * 4, "corrupt gzip data"),
@@ -4435,7 +4426,6 @@ BAD_LAYERS = (
     ("gzip of gzip", gzip_bytes(gzip_bytes(NOISE)), "after 0 members"),  # T50
     ("gzip of half a tar", gzip_bytes(LAYER_TAR[:700]), "the tar in it is cut short"),
     ("XML", b'<?xml version="1.0"?><Error/>', "cut short"),  # T30
-    ("one byte", b"x", "cut short"),
 ) + tuple(row for name, magic, pack in (
     ("gzip", b"\x1f\x8b\x08", gzip_bytes), ("bzip2", b"BZh", bz2.compress),
     ("xz", b"\xfd7zXZ\0", lzma.compress)) for row in (
@@ -4447,7 +4437,6 @@ BAD_ZSTD_LAYERS = (
     ("zstd, junk", zstd_frame(LAYER_TAR) + b"junkjunk", "corrupt zstd data"),
     ("zstd, zeros", zstd_frame(LAYER_TAR) + bytes(8), "corrupt zstd data"),
     ("zstd, a byte short", zstd_frame(LAYER_TAR)[:-1], " zstd data"),
-    ("zstd, half", zstd_frame(LAYER_TAR)[:100], " zstd data"),
     ("zstd, magic alone", b"\x28\xb5\x2f\xfd", " zstd data"),
     ("zstd, first frame of two", zstd_frame(HEAD_TAR), "the tar in it is cut short"),
     ("zstd, bad block", zstd_frame(LAYER_TAR)[:6] + b"\xff" * 9, "corrupt zstd data"),
@@ -6903,19 +6892,18 @@ class ProbeTest(NetworkCase):
             self.probe(registry, TEST_CERT, http=http)
         self.assertEqual(registry.connections, 1)
 
-    # (what answers the first bytes of a connection to the TLS port, what is told of it)
-    @rows(row + (skip,) for skip in (False, True) for row in (
-        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "TLS failed"),
+    # (what answers the first bytes of a connection to the TLS port, do we skip verifying)
+    @rows(itertools.product((
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
         # What such words mean, they do not from outside of TLS.
-        (b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n", "TLS failed"),
-        (b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", "TLS failed"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "TLS failed"),
-        (b"\x15\x03\x01\0\2\2\x50", "TLS failed"),  # an alert
-        (b"220 mail.test ESMTP ready\r\n", "TLS failed")))
-    def test_t114_no_tls_spoken(self, junk, words, skip):
+        b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n",
+        b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"\x15\x03\x01\0\2\2\x50",  # an alert
+        b"220 mail.test ESMTP ready\r\n"), (False, True)))
+    def test_t114_no_tls_spoken(self, junk, skip):
         registry = self.registry(tls=True)
         registry.fault("", garbage(junk, "accept"))
-        with self.fails(imagec.TransportError, words, "--insecure-allow-http"):
+        with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
             self.probe(registry, skip=skip, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
@@ -11527,8 +11515,7 @@ class PullTest(PullCase):
         self.assert_nothing_final(self.dest, image.layers)
 
     def test_an_artifact_is_no_platform(self):
-        """A signature without platform is not what is meant by one that is not there.
-        """
+        """A signature of no platform is not what is meant by one that is missing."""
         proof = build_artifact([("application/vnd.in-toto+json", b"{}", None)])
         for entries, words in (([(proof, None), (self.image, ARM64)], "linux/arm64"),
                                ([(proof, None)], "--platform all"), ([
@@ -12677,8 +12664,7 @@ class AuditTest(StoredCase):
         self.verify(folder)  # where nobody reads what docker is told
 
     def exported(self, top, tags, *told):
-        """The path of an archive as of ctr: `top` by tags, docker `told` (image, tags).
-        """
+        """An archive as of ctr: `top` by tags, docker `told` (image, tags); its path."""
         name, blobs = "registry.test/lab/app:", {
             AUDIT_BLOBS + sha256(data)[7:]: data for one in [top] + top.children
             for data in [one.manifest, *one.blobs.values()]}
@@ -17522,7 +17508,6 @@ class ReadmeTest(RegistryCase):
 # Threats: faults at every phase, fuzzing, kills, limits
 # --------------------------------------------------------------------------------------
 
-
 # -- Faults at every phase, for every format
 
 #: Phase -> what its request looks like; {names} are filled in by the test.
@@ -17734,8 +17719,7 @@ class StallsTest(FaultsCase):
 
 
 class FaultsTest(FaultsCase):
-    """A server that fails, breaks off or says what it must not: T21 T22 T25 T100 T163.
-    """
+    """A server that fails, breaks off, says what it must not: T21 T22 T25 T100 T163."""
 
     def test_every_fault_at_every_phase(self):
         self.each(THREAT_FAULTS, self.check)
@@ -18327,8 +18311,7 @@ class LocalFaultsTest(ThreatCase):
 
     @staticmethod
     def threads(count):
-        """A context in which imagec gets so many threads (the registry gets its own).
-        """
+        """A context in which imagec gets so many threads (not so the registry)."""
         left = [None] * count
 
         def start(thread, true=threading.Thread.start):
