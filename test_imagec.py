@@ -3731,10 +3731,6 @@ class MatchingTest(TableCase):
 class LayersTest(TableCase):
     """A manifest and its config become layers with names of their own."""
 
-    def _listed(self, count, **members):
-        return self._list([{"digest": "sha256:%064x" % i, "size": i}
-                           for i in range(count)], **members)
-
     @staticmethod
     def _list(layers, **members):
         manifest = imagec.decode_manifest(json_bytes(dict(IMAGE_DOC, layers=layers)))
@@ -3744,7 +3740,8 @@ class LayersTest(TableCase):
     def _httpd(self, **members):
         diff_ids = ["sha256:" + digits for digits in HTTPD_DIFF_IDS]
         rootfs = {"type": "layers", "diff_ids": diff_ids}
-        return self._listed(3, rootfs=rootfs, **members)
+        return self._list([{"digest": "sha256:%064x" % i, "size": i} for i in range(3)],
+                          rootfs=rootfs, **members)
 
     def test_t26_one_blob_with_two_diff_ids(self):
         """It is unpacked once, so only one of them could have been proved."""
@@ -3774,7 +3771,7 @@ class LayersTest(TableCase):
 
     def test_no_layers(self):
         for rootfs in ({}, {"diff_ids": None}, {"type": "layers", "diff_ids": []}):
-            self.assertEqual(self._listed(0, rootfs=rootfs), ())
+            self.assertEqual(self._list([], rootfs=rootfs), ())
 
     def test_config_platform(self):
         config = imagec.ImageConfig.parse(json_bytes(CONFIG_DOC))
@@ -7392,7 +7389,7 @@ class MirrorTest(ResolveCase):
 
     def setUp(self):
         super().setUp()
-        self.origin = self.filled()
+        self.mirror, self.origin = self.filled(), self.filled()
 
     def test_order(self):
         one, two = self.filled(), self.filled()
@@ -7497,20 +7494,18 @@ class MirrorTest(ResolveCase):
         self.assertEqual(len(self.said), 1)
 
     def test_all_fail(self):
-        mirror = self.filled()
-        mirror.fault(_FIELD_MANIFEST, status(500), EVER)
+        self.mirror.fault(_FIELD_MANIFEST, status(500), EVER)
         for code, kind in ((404, imagec.NotFound), (403, imagec.AccessDenied)):
             self.origin.fault(_FIELD_MANIFEST, status(code))
             with self.fails(kind, self.origin.host):
-                self.resolve(self.origin.host, mirrors=[mirror.host, "127.0.0.1:1"])
+                self.resolve(self.origin.host, mirrors=[self.mirror.host, "127.0.0.1:1"])
         self.assertEqual(len(self.said), 4)
 
     def test_home_that_fails_is_asked_once(self):
-        mirror = self.filled()
-        mirror.fault(_FIELD_BLOB, status(404), EVER)
+        self.mirror.fault(_FIELD_BLOB, status(404), EVER)
         self.origin.fault(_FIELD_BLOB, status(503), EVER)
         with self.fails(imagec.RegistryError, self.origin.host):
-            self.resolve(self.origin.host, mirrors=[mirror.host])
+            self.resolve(self.origin.host, mirrors=[self.mirror.host])
         self.assertEqual(len(paths(self.origin, "/blobs/")), imagec.ATTEMPTS)
 
     def test_a_mirror_that_is_left_meanwhile(self):
@@ -7529,17 +7524,15 @@ class MirrorTest(ResolveCase):
         self.assertEqual(source.trusting(fetch, action), 7)
 
     def test_origin_that_spoils_is_an_error(self):
-        mirror = self.filled()
-        for registry in (mirror, self.origin):
+        for registry in (self.mirror, self.origin):
             registry.fault(_FIELD_BLOB, flip(), EVER)
         with self.fails(imagec.DigestMismatch):
-            self.resolve(self.origin.host, mirrors=[mirror.host])
+            self.resolve(self.origin.host, mirrors=[self.mirror.host])
 
     def test_command_line(self):
-        mirror = self.filled()
         ref = self.origin.host + "/lab/app:1"
         run = self.main("pull", "-o", self.at(), ref, "--mirror", "127.0.0.1:1",
-                        "--mirror", mirror.host, "--progress", "none")
+                        "--mirror", self.mirror.host, "--progress", "none")
         self.assertEqual((run.status, run.out),
                          (0, "%s@%s\n" % (ref, self.image.digest)))
         self.assertRegex(run.err, r"\Aimagec: warning: leaving the mirror "
@@ -14740,9 +14733,7 @@ class PushTest(PushCase):
         self.assertEqual((again.out, self.asked()), (run.out, asked))
 
     def test_keep_going(self):
-        """One is refused, one lacks a layer, one has no name, of one nothing is good, one
-        cannot be read.
-        """
+        """One is refused, one lacks a layer, one a name, one is bad, one is not read."""
         images = [build_image([tar_bytes([(name, b"x")])]) for name in "abcdefg"]
         self.target.fault("POST .*/lab/b/", status(403), EVER)
         path = self.layout_of((images[4], "Foo Bar"), *[
