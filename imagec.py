@@ -4304,7 +4304,8 @@ def ours_alone(path, status):
     if not hasattr(os, "geteuid") or told(status) == (os.geteuid(), 0):
         return True
     import tempfile
-    with tempfile.TemporaryFile(dir=os.path.dirname(path) or ".") as fresh:
+    # One with a name: not all file systems tell of a file that has none.
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".") as fresh:
         fresh = told(os.fstat(fresh.fileno()))
     return told(status) == fresh
 

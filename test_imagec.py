@@ -8836,7 +8836,8 @@ class StickTest(StoredCase):
         fault, nobody = OSError(code, "chmod"), os.geteuid() + 1
         with mock.patch.object(os, "chmod", side_effect=fault), mock.patch.object(
                 os, "geteuid", return_value=nobody), mock.patch.object(
-                    shutil, "disk_usage", side_effect=[usage] * 2):
+                    shutil, "disk_usage", side_effect=[usage] * 2), mock.patch(
+                        "tempfile.TemporaryFile", side_effect=OSError("has no name")):
             self.origin.fault(image.layers[-1], flip(), times=None)
             self.pull("-o", self.at("out.tar"), reference, "-j", "1", expect=3)
             self.origin.faults.clear()
