@@ -2771,7 +2771,8 @@ class _ProxyHandler(urllib.request.ProxyHandler):
 
     def __init__(self, proxy=None):
         self._given = proxy is not None
-        super().__init__({"http": proxy, "https": proxy} if self._given else None)
+        super().__init__({"http": proxy, "https": proxy} if self._given else (
+            urllib.request.getproxies_environment()))  # whose exceptions we know
 
     def proxy_open(self, req, proxy, type):
         no_proxy = urllib.request.getproxies_environment().get("no", "")
@@ -2803,7 +2804,7 @@ def split_proxy(url):
                     max(len(word.encode("utf-8")) for word in login) < 256):
             name = parts.hostname.encode("idna").decode("ascii")
             return (parts.scheme, authority(name, port), *login)
-    except (ValueError, KeyError):
+    except (ValueError, LookupError):
         pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
     if url.lower().startswith("https:"):
@@ -9381,7 +9382,8 @@ def describe_host(rootless):
     yield "CA roots", "none: " + NO_ROOTS if rootless else (
         paths.cafile or paths.capath or "the system's"), not rootless
     # Their URLs may hold passwords.
-    yield "proxies for", ", ".join(sorted(urllib.request.getproxies())) or "none", True
+    yield "proxies for", ", ".join(sorted(
+        urllib.request.getproxies_environment())) or "none", True
     yield "disk here", "%d MB free" % (shutil.disk_usage(".").free // 10 ** 6), True
 
 

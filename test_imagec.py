@@ -6087,6 +6087,11 @@ class ProxyTest(ResolveCase):
         transport = self.transport([host], **dict({"skip_verify": True}, **options))
         self.assertEqual(self.get(transport, self.named(server, host)), (200, b"{}"))
 
+    def test_the_systems_are_not_asked_for(self):
+        """Whose exceptions nobody could tell us."""
+        with mock.patch("urllib.request.getproxies", return_value={"http": "x://y"}):
+            self.fetch(self.filled())
+
     def taken(self):
         """What the proxy was asked, which is forgotten."""
         found = [(r.method, r.path) for r in self.proxy.requests]
