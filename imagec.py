@@ -9320,12 +9320,13 @@ def push(path: "str | os.PathLike", place: str, tag: "str | None" = None,
 def _run_push(args, session):
     import tempfile
     pusher, path = Pusher(session, args.place, args.tag, args.partial), args.path
-    with contextlib.suppress() if path != "-" else tempfile.NamedTemporaryFile(
-            buffering=0, prefix="imagec-stdin-") as spool:
+    with contextlib.suppress() if path != "-" else tempfile.TemporaryDirectory(
+            prefix="imagec-stdin-") as spool:
         if spool is not None:
-            path = spool.name
-            drain(map(_Stream(spool, path).write, waiting(
-                open(0, "rb", closefd=False), session.transport.check)))
+            path = os.path.join(spool, "archive")
+            with open(path, "wb", buffering=0) as file:
+                drain(map(_Stream(file, path).write, waiting(
+                    open(0, "rb", closefd=False), session.transport.check)))
         for image in pusher.plan(path, args.path, args.bases or ()):
             with session.trying(image[0]):
                 if args.dry_run:
