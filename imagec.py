@@ -10098,10 +10098,11 @@ def main(argv: "list | None" = None) -> int:
     """Runs the arguments `argv`; gives the exit status. None: sys.argv's, and exits."""
     if argv is None:  # what zipapp makes drops what comes back
         sys.exit(main(sys.argv[1:]))
-    spare = 0
-    while spare < 3:  # or a file would take a closed stream's place, and what it gets
-        spare = os.open(os.devnull, os.O_RDWR)
-    os.close(spare)
+    with contextlib.suppress(FileNotFoundError):  # in a bare chroot
+        spare = 0
+        while spare < 3:  # or a file would take a closed stream's place, and its output
+            spare = os.open(os.devnull, os.O_RDWR)
+        os.close(spare)
     argv, progress = list(argv), Progress(sys.stderr)
     args = types.SimpleNamespace(command="", debug=False)
     log.listeners.append(progress)

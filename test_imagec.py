@@ -16221,6 +16221,17 @@ class CommandLineFailureTest(CommandLineCase):
         self.main("digest", self.ref)
         self.assertEqual(len(paths(self.origin, "tags/list")), 1)
 
+    def test_no_null_device(self):
+        """As in a root file system that has just been pulled."""
+        def none_there(path, *rest):
+            if path == os.devnull:
+                raise FileNotFoundError(errno.ENOENT, "No such file", path)
+            return opened(path, *rest)
+
+        opened = os.open
+        with mock.patch("os.open", none_there):
+            self.main("digest", self.ref, expect=0)
+
     @able(os.name == "posix", "wait for pipes")
     @rows((("pull", "--from-file"), ("push",)))
     def test_time_is_up_while_standard_input_is_waited_for(self, *argv):
