@@ -731,16 +731,15 @@ def parse_json(raw, what, repeatable=False):
     try:
         if raw.count(b"{") + raw.count(b"[") > JSON_COUNT_LIMIT:
             raise ValueError("more than %d objects and arrays" % JSON_COUNT_LIMIT)
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
-                           parse_int=integer, parse_float=real, parse_constant=real)
-        level = [[value]]
-        for _ in range(JSON_DEPTH_LIMIT + 1):
-            level = [child for one in level
-                     for child in (one.values() if type(one) is dict else one)
-                     if type(child) in (dict, list)]
-        if level:  # deeper than all that walk it later
+        # json.loads calls itself, on 3.12 and 3.13 beyond the stack of a musl thread.
+        found = re.finditer(rb'"[^"]*"?|([{\[])|[]}]', raw.replace(
+            b"\\\\", b"").replace(b'\\"', b""))
+        if max(itertools.accumulate(
+                1 if mark.group(1) else -(mark.group()[:1] != b'"') for mark in found),
+                default=0) > JSON_DEPTH_LIMIT:  # deeper than all that walk it later
             raise RecursionError
-        return value
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs,
+                          parse_int=integer, parse_float=real, parse_constant=real)
     except (ValueError, RecursionError) as error:
         reason = ("nested too deep" if isinstance(error, RecursionError)
                   else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error)

@@ -2981,6 +2981,9 @@ class DocumentsTest(TableCase):
             {"a": [1, -2, 1.5, None, True]}),
            (b"[%s]" % (b"9" * 32), [10 ** 32 - 1]),
            ('"\u00e9\U0001f433"'.encode("utf-8"), "\u00e9\U0001f433"),
+           *((json_bytes(value), value) for value in (  # none of these is deep
+               ["[" * 101], {"[" * 99: "{" * 99}, ['\\"' + "[" * 101, "\\" * 3],
+               ["[{" * 51, '"', "[" * 101], [[]] * 200)),
            (b'{"a": {"x": 1}, "b": {"x": 1}}', {"a": {"x": 1}, "b": {"x": 1}})))
     def test_json_read(self, raw, value):
         self.assertEqual(imagec.parse_json(raw, "doc"), value)
@@ -2997,6 +3000,10 @@ class DocumentsTest(TableCase):
                      b'{"a":' * 100 + b"5" + b"}" * 100):
             value = imagec.parse_json(text, "doc")
             self.assertEqual(imagec.canonical_json(value), text)
+            with mock.patch("json.loads") as loads:  # which a small stack may not bear
+                self.refused(imagec.InvalidDocument, "too deep", imagec.parse_json,
+                             text.replace(b"5", b"[]"), "doc")
+            loads.assert_not_called()
 
     # The member a of a Document: its JSON text, method, more arguments, value.
     @rows((('"x"', "get", (str,), "x"), ('null', "get", (str,), None),
