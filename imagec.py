@@ -2407,7 +2407,7 @@ def _run_helper(command, text, program, check):
 
 def host_name(host):
     """The name or address in `HOST[:PORT]`, in lower case, without brackets."""
-    return urllib.parse.urlsplit("//" + host).hostname or ""
+    return re.match(r"\[?([^]]*(?=\])|[^:]*)", host).group(1).lower()
 
 
 def loopback(host):

@@ -15029,7 +15029,7 @@ class SelfTestTest(ServeCase):
             return self.main("selftest", *argv, **environ)
 
     @rows((((), ()), (  # without zstd and bzip2, behind dead proxies
-        ("bz2", "compression.zstd", "_bz2"),
+        ("bz2", "compression", "_bz2"),
         ("http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"))))
     def test_host_that_can_pull(self, missing, proxies):
         with cpu_within(3), mock.patch.object(tempfile, "tempdir", self.work), \
@@ -16124,6 +16124,7 @@ FAILURES = (
      "resolve host nosuch.invalid: "),
     ("digest --insecure-allow-http r.invalid/a", 1,
      "cannot resolve host r.invalid: .*; check the name"),
+    ("digest [dead]:5000/foo:1", 1, "got https://.dead.:5000|resolve host dead: "),
     ("digest {ref}", 1, "TLS[^;]*$", "GET /v2/$", garbage(b"SSH-2.0-x\r\n"), EVER),
     ("digest {ref}", 1, "is out of order, .*HTTP 500", "GET /v2/$", status(500), EVER),
     ("pull -o {root}/x.tar.gz {ref}", 2, "not compressed"),
