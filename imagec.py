@@ -8588,7 +8588,7 @@ def _run_cat(args, session):
 _ROUTE = (r"/v2/(?:(?P<name>{0}(?:/{0})*)/(?:(?P<kind>manifests|blobs|referrers)/"
           r"(?P<what>[^/]+)|tags/list)|_catalog|)".format(
               r"[A-Za-z0-9._:\[\]-]+"))  # one way to match, or it takes ages
-_FIELD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*"  # RFC 7230, 3.2
+_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n"  # RFC 7230, 3.2
 
 
 class Shelf:
@@ -8802,12 +8802,16 @@ class RegistryHandler:
         One that a proxy before us may read in another way is not: what is a body to it
         would be a request to us (RFC 7230, 3.2.4 and 3.3.3).
         """
-        if not super().parse_request():
+        file, lines = self.rfile, []
+        self.rfile = types.SimpleNamespace(  # from 3.12.8 on email hides some folds
+            close=file.close,
+            readline=lambda *size: lines.append(file.readline(*size)) or lines[-1])
+        good, self.rfile = super().parse_request(), file
+        if not good:
             return False
         self.server.waits(self.connection, False)
-        head, lengths = self.headers, self.headers.get_all("Content-Length", [])
-        if (head.defects or head.get_payload() or head.get_unixfrom() or lengths[1:]
-                or not all(re.fullmatch(_FIELD, ":".join(one)) for one in head.items())
+        lengths = [v for k, v in self.headers.items() if k.lower() == "content-length"]
+        if (lengths[1:] or not all(re.fullmatch(_FIELD, one) for one in lines[:-1])
                 or not all(re.fullmatch(r"[0-9]+[ \t]*", one) for one in lengths)):
             self.close_connection = True
             self.fail(400, "UNSUPPORTED", "malformed header fields")

@@ -14211,6 +14211,10 @@ class ServeTest(ServeCase):
         self.assertEqual(found.count(b"HTTP/1.1 "), 1, found)
         self.assertIn(b"\r\nConnection: close\r\n", found)
 
+    def test_a_request_of_HTTP_0_9(self):
+        self.assertRegex(serve_raw(self.archived(), b"GET /v2/\r\n"),
+                         rb"\AHTTP/1\.1 200 ")
+
     @rows(((b"Content-Length: 0",), (b"Content-Length:0 \t",), (b"X-y.z~: (a)",)))
     def test_heads_that_can_be_read_in_one_way(self, fields):
         found = serve_raw(self.archived(),
