@@ -928,9 +928,9 @@ class Descriptor(value_type(
     def of_referrer(cls, document):
         """The same for a list of referrers (distribution-spec, "Listing Referrers")."""
         said = json.loads(document.raw.decode("utf-8"))
-        kind = said.get("artifactType") or said.get("config", {}).get("mediaType")
+        kind = said.get("artifactType") or (said.get("config") or {}).get("mediaType")
         return cls.of(document, annotations=document.annotations,
-                      artifact_type=str(kind or ""))
+                      artifact_type=kind or "")
 
     @classmethod
     def from_document(cls, document):
@@ -1124,6 +1124,7 @@ def distinct(blobs, where):
 
 def _about(document):
     """(Digest of the subject or None, annotations) of a manifest."""
+    document.get("artifactType", str)  # an image's, too: see Descriptor.of_referrer
     subject = document.get("subject", dict)
     return subject and subject.digest("digest"), document.texts("annotations")
 

@@ -3595,6 +3595,12 @@ class ManifestsTest(TableCase):
                                config_type=MEDIA_TYPES["oci"]["config"])
         self.assertEqual(imagec.decode_manifest(image.manifest).artifact_type, kind)
 
+    @rows(((5,), ({},), ("\ud800",)))
+    def test_artifact_types_that_are_none(self, kind):
+        for document in IMAGE_DOC, INDEX_DOC:
+            self.refused(imagec.InvalidDocument, "artifactType", imagec.decode_manifest,
+                         json_bytes(dict(document, artifactType=kind)))
+
     def test_entries_of_other_algorithms(self):
         """Nobody else suffers by them: image-spec, descriptor.md."""
         good = dict(INDEX_DOC["manifests"][0], size=len(json_bytes(IMAGE_DOC)),
@@ -14004,7 +14010,7 @@ class ServeListsTest(ServeCase):
                  {"artifactType": SPDX, "annotations": {"k": "v"}}),
                 (build_image(FIELD_SMALL[:1]),
                  {"artifactType": MEDIA_TYPES["oci"]["config"]}),
-                (build_index([]), {}),
+                (remade(build_index([]), config=None), {}),
                 (remade(build_index([]), artifactType="a/i"), {"artifactType": "a/i"}),
                 (remade(build_image(FIELD_SMALL), artifactType="a/m"),
                  {"artifactType": "a/m"}),
