@@ -3973,7 +3973,7 @@ def list_referrers(registry, repository, digest):
         # Some without such a list say 200 to everything.
         if getattr(error, "status", 404) not in NO_REFERRERS_API:
             raise
-        if not isinstance(error, RegistryError):
+        if getattr(error, "status", 401) == 401:
             log.warning("taken for a registry without lists of referrers: %s", error)
     return found
 

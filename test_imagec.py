@@ -7318,7 +7318,7 @@ class ReferrersTest(NetworkCase):
         self.assertEqual(self.referring(), self.listed(*self.sboms))
         self.assertEqual(len(paths(self.origin, "/referrers/")), pages)
 
-    @rows([(str(code), status(code)) for code in sorted(imagec.NO_REFERRERS_API)], [
+    @rows([(str(code), status(code)) for code in (400, 401, 404, 405, 406, 501)], [
         ("page", body(HTML)), ("200 to all", body(b"{}")),
         ("another's", body(b'{"schemaVersion": 2, "mediaType": "a/b", "layers": []}'))])
     def test_no_list_but_a_tag(self, _name, action):
