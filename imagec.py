@@ -4094,7 +4094,7 @@ class Source:
 # --------------------------------------------------------------------------------------
 
 PARTIAL = ".partial"  # suffix of what is not yet proved
-MOVED = "another program has changed it meanwhile", "pull again"  # of an OutputError
+MOVED = "another program has changed it meanwhile", "run it again"  # of an OutputError
 NAME_ANNOTATION = "io.containerd.image.name"  # containerd and docker: the full name
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"  # OCI image-spec, annotations.md
 ORIGIN_ANNOTATION = "io.github.imagec."  # and the name of a field of an Origin
@@ -4599,8 +4599,9 @@ class TarReader(Reader):
     def __init__(self, path, check=go_on):
         super().__init__(os.path.realpath(path), check)
         self._names, self.regions = [], {}
+        self._status = os.lstat(self.path)
         with Region(self.path, 0, 0).open() as file:
-            self._status, codec = os.fstat(file.fileno()), codec_of(file)
+            codec = codec_of(file)
             if codec != "tar":
                 raise Unsupported("compressed with " + codec, "unpack it first")
             tar, size = Tar(pieces(file, check=check), "tar", float("inf")), 0
@@ -4998,7 +4999,9 @@ class _DockerLayout(_Layout):
                     digest, kind = Digest("sha256", packed.group(1)), kind + "+" + codec
                 if self._reader.regions.setdefault(blob_name(digest), region) != (
                         region) and (digest, region) not in self._proved:
-                    self._proved.add((digest, region))
+                    if region in self._proved:  # or: each lie is hashed
+                        raise InvalidDocument("is there by another digest, too")
+                    self._proved.update([region, (digest, region)])
                     drain(proved(region.pieces(self._reader.check), digest))
                 blobs.append(Descriptor(kind, digest, region.size))
         if len(blobs) <= len(layers):

@@ -12972,6 +12972,11 @@ class AuditTest(StoredCase):
                 (made(listing({"Layers": ["l", layer.decode() + ".tar"]}), raw_member(
                     b"l", image.blobs[image.layers[1]])), "expected digest"),
                 (raw_member(b"manifest.json", b"{}"), "must be a JSON array"),
+                (made(raw_member(b"c", json_bytes({"rootfs": {
+                    "type": "layers", "diff_ids": [SUM_A, SUM_A, SUM_B, SUM_B]}})),
+                      listing({"Config": "c", "Layers": [
+                          one[7:] + ".tar" for one in image.layers * 2]})),
+                 "by another digest, too"),  # each such lie would be hashed
                 (docker_archive([other], "skopeo", False)[:-1024], "compressed"),
                 (b"TWICE".join(docker_archive([build_image(
                     [raw_words("a=twice")] * 2, compress=None)], "legacy", False)
