@@ -5661,7 +5661,7 @@ class LayersOutput(Output):
             # It may be where another layer or image has it.
             there, status = self._added[layer.digest]
             # Another pull of the same, or that image, may have moved it.
-            places = path, path + ASIDE, there, there[:-len(ASIDE)]
+            places = path + ASIDE, path, there, there[:-len(ASIDE)]
             source = next((one for one in places if unchanged(one, status)), None)
             if source is None:  # or have put its own there
                 region = next(filter(None, map(regular, places)), None)
