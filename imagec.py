@@ -79,6 +79,7 @@ try:
     import os
     import random
     import re
+    import select
     import selectors
     import socket
     import ssl
@@ -1815,8 +1816,6 @@ def pieces(file, size=float("inf"), check=go_on):
 
 def waiting(file, check):
     """Yields what comes on a pipe or the like, in pieces; `check` may end the wait."""
-    import select
-
     def more():
         check()
         with contextlib.suppress(OSError, ValueError):  # no descriptor, or Windows
