@@ -12193,7 +12193,8 @@ class SignedPullTest(SignedCase):
 
     def test_mirrors(self):
         """A mirror may lack the signature, but not have another, nor another image."""
-        mirror, pull = self.registry(), ["pull", "-o", self.at("out.tar")]
+        # One by one: once the mirror lacks a signature's blob, it is left for all.
+        mirror, pull = self.registry(), ["pull", "-j1", "-o", self.at("out.tar")]
         gone = build_index([], extra_entries=[build_image([tar_bytes([("old", b"")])]).descriptor(
             platform={"os": "linux", "architecture": "amd64"})])
         mirror.add("lab/app", "1", self.index)
