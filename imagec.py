@@ -7323,21 +7323,19 @@ class Session:
         What goes by the tag of a digest is an index made here; see Source.referrers.
         Raises LimitExceeded, and what Registry.fetch_manifest raises.
         """
-        along, seen = [], set()
         only = None if self.referrers else [
             entry.digest for image in images for *_, entry in image.signed if entry]
-        for image in images:
-            with self.trying(image.reference):
-                along += self._referring_all(image, only, seen)
-        return along
+        return list({(one.reference, one.subject): one for found in in_parallel(self, [
+            (image.reference, lambda image=image: self._referring_all(image, only))
+            for image in images]) for one in found or ()}.values())
 
-    def _referring_all(self, image, only, seen):
-        found, raws = [image], []
+    def _referring_all(self, image, only):
+        found, raws, seen = [image], [], set()
         for above, one in ((above, one) for above in found  # it grows
                            for one in (*above.indexes, above.manifest, *above.below)):
-            if (above.reference.name, one.digest) in seen:
+            if one.digest in seen:
                 continue
-            seen.add((above.reference.name, one.digest))
+            seen.add(one.digest)
             for more in self._referring(above, one.digest, only):
                 found.append(more)
                 raws += [raw for _, raw in more.documents]

@@ -11619,6 +11619,13 @@ class AlongTest(StoredCase):
         return run, {entry["annotations"][imagec.TAG_ANNOTATION]: entry
                      for document in documents for entry in document["manifests"]}
 
+    def test_those_of_several_images_are_asked_for_at_once(self):
+        others, met = self.serve(FIELD_SMALL[1:], "lab/two:1")[0], threading.Barrier(2)
+        self.origin.fault("/referrers/", lambda reply: (met.wait(10), reply)[1], 2)
+        self.main("pull", "-o", self.at("x.tar"), "--referrers", self.ref, others,
+                  expect=0)
+        self.assertFalse(met.broken)
+
     @rows(in_turn([("oci", True), ("archive", True),
                    ("archive", False), ("oci", False)], 2))
     def test_all_of_it(self, format, listed):
