@@ -7513,9 +7513,16 @@ class Puller:
             reference, session.source(reference).registry_url)
         if not isinstance(platform, list):
             return [session.resolve(reference, platform, held)]
-        images = session.trusting(reference, held, lambda top: [
-            session.resolve(reference, one, held, top) for one in (
-                platform if isinstance(top, Index) else ["all"])])
+
+        def of_each(top):
+            found = [session.resolve(reference, one, held, top) for one in (
+                platform if isinstance(top, Index) else ["all"])]
+            alone = found[0].platform if not isinstance(top, Index) else None
+            if alone and not any(one.runs(alone) for one in platform):
+                raise NoMatchingPlatform(platform[0], [alone])
+            return found
+
+        images = session.trusting(reference, held, of_each)
         images = list({image.manifest.digest: image for image in images}.values())
         if len(images) > 1 and output.platforms:
             return [joined(images)]

@@ -11839,6 +11839,9 @@ class PlatformsTest(StoredCase):
         self.assertNotIn("warning", run.err)
         self.assertTrue([one for one in imagec.stored(imagec.open_place(self.at("out")))
                          if str(one.digest) == image.digest])
+        run = self.pull("-o", self.at("no"), "--format", format, "--platform", "s390x",
+                        "--platform", "ppc64le", reference, expect=4)
+        self.assertIn("no image for platform linux/s390x; there is: linux/amd64", run.err)
 
     def test_one_blob_has_one_size_in_all(self):
         other = remade(self.images[1], lambda document: document["layers"][0].update(
