@@ -19453,8 +19453,11 @@ class ReadersTest(ReadersCase, PodmanCase):
         self.podman("images")
         image = build_image(ARCHIVE_TARS)
         with offered({"lab/x:1": image}) as (host, _):
-            imagec.pull(host + "/lab/x:1", self.at("one.tar"), tag="lab/x:1",
-                        platform="linux/amd64")
+            for path, format in ("one.tar", "archive"), ("layout", "oci"):
+                imagec.pull(host + "/lab/x:1", self.at(path), format, "linux/amd64",
+                            "lab/x:1")
+        self.assertIn(sha256(image.config)[7:], self.podman(
+            "pull", "-q", "oci:" + self.at("layout")))
         with open(self.at("one.tar"), "rb") as file:
             self.podman("load", stdin=file)
         for form in ("docker-archive", "oci-archive", "oci-dir"):
