@@ -9030,15 +9030,9 @@ class Target(Registry):
         In parts where one request is too much; where it breaks off, from where the
         registry says it got. `source` may lend it: another repository there, or None.
         """
-        def sending(at, end):
-            part = region._replace(offset=region.offset + at, size=end - at)
-            for data in part.pieces(check):
-                yield data
-                at += len(data)
-                notify(Event("Pushing", name, at, size))
-
         name, size, check = blob.digest.hex[:12], region.size, self.transport.check
         mount = "?mount=%s&from=%s" % (str(blob.digest), source) if source else ""
+        sending = functools.partial(self._sending, blob, region, notify)
         place, at, most, best, failures = None, 0, size, 0, 0
         while place or not self.has_blob(repository, blob):
             try:
@@ -9074,6 +9068,20 @@ class Target(Registry):
                 failures += 1
                 self.transport.back_off(error, failures)
         return notify(Event("Already exists", name))
+
+    def _sending(self, blob, region, notify, at, end):
+        """Yields the bytes of a blob from `at` to before `end`, which are in a Region.
+
+        Where they cannot be read that is no OSError, or the connection would be blamed.
+        """
+        try:
+            part = region._replace(offset=region.offset + at, size=end - at)
+            for data in part.pieces(self.transport.check):
+                yield data
+                at += len(data)
+                notify(Event("Pushing", blob.digest.hex[:12], at, region.size))
+        except OSError as error:
+            raise OutputError(region.path, _reason(error)) from None
 
     def _step(self, method, place, repository, draw=None, at=0, end=0, blob=None):
         """A step of an upload: (URL of the next, None after the last; bytes there)."""
@@ -9170,7 +9178,7 @@ class Pusher:
             with self._session.trying(file), lenient(file):
                 yield
 
-        place, name = label(name), "standard input" if name == "-" else name
+        place, name = (None, "standard input") if name == "-" else (label(name), name)
         with naming(name):
             self._stock = stock = Stock(open_place(
                 path, self._session.transport.check, beside=beside), noting)

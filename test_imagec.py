@@ -14933,6 +14933,9 @@ class PushTest(PushCase):
     def test_from_standard_input(self):
         self.push_from_stdin(self.archive)
         self.has("lab/docker", "1", self.images["lab/docker"])
+        with tarfile.open(self.at("tag.tar"), "w") as tar:
+            tar.add(self.layout_of((PUSH_IMAGE, "1.0")), ".")
+        self.assertIn("try --tag", self.push_from_stdin(self.at("tag.tar"), expect=2).err)
 
     @able(os.name == "posix", "limit the size of files")
     def test_temporary_files_that_are_full(self):
@@ -14988,6 +14991,20 @@ class PushFaultsTest(PushCase):
         else:
             self.has("app", "1", PUSH_IMAGE)
             self.assertEqual((self.target.cuts, self.asked()), ([], expected))
+
+    def test_what_cannot_be_read_while_it_is_sent(self):
+        """A stick that dies is no fault of the line: nothing is waited for."""
+        read, path = imagec.Region.pieces, self.layout_of(PUSH_NAMED)
+        self.target, turns = self.registry(linked=True), itertools.count()
+
+        def dying(region, check=imagec.go_on):
+            if region.size == len(PUSH_BIG) and next(turns):  # first it is proved
+                raise OSError(errno.EIO, "Input/output error")
+            yield from read(region, check)
+
+        with mock.patch.object(imagec.Region, "pieces", dying), threat_alarm(30):
+            run = self.push(path, "-q", expect=1)
+        self.assert_one_line(run, 1, re.escape(path) + "/blobs/.*: Input/output error")
 
     def refuses(self, match, reply):
         """A "METHOD path" that `match` finds is not done."""
