@@ -1987,9 +1987,9 @@ def _streams(chunks, name, member, what):
 
 def _codec_error(what, name, words):
     """The error a decompressor's words mean: `zstd --long` is no corruption."""
-    if name == "zstd" and "memory" in words:
+    if "emory" in words:  # xz has the same limit
         return Unsupported("%s takes more memory to unpack than the limit of %d bytes"
-                           % (what, 1 << ZSTD_WINDOW_LOG))
+                           % (what, XZ_MEMORY_LIMIT))
     return InvalidDocument("%s: corrupt %s data: %s" % (what, name, words))
 
 
