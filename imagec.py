@@ -7517,9 +7517,10 @@ class Puller:
         def of_each(top):
             found = [session.resolve(reference, one, held, top) for one in (
                 platform if isinstance(top, Index) else ["all"])]
-            alone = found[0].platform if not isinstance(top, Index) else None
-            if alone and not any(one.runs(alone) for one in platform):
-                raise NoMatchingPlatform(platform[0], [alone])
+            own = found[0].config and found[0].config.platform
+            if not isinstance(top, Index) and own and own.architecture and not any(
+                    one.runs(own) for one in platform):
+                raise NoMatchingPlatform(platform[0], [own])
             return found
 
         images = session.trusting(reference, held, of_each)

@@ -11842,6 +11842,9 @@ class PlatformsTest(StoredCase):
         run = self.pull("-o", self.at("no"), "--format", format, "--platform", "s390x",
                         "--platform", "ppc64le", reference, expect=4)
         self.assertIn("no image for platform linux/s390x; there is: linux/amd64", run.err)
+        reference, _ = self.serve(FIELD_SMALL, "lab/any:1", platform=("", "", None))
+        self.pull("-o", self.at("any"), "--format", format, "--platform", "s390x",
+                  "--platform", "ppc64le", reference)
 
     def test_one_blob_has_one_size_in_all(self):
         other = remade(self.images[1], lambda document: document["layers"][0].update(
