@@ -4599,7 +4599,7 @@ class TarReader(Reader):
         super().__init__(os.path.realpath(path), check)
         self._names, self.regions = [], {}
         self._status = os.lstat(self.path)
-        with Region(self.path, 0, 0).open() as file:
+        with naming_file(self.path), Region(self.path, 0, 0).open() as file:
             codec = codec_of(file)
             if codec != "tar":
                 raise Unsupported("compressed with " + codec, "unpack it first")
@@ -5130,7 +5130,8 @@ class Download:
         """The Fetched. Raises ImagecError and OSError, and leaves then no file there
         that was not there, but maybe PATH.partial to go on with.
         """
-        with Partial(self._place.path, self._source.transport.wait) as partial:
+        path = self._place.path
+        with naming_file(path), Partial(path, self._source.transport.wait) as partial:
             found = self._existing()
             if found:
                 partial.discard()

@@ -12827,6 +12827,11 @@ class AuditTest(StoredCase):
         with mock.patch("os.lstat", at_once):
             self.assertEqual(self.verify(os.path.dirname(index)), "")
 
+    def test_what_cannot_be_read_is_named(self):
+        path = self.good("archive")
+        with mock.patch.object(imagec, "codec_of", side_effect=OSError(errno.EIO, "bad")):
+            self.assert_one_line(self.main("verify", path), 1, re.escape(path) + ": bad")
+
     def test_members_that_are_not_of_an_archive(self):
         path = self.good("archive")
         good = file_bytes(path)[:-1024]
@@ -16404,7 +16409,7 @@ class CommandLineFailureTest(CommandLineCase):
             self.assertLess(max(len(str(error)), len(repr(error))), 10000)
             self.assertTrue(str(error).endswith("not there; try another"))
 
-    @rows(((None, "standard output: ", ""), (b"/a/b", "/a/b: "), (3, "3: "), ("", "'': "),
+    @rows(((b"/a/b", "/a/b: "), (3, "3: "), ("", "'': "),
            (b"/a/\xff", r"/a/\udcff: "), ("/a/\x1b", r"/a/\x1b: "),
            ("x", "x: ", "; .* mounted .*-o -", errno.EBUSY)))
     def test_full_disk(self, name, shown, hint="; .*-o", code=errno.ENOSPC):
