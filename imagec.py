@@ -4933,8 +4933,9 @@ class _Layout:
                     led |= self._below[digest] if digest in led else set()
                 if entry.digest not in led and not (
                         led.issuperset(self._below.get(entry.digest) or [None])):
-                    raise VerificationError("%s does not lead to %s"
-                                            % (way[0], entry.digest))
+                    raise VerificationError(
+                        "%s does not lead to %s, but was noted to: did another program "
+                        "change the image?" % (way[0], entry.digest))
 
     def _fetch(self, descriptor):
         digest, kind = descriptor.digest, descriptor.media_type
