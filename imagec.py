@@ -10166,7 +10166,7 @@ def _run(args, progress):
         options.setdefault("verify_keys", ())
     if args.no_verify_key:
         options["verify_keys"] = ()
-        log.warning("--no-verify-key: what comes is taken, whoever signed it")
+        log.error("warning: --no-verify-key: what comes is taken, whoever signed it")
     args.platform = args.platforms and parse_platform(args.platforms)
     if isinstance(args.platform, list) and args.command != "pull":
         raise UsageError("%s takes one --platform" % args.command)

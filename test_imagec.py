@@ -12147,7 +12147,7 @@ class SignedPullTest(SignedCase):
                 self.unsign(self.index)
                 run = self.run_it(command, *argv, expect=3, **rule)
                 self.assert_one_line(run, 3, "found none")
-                run = self.run_it(command, "--no-verify-key", *argv, **rule)
+                run = self.run_it(command, "-q", "--no-verify-key", *argv, **rule)
                 self.assertIn("warning: --no-verify-key", run.err)
                 self.sign(self.index)
                 self.run_it(command, *argv, **rule)
