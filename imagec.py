@@ -4341,7 +4341,7 @@ def write_file(path, data, wait=time.sleep):
         partial.commit()
 
 
-def remove_tree(path):
+def remove_tree(path, check=go_on):
     """Removes a directory of ours, whatever modes an image gave to what is in it."""
     if os.path.islink(path):
         os.unlink(path)
@@ -4352,6 +4352,7 @@ def remove_tree(path):
             os.chmod(place, 0o700)
         with os.scandir(place) as entries:
             for entry in list(entries):
+                check()
                 if entry.is_dir(follow_symlinks=False):
                     found.append(entry.path)
                 else:
@@ -6649,7 +6650,7 @@ class RootfsOutput(Spooled):
 
     def _clear(self):
         for name in ("layers", "root"):
-            remove_tree(os.path.join(self._spool, name))
+            remove_tree(os.path.join(self._spool, name), self.check)
 
     def visit(self, layer, tar):
         digest = layer.digest
@@ -6707,11 +6708,13 @@ class RootfsOutput(Spooled):
         write(bytes(2 * TAR_BLOCK), 0)
 
     def abandon(self):
-        if self._target is not None:
-            if self._ours:
-                self._clear()
-            self._target.discard()
-        super().abandon()
+        try:
+            if self._target is not None and self._ours:
+                self._clear()  # where time is up, the next run does
+        finally:
+            if self._target is not None:
+                self._target.discard()
+            super().abandon()
 
 
 _TITLE = "org.opencontainers.image.title"  # OCI image-spec, annotations.md
