@@ -3489,13 +3489,14 @@ def auth_url(challenge, repository, registry_url, actions="pull"):
 
 def fetch_token(transport: Transport, url: str,
                 credentials: "Credentials | None" = None, trusting: int = ANYWHERE,
-                token_hosts: "list | tuple" = ()) -> Token:
+                token_hosts: "list | tuple" = (), tries: "int | None" = None) -> Token:
     """The Token that the token server at `url` (see auth_url) gives.
 
     `credentials` (None: anonymous) go to its host, whoever chose that; an identity
     token by POST, as OAuth2 wants it, or by GET if it does not know that. `trusting`:
     see Transport.open. On its host the server may redirect to https, and, without the
     password unless it is one of the `token_hosts` (see names_host), to another port.
+    It is asked in so many `tries`, see Transport.retrying.
     Raises RegistryError, TransportError, InvalidDocument. Source: distribution's specs.
     """
     basic = credentials.basic() if credentials else None
@@ -3523,7 +3524,7 @@ def fetch_token(transport: Transport, url: str,
 
     started = transport.clock()
     with naming(bare_url(url)):
-        document = Document.parse(transport.retrying(fetch), "token reply")
+        document = Document.parse(transport.retrying(fetch, tries), "token reply")
         value = document.get("token", str) or document.get("access_token", str)
         if not re.fullmatch("[!-~]{1,%d}" % HEADER_LIMIT, value or ""):
             raise InvalidDocument("token reply holds no token of printable ASCII")
@@ -3672,7 +3673,8 @@ class Endpoint:
             credentials = None
         try:
             return fetch_token(self.transport, url, credentials,
-                               ANYWHERE if named else self.rank, self._token_hosts)
+                               ANYWHERE if named else self.rank, self._token_hosts,
+                               1 if self._namespace else None)  # see learn_registry_url
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
             error.hint = self.withheld or credentials and _WRONG_PASSWORD or error.hint

@@ -7418,6 +7418,12 @@ class MirrorTest(ResolveCase):
         self.assertEqual(len(paths(one, "/blobs/")), 3)
         self.assertEqual(two.requests + self.origin.requests, [])
 
+    def test_a_token_server_is_asked_once(self):
+        mirror = self.filled(auth="bearer")
+        mirror.fault("/token", status(429, {"Retry-After": "60"}), EVER)
+        self.pull(self.origin.host, mirrors=[mirror.host])
+        self.assertEqual((self.naps, len(paths(mirror, "/token"))), ([], 1))
+
     def test_name_written_down_is_the_origins(self):
         mirror = self.filled(name="cache/lab/app")
         name = self.origin.host + "/lab/app:1"
