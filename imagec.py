@@ -8580,7 +8580,7 @@ def _run_ls(args, session):
                 "mtime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
                 "path": "/" + path,
                 "target": target if entry.kind == "symlink" else None}
-            yield json.dumps(file) if args.json else printable(
+            yield SECRETS.hide(json.dumps(file)) if args.json else printable(
                 "%(mode)s %(uid)d:%(gid)d %(size)d %(mtime)s %(path)s" % file
                 + (" -> " + file["target"] if file["target"] else ""))
 

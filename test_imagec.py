@@ -16701,12 +16701,13 @@ class SecretsTest(CommandLineCase):
 
     def test_results_and_progress(self):
         self.origin.auth = "basic"
-        told = build_image(FIELD_SMALL, author=PASSWORD, config={
+        told = build_image([tar_bytes([(PASSWORD, b"")])], author=PASSWORD, config={
             "Labels": {PASSWORD: "x " + PASSWORD, "source": "ssh://git@h/" + PASSWORD}})
         digest = self.origin.add("lab/app", "1", told)
         self.origin.add("lab/app", "t-" + PASSWORD, told)
         runs = [self.main(*argv, *self.LOGIN, stdin=PASSWORD) for argv in (
             ("inspect", self.ref), ("tags", self.origin.host + "/lab/app"),
+            ("ls", self.ref), ("ls", "--json", self.ref),
             ("pull", "--json", "--progress", "plain", "-o", self.output, self.ref))]
         for ended in runs:
             self.assertEqual(ended.status, 0, ended.err)
