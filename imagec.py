@@ -2996,8 +2996,9 @@ class TLSSettings:
         # written anywhere.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if sys.version_info >= (3, 13):
-            # Not strict: many a company's CA is not to the letter of RFC 5280.
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            if not roots:  # many a private CA is not to the letter of RFC 5280
+                context.verify_flags |= ssl.VERIFY_X509_STRICT
         if hasattr(ssl, "TLSVersion"):
             context.minimum_version = ssl.TLSVersion.TLSv1_2
         else:  # 3.6, whose default takes TLS 1.0
