@@ -1880,8 +1880,8 @@ def ahead(chunks):
         given_up = True
         drain(drawn)  # so that nobody waits for room
         thread.join()
-    if error is not None:
-        raise error
+        if error is not None:  # given up or not: what failed first explains more
+            raise error
 
 
 class _Gzip:
