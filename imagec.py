@@ -2628,7 +2628,17 @@ class _Kept(http.client.HTTPConnection):
             name = self.host if sys.version_info < (3, 7) else self.host.encode("ascii")
             self.sock = tls().wrap_socket(self.sock, server_hostname=name,
                                           do_handshake_on_connect=False)
-            self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
+            try:
+                self.in_turns(self.sock, self.sock.do_handshake, CONNECT_TIMEOUT)
+            except ssl.SSLError:  # "HTTP/" was taken for a record's head
+                with contextlib.suppress(OSError):
+                    rest = re.match(rb"1\.[01] [0-9]{3}[^\r\n]*", socket.socket.recv(
+                        self.sock, KIB))
+                    if rest:
+                        raise TransportError("%s: TLS failed: it says HTTP/%s" % (
+                            request.host, printable(rest.group().decode("latin-1"), 99)),
+                            "it may speak plain http: --insecure-allow-http") from None
+                raise
 
     def _reach(self, host, port):
         """Connects to an address of a host that is no nearer than allowed."""

@@ -6920,16 +6920,16 @@ class ProbeTest(NetworkCase):
 
     # (what answers the first bytes of a connection to the TLS port, do we skip verifying)
     @rows(itertools.product((
-        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
-        # What such words mean, they do not from outside of TLS.
-        b"HTTP/1.1 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n",
+        b"HTTP/1.1 400 Bad\x1b[2J\r\n\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.0 400 CERTIFICATE_VERIFY_FAILED\r\n\r\n",  # not in TLS: not its words
         b"HTTP/1.1 400 an alert: no certificate\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n",
-        b"\x15\x03\x01\0\2\2\x50",  # an alert
-        b"220 mail.test ESMTP ready\r\n"), (False, True)))
+        b"\x15\x03\x01\0\2\2\x50", b"220 mail.test ESMTP ready\r\n"), (False, True)))
     def test_t114_no_tls_spoken(self, junk, skip):
         registry = self.registry(tls=True)
         registry.fault("", garbage(junk, "accept"))
-        with self.fails(imagec.TransportError, "TLS failed", "--insecure-allow-http"):
+        said = junk.startswith(b"HTTP") and imagec.printable(junk.decode().split("\r")[0])
+        with self.fails(imagec.TransportError, "TLS failed: " + (
+                said and "it says %s;" % said or ""), "--insecure-allow-http"):
             self.probe(registry, skip=skip, host=by_name("registry.test", registry))
         self.assertEqual(registry.connections, 1)
 
