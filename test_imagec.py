@@ -17732,9 +17732,7 @@ class FaultsCase(ThreatCase):
         for row, (fault, action, times, phases, *expected) in enumerate(
                 table, sys.version_info[1]):
             for phase in phases if PRODUCT else phases[row % 4::4] or phases[:1]:
-                # Most is half-made there; elsewhere what differs is not the output.
-                whole = PRODUCT and phase == "last layer"
-                for format, name in OUTPUTS if whole else [next(TURNS)]:
+                for format, name in outputs_in_turn():
                     case = self.before(format, name, again and phase in THREAT_PINNED)
                     struck = self.strike(phase, action, times)
                     with self.subTest(fault=fault, phase=phase, name=name):
