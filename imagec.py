@@ -9856,8 +9856,8 @@ def _run_auth(args, session):
 
 
 #: A number in a tag, a mark of what comes before a release (PEP 440, semver.org), else.
-_VERSION_PART = ("([0-9]+)|((?:alpha|beta|rc|pre|preview|dev|snapshot|nightly|canary)"
-                 "(?![a-z])|[ab](?=[0-9]))|([a-z]+)")
+_VERSION_PART = ("([0-9]+)|((?:alpha|beta|milestone|rc|cr|pre|preview|dev|snapshot"
+                 "|nightly|canary)(?![a-z])|[abm](?=[0-9]))|([a-z]+)")
 
 
 def version_key(tag):

@@ -15564,7 +15564,7 @@ class CommandLineTest(CommandLineCase):
     def test_tags_by_version(self):
         newest_first = [
             "20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2", "3.20-RC.1",
-            "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9", "3.9", "v3",
+            "3.20-M1", "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9", "3.9", "v3",
             "dev-1", "alpha1"]
         self.assertEqual(sorted(newest_first, key=imagec.version_key),
                          newest_first[::-1])
