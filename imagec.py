@@ -9189,6 +9189,7 @@ class Pusher:
         self._tag = tag and home
         self._target = session.registry(home.api_host, kind=Target)
         self._has = {}  # digest of a blob -> a repository there that has it
+        self._may = {}  # the same -> one that has it if what is beside was pushed
 
     def plan(self, path, name, beside=()):
         """What `push` takes for each image at `path`, called `name`; see open_place."""
@@ -9197,10 +9198,14 @@ class Pusher:
             with self._session.trying(file), lenient(file):
                 yield
 
+        check = self._session.transport.check
         place, name = (None, "standard input") if name == "-" else (label(name), name)
         with naming(name):
-            self._stock = stock = Stock(open_place(
-                path, self._session.transport.check, beside=beside), noting)
+            self._stock = stock = Stock(open_place(path, check, beside=beside), noting)
+        self._may.update((digest, self._prefix + found.reference.repository)
+                         for base in beside for found in stored_at(base, check)
+                         for one in found.reference and found.documents or ()
+                         for digest, _ in found.regions(one, lenient))
         if any(found.origin.indexes if found.origin else found.tree is not None
                and found.documents[1:] for found in stock.names):
             log.warning("the index of one image is not pushed: --platform all keeps it")
@@ -9301,9 +9306,10 @@ class Pusher:
         notify(Event("Pushing to " + repository, reference.tag_or_digest))
         for blob, region in blobs:
             notify(Event("Preparing", blob.digest.hex[:12], None, region.size))
+        lent = collections.ChainMap(self._has, self._may)
         in_parallel(self._session, [
             (reference, lambda pair=pair: target.put_blob(
-                repository, *pair, notify, self._has.get(pair[0].digest)))
+                repository, *pair, notify, lent.get(pair[0].digest)))
             for pair in blobs])
         if str(reference) in dict(self._session.failures or ()):
             return []

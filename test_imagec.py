@@ -9479,11 +9479,13 @@ class WithoutTest(StoredCase):
                                           "what it builds on in --with" % digest)
             self.assertEqual({request.method for request in target.requests} - {"GET"},
                              {"HEAD"})
-            other = self.registry()
-            for argv in (), ("--dry-run",):
-                self.main("push", self.at(name), other.host, "--with", base, *argv,
-                          expect=0)
-            self.assertEqual(set(other.blobs), set(self.image.blobs))
+            other = self.registry(linked=True)
+            for argv in ([base], [self.at(name), "--with", base, "--tag", "twin:2"],
+                         [self.at(name), "--with", base, "--dry-run"]):
+                self.main("push", argv[0], other.host, *argv[1:], expect=0)
+            self.assertEqual(len([  # the base's layers are lent from where that went
+                request for request in other.requests if request.method == "PUT"
+                and "/twin/blobs/" in request.path]), len(self.image.blobs) - 2)
             self.assertTrue(imagec.push(self.at(name), self.registry().host,
                                         beside=[base], no_creds=True))
             self.main("push", base, target.host, "--tag", "lab/app:1")
