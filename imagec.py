@@ -2636,7 +2636,7 @@ class _Kept(http.client.HTTPConnection):
                         self.sock, KIB))
                     if rest:
                         raise TransportError("%s: TLS failed: it says HTTP/%s" % (
-                            request.host, printable(rest.group().decode("latin-1"), 99)),
+                            request.host, printable(rest.group().decode("latin"), 99)),
                             "it may speak plain http: --insecure-allow-http") from None
                 raise
 
@@ -4907,10 +4907,12 @@ class _Layout:
 
     def stored(self, entries=None):
         """Yields a Stored for each entry, or for these that `_entries` gave."""
-        for entry, origin in list(self._entries() if entries is None else entries):
-            name, tag = names_in(entry.annotations)
+        entries = [(names_in(entry.annotations), entry, origin) for entry, origin in (
+            self._entries() if entries is None else entries)]
+        # What is below a name is drawn by that: oras and zot list it once more.
+        for names, entry, origin in sorted(entries, key=lambda one: not any(one[0])):
             documents = self._documents(entry, origin.indexes if origin else ())
-            yield Stored(self._reader, None, name, tag, entry.digest, origin, documents)
+            yield Stored(self._reader, None, *names, entry.digest, origin, documents)
 
     def _entries(self):
         """Yields (Descriptor, Origin or None) of each entry of its index.json."""
@@ -7824,11 +7826,12 @@ class Stock:
 
 def picked(path, names, name, several=False):
     """Those of the Stored `names` at `path` that go by `name`, None: by any. That is a
-    name, tag or digest, or the end of one; if not `several`, rather a whole name.
-    Raises UsageError for none, and for too many.
+    name, tag or digest, or the end of one; if not `several`, rather a whole name, or
+    rather any than none. Raises UsageError for none, and for too many.
     """
     known = [(str(one.name or one.tag or one.digest or one.tree), one) for one in names]
-    found = not several and [one for text, one in known if text == name] or [
+    found = not several and [one for text, one in known if (
+        text == name if name else one.full or one.tag)] or [
         one for text, one in known if name is None or any(
             re.search(r"(?:\A|[/:@])%s\Z" % re.escape(name), str(part))
             for part in (text, one.full, one.tag, one.digest, *(one.origin or ())[:1])
@@ -9202,17 +9205,10 @@ class Pusher:
         place, name = (None, "standard input") if name == "-" else (label(name), name)
         with naming(name):
             self._stock = stock = Stock(open_place(path, check, beside=beside), noting)
-        self._may.update((digest, self._prefix + found.reference.repository)
-                         for base in beside for found in stored_at(base, check)
-                         for one in found.reference and found.documents or ()
-                         for digest, _ in found.regions(one, lenient))
-        if any(found.origin.indexes if found.origin else found.tree is not None
-               and found.documents[1:] for found in stock.names):
-            log.warning("the index of one image is not pushed: --platform all keeps it")
-        # What refers to another comes last, and goes where that goes.
-        names = [(getattr(stock.document(found), "subject", None), found)
-                 for found in stock.names]
-        names.sort(key=lambda name: bool(name[0] or name[1].along))
+        for base in beside:
+            self._lend(stored_at(base, check))
+        names = self._names(stock)
+        subjects = {found.digest: subject for subject, found in names}
         known = {found.digest for _, found in names if found.full or found.tag}
         images = {one.digest for subject, one in names if not (subject or one.along)}
         if self._tag and len(images) > 1:
@@ -9224,13 +9220,16 @@ class Pusher:
                 if not digest or digest in known and not (found.full or found.tag) or (
                         self._tag and named and digest in images):
                     continue  # another name has it
+                while subject in subjects and subject not in homes:
+                    subject = subjects[subject]
                 own = self._tag or found.reference
                 tag = own and not (self._tag and named) and own.tag or found.tag
                 home = own.repository if own else not found.full and (
                     homes.get(subject) or tag and place)
                 if not home:
                     raise UsageError("%s: no name in a registry: %s" % (
-                        name, found.full or digest), "try --tag, or --keep-going")
+                        name, found.full or digest),
+                        "try %s--keep-going" % ("--tag, or " * (len(images) == 1)))
                 homes.update((one.digest, home) for one in found.documents)
                 there = Reference.parse("%s/%s%s%s" % (self._host, self._prefix, home, (
                     ":" + tag if tag else "@" + str(digest))))
@@ -9245,6 +9244,29 @@ class Pusher:
                 below[key] = below.get(key) or self._below(name, there, one)
                 plans.append((there, *below[key]))
         return plans
+
+    def _lend(self, names):
+        """Notes where the blobs of these Stored are, if they were pushed as well."""
+        for found in names:
+            for one in found.documents if found.reference else ():
+                home = self._prefix + found.reference.repository
+                self._may.update((one, home) for one, _ in found.regions(one, lenient))
+
+    @staticmethod
+    def _names(stock):
+        """(Digest of what it refers to or None, Stored) of what is to go from a Stock.
+        What refers to another comes last, and goes where that goes.
+        """
+        if any(found.origin.indexes if found.origin else found.tree is not None
+               and found.documents[1:] for found in stock.names):
+            log.warning("the index of one image is not pushed: --platform all keeps it")
+        below = {one.digest for found in stock.names if found.full or found.tag
+                 for one in found.documents}
+        names = [(getattr(stock.document(found), "subject", None), found)
+                 for found in stock.names]
+        return sorted([(subject, found) for subject, found in names if subject
+                       or found.full or found.tag or found.digest not in below],
+                      key=lambda name: bool(name[0] or name[1].along))
 
     def _below(self, name, reference, digest):
         """The documents below a digest, each behind what it lists, images first, and
@@ -9321,10 +9343,10 @@ class Pusher:
             try:
                 target.put_manifest(repository, name, one)
             except RegistryError as error:
-                if self._partial and isinstance(one, Index) and (
+                kept = [one for one in documents if not isinstance(one, Index)]
+                if self._partial and isinstance(one, Index) and kept and (
                         error.status in (400, 404, 422)):
                     log.warning("an index that lacks images is not taken: %s", error)
-                    kept = [one for one in documents if not isinstance(one, Index)]
                     return self.push(reference, kept, blobs) if len(kept) == 1 else [
                         reference._replace(tag=None, digest=one.digest) for one in kept]
                 if "MANIFEST_BLOB_UNKNOWN" in error.codes and not target.doubted:

@@ -13856,8 +13856,8 @@ class ShelfTest(ServeCase):
         self.assertNotIn("lab/gone", shelf.repositories)
         for line, words in zip(self.said, (
                 r"index.json: index.json.manifests\[1\]", "index.json: .*digest",
-                "blobs/sha256/[0-9a-f]{64}: it is of type application/xml",
-                "blobs/.*: No such", "blobs/.*: No such")):
+                "blobs/.*: No such", "blobs/.*: No such",
+                "blobs/sha256/[0-9a-f]{64}: it is of type application/xml")):
             self.assertRegex(line, "passed over: %s/%s" % (path, words))
 
     def test_name_that_two_would_have(self):
@@ -14640,6 +14640,8 @@ PUSH_OTHER = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
 PUSH_INDEX = build_index([(PUSH_IMAGE, SERVE_AMD), (PUSH_OTHER, SERVE_ARM)])
 PUSH_SIGNATURE = build_artifact([("application/json", b"{}", None)],
                                 subject=PUSH_IMAGE.descriptor())
+PUSH_SEALED = build_artifact([("application/json", b"[]", None)],
+                             subject=PUSH_SIGNATURE.descriptor())
 PUSH_TAG = PUSH_IMAGE.digest.replace(":", "-")
 PUSH_ARM = build_index([(PUSH_OTHER, SERVE_ARM)])
 PUSH_NEST = build_index([(PUSH_ARM, None), (build_index([
@@ -14666,6 +14668,12 @@ PUSH_NAMES = (
      {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE}),
     ([(PUSH_SIGNATURE, PUSH_TAG + ".sig"), PUSH_NAMED],
      ("--tag", "x:2"), {"x:2": PUSH_IMAGE, "x:%s.sig" % PUSH_TAG: PUSH_SIGNATURE}),
+    # What refers to that is there before it.
+    ([(PUSH_SEALED, None), (PUSH_SIGNATURE, None), PUSH_NAMED], (),
+     {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE, "app:": PUSH_SEALED}),
+    # As oras and zot list what an index does.
+    ([(PUSH_OTHER, None), (PUSH_INDEX, "a.b/app:1")], (), {"app:1": PUSH_INDEX}),
+    ([(PUSH_INDEX, "a.b/a:1"), (PUSH_OTHER, None)], ("--tag", "x"), {"x:latest": PUSH_INDEX}),
     # Two of its indexes list a third.
     ([(PUSH_NEST, "a.b/app:1")], (), {"app:1": PUSH_NEST}),
     # No list of what refers to an image, though it has such a tag.
@@ -14839,11 +14847,15 @@ class PushTest(PushCase):
         for name, image in expected.items():
             repository, _, tag = name.partition(":")
             self.has("pre/" + repository, tag, image)
-            lines.append("%s/pre/%s@%s" % (self.target.host, name, image.digest))
+            lines.append("%s/pre/%s@%s" % (self.target.host, name.rstrip(":"), image.digest))
         self.assertEqual(sorted(run.out.decode().splitlines()), sorted(lines))
         self.assertEqual(self.asked()[1], len({
             blob for image in expected.values() for one in [image] + image.children
             for blob in one.blobs}))
+
+    def test_the_only_name_is_no_choice(self):
+        path = self.layout_of((PUSH_OTHER, None), (PUSH_INDEX, "a.b/app:1"))
+        self.assertIn("/etc/arm", self.main("ls", path, "--platform", "linux/arm64").out)
 
     def test_what_has_many_names_is_looked_at_once(self):
         path = self.layout_of(*[(PUSH_INDEX, "a.b/" + name) for name in (
