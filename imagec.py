@@ -4751,11 +4751,14 @@ class Origin(value_type(
                    without) if digest else None
 
 
-def names_in(annotations):
+def names_in(annotations, archive=False):
     """(full name, tag) that an entry of a layout goes by, as texts, None for none."""
     name, tag = map(annotations.get, (NAME_ANNOTATION, TAG_ANNOTATION))
     if not re.fullmatch(_TAG, str(tag or "none")):
         name, tag = name or tag, None  # podman has the whole name there, ctr "@DIGEST"
+    elif not archive and ORIGIN_ANNOTATION + "digest" in annotations and tag and (
+            not str(name).endswith(":%s" % tag)):
+        name = None  # umoci copies it from another entry; ctr goes by it, in archives
     if re.fullmatch("(sha256:)?[0-9a-f]{64}", str(name)):
         name = None  # an image's ID: Kubernetes gives it as one more name
     return name and Reference.full(str(name)), tag
@@ -4907,10 +4910,13 @@ class _Layout:
 
     def stored(self, entries=None):
         """Yields a Stored for each entry, or for these that `_entries` gave."""
-        entries = [(names_in(entry.annotations), entry, origin) for entry, origin in (
-            self._entries() if entries is None else entries)]
+        archive = isinstance(self._reader, TarReader)
+        entries = [(names_in(pair[0].annotations, archive), *pair)
+                   for pair in (self._entries() if entries is None else entries)]
         # What is below a name is drawn by that: oras and zot list it once more.
         for names, entry, origin in sorted(entries, key=lambda one: not any(one[0])):
+            if NAME_ANNOTATION in entry.annotations and not names[0]:
+                origin = None  # it is of that other entry
             documents = self._documents(entry, origin.indexes if origin else ())
             yield Stored(self._reader, None, *names, entry.digest, origin, documents)
 
@@ -4927,7 +4933,7 @@ class _Layout:
                         entry = Descriptor.from_document(entry)
                         origin = Origin.of(entry.annotations)
                         if where == REFERRERS and not came_along(
-                                origin, *names_in(entry.annotations)):
+                                origin, *names_in(entry.annotations, True)):
                             raise InvalidDocument(
                                 "%s refers to nothing by its notes and names: images "
                                 "belong in index.json" % str(entry.digest))

@@ -9031,6 +9031,17 @@ class OCIOutputTest(StoredCase):
         self.assertEqual(self.names(), [(self.image.digest, None, None),
                                         (newer.digest, self.ref, "1")])
 
+    def test_a_name_that_was_copied(self):
+        """`umoci tag` and `umoci repack` copy all that stands with what they begin from."""
+        self.layout(self.ref)
+        damage_json(lambda index: index["manifests"].append(json.loads(json.dumps(
+            index["manifests"][0]).replace('name": "1"', 'name": "new"'))))(
+                os.path.join(self.out, "index.json"))
+        self.layout(self.ref)
+        self.assertEqual([tag for *_, tag in self.names()], ["new", "1"])
+        self.assertEqual(imagec.Shelf(self.out).repositories["out"],
+                         {"new": self.image.digest})
+
     def test_names_in_a_list_take_no_time(self):
         entries = [{"digest": "sha256:%064d" % number, "annotations": {
             OCI_NAME: "docker.io/library/a:%d" % number, OCI_TAG: "%d" % number}}
