@@ -6743,6 +6743,10 @@ _UNPACK = "io.deis.oras.content.unpack"  # ORAS: the blob is a directory, packed
 _CHART_ENDINGS = {  # helm.sh/helm, pkg/registry
     "application/vnd.cncf.helm.chart.content.v1.tar+gzip": ".tgz",
     "application/vnd.cncf.helm.chart.provenance.v1.prov": ".tgz.prov"}
+_ENDINGS = (  # by what is in a media type
+    (r"\btar.gzip", ".tar.gz"), (r"\btar.zstd", ".tar.zst"), (r"\btar\b", ".tar"),
+    ("json", ".json"), ("xml", ".xml"), ("yaml", ".yaml"), ("wasm", ".wasm"),
+    ("^text/", ".txt"), ("", ""))
 
 
 class FilesOutput(RootfsOutput):
@@ -6776,7 +6780,8 @@ class FilesOutput(RootfsOutput):
                     name = config.need("name", str) + "-" + config.need("version", str)
                 name += _CHART_ENDINGS[kind]
             elif not name:
-                name = "%s-%.12s" % blob.digest
+                name = "%s-%.12s" % blob.digest + next(
+                    ending for word, ending in _ENDINGS if re.search(word, kind))
                 if not fetched:
                     log.warning("%s: a file without name is %s", image.reference, name)
             parts = [part for part in name.split("/") if part not in ("", ".")]
