@@ -10315,10 +10315,12 @@ def _second_signal(numbers):
 def _local_words(error, args):
     """An OSError of this host in words: which file, what is wrong, what to do."""
     name = error.filename2 or error.filename  # of a rename, where it was to lead
-    hints = dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        "; free some space or choose another place with " + (
-            "-o" if args.command == "pull" and args.output != "-" else "TMPDIR"))
+    place = "choose another place with " + (
+        "-o" if args.command == "pull" and args.output != "-" else "TMPDIR")
+    hints = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space or " + place)
+    hints.update(dict.fromkeys(  # what a file system may not do
+        (errno.EFBIG, errno.EROFS, errno.EPERM, errno.ENOSYS, errno.EINVAL),
+        "; " + place))
     hints[errno.EBUSY] = "; it is mounted there: write into it with -o -"
     hint = hints.get(error.errno, "")
     if name is None and hint:

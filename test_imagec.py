@@ -16453,7 +16453,8 @@ class CommandLineFailureTest(CommandLineCase):
 
     @rows(((b"/a/b", "/a/b: "), (3, "3: "), ("", "'': "),
            (b"/a/\xff", r"/a/\udcff: "), ("/a/\x1b", r"/a/\x1b: "),
-           ("x", "x: ", "; .* mounted .*-o -", errno.EBUSY)))
+           ("x", "x: ", "; .* mounted .*-o -", errno.EBUSY),
+           ("x", "x: ", "; choose another place with -o", errno.ENOSYS)))
     def test_full_disk(self, name, shown, hint="; .*-o", code=errno.ENOSPC):
         error = OSError(code, os.strerror(code), name)
         with mock.patch.object(imagec.Partial, "write", side_effect=error):
