@@ -7027,12 +7027,13 @@ def _libtrust(keys, _layer, raw):
 
 def _simple_signing(keys, layer, raw):
     """As _libtrust, cosign to 2: containers/image, containers-signature.5.md."""
-    signature = _base64(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
+    signature = _base64(re.sub(  # `cosign attach signature` takes what `base64` writes
+        "\r?\n", "", layer.annotations.get(SIGNATURE_ANNOTATION, "")))
     key = _maker(keys, [(signature, raw)])
     critical = Document.parse(raw, "payload").need("critical", dict)
     if set(critical.value) != {"identity", "image", "type"} or (
             critical.need("type", str) != "cosign container image signature"):
-        raise VerificationError("by %s, but of no image" % key.name)
+        raise VerificationError("by %s, but it signs no image" % key.name)
     return (key, [str(critical.need("image", dict).digest("docker-manifest-digest"))],
             critical.need("identity", dict).need("docker-reference", str))
 
@@ -7050,7 +7051,7 @@ def _bundle(keys, _layer, raw):
     if (kind, statement.need("_type", str), statement.need("predicateType", str)) != (
             b"application/vnd.in-toto+json", "https://in-toto.io/Statement/v1",
             "https://sigstore.dev/cosign/sign/v1"):
-        raise VerificationError("by %s, but of no image" % key.name)
+        raise VerificationError("by %s, but it signs no image" % key.name)
     return key, ["sha256:%s" % subject.need("digest", dict).get("sha256", str)
                  for subject in statement.children("subject", INDEX_COUNT_LIMIT)], None
 
@@ -7089,6 +7090,9 @@ class SignedBy:
     def __init__(self, paths, name=None):
         self._keys = []
         self._name = None if name is None else Reference.parse(str(name)).name
+        if re.search("@|:[^/]*$", name or ""):
+            raise UsageError("--verify-name %s: expected HOST/REPOSITORY, without a tag"
+                             % printable(name, 100))
         for path in paths:
             try:
                 with open(path, "rb") as file:
@@ -7119,9 +7123,12 @@ class SignedBy:
             except (VerificationError, InvalidDocument) as error:
                 bad[str(error)] += 1
         if not good:
-            raise VerificationError("%s: expected a signature by %s, found %s" % (
-                what, " or ".join(key.name for key in self._keys), "; ".join(
-                    "%d %s" % (count, why) for why, count in bad.items()) or "none"))
+            raise VerificationError("%s: expected a signature by %s%s, found %s%s" % (
+                what, " or ".join(key.name for key in self._keys),
+                " of %s" % self._name * bool(self._name), "; ".join(
+                    "%d %s" % (count, why) for why, count in bad.items()) or "none",
+                "; no more are looked at" * (
+                    sum(bad.values()) == SIGNATURE_COUNT_LIMIT)))
         return tuple(good)
 
     @staticmethod
@@ -10220,7 +10227,8 @@ def _run(args, progress):
     if args.no_verify_key is not False:  # or no name means an image in a registry
         options.setdefault("verify_keys", ())
     if args.no_verify_key:
-        options["verify_keys"] = ()
+        if options["verify_keys"]:
+            raise UsageError("--verify-key and --no-verify-key contradict one another")
         log.error("warning: --no-verify-key: what comes is taken, whoever signed it")
     args.platform = args.platforms and parse_platform(args.platforms)
     if isinstance(args.platform, list) and args.command != "pull":

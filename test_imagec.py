@@ -11090,10 +11090,10 @@ SIGNED_REFUSED = worded(
     ((imagec.VerificationError, "by k.pub, but of sha256:%s, %s" % (
         "A" * 64, SUM_B)), (bundle(dsse(IN_TOTO, statement("sha256:" + "A" * 64,
                                                            SUM_B))),)),
-    ((imagec.VerificationError, "by k.pub, but of no image"),
+    ((imagec.VerificationError, "but of no image"), (bundle(dsse(IN_TOTO, statement())),)),
+    ((imagec.VerificationError, "by k.pub, but it signs no image"),
      (simple(simple_payload(critical={"type": "atomic container signature"})),),
      (simple(simple_payload(critical={"new": 1})),),
-     (bundle(dsse(IN_TOTO, statement())),),
      (bundle(dsse("text/plain", statement(SUM_A))),),
      (bundle(dsse(IN_TOTO, statement(
          SUM_A, predicateType="https://slsa.dev/provenance/v1"))),),
@@ -11142,10 +11142,11 @@ class SignerTest(TableCase):
         key = imagec.signer(self.KEYS, imagec.Digest.parse(SUM_A), *signature, name)
         self.assertEqual(key.name, "k.pub")
 
-    def test_signed_by_cosign_itself(self):
+    @rows([(base64.b64encode,), (base64.encodebytes,)])
+    def test_signed_by_cosign_itself(self, encode):
+        """`cosign attach signature` keeps the lines in which it got them."""
         layer = imagec.Descriptor(imagec.SIMPLE_SIGNING, None, None, None, {
-            imagec.SIGNATURE_ANNOTATION: base64.b64encode(
-                COSIGN_SIGNATURE).decode("ascii")})
+            imagec.SIGNATURE_ANNOTATION: encode(COSIGN_SIGNATURE).decode("ascii")})
         digest = imagec.Digest.parse(COSIGN_DIGEST)
         keys = [imagec.PublicKey.parse(key, "cosign.pub") for key in (
             P384_PUBLIC, COSIGN_PUBLIC)]
@@ -12152,6 +12153,7 @@ class SignedPullTest(SignedCase):
             self.assert_one_line(run, 3, re.escape(
                 "%s: expected a signature by %s, found " % (self.reference, self.key)))
             self.assertIn(words, run.err)
+            self.assertEqual("no more are looked at" in run.err, "found 5" in words)
         self.assertEqual(os.listdir(self.work), [])
         for digest in self.image.layers:
             self.assertEqual(self.blob_gets(digest), 0)
@@ -12207,8 +12209,11 @@ class SignedPullTest(SignedCase):
                     os.pathsep)[2])):
                 run = self.main("digest", *argv, self.reference, IMAGEC_VERIFY_KEY=value)
                 self.assert_one_line(run, 2, re.escape(words))
-        self.assert_one_line(self.main("digest", "--verify-name", "x/y", self.reference),
-                             2, "but no key; add --verify-key")
+        for argv, words in (((), "but no key; add --verify-key"), (
+                ("--verify-key", self.key, "--no-verify-key"), "contradict one another"), (
+                ("--verify-key", self.key, "--verify-name", "x/y:1"), "without a tag")):
+            self.assert_one_line(self.main("digest", "--verify-name", "x/y", *argv,
+                                           self.reference), 2, words)
         self.assertEqual(self.origin.requests, [])
 
     def test_by_name(self):
