@@ -3979,13 +3979,18 @@ def old_sparse(extents, size, empty=0, name=b"f"):
     return header + in_blocks(content)
 
 
+def mapped(numbers, content=b"", realsize=9, **more):
+    """A sparse file and its map, of the kind 1.0: GNU tar's, in pax."""
+    more.update(major=b"1", minor=b"0", realsize=b"%d" % realsize)
+    return pax(*((b"GNU.sparse." + key.encode(), more[key]) for key in sorted(more))) + (
+        tar_member(in_blocks(numbers) + content))
+
+
 def pax_sparse(extents, size, name=b"f"):
-    """A sparse file of (offset, data) pairs as GNU tar writes it in pax (1.0)."""
-    content = b"".join(data for _, data in extents)
+    """A sparse file of (offset, data) pairs as GNU tar writes it in pax."""
     numbers = [b"%d" % n for at, data in extents for n in (at, len(data))]
-    return pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"),
-               (b"GNU.sparse.name", name), (b"GNU.sparse.realsize", b"%d" % size)) + (
-        tar_member(in_blocks(b"\n".join([b"%d" % len(extents), *numbers, b""])) + content))
+    return mapped(b"\n".join([b"%d" % len(extents), *numbers, b""]),
+                  b"".join(data for _, data in extents), size, name=name)
 
 
 SPARSE_EXTENTS = ((70000, b"middle"), (75006, b"end"))
@@ -4097,9 +4102,7 @@ BAD_TARS = (
      tar_member(b"n\0", kind=b"L") + pax((b"a", b"b"), kind=b"g") + A_FILE, "disagree"),
     ("pax before a global header",
      pax((b"path", b"x")) + pax((b"a", b"b"), kind=b"g") + A_FILE, "disagree"),
-    ("two sizes of a sparse file", pax(*((b"GNU.sparse." + key, value) for key, value in (
-        (b"major", b"1"), (b"minor", b"0"), (b"size", b"9"), (b"realsize", b"650"))))
-     + tar_member(in_blocks(b"0\n")), "unknown kind"),
+    ("two sizes of a sparse file", mapped(b"0\n", size=b"9"), "unknown kind"),
     ("no name of a sparse file", pax((b"GNU.sparse.name", b"")) + A_FILE, "disagree"),
     ("sparse, but ustar", tar_header(0, kind=b"S"), "after 0 members"),
     ("sparse map that ends early", tar_header(0, kind=b"S", patches=[
@@ -4134,10 +4137,7 @@ BAD_TARS = (
     # Go takes the last, tarfile the first
     ("two pax headers", pax((b"size", b"650")) + pax((b"size", b"900")) + A_FILE,
      "after 0 members"),
-    ("sparse map endless", pax(
-        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"),
-        (b"GNU.sparse.realsize", b"9")) + tar_member(b"999999\n".ljust(512, b"1")),
-     "does not end"),
+    ("sparse map endless", mapped(b"999999\n".ljust(512, b"1")), "does not end"),
     ("sparse map of rubbish", SPARSE_FILES[1][1].replace(
         b"%011o\0" % 75006, b"9" * 12), "after 1 members"),
 ) + tuple(  # T02: what int() takes and no other tar does
@@ -4154,10 +4154,7 @@ BAD_TARS = (
                  b"5 a=b6 c=d\n", b"9 a=b\n", b"9" * 400 + b" a=\n", b"6 a=b\njunk",
                  bytes(10))
 ) + tuple(  # T152
-    ("sparse map %r" % numbers, pax(
-        (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"),
-        (b"GNU.sparse.realsize", b"9")) + tar_member(in_blocks(numbers) + b"bad"), words)
-    for numbers, words in (
+    ("sparse map %r" % numbers, mapped(numbers, b"bad"), words) for numbers, words in (
         (b"2\n5\n2\n0\n1\n", "makes no sense"), (b"1\n8\n3\n", "makes no sense"),
         (b"1\n9\n0\n", "does not fit"), (b"1\n0\n2\n", "does not fit"),
         (b"1\n0\n-3\n", "pax"), (b"1\n0\n4\n", "does not fit"), (b"\n", "pax")))
@@ -18812,9 +18809,8 @@ class MemoryTest(ThreatProcessCase):
         ("many pax records, T67", lambda: (tar_member(b"".join(
             b"31 SCHILY.xattr.user.%06d=xx\n" % n for n in range(30000)), kind=b"x")
             + tar_header(name=b"f")) * 20),
-        ("a sparse map without end, T152", lambda: pax(
-            (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")) + tar_member(
-                b"99999999\n" + b"0\n" * (500 << 10))),
+        ("a sparse map without end, T152", lambda: mapped(
+            b"99999999\n" + b"0\n" * (500 << 10))),
         ("a chain of hard links, T157", lambda: b"".join(
             tar_header(kind=b"1", name=b"l%d" % n, patches=[(157, b"l%d" % (n + 1))])
             for n in range(2000)) + tar_header(name=b"l2000")),
@@ -18837,6 +18833,48 @@ def counted(document, name):
     """decode_manifest() of a document with so many entries of that name."""
     return lambda n: imagec.decode_manifest(json_bytes(dict(
         document, **{name: document[name][:1] * n})))
+
+
+def in_two_blocks(lines, digits):
+    """A sparse file: so many lines of its map are in the first block, and so many digits
+    of the next.
+    """
+    width, wider = divmod(512 - digits, lines)
+    return mapped(b"".join(
+        b"%0*d\n" % (width - (line >= wider), 0 if line else lines // 2 + 1)
+        for line in range(lines)) + b"0" * digits + b"\n0\n0\n0\n")
+
+
+def put(files, read):
+    """`read(directory)` of a directory with {name: bytes} in it."""
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in files.items():
+            write_file(os.path.join(place, name), data)
+        return read(place)
+
+
+def read_tar(*members):
+    return put({"x": b"".join(members)}, lambda place: imagec.TarReader(place + "/x"))
+
+
+def entries(kind, **files):
+    """What an index of a layout lists, whose name is that of the file but for `_`."""
+    return put(dict(files, **{"oci-layout": LAYOUT}), lambda place: list(kind(
+        imagec.Reader(place), imagec.naming)._entries()))
+
+
+def listing(*pages):
+    """A Registry whose lists have these pages."""
+    registry, left = imagec.Registry("r.test", mock.Mock()), list(pages)
+
+    def answer(*_, **_named):
+        body, response = left.pop(0), mock.Mock(url="http://r.test/", headers=Message())
+        if left:
+            response.headers["Link"] = '<?%d>; rel="next"' % len(left)
+        return response, body
+
+    registry._document = answer
+    return registry
 
 
 class LimitsTest(unittest.TestCase):
@@ -18864,6 +18902,39 @@ class LimitsTest(unittest.TestCase):
             "l%d->l%d" % (i, i + 1) for i in range(1, n)) + " l%d->b l1/x=1" % n])),
         ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output(
             "/" * n, "archive", stream=1)),
+        ("NUMBER_LIMIT", 9, lambda n: walked([in_two_blocks(99, n)])),
+        ("TAR_EXTENSION_LIMIT", 800, lambda n: walked([in_two_blocks(n - 700, 1)])),
+        ("TAR_EXTENSION_LIMIT", 1200, lambda n: walked([old_sparse((), 0, n - 1150)])),
+        ("MEMBER_COUNT_LIMIT", 9, lambda n: read_tar(tar_header() * n)),
+        ("MEMBER_NAMES_LIMIT", 9, lambda n: read_tar(tar_header(
+            name=b"abc") + tar_header(kind=b"2", patches=[(157, b"l" * (n - 4))]))),
+        ("PLATFORM_LIMIT", 9, lambda n: imagec._platform(
+            imagec.Document({"os": "a" * n}, "x"))),
+        ("DOCUMENT_COUNT_LIMIT", 9, lambda n: list(imagec.walk(str, [
+            imagec.Descriptor("", digest, 0) for digest in range(n)]))),
+        ("DOCUMENT_BYTES_LIMIT", 9, lambda n: list(imagec.walk(str, [
+            imagec.Descriptor(imagec.OCI_INDEX, "", size) for size in (2, n - 2)]))),
+        ("DOCUMENT_LIMIT", 900, lambda n: imagec.made_index(
+            [], "x" * (n - len(imagec.made_index([], "x").raw) + 1))),
+        ("DOCUMENT_LIMIT", imagec.DOCUMENT_LIMIT, lambda n: put(
+            {"x": bytes(n)}, lambda place: imagec.Reader(place).read("x"))),
+        ("CONTENTS_LIMIT", 600, lambda n: put(
+            {"oci-layout": LAYOUT, "index.json": b"{}".ljust(n)}, imagec.OCIOutput)),
+        ("CONTENTS_LIMIT", 600, lambda n: entries(
+            imagec._Layout, **{"index.json": b"{}".ljust(n)})),
+        ("CONTENTS_LIMIT", 600, lambda n: entries(
+            imagec._DockerLayout, **{"manifest.json": b"[]".ljust(n)})),
+        ("CONTENTS_LIMIT", 600, lambda n: imagec.contents("x", {"x": "x" * (n - 8)})),
+        ("TAG_COUNT_LIMIT", 9, lambda n: list(listing(
+            json_bytes({"tags": ["a"] * n})).tags("a"))),
+        ("PAGE_COUNT_LIMIT", 9, lambda n: list(listing(*[b"{}"] * n).tags("a"))),
+        ("INDEX_COUNT_LIMIT", 9, lambda n: imagec.list_referrers(listing(*[
+            json_bytes(dict(INDEX_DOC, manifests=INDEX_DOC["manifests"][:1] * count))
+            for count in (5, n - 5)]), "a", "")),
+        ("DOCUMENT_BYTES_LIMIT", 9000, lambda n: imagec.list_referrers(listing(*[
+            json_bytes(INDEX_DOC).ljust(size) for size in (5000, n - 5000)]), "a", "")),
+        ("KEY_LIMIT", 400, lambda n: put({"x": TEST_PUBLIC.strip().rjust(n)},
+                                         lambda place: imagec.SignedBy([place + "/x"]))),
         ("PATH_MAX", 9, lambda n: imagec.new_output("a" * n, "archive", stream=1))))
     def test_below_at_and_above(self, name, limit, make):
         with mock.patch.object(imagec, name, limit):
