@@ -500,7 +500,7 @@ def base64url_decode(text):
 BLOCK = 1 << 16  # bytes handed to the kernel at a time
 
 
-class Request(collections.namedtuple("Request", "method path headers body")):
+class Request(collections.namedtuple("Request", "method path headers body version")):
     """A request as it came: `path` is the target as sent, query and all."""
 
     __slots__ = ()
@@ -822,7 +822,7 @@ def _read_request(stream, cuts=()):
     for cut in [cut for cut in cuts if re.search(cut[0], " ".join(words[:2]))][:1]:
         cuts.remove(cut)
         size = min(size, cut[1])
-    return Request(words[0], words[1], headers, stream.read(size))
+    return Request(words[0], words[1], headers, stream.read(size), words[2])
 
 
 def _is_undelivered(sock):
@@ -5639,6 +5639,11 @@ class TransportTest(NetworkCase):
         transport.open("GET", server.url + "/it").close()
         self.assertEqual(self.get(transport, server.url + "/other"), (200, b"other"))
         self.assertEqual(server.connections, 2)
+        # T113: what counts after chunks beside a length is no answer to the next
+        server.fault("GET /other", [chunked(), headers(content_length="5")])
+        for connections in (2, 3):
+            self.assertEqual(self.get(transport, server.url + "/other"), (200, b"other"))
+            self.assertEqual(server.connections, connections)
 
     @rows([(code, 5) for code in (408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                                   522, 523, 524, 525, 530)],
@@ -6035,6 +6040,8 @@ class FieldProxy(Relay):
         reply.ending, reply.raw, reply.begun = "fin", b"", b""
         reply.onward, path = re.fullmatch("(?:http://)?([^/]*)(.*)",
                                           request.path).groups()
+        if (request.version, request.headers["Host"]) != ("HTTP/1.1", reply.onward):
+            return Reply(400)  # RFC 7230, 5.4
         if request.method == "CONNECT":
             reply.raw = b"HTTP/1.1 200 Connected\r\n\r\n"
         else:
@@ -6302,6 +6309,7 @@ class ProxyTest(ResolveCase):
             run = self.main("digest", "r.test/a", *argv, **environ)
             # What to write must not be taken for somebody's password.
             self.assert_one_line(run, 2, r"proxy.*\[USER:PASSWORD@\]HOST")
+            self.assertEqual("TLS to the proxy itself" in run.err, url[:6] == "https:")
             self.assertNotIn(PASSWORD, run.err)
 
     @rows((("page", say(b"<html>", content_type="text/html")),
@@ -7672,8 +7680,10 @@ class RateLimitTest(ResolveCase):
             self.pull(one.host, format="oci")
         held = held_at(self.at("out"))
         self.assertEqual(len(held), 4)
-        with mock.patch.object(imagec, "DOCUMENT_BYTES_LIMIT", len(held[0])):
-            self.assertEqual(held_at(self.at("out")), held[:2])
+        for room, count in ((0, 4), (-1, 2)):
+            with mock.patch.object(imagec, "DOCUMENT_BYTES_LIMIT",
+                                   len(held[0] + held[1]) + room):
+                self.assertEqual(held_at(self.at("out")), held[:count])
         with self.assertRaises(imagec.Timeout):
             held_at(self.at("out"), mock.Mock(side_effect=imagec.Timeout("")))
 
@@ -7711,7 +7721,10 @@ class RateLimitTest(ResolveCase):
            ('299 example.test "said by a proxy"', "said by a proxy"),
            ('299 - "a \\"quoted\\" word"', "quoted"),
            ('299 - "poison \x1b[31m"', "poison \\x1b[31m"),
-           (['299 - "one"', '299 - "two"'], "one", "two"),
+           (['299 - "one"', '299 - "two"', '299 - "one"'], "one", "two"),
+           (['299 - "%02d"' % number for number in range(21)],  # of many, and of long ones
+            *map("%02d".__mod__, range(20))), ('299 - "%s"' % ("x" * 401),),
+           ('299 - "%s"' % ("x" * 400), "x" * 400),
            ('110 - "Response is Stale"',), ("299 - bare",), ("",), ('299 - ""',)))
     def test_warnings(self, value, *shown):
         registry = self.filled()
@@ -7781,6 +7794,9 @@ NET_PARTIALS = (
      [NET_HALF, 0]),
     ("said to be compressed", NET_BLOB[:NET_HALF], headers(content_encoding="gzip"),
      [NET_HALF]),
+    ("said to be so, unknown total", NET_BLOB[:NET_HALF], [partial(
+        "bytes %d-%d/*" % (NET_HALF, NET_SIZE - 1), NET_HALF),
+        headers(content_encoding="gzip")], [NET_HALF, 0]),
     ("cut again", NET_BLOB[:NET_HALF], truncate(1000), [NET_HALF, NET_HALF + 1000]),
     ("other content, T104", NET_BLOB[:NET_HALF], flip(), [NET_HALF, 0]))
 
@@ -7867,6 +7883,7 @@ class RangesTest(DownloadCase):
            ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
            ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
            ("no end", endless(framing="length"), 1, False, False),
+           ("said to be compressed", headers(content_encoding="gzip"), 1, False, False),
            ("other bytes", flip(), 1, True, True)))
     def test_answers(self, _name, fault, times, good, anew):
         registry = self.filled(RANGED_BLOB)
@@ -7894,10 +7911,12 @@ class RangesTest(DownloadCase):
 
     @rows((("one connection", {}, 1), ("little is left", {"RANGES_LEFT": 1 << 30}, 3),
            ("it is quick", {"RANGES_PACE": 0}, 3), ("it began now", {"RANGES_AFTER": 60},
-            3)))
-    def test_where_it_is_of_no_use(self, _name, limits, share):
+            3), ("it is said to be compressed", {}, 3, "gzip")))
+    def test_where_it_is_of_no_use(self, _name, limits, share, coding=None):
+        registry = self.filled(RANGED_BLOB)
+        registry.fault("/blobs/", headers(content_encoding=coding))
         with mock.patch.multiple(imagec, **dict({"BACKOFF": 0}, **limits)):
-            self.assertEqual(self.ranged(self.filled(RANGED_BLOB), share), [None])
+            self.assertEqual(self.ranged(registry, share), [None])
 
     def test_what_comes_early_needs_room(self):
         usage = mock.Mock(total=1 << 40, free=1 << 18)
@@ -14401,15 +14420,15 @@ class ServeTest(ServeCase):
 
     def test_longest_idle_makes_room(self):
         """One for one: who is slow is not cut for a crowd."""
-        host, socks = self.narrow(self.archive), []
-        for count in (1, 2):
-            socks.append(self.asking(host))
+        host, first, second = self.narrow(self.archive), None, None
+        for count in (1, 2, 2):
+            first, second = second, self.asking(host, sock=first)
             self.wait_until(lambda: sum(map(bool, list(
                 self.server.since.values()))) >= count)
         with mock.patch.object(imagec, "SERVE_IDLE", 0):
             self.assertEqual(serve_ask(host, "/v2/").status, 200)
-        self.assertEqual(socks[0].recv(1), b"")
-        self.asking(host, sock=socks[1])
+        self.assertEqual(first.recv(1), b"")  # though it came last
+        self.asking(host, sock=second)
 
     def test_idle_makes_room_where_descriptors_are_none(self):
         host, accept = self.serve(self.archive), socket.socket.accept
@@ -19347,7 +19366,7 @@ class RealTokenTest(PullContract, RealPullCase):
 
     def asked(self):
         """The token requests so far, with the user's password or without."""
-        return ["Authorization" in headers for _, _, headers, _ in self.tokens.requests]
+        return ["Authorization" in request.headers for request in self.tokens.requests]
 
     def test_anonymous(self):
         self.done("pull", "-q", "-o", self.output, self.app + "oci")
