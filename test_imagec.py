@@ -10339,6 +10339,14 @@ class RootfsOutputTest(StoredCase):
                 self.assertEqual((facts.st_rdev, stat.S_IMODE(facts.st_mode)),
                                  (os.makedev(major, minor), 0o666), name)
 
+    def test_what_another_has_cut_is_told(self):
+        tree, pack = imagec.Tree(), imagec.LayerPack(self.at("pack"))
+        pack.visit(imagec.Tar([A_FILE], "x"))
+        tree.apply(pack)
+        os.truncate(pack.path(None), len(TAR_TEXT) - 1)
+        with self.fails(imagec.OutputError, "pack/data", "has been tampered with"):
+            imagec.write_tree_tar(tree, len)
+
     @rows((("new",), ("there",)))
     def test_nobody_else_comes_in_before_all_is_there(self, out):
         seen, write, finish = [], imagec.TreeWriter.write, imagec.TreeWriter.finish
@@ -13238,9 +13246,9 @@ class AuditTest(StoredCase):
         self.assertGreater(asked.call_count, 256)
 
     @rows(in_turn(itertools.product(
-        ("verify", "serve"), ("oci", "layers", "archive")), 3))
+        ("verify", "serve", "digest"), ("oci", "layers", "archive")), 3))
     def test_the_command_has_a_deadline(self, command, format):
-        run = self.main(command, self.good(format), "--timeout", "0.000001")
+        run = self.main(command, "-q", self.good(format), "--timeout", "0.000001")
         self.assert_one_line(run, 1, "^imagec: not done within ")
 
     #: (platforms of which the image is here, whether our pull has noted that, status,
@@ -18965,6 +18973,119 @@ class LimitsTest(unittest.TestCase):
             make(limit)
             with self.assertRaises((imagec.ImagecError, IndexError)):
                 make(limit + 1)
+
+
+LONG = bytes(99 * 512)
+LONG_BLOB = imagec.Descriptor("a/b", imagec.Digest.of(LONG), len(LONG))
+LONG_INDEX = index_of("-")._replace(digest="top", manifests=[
+    imagec.Descriptor(imagec.OCI_MANIFEST, number, 1) for number in range(99)])
+
+
+def steps_of_download(check, place):
+    return imagec.Download(mock.Mock(**{"transport.check": check}), LONG_BLOB,
+                           imagec.Place(place + "/x"))
+
+
+def steps_of_look(check, place):
+    """A Look at a layer of 99 members, and its _Headers."""
+    image, blob = mock.Mock(layers=[]), LONG_BLOB._replace(
+        digest=imagec.Digest.of(tar_header() * 99))
+    image.stored.reader.region.return_value = imagec.Region(place + "/tar", 0, len(LONG))
+    look = imagec.Look(mock.Mock(max_files=999, max_layer_size=1 << 20, **{
+        "transport.check": check}), image, place)
+    return look, look._headers(imagec.Layer("", blob, None, None))
+
+
+def steps_of_cat(check, place):
+    look, headers = steps_of_look(imagec.go_on, place)
+    look._draw, look._check = mock.Mock(), check
+    os.rename(place + "/x", headers.path(None))
+    list(look.data(mock.Mock(store=headers, **{"entry.where": 0})))
+
+
+def steps_of_tree(check, place):
+    tree, pack = imagec.Tree(check), imagec.LayerPack(place)
+    pack.visit(imagec.Tar([tar_member(LONG)], "x"))
+    tree.apply(pack)
+    imagec.write_tree_tar(tree, len)
+
+
+def steps_of_files(check, place):
+    output = imagec.FilesOutput(place + "/out")
+    output.check, output._stores, output._census = check, {}, imagec.Census()
+    output._spool, layer = place, imagec.Layer("", LONG_BLOB, None, None)
+    output._directory((b"x",), layer, place + "/tar")
+
+
+def steps_of_way(check, place):
+    layout = imagec._Layout(imagec.Reader(place, check), imagec.forgiving)
+    way = [imagec.Digest("sha256", "%064d" % n) for n in range(99)]
+    layout._below = dict.fromkeys(way, set())
+    list(layout._documents(imagec.Descriptor(imagec.OCI_MANIFEST, way[0], 1), way))
+
+
+def steps_of_docker(check, place):
+    """Of a second file that is said to be the same layer."""
+    reader = imagec.TarReader(place + "/docker")
+    reader.check = check
+    list(imagec._DockerLayout(reader, imagec.naming)._entries())
+
+
+def steps_of_signed(check, _place):
+    stock = mock.Mock(drawn={imagec.Digest("", n): (mock.Mock(artifact_type=""), 1)
+                             for n in range(99)},
+                      names=[imagec.Stored(None, None, "a:1", None, n, None, ())
+                             for n in range(99)], **{"reader.check": check})
+    stock.document.return_value = mock.Mock(annotations={})
+    imagec._prove_signed(stock, mock.Mock())
+
+
+def steps_of_push(check, _place):
+    pusher = mock.MagicMock(_partial=True, **{"_session.transport.check": check})
+    pusher._stock.document = lambda entry: (
+        LONG_INDEX if entry.digest == "top" else mock.MagicMock(digest=entry.digest))
+    imagec.Pusher._below(pusher, "x", None, "top")
+
+
+class StepsTest(unittest.TestCase):
+    """What may take long asks whether to go on, at each of 99 steps."""
+
+    # name, how often at each, what it does with a `check` and a directory
+    @rows((
+        ("names", 1, lambda check, place: imagec.Reader(place, check).names()),
+        ("removal", 1, lambda check, place: imagec.remove_tree(
+            place + "/many", check)),
+        ("tar", 1, lambda check, place: imagec.TarReader(place + "/tar", check)),
+        ("zeros", 1, lambda check, place: imagec.TarReader(place + "/zeros", check)),
+        ("copy", 1, lambda check, place: imagec.same_file(
+            place + "/x", place + "/y", check)),
+        ("recompression", 2, lambda check, place: imagec.recompress(imagec.Fetched(
+            LONG_BLOB, imagec.Region(place + "/zstd", 0, len(LONG)), None), place + "/y",
+            check=check)),
+        ("there", 1, lambda *given: steps_of_download(*given)._existing()),
+        ("begun", 1, lambda *given: list(steps_of_download(*given)._chunks(mock.Mock(
+            **{"chunks.return_value": [bytes(512)] * 99})))),
+        ("no manifest", 1, lambda check, place: imagec._Layout(
+            imagec.Reader(place, check), imagec.lenient)._fetch(LONG_BLOB)),
+        ("platforms", 1, lambda check, _: imagec.Audit(check)._first_of(LONG_INDEX)),
+        ("way", 1, steps_of_way), ("docker", 1, steps_of_docker),
+        ("look", 3, steps_of_look), ("cat", 1, steps_of_cat), ("tree", 1, steps_of_tree),
+        ("files", 2, steps_of_files), ("signed", 2, steps_of_signed), ("push", 1, steps_of_push)))
+    @mock.patch.object(imagec, "inflated", lambda chunks, _: chunks)
+    @mock.patch.object(imagec, "CHUNK", 512)
+    @mock.patch("os.link", mock.Mock(side_effect=OSError))
+    def test_each_step(self, _name, times, work):
+        config = {"os": "linux", "architecture": "amd64", "rootfs": {
+            "type": "layers", "diff_ids": [str(LONG_BLOB.digest)] * 2}}
+        docker = [("manifest.json", json_bytes([{"Config": "c", "Layers": ["a", "b"]}])),
+                  ("c", json_bytes(config)), ("a", LONG), ("b", LONG)]
+        check = mock.Mock()
+        put(dict({"many/%d" % n: b"" for n in range(99)}, x=LONG,
+                 zstd=b"\x28\xb5\x2f\xfd" + LONG[4:], tar=tar_header() * 99,
+                 zeros=tar_header() + LONG + LONG[:1024], docker=tar_bytes(docker),
+                 **{imagec.blob_name(LONG_BLOB.digest): LONG}),
+            lambda place: work(check, place))
+        self.assertGreaterEqual(check.call_count, 99 * times)
 
 
 # -- Rows of the catalogue that no other room tests
