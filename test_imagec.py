@@ -94,8 +94,7 @@ def setUpModule():
     write_file(roots, TEST_CERT)  # to read the system's takes longer than a pull
     FIXTURES.callback(os.environ.update, dict(os.environ))
     FIXTURES.callback(os.environ.clear)
-    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT")
-            if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
     os.environ.clear()
     os.environ.update(kept, HOME=os.path.join(place, "home"), TMPDIR=place,
                       XDG_RUNTIME_DIR=os.path.join(place, "run"), SSL_CERT_FILE=roots,
@@ -266,8 +265,7 @@ RUN_CONFIG = {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}
 
 # The blob that stands in schema1 for a layer that changed nothing: an empty tar,
 # gzipped by the first docker; its digest (a3ed95ca...) is known to every client.
-EMPTY_LAYER = bytes.fromhex(
-    "1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000")
+EMPTY_LAYER = bytes.fromhex("1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000")
 
 # The public half of TEST_KEY; `kid` is its libtrust fingerprint, as clients check.
 JWK = {"crv": "P-256", "kty": "EC",
@@ -349,8 +347,7 @@ def build_image(layers, kind="oci", platform=("linux", "amd64", None),
     `layers` are uncompressed tars, oldest first; None is a step without a layer.
     `compress` may be None; `config_extra` overrides members of the image config.
     """
-    steps = [tar if tar is None or compress is None else compress(tar)
-             for tar in layers]
+    steps = [tar if tar is None or compress is None else compress(tar) for tar in layers]
     diff_ids = [sha256(tar) for tar in layers if tar is not None]
     if kind.startswith("schema1"):
         image = _schema1(steps, kind, platform, config_extra)
@@ -469,8 +466,7 @@ def _v1_history(steps, platform, extra):
         history.append(entry)
         parent = entry["id"]
     if history:
-        history[-1].update(_platform(platform), docker_version="1.12.6",
-                           config=RUN_CONFIG)
+        history[-1].update(_platform(platform), docker_version="1.12.6", config=RUN_CONFIG)
         history[-1].update(extra)
     return history
 
@@ -725,8 +721,7 @@ class Server:
         early = self._strike(None, Reply(200))
         if self._tls and early is None:
             # Wrapped here and shaken later, so that close() sees one socket only.
-            sock = self._tls.wrap_socket(
-                sock, server_side=True, do_handshake_on_connect=False)
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=self._serve, args=(sock, early), daemon=True)
         self._live[sock] = thread
         thread.start()
@@ -949,8 +944,7 @@ def endless(reply, chunk=bytes(BLOCK), interval=0, framing="chunked"):
 def chunked(reply, size=4096):
     """Send the true body with chunked transfer coding."""
     reply.chunk = size
-    return _with_headers(
-        reply, {"content_length": None, "transfer_encoding": "chunked"})
+    return _with_headers(reply, {"content_length": None, "transfer_encoding": "chunked"})
 
 
 @action
@@ -1094,8 +1088,7 @@ class FakeRegistry(Server):
         if entry is None:
             return _error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         data, media_type, digest = entry
-        return Reply(200, data, {"Content-Type": media_type,
-                                 "Docker-Content-Digest": digest})
+        return Reply(200, data, {"Content-Type": media_type, "Docker-Content-Digest": digest})
 
     def _blob(self, request, repository, digest):
         if request.method == "HEAD" and digest in self.lies:
@@ -1208,8 +1201,7 @@ class FakeRegistry(Server):
         reply = _json_reply({"name": repository, "tags": tags[:size]})
         if 0 < size < len(tags):
             more = urllib.parse.urlencode([("last", tags[size - 1]), ("n", size)])
-            reply.put("Link",
-                      '</v2/%s/tags/list?%s>; rel="next"' % (repository, more))
+            reply.put("Link", '</v2/%s/tags/list?%s>; rel="next"' % (repository, more))
         return reply
 
     def _referrers(self, request, repository, subject):
@@ -1454,8 +1446,7 @@ class RegistryCase(unittest.TestCase):
             command = ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + command
         options = dict({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
                         "stderr": subprocess.PIPE}, **options)
-        process = subprocess.Popen(command, env=dict(os.environ, **environ or {}),
-                                   **options)
+        process = subprocess.Popen(command, env=dict(os.environ, **environ or {}), **options)
         self.addCleanup(self.reap, process)
         return process
 
@@ -1684,8 +1675,7 @@ class TokenServer(FakeRegistry):
             "jti": os.urandom(12).hex(),
             "access": [self._access(known, scope) for scope in scopes]}
         # x5c and not kid: registry 2.x and 3.x compute a key's id differently.
-        header = {"typ": "JWT", "alg": "ES256",
-                  "x5c": ["".join(TEST_CERT.split("\n")[1:-2])]}
+        header = {"typ": "JWT", "alg": "ES256", "x5c": ["".join(TEST_CERT.split("\n")[1:-2])]}
         parts = [url64(json_bytes(part)) for part in (header, claims)]
         signed = ".".join(parts)
         pair = [number.to_bytes(32, "big") for number in ecdsa(signed.encode("ascii"))]
@@ -1786,8 +1776,7 @@ class DockerRegistry:
         if self.tls:
             context = ssl.create_default_context(cadata=TEST_CERT)
             context.load_cert_chain(self._path("cert.pem"), self._path("key.pem"))
-            connection = http.client.HTTPSConnection(
-                self.host, timeout=10, context=context)
+            connection = http.client.HTTPSConnection(self.host, timeout=10, context=context)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -2212,14 +2201,12 @@ def flat_row(word):
         kind, name, rest = "dir", word, ""
     link = rest.encode() if kind in ("hardlink", "symlink") else b""
     data = rest if kind == "file" else None
-    return imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link,
-                        where=data)
+    return imagec.Entry(name.encode(), kind, len(data or ""), 0o644, 0, 0, 0, link, where=data)
 
 
 def flat_layer(entries):
     """What Tree.apply takes: such Entries as a LayerStore has them."""
-    return types.SimpleNamespace(records=[entry.dumps() for entry in entries],
-                                 shared=False)
+    return types.SimpleNamespace(records=[entry.dumps() for entry in entries], shared=False)
 
 
 def flat_tree(layers):
@@ -2321,8 +2308,7 @@ def raw_word(word):
     entry = flat_row(word)
     kind = {"file": b"0", "dir": b"5", "symlink": b"2", "hardlink": b"1"}[entry.kind]
     mode = 0o755 if entry.kind == "dir" else 0o644
-    return raw_member(entry.path, (entry.where or "").encode(), kind, entry.link,
-                      mode=mode)
+    return raw_member(entry.path, (entry.where or "").encode(), kind, entry.link, mode=mode)
 
 
 def stored_state(directory, besides=()):
@@ -2465,8 +2451,7 @@ class ThreatCase(RegistryCase):
             return self.pulled_by(session, path, format, ref)
 
     def pull(self, format, path, *more, tag="1", **options):
-        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more),
-                         **options)
+        return self.main(*self.pull_argv(self.ref[:-1] + tag, format, path, *more), **options)
 
     def pull_argv(self, ref, format, path, *more):
         return ("pull", "-q", "--platform", "linux/amd64", "--format", format,
@@ -2476,8 +2461,7 @@ class ThreatCase(RegistryCase):
         """What stands there passes verify, or is the file system of an image."""
         self.assertEqual(faults_of(path), [])
         if os.path.basename(path) in ("root", "root.tar"):
-            rows = contents(path).items() if os.path.isdir(path) else (
-                threat_rows(path))
+            rows = contents(path).items() if os.path.isdir(path) else (threat_rows(path))
             found = {name: sha256(data) for name, data in rows}
             self.assertIn(found, (threat_tree(self.image), {"old": sha256(b"old")}))
 
@@ -2637,8 +2621,7 @@ class ServeCase(RegistryCase):
         """The host of a server of a Shelf, or of what is at a path, until the end."""
         if not isinstance(shelf, imagec.Shelf):
             shelf = imagec.Shelf(shelf)
-        self.server = server = imagec.new_server(
-            shelf, ("127.0.0.1", 0), credentials, tls)
+        self.server = server = imagec.new_server(shelf, ("127.0.0.1", 0), credentials, tls)
         # As `imagec.serving`, which ends later.
         thread = threading.Thread(target=server.serve_forever, args=(0.005,))
         thread.start()
@@ -2776,8 +2759,7 @@ BAD_REFERENCES = worded(
     ("looks like an image ID", HEX64),
     ("reserved", "scratch", "scratch:1", "docker.io/library/scratch"),
     # not a word of what stands before an @, unless a digest follows
-    ("'***@h.io/x'",
-     "u:S3CR3T@h.io/x", "u:S3/CR3T@h.io/x", "https://u:S3CR3T@h.io/x"),
+    ("'***@h.io/x'", "u:S3CR3T@h.io/x", "u:S3/CR3T@h.io/x", "https://u:S3CR3T@h.io/x"),
     ("invalid digest 'h.io'", "u:S3CR3T@h.io"),
     ("invalid digest '***@h.io'", "u:S3@CR3T@h.io"),
     ("'***@h.io/x:1'", "u:S3@CR3T@h.io/x:1"),
@@ -2808,8 +2790,7 @@ class NamesTest(TableCase):
 
     @rows(BAD_REFERENCES)
     def test_bad_references(self, text, words):
-        error = self.refused(imagec.InvalidReference, words, imagec.Reference.parse,
-                             text)
+        error = self.refused(imagec.InvalidReference, words, imagec.Reference.parse, text)
         self.assertNotIn("CR3T", str(error))
 
     # text, host, repository, tag, digest, tag_or_digest, api_host, name
@@ -2820,8 +2801,7 @@ class NamesTest(TableCase):
             SHA256_A, "h.io:5", "h.io:5/a/b")))
     def test_reference_parts(self, text, *parts):
         found = imagec.Reference.parse(text)
-        self.assertEqual(
-            found + (found.tag_or_digest, found.api_host, found.name), parts)
+        self.assertEqual(found + (found.tag_or_digest, found.api_host, found.name), parts)
 
     def test_any_reference_reads_or_is_refused(self):
         pieces = ["a", "B", ".", "_", "-", "/", ":", "@", "[", "]", "1", "\n", " "]
@@ -2877,8 +2857,7 @@ class NamesTest(TableCase):
            ("linux/arm64/v8.2", "linux/arm64/v8.2"),
            ("linux/arm64/v9", "linux/arm64/9", "linux/arm64/9.0", "linux/arm64/v9.0"),
            ("linux/arm64/v9.2", "linux/arm64/v9.2"), ("linux/arm/v5", "linux/arm/5"),
-           ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel",
-            "linux/armhf/v6"),
+           ("linux/arm/v6", "linux/arm/6", "linux/arm/V6", "linux/armel", "linux/armhf/v6"),
            ("linux/arm/v7", "linux/arm/7", "linux/arm", "linux/armhf", "armhf"),
            ("linux/arm/v8", "linux/arm/8"), ("linux/loong64", "linux/loongarch64"),
            ("windows/amd64", "windows/amd64"),
@@ -2896,8 +2875,7 @@ class NamesTest(TableCase):
         "linux/amd64\n", "linux/amd64\0", "linux/\uff41rm", "linux,amd64", "linux/a:b",
         "\x1b[2J"))
     def test_bad_platforms(self, text):
-        self.refused(imagec.InvalidReference, "expected OS/ARCH", imagec.Platform.parse,
-                     text)
+        self.refused(imagec.InvalidReference, "expected OS/ARCH", imagec.Platform.parse, text)
 
     @rows([("linux", "linux"), ("Windows", "windows"), ("macos", "darwin")])
     def test_a_system_alone_means_this_architecture(self, text, system):
@@ -2977,8 +2955,7 @@ class DocumentsTest(TableCase):
 
     # text, value
     @rows(((b"{}", {}), (b'"\\ud83d\\udc33"', "\U0001f433"),
-           (b' \r\n\t{"a": [1, -2, 1.5, null, true]}\n',
-            {"a": [1, -2, 1.5, None, True]}),
+           (b' \r\n\t{"a": [1, -2, 1.5, null, true]}\n', {"a": [1, -2, 1.5, None, True]}),
            (b"[%s]" % (b"9" * 32), [10 ** 32 - 1]),
            ('"\u00e9\U0001f433"'.encode("utf-8"), "\u00e9\U0001f433"),
            *((json_bytes(value), value) for value in (  # none of these is deep
@@ -2990,8 +2967,7 @@ class DocumentsTest(TableCase):
 
     @rows(JSON_REFUSED)
     def test_json_refused(self, raw, words):
-        error = self.refused(imagec.InvalidDocument, words, imagec.parse_json, raw,
-                             "doc")
+        error = self.refused(imagec.InvalidDocument, words, imagec.parse_json, raw, "doc")
         self.assertLess(len(str(error)), 200)
         self.assertEqual(HTML_HINT in str(error), words == HTML_HINT)
 
@@ -3050,8 +3026,7 @@ class DocumentsTest(TableCase):
         '{"Skin": null}', '{"\u017fkin": 1}', '{"s\u212ain": 1}'))
     def test_other_cases(self, text):
         document = imagec.Document.parse(text.encode("utf-8"), "doc")
-        self.refused(imagec.InvalidDocument, "in another case", document.get, "skin",
-                     int)
+        self.refused(imagec.InvalidDocument, "in another case", document.get, "skin", int)
 
     def test_children_are_counted_first(self):
         document = imagec.Document.parse(b'{"a": [1, 2, 3]}', "doc")
@@ -3153,8 +3128,7 @@ class SignaturesTest(TableCase):
             "!!!!", "+/+/", "\u0661\u0661", "abcde"))),
         ("is not base64url", length_and_tail(5, "a*c")),
         ("is not valid JSON", [{"protected": url64(b"x")}]),
-        ("a key stands twice",
-         [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}]),
+        ("a key stands twice", [{"protected": url64(b'{"formatLength":1,"formatLength":1}')}]),
         ("has no 'formatLength'", [protected(formatTail=b"\n}")],
          length_and_tail(None, b"\n}")),
         ("not a size", length_and_tail(-1, b"\n}"), length_and_tail(2 ** 60, b"\n}")),
@@ -3403,8 +3377,7 @@ SCHEMA1_REFUSED = worded(
     ("is no manifest", schema1_signed(b"{}")),
     ("no schema1 manifest", schema1_signed(json_bytes(IMAGE_DOC))),
     ("ambiguous", schema1_signed(json_bytes(dict(SCHEMA1_DOC, layers=[])))),
-    ("schemaVersion is 2",
-     schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))))
+    ("schemaVersion is 2", schema1_signed(json_bytes(dict(SCHEMA1_DOC, schemaVersion=2)))))
 
 
 def index_of(entries):
@@ -3521,8 +3494,7 @@ class ManifestsTest(TableCase):
 
     @rows(MEMBER_FAULTS)
     def test_member_faults(self, name, path, words, *odds):
-        decode = (imagec.ImageConfig.parse if name == "config" else
-                  imagec.decode_manifest)
+        decode = (imagec.ImageConfig.parse if name == "config" else imagec.decode_manifest)
         for odd in odds:
             with self.subTest(path=path, odd=odd):
                 raw = json_bytes(planted(dict(DOCUMENTS)[name], path, odd))
@@ -3723,8 +3695,7 @@ class MatchingTest(TableCase):
         ("plain amd64", "linux/amd64", "linux/amd64/v2 linux/386 linux/amd64", [2, 1]),
         # T43: the first of equals, the same every time
         ("equals", "linux/amd64", "linux/amd64 linux/amd64 linux/amd64", [0, 1, 2]),
-        ("attestations", "linux/amd64",
-         "unknown/unknown linux/amd64 unknown/unknown", [1]),
+        ("attestations", "linux/amd64", "unknown/unknown linux/amd64 unknown/unknown", [1]),
         ("no platform", "linux/arm64", "- linux/arm64 - linux/arm/v5", [1, 3, 0, 2]),
         ("no platform at all", "linux/s390x", "- -", [0, 1]),
         # docker takes an empty platform for none: moby, toOCIPlatform
@@ -3796,8 +3767,7 @@ class LayersTest(TableCase):
     def test_half_a_surrogate_pair_stays_an_escape(self):
         # T13: JSON can spell it, UTF-8 cannot
         for odd in ("\ud800", {"Labels": {"\udfff": ""}}):
-            self.assertEqual(json.loads(self._httpd(config=odd)[2].v1_json)["config"],
-                             odd)
+            self.assertEqual(json.loads(self._httpd(config=odd)[2].v1_json)["config"], odd)
             raw = json_bytes(dict(IMAGE_DOC, unknown={"k": odd}))
             manifest = imagec.decode_manifest(raw)
             self.assertEqual(json.loads(imagec.with_layers(
@@ -4126,8 +4096,7 @@ BAD_TARS = (
      + tar_header(kind=b"2"), "after 0 members"),
     ("empty pax path", pax((b"path", b"")) + A_FILE, "after 0 members"),
     ("empty pax linkpath", pax((b"linkpath", b"")) + A_FILE, "after 0 members"),
-    ("NUL in a pax key", pax((b"SCHILY.xattr.user.a\0b", b"v")) + A_FILE,
-     "after 0 members"),
+    ("NUL in a pax key", pax((b"SCHILY.xattr.user.a\0b", b"v")) + A_FILE, "after 0 members"),
     # T158: an extension of nothing
     *(("%s, %d bytes before the end" % (kind, len(end)), A_FILE + header + end,
        "after 1 members: an extended header of no member")
@@ -4165,8 +4134,7 @@ ENTRIES = (
     ("ustar", raw_member(b"f", tail=b"dir"), dict(path=b"dir/f")),
     ("no magic", raw_member(b"f", tail=b"dir", magic=bytes(8)), dict(path=b"f")),
     # GNU tar keeps times there with --incremental.
-    ("GNU", raw_member(b"f", tail=b"14000000000\0" * 2, magic=b"ustar  \0"),
-     dict(path=b"f")),
+    ("GNU", raw_member(b"f", tail=b"14000000000\0" * 2, magic=b"ustar  \0"), dict(path=b"f")),
     # Go before 1.8, where a number needed base-256.
     ("Go", raw_member(b"f", tail=b"a/dir", magic=b"ustar  \0",
                       uid=b"\x80" + bytes(6) + b"\5"), dict(path=b"a/dir/f", uid=5)),
@@ -4176,8 +4144,7 @@ ENTRIES = (
      dict(path=b"0 0/f")),
     ("GNU, no second time", raw_member(
         b"f", tail=b"14000000000\0\0junk", magic=b"ustar  \0"), dict(path=b"f")),
-    ("Go, not ASCII", raw_member(b"f", tail=b"d\xffr", magic=b"ustar  \0"),
-     dict(path=b"f")),
+    ("Go, not ASCII", raw_member(b"f", tail=b"d\xffr", magic=b"ustar  \0"), dict(path=b"f")),
     ("long names", tar_member(b"n" * 150 + b"\0", kind=b"L")
      + tar_member(b"l" * 150 + b"\0", kind=b"K") + tar_header(kind=b"2", name=b"n" * 99),
      dict(path=b"n" * 150, link=b"l" * 150)),
@@ -4664,8 +4631,7 @@ FIELD_ENTRIES = (
     ({"auth": "!", "username": "bob", "password": "pw"}, ("bob", "pw", None, None)),
     ({"identitytoken": "id"}, (None, None, "id", None)),
     # as the login of a cloud registry leaves it
-    ({"auth": field_base64("0000-00:"), "identitytoken": "id"},
-     ("0000-00", "", "id", None)),
+    ({"auth": field_base64("0000-00:"), "identitytoken": "id"}, ("0000-00", "", "id", None)),
     ({"registrytoken": "ready"}, (None, None, None, "ready")),
 ) + tuple((entry, None) for entry in (
     {"auth": field_base64("alice")}, {"auth": field_base64(":" + PASSWORD)},
@@ -4910,8 +4876,7 @@ class CredentialsTest(ResolveCase):
                       "auths": {"r.test": field_entry("file")}}
         for left_out, user in (((), "one"), (("credHelpers",), "two"),
                                (("credHelpers", "credsStore"), "file")):
-            self.docker_config(
-                {k: v for k, v in everything.items() if k not in left_out})
+            self.docker_config({k: v for k, v in everything.items() if k not in left_out})
             self.assertEqual(self.user(self.keyring()), user)
         self.docker_config(everything)
         self.assertEqual(self.user(self.keyring(), "r.test:5000"), "two")
@@ -4932,8 +4897,7 @@ class CredentialsTest(ResolveCase):
         for helpers in ({"credsStore": "h"}, {"credHelpers": {"r.test": "h"}}):
             self.docker_config(dict(helpers, **field_auths("r.test")))
             self.assertIsNone(self.keyring().lookup("r.test", "a"))
-        self.file("run/containers/auth.json",
-                  {"auths": {"r.test": field_entry("next")}})
+        self.file("run/containers/auth.json", {"auths": {"r.test": field_entry("next")}})
         self.assertEqual(self.user(self.keyring()), "next")
 
     @rows((name,) for name in (
@@ -4947,8 +4911,7 @@ class CredentialsTest(ResolveCase):
                 self.keyring().lookup("r.test", "a")
         self.assertFalse(os.path.exists(self.at("ran")))
 
-    @rows((("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755),
-           ("#!/bin/sh\n", 0o644)))
+    @rows((("\x7fELF", 0o755), ("", 0o755), ("#!/none\n", 0o755), ("#!/bin/sh\n", 0o644)))
     def test_helper_that_is_no_program(self, content, mode):
         path = self.helper("h", "")
         self.docker_config({"credsStore": "h"})
@@ -5112,12 +5075,10 @@ NET_NEARNESS = tuple(
 #: (name, header lines, body as sent, what is read, None where it must be refused). T113
 NET_FRAMINGS = (
     ("length", "Content-Length: 5", b"hello", b"hello"),
-    ("the same length twice", "Content-Length: 5\nContent-Length: 5", b"hello",
-     b"hello"),
+    ("the same length twice", "Content-Length: 5\nContent-Length: 5", b"hello", b"hello"),
     ("no length", "X: y", b"hello", b"hello"),
     ("chunked", "Transfer-Encoding: Chunked", b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    ("extension", "Transfer-Encoding: chunked", b"5;x=y\r\nhello\r\n0\r\n\r\n",
-     b"hello"),
+    ("extension", "Transfer-Encoding: chunked", b"5;x=y\r\nhello\r\n0\r\n\r\n", b"hello"),
     ("identity", "Content-Length: 5\nContent-Encoding: identity", b"hello", b"hello"),
     ("two lengths", "Content-Length: 5\nContent-Length: 6", b"hello!", None),
     ("length and chunks", "Content-Length: 6\nTransfer-Encoding: chunked",
@@ -5126,13 +5087,11 @@ NET_FRAMINGS = (
      b"Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
      b"hello"),
     ("folded", "X: y\n\tz\nContent-Length:\n 5", b"hello", b"hello"),
-    ("gzip, chunked", "Transfer-Encoding: gzip, chunked",
-     b"5\r\nhello\r\n0\r\n\r\n", None),
+    ("gzip, chunked", "Transfer-Encoding: gzip, chunked", b"5\r\nhello\r\n0\r\n\r\n", None),
     ("chunked twice", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
      b"5\r\nhello\r\n0\r\n\r\n", None),
     ("identity coding", "Transfer-Encoding: identity", b"hello", None),
-    ("said to be gzip", "Content-Length: 5\nContent-Encoding: gzip", b"hello",
-     b"hello"),
+    ("said to be gzip", "Content-Length: 5\nContent-Encoding: gzip", b"hello", b"hello"),
     ("gzip, T47", "Content-Encoding: x-gzip", gzip_bytes(b"hello"), b"hello"),
     ("cut gzip", "Content-Encoding: gzip", gzip_bytes(b"hello")[:-1], None),
     ("bomb", "Content-Encoding: gzip", gzip_bytes(bytes(imagec.MIB + 1)), None),
@@ -5228,8 +5187,7 @@ class TransportTest(NetworkCase):
                    imagec.UnsafeRedirect)
         self.assertLessEqual(len(server.requests), imagec.REDIRECT_LIMIT + 1)
         self.assertEqual(server.connections, 1)
-        self.assertIn(expected, (server.requests[-1].route, server.requests[-1].path,
-                                 None))
+        self.assertIn(expected, (server.requests[-1].route, server.requests[-1].path, None))
 
     @rows([(code, "/end") for code in (301, 302, 303, 307, 308)],  # urllib: since 3.11
           [(300, "/end"), (304, "/end"), (307, None)])
@@ -5364,8 +5322,7 @@ class TransportTest(NetworkCase):
         server.replies["/start"] = to("http://public2.test:%d/end" % server.port)
         with mock.patch("socket.getaddrinfo", several):
             self.get(self.transport(), "http://public.test:%d/start" % server.port)
-        self.assertEqual(self.reached, ["93.184.216.34", "93.184.216.34",
-                                        "93.184.216.35"])
+        self.assertEqual(self.reached, ["93.184.216.34", "93.184.216.34", "93.184.216.35"])
 
     def test_t74_a_kept_connection_is_no_way_around(self):
         server = self.server({"/end": say(b"hello")})
@@ -5435,15 +5392,13 @@ class TransportTest(NetworkCase):
            ("drip in the handshake, T57",
             [garbage(b"\x16\x03\x03\x40\x00" + bytes(1000), "accept"),
              drip(0.03, 1, "status")]),
-           ("drip in chunk sizes and trailers, T57",
-            [chunked(1), drip(0.03, 5, "body")]),
+           ("drip in chunk sizes and trailers, T57", [chunked(1), drip(0.03, 5, "body")]),
            ("100 Continue for ever, T58",
             lambda reply: _set(garbage(b"HTTP/1.1 100 Continue\r\n\r\n")(reply),
                                more=itertools.repeat(
                                    b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 100000))),
            ("100 Continue, slowly, T58",
-            [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500),
-             drip(0.02, 25, "status")]),
+            [garbage(b"HTTP/1.1 100 Continue\r\n\r\n" * 500), drip(0.02, 25, "status")]),
            ("100 and more trailers, T58", lambda reply: _set(
                reply, raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
                more=itertools.repeat(b"X: y\r\n" * 9999, 1000000)))))
@@ -5473,8 +5428,7 @@ class TransportTest(NetworkCase):
            ("blob", 8000, 20, None), ("blob", 7000, 299, 9000)])
     def test_what_may_come_slowly(self, kind, least, first, size):
         server = self.server({"/it": say(b"x" * 9000)})
-        transport = self.transport(idle_timeout=60,
-                                   clock=self.in_slow_time(20, 500, first))
+        transport = self.transport(idle_timeout=60, clock=self.in_slow_time(20, 500, first))
         with mock.patch("imagec.STALL_BYTES", least), transport.open(
                 "GET", server.url + "/it", seconds=300) as response:
             self.gives(size, lambda: len(
@@ -5492,8 +5446,7 @@ class TransportTest(NetworkCase):
         clock = self.in_slow_time(seconds, size, first)
         return registry, imagec.decode_manifest(self.image.manifest).config, client
 
-    @rows([(59, True, True), (61, False, True), (299, False, True),
-           (301, False, False)])
+    @rows([(59, True, True), (61, False, True), (299, False, True), (301, False, False)])
     def test_how_long_an_answer_may_take(self, seconds, document, blob):
         _, config, client = self.slow_registry(seconds, 16 << 10)
         for good, ask in ((document, lambda: client.fetch_manifest("app", "1").raw),
@@ -5734,8 +5687,7 @@ class TLSFilesTest(ResolveCase):
             return
         self.assertEqual(imagec.host_certificates("r.test:5000"), (
             [place + name for name in roots.split()],
-            [(place + name + ".cert", place + name + ".key")
-             for name in pairs.split()]))
+            [(place + name + ".cert", place + name + ".key") for name in pairs.split()]))
 
     def test_first_directory_of_the_host_is_the_only_one(self):
         for base, names in (("$XDG/containers", "r.test/one s.test/one"),
@@ -5780,8 +5732,7 @@ class TLSFilesTest(ResolveCase):
     def test_own_roots_need_not_be_to_the_letter(self, option, owned, strict):
         if owned:
             self.certs_d(owned, ca_crt=TEST_CERT)
-        transport = self.transport(
-            cacert=self.file("ca.pem", TEST_CERT) if option else None)
+        transport = self.transport(cacert=self.file("ca.pem", TEST_CERT) if option else None)
         flag = getattr(ssl, "VERIFY_X509_STRICT", 0)
         found = transport.tls.begin("r.test")().verify_flags & flag
         self.assertEqual(bool(found), strict and sys.version_info >= (3, 13))
@@ -5874,8 +5825,7 @@ class TLSFilesTest(ResolveCase):
             other.blobs, registry.redirect_blobs_to = registry.blobs, "https://" + place
         elif part == "token":
             registry.realm = "https://%s/token" % place
-        options = {key: [place if value == "far" else value]
-                   for key, value in options.items()}
+        options = {key: [place if value == "far" else value] for key, value in options.items()}
         for flag in in_turn(("insecure_skip_verify", "insecure_allow_http"), 2):
             del self.said[:]
             given = dict(options, **{flag: True})
@@ -6040,8 +5990,7 @@ class FieldProxy(Relay):
             return Reply(407, headers={"Proxy-Authenticate": 'Basic realm="proxy"'})
         reply = Reply(200)
         reply.ending, reply.raw, reply.begun = "fin", b"", b""
-        reply.onward, path = re.fullmatch("(?:http://)?([^/]*)(.*)",
-                                          request.path).groups()
+        reply.onward, path = re.fullmatch("(?:http://)?([^/]*)(.*)", request.path).groups()
         if (request.version, request.headers["Host"]) != ("HTTP/1.1", reply.onward):
             return Reply(400)  # RFC 7230, 5.4
         if request.method == "CONNECT":
@@ -6085,8 +6034,7 @@ class FieldSocks(Relay):
             if wanted in methods and login == (self.user or login):
                 kind = stream.read(4)[3]
                 size = stream.read(1)[0] if kind == 3 else {1: 4, 4: 16}[kind]
-                address, (port,) = stream.read(size), struct.unpack(
-                    ">H", stream.read(2))
+                address, (port,) = stream.read(size), struct.unpack(">H", stream.read(2))
                 self.targets.append((kind, address, port))
                 # An answer with a name for an address is allowed, and seldom.
                 near.sendall(b"\5" + bytes([self.refusal]) + b"\0\3\4name" + b"\0\0")
@@ -6179,8 +6127,7 @@ class ProxyTest(ResolveCase):
         self.assertIs(imagec.bypasses_proxy(url, no_proxy), expected, no_proxy)
 
     def test_option(self):
-        os.environ.update(http_proxy="http://127.0.0.1:1",
-                          https_proxy="http://127.0.0.1:1")
+        os.environ.update(http_proxy="http://127.0.0.1:1", https_proxy="http://127.0.0.1:1")
         for tls, methods in ((False, {"GET", "CONNECT"}), (True, {"CONNECT"})):
             registry = self.filled(tls=tls)
             self.resolve(registry.host, proxy=self.proxy.url)
@@ -6349,8 +6296,7 @@ class ProxyTest(ResolveCase):
             # One connection for each of the layers' workers, one for the documents.
             self.assertLessEqual(len(server.targets), 2 + (not tls) + 1)
 
-    @rows((("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"),
-           ("bob@", "does not take")))
+    @rows((("", "wants"), ("bob:S3CR3T-WRONG@", "does not take"), ("bob@", "does not take")))
     def test_socks_refuses_us(self, login, word):
         server = self.socks(("bob", "right"))
         with self.fails(imagec.AccessDenied, word, server.host, "password"):
@@ -6365,8 +6311,7 @@ class ProxyTest(ResolveCase):
         server = self.socks(refusal=code)
         with self.fails(imagec.TransportError, word, server.host,
                         "r.test:80") as caught:
-            self.get(self.transport(proxy="socks5h://" + server.host),
-                     "http://r.test:80/")
+            self.get(self.transport(proxy="socks5h://" + server.host), "http://r.test:80/")
         self.assertIs(caught.exception.retryable, retryable)
 
     @rows([(raw,) for raw in (b"HTTP/1.1 400 Bad\r\n\r\n", b"SSH-2.0-x\r\n", b"",
@@ -6380,8 +6325,7 @@ class ProxyTest(ResolveCase):
     def test_socks_that_hangs(self):
         self.proxy.fault("", hang(30, "accept"))
         with self.fails(imagec.Timeout, self.proxy.host):
-            self.fetch(self.proxy, proxy="socks5://" + self.proxy.host,
-                       idle_timeout=0.2)
+            self.fetch(self.proxy, proxy="socks5://" + self.proxy.host, idle_timeout=0.2)
 
 
 # --------------------------------------------------------------------------------------
@@ -6391,8 +6335,7 @@ class ProxyTest(ResolveCase):
 #: (header values, the challenges in them as (scheme, {parameters}))
 NET_CHALLENGES = (
     (['Bearer realm="https://a/t",service="s",scope="repository:r:pull"'],
-     [("bearer", {"realm": "https://a/t", "service": "s",
-                  "scope": "repository:r:pull"})]),
+     [("bearer", {"realm": "https://a/t", "service": "s", "scope": "repository:r:pull"})]),
     # The described system split at spaces, and lost what follows the comma.
     (['Bearer realm="r", service="s"'], [("bearer", {"realm": "r", "service": "s"})]),
     # ... and at commas, also those inside quotes.
@@ -6419,12 +6362,9 @@ NET_CHALLENGES = (
       'Basic realm="simple"'],
      [("newauth", {"realm": "apps", "type": "1", "title": 'Login to "apps"'}),
       ("basic", {"realm": "simple"})]),
-    (["Negotiate", 'Bearer realm="r"'],
-     [("negotiate", {}), ("bearer", {"realm": "r"})]),
-    (['Negotiate, Bearer realm="r"'],
-     [("negotiate", {}), ("bearer", {"realm": "r"})]),
-    (['Negotiate oYG2/+==, Basic realm="b"'],
-     [("negotiate", {}), ("basic", {"realm": "b"})]),
+    (["Negotiate", 'Bearer realm="r"'], [("negotiate", {}), ("bearer", {"realm": "r"})]),
+    (['Negotiate, Bearer realm="r"'], [("negotiate", {}), ("bearer", {"realm": "r"})]),
+    (['Negotiate oYG2/+==, Basic realm="b"'], [("negotiate", {}), ("basic", {"realm": "b"})]),
     (["Basic"], [("basic", {})]), (["Bearer"], [("bearer", {})]),
     (["  , Bearer  "], [("bearer", {})]),
     (['Bearer realm="r",service="un'], [("bearer", {"realm": "r"})]),
@@ -6453,8 +6393,7 @@ NET_REALMS = (
     ("https://t.test/token?scope=repository:x:push&a=b&sc%6fpe=y", None,
      "https://t.test/token?a=b&scope={scope}"),
     # It does not know of the TLS before it.
-    ("http://registry.test/token", "s",
-     "https://registry.test/token?service=s&scope={scope}"),
+    ("http://registry.test/token", "s", "https://registry.test/token?service=s&scope={scope}"),
     ("http://registry.test:80/token", "s",
      "https://registry.test/token?service=s&scope={scope}"),
     ("http://Registry.test:5001/token", None,
@@ -6465,8 +6404,7 @@ NET_REALMS = (
     "https://alice:S3CR3T@t.test/token", "https://registry.test@t.test/token",  # T72
     "https://t.test\\@registry.test/token", "https://t.test/to ken",  # T93
     "https://t.test/to\nken", "https://t.test/\x1b[31m", "https://[::1/token",
-    "https://t.test:99999/token") + tuple(
-        "https://%s/token" % host for host in NET_ODD_HOSTS))
+    "https://t.test:99999/token") + tuple("https://%s/token" % host for host in NET_ODD_HOSTS))
 
 
 class AuthorizationTest(NetworkCase):
@@ -6595,8 +6533,7 @@ class AuthorizationTest(NetworkCase):
         # issued_at is the server's clock, and no business of ours (T116)
         said = '{"token": "t"%s, "issued_at": "1970-01-01T00:00:00Z"}' % said
         server = self.server({"/token": say(said.encode("ascii"))})
-        token = imagec.fetch_token(self.transport(clock=lambda: 1000.0),
-                                   server.url + "/token")
+        token = imagec.fetch_token(self.transport(clock=lambda: 1000.0), server.url + "/token")
         self.assertEqual(token.expires, 1000.0 + seconds)
 
     #: (whether TLS is spoken at first, then; other name; token hosts; whether the
@@ -6691,8 +6628,7 @@ class AuthorizedTest(NetworkCase):
         self.visit(self.client(registry, "alice"))
         self.assertTrue(authorizations(other))
         self.assertFalse(set(authorizations(other)) & set(authorizations(registry)))
-        self.assertEqual({value.split()[0] for value in authorizations(other)},
-                         {"Bearer"})
+        self.assertEqual({value.split()[0] for value in authorizations(other)}, {"Bearer"})
         other.fault("/manifests/", status(403))  # who we are at home is not to blame
         with self.fails(imagec.AccessDenied, other.host, "(anonymous)"):
             self.visit(self.client(registry, "alice"))
@@ -6762,15 +6698,13 @@ class AuthorizedTest(NetworkCase):
         tokens = self.bearer()
         place = by_name("localhost", tokens)
         registry = self.bearer(realm="http://%s/token" % place)
-        allowed = allowed and (
-            "--token-host", allowed.format(port=place.rpartition(":")[2]))
+        allowed = allowed and ("--token-host", allowed.format(port=place.rpartition(":")[2]))
         ended = self.main("layers", "-q", "-u", "alice", *allowed,
                           registry.host + "/app:1", IMAGEC_PASSWORD=PASSWORD, expect=0)
         self.assertEqual(len(authorizations(tokens)), seen)
         self.assertEqual(ended.err, "" if seen else (
             "imagec: warning: no password sent to http://%s/token, which is not a token "
-            "server of %s: allow it with --token-host %s\n" % (
-                place, registry.host, place)))
+            "server of %s: allow it with --token-host %s\n" % (place, registry.host, place)))
 
     @rows([("by the token server", {"anonymous": False}, {}),
            ("by the registry", {}, {"tokens": {}})])
@@ -6857,8 +6791,7 @@ NET_LINKS = tuple((link.format(list="/v2/app/tags/list?last=b", next='rel="next"
               "</repository/r{list}>; {next}",
               "<{list}>; title=\"a, b; <c>\"; {next}",
               "<http://127.0.0.1{list}>; rel=next")),
-    ("ab", ("<{list}>; rel=\"prev\"", "<{list}>; rel=\"nextish\"", "<{list}>", "junk",
-            "")),
+    ("ab", ("<{list}>; rel=\"prev\"", "<{list}>; rel=\"nextish\"", "<{list}>", "junk", "")),
     (None, ("<>; {next}",  # is the same page again
             "<file:///etc/passwd>; {next}", "</other/list>; {next}",
             "<http://a@{host}{list}>; {next}",  # T93
@@ -6942,8 +6875,7 @@ class ProbeTest(NetworkCase):
 
     @rows([("405", status(405), 1, None, ""),
            ("page", status(200, {"Content-Type": "text/html"}), 1, None, ""),
-           ("a proxy's word, of none", status(407), 1, imagec.RegistryError,
-            "no registry"),
+           ("a proxy's word, of none", status(407), 1, imagec.RegistryError, "no registry"),
            ("too many for ever", status(429), 5, imagec.RegistryError,
             "or no registry: too many requests"),
            ("busy once", status(503), 1, None, ""),
@@ -7129,20 +7061,17 @@ class RegistryTest(KnownCase):
         index = build_index([(NET_OTHER, ("linux", "386", None)),
                              (self.image, ("linux", "amd64", None)),
                              (NET_OTHER, ("linux", "386", None))])
-        found = self.resolve(self.filled(build_index([(index, None)]) if nested else
-                                         index))
+        found = self.resolve(self.filled(build_index([(index, None)]) if nested else index))
         self.assertEqual(str(found.manifest.digest), self.image.digest)
 
     def test_platform_of_a_later_index(self):
         arm = build_index([(self.image, ("linux", "arm64", None))])
         amd = build_index([(self.image, ("linux", "amd64", None))])
         found = self.resolve(self.filled(build_index([(arm, None), (amd, None)])))
-        self.assertEqual([str(index.digest) for index in found.indexes][1:],
-                         [amd.digest])
+        self.assertEqual([str(index.digest) for index in found.indexes][1:], [amd.digest])
 
     def test_all_of_an_index_with_schema1_in_it(self):
-        index = build_index([(self.image, None),
-                             (build_image(NET_TARS, "schema1"), None)])
+        index = build_index([(self.image, None), (build_image(NET_TARS, "schema1"), None)])
         with self.fails(imagec.Unsupported):
             self.resolve(self.filled(index), "all")
 
@@ -7270,8 +7199,7 @@ class RegistryTest(KnownCase):
     def test_tag_lists(self, text, expected):
         registry = self.tagged("a")
         registry.fault("/tags/list", body(text))
-        self.gives(expected, lambda: self.tags(registry),
-                   imagec.InvalidDocument, "tag list")
+        self.gives(expected, lambda: self.tags(registry), imagec.InvalidDocument, "tag list")
 
     def test_no_such_repository(self):
         with self.fails(imagec.NotFound, "app"):
@@ -7446,8 +7374,7 @@ class MirrorTest(ResolveCase):
                   mirrors=[mirror.host + "/cache/"])
         entry, = json.loads(file_text(self.at("layout/index.json")))["manifests"]
         self.assertEqual(entry["annotations"]["io.containerd.image.name"], name)
-        self.pull(self.origin.host, to="a.tar",
-                  mirrors=["http://%s/cache" % mirror.host])
+        self.pull(self.origin.host, to="a.tar", mirrors=["http://%s/cache" % mirror.host])
         with tarfile.open(self.at("a.tar")) as tar:
             listed = json.loads(tar.extractfile("manifest.json").read().decode("ascii"))
         self.assertEqual(listed[0]["RepoTags"], [name])
@@ -7513,8 +7440,7 @@ class MirrorTest(ResolveCase):
         mirror = self.filled(auth=auth, anonymous=False)
         self.docker_config({"auths": {origin.host: field_entry("alice")}})
         self.resolve(origin.host, mirrors=[mirror.host])
-        self.resolve(origin.host, mirrors=[mirror.host], username="alice",
-                     password=PASSWORD)
+        self.resolve(origin.host, mirrors=[mirror.host], username="alice", password=PASSWORD)
         self.assertEqual(authorizations(mirror), [])
         self.assertTrue(authorizations(origin))
 
@@ -7572,8 +7498,7 @@ class MirrorTest(ResolveCase):
         ref = self.origin.host + "/lab/app:1"
         run = self.main("pull", "-o", self.at(), ref, "--mirror", "127.0.0.1:1",
                         "--mirror", self.mirror.host, "--progress", "none")
-        self.assertEqual((run.status, run.out),
-                         (0, "%s@%s\n" % (ref, self.image.digest)))
+        self.assertEqual((run.status, run.out), (0, "%s@%s\n" % (ref, self.image.digest)))
         self.assertRegex(run.err, r"\Aimagec: warning: leaving the mirror "
                          r"127\.0\.0\.1:1: [^\n]*\n\Z")
         self.assertEqual(self.origin.requests, [])
@@ -7582,8 +7507,7 @@ class MirrorTest(ResolveCase):
         "", "/", "/x", "http://", "ftp://h/x", "u:S3CR3T@h", "h/UPPER", "h/a b", "h//x",
         "h/../x", "h:x", "h?x", "h/x:1", "-h")])
     def test_malformed(self, text):
-        self.assert_one_line(self.main("digest", "r.test/a", "--mirror=" + text), 2,
-                             "mirror")
+        self.assert_one_line(self.main("digest", "r.test/a", "--mirror=" + text), 2, "mirror")
 
 
 #: (Retry-After at FIELD_NOW, seconds slept before the second try; None where ours are)
@@ -7646,12 +7570,10 @@ class RateLimitTest(ResolveCase):
 
             def pull(name="lab/app:1"):
                 del registry.requests[:]
-                return str(self.pull(registry.host, name, to=place,
-                                     format=format).digest)
+                return str(self.pull(registry.host, name, to=place, format=format).digest)
 
             pull()
-            self.assertEqual((pull(), self.manifests(registry)),
-                             (found.digest, ["HEAD"]))
+            self.assertEqual((pull(), self.manifests(registry)), (found.digest, ["HEAD"]))
             if format == "oci":
                 pull("lab/app:1@" + found.digest)
                 self.assertEqual(self.manifests(registry), [])
@@ -7699,8 +7621,7 @@ class RateLimitTest(ResolveCase):
         index = json.loads(file_bytes(self.at("out/index.json")).decode())
         entry, = index["manifests"]
         for odd in ({"annotations": {"a": None}}, {"digest": "md5:x"}, {"size": "1"}):
-            self.file("out/index.json", dict(
-                index, manifests=[dict(entry, **odd), entry]))
+            self.file("out/index.json", dict(index, manifests=[dict(entry, **odd), entry]))
             self.assertEqual(held_at(self.at("out"))[:1], [self.image.manifest], odd)
 
     @rows([(status(code),) for code in (405, 404, 500)],
@@ -7764,8 +7685,7 @@ NET_PARTIALS = (
     ("416, T103", NET_BLOB[:NET_HALF], status(416), [NET_HALF, 0]),
     ("416 with the size", NET_BLOB[:NET_HALF], status(
         416, {"Content-Range": "bytes */%d" % NET_HALF}), [NET_HALF, 0]),
-    ("starts early, T102", NET_BLOB[:NET_HALF],
-     partial(good_after(0), 0), [NET_HALF, 0]),
+    ("starts early, T102", NET_BLOB[:NET_HALF], partial(good_after(0), 0), [NET_HALF, 0]),
     ("starts late, T102", NET_BLOB[:NET_HALF],
      partial(good_after(NET_HALF + 1), NET_HALF + 1), [NET_HALF, 0]),
     ("lies about the start, T102", NET_BLOB[:NET_HALF],
@@ -7778,8 +7698,7 @@ NET_PARTIALS = (
      [NET_HALF, 0]),
     ("unknown total", NET_BLOB[:NET_HALF], partial(
         "bytes %d-%d/*" % (NET_HALF, NET_SIZE - 1), NET_HALF), [NET_HALF]),
-    ("no Content-Range, T102", NET_BLOB[:NET_HALF],
-     partial(None, NET_HALF), [NET_HALF, 0]),
+    ("no Content-Range, T102", NET_BLOB[:NET_HALF], partial(None, NET_HALF), [NET_HALF, 0]),
     ("junk, T102", NET_BLOB[:NET_HALF], partial("bytes x", NET_HALF), [NET_HALF, 0]),
     ("other unit, T102", NET_BLOB[:NET_HALF],
      partial(good_after(NET_HALF).replace("bytes", "items"), NET_HALF), [NET_HALF, 0]),
@@ -7893,8 +7812,7 @@ class RangesTest(DownloadCase):
         self.assertGreater(len(parts), 14 if good else 2)
         self.assertEqual(len(set(parts)), len(parts))
         # From where it stands, on one connection; no part is asked for again.
-        self.assertEqual(sum(text.endswith("-") for text in filter(None, asked)),
-                         not good)
+        self.assertEqual(sum(text.endswith("-") for text in filter(None, asked)), not good)
 
     def test_a_redirect_serves_until_it_is_refused(self):
         cdn, registry = self.registry(auth=None), self.filled(RANGED_BLOB, auth="bearer")
@@ -7938,8 +7856,7 @@ class RangesTest(DownloadCase):
         client = self.client(registry)
         registry.fault("/blobs/", delay(0))
         registry.fault("/blobs/", hang(60), count)
-        timer = threading.Timer(0.3, setattr, (
-            client.transport, "stop", KeyboardInterrupt()))
+        timer = threading.Timer(0.3, setattr, (client.transport, "stop", KeyboardInterrupt()))
         self.addCleanup(timer.join)
         timer.start()
         with threat_alarm(15), self.assertRaises(KeyboardInterrupt):
@@ -8111,8 +8028,7 @@ class DownloadTest(DownloadCase):
         del self.naps[:]
         with self.fails(kind, sha256(NET_BLOB)):
             self.download(registry).run()
-        self.assertEqual((len(self.offsets(registry)), len(self.naps)),
-                         (tries, tries - 1))
+        self.assertEqual((len(self.offsets(registry)), len(self.naps)), (tries, tries - 1))
         self.assertLess(registry.sent_blob_bytes, 16 * imagec.MIB)
         # What a broken connection has left is there to go on with.
         wrong = issubclass(kind, imagec.VerificationError)
@@ -8417,8 +8333,7 @@ def docker_archive(images, style, links):
                 members[legacy] = raw_member(legacy.encode() + b"layer.tar", kind=b"2",
                                              link=b"../" + name.encode())
             if style != "crane":
-                members[legacy + "VERSION"] = raw_member(legacy.encode() + b"VERSION",
-                                                         b"1.0")
+                members[legacy + "VERSION"] = raw_member(legacy.encode() + b"VERSION", b"1.0")
             names.append(name)
         config = sha256(image.config)
         config = config if style == "crane" else config[7:] + ".json"
@@ -8631,8 +8546,7 @@ class ArchiveOutputTest(StoredCase):
         for form, name in (("archive", "o.tar"), ("oci", "o"), ("layers", "l")):
             for pair in ((good, bad), (bad, good)):
                 with self.subTest(form, first=pair[0]):
-                    run = self.pull("--format", form, "-o", self.at(name), *pair,
-                                    expect=3)
+                    run = self.pull("--format", form, "-o", self.at(name), *pair, expect=3)
                     self.assertIn(told, run.err)
         # An archive that somebody made so is seen through.
         members = self.archive(good, out="good.tar")
@@ -8720,8 +8634,7 @@ class ArchiveOutputTest(StoredCase):
                 (reference + "@" + image.digest, (), reference),
                 (reference, ("--tag", "alpine"), hub + ":latest"),
                 (reference, ("--tag", "alpine:3"), hub + ":3"),
-                (name + "@" + image.digest, ("--tag", "h.example/a/b:c"),
-                 "h.example/a/b:c"))
+                (name + "@" + image.digest, ("--tag", "h.example/a/b:c"), "h.example/a/b:c"))
         for number, (asked, options, wanted) in enumerate(rows):
             with self.subTest(asked[-20:], options=options):
                 members = self.archive(*options + (asked,), out="%d.tar" % number)
@@ -8765,8 +8678,7 @@ class ArchiveOutputTest(StoredCase):
         again, _ = self.serve(ARCHIVE_TARS[:2], "lab/one:2")
         members = self.archive(one, two, again)
         index, manifest = self.documents(members)
-        self.assertEqual([entry["RepoTags"] for entry in manifest],
-                         [[one, again], [two]])
+        self.assertEqual([entry["RepoTags"] for entry in manifest], [[one, again], [two]])
         annotations = [entry["annotations"] for entry in index["manifests"]]
         self.assertEqual([one[OCI_NAME] for one in annotations], [one, two, again])
         self.assertEqual(len({one[OCI_TAG] for one in annotations}), 3,
@@ -8956,15 +8868,13 @@ class StickTest(StoredCase):
         os.mkdir(self.at("stick"))
         for command in (("mkfs.fat", "-F", "32", self.at("fat")),
                         ("fusefat", "-o", "rw+", self.at("fat"), self.at("stick"))):
-            done = subprocess.run(command, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
                 self.skipTest(CANNOT + "mount by FUSE")
         self.addCleanup(subprocess.check_call, ("fusermount", "-u", self.at("stick")))
         for options, name in (((), "x.tar"), (("--format", "oci"), "layout"),
                               (("--format", "layers"), "images")) * 2:
-            self.pull(*options, "-o", self.at("stick", name),
-                      self.serve(ARCHIVE_TARS)[0])
+            self.pull(*options, "-o", self.at("stick", name), self.serve(ARCHIVE_TARS)[0])
             self.verify(self.at("stick", name))
         self.origin.add("lab/thing", "1", build_artifact([(FILE, b"1", "f")]))
         self.pull("--format", "files", "-o", self.at("stick", "art"),
@@ -9004,8 +8914,7 @@ class OCIOutputTest(StoredCase):
         reference, image = self.serve(ARCHIVE_TARS, kind=kind)
         self.out = self.at(kind)
         self.layout(reference)
-        self.assertEqual(sorted(os.listdir(self.out)),
-                         ["blobs", "index.json", "oci-layout"])
+        self.assertEqual(sorted(os.listdir(self.out)), ["blobs", "index.json", "oci-layout"])
         self.assertEqual(self.names(), [(image.digest, reference, "1")])
         self.assertEqual(self.blobs(), set(image.blobs) | {image.digest})
         self.assertEqual(self.index()["manifests"][0]["mediaType"], image.media_type)
@@ -9082,8 +8991,7 @@ class OCIOutputTest(StoredCase):
         for name, format in (("out", "oci"), ("copied", "layers")):
             for more in ("manifest.json", "version"):
                 write_file(self.at("copied", more), b"{}")
-            run = self.main("pull", "-q", "--format", format, "-o", self.at(name),
-                            self.ref)
+            run = self.main("pull", "-q", "--format", format, "-o", self.at(name), self.ref)
             self.assert_one_line(run, 1, "but what skopeo and podman call dir:")
 
     def test_nameless(self):
@@ -9312,8 +9220,7 @@ class ArtifactsTest(StoredCase):
     def refused(self, reference, words):
         """Refused by name, and nothing is fetched for it or left behind."""
         for format in ("layers", "rootfs"):
-            run = self.pull("--format", format, "-o", self.at(format), reference,
-                            expect=1)
+            run = self.pull("--format", format, "-o", self.at(format), reference, expect=1)
             self.assertRegex(run.err, words)
             self.assertEqual(run.err.count("\n"), 1)
         self.assertEqual(os.listdir(self.work), [])
@@ -9459,8 +9366,7 @@ class WithoutTest(StoredCase):
     def test_docker_needs_the_layers_below(self):
         self.assertEqual(self.left_out("other:1", "x.tar", self.old), [0])
         self.assertEqual(self.left_out("other:1", "x", self.old), [0, 2])
-        self.assertEqual(self.left_out("other:1", "y.tar", self.new, self.other),
-                         [0, 1, 2])
+        self.assertEqual(self.left_out("other:1", "y.tar", self.new, self.other), [0, 1, 2])
         self.assertEqual(self.left_out("app:2", "z.tar", self.other), [0])
         self.serve(ARCHIVE_TARS[:2] + ARCHIVE_TARS[:1], "lab/again:1")
         self.assertEqual(self.left_out("again:1", "w.tar", self.old), [1])
@@ -9526,8 +9432,7 @@ class WithoutTest(StoredCase):
         host = self.origin.host
         self.pull("-o", self.at("o.tar"), self.new, host + "/lab/twin:1", "--without",
                   host + "/lab/base:1")
-        self.assertIn("blobs/sha256/" + sha256(config)[7:],
-                      self.members(self.at("o.tar")))
+        self.assertIn("blobs/sha256/" + sha256(config)[7:], self.members(self.at("o.tar")))
         for name in ("twin", "empty"):
             self.assertEqual(self.left_out(name + ":1", name, host + "/lab/base:1"), [])
 
@@ -9583,8 +9488,7 @@ class RecompressTest(StoredCase):
     def test_archive(self):
         image = imagec.pull(self.reference, self.at("out.tar"), recompress="gzip",
                             platform="linux/amd64")
-        self.assertEqual([layer.blob for layer in image.layers],
-                         list(image.manifest.layers))
+        self.assertEqual([layer.blob for layer in image.layers], list(image.manifest.layers))
         self.verify(self.at("out.tar"))
         members = self.members(self.at("out.tar"))
         entry, = json.loads(members["index.json"].decode())["manifests"]
@@ -9646,8 +9550,7 @@ class RecompressTest(StoredCase):
             "application/x", self.image.blobs[self.image.layers[0]], "2")])
         self.origin.add("lab/artifact", "1", artifact)
         for name in "out.tar", "out":
-            self.recompressed(name, self.reference,
-                              self.origin.host + "/lab/artifact:1")
+            self.recompressed(name, self.reference, self.origin.host + "/lab/artifact:1")
             found = imagec.Shelf(self.at(name))
             self.assertEqual(found.repositories["lab/artifact"]["1"], artifact.digest)
             self.assertNotEqual(found.repositories["lab/app"]["1"], self.image.digest)
@@ -9676,8 +9579,7 @@ class RecompressTest(StoredCase):
             self.image, lambda document: document["layers"][0].update(
                 data="eA==", urls=["https://x/"], annotations=notes)))
         self.recompressed("noted", self.reference[:-1] + "2")
-        blobs = [data for data in contents(self.at("noted")).values()
-                 if b'"mine"' in data]
+        blobs = [data for data in contents(self.at("noted")).values() if b'"mine"' in data]
         layer = json.loads(blobs[0].decode())["layers"][0]
         self.assertEqual(set(layer), {"mediaType", "size", "digest", "annotations"})
         self.assertEqual(layer["annotations"], {"mine": "x"})
@@ -9690,8 +9592,7 @@ class RecompressTest(StoredCase):
     def test_layers_that_become_the_same(self):
         references = [self.reference] + [
             self.serve(tars, name, compress=compress)[0] for tars, name, compress in (
-                (ARCHIVE_TARS, "lab/frame:1",
-                 lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
+                (ARCHIVE_TARS, "lab/frame:1", lambda tar: zstd_bytes(tar) + SKIPPABLE_FRAME),
                 (ARCHIVE_TARS[::-1], "lab/gzip:1", gzip_bytes))]
         for order, jobs in in_turn(itertools.product(
                 itertools.permutations(references), ("1", "4")), 6):
@@ -9720,8 +9621,7 @@ FLAT_CASES = (
     ("spec: whiteout, then again", ["a=1", ".wh.a=", "a=2"], "a=2"),
     ("T150: before what the layer adds", ["a=1", ".wh.a= a=2"], "a=2"),
     ("T150: after it", ["a=1", "a=2 .wh.a="], "a=2"),
-    ("T150: of a directory the layer refills", ["d/x=1", ".wh.d= d/ d/y=2"],
-     "d/ d/y=2"),
+    ("T150: of a directory the layer refills", ["d/x=1", ".wh.d= d/ d/y=2"], "d/ d/y=2"),
     ("T150: the same, last", ["d/x=1", "d/ d/y=2 .wh.d="], "d/ d/y=2"),
     ("T150: a link takes its place", ["d/x=1 e/", "d->e .wh.d="], "d->e e/"),
     ("T150: of nothing", ["a=1", ".wh.b= no/.wh.c= a/.wh.d="], "a=1"),
@@ -9729,8 +9629,7 @@ FLAT_CASES = (
     ("T150: opaque first", ["d/x=1", "d/ d/.wh..wh..opq= d/y=2"], "d/ d/y=2"),
     ("T150: opaque last", ["d/x=1", "d/ d/y=2 d/.wh..wh..opq="], "d/ d/y=2"),
     ("T150: opaque, same name", ["d/x=1", "d/x=2 d/.wh..wh..opq="], "d/ d/x=2"),
-    ("T150: opaque is deep", ["d/e/x=1", "d/e/y=2 d/.wh..wh..opq="],
-     "d/ d/e/ d/e/y=2"),
+    ("T150: opaque is deep", ["d/e/x=1", "d/e/y=2 d/.wh..wh..opq="], "d/ d/e/ d/e/y=2"),
     ("T150: opaque, others stay", ["d/x=1 e/x=1", "d/.wh..wh..opq="], "d/ e/ e/x=1"),
     ("T150: opaque of nothing", ["a=1", "no/.wh..wh..opq= a/.wh..wh..opq="], "a=1"),
     ("T149: opaque at the root", ["a=1 d/x=1", "b=2 .wh..wh..opq="], "b=2"),
@@ -9738,8 +9637,7 @@ FLAT_CASES = (
     ("T149: bare at the root", ["a=1", ".wh.="], FLAT_BAD),
     ("T149: of the directory itself", ["d/x=1", "d/.wh..="], FLAT_BAD),
     ("T149: of its parent", ["d/x=1", "d/.wh...="], FLAT_BAD),
-    ("T149: unknown kind", ["a=1 x=1 d/x=2", ".wh..wh.x= d/.wh..wh.x="],
-     "a=1 x=1 d/ d/x=2"),
+    ("T149: unknown kind", ["a=1 x=1 d/x=2", ".wh..wh.x= d/.wh..wh.x="], "a=1 x=1 d/ d/x=2"),
     ("T149: as a component", ["a=1 b=2", ".wh.a/b=3"], "a=1 b=2 .wh.a/ .wh.a/b=3"),
     ("T149: as a directory", ["a=1 b=2", ".wh.a/"], "b=2"),
     ("T149: as a link", ["a=1 b=2", ".wh.a->b"], "b=2"),
@@ -9761,8 +9659,7 @@ FLAT_CASES = (
     ("T151: file, link", ["a=1", "a->b"], "a->b"),
     ("T151: directory, hard link", ["a/x=1 b=2", "a=>b"], "a=2 b=>a"),
     ("T151: hard link, directory", ["b=1 a=>b", "a/x=2"], "a/ a/x=2 b=1"),
-    ("T151: all at once", ["a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"],
-     "a/ a/x=3 a/y=5 b=4 c->a"),
+    ("T151: all at once", ["a=1 b/x=2 c->a", "a/x=3 b=4 c/y=5"], "a/ a/x=3 a/y=5 b=4 c->a"),
     ("T151: child under a file", ["a=1", "a/x/y=2"], "a/ a/x/ a/x/y=2"),
     ("T141: link as parent", ["usr/lib/ lib->usr/lib", "lib/x=1"],
      "usr/ usr/lib/ usr/lib/x=1 lib->usr/lib"),
@@ -9773,8 +9670,7 @@ FLAT_CASES = (
      "x/ x/y/ x/z/ x/z/f=1 l->x/y m->l/../z"),
     ("T141: above the root is the root", ["e/ d/l->../../../e", "d/l/x=1"],
      "e/ e/x=1 d/ d/l->../../../e"),
-    ("T141: dangling", ["l->no/where", "l/x=1"],
-     "l->no/where no/ no/where/ no/where/x=1"),
+    ("T141: dangling", ["l->no/where", "l/x=1"], "l->no/where no/ no/where/ no/where/x=1"),
     ("T141: to a file", ["f=1 l->f", "l/x=2"], "f/ f/x=2 l->f"),
     ("T157: loop", ["a->b b->a", "a/x=1"], FLAT_BAD),
     ("T157: loop of one", ["a->a", "a/x=1"], FLAT_BAD),
@@ -9804,10 +9700,8 @@ FLAT_CASES = (
     ("hard links part when one is deleted", ["a=1 b=>a", ".wh.a="], "b=1"),
     ("hard link to what is deleted", ["a=1", "b=>a .wh.a="], FLAT_BAD),
     ("hard link to what is there again", ["a=1", "b=>a .wh.a= a=2"], "a=2 b=>a"),
-    ("T148: whiteout through a link", ["d/x=1 d/y=2 l->d", "l/.wh.x="],
-     "d/ d/y=2 l->d"),
-    ("T148: through a link the layer replaces", ["d/x=1 l->d", "l/ l/.wh.x="],
-     "d/ d/x=1 l/"),
+    ("T148: whiteout through a link", ["d/x=1 d/y=2 l->d", "l/.wh.x="], "d/ d/y=2 l->d"),
+    ("T148: through a link the layer replaces", ["d/x=1 l->d", "l/ l/.wh.x="], "d/ d/x=1 l/"),
     ("T148: the same, last", ["d/x=1 l->d", "l/.wh.x= l/"], "d/ d/x=1 l/"),
     ("T148: opaque in a link the layer replaces",
      ["d/x=1 l->d", "l/ l/.wh..wh..opq= l/z=3"], "d/ d/x=1 l/ l/z=3"),
@@ -10023,8 +9917,7 @@ def unsafe_metadata(kind):
         (b"SCHILY.xattr.user.bad", b"1"), (b"SCHILY.xattr.security.capability", b"1")])
     return lambda at: [
         raw_layer(raw_member(b"x", kind=b"2", link=os.fsencode(at + "/victim"))),
-        raw_layer(raw_member(b"x", kind=kind, link=os.fsencode(at + "/victim"),
-                             **loud))]
+        raw_layer(raw_member(b"x", kind=kind, link=os.fsencode(at + "/victim"), **loud))]
 
 
 def unsafe_depths(at):
@@ -10047,8 +9940,7 @@ WITHIN = "canary/ canary/new=bad"
 UNSAFE = (
     ("T140: parent", unsafe_member(b"../canary/new"), 0, WITHIN),
     ("T140: of the staging directory", unsafe_member(b"../../canary/new"), 0, WITHIN),
-    ("T140: deeper", unsafe_member(b"a/../../canary/victim"), 0,
-     "canary/ canary/victim=bad"),
+    ("T140: deeper", unsafe_member(b"a/../../canary/victim"), 0, "canary/ canary/victim=bad"),
     ("T140: dot first", unsafe_member(b"./../canary/new"), 0, WITHIN),
     ("T140: at the end", unsafe_member(b"a/.."), 3),
     ("T140: a directory", unsafe_member(b"../x", b"", kind=b"5", mode=0), 0, "x/"),
@@ -10090,8 +9982,7 @@ UNSAFE = (
     ("T146: character", unsafe_member(b"null", b"", kind=b"3", major=1, minor=3), 0),
     ("T146: block", unsafe_member(b"loop", b"", kind=b"4", major=7), 0),
     ("T146: fifo", unsafe_member(b"pipe", b"", kind=b"6"), 0),
-    ("T146: absurd", unsafe_member(b"x", b"", kind=b"3", major=b"\x80" + b"\xff" * 7),
-     0),
+    ("T146: absurd", unsafe_member(b"x", b"", kind=b"3", major=b"\x80" + b"\xff" * 7), 0),
     ("T147: setuid", unsafe_member(mode=0o6777), 0, "x=bad"),
     ("T148: whiteout", unsafe_words("l->@", "l/.wh.victim="), 0),
     ("T148: opaque", unsafe_words("l->@", "l/.wh..wh..opq="), 0),
@@ -10103,8 +9994,7 @@ UNSAFE = (
     ("T151: a link in what goes", unsafe_words("d/l->@", "d=1"), 0, "d=1"),
     ("T151: a link in what goes away", unsafe_words("d/l->@ a=1", ".wh.d="), 0, "a=1"),
     ("T152: huge hole", lambda at: [pax_sparse([(0, b"bad")], 8388608)], 1),
-    ("T152: name", lambda at: [pax_sparse([(0, b"bad")], 3, b"../canary/new")], 0,
-     WITHIN),
+    ("T152: name", lambda at: [pax_sparse([(0, b"bad")], 3, b"../canary/new")], 0, WITHIN),
     ("T153: path", unsafe_member(pax=[(b"path", b"../canary/new")]), 0, WITHIN),
     ("T153: linkpath", unsafe_member(b"h", b"", kind=b"1", pax=[
         (b"linkpath", b"../canary/victim")]), 3),
@@ -10204,8 +10094,7 @@ class UnsafeLayersTest(StoredCase):
         before = stored_state(self.work)
         os.makedirs(os.path.dirname(self.at(place)), exist_ok=True)
         os.symlink(self.canary, self.at(place))
-        run = self.main("pull", "-q", "--format", format, "-o", self.at("out0"),
-                        reference)
+        run = self.main("pull", "-q", "--format", format, "-o", self.at("out0"), reference)
         self.assertIn(run.status, (0, 1))
         for name in glob.glob(self.at("out0*")):
             remove(name)
@@ -10431,8 +10320,7 @@ class RootfsOutputTest(StoredCase):
             environ={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
         err = process.communicate()[1]
         self.assertEqual((process.returncode, err), (0, b""))
-        self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))),
-                         [b"caf\xe9", b"l"])
+        self.assertEqual(sorted(os.listdir(os.fsencode(self.at("out")))), [b"caf\xe9", b"l"])
 
     def test_T158_unknown_types_are_told(self):
         out, err = self.rootfs(raw_layer(raw_member(b"x", b"data", b"Z"),
@@ -10469,8 +10357,7 @@ class RootfsOutputTest(StoredCase):
             self.assertIn("where you are", run.err)
         os.chdir("/")
         with mock.patch("os.path.ismount", lambda path: path.endswith("empty")):
-            run = self.pull("--format", "rootfs", "-o", self.at("empty"), reference,
-                            expect=1)
+            run = self.pull("--format", "rootfs", "-o", self.at("empty"), reference, expect=1)
         self.assertIn("mount point", run.err)
         self.assertEqual(stored_state(self.work), before)
         self.assertEqual(self.origin.requests, [])
@@ -10598,12 +10485,10 @@ FILES = (
     ("ORAS: a directory", [packed("d/ d/x=1 d/y/ d/l->x d/h=>d/x", "d"),
                            (FILE, b"2", "z")], {},
      "d/ d/h=1 d/x=>d/h d/y/ d/l->x z=2"),
-    ("ORAS: a directory deep down", [packed("a/b/ a/b/x=1", "a/b")], {},
-     "a/ a/b/ a/b/x=1"),
+    ("ORAS: a directory deep down", [packed("a/b/ a/b/x=1", "a/b")], {}, "a/ a/b/ a/b/x=1"),
     ("by its last part", [packed("b/ b/x=1", "a/b", bz2.compress)], {}, "a/ a/b/ a/b/x=1"),
     ("by no name", [packed("x=1 y/z=2", "a")], {}, "a/ a/x=1 a/y/ a/y/z=2"),
-    ("the same twice", [packed("x=1", "a"), packed("x=1", "b")], {},
-     "a/ a/x=1 b/ b/x=1"),
+    ("the same twice", [packed("x=1", "a"), packed("x=1", "b")], {}, "a/ a/x=1 b/ b/x=1"),
     ("out of it", [packed("../../x=1 l->../z l/y=2", "a"), (FILE, b"3", "z")], {},
      "a/ a/x=1 a/l->../z a/z/ a/z/y=2 z=3"),
     ("oras-py packs a directory and does not say so",
@@ -10775,14 +10660,12 @@ def pem(label, data):
 
 
 def der_of(key):
-    return ssl.PEM_cert_to_DER_cert(
-        key.decode("ascii").replace("PUBLIC KEY", "CERTIFICATE"))
+    return ssl.PEM_cert_to_DER_cert(key.decode("ascii").replace("PUBLIC KEY", "CERTIFICATE"))
 
 
 def public_key(kind, *bits):
     """A SubjectPublicKeyInfo of the AlgorithmIdentifier `kind`, as PEM."""
-    return pem("PUBLIC KEY", der(0x30, der(0x30, bytes.fromhex(kind)),
-                                 der(3, b"\0", *bits)))
+    return pem("PUBLIC KEY", der(0x30, der(0x30, bytes.fromhex(kind)), der(3, b"\0", *bits)))
 
 
 def point_of(jwk):
@@ -10796,8 +10679,7 @@ OTHER_PUBLIC = public_key(P256_KIND, b"\4" + P256_BASE)  # of the secret 1
 COSIGN_PUBLIC = pem("PUBLIC KEY", base64.b64decode(
     "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEFNLqFhf4fiN6o/glAuYnq2jYUeL0vRuLu/z39pmbVwS9ff"
     "5AYnlwaP9sxREajdLY9ynM6G1sy6AAmb7Z63TsLg=="))
-COSIGN_DIGEST = ("sha256:634a8f35b5f16dcf4aaa0822adc0b1964bb786fca12f6831de8ddc45e5986a"
-                 "00")
+COSIGN_DIGEST = ("sha256:634a8f35b5f16dcf4aaa0822adc0b1964bb786fca12f6831de8ddc45e5986a" "00")
 COSIGN_PAYLOAD = (
     '{"critical":{"identity":{"docker-reference":"192.168.64.2:5000/cosign-signed-singl'
     'e-sample"},"image":{"docker-manifest-digest":"%s"},"type":"cosign container image '
@@ -10878,8 +10760,7 @@ KEYS_REFUSED = worded(
                 SMALL_Y.to_bytes(32, "big")),
      public_key(P256_KIND, b"\6", P256_BASE), public_key(P256_KIND, b"\0", P256_BASE)),
     ("not two numbers of 32 bytes", public_key(P256_KIND, b"\0"),
-     public_key(P256_KIND, b"\2", P256_BASE[:32]), public_key(P256_KIND, b"\4",
-                                                              P384_BASE)),
+     public_key(P256_KIND, b"\2", P256_BASE[:32]), public_key(P256_KIND, b"\4", P384_BASE)),
     ("not two numbers of 48 bytes", public_key(P384_KIND, b"\4", P256_BASE)),
     ("odd bits", pem("PUBLIC KEY", der(0x30, der(0x30, bytes.fromhex(P256_KIND)), der(
         3, b"\7\4", P256_BASE)))),
@@ -10914,8 +10795,7 @@ SIGNATURES_BAD = (
     ("an indefinite length", b"\x30\x80" + der_pair(R, S)[2:] + b"\0\0"),
     ("a length without end", b"\x30\xff" + b"\xff" * 127),
     ("a length beyond the end", b"\x30\x84\xff\xff\xff\xff" + der_pair(R, S)[2:]),
-    ("a zero more before r", der_parts(b"\0" + R.to_bytes(32, "big"),
-                                       S.to_bytes(33, "big"))),
+    ("a zero more before r", der_parts(b"\0" + R.to_bytes(32, "big"), S.to_bytes(33, "big"))),
     ("a zero more before s", der_parts(R.to_bytes(32, "big"),
                                        b"\0\0" + S.to_bytes(32, "big"))),
     ("a negative r", der_parts((R - 2 ** 256).to_bytes(33, "big", signed=True),
@@ -10926,8 +10806,7 @@ SIGNATURES_BAD = (
     ("r is 0", der_pair(0, S)), ("s is 0", der_pair(R, 0)),
     ("r is n", der_pair(P256_ORDER, S)), ("s is n", der_pair(R, P256_ORDER)),
     ("both are n", der_pair(P256_ORDER, P256_ORDER)),
-    ("r is n + 1", der_pair(P256_ORDER + 1, S)), ("s is n + 1", der_pair(
-        R, P256_ORDER + 1)),
+    ("r is n + 1", der_pair(P256_ORDER + 1, S)), ("s is n + 1", der_pair(R, P256_ORDER + 1)),
     ("r + n", der_pair(R + P256_ORDER, S)), ("s + n", der_pair(R, S + P256_ORDER)),
     ("r - n", der_parts((R - P256_ORDER).to_bytes(33, "big", signed=True),
                         S.to_bytes(33, "big"))),
@@ -10992,8 +10871,7 @@ class PublicKeyTest(TableCase):
 
     @rows(KEYS_REFUSED)
     def test_keys_refused(self, key, words):
-        error = self.refused(imagec.UsageError, words, imagec.PublicKey.parse, key,
-                             "k.pub")
+        error = self.refused(imagec.UsageError, words, imagec.PublicKey.parse, key, "k.pub")
         self.assertIn("k.pub: expected one PEM PUBLIC KEY", str(error))
         self.assertNotIn(PASSWORD, str(error))
 
@@ -11036,8 +10914,7 @@ def simple(payload, secret=TEST_SECRET, annotations=None):
 def simple_payload(digest=SUM_A, name="registry.test/lab/app", critical=(), **extra):
     """What cosign signed before 3."""
     return {"critical": dict({
-        "identity": {"docker-reference": name}, "image": {
-            "docker-manifest-digest": digest},
+        "identity": {"docker-reference": name}, "image": {"docker-manifest-digest": digest},
         "type": "cosign container image signature"}, **dict(critical)), **extra}
 
 
@@ -11048,8 +10925,7 @@ def of_type(media_type, raw):
 
 def dsse(kind, payload, secret=TEST_SECRET, **changes):
     """A DSSE envelope, as a dict."""
-    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode("ascii"), len(payload),
-                                       payload)
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode("ascii"), len(payload), payload)
     made = base64.b64encode(der_pair(*ecdsa(message, secret))).decode("ascii")
     return dict({"payload": base64.b64encode(payload).decode("ascii"),
                  "payloadType": kind, "signatures": [{"sig": made}]}, **changes)
@@ -11060,8 +10936,7 @@ def bundle(envelope):
     raw = json_bytes({
         "mediaType": imagec.SIGSTORE_BUNDLE, "verificationMaterial": {
             "publicKey": {"hint": "x"}, "tlogEntries": []}, "dsseEnvelope": envelope})
-    return imagec.Descriptor(imagec.SIGSTORE_BUNDLE, imagec.Digest.of(raw),
-                             len(raw)), raw
+    return imagec.Descriptor(imagec.SIGSTORE_BUNDLE, imagec.Digest.of(raw), len(raw)), raw
 
 
 IN_TOTO = "application/vnd.in-toto+json"
@@ -11117,8 +10992,7 @@ SIGNED_REFUSED = worded(
      (bundle(dsse("text/plain", statement(SUM_A))),),
      (bundle(dsse(IN_TOTO, statement(
          SUM_A, predicateType="https://slsa.dev/provenance/v1"))),),
-     (bundle(dsse(IN_TOTO, statement(
-         SUM_A, _type="https://in-toto.io/Statement/v0.1"))),)),
+     (bundle(dsse(IN_TOTO, statement(SUM_A, _type="https://in-toto.io/Statement/v0.1"))),)),
     ((imagec.VerificationError, "by k.pub, but as docker.io/library/app"),
      (simple(simple_payload(name="docker.io/library/app")), "registry.test/lab/app")),
     ((imagec.VerificationError, "by k.pub, but as registry.test/lab/app:1"),
@@ -11145,8 +11019,7 @@ SIGNED_REFUSED = worded(
     ((imagec.InvalidDocument, "bundle has no 'dsseEnvelope'"), (bundle(None),)),
     ((imagec.LimitExceeded, "'signatures' has 2 entries"),
      (bundle(dict(GOOD_BUNDLE, signatures=2 * GOOD_BUNDLE["signatures"])),)),
-    ((imagec.InvalidDocument, "statement is not valid JSON"), (bundle(dsse(IN_TOTO,
-                                                                           b"")),)),
+    ((imagec.InvalidDocument, "statement is not valid JSON"), (bundle(dsse(IN_TOTO, b"")),)),
     ((imagec.InvalidDocument, "has no 'digest'"),
      (bundle(dsse(IN_TOTO, statement(subject=[{"name": "x"}]))),)))
 
@@ -11171,8 +11044,7 @@ class SignerTest(TableCase):
         keys = [imagec.PublicKey.parse(key, "cosign.pub") for key in (
             P384_PUBLIC, COSIGN_PUBLIC)]
         for name in (None, "192.168.64.2:5000/cosign-signed-single-sample"):
-            self.assertIs(imagec.signer(keys, digest, layer, COSIGN_PAYLOAD, name),
-                          keys[1])
+            self.assertIs(imagec.signer(keys, digest, layer, COSIGN_PAYLOAD, name), keys[1])
         self.refused(imagec.VerificationError, "but of " + COSIGN_DIGEST, imagec.signer,
                      keys, imagec.Digest.parse(SUM_A), layer, COSIGN_PAYLOAD)
         self.refused(imagec.VerificationError, "by none of", imagec.signer, self.KEYS,
@@ -11551,8 +11423,7 @@ class PullTest(PullCase):
                                ([one, two, three, three], imagec.VerificationError)):
             with self.subTest(diff_ids):
                 remove(self.dest)
-                image = build_image(NET_TARS, rootfs={
-                    "type": "layers", "diff_ids": diff_ids})
+                image = build_image(NET_TARS, rootfs={"type": "layers", "diff_ids": diff_ids})
                 with self.fails(kind) as caught:
                     self.pull(self.filled(image))
                 self.assertEqual(imagec.exit_status(caught.exception), 3)
@@ -11673,12 +11544,10 @@ class AlongTest(StoredCase):
     def test_those_of_several_images_are_asked_for_at_once(self):
         others, met = self.serve(FIELD_SMALL[1:], "lab/two:1")[0], threading.Barrier(2)
         self.origin.fault("/referrers/", lambda reply: (met.wait(10), reply)[1], 2)
-        self.main("pull", "-o", self.at("x.tar"), "--referrers", self.ref, others,
-                  expect=0)
+        self.main("pull", "-o", self.at("x.tar"), "--referrers", self.ref, others, expect=0)
         self.assertFalse(met.broken)
 
-    @rows(in_turn([("oci", True), ("archive", True),
-                   ("archive", False), ("oci", False)], 2))
+    @rows(in_turn([("oci", True), ("archive", True), ("archive", False), ("oci", False)], 2))
     def test_all_of_it(self, format, listed):
         self.clear()
         self.ref = self.offer(lists_referrers=listed)
@@ -11687,8 +11556,7 @@ class AlongTest(StoredCase):
         self.assertEqual(set(entries), {
             "1", tag_of(self.amd), tag_of(self.sbom), tag_of(self.index, ".sig"),
             tag_of(self.sbom, ".sig")})
-        self.assertEqual(entries[tag_of(self.index, ".sig")]["digest"],
-                         self.signed.digest)
+        self.assertEqual(entries[tag_of(self.index, ".sig")]["digest"], self.signed.digest)
         shelf = imagec.Shelf(self.at("out"))
         for one in (self.sbom, self.proof, self.signed, self.seal, self.index):
             self.assertEqual(shelf.documents[one.digest][0], one.manifest)
@@ -11843,8 +11711,7 @@ class PlatformsTest(StoredCase):
         run = self.of("out", *self.PLATFORMS[::2], format="oci")
         self.assertEqual(run.out.decode(), self.ref + "@" + self.index.digest + "\n")
         entry, = json.loads(file_text(self.at("out", "index.json")))["manifests"]
-        made = json.loads(file_text(self.at(
-            "out", "blobs", *entry["digest"].split(":"))))
+        made = json.loads(file_text(self.at("out", "blobs", *entry["digest"].split(":"))))
         self.assertEqual([(one["digest"], one["platform"].get("variant"))
                           for one in made["manifests"]],
                          [(self.images[0].digest, None), (self.images[2].digest, "v8")])
@@ -12119,8 +11986,7 @@ class SignedPullTest(SignedCase):
         ("image", lambda case: case.put(case.image, None, *[  # the last of many
             simple(simple_payload(SUM_B, "x/" + "a" * count)) for count in range(1, 4)],
             simple(simple_payload(case.image.digest)))),
-        ("image", lambda case: [case.sign(case.index, secret=2),
-                                case.sign(case.image)])))
+        ("image", lambda case: [case.sign(case.index, secret=2), case.sign(case.image)])))
     def test_taken(self, what, sign):
         self.origin.repositories.clear()
         self.origin.add("lab/app", "1", self.index)
@@ -12185,8 +12051,7 @@ class SignedPullTest(SignedCase):
     def test_no_list_of_signatures_is_followed_for_ever(self):
         entries = [dict(self.image.descriptor(artifactType=imagec.SIGSTORE_BUNDLE),
                         digest="sha256:%064d" % number) for number in range(100)]
-        self.origin.add("lab/app", tag_of(self.image), build_index(
-            [], extra_entries=entries))
+        self.origin.add("lab/app", tag_of(self.image), build_index([], extra_entries=entries))
         self.run_it("digest", "--verify-key", self.key, self.reference, expect=3)
         asked = [one for one in self.origin.requests if "sha256:000" in one.path]
         self.assertEqual(len(asked), imagec.SIGNATURE_COUNT_LIMIT)
@@ -12246,8 +12111,7 @@ class SignedPullTest(SignedCase):
         self.sign(self.index, payload={"name": name + ":1"})
         self.run_it("digest", *argv)
         self.sign(self.index, payload={"name": name + "le"})
-        self.assert_one_line(self.run_it("digest", *argv, expect=3), 3,
-                             "but as %sle$" % name)
+        self.assert_one_line(self.run_it("digest", *argv, expect=3), 3, "but as %sle$" % name)
         self.put(self.index, None)
         self.sign_by_bundle(self.index)
         self.assert_one_line(self.run_it("digest", *argv, expect=3), 3,
@@ -12329,8 +12193,7 @@ class SignedPullTest(SignedCase):
                     self.at(name))
                 kept = simple(simple_payload(self.index.digest))[1]
                 self.assertIn("blobs/sha256/" + sha256(kept)[7:], held)
-                self.assertEqual(made.layers[0][7:] in "".join(held),
-                                 platform != ["all"])
+                self.assertEqual(made.layers[0][7:] in "".join(held), platform != ["all"])
                 self.assertNotIn("blobs/sha256/" + sha256(simple(simple_payload(
                     SUM_C))[1])[7:], held)
 
@@ -12480,8 +12343,7 @@ AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] not in (
     ("no names", damage_write(b"[]"), "repositories"),
     ("another name", damage_json(lambda value: value.update(x={"1": "0" * 64})),
      "repositories"),
-    ("a layer less", damage_json(lambda value: value[0]["Layers"].pop()),
-     "manifest.json"),
+    ("a layer less", damage_json(lambda value: value[0]["Layers"].pop()), "manifest.json"),
     ("layers swapped", damage_json(lambda value: value[0]["Layers"].reverse()),
      "manifest.json"),
     ("config is a layer", damage_json(
@@ -12494,8 +12356,7 @@ AUDIT_ARCHIVE = tuple(row for row in AUDIT_OCI if row[1] not in (
        "manifest.json") for odd in (7, [1], {"a": 1})),
     ("no list", damage_write(b"{}"), "manifest.json"),
     ("no JSON", damage_write(b"["), "manifest.json"),
-    ("wrong types", damage_write(b'[{"Config": [], "Layers": [[], 5]}]'),
-     "manifest.json"))
+    ("wrong types", damage_write(b'[{"Config": [], "Layers": [[], 5]}]'), "manifest.json"))
 
 class AuditTest(StoredCase):
     """verify: what a pull wrote is good; what became of it since is told."""
@@ -12566,8 +12427,7 @@ class AuditTest(StoredCase):
                     damage(path)
                 # An index that leads to nothing makes the manifest extra, or missing.
                 word = os.path.basename(where)
-                check(copy, "" if word == "index.json" else word,
-                      what in ("gone", "renamed"))
+                check(copy, "" if word == "index.json" else word, what in ("gone", "renamed"))
 
     @rows((("the name", ":1", "3"), ("the tag that others go by", ":2", "1")))
     def test_two_images_share(self, what, name, tag):
@@ -12576,8 +12436,7 @@ class AuditTest(StoredCase):
         damage_json(lambda value: value["manifests"].append(_descriptor(
             imagec.OCI_INDEX, blob, annotations={OCI_NAME: own + name, OCI_TAG: tag})))(
                 os.path.join(path, "index.json"))
-        self.assertEqual(faults_of(path),
-                         ["index.json: %s:1 stands for two images" % own])
+        self.assertEqual(faults_of(path), ["index.json: %s:1 stands for two images" % own])
 
     def test_layers(self):
         self.good("layers")
@@ -12593,8 +12452,7 @@ class AuditTest(StoredCase):
             "type": "layers", "diff_ids": [sha256(one), ZEROS]})
         self.offer(image)
         path = self.at(format)
-        self.pull("--platform", "linux/amd64", "--format", format, "-o", path,
-                  self.reference)
+        self.pull("--platform", "linux/amd64", "--format", format, "-o", path, self.reference)
         self.faults(path, "%s: layer %s unpacked (diffID): expected digest %s, got %s" % (
             image.layers[1][7:], image.layers[1], ZEROS, sha256(two)))
 
@@ -12823,8 +12681,7 @@ class AuditTest(StoredCase):
     def test_many_names_of_many_layers_take_little(self):
         image, tags = build_image([raw_words("a=1")] * 256), list(map(str, range(256)))
         path = self.exported(image, tags, (image, tags))
-        self.assertLess(peak_memory(lambda: self.assertEqual(faults_of(path), [])),
-                        4 << 20)
+        self.assertLess(peak_memory(lambda: self.assertEqual(faults_of(path), [])), 4 << 20)
 
     @staticmethod
     def repack(folder, names, path):
@@ -12900,8 +12757,7 @@ class AuditTest(StoredCase):
                 (raw_member(b"blobs/./x", b"{}"), "blobs/./x: expected a plain"),
                 (raw_member(b"."), ": .: expected a plain name"),
                 (raw_member(b"./"), ": ./: expected a plain name"),
-                (raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)),
-                 "index.json"),
+                (raw_member(b"x", b"{}", pax=((b"path", b"./index.json"),)), "index.json"),
                 (raw_member(b"index.json"), "index.json: stands 2 times"),
                 (raw_member(b"x", b"{}", pax=((b"path", b"index.json"),)),
                  "index.json: stands 2 times"),
@@ -12928,8 +12784,7 @@ class AuditTest(StoredCase):
     def test_headers_of_an_archive_take_no_time(self):
         path = self.good("archive")
         header = raw_member(b"h", pax_records((b"comment", b"7" * 160000)), kind=b"x")
-        write_file(path, file_bytes(path)[:-1024] + raw_layer(
-            header, raw_member(b"x")))
+        write_file(path, file_bytes(path)[:-1024] + raw_layer(header, raw_member(b"x")))
         with cpu_within(2), threat_alarm(60):
             self.faults(path, "x: extra")
 
@@ -13183,8 +13038,7 @@ class AuditTest(StoredCase):
             self.assertEqual(b" images: 1, blobs or files: 3\n" in run.out, not wrong)
             run = self.main("verify", "--json", path)
             told = json.loads(run.out.decode())
-            self.assertEqual((run.status, told["path"], told["images"]),
-                             (status, path, 1))
+            self.assertEqual((run.status, told["path"], told["images"]), (status, path, 1))
             self.assertEqual([what for what, found in told.items() if type(found) is list
                               and found], wrong)
 
@@ -13476,8 +13330,7 @@ class SignedVerifyTest(SignedCase):
 
     def test_an_index_that_is_not_read(self):
         """What is signed, but cannot be read as an index, leads nowhere."""
-        odd = json_bytes({"schemaVersion": 2, "mediaType": "application/x",
-                          "manifests": []})
+        odd = json_bytes({"schemaVersion": 2, "mediaType": "application/x", "manifests": []})
         image = BuiltImage(odd, "application/x")
         self.add_blobs(image)
         layer, raw = simple(simple_payload(image.digest))
@@ -14009,8 +13862,7 @@ class ConformanceTest(ServeCase):
         path = "/v2/" + path.format(**self.facts)
         answer, head = self.ask(path), self.ask(path, "HEAD")
         self.assertEqual(answer.status, status, answer.body)
-        self.assertEqual(answer.headers["Docker-Distribution-API-Version"],
-                         "registry/2.0")
+        self.assertEqual(answer.headers["Docker-Distribution-API-Version"], "registry/2.0")
         self.assertEqual(answer.headers["Content-Length"], str(len(answer.body)))
         for name, value in headers.items():
             self.assertEqual(answer.headers[name], value.format(**self.facts))
@@ -14147,8 +13999,7 @@ class ServeListsTest(ServeCase):
             ("?last=latest", []), ("?last=zzz", []), ("?last=", TAGS),
             # distribution-spec: "an empty list", and no Link to follow for ever
             ("?n=0", []))], [
-        ("_catalog?n=" + value, None) for value in (
-            "x", "-1", "1.5", "", "9" * 30, "%00")])
+        ("_catalog?n=" + value, None) for value in ("x", "-1", "1.5", "", "9" * 30, "%00")])
     def test_lists(self, path, expected):
         key = "repositories" if path.startswith("_catalog") else "tags"
         self.assertEqual(self.listed("/v2/" + path, key), (
@@ -14164,8 +14015,7 @@ class ServeListsTest(ServeCase):
                 with self.subTest(path=path, count=count):
                     pages = self.pages(path + "?&"["?" in path] + "n=%d" % count, key)
                     self.assertEqual(sum(pages, []), whole)
-                    self.assertEqual({len(page) for page in pages[:-1]} - {count},
-                                     set())
+                    self.assertEqual({len(page) for page in pages[:-1]} - {count}, set())
                     self.assertTrue(pages[-1])
 
 
@@ -14227,8 +14077,7 @@ class ServeTest(ServeCase):
 
     def archived(self, *credentials):
         """The host of a server of the archive, one for all rows of a test."""
-        self._host = getattr(self, "_host", None) or self.serve(
-            self.archive, *credentials)
+        self._host = getattr(self, "_host", None) or self.serve(self.archive, *credentials)
         return self._host
 
     def test_pulls(self):
@@ -14245,8 +14094,7 @@ class ServeTest(ServeCase):
                         pulled = self.pulled(host, reference, format, platform)
                         self.assertEqual(str(pulled.digest), image.digest)
 
-    @rows((("alpine:1", "library/alpine", "docker.io"),
-           ("{0}/lab/oci:1", "lab/oci", "{0}")))
+    @rows((("alpine:1", "library/alpine", "docker.io"), ("{0}/lab/oci:1", "lab/oci", "{0}")))
     def test_as_a_mirror(self, name, repository, namespace):
         with mock.patch.object(imagec.RegistryHandler, "log_message") as asked:
             image = imagec.pull(
@@ -14304,8 +14152,7 @@ class ServeTest(ServeCase):
         self.assertIn(b"\r\nConnection: close\r\n", found)
 
     def test_a_request_of_HTTP_0_9(self):
-        self.assertRegex(serve_raw(self.archived(), b"GET /v2/\r\n"),
-                         rb"\AHTTP/1\.1 200 ")
+        self.assertRegex(serve_raw(self.archived(), b"GET /v2/\r\n"), rb"\AHTTP/1\.1 200 ")
 
     @rows(((b"Content-Length: 0",), (b"Content-Length:0 \t",), (b"X-y.z~: (a)",)))
     def test_heads_that_can_be_read_in_one_way(self, fields):
@@ -14431,8 +14278,7 @@ class ServeTest(ServeCase):
         host, first, second = self.narrow(self.archive), None, None
         for count in (1, 2, 2):
             first, second = second, self.asking(host, sock=first)
-            self.wait_until(lambda: sum(map(bool, list(
-                self.server.since.values()))) >= count)
+            self.wait_until(lambda: sum(map(bool, list(self.server.since.values()))) >= count)
         with mock.patch.object(imagec, "SERVE_IDLE", 0):
             self.assertEqual(serve_ask(host, "/v2/").status, 200)
         self.assertEqual(first.recv(1), b"")  # though it came last
@@ -14704,8 +14550,7 @@ PUSH_NAMES = (
     ([PUSH_NAMED, (PUSH_IMAGE, "a.b/b:2")], ("--tag", "x"), {"x:latest": PUSH_IMAGE}),
     ([PUSH_NAMED, (PUSH_IMAGE, "a.b/b:1")], (), {"app:1": PUSH_IMAGE, "b:1": PUSH_IMAGE}),
     # What refers to an image goes where that goes, and is no other image.
-    ([(PUSH_SIGNATURE, None), PUSH_NAMED], (),
-     {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE}),
+    ([(PUSH_SIGNATURE, None), PUSH_NAMED], (), {"app:1": PUSH_IMAGE, "app": PUSH_SIGNATURE}),
     ([(PUSH_SIGNATURE, PUSH_TAG + ".sig"), PUSH_NAMED],
      ("--tag", "x:2"), {"x:2": PUSH_IMAGE, "x:%s.sig" % PUSH_TAG: PUSH_SIGNATURE}),
     # What refers to that is there before it.
@@ -14788,8 +14633,7 @@ class PushCase(ServeCase):
             for data in [data for one in [image] + image.children
                          for data in [one.manifest] + list(one.blobs.values())]:
                 if sha256(data) not in without:
-                    write_file(os.path.join(path, "blobs", "sha256", sha256(data)[7:]),
-                               data)
+                    write_file(os.path.join(path, "blobs", "sha256", sha256(data)[7:]), data)
         write_file(os.path.join(path, "oci-layout"), '{"imageLayoutVersion": "1.0.0"}')
         write_file(os.path.join(path, "index.json"), json_bytes(
             {"schemaVersion": 2, "manifests": manifests}))
@@ -15006,8 +14850,7 @@ class PushTest(PushCase):
         path = write_file(self.at("x.tar"), data)
         for argv in ["push", path, self.target.host], ["inspect", "-q", path]:
             self.assert_one_line(RegistryCase.main(self, *argv), code, words)
-        self.assertIn(", from standard input",
-                      self.push_from_stdin(path, expect=code).err)
+        self.assertIn(", from standard input", self.push_from_stdin(path, expect=code).err)
 
     def test_from_standard_input(self):
         self.push_from_stdin(self.archive)
@@ -15239,8 +15082,7 @@ class SelfTestTest(ServeCase):
         tokens = self.registry(auth="bearer")
         realm = tokens.url.replace("127.0.0.1", "localhost")
         registry = self.registry(auth="bearer", realm=realm + "/token")
-        run = self.hasty(registry.host, "-u", "alice", IMAGEC_PASSWORD=PASSWORD,
-                         expect=1)
+        run = self.hasty(registry.host, "-u", "alice", IMAGEC_PASSWORD=PASSWORD, expect=1)
         self.assertRegex(run.out, "(?m)^lets us in .*--token-host localhost:.*not enough")
         self.assertEqual(authorizations(tokens), [])
 
@@ -15373,8 +15215,7 @@ class CommandLineTest(CommandLineCase):
         pinned, bare = self.ref + "@" + self.digest, self.ref[:-2] + "@" + self.digest
         for references, lines in (([self.ref] * 2, [pinned] * 2), ([pinned], [pinned]),
                                   ([self.ref], [pinned]), ([bare], [bare])):
-            self.assertEqual(self.done("pull", "-q", "-o", self.output, *references),
-                             lines)
+            self.assertEqual(self.done("pull", "-q", "-o", self.output, *references), lines)
 
     @rows(((["digest"], 0, "sha256:"), (["inspect", "--raw"], 0, "schemaVersion"),
            (["pull", "-o", "-"], 2, "")))
@@ -15421,8 +15262,7 @@ class CommandLineTest(CommandLineCase):
             chart=self.offer("chart", build_artifact([("text/x", b"x", "x.txt")])))
         argv = (options + " " + references).format(**words).split()
         for _ in range(1 if "files" in options or "root" in options else 2):
-            self.assertEqual(pull(*argv), set(
-                made.format(short=self.digest[7:19]).split()))
+            self.assertEqual(pull(*argv), set(made.format(short=self.digest[7:19]).split()))
         if made == "new":
             self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
 
@@ -15506,8 +15346,7 @@ class CommandLineTest(CommandLineCase):
             [name, str(len(self.image.blobs[name]))] for name in self.image.layers])
         values = list(map(ordered, self.done("layers", "--json", self.ref)))
         self.assertEqual([list(value.items()) for value in values], [
-            [("id", name), ("digest", digest), ("diff_id", diff_id),
-             ("blob_size", int(size))]
+            [("id", name), ("digest", digest), ("diff_id", diff_id), ("blob_size", int(size))]
             for (name, digest, size), diff_id in zip(rows, self.image.diff_ids)])
 
     def test_schema1(self):
@@ -15525,8 +15364,7 @@ class CommandLineTest(CommandLineCase):
             "history", "platforms", "referrers"])
         self.assertEqual(value["reference"], self.ref + "@" + self.digest)
         self.assertEqual(value["media_type"], self.image.media_type)
-        self.assertEqual([layer["digest"] for layer in value["layers"]],
-                         self.image.layers)
+        self.assertEqual([layer["digest"] for layer in value["layers"]], self.image.layers)
         self.assertEqual(value["total_size"], sum(map(len, self.image.blobs.values())))
         self.assertEqual(self.files(), [])
 
@@ -15605,8 +15443,7 @@ class CommandLineTest(CommandLineCase):
            (("--match", "*[0-9]"), "3.9 v3"),
            (("--newest", "9", "--match", "?*"), "3.9 v3"),
            (("--newest", "1", "--full"), "NAME:3.9"), (("--match", "3"), ""),
-           (("--match", "v*", "--full", "--json"),
-            '{"tag":"v3","reference":"NAME:v3"}')))
+           (("--match", "v*", "--full", "--json"), '{"tag":"v3","reference":"NAME:v3"}')))
     def test_tags(self, options, wanted):
         for tag in ("no-digit", "3.9", "v3", "latest", "sha256-%s.sig" % ("a1" * 32)):
             self.origin.add("lab/tags", tag, self.image)
@@ -15620,8 +15457,7 @@ class CommandLineTest(CommandLineCase):
             "20240101", "v10.0", "3.20.1", "3.20-slim", "3.20", "3.20rc2", "3.20-RC.1",
             "3.20-M1", "3.20-beta", "3.20b1", "3.20_alpha2", "3.20a10", "3.20a9", "3.9", "v3",
             "dev-1", "alpha1"]
-        self.assertEqual(sorted(newest_first, key=imagec.version_key),
-                         newest_first[::-1])
+        self.assertEqual(sorted(newest_first, key=imagec.version_key), newest_first[::-1])
         many = ["%d" % n + ".1" * 60 for n in range(999)]
         with mock.patch.object(imagec.Registry, "tags", lambda *_: many):
             self.assertLess(peak_memory(lambda: self.assertEqual(
@@ -15721,8 +15557,7 @@ class CommandLineTest(CommandLineCase):
         before = LOG.level, list(LOG.handlers)
         for name in (self.ref, "Bad"):
             self.main("digest", "--debug", name)
-            self.assertEqual((LOG.level, LOG.handlers, imagec.log.listeners),
-                             before + ([],))
+            self.assertEqual((LOG.level, LOG.handlers, imagec.log.listeners), before + ([],))
 
     def test_every_error_has_its_status(self):
         expected = {"UsageError": 2, "InvalidReference": 2, "InvalidDocument": 3,
@@ -15753,8 +15588,7 @@ class OnDiskTest(CommandLineCase):
         """What a command prints that reads from disk, and asks no registry."""
         before = len(self.origin.requests)
         ended = self.main(*argv)
-        self.assertEqual((ended.status, len(self.origin.requests)), (0, before),
-                         ended.err)
+        self.assertEqual((ended.status, len(self.origin.requests)), (0, before), ended.err)
         self.assertRegex(ended.err, r"\Aimagec: reading what is at the path [^\n]*\n\Z")
         return ended.out.decode()
 
@@ -15772,8 +15606,7 @@ class OnDiskTest(CommandLineCase):
             wanted = self.main(*command, ref)
             self.assertEqual(self.asked(*command, path), wanted.out.decode())
         if kind == "schema1":
-            self.assertIn(self.ref[:-1], json.loads(self.asked("inspect", path))[
-                "reference"])
+            self.assertIn(self.ref[:-1], json.loads(self.asked("inspect", path))["reference"])
 
     def test_one_platform_of_an_index(self):
         for format in set(imagec.OUTPUTS).difference(("rootfs", "files")):
@@ -15848,8 +15681,7 @@ class OnDiskTest(CommandLineCase):
         path = self.put("layout", "--format", "oci", self.ref, self.many)
         damage_json(lambda index: index["manifests"][0].update(annotations={
             OCI_TAG: "many"}))(path + "/index.json")  # skopeo's: that is its whole name
-        self.assertEqual(self.asked("digest", path, "--image", "many"),
-                         self.digest + "\n")
+        self.assertEqual(self.asked("digest", path, "--image", "many"), self.digest + "\n")
 
     def test_what_has_no_name(self):
         by_digest = self.ref[:-2] + "@" + self.digest
@@ -15857,8 +15689,7 @@ class OnDiskTest(CommandLineCase):
         value = json.loads(self.asked("inspect", path))
         self.assertEqual(value["reference"], by_digest)
         for name in self.digest, by_digest:
-            self.assertEqual(self.asked("digest", path, "--image", name),
-                             self.digest + "\n")
+            self.assertEqual(self.asked("digest", path, "--image", name), self.digest + "\n")
 
     def test_what_is_a_path(self):
         self.enter(self.work)
@@ -16011,8 +15842,7 @@ class CommandLineCredentialsTest(CommandLineCase):
             self.assertEqual((found.references, found.output.strip("=")),
                              (["a", "b", "c"], "x"))
         found = parse("cat a --platform arm -- -b".split())
-        self.assertEqual((found.reference, found.path, found.platforms),
-                         ("a", "-b", ["arm"]))
+        self.assertEqual((found.reference, found.path, found.platforms), ("a", "-b", ["arm"]))
         self.assertEqual(parse(["pull", "-o", "-"]).output, "-")
 
     def test_a_registry_that_asks_for_none_gets_none(self):
@@ -16023,12 +15853,10 @@ class CommandLineCredentialsTest(CommandLineCase):
         other = self.filled(tls="expired", auth="basic")
         for options in ("-u alice", "--insecure-skip-verify", "--insecure-allow-http"):
             argv = ("-q", *options.split(), self.ref)
-            ended = self.pull(*argv, other.host + "/lab/app:1",
-                              IMAGEC_PASSWORD=PASSWORD)
+            ended = self.pull(*argv, other.host + "/lab/app:1", IMAGEC_PASSWORD=PASSWORD)
             self.assert_one_line(ended, 2, "%s .*two registries.*%s" % (
                 options if "insecure" in options else "", re.escape(other.host)))
-            ended = self.pull(*argv, "--mirror", self.origin.host,
-                              IMAGEC_PASSWORD=PASSWORD)
+            ended = self.pull(*argv, "--mirror", self.origin.host, IMAGEC_PASSWORD=PASSWORD)
             self.assertEqual((ended.status, ended.err), (0, ""))
         self.assertEqual(other.connections, 0)
 
@@ -16057,8 +15885,7 @@ class CommandLineProgressTest(CommandLineCase):
     def setUp(self):
         super().setUp()
         self.patch(mock.patch.multiple(imagec, **dict.fromkeys(self.INTERVALS, 0)))
-        tars = [tar_bytes([("data%d" % number, os.urandom(700000))])
-                for number in range(2)]
+        tars = [tar_bytes([("data%d" % number, os.urandom(700000))]) for number in range(2)]
         self.image = build_image(tars + list(FIELD_SMALL), compress=None)
         self.digest = self.origin.add("lab/app", "1", self.image)
 
@@ -16133,8 +15960,7 @@ class CommandLineProgressTest(CommandLineCase):
 
     def test_an_error_stands_by_itself(self):
         self.origin.fault("/blobs/" + self.image.layers[-1], status(404), times=None)
-        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm",
-                          expect=4)
+        ended = self.pull("-j1", self.ref, stderr=FakeTerminal(), TERM="xterm", expect=4)
         lines = self.shown(ended.err)
         self.assertRegex(lines[-2], "^imagec: .*" + self.image.layers[-1])
         self.assertFalse([line for line in lines if re.match(self.REST, line)])
@@ -16192,8 +16018,7 @@ class CommandLineProgressTest(CommandLineCase):
             with self.subTest(width):
                 master, slave = os.openpty()
                 self.addCleanup(os.close, master)
-                fcntl.ioctl(slave, termios.TIOCSWINSZ,
-                            struct.pack("HHHH", 24, width, 0, 0))
+                fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
                 with open(slave, "w") as stream:
                     progress = self.listener(stream)
                     self.now += 1000
@@ -16230,8 +16055,7 @@ FAILURES = (
     ("digest --timeout x {ref}", 2, "float value: 'x'"),
     ("pull --max-layer-size 0 {ref}", 2, "over 0"),
     ("inspect --platform all --platform arm64 {ref}", 2, "all goes alone"),
-    ("layers --platform amd64 --platform arm64 {ref}", 2,
-     "layers takes one --platform"),
+    ("layers --platform amd64 --platform arm64 {ref}", 2, "layers takes one --platform"),
     ("pull --platform amd64 --platform arm64 {ref}", 2,
      "more than one --platform .* --format layers; add --format oci or archive"),
     ("pull --platform all -o {root}/x.tar {ref}", 2,
@@ -16245,8 +16069,7 @@ FAILURES = (
     ("pull --referrers --recompress gzip -o {root}/x.tar {ref}", 2, "another image"),
     ("digest --image a {ref}", 2, "--image goes with"),
     ("pull -o %sx.tar {ref}" % ("x/" * 1900), 1, "deeper than"),
-    ("digest --proxy http://nosuch.invalid:1 r.test/a", 1,
-     "resolve host nosuch.invalid: "),
+    ("digest --proxy http://nosuch.invalid:1 r.test/a", 1, "resolve host nosuch.invalid: "),
     ("digest --insecure-allow-http r.invalid/a", 1,
      "cannot resolve host r.invalid: .*; check the name"),
     ("digest [dead]:5000/foo:1", 1, "got https://.dead.:5000|resolve host dead: "),
@@ -16274,8 +16097,7 @@ SENTENCES = (
     (2, "all on this host can read a password on the command line: give it with "
      "--password-stdin or in IMAGEC_PASSWORD; see imagec.py pull --help",
      "pull --creds a:b {ref}", "pull -p x {ref}"),
-    (2, "the following arguments are required: PATH; see imagec.py cat --help",
-     "cat {ref}"),
+    (2, "the following arguments are required: PATH; see imagec.py cat --help", "cat {ref}"),
     *((2, "invalid reference '%s': write it without docker:// or any other scheme" %
        name, command + name) for command, name in (
            ("pull {ref} ", "docker://x"), ("layers ", "https://quay.io/x"))),
@@ -16369,8 +16191,7 @@ class CommandLineFailureTest(CommandLineCase):
     @rows(((b"", "pull", "--from-file"), (b"", "push"), (b"#\n", "pull", "--from-file")))
     def test_time_is_up_while_standard_input_is_waited_for(self, data, *argv):
         place = [self.origin.host] * (argv == ("push",))
-        process = self.start(*argv, "-", *place, "--timeout", "0.3",
-                             stdin=subprocess.PIPE)
+        process = self.start(*argv, "-", *place, "--timeout", "0.3", stdin=subprocess.PIPE)
         with threat_alarm(20):
             while data and process.poll() is None:  # it comes without end
                 with contextlib.suppress(BrokenPipeError):
@@ -16561,8 +16382,7 @@ class TerminalInjectionTest(CommandLineCase):
             "x": POISON}), indent=1, ensure_ascii=False).encode()
         self.origin.add_manifest("lab/app", "1", raw, image.media_type)
         for option, expected in (("--raw", raw), ("--config", config)):
-            self.assertEqual(self.main("inspect", option, self.ref),
-                             Ended(0, expected, ""))
+            self.assertEqual(self.main("inspect", option, self.ref), Ended(0, expected, ""))
             terminal = type("", (io.TextIOWrapper,), {"isatty": FakeTerminal.isatty})
             with mock.patch.object(io, "TextIOWrapper", terminal):
                 ended = self.main("inspect", option, self.ref, expect=0)
@@ -16612,8 +16432,7 @@ SECRET_PULLS = (
     ("password for a token", "bearer", SECRET_ALICE, None, None, 0),
     ("identity token", "bearer", (None, IDENTITY_TOKEN), None, None, 0),
     ("wrong password", "basic", ("alice", "S3CR3T%wrong"), None, None, 5),
-    ("wrong password for a token", "bearer", ("alice", "S3CR3T wr\u00f6ng"), None,
-     None, 5),
+    ("wrong password for a token", "bearer", ("alice", "S3CR3T wr\u00f6ng"), None, None, 5),
     ("user that is none", "bearer", ("al:ice", PASSWORD), None, None, 2),
     ("wrong identity token", "bearer", (None, "S3CR3T-OTHER"), None, None, 5),
     ("identity token that is lost", "bearer", (None, IDENTITY_TOKEN), "/token",
@@ -16643,8 +16462,7 @@ SECRET_PULLS = (
     ("signed URL that stutters", garbage(b"junk\r\n"), 1),
     ("signed URL that stalls", hang(9), 1),
     ("signed URL in a loop", redirect("?sig=S3CR3T-SIG&again=1"), 1),
-    ("signed URL into nothing", redirect(
-        "http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1)))
+    ("signed URL into nothing", redirect("http://u:S3CR3T@127.0.0.1:1/x?sig=S3CR3T"), 1)))
 
 
 class SecretsTest(CommandLineCase):
@@ -16670,14 +16488,12 @@ class SecretsTest(CommandLineCase):
                 for form in forms:
                     self.assertNotIn(form, value)
 
-    @rows([row + OUTPUTS[number % len(OUTPUTS)]
-           for number, row in enumerate(SECRET_PULLS)])
+    @rows([row + OUTPUTS[number % len(OUTPUTS)] for number, row in enumerate(SECRET_PULLS)])
     def test_pulls(self, what, auth, who, match, action, code, format, name):
         origin, path = self.filled(self.image, auth=auth), self.at(name)
         store = self.registry(blobs=origin.blobs)
         origin.redirect_blobs_to = store.url
-        fault = match and (store if match == "/cdn/" else origin).fault(
-            match, action, EVER)
+        fault = match and (store if match == "/cdn/" else origin).fault(match, action, EVER)
         argv, options = (), {"idle_timeout": 0.1 if "stalls" in what else 5}
         if who and who[0]:
             argv = ("-u", who[0], "--password-stdin")
@@ -16778,8 +16594,7 @@ class SecretsTest(CommandLineCase):
         for ended in runs:
             self.assertEqual(ended.status, 0, ended.err)
             for text in (ended.err.encode("utf-8"), ended.out):
-                self.assertFalse([form for form in secret_forms(PASSWORD)
-                                  if form in text])
+                self.assertFalse([form for form in secret_forms(PASSWORD) if form in text])
         value = ordered(runs[0].out.decode("ascii"))
         self.assertEqual(dict(value["config"]["Labels"]),
                          {"***": "x ***", "source": "ssh://git@h/***"})
@@ -16919,8 +16734,7 @@ class SignalTest(CommandLineCase):
                 self.assertRegex(ended.out, rb"\A[0-9]+\n\Z")
                 self.assert_one_line(ended._replace(out=b""), ended.status)
         self.assertLess(time.monotonic() - begin, 15)
-        self.assertFalse([name for name in self.files()
-                          if not name.endswith(".partial")])
+        self.assertFalse([name for name in self.files() if not name.endswith(".partial")])
 
     @able(hasattr(signal, "pthread_kill"), "signal a thread")
     def test_a_call_that_does_not_return(self):
@@ -16935,8 +16749,7 @@ class SignalTest(CommandLineCase):
         time.sleep(0.2)
         self.assertEqual(glob.glob(place + "/*.status"), [])
         self.send(place, second)
-        self.assertEqual([one.status for one in self.ends(process, place)],
-                         list(statuses))
+        self.assertEqual([one.status for one in self.ends(process, place)], list(statuses))
 
     def test_ignored_interrupt(self):
         # As of a job in the background: Ctrl-C in its terminal is not meant for it.
@@ -17014,8 +16827,7 @@ class StreamTest(CommandLineCase):
         *((name, command, 1, "install python3 (Debian) or python3-libs (RHEL)")
           for name, command in (("http", "pull alpine"), ("json", "--version"),
                                 ("urllib", "selftest"))),
-        ("_ssl", "verify x", 1,
-         "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
+        ("_ssl", "verify x", 1, "build it with libssl-dev (Debian) or openssl-devel (RHEL)"),
         ("zlib", "--help", 1, "build it with zlib1g-dev (Debian) or zlib-devel (RHEL)"),
         # Of old Pythons `threading` and sockets want some.
         ("bz2 _bz2 lzma _lzma concurrent tarfile zipfile getpass difflib queue logging"
@@ -17096,8 +16908,7 @@ class StreamTest(CommandLineCase):
                                                    "left on device\n")
 
     def test_poor_encodings(self):
-        many = self.offer("many", build_index(
-            [(self.image, ("linux", "b\xe9\u4e2d", None))]))
+        many = self.offer("many", build_index([(self.image, ("linux", "b\xe9\u4e2d", None))]))
         place = os.fsencode(os.path.join(self.root, "b\xe9"))
         layout = os.fsencode(os.path.join(self.root, "l\xe9")) + b"\xff"
         self.pull("-q", "--format", "oci", "-o", os.fsdecode(layout), self.ref)
@@ -17250,8 +17061,7 @@ class ArchitectureTest(unittest.TestCase):
         found = [(int(number), title, about) for number, title, about
                  in House.MAP_ROW.findall(imagec.__doc__)]
         self.assertEqual(found, house().rooms)
-        self.assertEqual([number for number, _, _ in found],
-                         list(range(1, len(found) + 1)))
+        self.assertEqual([number for number, _, _ in found], list(range(1, len(found) + 1)))
 
     def test_a_room_uses_only_rooms_above(self):
         defined = house().definitions()
@@ -17446,8 +17256,7 @@ ANNEXES = {
     "Keys": ((), ("\"verify_keys\": SignedBy",)),
     "Verify": (("Self-test",), (COMMAND_ROW % "verify",)),
     "Look": ((), (COMMAND_ROW % "ls", COMMAND_ROW % "cat")),
-    "Serve": (("Self-test",), ("^    \"Shelf\", \"new_server\",\n",
-                               COMMAND_ROW % "serve")),
+    "Serve": (("Self-test",), ("^    \"Shelf\", \"new_server\",\n", COMMAND_ROW % "serve")),
     "Push": ((), ("^    \"push\",\n", COMMAND_ROW % "push")),
     "Self-test": ((), (COMMAND_ROW % "selftest",))}
 
@@ -17525,15 +17334,13 @@ class ReadmeTest(RegistryCase):
         here = imagec.Platform.host()
         here = ("linux", here.architecture, here.variant or None)
         other = ("linux", "riscv64" if here[1] == "arm64" else "arm64", None)
-        image = build_image([tar_bytes([("bin/", None), ("bin/sh", b"#!")])],
-                            platform=here)
+        image = build_image([tar_bytes([("bin/", None), ("bin/sh", b"#!")])], platform=here)
         self.index = build_index([(image, here), (build_image(
             [tar_bytes([("bin/sh", b"other")])], platform=other), other)])
         self.open = self.registry()
         self.open.add("alpine", "latest", self.index)
         self.open.add("debian", "12", build_image([tar_bytes([("etc/", None)])]))
-        self.closed = self.filled(image, "team/app", auth="basic",
-                                  users={"USER": PASSWORD})
+        self.closed = self.filled(image, "team/app", auth="basic", users={"USER": PASSWORD})
         self.file("work/cosign.pub", TEST_PUBLIC)
         self.open.add("alpine", self.index.digest.replace(":", "-") + ".sig",
                       signature_image(simple(simple_payload(self.index.digest))))
@@ -17680,8 +17487,7 @@ THREAT_FAULTS = worded(
      ("busy", status(429), EVER, THREAT_ALL)),
     ((imagec.RegistryError, "204"), ("no content", status(204), 1, THREAT_SOME)),
     ((imagec.AccessDenied, "401"),
-     ("never welcome", status(401, {"WWW-Authenticate": "Basic"}), EVER,
-      THREAT_ALL[3:6])),
+     ("never welcome", status(401, {"WWW-Authenticate": "Basic"}), EVER, THREAT_ALL[3:6])),
     ((imagec.TransportError, ""),
      ("reset in the status, T100", reset(4, "status"), EVER, THREAT_ALL),
      ("reset in the headers, T100", reset(0.5, "headers"), EVER, THREAT_ALL),
@@ -17704,8 +17510,7 @@ THREAT_FAULTS = worded(
      ("a token elsewhere", redirect("https://localhost/x"), 1, ("token",))),
     ((imagec.UnsafeRedirect, "127.0.0.1"),
      ("to a user", redirect("https://u:p@127.0.0.1/"), 1, THREAT_ALL)),
-    ((imagec.UnsafeRedirect, "loop"),
-     ("to itself, T56", redirect("?"), EVER, THREAT_ALL)),
+    ((imagec.UnsafeRedirect, "loop"), ("to itself, T56", redirect("?"), EVER, THREAT_ALL)),
     ((imagec.InvalidDocument, "JSON"), ("page", body(HTML), 1, THREAT_TOLD)),
     ((imagec.VerificationError, "expected"),
      ("page", body(HTML), 1, THREAT_PINNED), ("nothing", body(b""), 1, THREAT_PINNED),
@@ -17721,8 +17526,7 @@ THREAT_FAULTS = worded(
     ((imagec.LimitExceeded, "limit"),
      ("endless, T52", endless(), EVER, THREAT_ALL[1:5]),
      ("lying length, T53", headers(content_length="9" * 12), 1, THREAT_ALL[1:4])),
-    ((imagec.SizeMismatch, "at least"),
-     ("endless, T52", endless(), EVER, THREAT_ALL[5:])),
+    ((imagec.SizeMismatch, "at least"), ("endless, T52", endless(), EVER, THREAT_ALL[5:])),
     ((imagec.DigestMismatch, "disagree"),
      ("lying header", headers(docker_content_digest=sha256(b"")), 1, THREAT_ALL[2:4])),
     ((imagec.TransportError, ""),
@@ -17734,8 +17538,7 @@ THREAT_STALLS = worded(
      ("a byte at a time, T57", drip(0.02, 1), EVER, THREAT_BODIES),
      ("stops in the body, T109", drip(60, 20), EVER, THREAT_BODIES),
      ("a byte of the status at a time, T57", drip(0.02, 1, "status"), EVER, THREAT_ALL),
-     ("a byte of the headers at a time, T57", drip(0.02, 1, "headers"), EVER,
-      THREAT_ALL),
+     ("a byte of the headers at a time, T57", drip(0.02, 1, "headers"), EVER, THREAT_ALL),
      ("headers for ever, T58", [garbage(b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9999),
                                 drip(0.02, 3, "status")], EVER, THREAT_ALL),
      ("no answer, T109", hang(30), EVER, THREAT_ALL)))
@@ -17791,8 +17594,7 @@ class FaultsCase(ThreatCase):
                     case = self.before(format, name, again and phase in THREAT_PINNED)
                     struck = self.strike(phase, action, times)
                     with self.subTest(fault=fault, phase=phase, name=name):
-                        check(format, os.path.join(case, name), phase, next(cases),
-                              *expected)
+                        check(format, os.path.join(case, name), phase, next(cases), *expected)
                         self.assertTrue(struck.used)
                     del self.source.faults[:]
                     remove(case)
@@ -18029,8 +17831,7 @@ class FuzzTest(ThreatCase):
                     if time.monotonic() > end and number >= 8:
                         break
         self.assertEqual(os.listdir(os.path.join(self.root, "canary")), [])
-        self.assertLessEqual(set(os.listdir(self.root)),
-                             {"canary", "work", "scratch"})
+        self.assertLessEqual(set(os.listdir(self.root)), {"canary", "work", "scratch"})
 
     def run_case(self, family, number):
         dice = random.Random("%d %s %d" % (THREAT_SEED, family, number))
@@ -18043,8 +17844,7 @@ class FuzzTest(ThreatCase):
         try:
             with threat_alarm(10):
                 if number % 16 == 8:  # to measure takes its time
-                    self.assertLess(peak_memory(case) - (32 << 20),
-                                    imagec.XZ_MEMORY_LIMIT)
+                    self.assertLess(peak_memory(case) - (32 << 20), imagec.XZ_MEMORY_LIMIT)
                 else:
                     case()
         except Exception as error:
@@ -18098,8 +17898,7 @@ class FuzzTest(ThreatCase):
         remove(scratch)
         kind = imagec.LayerPack if dice.random() < 0.3 else imagec.LayerStore
         store = kind(os.path.join(scratch, "layer"))
-        unpacked(pieces(blob, itertools.repeat(4096)), limit=1 << 20,
-                 visit=store.visit)
+        unpacked(pieces(blob, itertools.repeat(4096)), limit=1 << 20, visit=store.visit)
         tree = imagec.Tree()
         tree.apply(store)
         if isinstance(store, imagec.LayerPack):
@@ -18245,8 +18044,7 @@ class KillTest(KillCase, ThreatProcessCase):
     """Signals at any moment of a pull into any format: T121 T122 T123."""
 
     #: Layers come by several connections.
-    RANGED = {"RANGE": 4096, "RANGES_AFTER": 0, "RANGES_LEFT": 4096,
-              "RANGES_PACE": 1 << 60}
+    RANGED = {"RANGE": 4096, "RANGES_AFTER": 0, "RANGES_LEFT": 4096, "RANGES_PACE": 1 << 60}
 
     def test_kill_9(self):
         image = field_noisy_image(5 << 18, compress=None)
@@ -18339,8 +18137,7 @@ class LocalFaultsTest(ThreatCase):
                 ("mkdir", "EACCES"), ("open", "EMFILE"), ("ftruncate", "EROFS"),
                 ("write", "EDQUOT"), ("rename", "EPERM"), ("open", "EROFS"),
                 ("unlink", "EACCES"), ("link", "EMLINK"), ("chmod", "EPERM")):
-            self.each(self.check_calls, name, getattr(errno, code),
-                      outputs=outputs_in_turn())
+            self.each(self.check_calls, name, getattr(errno, code), outputs=outputs_in_turn())
 
     def check_calls(self, format, path, name, code):
         if not path.endswith("root"):
@@ -18350,8 +18147,7 @@ class LocalFaultsTest(ThreatCase):
         with self.subTest(call=name, code=errno.errorcode[code], at=at, format=format):
             before = contents(path)
             _, error = self.broken(name, code, at, format, path)
-            self.assert_only_verified(
-                path, self.good.union(map(sha256, before.values())))
+            self.assert_only_verified(path, self.good.union(map(sha256, before.values())))
             if isinstance(error, OSError):
                 self.assertEqual(error.errno, code)
                 self.assertEqual(imagec.exit_status(error), 1)
@@ -18728,8 +18524,7 @@ class BombTest(ThreatCase):
             for format, name in in_turn(OUTPUTS[::3], 2):
                 run = self.pull(format, self.at(name), "--max-layer-size", "100000")
                 self.assert_one_line(run, 3 if word == "limit" else 1, word)
-                left = "lock" if word == "limit" else "lock|%s(.tar)?" % (
-                    image.layers[0][7:])
+                left = "lock" if word == "limit" else "lock|%s(.tar)?" % (image.layers[0][7:])
                 for name in map(os.path.basename, contents(self.work)):
                     self.assertRegex(name, r"\A(%s)\.partial\Z" % left)
                 self.clear()
@@ -18762,8 +18557,7 @@ class BombTest(ThreatCase):
         self.clear()
 
     def test_t68_a_layer_that_starts_over_is_counted_once(self):
-        image = build_image([tar_bytes([("f%02d" % n, noise(50, n))
-                                        for n in range(50)])])
+        image = build_image([tar_bytes([("f%02d" % n, noise(50, n)) for n in range(50)])])
         self.source.add("lab/app", "1", image)
         begun = self.file("work/root.partial.d/blobs/%s.partial" % image.layers[0][7:],
                           gzip_bytes(tar_header(9)))  # left by another run, and cut
@@ -18796,8 +18590,7 @@ class BombTest(ThreatCase):
         ("a million numbers, T61", lambda: b'{"schemaVersion": 2, "layers": [%s0]}'
          % (b"0," * 2000000)),
         ("deep, T54", lambda: b'{"a":' * 800000),
-        ("many keys, T35", lambda: b"{%s}" % b",".join(
-            b'"%x":0' % n for n in range(350000))),
+        ("many keys, T35", lambda: b"{%s}" % b",".join(b'"%x":0' % n for n in range(350000))),
         ("digits, T55", lambda: b'{"schemaVersion": %s}' % (b"9" * 4000000)),
         ("a long text, T52", lambda: b'{"mediaType": "%s"}' % (b"\\u0000" * 690000)),
     ), 3))
@@ -18933,13 +18726,11 @@ class LimitsTest(unittest.TestCase):
             [tar_member(b"a" * n, kind=b"L") + A_FILE])),
         ("PAX_COUNT_LIMIT", 9, lambda n: walked(
             [tar_member(b"6 a=b\n" * n, kind=b"x") + A_FILE])),
-        ("_DETOUR_LIMIT", 9, lambda n: flat_tree([
-            "l->%s l/x=1 y/z=2" % ("/" * 256 * n)])),
+        ("_DETOUR_LIMIT", 9, lambda n: flat_tree(["l->%s l/x=1 y/z=2" % ("/" * 256 * n)])),
         ("PATH_MAX", 9, lambda n: flat_tree(["l->%s l/x=1" % ("d" * n)])),
         ("_LINK_LIMIT", 9, lambda n: flat_tree(["b/ " + " ".join(
             "l%d->l%d" % (i, i + 1) for i in range(1, n)) + " l%d->b l1/x=1" % n])),
-        ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output(
-            "/" * n, "archive", stream=1)),
+        ("PATH_PARTS_LIMIT", 9, lambda n: imagec.new_output("/" * n, "archive", stream=1)),
         ("HEADER_LIMIT", 20, lambda n: imagec.checked_url("http://r.test/".ljust(n, "a"))),
         ("LAYER_COUNT_LIMIT", 9, lambda n: imagec.PrettySignature.parse(
             pretty(PAYLOAD, length_and_tail(PAYLOAD_END, b"\n}") * n))),
@@ -19068,12 +18859,10 @@ class StepsTest(unittest.TestCase):
     # name, how often at each, what it does with a `check` and a directory
     @rows((
         ("names", 1, lambda check, place: imagec.Reader(place, check).names()),
-        ("removal", 1, lambda check, place: imagec.remove_tree(
-            place + "/many", check)),
+        ("removal", 1, lambda check, place: imagec.remove_tree(place + "/many", check)),
         ("tar", 1, lambda check, place: imagec.TarReader(place + "/tar", check)),
         ("zeros", 1, lambda check, place: imagec.TarReader(place + "/zeros", check)),
-        ("copy", 1, lambda check, place: imagec.same_file(
-            place + "/x", place + "/y", check)),
+        ("copy", 1, lambda check, place: imagec.same_file(place + "/x", place + "/y", check)),
         ("recompression", 2, lambda check, place: imagec.recompress(imagec.Fetched(
             LONG_BLOB, imagec.Region(place + "/zstd", 0, len(LONG)), None), place + "/y",
             check=check)),
@@ -19182,8 +18971,7 @@ class ThreatRowsTest(ThreatCase):
                         [("l", b"", {"type": b"2", "linkname": "/etc"}), ("L", None)]):
             self.source.add("lab/app", "1", build_image([tar_bytes(members)]))
             with mock.patch("os.path.lexists", folded), self.subTest(members):
-                self.assert_one_line(self.pull("rootfs", self.at("root")), 1,
-                                     "two names")
+                self.assert_one_line(self.pull("rootfs", self.at("root")), 1, "two names")
             self.assertFalse(os.path.exists(self.at("root")))
 
     @able(os.path.isdir("/proc/self/fd"), "list open files in /proc")
@@ -19369,8 +19157,7 @@ class PullContract:
                             password=self.password)
         witness = self.witness("oci")
         self.assertEqual(str(image.digest), witness.digest)
-        self.assertEqual([str(layer.diff_id) for layer in image.layers],
-                         witness.diff_ids)
+        self.assertEqual([str(layer.diff_id) for layer in image.layers], witness.diff_ids)
 
 
 @functools.lru_cache(maxsize=None)
@@ -19589,8 +19376,7 @@ def readers_facts(directory):
 
 def readers_blobs(directory):
     """{name: bytes} of a skopeo `dir:`."""
-    return {name: file_bytes(os.path.join(directory, name))
-            for name in os.listdir(directory)}
+    return {name: file_bytes(os.path.join(directory, name)) for name in os.listdir(directory)}
 
 
 #: Tags of what a real registry holds, a row each; the last in schema1.
@@ -19695,8 +19481,7 @@ class ReadersTest(ReadersCase, PodmanCase):
     def test_skopeo_copies_every_byte(self, tag):
         self.pull(tag, tag, "oci")
         self.pull(tag, tag + ".tar", "archive")
-        skopeo_copy("docker://" + self.name(tag),
-                    "dir:" + self.at("wanted" + tag))
+        skopeo_copy("docker://" + self.name(tag), "dir:" + self.at("wanted" + tag))
         wanted = readers_blobs(self.at("wanted" + tag))
         for place in ("oci:" + self.at(tag),
                       "oci-archive:" + self.at(tag + ".tar")):
@@ -19734,8 +19519,7 @@ class ReadersTest(ReadersCase, PodmanCase):
         manifest = json.loads(raw.decode())
         wanted = json.loads(self.raw("zstd").decode())
         self.assertEqual(manifest["config"], wanted["config"])
-        self.assertEqual({layer["mediaType"][-4:] for layer in manifest["layers"]},
-                         {"gzip"})
+        self.assertEqual({layer["mediaType"][-4:] for layer in manifest["layers"]}, {"gzip"})
         skopeo_copy("docker-archive:" + self.at("gz.tar"), "dir:" + self.at("copy"))
         copied = json.loads(readers_blobs(self.at("copy"))["manifest.json"].decode())
         self.assertEqual(copied["config"]["digest"], wanted["config"]["digest"])
@@ -19773,8 +19557,7 @@ class ReadersTest(ReadersCase, PodmanCase):
             skopeo_copy(place + self.at("signed.tar"), "dir:" + copy)
             self.assertIn(image.image_id[7:], os.listdir(copy))
         self.podman("images")
-        self.assertIn(self.name("oci"), self.podman(
-            "load", "-i", self.at("signed.tar")))
+        self.assertIn(self.name("oci"), self.podman("load", "-i", self.at("signed.tar")))
         self.assertIn(image.image_id, self.podman(
             "images", "--no-trunc", "--format", "{{.ID}}"))
 
@@ -19881,8 +19664,7 @@ class DockerTest(ReadersCase):
             "gzip" if tag == "zstd" else None))
         self.assertIn("Loaded image: " + self.name(tag), self.docker(
             "load", "--input", self.at(tag + ".tar")))
-        self.assertEqual(self.inspected(self.name(tag)),
-                         (image.image_id, self.diff_ids))
+        self.assertEqual(self.inspected(self.name(tag)), (image.image_id, self.diff_ids))
 
     def test_an_update_is_taken_where_what_it_builds_on_is(self):
         images = {"lab/update:%d" % count: build_image(READERS_TARS[:count])
@@ -19932,8 +19714,7 @@ class DockerTest(ReadersCase):
         self.assertIn("Loaded image: " + self.name("oci"), self.docker(
             "load", "--input", self.at("signed.tar")))
         self.assertEqual(self.inspected(self.name("oci"))[0], image.image_id)
-        self.docker.ctr("images", "import", "--snapshotter", "native",
-                        self.at("signed.tar"))
+        self.docker.ctr("images", "import", "--snapshotter", "native", self.at("signed.tar"))
         self.assertIn(str(image.digest), self.docker.ctr(
             "images", "ls", "name==" + self.name("oci")))
 
@@ -19963,8 +19744,7 @@ class DockerTest(ReadersCase):
     @rows(KINDS[:3])
     def test_containerd_imports(self, tag):
         image = self.pull(tag, tag + ".tar", "archive")
-        self.docker.ctr("images", "import", "--snapshotter", "native",
-                        self.at(tag + ".tar"))
+        self.docker.ctr("images", "import", "--snapshotter", "native", self.at(tag + ".tar"))
         listed = self.docker.ctr("images", "ls", "name==" + self.name(tag))
         self.assertIn(str(image.digest), listed)
 
@@ -20002,8 +19782,7 @@ class DockerTest(ReadersCase):
                 self.assertIn(str(image.digest), self.docker.ctr(
                     "images", "ls", "name==" + name))
                 if tag != "zstd":
-                    self.assertIn("Digest: " + str(image.digest),
-                                  self.docker("pull", name))
+                    self.assertIn("Digest: " + str(image.digest), self.docker("pull", name))
                     self.assertEqual(self.inspected(name)[1], self.diff_ids)
 
 
@@ -20040,8 +19819,7 @@ def field_seed():
     """A registry's storage with lab/app:1 and lab/big:1."""
     root = tempfile.mkdtemp(prefix="field-")
     FIXTURES.callback(remove, root)
-    images = {"lab/app:1": build_image(FIELD_SMALL),
-              "lab/big:1": field_noisy_image(REAL_BIG)}
+    images = {"lab/app:1": build_image(FIELD_SMALL), "lab/big:1": field_noisy_image(REAL_BIG)}
     with contextlib.closing(DockerRegistry(root)) as registry, \
             offered(images) as (_, push):
         for name in images:
@@ -20288,8 +20066,7 @@ class RealMirrorTest(RealFieldCase):
     """docker-registry as a pull-through cache in front of another."""
 
     def started(self, root=None, **settings):
-        registry = DockerRegistry(root or tempfile.mkdtemp(dir=self.root),
-                                  env_extra=settings)
+        registry = DockerRegistry(root or tempfile.mkdtemp(dir=self.root), env_extra=settings)
         self.addCleanup(registry.close)
         return registry
 
@@ -20366,8 +20143,7 @@ class ServeSkopeoTest(ServeRealCase):
             target = self.at(format + name.replace("/", "-"))
             skopeo_copy("docker://%s/%s:1" % (host, name), "dir:" + target,
                         "--preserve-digests")
-            self.assertEqual(serve_real_digest(target),
-                             sha256(self.child(image).manifest))
+            self.assertEqual(serve_real_digest(target), sha256(self.child(image).manifest))
             for digest in self.child(image).layers:
                 blob = file_bytes(os.path.join(target, digest.partition(":")[2]))
                 self.assertEqual(sha256(blob), digest)
@@ -20439,8 +20215,7 @@ class ServePodmanTest(ServeRealCase, PodmanCase):
             with self.subTest(name=name):
                 ref = "%s/%s:1" % (self.serve(self.places[format]), name)
                 self.podman("pull", "--tls-verify=false", "--arch", "amd64", ref)
-                found = self.podman("images", "--digests", "--format", "{{.Digest}}",
-                                    ref)
+                found = self.podman("images", "--digests", "--format", "{{.Digest}}", ref)
                 self.assertEqual(found.split(), [self.images[name].digest])
 
     @needs("docker-registry")
@@ -20624,8 +20399,7 @@ class Worker:
     def _run(pipe, names):
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a "&" ignores it
-        suite = unittest.defaultTestLoader.loadTestsFromNames(
-            names, sys.modules["__main__"])
+        suite = unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules["__main__"])
         suite.run(Reporting(lambda *found: pipe.send(found)))
 
     def receive(self):
@@ -20733,8 +20507,7 @@ def main():
     started = time.monotonic()
     fates = run_side_by_side(groups, verbose)
     count = sum(map(len, groups))
-    lacking = {test: lacks for test, (wrong, lacks) in fates.items()
-               if lacks and not wrong}
+    lacking = {test: lacks for test, (wrong, lacks) in fates.items() if lacks and not wrong}
     bad = {test: wrong for test, (wrong, _) in fates.items() if wrong}
     if NO_SKIP:
         bad.update((test, "%s\nskipped: %s" % (test, lacks))
