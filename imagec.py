@@ -2514,7 +2514,7 @@ class _Reply(http.client.HTTPResponse):
         """The final status line: http.client knows of 100 only (RFC 9110, 15.2)."""
         while True:
             found = super()._read_status()
-            if found[1] not in (102, 103):
+            if found[1] == 101 or not 100 <= found[1] < 200:
                 return found
             http.client.parse_headers(self.fp)
 

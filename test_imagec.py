@@ -5083,7 +5083,7 @@ NET_FRAMINGS = (
     ("two lengths", "Content-Length: 5\nContent-Length: 6", b"hello!", None),
     ("length and chunks", "Content-Length: 6\nTransfer-Encoding: chunked",
      b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    ("102 and 103 first", None, b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early "
+    ("199 and 103 first", None, b"HTTP/1.1 199 New\r\n\r\nHTTP/1.1 103 Early "
      b"Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
      b"hello"),
     ("folded", "X: y\n\tz\nContent-Length:\n 5", b"hello", b"hello"),
