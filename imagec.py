@@ -2544,12 +2544,15 @@ class _Kept(http.client.HTTPConnection):
         super().__init__(request.host)
         self._transport, self._request = transport, request
         self.key = request.type, request.host, request.proxy
+        self.allowed = transport.idle_timeout  # seconds of silence
 
     def start(self, seconds):
-        """An exchange begins, whose headers may take `seconds`; None: its body does."""
+        """An exchange begins, whose headers may take `seconds`; None: its body does, of
+        which the first byte may take as long.
+        """
         self._window, self._count = self._transport.clock(), 0
         self.until = seconds and self._window + seconds
-        self._allowed = seconds or self._transport.idle_timeout
+        self.allowed = seconds or self.allowed
 
     def turns(self, most=float("inf"), what="next to nothing came"):
         """Yields seconds to wait for the next step, which may take `most` together.
@@ -2558,13 +2561,13 @@ class _Kept(http.client.HTTPConnection):
         where there are none left, and what `check` of the Transport raises.
         """
         clock, now = self._transport.clock, self._transport.clock()
-        end = min(self.until or now + self._transport.idle_timeout, now + most)
+        end = min(self.until or now + self.allowed, now + most)
         while True:
             self._transport.check()
             left = end - clock()
             if left <= 0:
                 raise socket.timeout("%s for %g seconds"
-                                     % (what, min(most, self._allowed)))
+                                     % (what, min(most, self.allowed)))
             yield min(left, CANCEL_NOTICED)
 
     def in_turns(self, sock, step, most=float("inf")):
@@ -2703,7 +2706,7 @@ class _Kept(http.client.HTTPConnection):
         data = memoryview(data)
         while data:
             data = data[self.in_turns(self.sock, lambda: self.sock.send(data)):]
-        self.start(self.until and self._allowed)
+        self.start(self.until and self.allowed)
 
     def _ask_for_tunnel(self):
         """RFC 7231, 4.3.6. http.client's differs from Python to Python."""
@@ -2891,6 +2894,7 @@ class Response(contextlib.AbstractContextManager):
                                          min(size, self.length - received))
                 if not data:
                     break
+                self._connection.allowed = self._transport.idle_timeout
                 received += len(data)
                 yield data
         if self.length not in (None, received):

@@ -5436,6 +5436,16 @@ class TransportTest(NetworkCase):
                 b"".join(response.chunks())), imagec.Timeout, "within 300 seconds"
                 if kind == "document" else "for 300 seconds")
 
+    def test_the_first_byte_of_a_body_may_take_what_headers_may(self):
+        server = self.server({"/it": say(b"x" * 9)})
+        transport = self.transport(idle_timeout=60, clock=itertools.count().__next__)
+        with transport.open("GET", server.url + "/it", seconds=300) as response:
+            chunks, kept = response.chunks(4), response._connection
+            for silence in (300, 60):
+                with self.assertRaisesRegex(socket.timeout, "for %d seconds" % silence):
+                    imagec.drain(kept.turns())
+                self.assertEqual(next(chunks), b"xxxx")
+
     def slow_registry(self, seconds, size, first=None):
         """(FakeRegistry, config, its imagec.Registry), in slow time once it is found."""
         registry = self.filled()
