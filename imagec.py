@@ -5151,6 +5151,7 @@ class Download:
         self._origin = None  # of the source's places, the one it is fetched from
         self._resumed = False  # whether what an earlier try left is part of it
         self._coded = False  # whether the response claimed to be compressed besides
+        self._decoded = False  # whether it was taken at its word
         self._otherwise = False  # whether that is taken the other way than at first
 
     def run(self):
@@ -5271,8 +5272,8 @@ class Download:
 
     def _rest(self, offset):
         """Yields the blob from `offset` on, in one try."""
-        response, self._origin = self._source.ask(Registry.open_blob, self._blob,
-                                                  offset)
+        response, self._origin = self._source.ask(
+            Registry.open_blob, self._blob, 0 if self._decoded else offset)
         at = offset if self._continues(response, offset) else 0
         if response.status != 200 and at != offset:
             log.info("%s: cannot go on at byte %d (HTTP %d, Content-Range %s)",
@@ -5284,7 +5285,8 @@ class Download:
         self._coded = response.coded
         # Many servers claim what they do not do; the digest has the last word.
         raw = size in (None, at + (response.length or 0))
-        if self._coded and raw == self._otherwise:
+        self._decoded = self._coded and raw == self._otherwise
+        if self._decoded:
             chunks, size = inflated(chunks, response.place), None
         begun, came = self._source.transport.clock(), 0
         with response:

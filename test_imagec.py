@@ -7974,6 +7974,14 @@ class DownloadTest(DownloadCase):
                 self.assert_fetched(self.download(registry).run())
                 self.assertLessEqual(len(self.offsets(registry)), requests + again)
 
+    def test_t47_what_was_decoded_is_not_resumed(self):
+        registry, coded = self.filled(), body(NET_GZIP, content_encoding="gzip")
+        registry.fault("/blobs/", [coded, truncate()])
+        registry.fault("/blobs/", coded, EVER)
+        self.put(None)
+        self.assert_fetched(self.download(registry).run())
+        self.assertEqual(self.offsets(registry), [0, 0])
+
     @rows([(True, 1), (False, 2)])
     def test_t47_gzip_that_is_said_to_be(self, told, requests):
         blob = NET_GZIP  # what is in it is no blob
