@@ -9471,7 +9471,7 @@ def describe_host(rootless):
     yield "layers in", ", ".join(codecs), True
     paths = ssl.get_default_verify_paths()
     yield "CA roots", "none: " + NO_ROOTS if rootless else (
-        paths.cafile or paths.capath or "the system's"), not rootless
+        paths.cafile or paths.capath or "the system's, or --cacert's"), not rootless
     # Their URLs may hold passwords.
     yield "proxies for", ", ".join(sorted(
         urllib.request.getproxies_environment())) or "none", True
