@@ -10165,7 +10165,8 @@ def read_password(args):
     password = not args.password_stdin and os.environ.get("IMAGEC_PASSWORD")
     if not password and sys.stdin is not None and sys.stdin.isatty():
         import getpass
-        with contextlib.suppress(EOFError):
+        ended = types.SimpleNamespace(stop=None, watched=0)
+        with contextlib.suppress(EOFError), _ending(ended):  # or it would stay dark
             password = getpass.getpass("Password of %s: " % printable(args.username))
     elif args.password_stdin:
         if sys.stdin is None or "-" in map(vars(args).get, ("from_file", "path")):

@@ -15794,6 +15794,13 @@ class CommandLineCredentialsTest(CommandLineCase):
                 self.assertIn(words, shown)
                 self.assertNotIn(PASSWORD, shown)
 
+    def test_a_terminal_hears_of_the_end(self):
+        """getpass makes it show again what is typed."""
+        with mock.patch("getpass.getpass", lambda _: os.kill(
+                os.getpid(), signal.SIGTERM) or time.sleep(9)), mock.patch.object(
+                    sys, "stdin"), self.assertRaisesRegex(SystemExit, "SIGTERM"):
+            imagec.read_password(mock.Mock(username="a", password_stdin=False))
+
     #: (words of the error, argv): what follows is never repeated, nothing is sent
     @rows((
         ("--password-stdin or in IMAGEC_PASSWORD", (
