@@ -9608,8 +9608,9 @@ class Progress:
                     line = ""
             if self._layers and (now >= self._due or live and line):
                 rest, self._due = self._rest(now), now + interval
-            self._write(list(filter(None, [line, "" if live else rest])),
-                        rest if live else "")
+            if line or rest:  # else what was drawn last stands on
+                self._write(list(filter(None, [line, "" if live else rest])),
+                            rest if live else "")
 
     def _count(self, event):
         before, total, _ = self._layers.get(event.id, (0, None, False))

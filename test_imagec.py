@@ -16033,6 +16033,8 @@ class CommandLineProgressTest(CommandLineCase):
                 self.now = 100 + seconds * part / 250
                 self.come(progress, "aa", 1000 * part)
             self.assertEqual(stream.getvalue().count("0/3 "), 4)
+            # What is drawn stands until more is due.
+            self.assertEqual(stream.getvalue().count(self.ERASED), 3 * (kind == "auto"))
             progress(imagec.Event("Download complete", "bb"))
             self.assertIn("bb: Download complete", self.shown(stream.getvalue()))
 
