@@ -5261,6 +5261,9 @@ class Download:
             except ImagecError as error:
                 if self._coded and isinstance(error, InvalidDocument):
                     raise  # it is no such stream; see _receive
+                if isinstance(error, NoRanges):
+                    log.debug("%s", error)  # one connection will do
+                    continue
                 failures = 1 if received - before >= PROGRESS_BYTES else failures + 1
                 try:
                     self._source.transport.back_off(error, failures)
@@ -5332,6 +5335,10 @@ class Download:
         return False
 
 
+class NoRanges(TransportError):
+    """A range does not come as asked for: there are no others from that place."""
+
+
 class Ranges:
     """The rest of a blob, in ranges that several connections fetch ahead.
 
@@ -5347,9 +5354,7 @@ class Ranges:
         self._over, self._lock = False, threading.Lock()
 
     def chunks(self, at):
-        """Yields the blob from byte `at` on; raises TransportError where a range does
-        not come as asked for: then there will be no others from this place.
-        """
+        """Yields the blob from byte `at` on; raises NoRanges."""
         import concurrent.futures
         import tempfile
         slots, check = 2 * self._count, self._source.transport.check
@@ -5376,33 +5381,44 @@ class Ranges:
             except (ImagecError, OSError, RuntimeError) as error:  # the last: no thread
                 check()
                 self._place[0].ranges = False
-                raise TransportError("no ranges: %s" % error, retryable=True) from None
+                raise NoRanges("no ranges: %s" % error) from None
             finally:
                 self._over = True
 
     def _fetch(self, slot, start, end):
-        """Puts the bytes from `start` to before `end` into the file, at `slot`."""
-        if self._over:
-            return
+        """Puts the bytes from `start` to before `end` into the file, at `slot`.
+
+        Where it breaks off, and the try was worth it, the rest is asked for.
+        """
+        while start < end and not self._over:
+            before = start
+            try:
+                for data in self._draw(start, end):
+                    with self._lock:
+                        self._file.seek(slot)
+                        self._file.write(data)
+                    start, slot = start + len(data), slot + len(data)
+            except TransportError as error:
+                if not error.retryable or start - before < PROGRESS_BYTES:
+                    raise
+
+    def _draw(self, start, end):
+        """Yields the bytes from `start` to before `end`; raises TransportError."""
         with self._open(start, end) as response:
             tags = {tag for one in (self._first, response)  # RFC 7232, 2.3: strong ones
                     for tag in one.headers.get_all("ETag", []) if tag[:2] != "W/"}
             if content_range(response) != (start, end, self._blob.size) or (
-                    response.coded or len(tags) > 1):
+                    response.coded or len(tags) > 1
+                    or response.length not in (None, end - start)):
                 raise TransportError("%s: asked for bytes %d-%d, got HTTP %d, %s" % (
                     response.place, start, end - 1, response.status, printable(
                         response.headers.get("Content-Range"), 60)))
             for data in response.chunks():
-                if self._over:
-                    return
                 start += len(data)
-                if start > end:
+                if start > end or self._over:
                     break
-                with self._lock:
-                    self._file.seek(slot)
-                    self._file.write(data)
-                slot += len(data)
-            if start != end:
+                yield data
+            if start != end and not self._over:
                 raise TransportError("%s sent another length" % response.place)
 
     def _open(self, start, end):

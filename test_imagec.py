@@ -7787,7 +7787,7 @@ class RangesTest(DownloadCase):
         super().setUp()
         self.patch(mock.patch.multiple(
             imagec, RANGE=1 << 16, RANGES_AFTER=0, RANGES_LEFT=1 << 18,
-            RANGES_PACE=1 << 60, BACKOFF=0))
+            RANGES_PACE=1 << 60, BACKOFF=0, PROGRESS_BYTES=1 << 14))
 
     def ranged(self, registry, share=3):
         """What is asked for to have the blob: Range headers."""
@@ -7806,7 +7806,9 @@ class RangesTest(DownloadCase):
            ("a lie about where", partial("bytes 5-9/10", 0), 1, False, False),
            ("another object", headers(etag='"other"'), 1, False, False),
            ("an object of a weak tag", headers(etag='W/"other"'), EVER, True, False),
-           ("cut", truncate(1), 1, False, False), ("reset", reset(), 1, False, False),
+           ("cut", truncate(1), 1, False, False), ("reset", reset(1), 1, False, False),
+           ("cut where it was worth it", truncate(), 1, True, False),
+           ("another length", headers(content_length="99999"), 1, False, False),
            ("no end", endless(framing="length"), 1, False, False),
            ("said to be compressed", headers(content_encoding="gzip"), 1, False, False),
            ("other bytes", flip(), 1, True, True)))
@@ -7815,7 +7817,9 @@ class RangesTest(DownloadCase):
         registry.fault("/blobs/", headers(etag='"this"'), 3)
         if fault:
             registry.fault("/blobs/", fault, times)
-        asked = self.ranged(registry)
+        with self.assertLogs(LOG, "DEBUG") as logged:
+            asked = self.ranged(registry)
+        self.assertNotIn("INFO:imagec:no ranges", "".join(logged.output))
         self.assertEqual(asked[0], None)
         self.assertEqual(asked.count(None), 1 + anew)
         parts = [text for text in asked if text and not text.endswith("-")]
