@@ -5555,6 +5555,7 @@ class Output:
         if stream is not None and not self.streams:
             raise UsageError("format %s does not go to standard output" % self.format)
         self.path, self._tag, self.stream = path, tag, stream
+        self.near = {}  # digest -> Region, of what the same command has made elsewhere
         if stream is None:
             check_writable(os.path.dirname(os.path.abspath(path)) if self.streams
                            else path)
@@ -5982,6 +5983,7 @@ class ArchiveOutput(Spooled):
         for path in (self.path + PARTIAL, self._old) if self.stream is None else ():
             with contextlib.suppress(OSError, InvalidDocument):
                 self._found.append(dict(self._begun(path)))
+        self._found.append(self.near)
 
     def elsewhere(self, image, bases):
         # docker knows a layer by those below it: above other ones it wants it again.
@@ -6073,6 +6075,8 @@ class ArchiveOutput(Spooled):
         if self._status and not unchanged(self._old, self._status):
             raise OutputError(self.path, *MOVED)
         self._end(not stays)
+        with contextlib.suppress(OSError, InvalidDocument):  # it was there
+            self.near.update(self._begun(self._old))
         return [self.path] * len(images)
 
     def _ends(self, tail):
@@ -9711,8 +9715,9 @@ def _run_pull(args, session):
     for path, format, wanted, sole in destinations(args, references):
         with session.trying(sole or path):
             outputs.append((new_output(path, format, args.tag, stream, sole), wanted))
+    near = {}
     for output, wanted in outputs:
-        images = []
+        images, output.near = [], near
         with session.trying(output.sole or output.path):
             if args.dry_run:
                 yield from plan(session, wanted, output, args)

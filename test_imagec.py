@@ -15283,10 +15283,13 @@ class CommandLineTest(CommandLineCase):
             many=self.offer("many", self.index),
             chart=self.offer("chart", build_artifact([("text/x", b"x", "x.txt")])))
         argv = (options + " " + references).format(**words).split()
+        del self.origin.requests[:]
         for _ in range(1 if "files" in options or "root" in options else 2):
             self.assertEqual(pull(*argv), set(made.format(short=self.digest[7:19]).split()))
         if made == "new":
             self.assertEqual(set(os.listdir("new")), {"app_1.tar", "app_many.tar"})
+        for layer in self.image.layers * (" {many}" in references):  # shared
+            self.assertEqual(len(paths(self.origin, layer)), 1)
 
     def test_a_directory_that_holds_images_is_added_to(self):
         pull, other = self.there(), self.offer("2", build_image(FIELD_SMALL[:1]))
