@@ -7945,8 +7945,10 @@ def image_of(reference, registry_url, top, platform, fetch, config_of=None):
     config = config_of(manifest.config) if isinstance(manifest, Manifest) else None
     actual = config.platform if config else Platform.normal(
         "linux", manifest.architecture or "")
+    named = indexes and any(entry.platform for entry in indexes[-1].manifests
+                            if entry.digest == manifest.digest)
     if platform is wanted and actual.architecture and not (
-            indexes or wanted.runs(actual)):
+            named or wanted.runs(actual)):
         raise NoMatchingPlatform(wanted, [actual])
     return Image(*about, config, actual if actual.architecture else wanted,
                  list_layers(manifest, config))

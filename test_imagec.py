@@ -11486,6 +11486,8 @@ class PullTest(PullCase):
                 self.pull(registry)
             self.assertNotIn("unknown/unknown", str(caught.exception))
             self.assertFalse(os.path.exists(self.dest))
+        with self.fails(imagec.NoMatchingPlatform, "is: linux/amd64"):  # not what is first
+            self.pull(self.filled(build_index([(self.image, None)])), platform="linux/arm64")
         self.assertEqual(len(paths(registry, "/manifests/")), 1)
         index = build_index([(proof, AMD64)])
         with self.fails(imagec.Unsupported, "artifact of type application/vnd.example"):
