@@ -9923,7 +9923,7 @@ def _run_auth(args, session):
     host, _, repository = args.host.partition("/")
     if not re.fullmatch(_HOST, host):
         raise UsageError("not a registry: %s" % shown(args.host, 100),
-                         "expected HOST[:PORT][/REPOSITORY]")
+                         "expected HOST[:PORT][/REPOSITORY], without what ends in ://")
     found = session.credentials(Reference(host, repository, None, None))
     yield json.dumps(hidden({
         "registry": args.host, "username": found and found.username,
