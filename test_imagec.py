@@ -14083,7 +14083,7 @@ SERVE_TWO_WAYS = tuple(fields + b"\r\nHost: x" for fields in (
 )) + tuple(b"Host: x\r\n" + fields for fields in (
     b"Content-Length: 0\r\nContent-Length: 38",
     b"Content-Length: 38\r\nContent-Length: 0",
-    b"Content-Length: 0\r\ncontent-length: 0", b"Content-Length: 0, 0",
+    b"Content-Length: 0\r\ncontent-length: 0", b"Content-Length: 0, 0", b"host: y",
     b"Content-Length: x", b"Content-Length: +0", b"Content-Length: -0",
     b"Content-Length: 0x0", b"Content-Length:", b"Content-Length: 0_0",
     b"Content-Length: \xd9\xa1", b"Content-Length:\r\n 0", b"Content-Length: 0\r\n 38",
