@@ -9186,9 +9186,13 @@ class Target(Registry):
         lent = not own and names_host(self.transport.storage_hosts, path)
         if authorization and not lent and self._trusts(path):
             headers = dict(headers, Authorization=authorization)
-        return self.transport.open(
-            method, path.geturl(), headers, data and data(), ANYWHERE if lent else
-            self.rank, seconds=PATIENCE * self.transport.idle_timeout)
+        try:
+            return self.transport.open(
+                method, path.geturl(), headers, data and data(), ANYWHERE if lent else
+                self.rank, seconds=PATIENCE * self.transport.idle_timeout)
+        except UnsafeRedirect as error:
+            error.hint = None if own else _LENIENCE % "--storage-host " + path.netloc
+            raise
 
     def put_manifest(self, repository, reference, document):
         """Puts a document there, by a tag or its Digest.
