@@ -3602,7 +3602,7 @@ class Endpoint:
                 raise first if isinstance(first, CertificateError) else error
             except TransportError as error:
                 log.debug("%s by %s: %s", self.host, scheme, error)
-                first = first or error
+                first = error if isinstance(error, UnsafeRedirect) else first or error
         if isinstance(first.__cause__, ConnectionRefusedError):
             first.retryable = False  # nothing listens there
         if lenient and "allow-http" in str(first.hint):

@@ -6920,6 +6920,9 @@ class ProbeTest(NetworkCase):
         plain = self.registry()
         plain.fault("GET /v2/$", redirect(other.url + "/v2/"))
         self.assertEqual(self.probe(plain), other.url + "/v2/")
+        plain.fault("GET /v2/$", redirect("http://10.1.2.3/v2/"))
+        with self.fails(imagec.UnsafeRedirect, "--storage-host 10.1.2.3"):
+            self.probe(plain, http=True, host=by_name("public.test", plain))
 
     @rows([("93.184.216.34", "127.0.0.1", False), ("93.184.216.34", "10.1.2.3", False),
            ("10.1.2.3", "169.254.169.254", False), ("10.1.2.3", "10.9.9.9", True),
