@@ -246,6 +246,8 @@ class Secrets:
         """
         forms = {form for secret in filter(None, secrets) for form in (
             secret, urllib.parse.quote(secret), urllib.parse.quote_plus(secret))}
+        forms.update([re.sub("%..", lambda code: code.group().lower(), form)
+                      for form in forms])
         # A URL's host comes in lowercase.
         forms.update([form.lower() for form in forms if len(form) < 256])
         forms = sorted(form for form in forms if len(form) > 3)
@@ -264,6 +266,15 @@ class Secrets:
 
 
 SECRETS = Secrets()
+
+
+def hidden(value):
+    """A JSON-able value without SECRETS in its texts."""
+    if isinstance(value, str):
+        return SECRETS.hide(value)
+    if isinstance(value, dict):
+        return {hidden(key): hidden(member) for key, member in value.items()}
+    return list(map(hidden, value)) if isinstance(value, list) else value
 
 
 def printable(text, limit=None):
@@ -8467,7 +8478,7 @@ def _run_verify(args, session):
                          "without that, verify looks at all there is")
     audit = Audit(session.transport.check).check(args.path, args.bases or ())
     if args.json:
-        yield SECRETS.hide(json.dumps({
+        yield json.dumps(hidden({
             "path": args.path, "images": audit.images, "blobs": audit.blobs,
             "faults": audit.faults, "missing": sorted(audit.absent),
             "elsewhere": sorted(map(str, audit.elsewhere)),
@@ -8640,7 +8651,7 @@ def _run_ls(args, session):
                 "mtime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)),
                 "path": "/" + path,
                 "target": target if entry.kind == "symlink" else None}
-            yield SECRETS.hide(json.dumps(file)) if args.json else printable(
+            yield json.dumps(hidden(file)) if args.json else printable(
                 "%(mode)s %(uid)d:%(gid)d %(size)d %(mtime)s %(path)s" % file
                 + (" -> " + file["target"] if file["target"] else ""))
 
@@ -9830,15 +9841,6 @@ def _run_inspect(args, session):
         yield image.config.raw
 
 
-def hidden(value):
-    """A JSON-able value without SECRETS in its texts."""
-    if isinstance(value, str):
-        return SECRETS.hide(value)
-    if isinstance(value, dict):
-        return {hidden(key): hidden(member) for key, member in value.items()}
-    return list(map(hidden, value)) if isinstance(value, list) else value
-
-
 def inspection(image):
     """An Image as a JSON-able dict, as `inspect` prints it; sizes are in bytes."""
     documents = {one.digest: one for one in (
@@ -9962,8 +9964,8 @@ def _run_tags(args, session):
             tag for tag in tags if re.match("(?!sha[0-9]+-).*[0-9]", tag)), version_key)
     for tag in tags:
         full = str(name._replace(tag=tag))
-        yield SECRETS.hide(json.dumps({"tag": tag, "reference": full}) if args.json
-                           else full if args.full else tag)
+        yield json.dumps(hidden({"tag": tag, "reference": full})) if args.json else (
+            SECRETS.hide(full if args.full else tag))
 
 
 def print_result(result, stream):

@@ -16564,6 +16564,14 @@ class SecretsTest(CommandLineCase):
         self.assertTrue(fault is None or fault.used, "fault never met")
         self.clear()
 
+    def test_what_is_hidden_is_json(self):
+        image = build_image([tar_bytes([('pa"\xe9', bytes(1024))])])
+        for secret in ("1024", 'pa"\xe9'):
+            ended = self.main("ls", "--json", *self.LOGIN, self.offer("odd", image),
+                              stdin=secret)
+            self.assertEqual(json.loads(ended.out)["path"], "/***" if "a" in secret else
+                             '/pa"\xe9')
+
     def test_store_repeats_what_its_url_was_signed_with(self):
         self.origin.redirect_blobs_to = self.origin.url
         self.origin.fault("/cdn/", status(400, body=json_bytes({"errors": [
@@ -16657,6 +16665,7 @@ class SecretsTest(CommandLineCase):
         # what a URL has before its @, but no name before a digest, and no mail
         ((), "see http://u:x@h/p, a@b", "see http://***@h/p, a@b"),
         ((), "http://u:a@b@h", "http://***@h"),
+        (("Ab/Cd+==",), "x=Ab%2fCd%2b%3d%3d", "x=***"),  # as .NET writes it
         ((), "ssh://git@h/x", "ssh://git@h/x"),
         ((), "docker://a:1@sha256:12", "docker://a:1@sha256:12")))
     def test_hide(self, secrets, text, expected):
