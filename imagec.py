@@ -499,13 +499,18 @@ def value_type(name, fields, *defaults):
     """
     base = collections.namedtuple(name, fields)
     base.__new__.__defaults__ = defaults  # 3.6 has no other way
-    return base
+    return _Value(name, (base,), {})
+
+
+class _Value(type):
+    """Makes classes whose objects take no attributes of their own."""
+
+    def __new__(cls, name, bases, members):
+        return super().__new__(cls, name, bases, dict(members, __slots__=()))
 
 
 class Digest(value_type("Digest", "algorithm hex")):
     """A digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
-
-    __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> "Digest":
@@ -549,8 +554,6 @@ class Reference(value_type("Reference", "host repository tag digest")):
     """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or
     None, `digest` or None. With both, the digest decides and the tag is only a name.
     """
-
-    __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> "Reference":
@@ -639,8 +642,6 @@ class Platform(value_type("Platform", "os architecture variant os_version", "", 
     """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
     `os_version`, a build of Windows, is shown only: any will do.
     """
-
-    __slots__ = ()
 
     @classmethod
     def normal(cls, os, architecture, variant="", os_version=""):
@@ -881,8 +882,6 @@ class PrettySignature(value_type("PrettySignature", "payload signed")):
     covered by anything (CVE-2014-8179): parse the payload, never the body.
     """
 
-    __slots__ = ()
-
     @classmethod
     def parse(cls, body: bytes, what: str = "manifest") -> "PrettySignature":
         """The PrettySignature in the bytes `body`; raises InvalidDocument.
@@ -922,8 +921,6 @@ class Descriptor(value_type(
     None where there is none. Only in an entry of an index may the `digest` be of an
     algorithm that we cannot check: the other entries do not suffer by it.
     """
-
-    __slots__ = ()
 
     @property
     def is_tar(self):
@@ -986,14 +983,11 @@ class Manifest(value_type(
     it is; `subject` is the Digest of what it refers to, None for nothing.
     """
 
-    __slots__ = ()
-
 
 class Index(value_type(
         "Index", "raw media_type digest manifests subject annotations", None, {})):
     """A docker manifest list or OCI index of Descriptors, `manifests`. See Manifest."""
 
-    __slots__ = ()
     artifact_type = ""  # see Manifest
 
 
@@ -1006,8 +1000,6 @@ class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False,
     `throwaway` layer (schema1) changed nothing: modern formats leave it out. `size` is
     the sum of the sizes in its tar headers, in bytes, None where it was not unpacked.
     """
-
-    __slots__ = ()
 
     @property
     def digest(self):
@@ -1027,7 +1019,6 @@ class Schema1Manifest(value_type(
     `digest` covers the payload of its pretty signature, not `raw`.
     """
 
-    __slots__ = ()
     artifact_type, subject, annotations = "", None, {}  # see Manifest
 
 
@@ -1255,8 +1246,6 @@ class ImageConfig(value_type("ImageConfig", "raw value platform diff_ids")):
     Digests `diff_ids` of its unpacked layers, oldest first, `platform` what it is for.
     """
 
-    __slots__ = ()
-
     @classmethod
     def parse(cls, raw: bytes, what: str = "config") -> "ImageConfig":
         """The ImageConfig in the bytes `raw`; raises InvalidDocument, Unsupported."""
@@ -1398,8 +1387,6 @@ class Entry(value_type(
     logical, in bytes; `mtime` is in nanoseconds; `link` is the target of a link;
     `device` is (major, minor), or None; `where` a LayerStore has its data, or None.
     """
-
-    __slots__ = ()
 
     @classmethod
     def loads(cls, record):
@@ -2052,8 +2039,6 @@ class Unpacked(value_type("Unpacked", "diff_id size")):
     """What a layer unpacks to: its `diff_id`, and the `size` in its tar headers in
     bytes (0 for the empty layer).
     """
-
-    __slots__ = ()
 
 
 def limited(chunks, limit, what):
@@ -3441,8 +3426,6 @@ _AUTH = (r"""(?s)[\s,]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:"""
 class Challenge(value_type("Challenge", "scheme parameters")):
     """A WWW-Authenticate header's challenge: lowercase `scheme`, dict `parameters`."""
 
-    __slots__ = ()
-
     @classmethod
     def parse(cls, values: list) -> list:
         """The Challenges in the header's values, in order (RFC 7235, 2.1 and 4.1).
@@ -4140,8 +4123,6 @@ class Event(value_type("Event", "status id current total", "", None, None)):
     ""; `current` and `total` are bytes, None where they mean nothing.
     """
 
-    __slots__ = ()
-
 
 @contextlib.contextmanager
 def naming_file(path):
@@ -4506,8 +4487,6 @@ def unchanged(path, status):
 class Region(value_type("Region", "path offset size")):
     """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
 
-    __slots__ = ()
-
     def open(self):
         """The file, at the first of them: a regular one, no link, not waited for."""
         file = open(self.path, "rb", opener=lambda path, flags: os.open(
@@ -4740,8 +4719,6 @@ class Origin(value_type(
     `without` are the layers left out, for they are elsewhere.
     """
 
-    __slots__ = ()
-
     def annotations(self):
         """The annotations that say so; `of` reads them back."""
         texts = self._replace(indexes=" ".join(map(str, self.indexes)),
@@ -4798,8 +4775,6 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
     below it, outermost first, less what an earlier name has yielded. `tree` is what the
     names of its files in the `reader` begin with, None in a layout.
     """
-
-    __slots__ = ()
 
     @property
     def along(self):
@@ -5125,13 +5100,9 @@ class Fetched(value_type("Fetched", "blob region unpacked")):
     unpacks to, None where it was not unpacked.
     """
 
-    __slots__ = ()
-
 
 class Place(value_type("Place", "path regions", ())):
     """Where a blob goes to, the file `path`, unless it is there or one of `regions`."""
-
-    __slots__ = ()
 
     def found(self):
         """The Regions that may be the blob; a guess, by their names."""
@@ -5477,8 +5448,6 @@ class Image(value_type(
     Digests of the layers that are left out. `stored` is the Stored it was read from, at
     `path`: such a one may have None for a `reference`.
     """
-
-    __slots__ = ()
 
     @property
     def wanted(self):
@@ -6912,8 +6881,6 @@ class PublicKey(value_type("PublicKey", "name curve numbers")):
     """A public key by the `name` of its file: `numbers` are its point on a `curve`, or
     RSA's modulus and exponent.
     """
-
-    __slots__ = ()
 
     @classmethod
     def parse(cls, pem, name):
@@ -10016,8 +9983,6 @@ class Row(value_type("Row", "flags attribute metavar commands explained default"
     `metavar` stands for its value: in lowercase, the choices; with "...", several; in
     "[]", an argument that may be missing; "" for a switch.
     """
-
-    __slots__ = ()
 
     @classmethod
     def of(cls, words, commands, explained, default=None):
