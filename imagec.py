@@ -3059,7 +3059,7 @@ class Transport:
         self.worked = {}  # (host, port) -> the address that has answered last
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self.cancelled = threading.Event()  # set: every exchange under way is to end
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", USER_AGENT)]
         kept = urllib.request.AbstractHTTPHandler()
@@ -3072,23 +3072,14 @@ class Transport:
         """Raises Cancelled, Timeout or `stop` where work should not go on."""
         if self.stop is not None:
             raise self.stop
-        if self._cancelled.is_set():
+        if self.cancelled.is_set():
             raise Cancelled("cancelled")
         if self.clock() >= self.deadline:
             raise Timeout("not done within %g seconds" % self.timeout,
                           hint="allow more with --timeout")
 
-    def cancel(self):
-        """Ends every exchange under way, from any thread."""
-        self._cancelled.set()
-
-    def resume(self):
-        """They have ended: others may begin."""
-        self._cancelled.clear()
-
     def close(self):
-        """Closes every connection."""
-        self.cancel()
+        self.cancelled.set()
         with self._lock:
             while self._idle:
                 self._idle.pop().close()
@@ -3117,7 +3108,7 @@ class Transport:
 
     def wait(self, seconds):
         """Sleeps, but not beyond the deadline or a cancel."""
-        self._cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
+        self.cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
         self.check()
 
     # -- one exchange
@@ -3248,7 +3239,7 @@ class Transport:
         """Keeps a connection, which another exchange may use."""
         with self._lock:
             self._idle.append(connection)
-            limit = 0 if self._cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
+            limit = 0 if self.cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
             while len(self._idle) > limit:
                 self._idle.pop(0).close()
 
@@ -7764,13 +7755,13 @@ def _in_threads(work, todo, count, transport):
             good = True
     finally:
         if not good:
-            transport.cancel()
+            transport.cancelled.set()
             todo.extendleft(ends)
         for thread in threads:
             thread.join()
         transport.watched = False
         if not good:
-            transport.resume()
+            transport.cancelled.clear()
     if transport.stop is not None:  # it came after the last look
         raise transport.stop
     if errors:

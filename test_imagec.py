@@ -5474,7 +5474,7 @@ class TransportTest(NetworkCase):
     def test_deadline_ends_a_wait(self):
         now = [100.0]
         transport = self.transport(timeout=5, clock=lambda: now[0])
-        transport._cancelled.wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
+        transport.cancelled.wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
         del transport.wait
         with self.fails(imagec.Timeout):
             transport.retrying(mock.Mock(side_effect=imagec.TransportError(
@@ -5560,7 +5560,7 @@ class TransportTest(NetworkCase):
 
     def cancelled(self, url, **options):
         transport, started = self.transport(idle_timeout=20), time.monotonic()
-        threading.Timer(0.08, transport.cancel).start()
+        threading.Timer(0.08, transport.cancelled.set).start()
         with self.fails(imagec.Cancelled):
             self.get(transport, url, **options)
         self.assertLess(time.monotonic() - started, 5)
