@@ -5814,12 +5814,11 @@ class OCIOutput(Output):
             raw = self._reader.read("index.json", CONTENTS_LIMIT)
         except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
-        for entry in Document.parse(raw, "index.json").children("manifests",
-                                                                INDEX_COUNT_LIMIT):
+        index = Document.parse(raw, "index.json")
+        for entry in index.children("manifests", INDEX_COUNT_LIMIT):
             entry.get("annotations", dict)
-        index = json.loads(raw.decode("utf-8"))
-        index["manifests"] = index.get("manifests") or []  # null: `umoci init`
-        return index
+        # Null: `umoci init`.
+        return dict(index.value, manifests=index.value.get("manifests") or [])
 
     def open(self, images):
         for algorithm in {"sha256"}.union(layer.digest.algorithm for image in images
@@ -5838,15 +5837,12 @@ class OCIOutput(Output):
             str(self._tag or reference._replace(digest=None)), ())))
 
     def place(self, image, layer):
-        return Place(self._blob(layer.digest))
-
-    def _blob(self, digest):
-        return os.path.join(self.path, "blobs", digest.algorithm, digest.hex)
+        return Place(os.path.join(self.path, blob_name(layer.digest)))
 
     def close(self, images):
         for digest, raw in (pair for image in images for pair in image.documents):
             make_directory(self.path, "blobs", digest.algorithm)
-            write_file(self._blob(digest), raw, self.wait)
+            write_file(os.path.join(self.path, blob_name(digest)), raw, self.wait)
         # Its lock is the lock of the index.
         with Partial(self._index, self.wait) as partial:
             index = self._read_index()
@@ -5971,12 +5967,12 @@ class ArchiveOutput(Spooled):
 
         What is rewritten on its way into it has another place there than it had.
         """
-        at, end = len(_prologue()), os.path.getsize(path)
+        at, end = len(_PROLOGUE), os.path.getsize(path)
         with Region(path, 0, end).open() as file:
             if not ours_alone(path, os.fstat(file.fileno())):
                 return  # who may write to it may do so behind the proof
             for digest, layer in self._order.items():
-                header = _member_header(blob_name(digest), layer.blob.size or 0)
+                header = tar_header(blob_name(digest).encode(), layer.blob.size or 0)
                 file.seek(at)
                 region = Region(path, at + len(header), layer.blob.size or 0)
                 at = _padded(region)
@@ -6018,11 +6014,11 @@ class ArchiveOutput(Spooled):
         """Writes those in line."""
         if self._done is None:
             self._done = set()
-            self._write(_prologue())
+            self._write(_PROLOGUE)
         for blob, region, _ in self._line:
             if blob.digest not in self._done:  # two layers may have become one
                 self._done.add(blob.digest)
-                self._write(_member_header(blob_name(blob.digest), blob.size))
+                self._write(tar_header(blob_name(blob.digest).encode(), blob.size))
                 if region.path == self.path + PARTIAL:
                     self._target.skip(region.offset, blob.size)
                 else:
@@ -6052,10 +6048,9 @@ class ArchiveOutput(Spooled):
 
     def _ends(self, tail):
         """Whether the finished one has the bytes `tail` behind those in line."""
-        prologue = _prologue()
-        region = self._line[-1].region if self._line else Region("", 0, len(prologue))
+        region = self._line[-1].region if self._line else Region("", 0, len(_PROLOGUE))
         with open(self._old, "rb") as file:
-            if file.read(len(prologue)) != prologue:
+            if file.read(len(_PROLOGUE)) != _PROLOGUE:
                 return False
             file.seek(_padded(region))
             return file.read(len(tail) + 1) == tail
@@ -6096,13 +6091,8 @@ def _docker_manifest(images):
     return canonical_json(list(entries.values())) + b"\n"
 
 
-def _member_header(name, size):
-    return tar_header(name.encode("ascii"), size)
-
-
 def _member(name, data):
-    """A whole member of an archive."""
-    return _member_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK)
+    return tar_header(name.encode(), len(data)) + data + bytes(-len(data) % TAR_BLOCK)
 
 
 def _padded(region):
@@ -6110,10 +6100,8 @@ def _padded(region):
     return region.offset + region.size + -region.size % TAR_BLOCK
 
 
-def _prologue():
-    """What an archive begins with."""
-    return _member("oci-layout", OCI_LAYOUT) + b"".join(
-        tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
+_PROLOGUE = _member("oci-layout", OCI_LAYOUT) + b"".join(  # what an archive begins with
+    tar_header(name, 0, b"5", 0o755) for name in (b"blobs/", b"blobs/sha256/"))
 
 
 def recompress(fetched, path, rename=None, wait=time.sleep, check=go_on):
