@@ -2613,7 +2613,6 @@ class _Kept(http.client.HTTPConnection):
         return reply
 
     def connect(self):
-        """TCP, the proxy's tunnel if any, TLS."""
         request = self._request
         tls = request.type == "https" and self._transport.tls.begin(request.host)
         host, _, port = (request.proxy or authority(self.host, self.port)).rpartition(
@@ -3190,7 +3189,6 @@ class Transport:
         return response
 
     def _exchange(self, request):
-        """One request over a connection, kept or new."""
         while True:
             connection, whole = self._take(request), self.tls.whole
             try:
@@ -3221,7 +3219,6 @@ class Transport:
                     raise
 
     def _take(self, request):
-        """An idle connection to where the request goes, or a new one."""
         fresh = _Kept(self, request)
         with self._lock:
             for connection in [one for one in self._idle[::-1] if one.key == fresh.key]:
@@ -3236,7 +3233,6 @@ class Transport:
         return fresh
 
     def keep(self, connection):
-        """Keeps a connection, which another exchange may use."""
         with self._lock:
             self._idle.append(connection)
             limit = 0 if self.cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
@@ -3313,7 +3309,6 @@ def host_certificates(host):
 
 
 def _load(load, path, *args):
-    """Loads a PEM file; raises UsageError where it is none."""
     try:
         load(path, *args)
     except (OSError, ssl.SSLError) as error:
@@ -3336,7 +3331,6 @@ def _distrusts(error):
 
 
 def _transport_error(error, url):
-    """The TransportError for what a library raised while talking to `url`."""
     host = urllib.parse.urlsplit(url).netloc or url
     if _distrusts(error):
         why = getattr(error, "verify_message", "") or error
@@ -3999,7 +3993,6 @@ class Source:
 
     @property
     def host(self):
-        """The host asked now."""
         return self._places[0][0].host
 
     def leave(self, place, error):
@@ -4213,12 +4206,10 @@ class Partial(contextlib.AbstractContextManager):
                               "place with -o") from None
 
     def size(self):
-        """Bytes it holds."""
         with naming_file(self.path):
             return os.fstat(self._fd).st_size
 
     def chunks(self):
-        """The bytes it holds, in pieces, from the start."""
         os.lseek(self._fd, 0, os.SEEK_SET)
         return iter(lambda: os.read(self._fd, CHUNK), b"")
 
@@ -4238,7 +4229,6 @@ class Partial(contextlib.AbstractContextManager):
         self._begun = size
 
     def write(self, data):
-        """Appends `data`."""
         view = memoryview(data)
         with naming_file(self.path):
             while len(view):
@@ -4258,7 +4248,6 @@ class Partial(contextlib.AbstractContextManager):
             self._begun = end
 
     def sync(self):
-        """Waits until it is on disk."""
         with naming_file(self.path):
             os.fsync(self._fd)
 
@@ -4273,7 +4262,6 @@ class Partial(contextlib.AbstractContextManager):
             sync_directory(os.path.dirname(self.final))
 
     def discard(self):
-        """Removes it."""
         if os.name == "nt":
             self.close()  # nor does it remove them
         with contextlib.suppress(OSError):
@@ -4489,7 +4477,6 @@ class Region(value_type("Region", "path offset size")):
         return file
 
     def pieces(self, check=go_on):
-        """Yields the bytes, in pieces."""
         with naming_file(self.path), self.open() as file:
             yield from pieces(file, self.size, check)
 
@@ -4769,7 +4756,6 @@ class Stored(value_type("Stored", "reader tree name tag digest origin documents"
 
     @property
     def along(self):
-        """Whether it is here for what it refers to; see came_along."""
         return came_along(self.origin, self.name, self.tag)
 
     @property
@@ -6011,7 +5997,6 @@ class ArchiveOutput(Spooled):
                     self._move()
 
     def _move(self):
-        """Writes those in line."""
         if self._done is None:
             self._done = set()
             self._write(_PROLOGUE)
