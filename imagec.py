@@ -3195,15 +3195,11 @@ class Transport:
                 connection.start(request.timeout)
                 if connection.sock is None:
                     connection.connect()
-                try:
+                # Who hangs up on us meanwhile may say why: by an alert, or an answer.
+                with contextlib.suppress(OSError):
                     connection.request(
                         request.get_method(), request.selector, request.data,
                         dict(request.unredirected_hdrs, **request.headers))
-                except OSError:
-                    if connection.used and request.data is None:
-                        raise
-                    # It hung up on us, but maybe with a word of why: an alert, or an
-                    # answer.
                 reply = connection.getresponse()
                 connection.start(None)
                 response = Response(self, connection, reply, request)
