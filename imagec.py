@@ -3110,8 +3110,6 @@ class Transport:
         self.cancelled.wait(max(0, min(seconds, self.deadline - self.clock())))
         self.check()
 
-    # -- one exchange
-
     def open(self, method, url, headers=None, data=None, trusting=ANYWHERE, stay=None,
              seconds=None):
         """The Response to one request, redirects followed.
@@ -3552,8 +3550,6 @@ class Endpoint:
         self._warned = set()
         self._lock = threading.Lock()
 
-    # -- where it is
-
     def learn_registry_url(self) -> str:
         """The base URL of the API, `SCHEME://HOST/v2/`; found by a probe, once.
 
@@ -3603,8 +3599,6 @@ class Endpoint:
                         self._learn_challenge(response)
             response.discard()
         return url
-
-    # -- who we are there
 
     def _learn_challenge(self, response, repository=None):
         """Takes that of a 401; raises AccessDenied where we can answer none.
