@@ -4347,25 +4347,6 @@ def existing_parent(path):
     return there
 
 
-def check_writable(path):
-    """Raises OutputError unless the directory `path` can be written to, or made."""
-    there = existing_parent(path)
-    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
-        raise OutputError(there, "no permission to write there" if os.path.isdir(there)
-                          else "is there and is not a directory",
-                          "choose another place with -o")
-
-
-def check_ours(path):
-    """Raises OutputError where what is at `path` is another's, and so has to stay."""
-    with contextlib.suppress(FileNotFoundError):
-        there, above = os.lstat(path), os.stat(os.path.dirname(os.path.abspath(path)))
-        if above.st_mode & stat.S_ISVTX and os.geteuid() not in (
-                0, there.st_uid, above.st_uid):
-            raise OutputError(path, "is there already, and another user's",
-                              "choose another place with -o")
-
-
 def check_free(path, needed):
     """Raises OutputError where the disk of `path` cannot hold `needed` bytes more."""
     import shutil
@@ -5503,9 +5484,14 @@ class Output:
             raise UsageError("format %s does not go to standard output" % self.format)
         self.path, self._tag, self.stream = path, tag, stream
         self.near = {}  # digest -> Region, of what the same command has made elsewhere
-        if stream is None:
-            check_writable(os.path.dirname(os.path.abspath(path)) if self.streams
-                           else path)
+        if stream is None:  # then a directory has to be there, or to be made
+            there = existing_parent(os.path.dirname(os.path.abspath(path))
+                                    if self.streams else path)
+            if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+                raise OutputError(
+                    there, "no permission to write there" if os.path.isdir(there)
+                    else "is there and is not a directory",
+                    "choose another place with -o")
 
     def held(self, reference, registry_url):
         """The documents it has already of a Reference, as bytes, outermost first."""
@@ -5762,8 +5748,6 @@ class OCIOutput(Output):
 
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path, tag, stream)
-        self._index = os.path.join(path, "index.json")
-        self._reader = Reader(path)
         self._lock, self._entries = threading.Lock(), collections.defaultdict(list)
         begun = {"blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL}
         # Else it is empty, or a layout that another pull is about to make.
@@ -5774,7 +5758,7 @@ class OCIOutput(Output):
     def _check_layout(self):
         """Refuses to touch what is there and is no layout we understand."""
         try:
-            version = Document.parse(self._reader.read("oci-layout"),
+            version = Document.parse(Reader(self.path).read("oci-layout"),
                                      "oci-layout").need("imageLayoutVersion", str)
             self._read_index()
         except (OSError, InvalidDocument) as error:
@@ -5787,7 +5771,7 @@ class OCIOutput(Output):
 
     def _read_index(self):
         try:
-            raw = self._reader.read("index.json", CONTENTS_LIMIT)
+            raw = Reader(self.path).read("index.json", CONTENTS_LIMIT)
         except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
         index = Document.parse(raw, "index.json")
@@ -5820,7 +5804,7 @@ class OCIOutput(Output):
             make_directory(self.path, "blobs", digest.algorithm)
             write_file(os.path.join(self.path, blob_name(digest)), raw, self.wait)
         # Its lock is the lock of the index.
-        with Partial(self._index, self.wait) as partial:
+        with Partial(os.path.join(self.path, "index.json"), self.wait) as partial:
             index = self._read_index()
             add_to_index(index["manifests"], [
                 index_entry(image, self.name_of(image)) for image in images])
@@ -5842,9 +5826,16 @@ class Spooled(Output):
     def __init__(self, path, tag=None, stream=None):
         super().__init__(path.rstrip("/") or path, tag, stream)
         self._target, self._spool = None, self.path + PARTIAL + ".d"
-        if stream is None:
-            check_ours(self.path)
-            self._check_free()
+        if stream is not None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            there, above = os.lstat(self.path), os.stat(
+                os.path.dirname(os.path.abspath(self.path)))
+            if above.st_mode & stat.S_ISVTX and os.geteuid() not in (
+                    0, there.st_uid, above.st_uid):
+                raise OutputError(self.path, "is there already, and another user's",
+                                  "choose another place with -o")
+        self._check_free()
 
     def _check_free(self):
         """Raises OutputError where it must not replace what is there."""
