@@ -540,11 +540,11 @@ class Digest(value_type("Digest", "algorithm hex")):
                               % (str(self), ", ".join(_DIGEST_LENGTHS)))
         return self
 
-    def check(self, data, what):
+    def check(self, data, what, hint=None):
         """Raises DigestMismatch unless `data` has this digest."""
         actual = Digest.of(data, self.algorithm)
         if actual != self:
-            raise DigestMismatch(what, self, actual)
+            raise DigestMismatch(what, self, actual, hint)
 
     def __str__(self):
         return "%s:%s" % self
@@ -2570,10 +2570,8 @@ class _Kept(http.client.HTTPConnection):
         """`step()` on a socket, of at most so many seconds."""
         for seconds in self.turns(most):
             sock.settimeout(seconds)
-            try:
+            with contextlib.suppress(socket.timeout):
                 return step()
-            except socket.timeout:
-                pass
 
     def receive(self, sock, buffer):
         """How many bytes have come into `buffer`; socket.timeout where too few have."""
@@ -2799,7 +2797,7 @@ class _ProxyHandler(urllib.request.ProxyHandler):
 
 def split_proxy(url):
     """(scheme, HOST:PORT, user, password) of a proxy's URL; raises UsageError."""
-    try:
+    with contextlib.suppress(ValueError, LookupError):
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         login = [urllib.parse.unquote(text or "")
                  for text in (parts.username, parts.password)]
@@ -2811,8 +2809,6 @@ def split_proxy(url):
                     max(len(word.encode("utf-8")) for word in login) < 256):
             name = parts.hostname.encode("idna").decode("ascii")
             return (parts.scheme, authority(name, port), *login)
-    except (ValueError, LookupError):
-        pass
     # Not shown: where a URL is malformed, who can tell which part is the password?
     if url.lower().startswith("https:"):
         raise UsageError("TLS to the proxy itself (https://) is not supported",
@@ -3352,12 +3348,11 @@ def _transport_error(error, url):
 def registry_error(response, what):
     """The RegistryError for a reply to `what`, in its words (spec, "Error Codes")."""
     import email.utils
-    try:
+    pairs = []
+    with contextlib.suppress(ImagecError):
         body = response.read(ERROR_BODY_LIMIT, "error")
         pairs = [(e.get("code", str, "UNKNOWN"), e.get("message", str, ""))
                  for e in Document.parse(body, "error").children("errors", 100)]
-    except ImagecError:
-        pairs = []
     signed = Secrets()  # a store may repeat what its URL was signed with
     signed.add(*(value for name, value in urllib.parse.parse_qsl(
         urllib.parse.urlsplit(response.url).query)
@@ -3849,11 +3844,9 @@ class Registry(Endpoint):
             # The header is no proof, but one that lies is a sign of tampering.
             claimed = self._claimed(response)
             if claimed is not None:
-                actual = Digest.of(PrettySignature.parse(raw).payload if isinstance(
-                    manifest, Schema1Manifest) else raw, claimed.algorithm)
-                if actual != claimed:
-                    raise DigestMismatch(what, claimed, actual,
-                                         "the registry's header and its body disagree")
+                claimed.check(PrettySignature.parse(raw).payload if isinstance(
+                    manifest, Schema1Manifest) else raw, what,
+                    "the registry's header and its body disagree")
         return manifest
 
     def fetch_blob(self, repository: str, descriptor: Descriptor,
@@ -4290,14 +4283,12 @@ def ours_alone(path, status):
 
 def _try_lock(fd, how="LOCK_EX"):
     """Locks the file; False where another holds it. Where no locks are, True."""
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(fd, getattr(fcntl, how) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        try:
+            fcntl.flock(fd, getattr(fcntl, how) | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
 
