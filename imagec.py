@@ -492,14 +492,14 @@ def shown(text, limit=None):
                      limit)
 
 
-def value_type(name, fields, *defaults):
+def value_type(fields, *defaults):
     """A base for a class of values: a named tuple. `defaults` are of its last fields.
 
     typing.NamedTuple would cost every start what typing costs.
     """
-    base = collections.namedtuple(name, fields)
+    base = collections.namedtuple("Value", fields)
     base.__new__.__defaults__ = defaults  # 3.6 has no other way
-    return _Value(name, (base,), {})
+    return _Value("Value", (base,), {})
 
 
 class _Value(type):
@@ -509,7 +509,7 @@ class _Value(type):
         return super().__new__(cls, name, bases, dict(members, __slots__=()))
 
 
-class Digest(value_type("Digest", "algorithm hex")):
+class Digest(value_type("algorithm hex")):
     """A digest (OCI image-spec, descriptor.md): `algorithm` and lowercase `hex`."""
 
     @classmethod
@@ -550,7 +550,7 @@ class Digest(value_type("Digest", "algorithm hex")):
         return "%s:%s" % self
 
 
-class Reference(value_type("Reference", "host repository tag digest")):
+class Reference(value_type("host repository tag digest")):
     """An image's name: `host` (`docker.io` for Docker Hub), `repository`, `tag` or
     None, `digest` or None. With both, the digest decides and the tag is only a name.
     """
@@ -638,7 +638,7 @@ _VARIANTS = {  # of an architecture: spelling -> norm
 }
 
 
-class Platform(value_type("Platform", "os architecture variant os_version", "", "")):
+class Platform(value_type("os architecture variant os_version", "", "")):
     """What an image runs on (OCI image-spec, image-index.md); "" for an absent part.
     `os_version`, a build of Windows, is shown only: any will do.
     """
@@ -875,7 +875,7 @@ class Document:
                 for i, value in enumerate(values)]
 
 
-class PrettySignature(value_type("PrettySignature", "payload signed")):
+class PrettySignature(value_type("payload signed")):
     """A schema1 body taken apart: `payload` is what was signed and its digest covers.
 
     `signed` tells whether there were signatures. Whatever else the body holds is not
@@ -912,9 +912,8 @@ class PrettySignature(value_type("PrettySignature", "payload signed")):
 # 5  Manifests: bytes -> value: manifests, indexes, configs
 # --------------------------------------------------------------------------------------
 
-class Descriptor(value_type(
-        "Descriptor", "media_type digest size platform annotations artifact_type",
-        None, {}, "")):
+class Descriptor(value_type("media_type digest size platform annotations artifact_type",
+                            None, {}, "")):
     """A pointer to content (OCI image-spec, descriptor.md).
 
     `size` is in bytes, None where the manifest does not say (schema1); `platform` is
@@ -975,8 +974,8 @@ def _part(document, name):
 
 
 class Manifest(value_type(
-        "Manifest", "raw media_type digest config layers artifact_type subject "
-        "annotations", "", None, {})):
+        "raw media_type digest config layers artifact_type subject annotations",
+        "", None, {})):
     """A schema2 or OCI image manifest: `raw` bytes as received, and what they say.
 
     `config` and `layers` are Descriptors; `artifact_type` is "" for an image, else what
@@ -984,14 +983,14 @@ class Manifest(value_type(
     """
 
 
-class Index(value_type(
-        "Index", "raw media_type digest manifests subject annotations", None, {})):
+class Index(value_type("raw media_type digest manifests subject annotations",
+                       None, {})):
     """A docker manifest list or OCI index of Descriptors, `manifests`. See Manifest."""
 
     artifact_type = ""  # see Manifest
 
 
-class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False, None)):
+class Layer(value_type("id blob diff_id v1_json throwaway size", False, None)):
     """One layer of an image.
 
     `id` is the v1 id for schema1, else the hex of the OCI chainID, "" for an artifact's
@@ -1012,8 +1011,7 @@ class Layer(value_type("Layer", "id blob diff_id v1_json throwaway size", False,
         return self.blob.size
 
 
-class Schema1Manifest(value_type(
-        "Schema1Manifest", "raw media_type digest architecture layers")):
+class Schema1Manifest(value_type("raw media_type digest architecture layers")):
     """A docker schema1 manifest; `layers` oldest first, repeated entries taken out.
 
     `digest` covers the payload of its pretty signature, not `raw`.
@@ -1241,7 +1239,7 @@ def choose(fetch, document, platform):
         if entry.platform and entry.platform.os != "unknown"])
 
 
-class ImageConfig(value_type("ImageConfig", "raw value platform diff_ids")):
+class ImageConfig(value_type("raw value platform diff_ids")):
     """An image config (OCI image-spec, config.md): `raw` bytes, `value` the object, the
     Digests `diff_ids` of its unpacked layers, oldest first, `platform` what it is for.
     """
@@ -1378,9 +1376,8 @@ def with_layers(manifest, layers):
 # 6  Tar: chunks -> members and their data, and back
 # --------------------------------------------------------------------------------------
 
-class Entry(value_type(
-        "Entry", "path kind size mode uid gid mtime link device xattrs where",
-        b"", None, (), None)):
+class Entry(value_type("path kind size mode uid gid mtime link device xattrs where",
+                       b"", None, (), None)):
     """One member of a layer's tar, extensions applied. Names are bytes, as in the tar.
 
     `kind` is file, dir, hardlink, symlink, char, block, fifo or unknown; `size` is
@@ -2035,7 +2032,7 @@ def _zstd_program(chunks, what):
                 raise errors[0]
 
 
-class Unpacked(value_type("Unpacked", "diff_id size")):
+class Unpacked(value_type("diff_id size")):
     """What a layer unpacks to: its `diff_id`, and the `size` in its tar headers in
     bytes (0 for the empty layer).
     """
@@ -3397,7 +3394,7 @@ _AUTH = (r"""(?s)[\s,]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:"""
          r"([ \t]+(?:[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z)))?|(?=,)|\Z))")
 
 
-class Challenge(value_type("Challenge", "scheme parameters")):
+class Challenge(value_type("scheme parameters")):
     """A WWW-Authenticate header's challenge: lowercase `scheme`, dict `parameters`."""
 
     @classmethod
@@ -4083,7 +4080,7 @@ _O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
-class Event(value_type("Event", "status id current total", "", None, None)):
+class Event(value_type("status id current total", "", None, None)):
     """Something to tell who watches: docker's event stream, as a value.
 
     `id` is the short name of a layer, or the tag or digest where an image begins, else
@@ -4425,7 +4422,7 @@ def unchanged(path, status):
     return False
 
 
-class Region(value_type("Region", "path offset size")):
+class Region(value_type("path offset size")):
     """Where a blob's bytes are: `size` bytes of a file from `offset` on."""
 
     def open(self):
@@ -4646,9 +4643,8 @@ def refuse_others(path):
         raise OutputError(path, "is a layout to others, but has no oci-layout")
 
 
-class Origin(value_type(
-        "Origin", "digest repository platforms indexes subject without",
-        (), None, ())):
+class Origin(value_type("digest repository platforms indexes subject without",
+                        (), None, ())):
     """Where an entry of a layout is from, as the pull that made it notes there.
 
     `digest` is what the reference stood for, `repository` its `HOST/NAME`, `platforms`
@@ -4706,7 +4702,7 @@ def came_along(origin, *names):
                                  for name in names if name is not None)
 
 
-class Stored(value_type("Stored", "reader tree name tag digest origin documents")):
+class Stored(value_type("reader tree name tag digest origin documents")):
     """What a name in a layout, an archive or a `layers` tree leads to.
 
     `name` is the full name, as text, None for none; then it may have a `tag`. `digest`
@@ -5034,13 +5030,13 @@ def _tree_documents(reader, noting, tree, digest):
             raise InvalidDocument("it is an index, not an image")
 
 
-class Fetched(value_type("Fetched", "blob region unpacked")):
+class Fetched(value_type("blob region unpacked")):
     """A proved blob: its Descriptor, with the size; the Region it is in; what it
     unpacks to, None where it was not unpacked.
     """
 
 
-class Place(value_type("Place", "path regions", ())):
+class Place(value_type("path regions", ())):
     """Where a blob goes to, the file `path`, unless it is there or one of `regions`."""
 
     def found(self):
@@ -5366,7 +5362,7 @@ class Ranges:
 # are there; only then does it write what makes them an image. Bytes stay as they came.
 
 class Image(value_type(
-        "Image", "reference registry_url digest indexes manifest config platform "
+        "reference registry_url digest indexes manifest config platform "
         "layers below format path subject named signed without stored",
         (), None, None, None, True, (), (), None)):
     """An image: as its registry describes it, and at last as a pull has made it.
@@ -6813,7 +6809,7 @@ _KEY_KINDS = {
 }
 
 
-class PublicKey(value_type("PublicKey", "name curve numbers")):
+class PublicKey(value_type("name curve numbers")):
     """A public key by the `name` of its file: `numbers` are its point on a `curve`, or
     RSA's modulus and exponent.
     """
@@ -9913,7 +9909,7 @@ _NETWORK = "push tags selftest " + _PULLS
 _REF = "[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]"
 
 
-class Row(value_type("Row", "flags attribute metavar commands explained default")):
+class Row(value_type("flags attribute metavar commands explained default")):
     """An option of some commands, or an argument, which has no `flags`.
 
     `metavar` stands for its value: in lowercase, the choices; with "...", several; in
