@@ -4156,14 +4156,12 @@ class Partial(contextlib.AbstractContextManager):
                 return os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
             try:
                 return os.open(self.path, flags), False
-            except FileNotFoundError:
-                continue  # it has just been moved on
             except OSError as error:
                 # A link planted there must not choose where we write.
-                if not (isinstance(error, PermissionError)
-                        or os.path.islink(self.path)):
+                if isinstance(error, PermissionError) or os.path.islink(self.path):
+                    self._remove()
+                elif not isinstance(error, FileNotFoundError):  # it was just moved on
                     raise
-            self._remove()
 
     def _remove(self):
         try:
@@ -4199,11 +4197,10 @@ class Partial(contextlib.AbstractContextManager):
             raise OutputError(self.path, *MOVED)
         os.lseek(self._fd, size, os.SEEK_CUR)
 
-    def truncate(self, size=0):
-        """Keeps the first `size` bytes (None: up to here), and goes on behind them."""
+    def truncate(self, whence=os.SEEK_SET):
+        """Cuts it off at the start, or by os.SEEK_CUR where it has come to."""
         with naming_file(self.path):
-            size = os.lseek(self._fd, size or 0,
-                            os.SEEK_CUR if size is None else os.SEEK_SET)
+            size = os.lseek(self._fd, 0, whence)
             if self.size() != size:  # not all file systems can
                 os.ftruncate(self._fd, size)
         self._begun = size
@@ -5430,7 +5427,7 @@ class _Stream:
             while len(view):
                 view = view[self._file.write(view):]
 
-    def write_behind(self, _size=None):
+    def write_behind(self, _whence=None):
         """Nothing of a pipe has to be put on disk."""
 
     discard = truncate = write_behind
@@ -5705,18 +5702,17 @@ def add_to_index(manifests, entries):
     """
     names = [names_in(old.get("annotations") or {})[0] for old in manifests]
     for entry in entries:
-        name = entry.get("annotations", {}).get(NAME_ANNOTATION)
+        own = entry.get("annotations", {})
+        name = own.get(NAME_ANNOTATION)
         for number in reversed(range(len(manifests))):
             old = manifests[number]
             annotations = old.get("annotations") or {}
-            if name is not None and names[number] == name:
+            if name and names[number] == name:
                 names[number] = None
                 for key in (NAME_ANNOTATION, TAG_ANNOTATION):
                     annotations.pop(key, None)
-            elif name is not None and (
-                    annotations.get(TAG_ANNOTATION)
-                    == entry["annotations"][TAG_ANNOTATION]):
-                entry["annotations"][TAG_ANNOTATION] = name
+            elif name and annotations.get(TAG_ANNOTATION) == own[TAG_ANNOTATION]:
+                own[TAG_ANNOTATION] = name
             if old.get("digest") == entry["digest"]:
                 if not annotations.get(TAG_ANNOTATION):
                     del manifests[number], names[number]
@@ -5990,7 +5986,7 @@ class ArchiveOutput(Spooled):
                  and not os.path.islink(self.path))
         if not stays:
             self._move()
-            self._target.truncate(None)
+            self._target.truncate(os.SEEK_CUR)
             self._write(tail)
         if self._status and not unchanged(self._old, self._status):
             raise OutputError(self.path, *MOVED)
