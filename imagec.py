@@ -2312,13 +2312,12 @@ def _entry_credentials(entry, source):
             log.warning("%s: 'auth' is not base64 of user:password: passed over",
                         source)
     token, ready = values.get("identitytoken"), values.get("registrytoken")
-    if not (username and password or token or ready):
-        return None
     try:
-        return Credentials(username, password, token, ready, source)
+        if username and password or token or ready:
+            return Credentials(username, password, token, ready, source)
     except UsageError as error:
         log.warning("%s: passed over", error)
-        return None
+    return None
 
 
 def _ask_helper(suffix, server, source, check):
@@ -2835,7 +2834,6 @@ def bypasses_proxy(parts, no_proxy):
         with contextlib.suppress(ValueError):  # of what is no address, or no network
             if ipaddress.ip_address(name) in ipaddress.ip_network(entry, strict=False):
                 return True
-            continue
         if name.endswith("." + re.sub(r"^\*?\.", "", entry)):
             return True
     return False
@@ -4363,8 +4361,7 @@ def portable(name):
     capitals, a final ".", and what begins the names that Windows has for devices.
     """
     def encoded(found):
-        first, *rest = found.group()
-        return "%%%02x" % ord(first) + "".join(rest)
+        return "%%%02x" % ord(found.group()[0]) + found.group()[1:]
 
     name = re.sub(r"[:%A-Z]|\.\Z", encoded, name)
     return re.sub(r"\A(con|prn|aux|nul|com[0-9]|lpt[0-9])(?=\.|\Z)", encoded, name)
