@@ -5546,8 +5546,7 @@ class LayersOutput(Output):
         if os.path.lexists(os.path.join(path, "oci-layout")):
             raise OutputError(path, "is an OCI image layout: nobody would look for a "
                               "layers tree there", "choose another place with -o")
-        if os.path.isdir(path):
-            refuse_others(path)
+        refuse_others(path)
         self._plain = keeps_names(path)  # names can be as they are
 
     def _parts(self, reference, registry_url):
@@ -5901,13 +5900,11 @@ class ArchiveOutput(Spooled):
 
     def elsewhere(self, image, bases):
         # docker knows a layer by those below it: above other ones it wants it again.
-        def shared(base):
-            return list(itertools.takewhile(
-                lambda pair: pair[0].digest == pair[1], zip(image.layers, base)))
-
-        found = max(map(shared, bases), key=len, default=())
-        above = {layer.digest for layer in image.layers[len(found):]}
-        return tuple(digest for _, digest in found if digest not in above)
+        digests = [layer.digest for layer in image.layers]
+        found = max((os.path.commonprefix([digests, base]) for base in bases), key=len,
+                    default=())
+        above = set(digests[len(found):])
+        return tuple(digest for digest in found if digest not in above)
 
     def _begun(self, path):
         """Yields (digest, Region) of the blobs an archive seems to begin with.
