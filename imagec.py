@@ -485,9 +485,7 @@ _ANY_DIGEST = "[a-z0-9]+(?:[+._-][a-z0-9]+)*:[A-Za-z0-9=_-]+"
 
 
 def shown(text, limit=None):
-    """`text`, which was to be a name, for a message: without what is before an @, which
-    may be a password, unless a digest follows.
-    """
+    """`text`, which was to be a name, for a message, less what may be a password."""
     return printable(re.sub("^.*@(?!sha[0-9]+:[^@]*$)", "***@", text, flags=re.DOTALL),
                      limit)
 
@@ -656,10 +654,7 @@ class Platform(value_type("os architecture variant os_version", "", "")):
 
     @classmethod
     def parse(cls, text: str) -> "Platform":
-        """The Platform meant by `OS/ARCH[/VARIANT]`, or by `OS` or `ARCH` alone.
-
-        Raises InvalidReference.
-        """
+        """What `OS/ARCH[/VARIANT]`, `OS` or `ARCH` mean. Raises InvalidReference."""
         if not re.fullmatch(r"[\w.-]+(?:/[\w.-]+){0,2}", text, re.ASCII):
             raise InvalidReference("invalid platform '%s': expected OS/ARCH[/VARIANT], "
                                    "for example linux/arm64" % printable(text, 80))
@@ -763,10 +758,7 @@ def parse_json(raw, what, repeatable=False):
 
 
 def canonical_json(value, sort_keys=True):
-    """`value` as compact JSON bytes: the same on every Python.
-
-    Half a surrogate pair stays what it is in JSON, an escape.
-    """
+    """`value` as JSON, the same on every Python; half a surrogate pair is an escape."""
     return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"),
                       ensure_ascii=False).encode("utf-8", "backslashreplace")
 
@@ -1113,9 +1105,7 @@ def _decode_image(document, raw, media_type, digest):
 
 
 def distinct(blobs, where):
-    """{digest: Descriptor} of these, the first of each; raises InvalidDocument where
-    another has another size.
-    """
+    """{digest: Descriptor} of these; raises InvalidDocument where one has two sizes."""
     found = {}
     for blob in blobs:
         if found.setdefault(blob.digest, blob).size != blob.size:
@@ -2247,9 +2237,7 @@ class Keyring:
 
 
 def _read_config(path, named=False, raw=None):
-    """A credentials file, or its text `raw`, as a dict; where it cannot be read None
-    and a warning, or CredentialsError if the user `named` it.
-    """
+    """A credentials file, or its text `raw`, as a dict; None where that cannot be."""
     try:
         if raw is None:
             with open(path, "rb") as file:
@@ -2321,10 +2309,7 @@ def _entry_credentials(entry, source):
 
 
 def _ask_helper(suffix, server, source, check):
-    """What docker-credential-SUFFIX says of `server`; None where it has nothing.
-
-    See github.com/docker/docker-credential-helpers. It is a program of the user's.
-    """
+    """What docker-credential-SUFFIX says of `server`; None where it has nothing."""
     import shutil
     program = "docker-credential-" + suffix
     path = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", suffix) and shutil.which(program)
@@ -5145,10 +5130,7 @@ class Download:
                 partial.truncate()
 
     def _chunks(self, partial):
-        """Yields the blob: what an earlier run left, then what the registry sends.
-
-        That is put behind it. Where it breaks off, tries again.
-        """
+        """Yields the blob: what an earlier run left, then what the registry sends."""
         received = 0
         for data in partial.chunks():  # hashed again, not believed
             self._check()
