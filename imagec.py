@@ -2746,34 +2746,28 @@ def proxy_denial(headers, login):
         "does not take our" if login else "wants a"), 407, hint="they go into its URL")
 
 
-class _ProxyHandler(urllib.request.ProxyHandler):
-    """The environment's proxies, or the one given; NO_PROXY understood the way Go does
-    (CIDR, ports, leading dots). The environment's are never used for loopback.
+def choose_proxy(request, given):
+    """Has a request go through the proxy `given`, None: the environment's, if any;
+    NO_PROXY understood the way Go does. The environment's is never used for loopback.
 
-    A request learns the `proxy` it goes through (HOST:PORT), the value `login` of a
-    Proxy-Authorization header, and `tunnel`, where that connects us to the host:
-    (scheme, user, password).
+    It learns the `proxy` (HOST:PORT), the value `login` of a Proxy-Authorization
+    header, and `tunnel`, where that connects us to the host: (scheme, user, password).
     """
-
-    def __init__(self, proxy=None):
-        self._given = proxy is not None
-        super().__init__({"http": proxy, "https": proxy} if self._given else (
-            urllib.request.getproxies_environment()))  # whose exceptions we know
-
-    def proxy_open(self, req, proxy, type):
-        no_proxy = urllib.request.getproxies_environment().get("no", "")
-        if (not self._given and loopback(req.host)
-                or bypasses_proxy(urllib.parse.urlsplit(req.full_url), no_proxy)):
-            return None
-        scheme, req.proxy, user, password = split_proxy(proxy)
-        req.allowed = ANYWHERE  # it is the proxy that knows the address
-        req.login = basic_header(user, password) if user else None
-        if scheme != "http" or req.type == "https":
-            req.tunnel = scheme, user, password
-            return
-        req.set_proxy(req.proxy, "http")
-        if req.login:
-            req.add_unredirected_header("Proxy-Authorization", req.login)
+    request.proxy = request.tunnel = request.login = None
+    known = urllib.request.getproxies_environment()  # whose exceptions we know
+    url = known.get(request.type) if given is None else given
+    if url is None or given is None and loopback(request.host) or bypasses_proxy(
+            urllib.parse.urlsplit(request.full_url), known.get("no", "")):
+        return
+    scheme, request.proxy, user, password = split_proxy(url)
+    request.allowed = ANYWHERE  # it is the proxy that knows the address
+    request.login = basic_header(user, password) if user else None
+    if scheme != "http" or request.type == "https":
+        request.tunnel = scheme, user, password
+        return
+    request.set_proxy(request.proxy, "http")
+    if request.login:
+        request.add_unredirected_header("Proxy-Authorization", request.login)
 
 
 def split_proxy(url):
@@ -3030,7 +3024,7 @@ class Transport:
         self.stop = None  # an exception, where all is to end by it
         self.watched = False  # whether the main thread looks at `stop` by itself
         self.tls = TLSSettings(skip_verify, cacert, client_pair)
-        self.storage_hosts = storage_hosts
+        self.storage_hosts, self._proxy = storage_hosts, proxy
         self.worked = {}  # (host, port) -> the address that has answered last
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
@@ -3040,7 +3034,6 @@ class Transport:
         kept = urllib.request.AbstractHTTPHandler()
         kept.http_request = kept.https_request = kept.do_request_
         kept.http_open = kept.https_open = self._exchange
-        self._opener.add_handler(_ProxyHandler(proxy))
         self._opener.add_handler(kept)
 
     def check(self):
@@ -3138,7 +3131,7 @@ class Transport:
 
     def _once(self, request, seconds, option):
         """One exchange; `option` is what the user may allow the request's host with."""
-        request.proxy = request.tunnel = request.login = None  # see _ProxyHandler
+        choose_proxy(request, self._proxy)
         url = request.full_url
         log.debug("%s %s", request.get_method(), bare_url(url))
         try:

@@ -6248,7 +6248,7 @@ class ProxyTest(ResolveCase):
            ("http://b:p@[fd00::1]", "[fd00::1]:80")))
     def test_default_ports(self, url, place):
         request = urllib.request.Request("https://r.test/")
-        imagec._ProxyHandler(url).proxy_open(request, url, "https")
+        imagec.choose_proxy(request, url)
         self.assertEqual(request.proxy, place)
 
     # What names no proxy of ours.
