@@ -4427,7 +4427,7 @@ class Reader:
     `path` is the user's choice and may be a link; below it none is followed. `check` is
     called as work goes on, and may raise; `unlisted(OSError)`, else who asks, hears of
     directories that cannot be listed. `asked` collects the names of files that were
-    wanted; `beside` has the Regions of some that may not be here, see blobs_of.
+    wanted; `beside` has the Regions of some that may not be here, by their names.
     """
 
     def __init__(self, path, check=go_on, unlisted=None):
@@ -4594,7 +4594,10 @@ def open_place(path, check=go_on, unlisted=None, beside=()):
     else:
         raise OutputError(path, "is neither a file nor a directory")
     for other in beside:
-        reader.beside.update(blobs_of(other, check))
+        reader.beside.update(
+            (blob_name(digest), region) for found in stored_at(other, check)
+            for document in found.documents
+            for digest, region in found.regions(document, lenient))
     return reader
 
 
@@ -4780,13 +4783,6 @@ def stored_at(path, check):
     if not names:
         raise OutputError(path, "no image is in it", READABLE)
     return names
-
-
-def blobs_of(path, check):
-    """{name in a layout: Region} of the blobs that are at `path`, by whatever name."""
-    return {blob_name(digest): region
-            for found in stored_at(path, check) for document in found.documents
-            for digest, region in found.regions(document, lenient)}
 
 
 def label(path):
