@@ -1508,6 +1508,12 @@ def _sparse_map(numbers, size, stored):
     return found
 
 
+def drain(chunks):
+    """Draws all there is, for what the drawing of it does."""
+    for _ in chunks:
+        pass
+
+
 class Tar:
     """The members of a tar, drawn from its `chunks`, each with its data.
 
@@ -1548,10 +1554,9 @@ class Tar:
                     self._extension(kind, entry.size)
                 else:
                     yield self._member(kind, entry, block)
-                    for _ in self._draw(self._end - self.offset):
-                        pass
-                    for _ in self._draw(-self.offset % TAR_BLOCK, whole=False):
-                        pass  # `umoci insert` writes none behind the last
+                    drain(self._draw(self._end - self.offset))
+                    # `umoci insert` writes none behind the last.
+                    drain(self._draw(-self.offset % TAR_BLOCK, whole=False))
             if self._pax or self._long:
                 raise ValueError("an extended header of no member")
         except ValueError as error:
@@ -1780,12 +1785,6 @@ def begin(target):
         raise OSError(errno.EAGAIN, "no thread is to be had: raise the limit of "
                       "processes (ulimit -u, pids.max)") from None
     return thread
-
-
-def drain(chunks):
-    """Draws all there is, for what the drawing of it does."""
-    for _ in chunks:
-        pass
 
 
 def pieces(file, size=float("inf"), check=go_on):
