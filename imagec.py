@@ -2070,7 +2070,7 @@ def unpack(chunks, what="layer", limit=LAYER_SIZE_LIMIT, visit=drain, check=go_o
 
 
 def prove(chunks, blob, unpack=None):
-    """What `unpack(chunks)` makes of a blob, None without it.
+    """What `unpack(chunks, what)` makes of a blob, None without it.
 
     `chunks` come from a generator, which is closed in any case; they must be the blob
     of the Descriptor `blob`. A wrong blob digest is told before what it causes.
@@ -2083,7 +2083,7 @@ def prove(chunks, blob, unpack=None):
             return None
         with contextlib.closing(ahead(chunks)) as chunks:
             try:
-                return unpack(chunks)
+                return unpack(chunks, what)
             except ImagecError as error:
                 if not isinstance(error, (LimitExceeded, TransportError)):
                     drain(chunks)  # a wrong digest, at their end, explains more
@@ -5019,8 +5019,8 @@ class Place(value_type("path regions", ())):
 class Download:
     """Fetches one blob from a Source to its Place; `run` does it.
 
-    `unpack(chunks)` looks into it, None where nobody has to. `durable` tells to flush
-    it to disk before it has its name. `notify(Event)` hears of progress. `share()` is
+    `unpack` looks into it, see prove, None where nobody has to; `durable` tells to put
+    it on disk before it has its name. `notify(Event)` hears of progress. `share()` is
     how many connections there are for it just now. `rewrite(Fetched)` may give another
     one, which is taken instead: what was fetched never has its name then, by which
     another pull could take it.
@@ -7529,11 +7529,9 @@ class Puller:
         """The blob of these (Image, Layer) pairs, into its place: its Fetched."""
         session, output, (image, layer) = self._session, self._output, pairs[0]
         place = output.place(image, layer)
-
-        def look(chunks):
-            return unpack(chunks, "layer " + str(layer.digest), session.max_layer_size,
-                          lambda tar: output.visit(layer, tar),
-                          session.transport.check, layer.diff_id)
+        look = functools.partial(
+            unpack, limit=session.max_layer_size, diff_id=layer.diff_id,
+            visit=lambda tar: output.visit(layer, tar), check=session.transport.check)
 
         def rewrite(fetched):
             # By its own name another layer may be there, and be moved on just now.
@@ -8216,7 +8214,6 @@ class Audit:
             return self._seen[question]
         self._seen[question] = None
         self.blobs += 1
-        what = "layer " + str(descriptor.digest)
         with self._noting(name):
             region = found.reader.region(name)
             foreign = region is self.reader.beside.get(name)
@@ -8225,8 +8222,8 @@ class Audit:
                     raise SizeMismatch("blob", descriptor.size, region.size)
                 self._seen[question] = prove(
                     region.pieces(self._go_on), descriptor,
-                    (lambda chunks: unpack(chunks, what, float("inf"), diff_id=diff_id,
-                                           check=self._go_on)) if tar else None)
+                    functools.partial(unpack, limit=float("inf"), diff_id=diff_id,
+                                      check=self._go_on) if tar else None)
         return self._seen[question]
 
     def _check_docker(self, reader, names):
@@ -8428,11 +8425,10 @@ class Look:
 
     def _draw(self, headers):
         """Draws the layer of these _Headers, and proves it."""
-        def look(chunks):
-            return unpack(chunks, "layer " + str(layer.digest), session.max_layer_size,
-                          headers.visit, self._check, layer.diff_id)
-
         session, layer = self._session, headers.layer
+        look = functools.partial(
+            unpack, limit=session.max_layer_size, visit=headers.visit,
+            check=self._check, diff_id=layer.diff_id)
         found = self._image.stored
         if found is None:
             place = Place(os.path.join(self._spool, layer.digest.hex))

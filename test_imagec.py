@@ -4490,7 +4490,7 @@ class UnpackTest(TableCase):
             imagec.prove((drawn.append(part) or part
                           for part in pieces(blob, itertools.repeat(1 << 18))),
                          imagec.Descriptor("", imagec.Digest.of(blob), len(blob)),
-                         lambda chunks: unpacked(chunks, limit=limit))
+                         lambda chunks, _: unpacked(chunks, limit=limit))
         self.assertLess(len(drawn), 32)
 
     @rows(itertools.product([bytes, gzip_bytes, b"\x1f\x8b\x08junkjunkjunk".__add__,
@@ -4500,7 +4500,7 @@ class UnpackTest(TableCase):
         blob = packed(b"\1" * 512 + noise(length))
         self.refused(imagec.DigestMismatch, "", lambda: imagec.prove(
             pieces(blob, itertools.repeat(16384)),
-            imagec.Descriptor("", imagec.Digest.of(b""), None), lambda chunks: unpacked(
+            imagec.Descriptor("", imagec.Digest.of(b""), None), lambda chunks, _: unpacked(
                 chunks, visit=lambda tar: time.sleep(.05) or imagec.drain(tar))))
 
     @mock.patch.object(imagec, "CHUNK", 1 << 14)
@@ -4548,7 +4548,7 @@ class UnpackTest(TableCase):
         threads = threading.active_count()
         with self.assertRaises(type(end)):
             imagec.prove(broken_off(), imagec.Descriptor(
-                "", imagec.Digest.of(b""), None), unpacked)
+                "", imagec.Digest.of(b""), None), lambda chunks, _: unpacked(chunks))
         self.assertLessEqual(threading.active_count(), threads)
 
     @mock.patch.object(imagec, "CHUNK", 1 << 12)
