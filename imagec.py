@@ -7334,8 +7334,7 @@ class Puller:
             return []
         # 2. Is there room for what is still to fetch?
         if output.stream is None:
-            sizes = [0] + [max(0, (blob.size or 0) - there)
-                           for _, blob, there in self.plan(images)]
+            sizes = [0] + [size for size, _ in self.plan(images)]
             # One is on its way from the spool.
             check_free(output.path, sum(sizes) + max(sizes) * output.streams)
         try:
@@ -7471,14 +7470,15 @@ class Puller:
         return [image._replace(named=image is named) for image in images]
 
     def plan(self, images):
-        """Yields (image, Descriptor, bytes that are there) of each blob, each once."""
-        seen = set()
-        self._output.find(images)
-        for image in images:
-            for layer in image.wanted:
-                if layer.digest not in seen:
-                    seen.add(layer.digest)
-                    yield image, layer.blob, self._output.place(image, layer).there()
+        """(bytes to fetch, bytes that are there) of each blob, each once."""
+        output, sizes = self._output, {}
+        output.find(images)
+        for image, layer in ((one, layer) for one in images for layer in one.wanted):
+            if layer.digest not in sizes:
+                size = layer.blob.size or 0
+                there = min(size, output.place(image, layer).there())
+                sizes[layer.digest] = size - there, there
+        return sizes.values()
 
     def _fetch_all(self, images):
         """(images, the Fetched of each one's layers), but for images that failed.
@@ -9645,10 +9645,8 @@ def plan(session, references, output, args):
     """What a pull would fetch."""
     puller = Puller(session, output)
     images = puller.resolve(references, args.platform)
-    there = [(blob.size or 0, have) for _, blob, have in puller.plan(images)]
-    have = sum(map(min, there))
     return planned([pinned(image) for image in images if image.subject is None],
-                   "fetch", sum(size for size, _ in there) - have, have, args.json)
+                   "fetch", *map(sum, zip((0, 0), *puller.plan(images))), args.json)
 
 
 def read_list(path, trying, check):
