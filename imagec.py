@@ -1456,8 +1456,7 @@ def _gnu_prefix(field):
                 _tar_number(seconds)
         return b""
     except ValueError:
-        prefix = field.partition(b"\0")[0]
-        return prefix if max(prefix) < 128 else b""
+        return field if max(field.partition(b"\0")[0]) < 128 else b""
 
 
 def _pax_number(text, key):
@@ -7063,7 +7062,7 @@ OUTPUTS = {output.format: output for output in (
     LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput, FilesOutput)}
 
 
-class Session:
+class Session(contextlib.AbstractContextManager):
     """The registries one command talks to, and how; for a `with`, and one thread.
 
     `username` and `password` are for the registry of the first reference asked for, and
@@ -7128,9 +7127,6 @@ class Session:
         self._registries, self._sources = {}, {}
         #: What each image must be, see SignedBy; None: anything.
         self.rule = _rule(verify_keys, verify_name)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_exc):
         self.transport.close()
