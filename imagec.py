@@ -1467,10 +1467,7 @@ def _pax_number(text, key):
 
 
 def _pax_records(data):
-    """Yields (key, value) of "LENGTH KEY=VALUE\\n" records (POSIX.1-2001, pax).
-
-    Raises ValueError.
-    """
+    """Yields (key, value) of "LENGTH KEY=VALUE\\n" records (pax); raises ValueError."""
     place = 0
     while place < len(data):
         match = _PAX_RECORD.match(data, place)
@@ -1919,10 +1916,7 @@ def could_unpack(file):
 
 
 def inflated(chunks, what):
-    """Yields what a layer's blob unpacks to; its first bytes tell how it is packed.
-
-    Raises InvalidDocument, Unsupported.
-    """
+    """Yields what a layer's blob unpacks to. Raises InvalidDocument, Unsupported."""
     chunks, head = iter(chunks), b""
     for data in chunks:
         head += data
@@ -2021,9 +2015,7 @@ def _zstd_program(chunks, what):
 
 
 class Unpacked(value_type("diff_id size")):
-    """What a layer unpacks to: its `diff_id`, and the `size` in its tar headers in
-    bytes (0 for the empty layer).
-    """
+    """What a layer unpacks to: its `diff_id`, and the `size` of its Tar, in bytes."""
 
 
 def limited(chunks, limit, what):
@@ -6069,9 +6061,7 @@ _HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)])
 
 
 class Census:
-    """Counts the members of an image's layers, and the directories they imply, up to a
-    limit; from many threads.
-    """
+    """Counts an image's members, and directories they imply, from many threads."""
 
     def __init__(self, limit=MEMBER_COUNT_LIMIT):
         self._limit, self._lock = limit, threading.Lock()
@@ -6098,8 +6088,7 @@ class LayerStore:
 
     Each file's data goes to a file of its own in `directory`. `records` are its Entries
     as bytes, for there may be millions. `census` counts them for the image, `what` is
-    the layer. `shared` tells that several inodes may have the same data, for the layer
-    is there twice.
+    the layer. `shared`: it is there twice, so that several inodes have the same data.
     """
 
     shared = False
@@ -7351,10 +7340,7 @@ class Puller:
                 images, fetched, modern, paths) if image.subject is None]
 
     def resolve(self, references, platform):
-        """The Images of the references, as the output will hold them.
-
-        Raises UsageError where it cannot take what is asked for.
-        """
+        """The Images of the references as the output holds them; raises UsageError."""
         session, output = self._session, self._output
         several = isinstance(platform, list)
         for option, given, taken, formats in (
@@ -7619,10 +7605,7 @@ def in_parallel(session, actions, forgiving=True):
 
 
 def _in_threads(work, todo, count, transport):
-    """Has `count` threads do `work()`, each until it has a None of `todo`.
-
-    The first error ends the others and comes out.
-    """
+    """Has `count` threads do `work()`, each until it has a None of `todo`."""
     threads, ended, errors, ends = [], threading.Semaphore(0), [], [None] * count
     todo.extend(ends)
 
@@ -7880,12 +7863,11 @@ def pull(reference: "Reference | str", output: "str | os.PathLike",
 
         imagec.pull("alpine:3.20", "alpine.tar", platform="linux/arm64")
 
-    `output` is a path; `format` "layers", "oci", "archive", "rootfs" or
-    "files", None for "archive" where that ends in .tar, else "layers";
-    `platform` None for this host's, "all", or a list; `tag` a name to load it
-    by, None for its own; `progress(Event)` is told what happens, from several
-    threads; `options` are Session's. Raises ImagecError, and OSError of the
-    local disk.
+    `output` is a path; `format` "layers", "oci", "archive", "rootfs" or "files", None
+    for "archive" where that ends in .tar, else "layers"; `platform` None for this
+    host's, "all", or a list; `tag` a name to load it by, None for its own;
+    `progress(Event)` is told what happens, from several threads; `options` are
+    Session's. Raises ImagecError, and OSError of the local disk.
     """
     with Session(notify=progress, **options) as session:
         images = session.pull([reference], output, platform, format, tag)
@@ -8379,9 +8361,7 @@ class _Headers(LayerPack):
 
 
 class Look:
-    """The files of an Image; its layers are drawn into the directory `spool`, and only
-    as far as they must.
-    """
+    """The files of an Image, whose layers are drawn into the directory `spool`."""
 
     def __init__(self, session, image, spool):
         image.require_file_system()
@@ -10001,8 +9981,7 @@ def _in_order(argv, known, refuse):
 
     By itself argparse takes beginnings of options for these, repeats what was typed
     behind one, maybe a password, and before 3.7 has no arguments between options.
-    `known` are the options, each with the metavar of its value, "" for none; `refuse`
-    raises.
+    `known` has each option's metavar, "" for a switch; `refuse` raises.
     """
     options, words, todo = [], [], collections.deque(argv)
     while todo:
