@@ -7315,8 +7315,6 @@ class Puller:
         output = self._output
         # 1. What are they? A name that is wrong is told before anything is fetched.
         images = self.resolve(references, platform)
-        if not images:
-            return []
         # 2. Is there room for what is still to fetch?
         if output.stream is None:
             sizes = [0] + [size for size, _ in self.plan(images)]
