@@ -8786,7 +8786,7 @@ class RegistryHandler:
             return self.fail(404, "NAME_INVALID", "no such place")
         name, kind, what = match.group("name", "kind", "what")
         if url.path.endswith("_catalog") and name is None:
-            return self.page("repositories", shelf.catalog(), "/v2/_catalog", query, {})
+            return self.page("repositories", shelf.catalog(), url.path, query, {})
         if name is None:
             return self.send(200, b"{}", "application/json")
         host = query.get("ns")  # of which it must be
@@ -8801,8 +8801,7 @@ class RegistryHandler:
             found = shelf.referrers.get(str(Digest.parse(what)), {})
             return self.send(200, made_index(list(found.values())).raw, OCI_INDEX)
         if kind is None:
-            return self.page("tags", sorted(tags), "/v2/%s/tags/list" % name, query,
-                             {"name": name})
+            return self.page("tags", sorted(tags), url.path, query, {"name": name})
         digest = tags.get(what, what)
         if digest not in shelf.documents:
             return self.fail(404, "MANIFEST_UNKNOWN", "manifest unknown")
@@ -8858,14 +8857,12 @@ class RegistryHandler:
     def head(self, status, length, media_type, headers):
         self.answered = True
         self.send_response(status)
-        for name, value in headers:
+        for name, value in (
+                *headers, ("Docker-Distribution-API-Version", "registry/2.0"),
+                ("X-Content-Type-Options", "nosniff"), ("Content-Type", media_type),
+                ("Content-Length", str(length)),
+                *[("Connection", "close")] * self.close_connection):
             self.send_header(name, value)
-        self.send_header("Docker-Distribution-API-Version", "registry/2.0")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.send_header("Content-Type", media_type)
-        self.send_header("Content-Length", str(length))
         self.end_headers()
 
     def send(self, status, body, media_type, headers=()):
