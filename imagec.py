@@ -7583,10 +7583,10 @@ def in_parallel(session, actions, forgiving=True):
     """
     results, failed = [None] * len(actions), {}
     forgiving = forgiving and session.failures is not None
-    todo = collections.deque(enumerate(actions))
+    todo = enumerate(actions)  # of which each thread draws
 
     def work():
-        for number, (what, action) in iter(todo.popleft, None):
+        for number, (what, action) in todo:
             try:
                 if what not in failed:
                     results[number] = action()
@@ -7603,9 +7603,8 @@ def in_parallel(session, actions, forgiving=True):
 
 
 def _in_threads(work, todo, count, transport):
-    """Has `count` threads do `work()`, each until it has a None of `todo`."""
-    threads, ended, errors, ends = [], threading.Semaphore(0), [], [None] * count
-    todo.extend(ends)
+    """Has `count` threads do `work()`, which draws `todo` to its end."""
+    threads, ended, errors = [], threading.Semaphore(0), []
 
     def run():
         try:
@@ -7615,29 +7614,25 @@ def _in_threads(work, todo, count, transport):
         ended.release()
 
     # What a signal raised inside of threading could leave its locks held for ever.
-    transport.watched, good = True, False
+    transport.watched = True
     try:
         with contextlib.suppress(OSError):  # no more are to be had
-            for _ in ends:
+            for _ in range(count):
                 threads.append(begin(run))
-        if ends and not threads:
+        if not threads:
             work()
         for _ in threads:  # in short waits: a signal may come to another thread
             while not ended.acquire(timeout=CANCEL_NOTICED):
                 transport.check()
             if errors:
                 break
-        else:
-            good = True
-    finally:
-        if not good:
-            transport.cancelled.set()
-            todo.extendleft(ends)
+    finally:  # nothing is left to cancel where all went well
+        transport.cancelled.set()
+        drain(todo)
         for thread in threads:
             thread.join()
+        transport.cancelled.clear()
         transport.watched = False
-        if not good:
-            transport.cancelled.clear()
     if transport.stop is not None:  # it came after the last look
         raise transport.stop
     if errors:
