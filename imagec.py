@@ -9157,15 +9157,11 @@ class Pusher:
         """
         found = {one.digest: one for *_, one in walk(
             self._stock.document, [Descriptor("", digest, 0)])}
-        order, waiting = {}, list(found)[:1]
-        while waiting:  # turned round, walk's order is no such one where indexes share
-            one = waiting[-1]
-            more = [] if one in order else [
-                entry.digest for entry in getattr(found[one], "manifests", ())
-                if entry.digest in found and entry.digest not in order]
-            waiting += more
-            if not more:
-                order[waiting.pop()] = found[one]
+        order = {}
+        while len(order) < len(found):  # a level more each time: indexes may share
+            order.update((key, one) for key, one in found.items() if not any(
+                entry.digest in found and entry.digest not in order
+                for entry in getattr(one, "manifests", ())))
         documents = sorted(order.values(), key=lambda one: isinstance(one, Index))
         listed, lacking, elsewhere, blobs = {digest}, set(), set(), {}
         for one in documents:
