@@ -7307,7 +7307,7 @@ class Puller:
         output.wait, output.check = session.transport.wait, session.transport.check
         output.max_files, output.recompress = session.max_files, session.recompress
         output.max_layer_size, output.below = session.max_layer_size, session.below
-        self._earlier = len(session.failures or ())  # failures, of other pulls
+        self._earlier = len(session.failures or ())  # failures, of pulls before it
         self._busy = set()  # digests of layers that are being fetched
 
     def pull(self, references, platform):
@@ -7372,7 +7372,7 @@ class Puller:
         if session.referrers or output.layout and not session.recompress and any(
                 image.signed for image in images):
             along = session.referring(images)
-            images = spared(images, self._failures())
+            images = self._spared(images)
             log.info("along comes what refers to that: manifests: %d",
                      sum(len(image.below) or 1 for image in along))
             images += along
@@ -7472,12 +7472,18 @@ class Puller:
             if None not in fetched:
                 return images, fetched
             output.abandon()  # it has no place for what did not come
-            images = spared(images, self._failures())
+            images = self._spared(images)
         return [], []
 
-    def _failures(self):
-        """Those of this pull: a Session may try again what failed in another."""
-        return (self._session.failures or [])[self._earlier:]
+    def _spared(self, images):
+        """Those of `images` that have not failed here, nor refer to one that has."""
+        kept, there = [], {None}
+        failed = dict((self._session.failures or [])[self._earlier:])
+        for image in images:  # what refers to another comes behind it
+            if str(image.reference) not in failed and image.subject in there:
+                kept.append(image)
+                there.update(digest for digest, _ in image.documents)
+        return kept
 
     def _fetch(self, images, forgiving):
         """The Fetched of each layer of each of these Images; None for one that failed.
@@ -7539,16 +7545,6 @@ class Puller:
                         "cannot load; --recompress gzip rewrites it", str(layer.digest))
         output.add(layer, fetched)
         return fetched
-
-
-def spared(images, failures):
-    """Those of `images` that are none of the `failures`, nor refer to one that is."""
-    kept, there, failed = [], {None}, dict(failures)
-    for image in images:  # what refers to another comes behind it
-        if str(image.reference) not in failed and image.subject in there:
-            kept.append(image)
-            there.update(digest for digest, _ in image.documents)
-    return kept
 
 
 def gathered(image, done, notify):
