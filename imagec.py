@@ -9551,7 +9551,11 @@ def _run_pull(args, session):
         images, output.near = [], near
         with session.trying(output.sole or output.path):
             if args.dry_run:
-                yield from plan(session, wanted, output, args)
+                puller = Puller(session, output)
+                found = puller.resolve(wanted, args.platform)
+                yield from planned(
+                    [pinned(image) for image in found if image.subject is None],
+                    "fetch", *map(sum, zip((0, 0), *puller.plan(found))), args.json)
                 continue
             images = session.pull(wanted, output, args.platform)
         for image in images:
@@ -9597,14 +9601,6 @@ def destinations(args, references):
             raise UsageError("%s and %s would both be %s; use -o FILE" % (
                 names[name], one, name))
     return [(name, format or "archive", [one], one) for name, one in names.items()]
-
-
-def plan(session, references, output, args):
-    """What a pull would fetch."""
-    puller = Puller(session, output)
-    images = puller.resolve(references, args.platform)
-    return planned([pinned(image) for image in images if image.subject is None],
-                   "fetch", *map(sum, zip((0, 0), *puller.plan(images))), args.json)
 
 
 def read_list(path, trying, check):
