@@ -6211,7 +6211,7 @@ class Tree:
         while todo:  # again, from the end, for links that stand before their targets
             late = [record for record in todo if not self._add(record, store)][::-1]
             passes += 1
-            if len(late) == len(todo) or passes > _LINK_LIMIT:
+            if len(late) == len(todo) or late and passes > _LINK_LIMIT:
                 entry = Entry.loads(late[0])
                 raise InvalidDocument("hard link %s to %s, which is not there"
                                       % (show(entry.path), show(entry.link)))
