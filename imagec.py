@@ -1688,8 +1688,7 @@ class Tar:
                     if more:  # GNU tar would stop here, others read on
                         raise ValueError("a sparse map that ends before its end")
                     break
-                numbers.append(_tar_number(table[at:at + 12]))
-                numbers.append(_tar_number(table[at + 12:at + 24]))
+                numbers += map(_tar_number, (table[at:at + 12], table[at + 12:at + 24]))
             if len(numbers) > TAR_EXTENSION_LIMIT // 12:
                 raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
             if not more:
@@ -6551,8 +6550,7 @@ class RootfsOutput(Spooled):
     def open(self, images):
         self._stores, self._census = {}, Census(self.max_files)
         super().open(images)
-        if self.stream is None:
-            self._target.truncate()
+        self._target.truncate()
         self._clear()
 
     def _clear(self):
