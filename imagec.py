@@ -1525,7 +1525,7 @@ class Tar:
     """
 
     def __init__(self, chunks, what, limit=LAYER_SIZE_LIMIT):
-        self._chunks, self._what, self._limit = iter(chunks), what, limit
+        self._chunks, self.what, self._limit = iter(chunks), what, limit
         self.size = self.members = self.offset = 0
         self.sparse = False
         self._view = memoryview(b"")  # of the chunk that is being read
@@ -1559,7 +1559,7 @@ class Tar:
             if isinstance(error, ImagecError):  # a UsageError is one, too
                 raise
             raise InvalidDocument("%s: not a valid tar after %d members: %s"
-                                  % (self._what, self.members, error)) from None
+                                  % (self.what, self.members, error)) from None
 
     def _more(self):
         """Whether anything is left."""
@@ -1576,7 +1576,7 @@ class Tar:
             if not self._more():
                 if not whole:
                     return
-                raise InvalidDocument("%s: the tar in it is cut short" % self._what)
+                raise InvalidDocument("%s: the tar in it is cut short" % self.what)
             piece, self._view = self._view[:count], self._view[count:]
             count -= len(piece)
             self.offset += len(piece)
@@ -1592,7 +1592,7 @@ class Tar:
     def _extension(self, kind, size):
         if size > TAR_EXTENSION_LIMIT:
             raise LimitExceeded("%s: a tar header of %d bytes, more than the limit of "
-                                "%d" % (self._what, size, TAR_EXTENSION_LIMIT))
+                                "%d" % (self.what, size, TAR_EXTENSION_LIMIT))
         if kind == b"X" or self._pax and kind in b"xg" or self._long and kind == b"g":
             raise ValueError("extended headers that readers disagree on")
         data = self._take(size + -size % TAR_BLOCK)[:size]
@@ -1603,7 +1603,7 @@ class Tar:
             return
         if data.count(b"\n") > PAX_COUNT_LIMIT:
             raise LimitExceeded("%s: a pax header of more than %d lines"
-                                % (self._what, PAX_COUNT_LIMIT))
+                                % (self.what, PAX_COUNT_LIMIT))
         for key, value in _pax_records(data):
             if b"\0" in key or not value and key in (b"path", b"linkpath",
                                                      b"GNU.sparse.name"):
@@ -1642,7 +1642,7 @@ class Tar:
         self.size += size
         if self.size > self._limit:  # which a sparse file reaches in a few bytes
             raise TooLarge("%s holds files of more than the limit of %d bytes"
-                           % (self._what, self._limit),
+                           % (self.what, self._limit),
                            hint="raise it with --max-layer-size")
         sparse = self._old_sparse(block) if kind == b"S" else None  # numbers of its map
         self._end = self.offset + stored
@@ -1690,7 +1690,7 @@ class Tar:
                     break
                 numbers += map(_tar_number, (table[at:at + 12], table[at + 12:at + 24]))
             if len(numbers) > TAR_EXTENSION_LIMIT // 12:
-                raise LimitExceeded("%s: a sparse file in too many pieces" % self._what)
+                raise LimitExceeded("%s: a sparse file in too many pieces" % self.what)
             if not more:
                 return numbers
             block = self._take(TAR_BLOCK)
@@ -6086,36 +6086,35 @@ class LayerStore:
     """Keeps what one layer holds: its Entries in order, and its files' data on disk.
 
     Each file's data goes to a file of its own in `directory`. `records` are its Entries
-    as bytes, for there may be millions. `census` counts them for the image, `what` is
-    the layer. `shared`: it is there twice, so that several inodes have the same data.
+    as bytes, for there may be millions. `census` counts them for the image. `shared`:
+    the layer is there twice, so that several inodes have the same data.
     """
 
     shared = False
 
-    def __init__(self, directory, census=None, what="layer"):
+    def __init__(self, directory, census=None):
         os.makedirs(directory, exist_ok=True)
-        self._directory = directory
-        self._census, self._what = census or Census(), what
+        self._directory, self._census = directory, census or Census()
         self.records, self._names = [], 0
         self._made = None  # the directory that was made last
 
     def visit(self, tar):
         """Keeps the members of a Tar, and none of an earlier try, which failed."""
-        self._census.add(-len(self.records), -self._names, self._what)
+        self._census.add(-len(self.records), -self._names, tar.what)
         self.records, self._names = [], 0
         for entry, data in tar:
             if b"\0" in entry.path + entry.link or not entry.link and (
                     entry.kind == "symlink"):
                 raise InvalidDocument("%s: %s: a NUL byte in its name, or a link to "
-                                      "nothing" % (self._what, show(entry.path)))
+                                      "nothing" % (tar.what, show(entry.path)))
             where = None
             if entry.kind == "file" and entry.size:
-                with naming_file("%s of %s" % (show(entry.path), self._what)):
+                with naming_file("%s of %s" % (show(entry.path), tar.what)):
                     where = self._keep(data)
             names = len(entry.path) + len(entry.link) + sum(
                 len(key) + len(value) for key, value in entry.xattrs)
             self._names += names
-            self._census.add(1, names, self._what)
+            self._census.add(1, names, tar.what)
             self.records.append(Entry.dumps((*entry[:-1], where)))
 
     def path(self, number):
@@ -6561,8 +6560,7 @@ class RootfsOutput(Spooled):
         digest = layer.digest
         if digest not in self._stores:
             self._stores[digest] = (LayerPack if self._tar else LayerStore)(
-                os.path.join(self._spool, "layers", digest.hex), self._census,
-                "layer " + str(digest))
+                os.path.join(self._spool, "layers", digest.hex), self._census)
         self._stores[digest].visit(tar)
 
     def close(self, images):
@@ -8417,7 +8415,7 @@ class Look:
 
     def _headers(self, layer):
         """The _Headers of a layer; notes what it hides, and whether it is plain."""
-        headers = _Headers(self._spool, self._census, "layer " + str(layer.digest))
+        headers = _Headers(self._spool, self._census)
         headers.layer = layer
         self._draw(headers)
         made, there = {b""}, set()  # directories, and what else

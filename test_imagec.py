@@ -13458,8 +13458,8 @@ def look_over(layers):
                   require_file_system=lambda: None, reference="lab/app", path=None)
     look = imagec.Look(named(transport=named(check=imagec.go_on), max_files=10000),
                        image, ".")
-    look._draw = lambda headers: imagec.LayerStore.visit(
-        headers, ((flat_row(word), None) for word in headers.layer.words.split()))
+    look._draw = lambda headers: imagec.LayerStore.visit(headers, mock.MagicMock(
+        __iter__=lambda _: ((flat_row(word), None) for word in headers.layer.words.split())))
     return look
 
 
