@@ -7263,10 +7263,11 @@ class Session(contextlib.AbstractContextManager):
         """Yields the Images of what refers to a document of the Image `above`."""
         def fetch(entry):
             one = entry.media_type in MANIFEST_SHAPES and source.document(entry)
-            if not one:
-                log.warning(LEFT_OUT, source.host, str(entry.digest),
-                            printable(entry.media_type, 80))
-            return one or None
+            if isinstance(one, (Manifest, Index)):
+                return one
+            log.warning(LEFT_OUT, source.host, str(entry.digest),
+                        printable(entry.media_type, 80))
+            return None  # schema1 is in no layout
 
         source = self.source(above.reference)
         for tag, entries in source.referrers(digest).items():

@@ -11675,8 +11675,10 @@ class AlongTest(StoredCase):
         self.origin.add("lab/app", tag_of(self.amd), build_index(
             [(self.sbom, None), (other, None), (gone, None)]))
         del self.origin.repositories["lab/app"][gone.digest]
+        old = build_image(FIELD_SMALL, kind="schema1")
+        self.origin.add("lab/app", tag_of(self.amd, ".sbom"), old)
         run, entries = self.along("x.tar")
-        for one in (gone, other):
+        for one in (gone, other, old):
             self.assertRegex(run.err, "left out, for %s lacks it: %s, of type %s" % (
                 self.origin.host, one.digest, re.escape(one.media_type)))
         self.assertEqual(len(entries), 5)
