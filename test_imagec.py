@@ -1501,7 +1501,7 @@ faulthandler.enable()
 sys.path.insert(0, sys.argv[1])
 import imagec, concurrent.futures.thread, shutil, tarfile, bz2, lzma, queue, tempfile
 import argparse, http.client, encodings.idna, encodings.ascii, getpass, select, socket
-import locale, threading
+import locale, threading, time
 class Small(socket.socket):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -1511,10 +1511,13 @@ for user in map(int, sys.argv[2:]):  # before there are threads, of whom each mu
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
-# The C library opens libgcc when the first thread ends: not under a limit, please.
+# The C library opens libgcc when the first thread ends: not under a limit, please, nor
+# while we fork. Python waits for its own part alone.
 thread = threading.Thread(target=int)
 thread.start()
 thread.join()
+while os.path.exists("/proc/self/task") and os.listdir("/proc/self/task")[1:]:
+    time.sleep(0.001)
 imagec.parse_arguments(["pull", "x"])  # what it compiles is there for all
 if hasattr(gc, "freeze"):
     gc.freeze()
