@@ -9408,9 +9408,9 @@ def _run_selftest(args, session):
 
 #: Of an error's classes the first that is here, itself before its bases, counts.
 EXIT_STATUSES = {
-    ImagecError: 1, OSError: 1, ImportError: 1, TooLarge: 1, UsageError: 2,
-    VerificationError: 3, InvalidDocument: 3, NotFound: 4, AccessDenied: 5,
-    KeyboardInterrupt: 130, SystemExit: 143}  # of SIGTERM, see _ending
+    ImagecError: 1, OSError: 1, ImportError: 1, MemoryError: 1, TooLarge: 1,
+    UsageError: 2, VerificationError: 3, InvalidDocument: 3, NotFound: 4,
+    AccessDenied: 5, KeyboardInterrupt: 130, SystemExit: 143}  # of SIGTERM, see _ending
 
 
 class Progress:
@@ -10037,7 +10037,8 @@ def main(argv: "list | None" = None) -> int:
         if args.debug or args.quiet:
             progress.level = Log.DEBUG if args.debug else Log.ERROR
         return _run(args, progress)
-    except (ImagecError, OSError, ImportError, KeyboardInterrupt, SystemExit) as error:
+    except (ImagecError, OSError, ImportError, MemoryError, KeyboardInterrupt,
+            SystemExit) as error:
         if isinstance(error, OSError):
             _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):
@@ -10048,6 +10049,8 @@ def main(argv: "list | None" = None) -> int:
                 log.debug("%s", line)
         log.error("%s", _local_words(error, args) if isinstance(error, OSError)
                   else lacking(error) if isinstance(error, ImportError)
+                  else "out of memory; less is wanted with -j1"
+                  if isinstance(error, MemoryError)
                   else str(error) or "interrupted" + "; run it again to go on" * (
                       args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)

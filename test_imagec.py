@@ -16353,6 +16353,8 @@ class CommandLineFailureTest(CommandLineCase):
         error = OSError(code, os.strerror(code), name)
         with mock.patch.object(imagec.Partial, "write", side_effect=error):
             ended = self.pull("-q", self.ref)
+        with mock.patch.object(imagec.Partial, "write", side_effect=MemoryError):
+            self.assert_one_line(self.pull("-q", self.ref), 1, "out of memory; .*-j1")
         self.assert_one_line(ended, 1, "imagec: %s%s%s\n" % (
             re.escape(shown), os.strerror(code), hint))
         self.assert_nothing_final(self.output, self.image.layers)
