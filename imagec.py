@@ -497,14 +497,7 @@ def value_type(fields, *defaults):
     """
     base = collections.namedtuple("Value", fields)
     base.__new__.__defaults__ = defaults  # 3.6 has no other way
-    return _Value("Value", (base,), {})
-
-
-class _Value(type):
-    """Makes classes whose objects take no attributes of their own."""
-
-    def __new__(cls, name, bases, members):
-        return super().__new__(cls, name, bases, dict(members, __slots__=()))
+    return base
 
 
 class Digest(value_type("algorithm hex")):
