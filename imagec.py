@@ -1838,7 +1838,7 @@ def ahead(chunks):
                     break
                 ready.put(data)
         except BaseException as caught:  # carried to who draws from us
-            error = caught
+            error = None if given_up else caught
         ready.put(None)
 
     try:

@@ -4506,6 +4506,22 @@ class UnpackTest(TableCase):
             imagec.Descriptor("", imagec.Digest.of(b""), None), lambda chunks, _: unpacked(
                 chunks, visit=lambda tar: time.sleep(.05) or imagec.drain(tar))))
 
+    def test_what_failed_first_is_told(self):
+        def chunks():
+            yield b"x"
+            full.wait()
+            time.sleep(.05)
+            raise imagec.TransportError("late")
+
+        def unpack(drawn, _):
+            next(drawn)
+            full.set()
+            raise OSError(errno.ENOSPC, "full")
+
+        full, blob = threading.Event(), imagec.Descriptor("", imagec.Digest.of(b""), None)
+        with self.assertRaisesRegex(OSError, "full"):
+            imagec.prove(chunks(), blob, unpack)
+
     @mock.patch.object(imagec, "CHUNK", 1 << 14)
     def test_a_bomb_takes_no_memory(self):
         # T50: a thousandfold
