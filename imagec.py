@@ -7322,9 +7322,10 @@ class Puller:
         except BaseException:
             output.abandon()
             raise
-        return [after._replace(
-            layers=tuple(map(_pulled, image.layers, layers)), format=output.format,
-            path=path) for image, layers, after, path in zip(
+        return [after._replace(layers=tuple(
+            layer._replace(blob=one.blob, **one.unpacked._asdict() if one.unpacked
+                           else {}) for layer, one in zip(image.layers, layers)),
+            format=output.format, path=path) for image, layers, after, path in zip(
                 images, fetched, modern, paths) if image.subject is None]
 
     def resolve(self, references, platform):
@@ -7826,12 +7827,6 @@ def _modernised(image, layers):
                 "index leads to it", image.reference, manifest.digest, image.digest)
     return image._replace(indexes=(), manifest=manifest, layers=tuple(
         layer._replace(blob=blob) for layer, blob in zip(image.layers, blobs)))
-
-
-def _pulled(layer, fetched):
-    layer = layer._replace(blob=fetched.blob)
-    return layer._replace(diff_id=fetched.unpacked.diff_id,
-                          size=fetched.unpacked.size) if fetched.unpacked else layer
 
 
 def pull(reference: "Reference | str", output: "str | os.PathLike",
