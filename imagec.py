@@ -2971,19 +2971,17 @@ class TLSSettings:
         if not verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-            return lambda: context
-        if not whole:
+        elif not whole:
             context.load_verify_locations(capath=os.pathsep.join(self._by_need))
-            return lambda: context
-        # Not by `begin`, whose threads Python does not wait for: libcrypto is cleared
-        # up at the end.
-        reading = threading.Thread(target=context.load_default_certs)
-        try:
-            reading.start()
-        except RuntimeError:  # no more threads are to be had
+        else:
+            # Not by `begin`, whose threads Python does not wait for: libcrypto is
+            # cleared up at the end.
+            reading = threading.Thread(target=context.load_default_certs)
+            with contextlib.suppress(RuntimeError):  # no more threads are to be had
+                reading.start()
+                return lambda: reading.join() or context
             reading.run()
-            return lambda: context
-        return lambda: reading.join() or context
+        return lambda: context
 
 
 class Transport:
