@@ -3028,9 +3028,7 @@ class Transport:
 
     def close(self):
         self.cancelled.set()
-        with self._lock:
-            while self._idle:
-                self._idle.pop().close()
+        self.keep()
 
     def retrying(self, action, attempts=None):
         """`action()`, in `attempts` (None: ATTEMPTS) tries where errors may pass."""
@@ -3175,9 +3173,9 @@ class Transport:
                 connection.close()
         return fresh
 
-    def keep(self, connection):
+    def keep(self, *connection):
         with self._lock:
-            self._idle.append(connection)
+            self._idle += connection
             limit = 0 if self.cancelled.is_set() else IDLE_CONNECTIONS_LIMIT
             while len(self._idle) > limit:
                 self._idle.pop(0).close()
