@@ -3491,6 +3491,7 @@ class Endpoint:
         self.host, self.transport = host, transport
         self._keyring, self._allow_http = credentials, allow_http
         self._token_hosts, self._namespace = token_hosts, namespace
+        self._tries = 1 if namespace else None  # there is another place to ask, sooner
         transport.tls.name(host, allow_http)
         self._tokens, self._scopes, self._asking = {}, {}, {}  # by repository
         self._warned = set()
@@ -3503,9 +3504,7 @@ class Endpoint:
         """
         with self._lock:
             if self.url is None:
-                # Of a mirror there is another place to ask, and sooner.
-                self.url = self.transport.retrying(
-                    self._probe, 1 if self._namespace else None)
+                self.url = self.transport.retrying(self._probe, self._tries)
             return self.url
 
     def _probe(self):
@@ -3604,7 +3603,7 @@ class Endpoint:
         try:
             return fetch_token(self.transport, url, credentials,
                                ANYWHERE if named else self.rank, self._token_hosts,
-                               1 if self._namespace else None)  # see learn_registry_url
+                               self._tries)
         except AccessDenied as error:
             error.message += " (%s)" % printable(credentials or "anonymous", 200)
             error.hint = self.withheld or credentials and _WRONG_PASSWORD or error.hint
