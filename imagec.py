@@ -7171,10 +7171,27 @@ class Session(contextlib.AbstractContextManager):
                 raw, _ = source.ask(Registry.fetch_blob, pointer, what)
             return ImageConfig.parse(raw, what)
 
-        source, others = self.source(reference), []
+        def fetch(entry):
+            if entry.media_type in MANIFEST_SHAPES:
+                entry.digest.require_known()
+                raw = _held(entry, held)
+                if raw is not None:
+                    return decode_manifest(raw, None, entry.digest)
+                return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
+            blob = entry.digest.algorithm in _DIGEST_LENGTHS and source.seek(
+                Registry.open_blob, entry)
+            if blob:
+                blob.discard()
+                others.append(entry)
+            else:
+                log.warning(LEFT_OUT, source.host, str(entry.digest),
+                            printable(entry.media_type, 80))
+            return None
+
+        source, others = self.source(reference), []  # these are no manifests
         with naming(str(reference._replace(host=source.host))):
-            image = image_of(reference, source.registry_url, top, platform,
-                             self._fetcher(source, held, others), config_of)
+            image = image_of(reference, source.registry_url, top, platform, fetch,
+                             config_of)
         wanted = platform or Platform.host()
         if image.platform and wanted != "all" and not wanted.runs(image.platform):
             log.error("warning: %s is for %s, not for %s",  # with -q, too
@@ -7195,30 +7212,6 @@ class Session(contextlib.AbstractContextManager):
         """
         return self.source(reference).trusting(
             lambda: self.manifest(reference, held), action)
-
-    @staticmethod
-    def _fetcher(source, held, others):
-        """What gets documents of a Source for `walk`, less those `held`.
-
-        To `others` go Descriptors of what is no manifest, where the source has it.
-        """
-        def fetch(entry):
-            if entry.media_type in MANIFEST_SHAPES:
-                entry.digest.require_known()
-                raw = _held(entry, held)
-                if raw is not None:
-                    return decode_manifest(raw, None, entry.digest)
-                return source.ask(Registry.fetch_manifest, entry.digest, entry.size)[0]
-            blob = entry.digest.algorithm in _DIGEST_LENGTHS and source.seek(
-                Registry.open_blob, entry)
-            if blob:
-                blob.discard()
-                others.append(entry)
-            else:
-                log.warning(LEFT_OUT, source.host, str(entry.digest),
-                            printable(entry.media_type, 80))
-            return None
-        return fetch
 
     def referring(self, images):
         """The Images of what refers to these, and to that again, each by its tag.
