@@ -1277,18 +1277,6 @@ def list_layers(manifest, config=None):
     return tuple(layers)
 
 
-def _raw_members(text):
-    """{key: text as it stands, less white space} of a JSON object: Go's RawMessage."""
-    text = re.sub(r'("[^"\\]*(?:\\.[^"\\]*)*")|\s+', r"\1", text)
-    decoder, members, at = json.JSONDecoder(), {}, 1
-    while text.startswith('"', at):
-        key, colon = decoder.raw_decode(text, at)
-        _, end = decoder.raw_decode(text, colon + 1)
-        members[key] = text[colon + 1:end]
-        at = end + 1
-    return members
-
-
 def _go_history(v1):
     """One entry of a config's history, from a v1 image, as Go writes it."""
     command = (v1.get("container_config") or {}).get("Cmd") or []
@@ -1310,7 +1298,13 @@ def modern_config(manifest, diff_ids):
     (manifest/docker_schema1.go, ToSchema2Config), except for images of docker before
     1.8.3, whose members it re-encodes. Raises InvalidDocument.
     """
-    members = _raw_members(manifest.layers[-1].v1_json)
+    text = re.sub(r'("[^"\\]*(?:\\.[^"\\]*)*")|\s+', r"\1", manifest.layers[-1].v1_json)
+    decoder, members, at = json.JSONDecoder(), {}, 1  # key -> text: Go's RawMessage
+    while text.startswith('"', at):
+        key, colon = decoder.raw_decode(text, at)
+        _, end = decoder.raw_decode(text, colon + 1)
+        members[key] = text[colon + 1:end]
+        at = end + 1
     write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     members["rootfs"] = write(dict({"type": "layers"}, **(
         {"diff_ids": list(map(str, diff_ids))} if diff_ids else {})))
