@@ -2487,7 +2487,6 @@ _SOCKS_REPLIES = {1: "failed", 2: "does not allow it", 3: "cannot reach the netw
 class _Kept(http.client.HTTPConnection):
     """A connection to where a request goes, which may carry others after it."""
 
-    used = False  # has carried an exchange: its server may have closed it since
     rank = None  # how near its peer's address is; None before there is a peer
     until = None  # monotonic seconds at which the headers must be in
     _late = None  # the error to raise next
@@ -3130,9 +3129,10 @@ class Transport:
     def _exchange(self, request):
         while True:
             connection, whole = self._take(request), self.tls.whole
+            kept = connection.sock is not None
             try:
                 connection.start(request.timeout)
-                if connection.sock is None:
+                if not kept:
                     connection.connect()
                 # Who hangs up on us meanwhile may say why: by an alert, or an answer.
                 with contextlib.suppress(OSError):
@@ -3141,14 +3141,12 @@ class Transport:
                         dict(request.unredirected_hdrs, **request.headers))
                 reply = connection.getresponse()
                 connection.start(None)
-                response = Response(self, connection, reply, request)
-                connection.used = True
-                return response
+                return Response(self, connection, reply, request)
             except BaseException as error:
                 connection.close()
                 # A kept connection may have been closed by its server meanwhile: that
                 # is no failed try, another connection tells. But none is sent to twice.
-                if not (isinstance(error, ConnectionError) and connection.used
+                if not (isinstance(error, ConnectionError) and kept
                         and request.data is None
                         or _distrusts(error) and self.tls.relents(request.host, whole)):
                     raise
