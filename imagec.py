@@ -179,8 +179,7 @@ REDRAW_INTERVAL = 0.1  # seconds between two drawings of a live line
 PROGRESS_INTERVAL = 10  # seconds between two lines of progress where none is live
 REDIRECT_LIMIT = 10  # hops; Go's net/http
 WARNING_LIMIT = 20  # that a registry may give; each is kept
-#: Statuses without it; go-containerregistry. The 401 is old Harbors'.
-NO_REFERRERS_API = 400, 401, 404, 405, 406, 501
+NO_REFERRERS_API = 400, 401, 404, 405, 406, 501  # go-containerregistry; 401: Harbors
 RETRIED_STATUSES = frozenset([408, 425, 429, 499, 500, 502, 503, 504, 509, 520, 521,
                               522, 523, 524, 525, 530])  # the last: of CDNs
 TOKEN_LIFETIME = 60  # seconds when the server does not say; distribution's token spec
@@ -4426,9 +4425,7 @@ class Reader:
         return self._names
 
     def region(self, name):
-        """The Region of a file; raises FileNotFoundError where nothing is there,
-        InvalidDocument where it is no regular file.
-        """
+        """The Region of a regular file; raises FileNotFoundError, InvalidDocument."""
         self.asked.add(name)
         try:
             return self._region(name)
@@ -4896,9 +4893,7 @@ class _DockerLayout(_Layout):
 
 
 def held(names):
-    """The documents, configs too, as bytes, of these Stored, as far as they are there;
-    DOCUMENT_BYTES_LIMIT ends it.
-    """
+    """The documents and configs there are of these Stored, as bytes, up to a limit."""
     documents, room = [], DOCUMENT_BYTES_LIMIT
     for found in names:
         for document in () if found.tree else found.documents:  # that is another's
@@ -4968,9 +4963,7 @@ def _tree_documents(reader, noting, tree, digest):
 
 
 class Fetched(value_type("blob region unpacked")):
-    """A proved blob: its Descriptor, with the size; the Region it is in; what it
-    unpacks to, None where it was not unpacked.
-    """
+    """A proved blob: its Descriptor with the size, its Region, its Unpacked or None."""
 
 
 class Place(value_type("path regions", ())):
@@ -9149,9 +9142,7 @@ class Pusher:
         return documents, sorted(blobs.values(), key=lambda pair: -pair[1].size)
 
     def sizes(self, reference, blobs):
-        """Bytes of these blobs, see push, that are not there, and bytes that are, or
-        will be by what has been asked for before.
-        """
+        """Bytes of these blobs to send, and of those there, or asked for before."""
         repository = reference.repository
         size, there = sum(at.size for _, at in blobs), sum(
             at.size for one, at in blobs
