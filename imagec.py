@@ -2772,8 +2772,7 @@ def bypasses_proxy(parts, no_proxy):
     """Whether the NO_PROXY list `no_proxy` has the host of a URL taken apart.
 
     Entries as in golang.org/x/net/http/httpproxy: `*`, a host with its subdomains,
-    `.host` or `*.host` for the subdomains only, an IP address, CIDR, each but CIDR with
-    `:port` or without.
+    `.host` or `*.host` for these only, an IP address, each also with `:port`; CIDR.
     """
     _, name, port = origin(parts)
     name = name.rstrip(".")
@@ -2894,8 +2893,7 @@ class TLSSettings:
         self._skip_verify, self._cacert = skip_verify, cacert
         self._client_pair = client_pair
         self._named = set()  # registries: they may see the client certificate
-        #: Name of a host -> whether any certificate of it is taken; False: once one has
-        #: turned out to be bad.
+        #: Name of a host -> whether any certificate is taken; False: after a bad one.
         self._insecure = {}
         self._begun = functools.lru_cache(maxsize=None)(self._begin)
         self._by_need = roots_by_need()
@@ -2945,8 +2943,7 @@ class TLSSettings:
                     or self.begin(host)().cert_store_stats()["x509"])
 
     def _begin(self, whole, verify, roots, pairs):
-        # As ssl.create_default_context does, but without SSLKEYLOGFILE: no secret is
-        # written anywhere.
+        # As ssl.create_default_context, but without SSLKEYLOGFILE, which tells secrets.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if sys.version_info >= (3, 13):
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -3213,8 +3210,7 @@ def roots_by_need():
 def host_certificates(host):
     """(CA files, (certificate, key) pairs) of the first directory there is for a host.
 
-    podman's, then docker's, and docker's rules: *.crt are CAs, X.cert goes with X.key,
-    and half a pair is an error: UsageError.
+    podman's, then docker's, by its rules: *.crt are CAs; half a pair is a UsageError.
     """
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"),
                                                                ".config")
@@ -3346,8 +3342,7 @@ class Challenge(value_type("scheme parameters")):
     def parse(cls, values: list) -> list:
         """The Challenges in the header's values, in order (RFC 7235, 2.1 and 4.1).
 
-        Takes several to a header and several headers; what follows an irregularity in a
-        header is not read.
+        Takes several to a header, several headers, each up to its first irregularity.
         """
         found = []
         for value in values:
@@ -3821,8 +3816,7 @@ class Registry(Endpoint):
     def tags(self, repository: str, once: bool = False) -> collections.abc.Iterator:
         """Yields a repository's tags, page by page; `once`: the first, in one try only.
 
-        See distribution-spec, "Listing Tags". What is no tag by the grammar is passed
-        over with a warning.
+        Distribution-spec, "Listing Tags". What is no tag is passed over, and told.
         """
         for query in "?n=%d" % TAG_PAGE, "":
             path, count = "%s/tags/list%s" % (repository, query), 0
@@ -3859,8 +3853,7 @@ class Registry(Endpoint):
             yield response, body
             link = re.search(_NEXT, ", ".join(
                 response.headers.get_all("Link", []))[:HEADER_LIMIT])
-            # Behind a proxy a registry may not know where it is: only where to go on in
-            # the list is believed.
+            # Behind a proxy it may not know where it is: where to go on is believed.
             path, _, query = path.partition("?")
             path = link and "%s?%s" % (path, checked_url(
                 link.group(1), response.url).query or query)
@@ -4204,8 +4197,7 @@ def ours_alone(path, status):
     """Whether the file of that `status` is ours, and not for everybody to write to.
 
     A group's bit is not looked at: under a umask of 002 our own files have it, and then
-    new ones would be no better. Nor are they where all belongs to whom the mount says,
-    as on FAT.
+    new ones would be no better. Nor are they on FAT, where a mount says whose all is.
     """
     def told(status):
         return status.st_uid, status.st_mode & stat.S_IWOTH
@@ -7143,8 +7135,7 @@ class Session(contextlib.AbstractContextManager):
         """The Image of `reference` for `platform` (None: this host's; "all").
 
         "all" takes what is no index as it is. For `held` see manifest; `top` is what
-        that gave, if it is known: see trusting. Raises NoMatchingPlatform, Unsupported,
-        and what Registry.fetch_manifest raises.
+        that gave, if known. Raises NoMatchingPlatform, Unsupported, as fetch_manifest.
         """
         if top is None:
             return self.trusting(reference, held, lambda top: self.resolve(
@@ -9375,9 +9366,8 @@ EXIT_STATUSES = {
 class Progress:
     """Standard error: what is logged, and the Events it is called with.
 
-    Of these there is a line for each layer that is done, and one for the rest. On a
-    terminal, if `kind` is "auto", that is a live one, redrawn in place; else it comes
-    from time to time.
+    A layer that is done has a line, and the rest one: on a terminal, if `kind` is
+    "auto", a live one, redrawn in place; else it comes from time to time.
     """
 
     DONE = ("Download complete", "Already exists", "Pushed")
@@ -10088,8 +10078,7 @@ def _ending(transport):
 def _second_signal(numbers):
     """A second of these signals leaves CLEARING_UP seconds, no more.
 
-    A thread hears of them: Python itself runs a handler only when the system call it is
-    in returns, and some do not.
+    A thread hears of them: Python runs no handler while a system call does not return.
     """
     import signal
     if not numbers or os.name != "posix":
