@@ -4314,11 +4314,10 @@ def make_directory(base, *parts):
     path = base
     for part in parts:
         path = os.path.join(path, part)
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(path)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise OutputError(path, "is in the way: not a directory") from None
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise OutputError(path, "is in the way: not a directory")
     return path
 
 
@@ -10115,12 +10114,10 @@ def _local_words(error, args):
     name = error.filename2 or error.filename  # of a rename, where it was to lead
     place = "choose another place with " + (
         "-o" if args.command == "pull" and args.output != "-" else "TMPDIR")
-    hints = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space or " + place)
-    hints.update(dict.fromkeys(  # what a file system may not do
-        (errno.EFBIG, errno.EROFS, errno.EPERM, errno.ENOSYS, errno.EINVAL),
-        "; " + place))
-    hints[errno.EBUSY] = "; it is mounted there: write into it with -o -"
-    hint = hints.get(error.errno, "")
+    kind = errno.errorcode.get(error.errno)  # some are what a file system may not do
+    hint = ("; free some space or " + place if kind in ("ENOSPC", "EDQUOT") else
+            "; " + place if kind in ("EFBIG", "EROFS", "EPERM", "ENOSYS", "EINVAL") else
+            "; it is mounted there: write into it with -o -" if kind == "EBUSY" else "")
     if name is None and hint:
         name, hint = "standard output", ""
     return "%s%s%s" % ("" if name is None else (printable(name) or "''") + ": ",
