@@ -1203,10 +1203,7 @@ def walk(fetch, entries, above=(), platform=None, seen=None):
 
 
 def choose(fetch, document, platform):
-    """The documents from `document` down to the image for a Platform.
-
-    Raises NoMatchingPlatform, and as `walk`, to which `fetch` is given.
-    """
+    """The documents down to a Platform's image; see walk. Raises NoMatchingPlatform."""
     if not isinstance(document, Index):
         return (document,)
     for trail in walk(fetch, matching(document, platform), (document,), platform):
@@ -4306,10 +4303,7 @@ def portable(name):
 
 
 def make_directory(base, *parts):
-    """The directory BASE/PARTS..., made where it is missing.
-
-    `base` is the user's choice and may be a link; what is below it may not.
-    """
+    """BASE/PARTS..., made where missing; `base`, the user's, alone may be a link."""
     os.makedirs(base, exist_ok=True)
     path = base
     for part in parts:
