@@ -2995,12 +2995,9 @@ class Transport:
         self._idle = []  # connections, newest last
         self._lock = threading.Lock()
         self.cancelled = threading.Event()  # set: every exchange under way is to end
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.addheaders = [("User-Agent", USER_AGENT)]
-        kept = urllib.request.AbstractHTTPHandler()
-        kept.http_request = kept.https_request = kept.do_request_
-        kept.http_open = kept.https_open = self._exchange
-        self._opener.add_handler(kept)
+        self.addheaders = [("User-Agent", USER_AGENT)]  # of a request, for the handler
+        self._handler = urllib.request.AbstractHTTPHandler()
+        self._handler.add_parent(self)
 
     def check(self):
         """Raises Cancelled, Timeout or `stop` where work should not go on."""
@@ -3100,7 +3097,7 @@ class Transport:
         log.debug("%s %s", request.get_method(), bare_url(url))
         try:
             with self.translating(url):
-                response = self._opener.open(request, timeout=seconds)
+                response = self._exchange(self._handler.do_request_(request), seconds)
                 if response.status == 407 and request.proxy and not request.tunnel:
                     with response:
                         raise proxy_denial(response.headers, request.login)
@@ -3119,12 +3116,12 @@ class Transport:
         log.debug("%d from %s", response.status, response.place)
         return response
 
-    def _exchange(self, request):
+    def _exchange(self, request, seconds):
         while True:
             connection, whole = self._take(request), self.tls.whole
             kept = connection.sock is not None
             try:
-                connection.start(request.timeout)
+                connection.start(seconds)
                 if not kept:
                     connection.connect()
                 # Who hangs up on us meanwhile may say why: by an alert, or an answer.
