@@ -209,7 +209,6 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
-#: Media type of a manifest -> its shape.
 MANIFEST_SHAPES = {
     OCI_INDEX: "index", DOCKER_LIST: "index",
     OCI_MANIFEST: "image", DOCKER_MANIFEST: "image",
@@ -4515,7 +4514,6 @@ class TarReader(Reader):
         return region
 
 
-#: What to say of the rest, an unpacked root file system among it.
 READABLE = "what can be read is a layers tree, an OCI layout or an archive of images"
 
 
@@ -6997,7 +6995,6 @@ LAYOUT_MARKS = {"http/*/v2": "layers", "https/*/v2": "layers", "oci-layout": "oc
 LEFT_OUT = "left out, for %s lacks it: %s, of type %s"
 #: Parameter of a Session -> the rule that an image must keep before it is fetched.
 CHECKS = {"verify_keys": SignedBy}
-#: Name for --format -> what writes it.
 OUTPUTS = {output.format: output for output in (
     LayersOutput, OCIOutput, ArchiveOutput, RootfsOutput, FilesOutput)}
 
