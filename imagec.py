@@ -2972,12 +2972,11 @@ class TLSSettings:
 class Transport:
     """Safe HTTP exchanges over kept connections; may be used by many threads.
 
-    `timeout` bounds everything done with it (None: nothing does), `idle_timeout` each
-    silence, in seconds. `skip_verify` takes any certificate of hosts that `tls.name` is
-    told of; `cacert` is a PEM file of roots added to the system's; `client_pair` is a
-    certificate and a key file shown to the registries among them. `proxy` is a URL,
-    None for the environment's. Servers may send us to `storage_hosts` (see names_host)
-    wherever these are, and over http.
+    `timeout` bounds all of it (None: nothing does), `idle_timeout` each silence, in
+    seconds. `skip_verify` takes any certificate of hosts that `tls.name` is told of;
+    `cacert` is a PEM file of more roots; `client_pair` a certificate and a key file for
+    the registries among them. `proxy` is a URL, None for the environment's. Servers may
+    send us to `storage_hosts` (see names_host) wherever these are, and over http.
     """
 
     def __init__(self, timeout=None, idle_timeout=IDLE_TIMEOUT, skip_verify=False,
@@ -3754,10 +3753,9 @@ class Registry(Endpoint):
             size: "int | None" = None) -> "Manifest | Index | Schema1Manifest":
         """The manifest `reference` (a tag or digest) names, decoded.
 
-        By digest its digest is checked, and its `size` where that is not None; by tag,
-        a Docker-Content-Digest header must agree with the body. Raises NotFound,
-        AccessDenied, VerificationError, InvalidDocument, Unsupported, TransportError,
-        InvalidReference where a text is neither.
+        By digest that is checked, and its `size` if not None; by tag, a header that
+        claims one must agree with the body. Raises NotFound, AccessDenied, Unsupported,
+        VerificationError, InvalidDocument, TransportError; InvalidReference of neither.
         """
         digest = Digest.parse(reference) if ":" in reference else (  # as in no tag
             reference if isinstance(reference, Digest) else None)
@@ -4965,8 +4963,7 @@ class Download:
     `unpack` looks into it, see prove, None where nobody has to; `durable` tells to put
     it on disk before it has its name. `notify(Event)` hears of progress. `share()` is
     how many connections there are for it just now. `rewrite(Fetched)` may give another
-    one, which is taken instead: what was fetched never has its name then, by which
-    another pull could take it.
+    instead: what was fetched never has its name then, by which others could take it.
     """
 
     def __init__(self, source, blob, place, unpack=None, notify=lambda event: None,
@@ -7668,8 +7665,7 @@ def picked(path, names, name, several=False):
 def stored_image(path, name=None, platform=None, check=go_on):
     """The Image at `path` for a Platform, or "all"; see image_of.
 
-    `name` says which of several, see picked. Its `reference` is None where it has no
-    name. Raises UsageError, OutputError.
+    For `name` see picked. Without a name `reference` is None. Raises OutputError, too.
     """
     def config_of(pointer):
         raw = reader.read(found.file_of(pointer))
