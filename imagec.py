@@ -8989,6 +8989,7 @@ class Pusher:
 
     def __init__(self, session, place, tag=None, partial=False):
         self._session, self._partial = session, partial
+        self._check = session.transport.check
         if "://" in place:
             raise UsageError("not a registry: " + shown(place, 100), "expected "
                              "HOST[:PORT][/PREFIX], without what ends in ://")
@@ -9012,13 +9013,12 @@ class Pusher:
             with self._session.trying(file), lenient(file):
                 yield
 
-        check = self._session.transport.check
         place, name = (None, "standard input") if name == "-" else (label(name), name)
         with naming(name):
-            self._stock = stock = Stock(open_place(path, check, beside=beside), noting)
+            self._stock = Stock(open_place(path, self._check, beside=beside), noting)
         for base in beside:
-            self._lend(stored_at(base, check))
-        names = self._names(stock)
+            self._lend(stored_at(base, self._check))
+        names = self._names(self._stock)
         subjects = {found.digest: subject for subject, found in names}
         known = {found.digest for _, found in names if found.full or found.tag}
         images = {one.digest for subject, one in names if not (subject or one.along)}
@@ -9031,7 +9031,8 @@ class Pusher:
                 if not digest or digest in known and not (found.full or found.tag) or (
                         self._tag and named and digest in images):
                     continue  # another name has it
-                while subject in subjects and subject not in homes:
+                while subject and subject in subjects and subject not in homes:
+                    self._check()
                     subject = subjects[subject]
                 own = self._tag or found.reference
                 tag = own and not (self._tag and named) and own.tag or found.tag
@@ -9093,7 +9094,7 @@ class Pusher:
         documents = sorted(order.values(), key=lambda one: isinstance(one, Index))
         listed, lacking, elsewhere, blobs = {digest}, set(), set(), {}
         for one in documents:
-            self._session.transport.check()
+            self._check()
             listed.update(entry.digest for entry in getattr(one, "manifests", ())
                           if not self._partial)
             found = self._stock.drawn[one.digest][1]

@@ -14763,8 +14763,10 @@ class PushTest(PushCase):
                      "Foo Bar", "blobs/sha256/" + images[5].digest[7:]):
             self.assertIn("failed: " + name, run.err)
 
-    def test_keep_going_past_a_tree_without_a_config(self):
-        registry, path = self.filled(PUSH_IMAGE, "a/b:1"), self.at("tree")
+    @rows([("config", os.unlink, 1, "b:2: neither here nor"),
+           ("manifest", lambda path: write_file(path, b"{"), 3, "is not valid JSON")])
+    def test_keep_going_past_a_tree_without(self, name, damage, status, words):
+        registry, path = self.filled(PUSH_IMAGE, "a/b:1"), tempfile.mkdtemp(dir=self.work)
         registry.add("a/b", "2", build_image([PUSH_BIG]))
         for tag in "12":
             imagec.pull(registry.host + "/a/b:" + tag, path, "layers", no_creds=True)
