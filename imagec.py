@@ -3129,6 +3129,8 @@ class Transport:
                         dict(request.unredirected_hdrs, **request.headers))
                 reply = connection.getresponse()
                 connection.start(None)
+                if reply.status not in (200, 206):  # no blob begins
+                    connection.allowed = self.idle_timeout
                 return Response(self, connection, reply, request)
             except BaseException as error:
                 connection.close()

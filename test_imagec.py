@@ -5455,12 +5455,13 @@ class TransportTest(NetworkCase):
                 b"".join(response.chunks())), imagec.Timeout, "within 300 seconds"
                 if kind == "document" else "for 300 seconds")
 
-    def test_the_first_byte_of_a_body_may_take_what_headers_may(self):
-        server = self.server({"/it": say(b"x" * 9)})
+    @rows([(200, 300), (404, 60)])
+    def test_the_first_byte_of_a_blob_may_take_what_headers_may(self, code, first):
+        server = self.server({"/it": say(b"x" * 9, code)})
         transport = self.transport(idle_timeout=60, clock=itertools.count().__next__)
         with transport.open("GET", server.url + "/it", seconds=300) as response:
             chunks, kept = response.chunks(4), response._connection
-            for silence in (300, 60):
+            for silence in (first, 60):
                 with self.assertRaisesRegex(socket.timeout, "for %d seconds" % silence):
                     imagec.drain(kept.turns())
                 self.assertEqual(next(chunks), b"xxxx")
