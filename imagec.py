@@ -7652,7 +7652,7 @@ def picked(path, names, name, several=False):
     """
     known = [(str(one.name or one.tag or one.digest or one.tree), one) for one in names]
     found = not several and [one for text, one in known if (
-        text == name if name else one.full or one.tag)] or [
+        one.full or one.tag if name is None else text == name)] or [
         one for text, one in known if name is None or any(
             re.search(r"(?:\A|[/:@])%s\Z" % re.escape(name), str(part))
             for part in (text, one.full, one.tag, one.digest, *(one.origin or ())[:1])
