@@ -6922,7 +6922,7 @@ class SignedBy:
     def __init__(self, paths, name=None):
         self._keys = []
         self._name = None if name is None else Reference.parse(str(name)).name
-        if re.search("@|:[^/]*$", name or ""):
+        if re.search("@|:[^/]*$", str(name or "")):
             raise UsageError("--verify-name %s: expected HOST/REPOSITORY, without a tag"
                              % printable(name, 100))
         for path in paths:
