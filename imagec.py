@@ -9984,8 +9984,8 @@ def main(argv: "list | None" = None) -> int:
                 log.debug("%s", line)
         log.error("%s", _local_words(error, args) if isinstance(error, OSError)
                   else lacking(error) if isinstance(error, ImportError)
-                  else "out of memory; less is wanted with -j1"
-                  if isinstance(error, MemoryError)
+                  else "out of memory" + "; less is wanted with -j1" * hasattr(
+                      args, "jobs") if isinstance(error, MemoryError)
                   else str(error) or "interrupted" + "; run it again to go on" * (
                       args.command in ("pull", "push") and args.output != "-"))
         return exit_status(error)
@@ -10103,7 +10103,8 @@ def _local_words(error, args):
         "-o" if args.command == "pull" and args.output != "-" else "TMPDIR")
     kind = errno.errorcode.get(error.errno)  # some are what a file system may not do
     hint = ("; free some space or " + place if kind in ("ENOSPC", "EDQUOT") else
-            "; " + place if kind in ("EFBIG", "EROFS", "EPERM", "ENOSYS", "EINVAL") else
+            "; " + place if kind == "EFBIG" or args.command == "pull" and name and (
+                kind in ("EROFS", "EPERM", "ENOSYS", "EINVAL")) else
             "; it is mounted there: write into it with -o -" if kind == "EBUSY" else "")
     if name is None and hint:
         name, hint = "standard output", ""
