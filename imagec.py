@@ -3756,8 +3756,9 @@ class Registry(Endpoint):
         """The manifest `reference` (a tag or digest) names, decoded.
 
         By digest that is checked, and its `size` if not None; by tag, a header that
-        claims one must agree with the body. Raises NotFound, AccessDenied, Unsupported,
-        VerificationError, InvalidDocument, TransportError; InvalidReference of neither.
+        claims one must agree with the body. Raises InvalidReference of what is neither,
+        NotFound, AccessDenied, Unsupported, VerificationError, InvalidDocument,
+        TransportError.
         """
         digest = Digest.parse(reference) if ":" in reference else (  # as in no tag
             reference if isinstance(reference, Digest) else None)
