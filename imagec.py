@@ -6423,12 +6423,12 @@ class TreeWriter:
 _TYPES = {kind: flag for flag, kind in _KINDS.items() if b"0" <= flag < b"7"}
 
 
-def write_tree_tar(tree, write):
-    """Writes a Tree of LayerPacks as one tar, as `docker export`, by `write(bytes)`."""
+def tree_tar(tree):
+    """Yields a Tree of LayerPacks as one tar, as `docker export`."""
     def header(entry, name):
-        write(tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:10]))
+        return tar_header(name, entry.size, _TYPES[entry.kind], *entry[3:10])
 
-    header(tree.root.entry, b"./")
+    yield header(tree.root.entry, b"./")
     with contextlib.ExitStack() as stack:
         pack = None  # whose file is open: neighbours mostly are of one layer
         for path, node, first in tree.walk():
@@ -6436,7 +6436,7 @@ def write_tree_tar(tree, write):
             if first is not None:
                 entry = entry._replace(kind="hardlink", size=0, link=first, xattrs=(),
                                        where=None)
-            header(entry, path + b"/" * (entry.kind == "dir"))
+            yield header(entry, path + b"/" * (entry.kind == "dir"))
             if entry.where is None:
                 continue
             if node.store is not pack:
@@ -6444,16 +6444,16 @@ def write_tree_tar(tree, write):
                 pack = node.store
                 file = stack.enter_context(open(pack.path(None), "rb", buffering=0))
             file.seek(entry.where)
-            for data in pieces(file, entry.size, tree.check):
-                write(data)
+            yield from pieces(file, entry.size, tree.check)
             if file.tell() != entry.where + entry.size:
                 raise OutputError(file.name, "has been tampered with")
-            write(bytes(-entry.size % TAR_BLOCK))
+            yield bytes(-entry.size % TAR_BLOCK)
+    yield bytes(2 * TAR_BLOCK)
 
 
 def tree_tar_size(tree):
-    """The bytes write_tree_tar writes at the least: holes are written as zeros."""
-    size = TAR_BLOCK
+    """The bytes of tree_tar at the least: holes are written as zeros."""
+    size = 3 * TAR_BLOCK
     for path, node, first in tree.walk():
         entry = node.entry
         stored = entry.size if entry.where is not None and first is None else 0
@@ -6551,17 +6551,15 @@ class RootfsOutput(Spooled):
             log.warning("%s: %s: %d", self.path, words, count)
 
     def _write_tar(self, tree):
-        def write(data, least=CHUNK):  # headers are many and small
-            pending.extend(data)
-            if len(pending) >= least:
-                self._write(bytes(pending))
-                del pending[:]
-
-        pending = bytearray()
         if self.stream is None:
             check_free(self.path, tree_tar_size(tree))
-        write_tree_tar(tree, write)
-        write(bytes(2 * TAR_BLOCK), 0)
+        pending = bytearray()
+        for data in tree_tar(tree):  # headers are many and small
+            pending.extend(data)
+            if len(pending) >= CHUNK:
+                self._write(bytes(pending))
+                del pending[:]
+        self._write(bytes(pending))
 
     def abandon(self):
         try:

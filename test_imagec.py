@@ -9925,7 +9925,7 @@ class FlatteningTest(unittest.TestCase):
         self.addCleanup(remove, folder)
         tars, tar = [raw_words(layer) for layer in layers], io.BytesIO()
         tree = flat_store(tars, os.path.join(folder, "packs"), imagec.LayerPack)
-        imagec.write_tree_tar(tree, tar.write)
+        tar.writelines(imagec.tree_tar(tree))
         tar.seek(0)
         self.assertEqual(imagec.tree_tar_size(tree), len(tar.getvalue()))
         with tarfile.open(fileobj=tar) as opened:
@@ -10275,7 +10275,7 @@ class RootfsOutputTest(StoredCase):
         tree.apply(pack)
         os.truncate(pack.path(None), len(TAR_TEXT) - 1)
         with self.fails(imagec.OutputError, "pack/data", "has been tampered with"):
-            imagec.write_tree_tar(tree, len)
+            list(imagec.tree_tar(tree))
 
     @rows((("new",), ("there",)))
     def test_nobody_else_comes_in_before_all_is_there(self, out):
@@ -17976,7 +17976,7 @@ class FuzzTest(ThreatCase):
         tree = imagec.Tree()
         tree.apply(store)
         if isinstance(store, imagec.LayerPack):
-            imagec.write_tree_tar(tree, lambda data: None)
+            list(imagec.tree_tar(tree))
         else:
             imagec.TreeWriter(tree).write(os.path.join(scratch, "root"))
 
@@ -18530,7 +18530,7 @@ class WorkTest(ThreatCase):
         ("write", imagec.TreeWriter, "rootfs", "root", False),
         ("_make", imagec.TreeWriter, "rootfs", "root", False),
         ("tree_tar_size", imagec, "rootfs", "root.tar", False),
-        ("write_tree_tar", imagec, "rootfs", "root.tar", False),) for end in (
+        ("_write_tar", imagec.RootfsOutput, "rootfs", "root.tar", False),) for end in (
         (imagec.Timeout, "deadline", 0),
         (KeyboardInterrupt, "stop", KeyboardInterrupt()))])
     def test_at_its_beginning(self, name, place, format, output, again, kind, *end):
@@ -18647,7 +18647,7 @@ class BombTest(ThreatCase):
         self.source.add("lab/app", "1", build_image([layer]))
         usage = collections.namedtuple("Usage", "total used free")(1 << 30, 0, 4 << 20)
         with mock.patch("shutil.disk_usage", return_value=usage), mock.patch.object(
-                imagec, "write_tree_tar") as written:
+                imagec, "tree_tar") as written:
             self.assert_one_line(self.pull("rootfs", self.at("root.tar")), 1,
                                  r"root.tar: 8\d{6} bytes are needed, 4194304")
             self.assertEqual(written.mock_calls, [])
@@ -18887,7 +18887,7 @@ def steps_of_tree(check, place):
     tree, pack = imagec.Tree(check), imagec.LayerPack(place)
     pack.visit(imagec.Tar([tar_member(LONG)], "x"))
     tree.apply(pack)
-    imagec.write_tree_tar(tree, len)
+    list(imagec.tree_tar(tree))
 
 
 def steps_of_files(check, place):
