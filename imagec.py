@@ -7923,15 +7923,17 @@ def asked(args, session, outermost=False):
 # --------------------------------------------------------------------------------------
 
 class Audit:
-    """Re-checks what a pull wrote; `faults` collects what is wrong, a text each.
+    """Re-checks what a pull wrote to `path`; `faults` are what is wrong, a text each.
 
     `images` and `blobs` count what was looked at; `unchecked` says what was not looked
     into (no codec), `absent` what should have been, by its name, and why; `ignored`
     names the files that no image needs, `elsewhere` the blobs that a pull was to leave
-    out. `reader` reads it. `check` is called as work goes on, and may raise.
+    out. `reader` reads it; blobs not there may be at the paths `beside`. `check` is
+    called as work goes on, and may raise. Raises OutputError where no image is there
+    that can be checked.
     """
 
-    def __init__(self, check=go_on):
+    def __init__(self, path, check=go_on, beside=()):
         self.faults, self.unchecked, self.absent, self.ignored = [], [], {}, []
         self.images, self.blobs, self.elsewhere = 0, 0, set()
         self._go_on = check
@@ -7944,28 +7946,22 @@ class Audit:
         self._docker = collections.defaultdict(set)
         self._optional = {}  # digest -> whether all that lists it may lack it
 
-    def check(self, path, beside=()):
-        """Re-checks what is at `path`; blobs not there may be at the paths `beside`.
-
-        Gives itself. Raises OutputError where no image is there that can be checked.
-        """
         def unlisted(error):
             with self._noting(os.path.relpath(error.filename, path)):
                 raise error
 
         with self._noting("content"):
-            self.reader = reader = open_place(path, self._go_on, unlisted, beside)
-            for found in stored(reader, self._noting):
+            self.reader = open_place(path, check, unlisted, beside)
+            for found in stored(self.reader, self._noting):
                 self._check_stored(found)
             for name in map(blob_name, filter(self._optional.get, self._optional)):
                 if name in self.absent:
                     self.unchecked.append("%s: %s" % (name, self.absent.pop(name)))
             if not (self.absent or self.elsewhere):  # what they lead to is no "extra"
-                self._check_names(reader, collections.Counter(reader.names()))
+                self._check_names(collections.Counter(self.reader.names()))
         if not (self.images or self.faults or self.absent):
             raise OutputError(path, "no image is in it", "; ".join(self.unchecked)
                               or READABLE)
-        return self
 
     def _check_stored(self, found):
         """Checks what a name leads to.
@@ -8042,15 +8038,15 @@ class Audit:
         except ImagecError as error:
             self.faults.append("%s: %s" % (name, error))
 
-    def _check_names(self, reader, names):
+    def _check_names(self, names):
         """An archive holds what its images need, once, and nothing else.
 
         Who loads one that holds more may take another image (one reads "./index.json"
         for "index.json"). A directory may hold what a pull has left.
         """
-        archive = isinstance(reader, TarReader)
+        reader, archive = self.reader, isinstance(self.reader, TarReader)
         if archive and "oci-layout" in reader.asked:
-            self._check_docker(reader, names)
+            self._check_docker(names)
         known = {"blobs/", "blobs/sha256/"}.union(reader.asked, (
             os.path.dirname(name) + "/" for name in reader.asked if "/" in name))
         if archive and reader.docker:  # what is there for docker before 1.10
@@ -8077,7 +8073,7 @@ class Audit:
         where = (found.tree or "") + "manifest.json"
         if isinstance(manifest, Manifest):
             where = found.file_of(manifest.config)
-            self._blob(found, manifest.config, where)
+            self._blob(manifest.config, where)
             if found.tree is None:
                 layers = blob_layers(manifest.layers)
         elif found.tree is None:
@@ -8097,7 +8093,7 @@ class Audit:
             if not (tar or manifest.artifact_type):
                 self.unchecked.append("%s: what it unpacks to: it is of type %s" % (
                     name, printable(layer.blob.media_type, 80)))
-            unpacked = self._blob(found, layer.blob, name, tar, layer.diff_id)
+            unpacked = self._blob(layer.blob, name, tar, layer.diff_id)
             if unpacked and layer.diff_id not in (None, unpacked.diff_id):
                 self.faults.append("%s: unpacks to %s, the config says %s" % (
                     name, str(unpacked.diff_id), str(layer.diff_id)))
@@ -8107,7 +8103,7 @@ class Audit:
                     if found.reader.read(name) != layer.v1_json.encode("utf-8"):
                         raise VerificationError("is not the layer's v1 JSON")
 
-    def _blob(self, found, descriptor, name, tar=False, diff_id=None):
+    def _blob(self, descriptor, name, tar=False, diff_id=None):
         """Checks one blob, only once; its Unpacked where it is a `tar` and good."""
         question = name, descriptor.size, tar, diff_id and diff_id.algorithm
         if question in self._seen:
@@ -8115,7 +8111,7 @@ class Audit:
         self._seen[question] = None
         self.blobs += 1
         with self._noting(name):
-            region = found.reader.region(name)
+            region = self.reader.region(name)
             foreign = region is self.reader.beside.get(name)
             with naming(region.path if foreign else None):
                 if descriptor.size not in (None, region.size):  # or: each lie is hashed
@@ -8126,7 +8122,7 @@ class Audit:
                                       check=self._go_on) if tar else None)
         return self._seen[question]
 
-    def _check_docker(self, reader, names):
+    def _check_docker(self, names):
         """What docker reads must say what index.json says; the blobs are checked.
 
         It need not say all where no pull of ours noted it: ctr names one platform. But
@@ -8134,7 +8130,7 @@ class Audit:
         """
         for name in sorted({"manifest.json", "repositories"}.intersection(names)):
             with self._noting(name):
-                value = parse_json(reader.read(name, CONTENTS_LIMIT), name)
+                value = parse_json(self.reader.read(name, CONTENTS_LIMIT), name)
                 if name == "repositories":  # of docker before 1.10, with ids of its own
                     good = self._named.keys() >= {
                         Reference.full("%s:%s" % (repository, tag))
@@ -8232,7 +8228,7 @@ def _run_verify(args, session):
     if args.image is not None and session.rule is None:
         raise UsageError("--image goes with --verify-key",
                          "without that, verify looks at all there is")
-    audit = Audit(session.transport.check).check(args.path, args.bases or ())
+    audit = Audit(args.path, session.transport.check, args.bases or ())
     if args.json:
         yield json.dumps(hidden({
             "path": args.path, "images": audit.images, "blobs": audit.blobs,
@@ -9273,7 +9269,7 @@ def pull_test_image(directory):
                 continue
             path = os.path.join(directory, format) + ".tar" * (format == "archive")
             image = pull(name, path, format, **options)
-            faults = format != "rootfs" and Audit().check(image.path).faults
+            faults = format != "rootfs" and Audit(image.path).faults
             if faults:
                 raise VerificationError("; ".join(faults))
             yield format

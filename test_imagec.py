@@ -1976,7 +1976,7 @@ class TableCase(unittest.TestCase):
 def faults_of(path):
     """What verify finds at a place; of a root file system, that nothing is cut off."""
     try:
-        return imagec.Audit().check(path).faults
+        return imagec.Audit(path).faults
     except imagec.OutputError:
         if os.path.isdir(path):
             return []
@@ -12435,7 +12435,7 @@ class AuditTest(StoredCase):
         path = self.at(name or format)
         with self.session() as session:
             self.pulled_by(session, path, format, reference or self.reference)
-        audit = imagec.Audit().check(path)
+        audit = imagec.Audit(path)
         self.assertEqual((audit.images, audit.faults, audit.absent, audit.unchecked,
                           audit.ignored), (1, [], {}, [], []))
         return path
@@ -12453,7 +12453,7 @@ class AuditTest(StoredCase):
 
     def faults(self, path, word, gone=False):
         """Verify what is damaged, or `gone`."""
-        audit = imagec.Audit().check(path)
+        audit = imagec.Audit(path)
         self.assertEqual(bool(audit.faults), not gone)
         self.assertIn(len(audit.absent), (1, 2, 3) if gone else (0, 1, 2, 3))
         told = audit.faults + list(map(": ".join, audit.absent.items()))
@@ -12532,7 +12532,7 @@ class AuditTest(StoredCase):
         root = self.good("layers")
         self.origin.add("lab/app/1", "2", self.image)
         self.pull("-o", root, self.reference[:-2] + "/1:2")
-        self.assertEqual(imagec.Audit().check(root).images, 2)
+        self.assertEqual(imagec.Audit(root).images, 2)
         self.assertEqual(len(held_at(self.folder)), 3)
         write_file(os.path.join(root, "manifest.json"), b"{}")  # is no tree above these
         self.told(root, 1, "manifest.json")
@@ -13067,7 +13067,7 @@ class AuditTest(StoredCase):
         paths = [write_file(os.path.join(root, AUDIT_BLOBS, sha256(data)[7:]), data),
                  os.path.join(root, AUDIT_BLOBS, self.words["b0"])]
         with mock.patch.object(imagec, "open", wraps=open, create=True) as opened:
-            audit = imagec.Audit().check(root)
+            audit = imagec.Audit(root)
         self.assertEqual(sorted(call[0][0] for call in opened.call_args_list
                                 if call[0][0] in paths), sorted(paths))
         self.assertEqual(len([f for f in audit.faults if "expected" in f]), 39)
@@ -13124,7 +13124,7 @@ class AuditTest(StoredCase):
     @rows(in_turn((("oci",), ("layers",), ("archive",)), 3))
     def test_work_goes_on_only_while_it_may(self, format):
         path = self.good(format)
-        for look in (lambda check: imagec.Audit(check).check(path),
+        for look in (lambda check: imagec.Audit(path, check),
                      lambda check: imagec.Shelf(path, check=check)):
             for count in itertools.count():
                 calls = iter([None] * count + [imagec.Timeout("not done")])
@@ -13141,7 +13141,7 @@ class AuditTest(StoredCase):
                                compress=bz2.compress))
         asked = mock.Mock()
         with mock.patch.object(imagec, "CHUNK", 1 << 12):
-            imagec.Audit(asked).check(self.good("oci"))
+            imagec.Audit(self.good("oci"), asked)
         self.assertGreater(asked.call_count, 256)
 
     @rows(in_turn(itertools.product(
@@ -15086,8 +15086,7 @@ class SelfTestTest(ServeCase):
            (None, ["layer.tar: is not what it was"], "is not what it was"),
            (None, [], "tampered")))  # too good to be true
     def test_pull_that_fails(self, error, faults, words):
-        audit = mock.Mock()
-        audit.check.return_value.faults = faults
+        audit = mock.Mock(faults=faults)
         with mock.patch.object(imagec, "pull", side_effect=error), \
                 mock.patch.object(imagec, "Audit", return_value=audit):
             self.failed(self.main("selftest"), 1, words)
@@ -18009,7 +18008,7 @@ class FuzzTest(ThreatCase):
             if not os.path.islink(os.path.join(path, name))])
         bent = self.bend(dice, victim)
         with self.bent(victim, bent):
-            imagec.Audit().check(path)
+            imagec.Audit(path)
             imagec.Shelf(path)
 
     @staticmethod
@@ -18945,7 +18944,8 @@ class StepsTest(unittest.TestCase):
             **{"chunks.return_value": [bytes(512)] * 99})))),
         ("no manifest", 1, lambda check, place: imagec._Layout(
             imagec.Reader(place, check), imagec.lenient)._fetch(LONG_BLOB)),
-        ("platforms", 1, lambda check, _: imagec.Audit(check)._first_of(LONG_INDEX)),
+        ("platforms", 1, lambda check, _: imagec.Audit._first_of(
+            mock.Mock(_go_on=check, _images={}, _firsts={}), LONG_INDEX)),
         ("way", 1, steps_of_way), ("docker", 1, steps_of_docker),
         ("look", 3, steps_of_look), ("cat", 1, steps_of_cat), ("tree", 1, steps_of_tree),
         ("files", 2, steps_of_files), ("signed", 2, steps_of_signed), ("push", 1, steps_of_push)))
@@ -19479,7 +19479,7 @@ class ReadersCase(RegistryCase):
 
     def taken(self, path, image, name="lab/x", tag="1", absent=0):
         """What another program wrote is good; it is served, with the same config."""
-        audit = imagec.Audit().check(path)
+        audit = imagec.Audit(path)
         self.assertEqual((audit.faults, list(audit.absent), len(audit.unchecked)),
                          ([], [], absent))
         shelf = imagec.Shelf(path)
