@@ -5642,24 +5642,21 @@ class OCIOutput(Output):
         super().__init__(path, tag, stream)
         self._lock, self._entries = threading.Lock(), collections.defaultdict(list)
         begun = {"blobs", "index.json" + PARTIAL, "oci-layout" + PARTIAL}
-        # Else it is empty, or a layout that another pull is about to make.
-        if os.path.isdir(path) and not begun.issuperset(os.listdir(path)):
-            self._check_layout()
-            refuse_others(path)
-
-    def _check_layout(self):
-        """Refuses to touch what is there and is no layout we understand."""
+        # It is empty, or a layout that another pull is about to make.
+        if not os.path.isdir(path) or begun.issuperset(os.listdir(path)):
+            return
         try:
-            version = Document.parse(Reader(self.path).read("oci-layout"),
+            version = Document.parse(Reader(path).read("oci-layout"),
                                      "oci-layout").need("imageLayoutVersion", str)
             self._read_index()
         except (OSError, InvalidDocument) as error:
-            raise OutputError(self.path, "is there and is no OCI image layout: %s" % (
+            raise OutputError(path, "is there and is no OCI image layout: %s" % (
                 error.message if isinstance(error, ImagecError) else error.strerror),
                 "choose another place with -o") from None
         if not version.startswith("1."):
-            raise OutputError(self.path, "is an OCI image layout of version %s, which "
-                              "this program does not know" % printable(version, 20))
+            raise OutputError(path, "is an OCI image layout of version %s, which this "
+                              "program does not know" % printable(version, 20))
+        refuse_others(path)
 
     def _read_index(self):
         try:
