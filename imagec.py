@@ -5804,8 +5804,7 @@ class ArchiveOutput(Spooled):
         self._old = os.path.realpath(self.path)  # a finished one
         self._found = []  # {digest: Region} of the unfinished one, then of the finished
         for path in (self.path + PARTIAL, self._old) if self.stream is None else ():
-            with contextlib.suppress(OSError, InvalidDocument):
-                self._found.append(dict(self._begun(path)))
+            self._found.append(dict(self._begun(path)))
         self._found.append(self.near)
 
     def elsewhere(self, image, bases):
@@ -5821,8 +5820,9 @@ class ArchiveOutput(Spooled):
 
         What is rewritten on its way into it has another place there than it had.
         """
-        at, end = len(_PROLOGUE), os.path.getsize(path)
-        with Region(path, 0, end).open() as file:
+        with contextlib.suppress(OSError, InvalidDocument), Region(
+                path, 0, 0).open() as file:
+            at, end = len(_PROLOGUE), file.seek(0, os.SEEK_END)
             if not ours_alone(path, os.fstat(file.fileno())):
                 return  # who may write to it may do so behind the proof
             for digest, layer in self._order.items():
@@ -5895,8 +5895,7 @@ class ArchiveOutput(Spooled):
         if self._status and not unchanged(self._old, self._status):
             raise OutputError(self.path, *MOVED)
         self._end(not stays)
-        with contextlib.suppress(OSError, InvalidDocument):  # it was there
-            self.near.update(self._begun(self._old))
+        self.near.update(self._begun(self._old))
         return [self.path] * len(images)
 
     def _ends(self, tail):
