@@ -6558,13 +6558,13 @@ class RootfsOutput(Spooled):
         self._write(bytes(pending))
 
     def abandon(self):
-        try:
-            if self._target is not None and self._ours:
-                self._clear()  # where time is up, the next run does
-        finally:
-            if self._target is not None:
+        if self._target is not None:
+            try:
+                if self._ours:
+                    self._clear()  # where time is up, the next run does
+            finally:
                 self._target.discard()
-            super().abandon()
+                super().abandon()
 
 
 _TITLE = "org.opencontainers.image.title"  # OCI image-spec, annotations.md
