@@ -8549,8 +8549,7 @@ def new_server(shelf: Shelf, address: tuple, credentials: "Credentials | None" =
     kind = type("Server", (_BoundedThreads, socketserver.ThreadingTCPServer), {
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
         "shelf": shelf, "credentials": credentials, "context": context,
-        "places": SERVE_THREADS, "lock": threading.Lock(),
-        "since": {}})  # connection -> when it began to owe us a request's head, or None
+        "places": SERVE_THREADS, "lock": threading.Lock(), "since": {}})  # see waits
     return kind(address, type(
         "Handler", (RegistryHandler, http.server.BaseHTTPRequestHandler), {}))
 
@@ -8583,7 +8582,7 @@ class _BoundedThreads:
         super().shutdown_request(request)
 
     def waits(self, connection, begins=True):
-        """Notes whether we wait for the head of a request from a connection."""
+        """Notes since when a connection owes us a request's head; None: it does not."""
         with self.lock:
             self.since[connection] = time.monotonic() if begins else None
 
