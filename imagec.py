@@ -6250,13 +6250,10 @@ class Tree:
         if entry.kind in self._unwanted:
             self.left_out += 1
             return True
-        if not parts:
-            if entry.kind != "dir":
-                raise InvalidDocument("unsafe member: the root as a " + entry.kind)
-            self.root.record = record
-            return True
+        if not parts and entry.kind != "dir":
+            raise InvalidDocument("unsafe member: the root as a " + entry.kind)
         parent = self._directory(parts[:-1], make=True)
-        old = parent.children.get(parts[-1])
+        old = parent.children.get(parts[-1]) if parts else self.root
         if entry.kind == "hardlink":
             target = self._node(self._parts(entry.link))
             if target is None:
