@@ -8620,7 +8620,6 @@ class RegistryHandler:
             super().handle()
 
     def handle_one_request(self):
-        """Waits for a request, and answers it."""
         self.server.waits(self.connection)
         super().handle_one_request()
 
@@ -8651,7 +8650,6 @@ class RegistryHandler:
         log.debug("serve: %s: %s", self.client_address[0], printable(format % args))
 
     def do_GET(self):
-        """Answers a GET or HEAD."""
         self.answered = False  # whether the answer has begun
         if self.headers.get("Content-Length", "0") != "0" or (
                 "Transfer-Encoding" in self.headers):
@@ -8670,7 +8668,6 @@ class RegistryHandler:
     do_HEAD = do_GET
 
     def do_POST(self):
-        """This registry is for reading."""
         self.close_connection = True  # before its body is taken for a request
         self.fail(405, "UNSUPPORTED", "this registry is read-only",
                   [("Allow", "GET, HEAD")])
@@ -8691,7 +8688,6 @@ class RegistryHandler:
         return good
 
     def answer(self, url):
-        """Finds out what is asked for, and sends it."""
         match = re.fullmatch(_ROUTE, urllib.parse.unquote(url.path))
         query, shelf = dict(urllib.parse.parse_qsl(url.query)), self.server.shelf
         if not match:
@@ -8753,10 +8749,9 @@ class RegistryHandler:
         with region.open() as file:  # if gone, found out before the head
             self.head(206 if part else 200, end - first, "application/octet-stream",
                       headers)
-            at, count = region.offset + first, end - first
-            if self.command == "HEAD":
-                count = 0
-            elif isinstance(self.connection, ssl.SSLSocket):
+            at = region.offset + first
+            count = 0 if self.command == "HEAD" else end - first
+            if isinstance(self.connection, ssl.SSLSocket):
                 file.seek(at)
                 for data in pieces(file, count):
                     self.wfile.write(data)
