@@ -5805,7 +5805,6 @@ class ArchiveOutput(Spooled):
         self._found = []  # {digest: Region} of the unfinished one, then of the finished
         for path in (self.path + PARTIAL, self._old) if self.stream is None else ():
             self._found.append(dict(self._begun(path)))
-        self._found.append(self.near)
 
     def elsewhere(self, image, bases):
         # docker knows a layer by those below it: above other ones it wants it again.
@@ -5841,6 +5840,12 @@ class ArchiveOutput(Spooled):
     def open(self, images):
         super().open(images)
         self.find(images)  # another pull may have been waited for
+        for digest in self.near.keys() & self._order.keys():
+            region = self.near[digest]._replace(
+                path=os.path.join(self._spool, digest.hex + ".near"))
+            with contextlib.suppress(OSError):  # its own name may soon be another's
+                os.link(self.near[digest].path, region.path)
+                self._found.append({digest: region})
         if self.stream is None:
             self._target.check_size(sum(layer.blob.size or 0
                                         for layer in self._order.values()))

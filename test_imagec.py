@@ -15327,6 +15327,20 @@ class CommandLineTest(CommandLineCase):
             self.assertNotIn("app_2.tar", os.listdir(format))
             self.assertEqual(faults_of(format), [])
 
+    def test_an_archive_that_is_gone_as_soon_as_it_is_there(self):
+        """What the next one shares with it stays there for that."""
+        pull, move = self.there(), imagec.ArchiveOutput._move
+        other = self.offer("2", build_image([*FIELD_SMALL, tar_bytes([("c", b"3")])]))
+
+        def moved(output):
+            if output.path == "app_2.tar" and os.path.exists("app_1.tar"):
+                os.unlink("app_1.tar")
+            move(output)
+
+        with mock.patch.object(imagec.ArchiveOutput, "_move", moved):
+            self.assertEqual(pull("-j1", self.ref, other), {"app_2.tar"})
+        self.assertEqual(faults_of("app_2.tar"), [])
+
     def test_keep_going_past_a_place_that_is_taken(self):
         self.enter(self.work)
         other = self.offer("2", build_image(FIELD_SMALL[:1]))
