@@ -8643,7 +8643,7 @@ class RegistryHandler:
             return False
         self.server.waits(self.connection, False)
         lengths = [v for k, v in self.headers.items() if k.lower() == "content-length"]
-        if (lengths[1:] or self.headers.get_all("Host", ())[1:]
+        if (lengths[1:] or list(map(str.lower, self.headers)).count("host") > 1
                 or not all(re.fullmatch(_FIELD, one) for one in lines[:-1])
                 or not all(re.fullmatch(r"[0-9]+[ \t]*", one) for one in lengths)):
             self.close_connection = True
