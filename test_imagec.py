@@ -9736,6 +9736,9 @@ FLAT_CASES = (
     ("T157: before its target", ["h=>t t=1"], "h=1 t=>h"),
     ("T157: two before their target", ["h=>t g=>t t=1"], "g=1 h=>g t=>g"),
     ("T157: chain before its target", ["a=>b b=>c c=1"], "a=1 b=>a c=>a"),
+    ("T157: as many passes as may be", ["l41=1 " + " ".join(
+        "l%d=>l%d" % (n, n + 1) for n in (*range(1, 41, 2), *range(40, -1, -2)))],
+     " ".join(["l0=1"] + ["l%d=>l0" % n for n in range(1, 42)])),
     ("T157: to itself", ["a=1", "a=>a"], "a=1"),
     ("T157: to itself alone", ["a=>a"], FLAT_BAD),
     ("T143: to nothing", ["h=>no"], FLAT_BAD),
