@@ -19337,10 +19337,6 @@ class RealTokenTest(PullContract, RealPullCase):
                          seeded().witnesses["private/app:1"].digest)
         self.assertEqual(set(self.asked()), {False, True})
 
-    def test_one_token_does_for_a_pull(self):
-        self.fetch(self.app + "oci")
-        self.assertEqual(self.asked(), [True])
-
     def test_token_that_the_registry_no_longer_takes(self):
         true_answer = self.tokens.answer
 
