@@ -308,7 +308,6 @@ class BuiltImage:
 
 
 def sha256(data):
-    """Return the digest `sha256:<hex>` of some bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
@@ -483,7 +482,6 @@ def _sign(payload):
 
 
 def url64(data):
-    """Base64url without padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
@@ -509,7 +507,6 @@ class Request(collections.namedtuple("Request", "method path headers body versio
 
     @property
     def query(self):
-        """The query as {name: [values]}."""
         return urllib.parse.parse_qs(self.path.partition("?")[2])
 
 
@@ -859,7 +856,6 @@ def action(change):
 
 @action
 def status(reply, code, headers=(), body=b""):
-    """Answer `code` instead."""
     return Reply(code, body, headers)
 
 
@@ -884,7 +880,6 @@ def redirect(reply, location, code=307):
 
 @action
 def flip(reply, offset=-1):
-    """Flip one bit of the body about to be sent."""
     spoiled = bytearray(reply.body)
     spoiled[offset] ^= 1
     return _set(reply, body=bytes(spoiled))
@@ -942,7 +937,6 @@ def endless(reply, chunk=bytes(BLOCK), interval=0, framing="chunked"):
 
 @action
 def chunked(reply, size=4096):
-    """Send the true body with chunked transfer coding."""
     reply.chunk = size
     return _with_headers(reply, {"content_length": None, "transfer_encoding": "chunked"})
 
@@ -972,7 +966,6 @@ def partial(reply, content_range, start):
 
 @action
 def delay(reply, seconds):
-    """Wait, then send the true reply."""
     return _set(reply, pause=seconds)
 
 
@@ -1056,7 +1049,6 @@ class FakeRegistry(Server):
                                  image.digest)
 
     def add_blob(self, repository, data):
-        """Store a blob; return its digest."""
         self.repositories.setdefault(repository, {})
         self.blobs[sha256(data)] = data
         return sha256(data)
@@ -1379,7 +1371,6 @@ class RegistryCase(unittest.TestCase):
         os.chdir(place)
 
     def registry(self, **options):
-        """Start a FakeRegistry that ends with the test."""
         registry = FakeRegistry(**options)
         self.addCleanup(self._end_registry, registry)
         return registry
@@ -1470,7 +1461,6 @@ class RegistryCase(unittest.TestCase):
                 self.assertIn(sha256(data), blobs)
 
     def wait_until(self, true):
-        """Wait until `true()`, not for ever."""
         deadline = time.monotonic() + 60
         while not true():
             self.assertLess(time.monotonic(), deadline, "never came")
@@ -1902,7 +1892,6 @@ def outputs_in_turn(count=1):
 
 
 def in_turn(cases, one_in):
-    """One case in so many."""
     return cases if PRODUCT else itertools.islice(
         cases, sys.version_info[1] % one_in, None, one_in)
 
@@ -2054,7 +2043,6 @@ class NetworkCase(RegistryCase):
         return server
 
     def get(self, transport, url, **options):
-        """(status, bytes) of a GET."""
         with transport.open("GET", url, **options) as response:
             return response.status, response.read(imagec.MIB, "test")
 
@@ -2099,7 +2087,6 @@ def spoken(data):
 
 
 def authorizations(*servers):
-    """Every Authorization header these servers have seen."""
     found = [r.headers.get("Authorization") for s in servers for r in s.requests]
     return [value for value in found if value is not None]
 
@@ -2164,7 +2151,6 @@ class FieldCase(NetworkCase):
         return super().at(name)
 
     def pull(self, host, name="lab/app:1", to="out", format=None, **options):
-        """Pull with a Session; the imagec.Image."""
         with self.session(**options) as session:
             return self.pulled_by(session, self.at(to), format,
                                   "%s/%s" % (host, name) if host else name)[0]
@@ -2290,7 +2276,6 @@ def raw_layer(*members):
 
 
 def raw_words(text):
-    """A layer of the words of `text`."""
     return raw_layer(*[raw_word(word) for word in text.split()])
 
 
@@ -2429,7 +2414,6 @@ class ThreatCase(RegistryCase):
         self.ref = self.source.host + "/lab/app:1"
 
     def each(self, check, *args, outputs=OUTPUTS):
-        """Call with each format, its place, and the rest."""
         for format, name in outputs:
             with self.subTest(format=format, name=name):
                 check(format, self.at(name), *args)
@@ -6078,7 +6062,6 @@ class ProxyTest(ResolveCase):
         return server.url.replace("127.0.0.1", host) + "/v2/"
 
     def fetch(self, server, host="registry.test", **options):
-        """Get something from the server, by that name."""
         transport = self.transport([host], **dict({"skip_verify": True}, **options))
         self.assertEqual(self.get(transport, self.named(server, host)), (200, b"{}"))
 
@@ -7258,7 +7241,6 @@ class ReferrersTest(NetworkCase):
         self.offer()
 
     def offer(self, *sboms, **options):
-        """Begin with a new registry, that has these."""
         self.origin = self.filled(**options)
         for sbom in sboms:
             self.origin.add("app", None, sbom)
@@ -7781,7 +7763,6 @@ class DownloadCase(KnownCase):
         return contents(self.place)
 
     def offsets(self, registry):
-        """Where the requests for blobs have begun."""
         asked = [r.headers.get("Range", "bytes=0-") for r in registry.requests
                  if "/blobs/" in r.path]
         return [int(text[len("bytes="):-1]) for text in asked]
@@ -10945,7 +10926,6 @@ def simple_payload(digest=SUM_A, name="registry.test/lab/app", critical=(), **ex
 
 
 def of_type(media_type, raw):
-    """(layer, blob) of any type."""
     return simple(raw)[0]._replace(media_type=media_type), raw
 
 
@@ -12236,7 +12216,6 @@ ZEROS = "sha256:" + "0" * 64
 
 
 def damage_at(at):
-    """Flip a bit of the byte at `at`."""
     def damage(path):
         data = bytearray(file_bytes(path))
         data[at] ^= 1
@@ -12279,7 +12258,6 @@ def beside(path, other):
 
 
 def damage_type(path):
-    """A directory where something else was."""
     os.unlink(path)
     os.mkdir(path)
 
@@ -12406,7 +12384,6 @@ class AuditTest(StoredCase):
             i0=one[7:], i1=sha256(("%s %s" % (one, two)).encode())[7:])
 
     def offer(self, image, tag="1", kind="oci"):
-        """Let an index lead to an image."""
         index = build_index([(image, AMD64)], kind)
         self.origin.add("lab/app", tag, index)
         return index
@@ -13454,7 +13431,6 @@ LOOK_TARGETS = ("a", "b", "d", "/e", "d/e", "../e", "..", ".", "b/../d", "d/a", 
 
 
 def look_over(layers):
-    """A Look at layers in words."""
     named = types.SimpleNamespace
     image = named(layers=[named(throwaway=False, words=words, digest=None)
                           for words in layers],
@@ -15209,7 +15185,6 @@ class CommandLineCase(RegistryCase):
         return process, place
 
     def ends(self, process, place):
-        """The end of each fork."""
         self.assertEqual(process.wait(60), 0)
         found = contents(place)
         return [Ended(int(found["%d.status" % number]), found.get("%d.1" % number, b""),
@@ -15628,7 +15603,6 @@ class OnDiskTest(CommandLineCase):
         self.many = self.offer("many", self.index)
 
     def put(self, path, *argv):
-        """Pull; the path."""
         self.done("pull", "-q", "-o", self.at(path), *argv)
         return self.at(path)
 
@@ -17808,7 +17782,6 @@ THREAT_CHALLENGES = (
 
 
 def threat_mutated(dice, data):
-    """Some bytes with a few things changed."""
     data = bytearray(data)
     for _ in range(dice.randint(1, 4)):
         at = dice.randrange(len(data) + 1)
@@ -18376,7 +18349,6 @@ class LocalLimitsTest(ThreatProcessCase):
     image = build_image([tar_bytes([("f%d" % n, noise(9000, n))]) for n in range(6)])
 
     def offer(self, files):
-        """The image is another one."""
         self.image = build_image([tar_bytes([pair]) for pair in files.items()])
         self.source.add("lab/app", "1", self.image)
 
@@ -19637,7 +19609,6 @@ class Docker:
         return os.path.join(self._root, *parts)
 
     def starts(self):
-        """Whether it came up."""
         return comes_up(self._process, lambda: not self._run(
             ["docker", "version"]).returncode, 30)
 
@@ -19652,7 +19623,6 @@ class Docker:
         return done.stdout.decode()
 
     def __call__(self, *arguments, **options):
-        """What `docker ARGUMENTS` prints."""
         return self._done(["docker"] + list(arguments), **options)
 
     def ctr(self, *arguments):
@@ -19923,7 +19893,6 @@ class RealProxyCase(RealFieldCase):
         cls.plain = kept(DockerRegistry(field_seed()))
 
     def both(self, *argv, **options):
-        """Pull from each; the runs."""
         return [self.take(*argv, ref=real.host + "/lab/app:1", **options)
                 for real in (self.real, self.plain)]
 
@@ -19940,7 +19909,6 @@ class RealHTTPProxyTest(RealProxyCase):
         return FieldProgram(self, ["tinyproxy", "-d", "-c", path], port)
 
     def asked(self, proxy):
-        """The methods tinyproxy says it was asked by."""
         return set(re.findall(r"Request \(file descriptor \d+\): (\w+) ", proxy.log()))
 
     def test_option(self):
