@@ -261,6 +261,8 @@ OTHER_KEY = ssl.DER_cert_to_PEM_cert(bytes.fromhex(
     + (1).to_bytes(32, "big")).replace("CERTIFICATE", "PRIVATE KEY")
 
 CREATED = "2020-01-01T00:00:00Z"
+AMD64, ARM64 = ("linux", "amd64", None), ("linux", "arm64", None)
+NO_PLATFORM = ("unknown", "unknown", None)  # as an attestation has it
 RUN_CONFIG = {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}
 
 # The blob that stands in schema1 for a layer that changed nothing: an empty tar,
@@ -339,8 +341,7 @@ def zstd_bytes(data):
                           check=True).stdout
 
 
-def build_image(layers, kind="oci", platform=("linux", "amd64", None),
-                compress=gzip_bytes, **config_extra):
+def build_image(layers, kind="oci", platform=AMD64, compress=gzip_bytes, **config_extra):
     """Build an image of kind oci, docker, schema1 or schema1-signed.
 
     `layers` are uncompressed tars, oldest first; None is a step without a layer.
@@ -2492,7 +2493,6 @@ class ThreatProcessCase(ThreatCase):
 
 
 SERVE_TARS = (tar_bytes([("etc/a", b"one")]), tar_bytes([("etc/b", noise(25600))]))
-SERVE_AMD = ("linux", "amd64", None)
 SERVE_ARM = ("linux", "arm64", "v8")
 SERVE_CANARY = b"canary that nobody may see"
 
@@ -2570,7 +2570,7 @@ class ServeCase(RegistryCase):
             for kind in ("schema1", "schema1-signed", "docker", "oci")}
         other = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
         images["lab/index"] = images["library/alpine"] = build_index(
-            [(images["lab/oci"], SERVE_AMD), (other, SERVE_ARM)])
+            [(images["lab/oci"], AMD64), (other, SERVE_ARM)])
         #: Which of them are in the tree, in the layout and in the archive.
         cls.held = {"layers": list(cls.images), "archive": ["lab/docker"],
                     "oci": [name for name in cls.images if "schema1" not in name]}
@@ -7023,7 +7023,7 @@ class RegistryTest(KnownCase):
     @rows(itertools.product((1, 2, imagec.INDEX_DEPTH_LIMIT,
                              imagec.INDEX_DEPTH_LIMIT + 1), ("linux/amd64", "all")))
     def test_t60_nested_indexes(self, depth, platform):
-        nested = build_index([(self.image, ("linux", "amd64", None))])
+        nested = build_index([(self.image, AMD64)])
         for _ in range(1, depth):
             nested = build_index([(nested, None)])
         registry = self.filled(nested)
@@ -7061,15 +7061,13 @@ class RegistryTest(KnownCase):
 
     @rows([(False,), (True,)])
     def test_the_best_of_an_index_is_taken(self, nested):
-        index = build_index([(NET_OTHER, ("linux", "386", None)),
-                             (self.image, ("linux", "amd64", None)),
-                             (NET_OTHER, ("linux", "386", None))])
+        other = (NET_OTHER, ("linux", "386", None))
+        index = build_index([other, (self.image, AMD64), other])
         found = self.resolve(self.filled(build_index([(index, None)]) if nested else index))
         self.assertEqual(str(found.manifest.digest), self.image.digest)
 
     def test_platform_of_a_later_index(self):
-        arm = build_index([(self.image, ("linux", "arm64", None))])
-        amd = build_index([(self.image, ("linux", "amd64", None))])
+        arm, amd = (build_index([(self.image, one)]) for one in (ARM64, AMD64))
         found = self.resolve(self.filled(build_index([(arm, None), (amd, None)])))
         self.assertEqual([str(index.digest) for index in found.indexes][1:], [amd.digest])
 
@@ -7420,7 +7418,7 @@ class MirrorTest(ResolveCase):
             self.assertEqual(self.naps, [])  # another place can be asked
 
     def test_index(self):
-        index = build_index([(self.image, ("linux", "amd64", None))])
+        index = build_index([(self.image, AMD64)])
         mirror, origin = self.filled(index), self.filled(index)
         mirror.fault(_FIELD_MANIFEST + self.image.digest, status(404))
         self.resolve(origin.host, mirrors=[mirror.host])
@@ -7565,7 +7563,7 @@ class RateLimitTest(ResolveCase):
 
     def test_what_a_tag_costs_that_was_pulled_before(self):
         image, other = build_image(FIELD_SMALL), build_image(FIELD_SMALL[:1])
-        index = build_index([(image, ("linux", "amd64", None))])
+        index = build_index([(image, AMD64)])
         for format, found in in_turn(
                 itertools.product(("oci", "layers"), (image, index)), 2):
             registry, place = self.filled(found), format + found.digest
@@ -8296,8 +8294,6 @@ class ResumeTest(FieldCase):
 
 ARCHIVE_TARS = [raw_words("etc/ etc/a=1"), raw_words("etc/b=" + "2" * 5000),
                 raw_words("etc/c=3")]
-AMD64, ARM64 = ("linux", "amd64", None), ("linux", "arm64", None)
-NO_PLATFORM = ("unknown", "unknown", None)  # as an attestation has it
 OCI_TAG = "org.opencontainers.image.ref.name"
 OCI_NAME = "io.containerd.image.name"
 ORIGIN = "io.github.imagec."
@@ -14529,7 +14525,7 @@ class ServeCommandTest(ServeCase):
 PUSH_BIG = tar_bytes([("big", noise(5 << 18, 20))])
 PUSH_IMAGE = build_image([PUSH_BIG, tar_bytes([("etc/a", b"one")])], compress=None)
 PUSH_OTHER = build_image([tar_bytes([("etc/arm", b"arm")])], platform=SERVE_ARM)
-PUSH_INDEX = build_index([(PUSH_IMAGE, SERVE_AMD), (PUSH_OTHER, SERVE_ARM)])
+PUSH_INDEX = build_index([(PUSH_IMAGE, AMD64), (PUSH_OTHER, SERVE_ARM)])
 PUSH_SIGNATURE = build_artifact([("application/json", b"{}", None)],
                                 subject=PUSH_IMAGE.descriptor())
 PUSH_SEALED = build_artifact([("application/json", b"[]", None)],
@@ -14537,7 +14533,7 @@ PUSH_SEALED = build_artifact([("application/json", b"[]", None)],
 PUSH_TAG = PUSH_IMAGE.digest.replace(":", "-")
 PUSH_ARM = build_index([(PUSH_OTHER, SERVE_ARM)])
 PUSH_NEST = build_index([(PUSH_ARM, None), (build_index([
-    (PUSH_ARM, None), (PUSH_IMAGE, SERVE_AMD)]), None)])
+    (PUSH_ARM, None), (PUSH_IMAGE, AMD64)]), None)])
 PUSH_NEST.children += [PUSH_IMAGE, PUSH_OTHER]
 PUSH_NAMED = (PUSH_IMAGE, "a.b/app:1")
 PUSH_CUT = ("PUT .*/uploads/", 100000)
@@ -15154,7 +15150,7 @@ class CommandLineCase(RegistryCase):
 
     image = build_image(FIELD_SMALL)
     arm = build_image(FIELD_SMALL[:1], platform=SERVE_ARM)
-    index = build_index([(image, SERVE_AMD), (arm, SERVE_ARM)])
+    index = build_index([(image, AMD64), (arm, SERVE_ARM)])
 
     def setUp(self):
         super().setUp()
@@ -15430,7 +15426,7 @@ class CommandLineTest(CommandLineCase):
 
     def test_an_artifact_and_what_buildkit_writes_of_an_image(self):
         proof = build_artifact([("application/vnd.in-toto+json", b"{}", None)])
-        index = build_index([(self.image, ("linux", "amd64", None))], extra_entries=[
+        index = build_index([(self.image, AMD64)], extra_entries=[
             proof.descriptor(platform={"os": "unknown", "architecture": "unknown"},
                              annotations={
                                  "vnd.docker.reference.digest": self.digest,
@@ -15661,7 +15657,7 @@ class OnDiskTest(CommandLineCase):
         images = [(build_image(FIELD_SMALL[:1], platform=platform), platform)
                   for platform in (("linux", "386", None), ("linux", "arm", "v7"))]
         self.offer("many", build_index(
-            images + [(self.arm, SERVE_ARM), (self.image, SERVE_AMD)]))
+            images + [(self.arm, SERVE_ARM), (self.image, AMD64)]))
         path = self.put("out", "--format", "oci", "--platform", "all", self.many)
         for image, platform in ((self.arm, "arm64"), (self.image, "amd64")):
             os.unlink(os.path.join(path, "blobs", *image.digest.split(":")))
@@ -16163,8 +16159,8 @@ class CommandLineFailureTest(CommandLineCase):
     def setUp(self):
         super().setUp()
         self.words = {"ref": self.ref, "host": self.origin.host, "root": self.root}
-        self.offer("many", build_index([(self.image, SERVE_AMD),
-                                        (self.image, ("linux", "arm", "v7"))]))
+        self.offer("many", build_index([
+            (self.image, one) for one in (AMD64, ("linux", "arm", "v7"))]))
 
     @rows(FAILURES)
     def test_failures(self, command, code, words, match=None, *fault):
@@ -17609,7 +17605,7 @@ class FaultsCase(ThreatCase):
         self.offer("1", self.image)
 
     def offer(self, tag, image):
-        self.source.add("lab/app", tag, build_index([(image, SERVE_AMD)]))
+        self.source.add("lab/app", tag, build_index([(image, AMD64)]))
 
     def before(self, format, name, again):
         """A directory with what is there before the pull; `again`: it is there, too."""
@@ -19206,7 +19202,7 @@ class Seeded:
         FIXTURES.callback(remove, self.root)
         app, arm = build_image(CONTRACT_TARS), ("linux", "arm64", "v8")
         images = {"private/app:1": app,
-                  "lab/many:1": build_index([(app, ("linux", "amd64", None)), (
+                  "lab/many:1": build_index([(app, AMD64), (
                       build_image(CONTRACT_TARS[:1], platform=arm), arm)])}
         # Each skopeo mostly waits; side by side they take half the time.
         with contextlib.closing(DockerRegistry(self.root)) as registry, \
@@ -19716,16 +19712,12 @@ class DockerTest(ReadersCase):
             "images", "ls", "name==" + self.name("oci")))
 
     def test_two_platforms(self):
-        images = [build_image(READERS_TARS[:1], platform=("linux", name, None))
-                  for name in ("amd64", "arm64")]
-        index = build_index([(one, ("linux", name, None)) for one, name in zip(
-            images, ("amd64", "arm64"))])
+        images = [build_image(READERS_TARS[:1], platform=one) for one in (AMD64, ARM64)]
+        index = build_index(list(zip(images, (AMD64, ARM64))))
         with offered({"lab/two:1": index}) as (host, _):
-            imagec.pull(host + "/lab/two:1", self.at("x.tar"), platform=[
-                "linux/arm64", "linux/amd64"])
-            imagec.pull(host + "/lab/two:1", self.at("out"), "oci", platform=[
-                "linux/arm64", "linux/amd64"])
             name = host + "/lab/two:1"
+            for path, format in ("x.tar", "archive"), ("out", "oci"):
+                imagec.pull(name, self.at(path), format, ["linux/arm64", "linux/amd64"])
         self.docker("load", "--input", self.at("x.tar"))
         named = images["amd64" != imagec.Platform.host().architecture]
         self.assertEqual(self.inspected(name)[0], sha256(named.config))
@@ -19746,11 +19738,10 @@ class DockerTest(ReadersCase):
         self.assertIn(str(image.digest), listed)
 
     def test_what_docker_saves_and_containerd_exports(self):
-        image, other = build_image(ARCHIVE_TARS), build_image(
-            ARCHIVE_TARS[:1], platform=("linux", "arm64", None))
-        with offered({"lab/x:1": build_index([
-                (image, ("linux", "amd64", None)),
-                (other, ("linux", "arm64", None))])}) as (host, _):
+        image = build_image(ARCHIVE_TARS)
+        index = build_index([(image, AMD64), (
+            build_image(ARCHIVE_TARS[:1], platform=ARM64), ARM64)])
+        with offered({"lab/x:1": index}) as (host, _):
             name = host + "/lab/x:1"
             self.docker.ctr("images", "pull", "--plain-http", "--snapshotter", "native",
                             "--platform", "linux/amd64", name)
