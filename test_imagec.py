@@ -543,12 +543,10 @@ class Reply:
                 self.headers[name] = one
 
     def fill(self, body):
-        """Set the body, with the Content-Length that fits."""
         self.body = body
         self.put("Content-Length", str(len(body)))
 
     def head(self):
-        """The status line and headers, as sent."""
         if self.raw is not None:
             return self.raw
         reason = http.client.responses.get(self.code, "Unknown")
@@ -951,7 +949,6 @@ def close_delimited(reply):
 
 @action
 def no_range(reply):
-    """Answer 200 with the whole blob to a request for a part."""
     reply.code = 200
     reply.fill(reply.whole)
     return _with_headers(reply, {"content_range": None, "accept_ranges": None})
@@ -959,7 +956,6 @@ def no_range(reply):
 
 @action
 def partial(reply, content_range, start):
-    """Answer 206 with this Content-Range and the blob from `start` on."""
     reply.code = 206
     reply.fill(reply.whole[start:])
     return _with_headers(reply, {"content_range": content_range})
@@ -1055,7 +1051,6 @@ class FakeRegistry(Server):
         return sha256(data)
 
     def add_manifest(self, repository, tag, data, media_type, digest=None):
-        """Store a manifest by digest, and by tag unless that is None."""
         digest = digest or sha256(data)
         entries = self.repositories.setdefault(repository, {})
         for reference in {tag, digest} - {None}:
@@ -1063,7 +1058,6 @@ class FakeRegistry(Server):
         return digest
 
     def answer(self, request):
-        """Refuse or route a request; what no route knows is 404."""
         reply = self._refusal(request) or self._routed(request)
         if request.route.startswith("/v2/"):
             reply.put("Docker-Distribution-Api-Version", "registry/2.0")
@@ -1367,7 +1361,6 @@ class RegistryCase(unittest.TestCase):
         return write_file(os.path.join(self.root, *name.split("/")), content)
 
     def enter(self, place):
-        """Make it the current directory until the end of the test."""
         self.addCleanup(os.chdir, HOME)
         os.chdir(place)
 
@@ -1737,7 +1730,6 @@ class DockerRegistry:
         self._start(env_extra or {})
 
     def close(self):
-        """Stop the registry and its token server; may be called twice."""
         stop_guarded(self._process)
         if self.token_server is not None:
             self.token_server.close()
@@ -1833,7 +1825,6 @@ def skopeo_copy(source, destination, *options):
 
 
 def skopeo_inspect(ref, *options):
-    """What `skopeo inspect` says of `ref`, as a dict."""
     told = _skopeo("inspect", "--tls-verify=false", *(options + (ref,)))
     return json.loads(told.decode("utf-8"))
 
@@ -2024,7 +2015,6 @@ class NetworkCase(RegistryCase):
         self.patch(mock.patch("socket.socket", Routed))
 
     def client(self, registry, credentials=None, host=None, transport=None, **options):
-        """An imagec.Registry that talks to the FakeRegistry."""
         if isinstance(credentials, str):
             credentials = imagec.Credentials(credentials, PASSWORD)
         return imagec.Registry(host or registry.host, transport or self.transport(),
@@ -6603,7 +6593,6 @@ class AuthorizedTest(NetworkCase):
         return self.filled(**dict({"auth": "bearer"}, **options))
 
     def visit(self, client):
-        """The manifest, the config and every layer."""
         manifest = client.fetch_manifest("app", "1")
         client.fetch_blob("app", manifest.config)
         for layer in manifest.layers:
@@ -7213,7 +7202,6 @@ SPDX, SIMPLE_SIGNING = ("application/spdx+json",
 
 
 def referring(image, kind=SPDX, data=b"{}1", **members):
-    """An artifact that refers to a BuiltImage."""
     return build_artifact([(kind, data, "x.json")], kind, subject=image.descriptor(),
                           **members)
 
@@ -10926,7 +10914,6 @@ def of_type(media_type, raw):
 
 
 def dsse(kind, payload, secret=TEST_SECRET, **changes):
-    """A DSSE envelope, as a dict."""
     message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode("ascii"), len(payload), payload)
     made = base64.b64encode(der_pair(*ecdsa(message, secret))).decode("ascii")
     return dict({"payload": base64.b64encode(payload).decode("ascii"),
@@ -13481,7 +13468,6 @@ class LookTest(StoredCase):
     """`ls` and `cat`: what is where, and of no more layers than it takes."""
 
     def read(self, *argv, expect=0):
-        """(standard output, standard error) of a command."""
         run = self.main(*argv, expect=expect)
         self.assertNotIn("Traceback", run.err)
         self.assertEqual(os.listdir(tempfile.gettempdir()), [])
@@ -14254,7 +14240,6 @@ class ServeTest(ServeCase):
         return sock
 
     def narrow(self, shelf):
-        """The host of a server for two connections."""
         with mock.patch.object(imagec, "SERVE_THREADS", 2):
             return self.serve(shelf)
 
@@ -15170,7 +15155,6 @@ class CommandLineCase(RegistryCase):
 
     def forks(self, *lines, streams="12", code="imagec.main()", closed="", environ=(),
               **options):
-        """Starts FORKS: its process and place."""
         place = tempfile.mkdtemp(dir=self.root)
         process = subprocess.Popen(
             ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, "-S", "-c", FORKS,
@@ -15197,7 +15181,6 @@ class CommandLineCase(RegistryCase):
         return ended.out.decode("ascii").splitlines()
 
     def inspected(self, *argv):
-        """What inspect tells, in its order."""
         return ordered("\n".join(self.done("inspect", *argv)))
 
     def files(self):
@@ -19622,7 +19605,6 @@ class Docker:
         return self._done(["docker"] + list(arguments), **options)
 
     def ctr(self, *arguments):
-        """What `ctr ARGUMENTS` prints, of its containerd."""
         return self._done(["ctr", "--address", self._at("exec", "containerd",
                                                         "containerd.sock"),
                            "--namespace", "lab"] + list(arguments))
