@@ -2658,7 +2658,7 @@ class ServeCase(RegistryCase):
 
 HEX64 = "0123456789abcdef" * 4
 SHA256_A = "sha256:" + HEX64
-SHA512_A = "sha512:" + HEX64 * 2
+SHA384_A, SHA512_A = "sha384:" + HEX64[:32] * 3, "sha512:" + HEX64 * 2
 ARABIC_DIGITS = "\u0661\u0662\u0663"
 LONG_TAG = "t" * 128
 
@@ -2688,6 +2688,7 @@ GOOD_REFERENCES = (
     ("docker.io/library/app:" + LONG_TAG, "app:" + LONG_TAG),
     ("docker.io/library/app:_x.Y-z", "app:_x.Y-z"),
     ("docker.io/library/app@" + SHA256_A, "app@" + SHA256_A),
+    ("docker.io/library/app@" + SHA384_A, "app@" + SHA384_A),
     ("docker.io/library/app@" + SHA512_A, "app@" + SHA512_A),
     ("docker.io/library/app:1@" + SHA256_A, "app:1@" + SHA256_A),
     ("gcr.io/p/i:tag@" + SHA256_A, "gcr.io/p/i:tag@" + SHA256_A),
@@ -2776,12 +2777,6 @@ class NamesTest(TableCase):
             found = outcome(imagec.Reference.parse, text)
             if isinstance(found, imagec.Reference):
                 self.assertEqual(imagec.Reference.parse(str(found)), found, text)
-
-    # algorithm, hex
-    @rows((("sha256", HEX64), ("sha384", HEX64 + HEX64[:32]), ("sha512", HEX64 * 2)))
-    def test_good_digests(self, *parts):
-        found = imagec.Digest.parse(":".join(parts))
-        self.assertEqual((found, str(found)), (parts, ":".join(parts)))
 
     # T01, T02, T14
     @rows(worded(
@@ -3107,11 +3102,6 @@ class SignaturesTest(TableCase):
         self.refused(imagec.InvalidDocument, words, imagec.PrettySignature.parse,
                      pretty(PAYLOAD, signatures))
 
-    def test_signatures_in_another_case(self):
-        body = pretty(PAYLOAD).replace(b'"signatures"', b'"Signatures"')
-        self.refused(imagec.InvalidDocument, "in another case",
-                     imagec.PrettySignature.parse, body)
-
 
 # --------------------------------------------------------------------------------------
 # 5  Manifests
@@ -3235,6 +3225,7 @@ AMBIGUOUS = worded(
     ("in another case",
      (None, None, dict(IMAGE_DOC, Layers=[])),
      (None, None, dict(IMAGE_DOC, Manifests=[])),
+     (None, None, dict(SCHEMA1_DOC, Signatures=PRETTY_DOC["signatures"])),
      (None, None, dict(INDEX_DOC, FSLAYERS=[])),
      (None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
      (None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
@@ -14139,14 +14130,12 @@ class ServeTest(ServeCase):
         self.assertEqual(found.count(b"HTTP/1.1 "), 1, found)
         self.assertIn(b"\r\nConnection: close\r\n", found)
 
-    def test_a_request_of_HTTP_0_9(self):
-        self.assertRegex(serve_raw(self.archived(), b"GET /v2/\r\n"), rb"\AHTTP/1\.1 200 ")
-
-    @rows(((b"Content-Length: 0",), (b"Content-Length:0 \t",), (b"X-y.z~: (a)",)))
-    def test_heads_that_can_be_read_in_one_way(self, fields):
-        found = serve_raw(self.archived(),
-                          b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n")
-        self.assertRegex(found, rb"\AHTTP/1\.1 200 ")
+    # The last is of HTTP 0.9.
+    @rows(((b" HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n",) for fields in (
+        b"Content-Length: 0", b"Content-Length:0 \t", b"X-y.z~: (a)")), [(b"\r\n",)])
+    def test_heads_that_can_be_read_in_one_way(self, head):
+        self.assertRegex(serve_raw(self.archived(), b"GET /v2/" + head),
+                         rb"\AHTTP/1\.1 200 ")
 
     def test_client_that_begins_with_tls(self):
         # Go's, and with it containerd, know an answer in plain http by its "HTTP/";
@@ -19256,9 +19245,6 @@ class RealTLSTest(PullContract, RealPullCase):
     def setUp(self):
         super().setUp()
         os.environ["SSL_CERT_FILE"] = self.file("real.pem", TEST_CERT)
-
-    def test_without_password(self):
-        self.assert_one_line(self.pull("-q", self.app + "oci"), 5, "-u USER")
 
 
 @needs("docker-registry", "skopeo")
