@@ -2733,17 +2733,6 @@ BAD_REFERENCES = worded(
     ("port", "h.io:0/x", "h.io:99999/x", "h.io:65536/x"),
     ("longer than 255", "h.io/" + "a" * 256, "a" * 248))
 
-HOSTS = (
-    # uname's machine, bytes of a pointer, platform
-    ("x86_64", 8, "linux/amd64"), ("AMD64", 8, "linux/amd64"),
-    ("x86_64", 4, "linux/386"), ("i686", 4, "linux/386"), ("aarch64", 8, "linux/arm64"),
-    ("arm64", 8, "linux/arm64"), ("aarch64", 4, "linux/arm/v7"),
-    ("armv8l", 4, "linux/arm/v8"), ("armv7l", 4, "linux/arm/v7"),
-    ("armv6l", 4, "linux/arm/v6"), ("armv5tel", 4, "linux/arm/v5"),
-    ("ppc64le", 8, "linux/ppc64le"), ("s390x", 8, "linux/s390x"),
-    ("riscv64", 8, "linux/riscv64"), ("loongarch64", 8, "linux/loong64"),
-    ("mips64", 8, "linux/mips64"), ("", 8, "linux/amd64"))
-
 
 class NamesTest(TableCase):
     """Text becomes a value, or an InvalidReference."""
@@ -2868,7 +2857,17 @@ class NamesTest(TableCase):
         names = tuple("/".join(filter(None, each[1:3])) for each in found)
         self.assertEqual(names, expected)
 
-    @rows(itertools.product(HOSTS, (True, False)))
+    @rows(itertools.product((
+        # uname's machine, bytes of a pointer, platform
+        ("x86_64", 8, "linux/amd64"), ("AMD64", 8, "linux/amd64"),
+        ("x86_64", 4, "linux/386"), ("i686", 4, "linux/386"),
+        ("aarch64", 8, "linux/arm64"), ("arm64", 8, "linux/arm64"),
+        ("aarch64", 4, "linux/arm/v7"), ("armv8l", 4, "linux/arm/v8"),
+        ("armv7l", 4, "linux/arm/v7"), ("armv6l", 4, "linux/arm/v6"),
+        ("armv5tel", 4, "linux/arm/v5"), ("ppc64le", 8, "linux/ppc64le"),
+        ("s390x", 8, "linux/s390x"), ("riscv64", 8, "linux/riscv64"),
+        ("loongarch64", 8, "linux/loong64"),
+        ("mips64", 8, "linux/mips64"), ("", 8, "linux/amd64")), (True, False)))
     def test_host(self, row, posix):
         machine, pointer, expected = row
         with mock.patch.object(os, "uname", create=True) as uname, mock.patch(
@@ -3189,51 +3188,6 @@ TYPES_DECIDED = (
     (None, None, dict(INDEX_DOC, manifests=None), "oci index"),
     ("docker", None, dict(DOCKER_DOC, mediaType=""), "docker"))
 
-# T34, CVE-2021-41190: all that two clients could read as two things.
-AMBIGUOUS = worded(
-    # words of the message, then Content-Type, mediaType, document
-    ("ambiguous",
-     ("oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
-     ("oci index", "oci index", dict(IMAGE_DOC, **INDEX_DOC)),
-     ("oci index", None, dict(INDEX_DOC, layers=[])),
-     ("oci index", None, dict(INDEX_DOC, config={})),
-     ("oci", None, dict(IMAGE_DOC, manifests=[])),
-     ("docker", None, dict(IMAGE_DOC, fsLayers=[])),
-     ("oci", None, dict(IMAGE_DOC, history=[])),
-     ("schema1", None, dict(SCHEMA1_DOC, layers=[])),
-     ("signed", None, dict(PRETTY_DOC, config={})),
-     (None, None, dict(SCHEMA1_DOC, manifests=[])),
-     (None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
-     (None, None, {"schemaVersion": 2, "manifests": [], "fsLayers": []}),
-     (None, None, {"schemaVersion": 2, "manifests": None, "layers": None})),
-    ("has the shape of",
-     ("oci", "oci", INDEX_DOC), ("oci index", "oci index", IMAGE_DOC),
-     ("oci index", None, IMAGE_DOC), ("docker", None, INDEX_DOC),
-     ("signed", None, IMAGE_DOC), ("oci", None, SCHEMA1_DOC),
-     (None, "oci index", SCHEMA1_DOC)),
-    ("calls itself",
-     ("docker", "oci", IMAGE_DOC), ("oci index", "docker list", INDEX_DOC),
-     ("oci index", "oci", IMAGE_DOC), ("oci", "oci index", INDEX_DOC)),
-    ("schemaVersion is 1",
-     ("oci", "oci", dict(IMAGE_DOC, schemaVersion=1)),
-     (None, None, dict(INDEX_DOC, schemaVersion=1))),
-    ("schemaVersion is 2", (None, None, dict(SCHEMA1_DOC, schemaVersion=2))),
-    ("has no 'schemaVersion'", (None, None, dict(IMAGE_DOC, schemaVersion=None))),
-    ("must be a JSON integer", (None, None, dict(IMAGE_DOC, schemaVersion="2"))),
-    ("is no manifest", ("oci", "oci", {"schemaVersion": 2}), (None, None, {})),
-    # T35
-    ("in another case",
-     (None, None, dict(IMAGE_DOC, Layers=[])),
-     (None, None, dict(IMAGE_DOC, Manifests=[])),
-     (None, None, dict(SCHEMA1_DOC, Signatures=PRETTY_DOC["signatures"])),
-     (None, None, dict(INDEX_DOC, FSLAYERS=[])),
-     (None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
-     (None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
-     (None, None, dict(IMAGE_DOC, schemaversion=1))),
-    ("not an image", *((None, None, dict(IMAGE_DOC, mediaType=kind)) for kind in (
-        "application/vnd.oci.artifact.manifest.v1+json",
-        "application/vnd.docker.plugin.v1+json", "text/html", "\x1b[2J"))))
-
 MEMBER_FAULTS = (
     # document, path, words, values put in place of that member
     ("image", ("config",), "has no 'config'", None),
@@ -3440,7 +3394,50 @@ class ManifestsTest(TableCase):
         self.assertEqual(found.media_type, MANIFEST_TYPES[kind])
         self.assertEqual(found.raw, raw)
 
-    @rows(AMBIGUOUS)
+    # T34, CVE-2021-41190: all that two clients could read as two things.
+    @rows(worded(
+        # words of the message, then Content-Type, mediaType, document
+        ("ambiguous",
+         ("oci", "oci", dict(IMAGE_DOC, **INDEX_DOC)),
+         ("oci index", "oci index", dict(IMAGE_DOC, **INDEX_DOC)),
+         ("oci index", None, dict(INDEX_DOC, layers=[])),
+         ("oci index", None, dict(INDEX_DOC, config={})),
+         ("oci", None, dict(IMAGE_DOC, manifests=[])),
+         ("docker", None, dict(IMAGE_DOC, fsLayers=[])),
+         ("oci", None, dict(IMAGE_DOC, history=[])),
+         ("schema1", None, dict(SCHEMA1_DOC, layers=[])),
+         ("signed", None, dict(PRETTY_DOC, config={})),
+         (None, None, dict(SCHEMA1_DOC, manifests=[])),
+         (None, None, dict(SCHEMA1_DOC, **dict(IMAGE_DOC, **INDEX_DOC))),
+         (None, None, {"schemaVersion": 2, "manifests": [], "fsLayers": []}),
+         (None, None, {"schemaVersion": 2, "manifests": None, "layers": None})),
+        ("has the shape of",
+         ("oci", "oci", INDEX_DOC), ("oci index", "oci index", IMAGE_DOC),
+         ("oci index", None, IMAGE_DOC), ("docker", None, INDEX_DOC),
+         ("signed", None, IMAGE_DOC), ("oci", None, SCHEMA1_DOC),
+         (None, "oci index", SCHEMA1_DOC)),
+        ("calls itself",
+         ("docker", "oci", IMAGE_DOC), ("oci index", "docker list", INDEX_DOC),
+         ("oci index", "oci", IMAGE_DOC), ("oci", "oci index", INDEX_DOC)),
+        ("schemaVersion is 1",
+         ("oci", "oci", dict(IMAGE_DOC, schemaVersion=1)),
+         (None, None, dict(INDEX_DOC, schemaVersion=1))),
+        ("schemaVersion is 2", (None, None, dict(SCHEMA1_DOC, schemaVersion=2))),
+        ("has no 'schemaVersion'", (None, None, dict(IMAGE_DOC, schemaVersion=None))),
+        ("must be a JSON integer", (None, None, dict(IMAGE_DOC, schemaVersion="2"))),
+        ("is no manifest", ("oci", "oci", {"schemaVersion": 2}), (None, None, {})),
+        # T35
+        ("in another case",
+         (None, None, dict(IMAGE_DOC, Layers=[])),
+         (None, None, dict(IMAGE_DOC, Manifests=[])),
+         (None, None, dict(SCHEMA1_DOC, Signatures=PRETTY_DOC["signatures"])),
+         (None, None, dict(INDEX_DOC, FSLAYERS=[])),
+         (None, None, dict(IMAGE_DOC, MediaType=MANIFEST_TYPES["oci index"])),
+         (None, None, dict(INDEX_DOC, **{"layer\u017f": []})),
+         (None, None, dict(IMAGE_DOC, schemaversion=1))),
+        ("not an image", *((None, None, dict(IMAGE_DOC, mediaType=kind)) for kind in (
+            "application/vnd.oci.artifact.manifest.v1+json",
+            "application/vnd.docker.plugin.v1+json", "text/html", "\x1b[2J")))))
     def test_ambiguous(self, header, media_type, document, words):
         raw, header = typed(document, media_type), type_header(header)
         kind = imagec.Unsupported if words == "not an image" else imagec.InvalidDocument
@@ -6735,30 +6732,6 @@ class AuthorizedTest(NetworkCase):
         self.assertEqual(registry.connections, 2)  # TLS was tried first
 
 
-#: (name, what the manifest's reply becomes, error unless it is taken, words)
-NET_MANIFEST_REPLIES = (
-    ("as it is", lambda reply: reply), ("chunked", chunked()),
-    ("without a length", close_delimited()),
-    ("no digest header", headers(docker_content_digest=None)),
-    ("no content type", headers(content_type=None)),
-    ("parameter", headers(content_type=MEDIA_TYPES["oci"]["manifest"] + "; a=b")),
-    ("lying header, sha512", headers(docker_content_digest="sha512:" + "0" * 128),
-     imagec.DigestMismatch, "disagree", "sha512:000"),
-    ("senseless header", headers(docker_content_digest="sha256:../../x")),
-    ("bare header", headers(docker_content_digest=sha256(b"")[7:])),
-    ("empty header", headers(docker_content_digest="")),
-    ("compressed besides", lambda reply: body(gzip_bytes(
-        reply.body), content_encoding="gzip")(reply)),
-    ("said to be compressed", headers(content_encoding="br")),
-    ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
-     imagec.InvalidDocument),  # T34
-    ("flipped bit", flip(40), imagec.ImagecError),
-    ("one byte too many", extra(1), imagec.ImagecError),  # a NUL is no JSON
-    ("endless drip, T52", endless(bytes(BLOCK), 0.001), imagec.LimitExceeded, "4194304"),
-    ("endless error, T52", [endless(), lambda reply: _set(reply, code=404)],
-     imagec.NotFound, "404"),
-    ("not modified", status(304), imagec.RegistryError, "304"))
-
 #: (Link of the first page of two, tags, None where it must be refused). T15
 NET_LINKS = tuple((link.format(list="/v2/app/tags/list?last=b", next='rel="next"',
                                host="{host}", port="{port}", url="{url}"), tags)
@@ -6966,7 +6939,30 @@ class RegistryTest(KnownCase):
         kinds |= {MEDIA_TYPES[kind]["index"] for kind in ("oci", "docker")}
         self.assertEqual(set(sent[0].split(", ")), kinds)
 
-    @rows(NET_MANIFEST_REPLIES)
+    # (name, what the manifest's reply becomes, error unless it is taken, words)
+    @rows((
+        ("as it is", lambda reply: reply), ("chunked", chunked()),
+        ("without a length", close_delimited()),
+        ("no digest header", headers(docker_content_digest=None)),
+        ("no content type", headers(content_type=None)),
+        ("parameter", headers(content_type=MEDIA_TYPES["oci"]["manifest"] + "; a=b")),
+        ("lying header, sha512", headers(docker_content_digest="sha512:" + "0" * 128),
+         imagec.DigestMismatch, "disagree", "sha512:000"),
+        ("senseless header", headers(docker_content_digest="sha256:../../x")),
+        ("bare header", headers(docker_content_digest=sha256(b"")[7:])),
+        ("empty header", headers(docker_content_digest="")),
+        ("compressed besides", lambda reply: body(gzip_bytes(
+            reply.body), content_encoding="gzip")(reply)),
+        ("said to be compressed", headers(content_encoding="br")),
+        ("type of an index", headers(content_type=MEDIA_TYPES["oci"]["index"]),
+         imagec.InvalidDocument),  # T34
+        ("flipped bit", flip(40), imagec.ImagecError),
+        ("one byte too many", extra(1), imagec.ImagecError),  # a NUL is no JSON
+        ("endless drip, T52", endless(bytes(BLOCK), 0.001), imagec.LimitExceeded,
+         "4194304"),
+        ("endless error, T52", [endless(), lambda reply: _set(reply, code=404)],
+         imagec.NotFound, "404"),
+        ("not modified", status(304), imagec.RegistryError, "304")))
     def test_manifest_replies(self, _name, action, kind=None, *words):
         registry = self.filled()
         registry.fault("GET .*/manifests/", action)
@@ -14030,24 +14026,6 @@ SERVE_MALFORMED = (
     b": no name", b"no colon", b"X: " + b"x" * 70000, b"X: y\r\n" * 500,
     b"Content-Length: x", b"Authorization: Basic \xff\xfe"))
 
-#: Header fields that two programs may read in two ways, and then what follows, too.
-SERVE_TWO_WAYS = tuple(fields + b"\r\nHost: x" for fields in (
-    b" Transfer-Encoding: chunked", b"\tContent-Length: 40", b":Content-Length: 40",
-    b"From Content-Length: 40", b"X: y\r\nFrom Content-Length: 40",
-    b"Content-Type: multipart/mixed; boundary=b\r\n--b--\r\nContent-Length: 40",
-)) + tuple(b"Host: x\r\n" + fields for fields in (
-    b"Content-Length: 0\r\nContent-Length: 38",
-    b"Content-Length: 38\r\nContent-Length: 0",
-    b"Content-Length: 0\r\ncontent-length: 0", b"Content-Length: 0, 0", b"host: y",
-    b"Content-Length: x", b"Content-Length: +0", b"Content-Length: -0",
-    b"Content-Length: 0x0", b"Content-Length:", b"Content-Length: 0_0",
-    b"Content-Length: \xd9\xa1", b"Content-Length:\r\n 0", b"Content-Length: 0\r\n 38",
-    b"Transfer-Encoding : chunked", b"Content-Length : 38", b"Content-Length\t: 38",
-    b" Content-Length: 38", b"X: y\r\n\tz",
-    b"X: y\r\r\nContent-Length: 38", b"X: y\r\rContent-Length: 38",
-    b"no colon\r\nContent-Length: 38", b": no name\r\nContent-Length: 38",
-    b"Content-Length\0: 38", b"Content(Length): 38", b"X\xff: y", b"X Y: z"))
-
 SERVE_ALICE = field_base64("alice:" + PASSWORD)
 
 
@@ -14121,7 +14099,24 @@ class ServeTest(ServeCase):
                     self.assertEqual(serve_ask(host, "/v2/").status, 200)
         self.assertEqual(err.getvalue(), "")
 
-    @rows(itertools.product(SERVE_TWO_WAYS, (b"GET", b"HEAD", b"POST")))
+    # Header fields that two programs may read in two ways, and then what follows, too.
+    @rows(itertools.product(tuple(fields + b"\r\nHost: x" for fields in (
+        b" Transfer-Encoding: chunked", b"\tContent-Length: 40", b":Content-Length: 40",
+        b"From Content-Length: 40", b"X: y\r\nFrom Content-Length: 40",
+        b"Content-Type: multipart/mixed; boundary=b\r\n--b--\r\nContent-Length: 40",
+    )) + tuple(b"Host: x\r\n" + fields for fields in (
+        b"Content-Length: 0\r\nContent-Length: 38",
+        b"Content-Length: 38\r\nContent-Length: 0",
+        b"Content-Length: 0\r\ncontent-length: 0", b"Content-Length: 0, 0", b"host: y",
+        b"Content-Length: x", b"Content-Length: +0", b"Content-Length: -0",
+        b"Content-Length: 0x0", b"Content-Length:", b"Content-Length: 0_0",
+        b"Content-Length: \xd9\xa1", b"Content-Length:\r\n 0",
+        b"Content-Length: 0\r\n 38", b"Transfer-Encoding : chunked",
+        b"Content-Length : 38", b"Content-Length\t: 38", b" Content-Length: 38",
+        b"X: y\r\n\tz", b"X: y\r\r\nContent-Length: 38", b"X: y\r\rContent-Length: 38",
+        b"no colon\r\nContent-Length: 38", b": no name\r\nContent-Length: 38",
+        b"Content-Length\0: 38", b"Content(Length): 38", b"X\xff: y",
+        b"X Y: z")), (b"GET", b"HEAD", b"POST")))
     def test_heads_that_can_be_read_in_two_ways(self, fields, method):
         found = serve_raw(
             self.archived(), method + b" /v2/ HTTP/1.1\r\n" + fields
