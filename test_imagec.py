@@ -472,10 +472,7 @@ def _v1_history(steps, platform, extra):
 
 
 def _sign(payload):
-    """Append libtrust's `signatures` before the closing brace of a JSON document.
-
-    The signature is arbitrary bytes: registries have long stopped checking it.
-    """
+    """Append libtrust's `signatures`: any bytes, for no registry checks them any more."""
     return pretty(payload, [dict(
         protected(formatLength=len(payload) - 2, formatTail=b"\n}", time=CREATED),
         header={"jwk": JWK, "alg": "ES256"},
@@ -531,10 +528,7 @@ class Reply:
         _with_headers(self, dict(headers))
 
     def put(self, name, value):
-        """Set a header, given as content_type or Content-Type.
-
-        None removes it, a list makes several.
-        """
+        """Set a header; None removes it, a list makes several."""
         name = name.replace("_", "-").title()
         del self.headers[name]
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -647,10 +641,7 @@ class Fault:
 
 
 class Server:
-    """HTTP/1.1 on a raw socket, since http.server can neither lie nor reset.
-
-    Subclasses answer requests; faults then spoil the answers.
-    """
+    """HTTP/1.1 on a raw socket, since http.server can neither lie nor reset."""
 
     def __init__(self, tls=False):
         self.requests = []
@@ -1898,10 +1889,7 @@ def cpu_within(seconds):
 
 
 def rows(*tables):
-    """The decorated method is a test, called with each row of the tables.
-
-    Each is a subTest named by its first cell.
-    """
+    """The decorated method is a test, called with each row of the tables."""
     table = [row for rows in tables for row in rows]
     assert table, "an empty table proves nothing"
 
@@ -2063,12 +2051,10 @@ class Scripted(Server):
 
 
 def to(location, code=307):
-    """A scripted redirect."""
     return lambda request: Reply(code, headers={"Location": location})
 
 
 def say(data, code=200, **changed):
-    """A scripted reply."""
     return lambda request: headers(**changed)(Reply(code, data))
 
 
@@ -2106,7 +2092,6 @@ def field_noisy_image(size, step=0, compress=gzip_bytes):
 
 
 def field_entry(user, password=PASSWORD):
-    """An entry of `auths`."""
     return {"auth": field_base64("%s:%s" % (user, password))}
 
 
@@ -3886,9 +3871,7 @@ def pax(*pairs, kind=b"x"):
 
 
 def old_sparse(extents, size, empty=0, name=b"f"):
-    """An old GNU sparse file of (offset, data) pairs, so many `empty` ones before them;
-    the map goes on in more blocks.
-    """
+    """An old GNU sparse file of (offset, data) pairs, so many `empty` ones before them."""
     content = b"".join(data for _, data in extents)
     pairs = [(0, 0)] * empty + [(at, len(data)) for at, data in extents]
     table = b"".join(b"%011o\0%011o\0" % pair for pair in pairs)
@@ -5380,9 +5363,7 @@ class TransportTest(NetworkCase):
         self.assertTrue(found.exception.retryable)
 
     def in_slow_time(self, seconds, size, first=None):
-        """A clock by which each receiving takes so long, and gives so much at most;
-        the `first` takes longer.
-        """
+        """A clock by which each receiving takes so long, and gives so much at most."""
         now, firsts, receive = [0], [first or seconds], imagec._Kept.receive
 
         def slowly(kept, sock, buffer):
@@ -11475,7 +11456,6 @@ class PullTest(PullCase):
 
 
 def imagec_threads():
-    """How many of an executor's threads are alive."""
     return sum("ThreadPoolExecutor" in one.name for one in threading.enumerate())
 
 
@@ -18659,9 +18639,7 @@ def counted(document, name):
 
 
 def in_two_blocks(lines, digits):
-    """A sparse file: so many lines of its map are in the first block, and so many digits
-    of the next.
-    """
+    """A sparse file: so many lines of its map in one block, so many digits in the next."""
     width, wider = divmod(512 - digits, lines)
     return mapped(b"".join(
         b"%0*d\n" % (width - (line >= wider), 0 if line else lines // 2 + 1)
