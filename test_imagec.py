@@ -2520,7 +2520,6 @@ def serve_document(raw):
 
 
 def serve_raw_of(shelf, name, reference, namespace=None):
-    """The bytes of a document on a Shelf."""
     tags = shelf.repositories[shelf.names_of(namespace, name)[0] if namespace else name]
     return shelf.documents[tags.get(reference, reference)][0]
 
@@ -2587,7 +2586,6 @@ class ServeCase(RegistryCase):
         return image
 
     def pair(self):
-        """The files of a certificate and its key, for a server."""
         return (write_file(self.at("cert.pem"), TEST_CERT),
                 write_file(self.at("key.pem"), TEST_KEY))
 
@@ -3026,7 +3024,6 @@ def pretty(payload, signatures=None, injected=b""):
 
 
 def length_and_tail(length, tail):
-    """A list of one signature."""
     return [protected(formatLength=length, formatTail=tail)]
 
 
@@ -3325,7 +3322,6 @@ def typed(document, media_type):
 
 
 def planted(value, path, odd):
-    """A copy of nested JSON with one place in it taken by something else."""
     if not path:
         return odd
     value = copy.copy(value)
@@ -3334,7 +3330,6 @@ def planted(value, path, odd):
 
 
 def json_places(value, path=()):
-    """The path of everything in nested JSON."""
     yield path
     if isinstance(value, (dict, list)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
@@ -3844,7 +3839,6 @@ def tar_header(size=0, kind=b"0", name=b"f", patches=()):
 
 
 def in_blocks(data):
-    """Data padded to whole blocks."""
     return data + bytes(-len(data) % 512)
 
 
@@ -4092,7 +4086,6 @@ ENTRIES = (
 
 
 def pieces(data, sizes):
-    """Data cut into pieces of those sizes, over and over."""
     start = 0
     for size in sizes:
         if start >= len(data):
@@ -4113,7 +4106,6 @@ def feedings(data):
 
 
 def walked(parts):
-    """A Tar of which all members have been drawn."""
     tar = imagec.Tar(parts, "layer")
     for _ in tar:
         pass
@@ -4121,7 +4113,6 @@ def walked(parts):
 
 
 def unpacked(parts, **options):
-    """What a blob unpacks to."""
     return imagec.unpack(iter(parts), "layer 1", **options)
 
 
@@ -4139,7 +4130,6 @@ class ProvedTest(TableCase):
     """A blob is its digest and its size, not a byte less or more."""
 
     def _proved(self, data, parts, size=None):
-        """What is yielded of the parts, which should be the data."""
         return b"".join(imagec.proved(parts, imagec.Digest.of(data), size, "blob"))
 
     @rows((size,) for size in [0] + [1 << power for power in range(17)])
@@ -4632,7 +4622,6 @@ class ResolveCase(FieldCase):
     """Where an image need not be pulled to see what comes of asking for it."""
 
     def resolve(self, host, name="lab/app:1", held=(), **options):
-        """Its manifest and config, as an imagec.Image."""
         with self.session(**options) as session:
             return session.resolve(
                 imagec.Reference.parse("%s/%s" % (host, name) if host else name),
@@ -9433,7 +9422,6 @@ class RecompressTest(StoredCase):
         self.reference, self.image = self.serve(ARCHIVE_TARS, compress=zstd_bytes)
 
     def recompressed(self, name, *references):
-        """Pull them with gzip layers, and verify what is there."""
         format = "archive" if name.endswith(".tar") else "oci"
         self.pull("--recompress", "gzip", "--format", format, "-o", self.at(name),
                   *references)
@@ -15139,7 +15127,6 @@ class CommandLineCase(RegistryCase):
         return self.ends(*self.forks(*lines, **options))
 
     def done(self, *argv, **options):
-        """The lines a command prints, which must succeed."""
         ended = self.main(*argv, **options)
         self.assertEqual((ended.status, ended.err), (0, ""))
         return ended.out.decode("ascii").splitlines()
