@@ -9566,7 +9566,6 @@ class RecompressTest(StoredCase):
 # --------------------------------------------------------------------------------------
 
 FLAT_BAD = imagec.InvalidDocument
-FLAT_PLNK = ".wh..wh.plnk/ .wh..wh.plnk/1.2=data "
 FLAT_CASES = (
     # where it is from, layers, the tree they make or the error
     ("spec: whiteout", ["a=1 b=2", ".wh.a="], "b=2"),
@@ -9596,7 +9595,8 @@ FLAT_CASES = (
     ("T149: as a link", ["a=1 b=2", ".wh.a->b"], "b=2"),
     ("T149: with data", ["a=1 b=2", ".wh.a=data"], "b=2"),
     ("docker: AUFS keeps hard links' data apart",
-     [FLAT_PLNK + "a=>.wh..wh.plnk/1.2 b=>.wh..wh.plnk/1.2"], "a=data b=>a"),
+     [".wh..wh.plnk/ .wh..wh.plnk/1=data a=>.wh..wh.plnk/1 b=>.wh..wh.plnk/1"],
+     "a=data b=>a"),
     ("docker: AUFS's other things", [".wh..wh.aufs= .wh..wh.orph/ a=1"], "a=1"),
     ("root entry", ["./ a=1", "/ ./b=2"], "a=1 b=2"),
     ("implicit parents", ["a/b/c=1"], "a/ a/b/ a/b/c=1"),
@@ -13365,7 +13365,6 @@ LOOK_CASES = (
     ("T148: and later", ["x/ d->x", "d/a=2", "d/"], "d/a", None, 3),
     ("above the root", ["a=1", "b=2"], "../../b", "2", 1),
     ("a layer twice", ["a=1", "b=2", "a=1"], "b", "2", 2))
-LOOK_TARGETS = ("a", "b", "d", "/e", "d/e", "../e", "..", ".", "b/../d", "d/a", "x")
 
 
 def look_over(layers):
@@ -13407,7 +13406,8 @@ def linked_layers(dice):
             folder, slash, last = name.rpartition("/")
             words.append(dice.choice((
                 name + "/", "%s=%d" % (name, number), "%s=%d" % (name, number),
-                "%s->%s" % (name, dice.choice(LOOK_TARGETS)),
+                "%s->%s" % (name, dice.choice(
+                    "a b d /e d/e ../e .. . b/../d d/a x".split())),
                 "%s=>%s" % (name, dice.choice(FLAT_NAMES)),
                 "%s%s.wh.%s=" % (folder, slash, last),
                 "%s%s.wh..wh..opq=" % (folder, slash))))
@@ -13757,13 +13757,12 @@ SERVE_MANIFEST = {"Docker-Content-Digest": "{digest}", "Content-Type": "{type}",
 SERVE_BLOB = {"Docker-Content-Digest": "{blob}", "Accept-Ranges": "bytes",
               "Content-Type": "application/octet-stream",
               "Content-Length": "{blob_size}"}
-SERVE_JSON = {"Content-Type": "application/json"}
 
 #: (path below /v2/, status, error code or None, headers); each by GET and by HEAD
 SERVE_CONFORMANCE = tuple(
     (path, status, code, headers) for status, code, headers, *group in (
-        (200, None, SERVE_JSON, "", "_catalog", "{name}/tags/list",
-         "{name}/tags/list?n=1", "library/alpine/tags/list?ns=docker.io"),
+        (200, None, {"Content-Type": "application/json"}, "", "_catalog",
+         "{name}/tags/list", "{name}/tags/list?n=1", "library/alpine/tags/list?ns=docker.io"),
         (200, None, SERVE_MANIFEST, "{name}/manifests/1", "{name}/manifests/{digest}",
          "{host}/{name}/manifests/1", "{name}/manifests/1?ns={host}",
          "{host}/{name}/manifests/1?ns={host}"),  # as containerd asks a HOST/NAME mirror
@@ -16909,7 +16908,6 @@ IMPORTS = frozenset("""
     selectors shutil signal socket socketserver ssl stat struct subprocess sys tempfile threading
     time traceback types urllib zlib
 """.split())
-NEWER_IMPORTS = {"compression"}  # Python 3.14
 
 #: Name -> the only room that may use it.
 ROOM_OF_USE = {
@@ -17109,7 +17107,7 @@ class ArchitectureTest(unittest.TestCase):
                     for name in imported_modules(node)}
         self.assertEqual(imported, IMPORTS)
         standard = getattr(sys, "stdlib_module_names", IMPORTS)  # from 3.10 on
-        self.assertLessEqual(IMPORTS - NEWER_IMPORTS, standard)
+        self.assertLessEqual(IMPORTS - {"compression"}, standard)  # Python 3.14
 
     @able(sys.version_info >= (3, 8), "tell where a function ends")
     def test_functions_and_classes_are_short(self):
@@ -18863,12 +18861,6 @@ class StepsTest(unittest.TestCase):
 
 # -- Rows of the catalogue that no other room tests
 
-#: Modules the program imports, early or late: traps of these names lie around.
-THREAT_TRAPS = ("json", "tarfile", "queue", "bz2", "lzma", "shutil", "tempfile", "http",
-                "concurrent", "select", "fcntl", "signal", "argparse", "subprocess",
-                "ipaddress", "ssl", "base64")
-
-
 class ThreatRowsTest(ThreatCase):
     """Threats that are met by a pull as a whole."""
 
@@ -18969,7 +18961,10 @@ class ThreatRowsTest(ThreatCase):
         os.mkdir(home)
         shutil.copy(imagec.__file__, os.path.join(home, "imagec.py"))
         os.symlink(os.path.join(home, "imagec.py"), self.at("linked.py"))
-        for place, name in itertools.product(("work", "bin"), THREAT_TRAPS):
+        # Modules the program imports, early or late: traps of these names lie around.
+        for place, name in itertools.product(("work", "bin"), (
+                "json tarfile queue bz2 lzma shutil tempfile http concurrent select "
+                "fcntl signal argparse subprocess ipaddress ssl base64").split()):
             self.file("%s/%s.py" % (place, name),
                       "import os; os.mkdir(%r)" % self.at("trapped"))
         os.chmod(self.file(".netrc", "machine 127.0.0.1 login alice password %s\n"
@@ -19250,7 +19245,7 @@ class RealTokenTest(PullContract, RealPullCase):
 # What real consumers make of our outputs
 # --------------------------------------------------------------------------------------
 
-READERS_LAYERS = [
+READERS_TARS = [tar_bytes(layer) for layer in (
     # rows of tar_bytes; each layer meets what the ones before it left
     [("bin", None), ("bin/sh", b"#!"), ("bin/su", b"set", {"mode": 0o4755}),
      ("lib", None), ("lib/old", b"old"), ("lib/deep/er/file", b"deep"),
@@ -19268,19 +19263,7 @@ READERS_LAYERS = [
      ("bin/.wh.sh", b""), ("bin/sh", b"again"), ("group", None, {"mode": 0o2770}),
      ("locked", None, {"mode": 0o555}), ("locked/x", b"x", {"mode": 0o400}),
      ("dangling", b"", {"type": b"2", "linkname": "../../no/where"}),
-     ("s", b"", {"type": b"2", "linkname": "etc"}), ("lib/deep/again", b"y")]]
-READERS_TARS = [tar_bytes(layer) for layer in READERS_LAYERS]
-#: Members of the newest v1 image, where docker and others treat it in a way of its own.
-READERS_V1 = (
-    {}, {"docker_version": "1.8.3", "unknown": {"z": [1, 2.50], "a": None}},
-    {"docker_version": "17.06.0-ce", "unknown": 5, "variant": "v7",
-     "author": "A <a@b> & c\u2028",
-     "config": {"Labels": {"b": "<>", "a": "caf\xe9"}, "ExposedPorts": {"80/tcp": {}},
-                "Cmd": ["x"], "Volumes": {"/b": {}, "/a": {}}, "StopSignal": "9"}},
-    {"author": "caf\xe9 \t\x01", "comment": "c", "Size": 7,
-     "created": "2015-08-06T23:53:22.608570Z"},
-    {"config": None, "container": "c" * 64, "id": "f" * 64,
-     "container_config": {"Cmd": ["/bin/sh", "-c", "a && b <c>"]}})
+     ("s", b"", {"type": b"2", "linkname": "etc"}), ("lib/deep/again", b"y")])]
 
 
 def readers_facts(directory):
@@ -19706,7 +19689,17 @@ class DockerTest(ReadersCase):
 class ReadersSchema1Test(RegistryCase):
     """The image ID of a schema1 image is the one that containers/image computes."""
 
-    @rows((members.get("docker_version"), members) for members in READERS_V1)
+    # Members of the newest v1 image, where docker and others have a way of their own.
+    @rows((members.get("docker_version"), members) for members in (
+        {}, {"docker_version": "1.8.3", "unknown": {"z": [1, 2.50], "a": None}},
+        {"docker_version": "17.06.0-ce", "unknown": 5, "variant": "v7",
+         "author": "A <a@b> & c\u2028", "config": {
+             "Labels": {"b": "<>", "a": "caf\xe9"}, "ExposedPorts": {"80/tcp": {}},
+             "Cmd": ["x"], "Volumes": {"/b": {}, "/a": {}}, "StopSignal": "9"}},
+        {"author": "caf\xe9 \t\x01", "comment": "c", "Size": 7,
+         "created": "2015-08-06T23:53:22.608570Z"},
+        {"config": None, "container": "c" * 64, "id": "f" * 64,
+         "container_config": {"Cmd": ["/bin/sh", "-c", "a && b <c>"]}}))
     def test_image_ids(self, _version, members):
         image = build_image([READERS_TARS[1], None, READERS_TARS[2]],
                             "schema1-signed", **members)
@@ -20159,8 +20152,6 @@ class PushRelay(Relay):
 class RealPushTest(PushCase):
     """Pushes to docker-registry, as others see them."""
 
-    BIG = build_image([noise(1 << 20, number) for number in range(4)], compress=None)
-
     def real(self, auth=None):
         self.target = DockerRegistry(tempfile.mkdtemp(dir=self.work), auth)
         self.addCleanup(self.target.close)
@@ -20204,7 +20195,9 @@ class RealPushTest(PushCase):
 
     def test_cut_or_killed_at_random_moments(self):
         registries, dice = [self.real(), self.real(), self.real()], random.Random(SEED)
-        path = self.layout_of((self.BIG, "example.com/big:1"))
+        path = self.layout_of((build_image([
+            noise(1 << 20,
+                  number) for number in range(4)], compress=None), "a.test/big:1"))
         self.push(path)
         cuts = sorted(dice.sample(range(4 << 20), imagec.ATTEMPTS - 1))
         for registry, kills, relay_cuts in zip(registries, (0, 20), (cuts, [])):
