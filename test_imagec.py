@@ -305,7 +305,6 @@ class BuiltImage:
         self.children = []  # the images of an index
 
     def descriptor(self, **extra):
-        """What an index says of this image."""
         return _descriptor(self.media_type, self.manifest, digest=self.digest, **extra)
 
 
@@ -341,7 +340,8 @@ def zstd_bytes(data):
                           check=True).stdout
 
 
-def build_image(layers, kind="oci", platform=AMD64, compress=gzip_bytes, **config_extra):
+def build_image(layers, kind="oci", platform=AMD64, compress=gzip_bytes,
+                **config_extra):
     """Build an image of kind oci, docker, schema1 or schema1-signed.
 
     `layers` are uncompressed tars, oldest first; None is a step without a layer.
@@ -472,7 +472,7 @@ def _v1_history(steps, platform, extra):
 
 
 def _sign(payload):
-    """Append libtrust's `signatures`: any bytes, for no registry checks them any more."""
+    """Append libtrust's `signatures`: any bytes, for no registry checks them."""
     return pretty(payload, [dict(
         protected(formatLength=len(payload) - 2, formatTail=b"\n}", time=CREATED),
         header={"jwk": JWK, "alg": "ES256"},
@@ -596,7 +596,6 @@ def _chunked(blocks, size):
 
 
 def _cut(blocks, limit):
-    """Let `limit` bytes through."""
     for block in blocks:
         yield block[:limit]
         limit -= len(block)
@@ -2504,12 +2503,12 @@ def serve_raw(host, data, timeout=5):
     return found
 
 
-def serve_target(host, target, extra=b""):
+def serve_target(host, target):
     """The status (0: none) and the bytes that a request target as it is gets."""
     if isinstance(target, str):
         target = target.encode("latin-1")
-    found = serve_raw(host, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n"
-                      + extra + b"Connection: close\r\n\r\n")
+    found = serve_raw(host, b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                      % target)
     match = re.match(rb"HTTP/1\.1 ([0-9]{3}) ", found)
     return int(match.group(1)) if match else 0, found
 
@@ -3865,7 +3864,7 @@ def pax(*pairs, kind=b"x"):
 
 
 def old_sparse(extents, size, empty=0, name=b"f"):
-    """An old GNU sparse file of (offset, data) pairs, so many `empty` ones before them."""
+    """An old GNU sparse file of (offset, data) pairs, behind so many `empty` ones."""
     content = b"".join(data for _, data in extents)
     pairs = [(0, 0)] * empty + [(at, len(data)) for at, data in extents]
     table = b"".join(b"%011o\0%011o\0" % pair for pair in pairs)
@@ -13762,7 +13761,8 @@ SERVE_BLOB = {"Docker-Content-Digest": "{blob}", "Accept-Ranges": "bytes",
 SERVE_CONFORMANCE = tuple(
     (path, status, code, headers) for status, code, headers, *group in (
         (200, None, {"Content-Type": "application/json"}, "", "_catalog",
-         "{name}/tags/list", "{name}/tags/list?n=1", "library/alpine/tags/list?ns=docker.io"),
+         "{name}/tags/list", "{name}/tags/list?n=1",
+         "library/alpine/tags/list?ns=docker.io"),
         (200, None, SERVE_MANIFEST, "{name}/manifests/1", "{name}/manifests/{digest}",
          "{host}/{name}/manifests/1", "{name}/manifests/1?ns={host}",
          "{host}/{name}/manifests/1?ns={host}"),  # as containerd asks a HOST/NAME mirror
@@ -18624,7 +18624,7 @@ def counted(document, name):
 
 
 def in_two_blocks(lines, digits):
-    """A sparse file: so many lines of its map in one block, so many digits in the next."""
+    """A sparse file, so many lines of its map in one block, digits in the next."""
     width, wider = divmod(512 - digits, lines)
     return mapped(b"".join(
         b"%0*d\n" % (width - (line >= wider), 0 if line else lines // 2 + 1)
@@ -19752,7 +19752,6 @@ class RealFieldCase(FieldCase):
         os.environ["SSL_CERT_FILE"] = self.file("real.pem", TEST_CERT)
 
     def take(self, *argv, expect=0, to="out", ref=None):
-        """Pull by a command line; its run."""
         run = self.main("pull", "-q", "--platform", "linux/amd64", "-o", self.at(to),
                         ref or self.ref, *argv, expect=expect)
         if not expect:
@@ -20419,7 +20418,7 @@ def main():
     if NO_SKIP:
         bad.update((test, "%s\nskipped: %s" % (test, lacks))
                    for test, lacks in lacking.items() if not all(
-                       part.startswith((CANNOT, LEFT_OUT)) for part in lacks.split("; ")))
+                       one.startswith((CANNOT, LEFT_OUT)) for one in lacks.split("; ")))
     for test, (wrong, _) in [] if len(bad) > 20 else run_side_by_side(
             [[test] for test in bad]).items():
         # It has failed all the same: what passes now and then proves nothing.
