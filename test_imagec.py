@@ -18813,7 +18813,7 @@ def steps_of_signed(check, _place):
 
 
 def steps_of_push(check, _place):
-    pusher = mock.MagicMock(_partial=True, **{"_session.transport.check": check})
+    pusher = mock.MagicMock(_partial=True, _check=check)
     pusher._stock.document = lambda entry: (
         LONG_INDEX if entry.digest == "top" else mock.MagicMock(digest=entry.digest))
     imagec.Pusher._below(pusher, "x", None, "top")
