@@ -1827,7 +1827,8 @@ def ahead(chunks):
                     break
                 ready.put(data)
         except BaseException as caught:  # carried to who draws from us
-            error = None if given_up else caught
+            if not given_up or isinstance(caught, VerificationError):
+                error = caught
         ready.put(None)
 
     try:
@@ -1841,7 +1842,7 @@ def ahead(chunks):
         given_up = True
         drain(drawn)  # so that nobody waits for room
         thread.join()
-        if error is not None:  # given up or not: what failed first explains more
+        if error is not None:  # given up or not: what failed first, or a wrong digest
             raise error
 
 

@@ -4427,12 +4427,15 @@ class UnpackTest(TableCase):
             imagec.Descriptor("", imagec.Digest.of(b""), None), lambda chunks, _: unpacked(
                 chunks, visit=lambda tar: time.sleep(.05) or imagec.drain(tar))))
 
-    def test_what_failed_first_is_told(self):
+    @rows([(imagec.TransportError("late"), "full"),
+           (imagec.VerificationError("wrong"), "wrong")])
+    def test_what_failed_first_is_told(self, late, told):
+        """But for wrong bytes, which may be why."""
         def chunks():
             yield b"x"
             full.wait()
             time.sleep(.05)
-            raise imagec.TransportError("late")
+            raise late
 
         def unpack(drawn, _):
             next(drawn)
@@ -4440,7 +4443,7 @@ class UnpackTest(TableCase):
             raise OSError(errno.ENOSPC, "full")
 
         full, blob = threading.Event(), imagec.Descriptor("", imagec.Digest.of(b""), None)
-        with self.assertRaisesRegex(OSError, "full"):
+        with self.assertRaisesRegex((OSError, type(late)), told):
             imagec.prove(chunks(), blob, unpack)
 
     @mock.patch.object(imagec, "CHUNK", 1 << 14)
