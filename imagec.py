@@ -5844,6 +5844,8 @@ class ArchiveOutput(Spooled):
         for digest in self.near.keys() & self._order.keys():
             region = self.near[digest]._replace(
                 path=os.path.join(self._spool, digest.hex + ".near"))
+            with contextlib.suppress(FileNotFoundError):  # an earlier run's
+                os.unlink(region.path)
             with contextlib.suppress(OSError):  # its own name may soon be another's
                 os.link(self.near[digest].path, region.path)
                 self._found.append({digest: region})

@@ -15225,9 +15225,12 @@ class CommandLineTest(CommandLineCase):
                 os.unlink("app_1.tar")
             move(output)
 
+        left = "app_2.tar.partial.d/%s.near" % self.image.layers[0][7:]
+        write_file(left, b"of an earlier run")
         with mock.patch.object(imagec.ArchiveOutput, "_move", moved):
             self.assertEqual(pull("-j1", self.ref, other), {"app_2.tar"})
         self.assertEqual(faults_of("app_2.tar"), [])
+        self.assertEqual(len(paths(self.origin, self.image.layers[0])), 1)
 
     def test_keep_going_past_a_place_that_is_taken(self):
         self.enter(self.work)
